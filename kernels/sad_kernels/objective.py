@@ -1,0 +1,255 @@
+"""What is minimised: the objective, the head that turns hidden states into logits, and the teachers.
+
+Everything here is a frozen value that says *what*, never *how*: no kernel, no chunk size, no device choice.
+
+Notation, shared by the whole package. ``N`` tokens, ``V`` vocabulary, ``D_s`` and ``D_t`` hidden sizes of student
+and teacher, ``s`` and ``t`` their logits after bias, scale and softcap, ``T`` the temperature,
+``p = softmax(t / T)``, ``q = softmax(s / T)``, ``q1 = softmax(s)``, ``lse = logsumexp(s)``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+Tail = Literal["bucket", "zero"]
+
+DIVERGENCES: tuple[str, ...] = get_args(Divergence)
+MIXTURES: frozenset[str] = frozenset({"jsd", "skew_forward_kl", "skew_reverse_kl"})
+"""The divergences that compare with a mixture of both distributions: the only ones that read ``beta``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    r"""One row's loss: ``ce_weight * CE + kd_weight * KD + z_loss * lse^2``.
+
+    ``CE = lse - (1 - eps) * s_y - (eps / V) * sum_v s_v`` with ``eps = label_smoothing`` spread over all valid
+    classes, the target included (torch's convention). ``KD`` is a divergence between ``p`` and ``q`` in nats,
+    times ``T^2`` unless ``scale_t2=False`` (Hinton et al., arXiv 1503.02531):
+
+    ==================  =========================================  ==========================
+    ``divergence``      value                                      mixture
+    ==================  =========================================  ==========================
+    forward_kl          KL(p || q)
+    reverse_kl          KL(q || p)
+    jsd                 beta KL(p || m) + (1 - beta) KL(q || m)     m = beta p + (1 - beta) q
+    skew_forward_kl     KL(p || m)                                 m = beta p + (1 - beta) q
+    skew_reverse_kl     KL(q || m)                                 m = beta q + (1 - beta) p
+    ==================  =========================================  ==========================
+
+    ``beta`` is read by the last three only and must lie strictly between 0 and 1 there: the two KLs are asked for
+    by name, not as limits. For the skews it is DistiLLM's alpha (arXiv 2402.03898). CE and the z-loss are taken at
+    temperature 1. The z-loss (PaLM, arXiv 2204.02311) is not multiplied by ``ce_weight``.
+
+    Raises ``TypeError`` and ``ValueError`` for a value of the wrong kind or out of range.
+    """
+
+    ce_weight: float = 0.0
+    kd_weight: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    temperature: float = 1.0
+    scale_t2: bool = True
+    divergence: Divergence = "forward_kl"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("ce_weight", "kd_weight", "z_loss"):
+            _require_number(name, getattr(self, name), "be a finite number >= 0", low=0.0)
+        _require_number("label_smoothing", self.label_smoothing, "lie in [0, 1)", low=0.0, below=1.0)
+        _require_number("temperature", self.temperature, "be a finite number > 0", above=0.0)
+        if not isinstance(self.scale_t2, bool):
+            raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(
+                f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}; choose one of these"
+            )
+        if self.divergence in MIXTURES:
+            remedy = "beta=0 and beta=1 are no mixtures: ask for forward_kl or reverse_kl by name"
+            _require_number("beta", self.beta, "lie strictly between 0 and 1", above=0.0, below=1.0, remedy=remedy)
+        else:
+            _require_number("beta", self.beta, "be a finite number")
+
+    @property
+    def kd_scale(self) -> float:
+        """The factor on the bare divergence: ``T^2``, or 1 with ``scale_t2=False``."""
+        return self.temperature**2 if self.scale_t2 else 1.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: ``z = softcap(logit_scale * (h W^T + b))``, cut to ``valid_vocab`` columns.
+
+    ``softcap(x) = softcap * tanh(x / softcap)``. Columns at or past ``valid_vocab`` have probability 0 and gradient
+    0: they are the padding that makes a matrix size round. Calling the head gives the full logits, for self-checks
+    and tests; training never holds them.
+
+    Shapes: ``weight`` [V, D], ``bias`` [V]; ``head(hidden [..., D])`` is [..., valid_vocab or V].
+    """
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    valid_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_tensor("head weight", self.weight, ndim=2)
+        V = self.weight.shape[0]
+        if self.bias is not None:
+            _require_tensor("head bias", self.bias, ndim=1)
+            if self.bias.shape[0] != V:
+                raise ValueError(
+                    f"head bias must have one entry per row of the weight ({V}), got {self.bias.shape[0]}; "
+                    "pass the bias that belongs to this weight"
+                )
+        _require_number("logit_scale", self.logit_scale, "be a finite number other than 0")
+        if self.logit_scale == 0:
+            raise ValueError("logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for no scaling")
+        if self.softcap is not None:
+            _require_number("softcap", self.softcap, "be a finite number > 0, or None", above=0.0)
+        require_valid_vocab(self.valid_vocab, V)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of columns that exist: ``valid_vocab``, or all of them."""
+        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        V = self.vocab_size
+        logits = hidden @ self.weight[:V].T
+        if self.bias is not None:
+            logits = logits + self.bias[:V]
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass(frozen=True)
+class TeacherHidden:
+    """A teacher given by its final hidden states [..., D_t] and its own head: its logits are never whole."""
+
+    hidden: Tensor  # [..., D_t]
+    head: Head
+
+    def __post_init__(self) -> None:
+        _require_tensor("teacher hidden", self.hidden)
+        require_no_grad("teacher hidden states", self.hidden)
+        require_no_grad("teacher head weight", self.head.weight)
+        if self.head.bias is not None:
+            require_no_grad("teacher head bias", self.head.bias)
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher given by its logits [..., V_t], of which the first ``valid_vocab`` columns count."""
+
+    logits: Tensor  # [..., V_t]
+    valid_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_tensor("teacher logits", self.logits)
+        require_no_grad("teacher logits", self.logits)
+        require_valid_vocab(self.valid_vocab, self.logits.shape[-1])
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """A sparse teacher: K token ids per row, distinct within the row, and their final log-probabilities.
+
+    ``log_probs`` are full-vocabulary log-probabilities at the objective's temperature; -inf marks padding. With
+    ``tail="bucket"`` the rest of the mass is one further outcome on both sides; with ``tail="zero"`` the teacher is
+    renormalised over its K ids and the rest has probability 0 (biased, and infinite for ``reverse_kl``).
+    """
+
+    ids: Tensor  # [..., K]
+    log_probs: Tensor  # [..., K]
+    tail: Tail = "bucket"
+
+    def __post_init__(self) -> None:
+        _require_tensor("teacher ids", self.ids, integral=True)
+        _require_tensor("teacher log_probs", self.log_probs)
+        require_no_grad("teacher log_probs", self.log_probs)
+        if self.ids.shape != self.log_probs.shape:
+            raise ValueError(
+                f"teacher ids and log_probs must have one shape, got {tuple(self.ids.shape)} and "
+                f"{tuple(self.log_probs.shape)}; pass one log-probability per id"
+            )
+        if self.tail not in get_args(Tail):
+            raise ValueError(f"tail must be 'bucket' or 'zero', got {self.tail!r}; choose one of these")
+
+
+Teacher = TeacherHidden | TeacherLogits | TeacherTopK
+
+
+class DistillOutput(NamedTuple):
+    """The loss, and what one wants to know about it, from the same pass over the data.
+
+    Only ``loss`` carries a gradient. The others are detached fp32 sums over the valid rows *before* their weights,
+    so ``loss * num_items = ce_weight * ce + kd_weight * kd + z_loss * z``.
+    """
+
+    loss: Tensor  # [] weighted sum over valid rows / num_items
+    ce: Tensor  # [] nats, label smoothing included
+    kd: Tensor  # [] nats, after T^2
+    z: Tensor  # [] sum of lse^2
+    num_tokens: Tensor  # [] valid rows
+    correct: Tensor  # [] rows whose student argmax is the label
+    agree: Tensor  # [] rows whose student argmax is the teacher's
+    entropy: Tensor  # [] nats, of the student at temperature 1
+
+
+def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
+    """Raise unless ``valid_vocab`` is None or an int in [1, width]."""
+    if valid_vocab is None:
+        return
+    if not isinstance(valid_vocab, int) or isinstance(valid_vocab, bool):
+        raise TypeError(f"valid_vocab must be an int or None, got {valid_vocab!r}; pass the tokenizer's size")
+    if not 1 <= valid_vocab <= width:
+        raise ValueError(
+            f"valid_vocab must lie in [1, {width}], the columns there are, got {valid_vocab}; "
+            "pass the number of ids that the tokenizer can produce"
+        )
+
+
+def require_no_grad(name: str, tensor: Tensor) -> None:
+    """Raise if a teacher's tensor requires a gradient: a teacher never gets one, and silence would hide the wish."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, got requires_grad=True; compute them under torch.no_grad() "
+            "or detach them"
+        )
+
+
+def _require_tensor(name: str, value: object, ndim: int | None = None, integral: bool = False) -> None:
+    kind = "integer" if integral else "floating-point"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a {kind} tensor, got {type(value).__name__}; pass a torch.Tensor")
+    fits = not value.dtype.is_floating_point and not value.dtype.is_complex and value.dtype != torch.bool
+    if (fits if integral else value.dtype.is_floating_point) is False:
+        raise TypeError(f"{name} must be a {kind} tensor, got {value.dtype}; convert it")
+    if ndim is None and value.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar; pass a batch of rows")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}; reshape it")
+
+
+def _require_number(
+    name: str,
+    value: object,
+    expectation: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    remedy: str = "pass a value in that range",
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must {expectation}, got {value!r}; pass a Python number")
+    out = (low is not None and value < low) or (above is not None and value <= above)
+    if not math.isfinite(value) or out or (below is not None and value >= below):
+        raise ValueError(f"{name} must {expectation}, got {value!r}; {remedy}")

@@ -1,0 +1,55 @@
+"""Errors that a user can act on: each is one line and carries the exit code of the process.
+
+The line reads ``<what> must <expectation>, got <value>; <remedy>``. Anything else that escapes is a bug of ours and
+ends with a traceback and code 1.
+"""
+
+from __future__ import annotations
+
+
+class SadError(Exception):
+    """A failure with a cause outside this program. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(SadError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class UnfitError(SadError):
+    """Data, tokenizer or model cannot be used together, or the start-up self-check failed."""
+
+    exit_code = 65
+
+
+class OutOfMemoryError(SadError):
+    """The device or the host ran out of memory."""
+
+    exit_code = 71
+
+
+class OutputError(SadError):
+    """The output directory cannot be written."""
+
+    exit_code = 73
+
+
+class CheckpointError(SadError):
+    """A checkpoint could not be saved or read; earlier ones are intact."""
+
+    exit_code = 74
+
+
+class StoppedError(SadError):
+    """A signal stopped the run; its state is saved and the same command resumes it."""
+
+    exit_code = 75
+
+
+class DivergedError(SadError):
+    """Too many updates in a row had a non-finite gradient."""
+
+    exit_code = 90

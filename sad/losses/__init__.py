@@ -1,0 +1,18 @@
+"""Loss terms beyond the kernels: each returns a sum and the count it is divided by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LossTerm(NamedTuple):
+    """A differentiable sum over a micro-batch and the number of units in it.
+
+    The trainer adds sums and counts over the whole accumulation window before it divides, so the gradient does not
+    depend on how the window was split.
+    """
+
+    sum: Tensor  # [] differentiable
+    count: int  # units (targets, tokens or sequences) in this micro-batch, known before the forward pass
