@@ -1,0 +1,44 @@
+"""SAD, Student-Aware Distillation: turn a large language model into a small one on little memory.
+
+``from sad import DistillConfig, distill`` is the main job. The parts that people build their own
+loops from are submodules: ``sad.accumulate``, ``sad.curriculum``, ``sad.ema``, ``sad.models``,
+``sad.checkpoint``, ``sad.losses``. Everything is imported on first use, so ``import sad`` costs
+nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sad_kernels import __version__
+
+    from sad.config import DistillConfig
+    from sad.configfile import load_config
+    from sad.train import RunResult, distill
+
+__all__ = ["DistillConfig", "RunResult", "__version__", "distill", "load_config"]
+
+_HOME = {
+    "DistillConfig": "sad.config",
+    "RunResult": "sad.train",
+    "__version__": "sad_kernels",
+    "distill": "sad.train",
+    "load_config": "sad.configfile",
+}
+_SUBMODULES = frozenset(
+    {"accumulate", "checkpoint", "config", "curriculum", "data", "ema", "errors", "losses", "models"}
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _SUBMODULES:
+        return import_module(f"sad.{name}")
+    raise AttributeError(f"module 'sad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,22 +1,45 @@
-"""The configuration: frozen dataclasses that are the schema, the YAML file and the command line at once.
+"""The configuration: frozen dataclasses that are schema, YAML file and command line at once.
 
-Names that users know from ``transformers.TrainingArguments`` are reused where the meaning is the same. Suffixes tell
-the unit: ``_steps`` counts optimizer steps, ``_batches`` micro-batches, ``_ratio`` is a fraction of training.
+Names that users know from ``transformers.TrainingArguments`` are reused where the meaning is the
+same. Suffixes tell the unit: ``_steps`` counts optimizer steps, ``_batches`` micro-batches,
+``_ratio`` is a fraction of training.
+
+Whatever builds a configuration, its values are converted and checked here, so that everything that
+costs time (loading weights, reading text) comes after. ``sad.configfile`` reads files and the
+command line.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
-from sad_kernels.objective import Divergence
+import torch
+import yaml
+from sad_kernels.objective import Divergence, Objective
+
+from sad.errors import UsageError
+from sad.fields import Mismatch, convert, field_types
 
 SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "triton", "torch"]
 
 CADENCE = {"cadence": True}
-"""Metadata of keys that may change between a run and its resumption: they move no weight."""
+"""Metadata of keys that may differ between a run and its resumption: they say when, where and with
+whose permission, and move no weight. Every other key decides the trajectory, and so does a key that
+only changes rounding, such as ``impl``: a resumed run promises the same bits."""
+
+
+class ConfigError(UsageError):
+    """A value that does not fit; ``key`` is dotted, so that a reader can add file and line."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +47,10 @@ class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
     train: tuple[str, ...] = ()
-    """Files (.txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set, or `python-stdlib`: the
-    source of the standard library of the Python that runs this."""
+    """Files (.txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set, or
+    `python-stdlib`: the source of the standard library of the Python that runs this."""
     eval: tuple[str, ...] = ()
-    """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents is held out."""
+    """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
     eval_fraction: float = 0.05
     """Share of the documents held out for evaluation, chosen by a hash of each document's name."""
     text_field: str = "text"
@@ -40,17 +63,28 @@ class DataConfig:
     """Split of a `datasets` data set."""
     max_documents: int | None = None
     """Use only this many documents, chosen by the hash of their names."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=CADENCE)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
+
+    def __post_init__(self) -> None:
+        _convert_fields(self, prefix="data.")
+        _check_ranges(self, prefix="data.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Everything that decides a run. The resolved configuration is saved with the run and in every checkpoint."""
+    """Everything that decides a run. The resolved configuration is saved with the run and in every
+    checkpoint.
+
+    Values are converted to the types of their fields (``"1e-4"`` to a float, a text to a tuple of
+    one) and checked. Raises ``UsageError`` for a wrong type, a value out of range, or keys that
+    contradict each other.
+    """
 
     # Models
     student: str
-    """Hugging Face id or local path of the student, or with `student_init: random` of its configuration."""
+    """Hugging Face id or local path of the student, or with `student_init: random` of its
+    configuration."""
     teacher: str | None = None
     """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
     tokenizer: str | None = None
@@ -59,17 +93,17 @@ class DistillConfig:
     """`random` builds the student from its configuration alone, with weights drawn from `seed`."""
     teacher_dtype: DtypeName | None = None
     """Dtype of the frozen teacher. Default: the compute dtype."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=CADENCE)
     """`auto` takes CUDA where there is one, else the CPU."""
-    teacher_device: str | None = None
+    teacher_device: str | None = field(default=None, metadata=CADENCE)
     """Device of the teacher's layers (its head stays with the student). Default: `device`."""
     attn_implementation: str = "sdpa"
     """Attention of both models, as in transformers."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward instead of keeping them."""
-    trust_remote_code_student: bool = False
+    trust_remote_code_student: bool = field(default=False, metadata=CADENCE)
     """Run code that comes with the student's repository."""
-    trust_remote_code_teacher: bool = False
+    trust_remote_code_teacher: bool = field(default=False, metadata=CADENCE)
     """Run code that comes with the teacher's repository."""
 
     # Data
@@ -77,7 +111,8 @@ class DistillConfig:
     max_length: int = 1024
     """Tokens per row."""
     packing: bool = True
-    """Several documents per row, each blind to the others. `false`: one document per row, right-padded."""
+    """Several documents per row, each blind to the others. `false`: one document per row,
+    right-padded."""
 
     # Objective
     ce_weight: float | None = None
@@ -103,8 +138,8 @@ class DistillConfig:
     use_curriculum: bool = True
     """Phase the structural losses in: see `sad.curriculum`."""
     baseline: bool = False
-    """Also train the same student without the teacher, on the same batches for as many steps, and add it to the
-    result table."""
+    """Also train the same student without the teacher, on the same batches for as many steps, and
+    add it to the result table."""
 
     # Length
     num_train_epochs: float = 1.0
@@ -113,9 +148,9 @@ class DistillConfig:
     """Optimizer steps; positive values override `num_train_epochs`."""
     per_device_train_batch_size: int = 8
     """Rows per micro-batch."""
-    per_device_eval_batch_size: int = 8
+    per_device_eval_batch_size: int = field(default=8, metadata=CADENCE)
     """Rows per evaluation batch."""
-    max_eval_rows: int | None = None
+    max_eval_rows: int | None = field(default=None, metadata=CADENCE)
     """Evaluate on at most this many held-out rows."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
@@ -126,8 +161,11 @@ class DistillConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
     adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     max_grad_norm: float = 1.0
     """Global norm the gradient is clipped to; 0 turns clipping off."""
     lr_scheduler_type: SchedulerName = "linear"
@@ -135,7 +173,7 @@ class DistillConfig:
     scheduler_unit: Literal["batch", "optimizer_step"] = "batch"
     """When the scheduler steps: once per micro-batch, or once per optimizer step."""
     warmup_steps: float = 0
-    """Warm-up in optimizer steps; a value below 1 is a fraction of training, as in transformers 5."""
+    """Warm-up in optimizer steps; below 1: as a fraction of training, as in transformers 5."""
     warmup_batches: int = 0
     """Warm-up in micro-batches."""
     warmup_ratio: float = 0.0
@@ -159,14 +197,14 @@ class DistillConfig:
 
     # EMA
     use_ema: bool = True
-    """Keep an exponential moving average of the student, evaluate it and export it if it is better."""
+    """Keep an exponential moving average of the student, evaluate it, export it if it is better."""
     ema_decay: float = 0.9999
     """Decay of the average."""
     ema_warmup: bool = True
     """Lower the decay in the first updates: min(ema_decay, (1 + n) / (10 + n))."""
 
     # Run
-    output_dir: str = "runs/sad"
+    output_dir: str = field(default="runs/sad", metadata=CADENCE)
     """The run's directory."""
     seed: int = 42
     """Seed of initialisation, order and dropout."""
@@ -177,6 +215,7 @@ class DistillConfig:
     allow_config_change: bool = field(default=False, metadata=CADENCE)
     """Resume although keys that decide the trajectory have changed."""
     logging_steps: int = field(default=10, metadata=CADENCE)
+    """Log every so many optimizer steps."""
     eval_steps: int | None = field(default=None, metadata=CADENCE)
     """Evaluate every so many optimizer steps. Default: at the end only."""
     save_steps: int | None = field(default=None, metadata=CADENCE)
@@ -185,7 +224,248 @@ class DistillConfig:
     """Checkpoints kept (at least 2: one to fall back to)."""
     metric_for_best_model: str | None = field(default=None, metadata=CADENCE)
     """Smallest wins. Default: `eval_ema/nll`, else `eval/nll`."""
-    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(default=(), metadata=CADENCE)
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(
+        default=(), metadata=CADENCE
+    )
     """Trackers to send the log to besides `log.jsonl`."""
     debug: bool = field(default=False, metadata=CADENCE)
     """Show tracebacks for every error."""
+
+    def __post_init__(self) -> None:
+        _convert_fields(self)
+        _check_ranges(self)
+        _check_models(self)
+        _check_objective(self)
+        _check_schedule(self)
+        _check_precision(self)
+        _check_metric(self)
+
+    def objective(self, *, kd_weight: float | None = None) -> Objective:
+        """What is minimised while the divergence has the weight ``kd_weight`` (default: the
+        configured one). The weight of the cross-entropy does not follow it."""
+        return Objective(
+            ce_weight=1 - self.kd_weight if self.ce_weight is None else self.ce_weight,
+            kd_weight=self.kd_weight if kd_weight is None else kd_weight,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            temperature=self.temperature,
+            scale_t2=self.scale_t2,
+            divergence=self.divergence,
+            beta=self.beta,
+        )
+
+
+def config_to_dict(config: DistillConfig) -> dict[str, Any]:
+    """The configuration as JSON knows it: nested dicts, lists for tuples."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def config_to_yaml(config: DistillConfig) -> str:
+    """The resolved configuration as YAML that loads to an equal one."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def config_hash(config: DistillConfig) -> str:
+    """SHA-256 of the keys that decide the trajectory: equal for a run and its resumption."""
+    return hashlib.sha256(json.dumps(_trajectory(config), sort_keys=True).encode()).hexdigest()
+
+
+def trajectory_changes(old: dict[str, Any], new: DistillConfig) -> list[tuple[str, Any, Any]]:
+    """The keys that decide the trajectory and differ: (dotted key, old value, new value).
+
+    ``old`` is a ``config_to_dict`` of the past. A key it does not have yet counts as having had its
+    default: that is how the run behaved before the key existed.
+    """
+    before = _trajectory_defaults() | flatten(old)
+    return [
+        (key, before[key], value)
+        for key, value in _trajectory(new).items()
+        if key not in before or before[key] != value
+    ]
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"data": {"train": x}}`` as ``{"data.train": x}``."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat |= {prefix + name: value} if inner is None else inner
+    return flat
+
+
+def _trajectory(config: DistillConfig) -> dict[str, Any]:
+    cadence = {f.name for f in fields(DistillConfig) if f.metadata == CADENCE}
+    cadence |= {f"data.{f.name}" for f in fields(DataConfig) if f.metadata == CADENCE}
+    return {k: v for k, v in flatten(config_to_dict(config)).items() if k not in cadence}
+
+
+def _trajectory_defaults() -> dict[str, Any]:
+    defaults = _trajectory(DistillConfig(student="-", teacher="-"))
+    return {key: value for key, value in defaults.items() if key not in ("student", "teacher")}
+
+
+class _Range(NamedTuple):
+    expectation: str
+    holds: Callable[[Any], bool]
+
+
+_POSITIVE_INT = _Range("be at least 1", lambda v: v >= 1)
+_NOT_NEGATIVE = _Range("be at least 0", lambda v: v >= 0)
+_POSITIVE = _Range("be above 0", lambda v: v > 0)
+_FRACTION = _Range("lie in [0, 1]", lambda v: 0 <= v <= 1)
+_BELOW_ONE = _Range("lie in [0, 1)", lambda v: 0 <= v < 1)
+_NOT_EMPTY = _Range("not be empty", lambda v: v.strip() != "")
+
+_RANGES = {
+    "data.eval_fraction": _BELOW_ONE,
+    "data.text_field": _NOT_EMPTY,
+    "data.document_separator": _Range("not be empty", lambda v: v != ""),
+    "data.max_documents": _POSITIVE_INT,
+    "student": _NOT_EMPTY,
+    "teacher": _NOT_EMPTY,
+    "tokenizer": _NOT_EMPTY,
+    "output_dir": _NOT_EMPTY,
+    "max_length": _POSITIVE_INT,
+    "chunk_bytes": _POSITIVE_INT,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": _Range("be -1 or at least 1", lambda v: v == -1 or v >= 1),
+    "per_device_train_batch_size": _POSITIVE_INT,
+    "per_device_eval_batch_size": _POSITIVE_INT,
+    "max_eval_rows": _POSITIVE_INT,
+    "gradient_accumulation_steps": _POSITIVE_INT,
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "adam_beta1": _BELOW_ONE,
+    "adam_beta2": _BELOW_ONE,
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "warmup_steps": _Range(
+        "be a whole number of steps, or a fraction below 1",
+        lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
+    ),
+    "warmup_batches": _NOT_NEGATIVE,
+    "warmup_ratio": _FRACTION,
+    "min_lr_ratio": _FRACTION,
+    "decay_ratio": _FRACTION,
+    "max_nonfinite_steps": _POSITIVE_INT,
+    "ema_decay": _BELOW_ONE,
+    "seed": _Range("lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
+    "logging_steps": _POSITIVE_INT,
+    "eval_steps": _POSITIVE_INT,
+    "save_steps": _POSITIVE_INT,
+    "save_total_limit": _Range("be at least 2", lambda v: v >= 2),
+}
+"""Key -> what its value must satisfy, unless it is None. ``Objective`` checks its own."""
+
+_METRICS = ("nll", "perplexity", "bits_per_byte", "kl")
+"""The figures of an evaluation of which less is better."""
+
+
+def _convert_fields(config: Any, prefix: str = "") -> None:
+    for name, hint in field_types(type(config)).items():
+        value = getattr(config, name)
+        try:
+            object.__setattr__(config, name, convert(hint, value))
+        except Mismatch as error:
+            key = prefix + name
+            message = f"{key} must {error.expectation}, got {value!r}; {error.remedy}"
+            raise ConfigError(key, message) from None
+
+
+def _check_ranges(config: Any, prefix: str = "") -> None:
+    for name in field_types(type(config)):
+        key, value = prefix + name, getattr(config, name)
+        if key in _RANGES and value is not None:
+            expectation, holds = _RANGES[key]
+            remedy = "choose such a value, or leave the key out for its default"
+            _require(key, expectation, value, remedy, holds=holds(value))
+
+
+def _check_models(config: DistillConfig) -> None:
+    _require(
+        "teacher",
+        "be given unless kd_weight is 0",
+        config.teacher,
+        "name a model, or set kd_weight: 0 to train on the text alone",
+        holds=config.teacher is not None or config.kd_weight == 0,
+    )
+    for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
+        remedy = "write auto, cpu, cuda or one such as cuda:1"
+        known = name is None or (key == "device" and name == "auto") or _is_device(name)
+        _require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_objective(config: DistillConfig) -> None:
+    _require(
+        "kd_weight",
+        "be at most 1 unless ce_weight is given",
+        config.kd_weight,
+        "the default of ce_weight, 1 - kd_weight, would be negative",
+        holds=config.ce_weight is not None or config.kd_weight <= 1,
+    )
+    try:
+        objective = config.objective()
+    except (TypeError, ValueError) as error:  # the message opens with the name of the key
+        raise ConfigError(str(error).split()[0], str(error)) from None
+    _require(
+        "kd_weight",
+        "be above 0 when ce_weight is 0",
+        config.kd_weight,
+        "with both at 0 there is nothing to learn",
+        holds=objective.ce_weight > 0 or objective.kd_weight > 0,
+    )
+
+
+def _check_schedule(config: DistillConfig) -> None:
+    keys = ("warmup_steps", "warmup_batches", "warmup_ratio")
+    given = [key for key in keys if getattr(config, key)]
+    if len(given) > 1:
+        values = " and ".join(f"{key}={getattr(config, key)}" for key in given)
+        raise ConfigError(
+            given[1], f"warm-up must be given once, got {values}; keep the one in the unit you mean"
+        )
+
+
+def _check_precision(config: DistillConfig) -> None:
+    _require(
+        "fp16",
+        "be false when bf16 is true",
+        config.fp16,
+        "choose one compute dtype",
+        holds=not (config.bf16 and config.fp16),
+    )
+    _require(
+        "fp16",
+        "be false with param_dtype bfloat16",
+        config.fp16,
+        "bfloat16 parameters compute in bfloat16",
+        holds=not (config.fp16 and config.param_dtype == "bfloat16"),
+    )
+
+
+def _check_metric(config: DistillConfig) -> None:
+    if config.metric_for_best_model is None:
+        return
+    prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
+    names = [name for name in _METRICS if name != "kl" or config.teacher is not None]
+    choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
+    _require(
+        "metric_for_best_model",
+        f"be one of {', '.join(choices)}",
+        config.metric_for_best_model,
+        "choose one of these, of which the smallest wins",
+        holds=config.metric_for_best_model in choices,
+    )
+
+
+def _require(key: str, expectation: str, value: object, remedy: str, *, holds: bool) -> None:
+    if not holds:
+        raise ConfigError(key, f"{key} must {expectation}, got {value!r}; {remedy}")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True

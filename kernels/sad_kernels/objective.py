@@ -61,7 +61,9 @@ class Objective:
     def __post_init__(self) -> None:
         for name in ("ce_weight", "kd_weight", "z_loss"):
             _require_number(name, getattr(self, name), "be a finite number >= 0", low=0.0)
-        _require_number("label_smoothing", self.label_smoothing, "lie in [0, 1)", low=0.0, below=1.0)
+        _require_number(
+            "label_smoothing", self.label_smoothing, "lie in [0, 1)", low=0.0, below=1.0
+        )
         _require_number("temperature", self.temperature, "be a finite number > 0", above=0.0)
         if not isinstance(self.scale_t2, bool):
             raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
@@ -71,7 +73,14 @@ class Objective:
             )
         if self.divergence in MIXTURES:
             remedy = "beta=0 and beta=1 are no mixtures: ask for forward_kl or reverse_kl by name"
-            _require_number("beta", self.beta, "lie strictly between 0 and 1", above=0.0, below=1.0, remedy=remedy)
+            _require_number(
+                "beta",
+                self.beta,
+                "lie strictly between 0 and 1",
+                above=0.0,
+                below=1.0,
+                remedy=remedy,
+            )
         else:
             _require_number("beta", self.beta, "be a finite number")
 
@@ -110,7 +119,9 @@ class Head:
                 )
         _require_number("logit_scale", self.logit_scale, "be a finite number other than 0")
         if self.logit_scale == 0:
-            raise ValueError("logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for no scaling")
+            raise ValueError(
+                "logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for no scaling"
+            )
         if self.softcap is not None:
             _require_number("softcap", self.softcap, "be a finite number > 0, or None", above=0.0)
         require_valid_vocab(self.valid_vocab, V)
@@ -180,7 +191,9 @@ class TeacherTopK:
                 f"{tuple(self.log_probs.shape)}; pass one log-probability per id"
             )
         if self.tail not in get_args(Tail):
-            raise ValueError(f"tail must be 'bucket' or 'zero', got {self.tail!r}; choose one of these")
+            raise ValueError(
+                f"tail must be 'bucket' or 'zero', got {self.tail!r}; choose one of these"
+            )
 
 
 Teacher = TeacherHidden | TeacherLogits | TeacherTopK
@@ -208,7 +221,9 @@ def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
     if valid_vocab is None:
         return
     if not isinstance(valid_vocab, int) or isinstance(valid_vocab, bool):
-        raise TypeError(f"valid_vocab must be an int or None, got {valid_vocab!r}; pass the tokenizer's size")
+        raise TypeError(
+            f"valid_vocab must be an int or None, got {valid_vocab!r}; pass the tokenizer's size"
+        )
     if not 1 <= valid_vocab <= width:
         raise ValueError(
             f"valid_vocab must lie in [1, {width}], the columns there are, got {valid_vocab}; "
@@ -225,17 +240,29 @@ def require_no_grad(name: str, tensor: Tensor) -> None:
         )
 
 
-def _require_tensor(name: str, value: object, ndim: int | None = None, integral: bool = False) -> None:
+def _require_tensor(
+    name: str, value: object, ndim: int | None = None, integral: bool = False
+) -> None:
     kind = "integer" if integral else "floating-point"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a {kind} tensor, got {type(value).__name__}; pass a torch.Tensor")
-    fits = not value.dtype.is_floating_point and not value.dtype.is_complex and value.dtype != torch.bool
+        raise TypeError(
+            f"{name} must be a {kind} tensor, got {type(value).__name__}; pass a torch.Tensor"
+        )
+    fits = (
+        not value.dtype.is_floating_point
+        and not value.dtype.is_complex
+        and value.dtype != torch.bool
+    )
     if (fits if integral else value.dtype.is_floating_point) is False:
         raise TypeError(f"{name} must be a {kind} tensor, got {value.dtype}; convert it")
     if ndim is None and value.ndim == 0:
-        raise ValueError(f"{name} must have at least one dimension, got a scalar; pass a batch of rows")
+        raise ValueError(
+            f"{name} must have at least one dimension, got a scalar; pass a batch of rows"
+        )
     if ndim is not None and value.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}; reshape it")
+        raise ValueError(
+            f"{name} must have {ndim} dimension(s), got shape {tuple(value.shape)}; reshape it"
+        )
 
 
 def _require_number(

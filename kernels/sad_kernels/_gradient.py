@@ -1,0 +1,107 @@
+"""The gradient of a row's loss with respect to its logits, tile by tile.
+
+    g = up [ (ce_weight + 2 z_loss lse) q1 - ce_weight (eps/V + (1-eps) [v = y])
+             + kd_weight (scale / T) (h - q sum_u h_u) ]
+
+with ``up`` the row's upstream gradient, ``scale`` the factor on the divergence and ``h`` as in
+``_divergence.py``. The parts combine in the dtype of the arithmetic; whoever stores ``g`` rounds
+once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sad_kernels._divergence import divergence_terms
+from sad_kernels._statistics import (
+    SavedRows,
+    Task,
+    log_softmax_,
+    tempered_exp,
+    untempered,
+)
+from sad_kernels._topk import TopKRows
+
+
+class RowGradient:
+    """Gives ``g`` for the same tiles that made the statistics, in any order."""
+
+    def __init__(
+        self,
+        task: Task,
+        saved: SavedRows,
+        upstream: Tensor,  # [n]
+        labels: Tensor | None,  # [n]
+        topk: TopKRows | None,
+    ) -> None:
+        objective = task.objective
+        self.task, self.saved, self.labels, self.topk = task, saved, labels, topk
+        self.temperature = objective.temperature
+        self.has_ce = objective.ce_weight > 0 or objective.z_loss > 0
+        self.has_kd = objective.kd_weight > 0
+
+        if labels is not None:
+            outside = (labels < 0) | (labels >= task.vocab)
+            upstream = upstream.masked_fill(outside, torch.nan)
+        lse = saved.maximum + saved.total_1.log()
+        ce = upstream * objective.ce_weight
+        self.q1_factor = (ce + upstream * (2 * objective.z_loss) * lse) / saved.total_1
+        self.label_share = ce * (1 - objective.label_smoothing)
+        self.smooth_share = ce * (objective.label_smoothing / task.vocab)
+        self.kd = upstream * (objective.kd_weight * objective.kd_scale / self.temperature)
+
+    def tile(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> Tensor:
+        """Overwrite the logits ``s`` with their gradient and return it; ``t``, ``u`` are scratch."""
+        maximum = self.saved.maximum[rows, None]
+        if not self.has_kd:
+            return self._untempered(rows, columns, s.sub_(maximum).exp_())
+        if t is not None and self.task.objective.divergence != "forward_kl":
+            kd = self._any_divergence(rows, s, t, u)
+            return self._untempered(rows, columns, s.sub_(maximum).exp_()).add_(kd)
+
+        tempered_exp(s.sub_(maximum), self.temperature, out=u)
+        g = self._untempered(rows, columns, untempered(u, s, self.temperature, out=s))
+        if t is not None:
+            return self._add_forward_kl(rows, g, u, t)
+        return self._add_topk(rows, columns, g, u)
+
+    def _untempered(self, rows: slice, columns: slice, g: Tensor) -> Tensor:
+        """CE and z-loss, in place of ``exp(s - maximum)``."""
+        if not self.has_ce:
+            return g.zero_()
+        g.mul_(self.q1_factor[rows, None])
+        if self.task.objective.label_smoothing > 0:
+            g.sub_(self.smooth_share[rows, None])
+        column = self.labels[rows] - columns.start
+        here = (column >= 0) & (column < g.shape[1])
+        index = column.clamp(0, g.shape[1] - 1)[:, None]
+        share = self.label_share[rows].where(here, 0)[:, None]
+        return g.scatter_(1, index, g.gather(1, index) - share)
+
+    def _any_divergence(self, rows: slice, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """KD of a dense teacher from log-probabilities; leaves ``s`` alone."""
+        objective, saved = self.task.objective, self.saved
+        log_q = log_softmax_(u.copy_(s), saved.maximum[rows], saved.total[rows], self.temperature)
+        log_p = log_softmax_(
+            t, saved.teacher_maximum[rows], saved.teacher_total[rows], self.temperature
+        )
+        _, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        q = log_q.exp_()
+        return h.sub_(q.mul_(saved.expectation[rows, None])).mul_(self.kd[rows, None])
+
+    def _add_forward_kl(self, rows: slice, g: Tensor, u: Tensor, t: Tensor) -> Tensor:
+        """``h = -p``: no logarithm is needed, only the exponentials of both sides."""
+        saved, kd = self.saved, self.kd[rows]
+        g.addcmul_(u, (kd / saved.total[rows])[:, None])
+        tempered_exp(t.sub_(saved.teacher_maximum[rows, None]), self.temperature, out=u)
+        return g.addcmul_(u, (kd / saved.teacher_total[rows])[:, None], value=-1)
+
+    def _add_topk(self, rows: slice, columns: slice, g: Tensor, u: Tensor) -> Tensor:
+        """One formula outside the teacher's ids, and its own number at each id."""
+        saved, kd = self.saved, self.kd[rows]
+        row, k, column = self.topk.positions(rows, columns)
+        u[row, column] = 0
+        g.addcmul_(u, (kd * saved.topk_outside[rows] / saved.total[rows])[:, None])
+        g[row, column] += kd[row] * saved.topk_inside[rows][row, k]
+        return g

@@ -1,0 +1,60 @@
+"""What happens around the rows: leading dimensions are flattened, row losses are reduced."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sad_kernels._statistics import RowResults
+from sad_kernels.objective import DistillOutput
+
+
+class Leading:
+    """The leading dimensions of logits [..., V], in an order that flattens them without a copy.
+
+    Logits laid out [s, b, V] and seen as [b, s, V] would otherwise be copied whole.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.order = sorted(range(x.ndim - 1), key=lambda dim: -x.stride(dim))
+        self.shape = [x.shape[dim] for dim in self.order]
+
+    def rows(self, x: Tensor) -> Tensor:  # [..., K] -> [N, K]
+        return x.permute(*self.order, -1).reshape(-1, x.shape[-1])
+
+    def flat(self, labels: Tensor | None) -> Tensor | None:  # [...] -> [N]
+        return None if labels is None else labels.permute(self.order).flatten().long()
+
+    def restore(self, rows: Tensor) -> Tensor:  # [N] -> [...]
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return rows.reshape(self.shape).permute(inverse)
+
+
+def count_valid(labels: Tensor | None, ignore_index: int, loss: Tensor) -> Tensor:
+    """The number of rows that count, in the dtype of the loss."""
+    if labels is None:
+        return torch.full_like(loss.detach()[:1].sum(), loss.numel())
+    return (labels != ignore_index).sum().to(loss.dtype)
+
+
+def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, leading: Leading) -> Tensor:
+    if reduction == "none":
+        return leading.restore(loss)
+    return loss.sum() if reduction == "sum" else loss.sum() / num_tokens.clamp(min=1)
+
+
+def distill_output(
+    rows: RowResults, num_tokens: Tensor, num_items: int | Tensor | None
+) -> DistillOutput:
+    items = num_tokens if num_items is None else num_items
+    items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+    return DistillOutput(
+        loss=rows.loss.sum() / items,
+        ce=rows.ce.sum(),
+        kd=rows.kd.sum(),
+        z=rows.z.sum(),
+        num_tokens=num_tokens,
+        correct=rows.correct.sum(),
+        agree=rows.agree.sum(),
+        entropy=rows.entropy.sum(),
+    )

@@ -1,0 +1,152 @@
+"""Where tiles of logits come from, and where tiles of their gradient go.
+
+A source gives the logits of a model in tiles of rows x columns, in the dtype of the arithmetic,
+after bias, scale and softcap. A source that was asked for gradients takes tiles of the gradient
+with respect to these logits and turns them into gradients of what the logits were made of.
+
+Only the rows whose loss counts exist here (``kept``, None for all): the others are never read, so
+they may hold anything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sad_kernels._gemm import bf16_factors
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class LogitSource:
+    """Logits that are there: [N, >= V] in any floating-point dtype and with any row stride."""
+
+    def __init__(self, logits: Tensor, kept: Tensor | None, softcap: float | None) -> None:
+        self.logits, self.kept, self.softcap = logits, kept, _Softcap(softcap)
+        self.dlogits: Tensor | None = None
+
+    def open(self, columns: slice) -> None:
+        """Turn to a slice of the vocabulary; the tiles that follow belong to it."""
+        self.columns = columns
+
+    def tile(self, rows: slice, out: Tensor) -> Tensor:  # [rows, columns]
+        out.copy_(self.logits[self._rows(rows), self.columns])
+        return self.softcap.apply_(out)
+
+    def want_gradients(self, logits: bool, *_: bool) -> None:
+        self.dlogits = torch.zeros_like(self.logits) if logits else None
+        self.softcap.differentiable = True
+
+    def add_gradient(self, rows: slice, g: Tensor) -> None:
+        assert self.dlogits is not None
+        g = self.softcap.backward_(g)
+        self.dlogits[self._rows(rows), self.columns] = g.to(self.dlogits.dtype)
+
+    def close(self) -> None:
+        """The slice of the vocabulary is complete: nothing more will be added to it."""
+
+    def gradients(self) -> Gradients:
+        return self.dlogits, None, None
+
+    def _rows(self, rows: slice) -> slice | Tensor:
+        return rows if self.kept is None else self.kept[rows]
+
+
+class HeadSource:
+    """Logits made slice by slice from hidden states and a head: never N x V of them.
+
+    Products run on factors of the hidden states' dtype with sums of ``dtype``: a weight of another
+    dtype is rounded first, one slice at a time.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [>= V, D]
+        bias: Tensor | None,  # [>= V]
+        kept: Tensor | None,  # [n]
+        *,
+        vocab: int,
+        logit_scale: float,
+        softcap: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
+        self.vocab, self.logit_scale, self.softcap = vocab, logit_scale, _Softcap(softcap)
+        self.dtype, self.bf16 = dtype, hidden.dtype == torch.bfloat16 and hidden.is_cpu
+        self.x = (hidden if kept is None else hidden[kept]).to(dtype)  # [n, D]
+        self.dx = self.dweight = self.dbias = self.dw = None
+
+    def open(self, columns: slice) -> None:
+        self.columns = columns
+        self.w = self.weight[columns].to(self.hidden.dtype).to(self.dtype)  # [columns, D]
+        self.b = None if self.bias is None else self.bias[columns].to(self.dtype)
+
+    def tile(self, rows: slice, out: Tensor) -> Tensor:  # [rows, columns]
+        with bf16_factors(self.bf16):
+            torch.mm(self.x[rows], self.w.T, out=out)
+        if self.b is not None:
+            out.add_(self.b)
+        if self.logit_scale != 1.0:
+            out.mul_(self.logit_scale)
+        return self.softcap.apply_(out)
+
+    def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
+        if hidden:
+            self.dx = torch.zeros_like(self.x)
+        if weight:
+            self.dweight = torch.empty_like(self.weight)
+            self.dweight[self.vocab :] = 0
+        if bias and self.bias is not None:
+            self.dbias = torch.zeros_like(self.bias, dtype=self.dtype)
+        self.softcap.differentiable = True
+
+    def add_gradient(self, rows: slice, g: Tensor) -> None:
+        g = self.softcap.backward_(g)
+        if self.logit_scale != 1.0:
+            g.mul_(self.logit_scale)
+        with bf16_factors(self.bf16):
+            if self.dx is not None:
+                self.dx[rows].addmm_(g, self.w)
+            if self.dweight is not None:
+                if self.dw is None:
+                    self.dw = g.T @ self.x[rows]  # [columns, D]
+                else:
+                    self.dw.addmm_(g.T, self.x[rows])
+        if self.dbias is not None:
+            self.dbias[self.columns] += g.sum(0)
+
+    def close(self) -> None:
+        if self.dweight is not None:
+            self.dweight[self.columns] = 0 if self.dw is None else self.dw
+            self.dw = None
+
+    def gradients(self) -> Gradients:
+        dhidden = self.dx
+        if dhidden is not None:
+            dhidden = dhidden.to(self.hidden.dtype)
+            if self.kept is not None:
+                dhidden = torch.zeros_like(self.hidden).index_copy_(0, self.kept, dhidden)
+        dbias = None if self.dbias is None else self.dbias.to(self.bias.dtype)
+        return dhidden, self.dweight, dbias
+
+
+Source = LogitSource | HeadSource
+
+
+class _Softcap:
+    """``cap tanh(x / cap)``, and its derivative ``1 - tanh^2`` for the tile that was made last."""
+
+    def __init__(self, cap: float | None) -> None:
+        self.cap, self.differentiable = cap, False
+
+    def apply_(self, x: Tensor) -> Tensor:
+        if self.cap is None:
+            return x
+        x.div_(self.cap).tanh_()
+        if self.differentiable:
+            self.slope = 1 - x * x
+        return x.mul_(self.cap)
+
+    def backward_(self, g: Tensor) -> Tensor:
+        return g if self.cap is None else g.mul_(self.slope)

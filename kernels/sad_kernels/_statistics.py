@@ -1,0 +1,308 @@
+"""Row statistics of logits that arrive in tiles of rows x columns, and the losses they give.
+
+Every sum is kept relative to the running maxima ``m`` of its row, which stay apart from the sums:
+large numbers are never subtracted from each other, so an offset of 1e4 costs nothing. With
+``x' = (x - m) / T``, when a maximum moves by ``move = m_old - m_new <= 0`` and ``r = e^(move/T)``:
+
+======================  ===============================  ========================================
+sum over columns        after a move                     gives
+======================  ===============================  ========================================
+d = sum e^x'            d r                              log-normaliser ``log d``
+S = sum (x - m)         S + columns so far * move        smooth term ``log d - S/V`` (T = 1)
+E = sum e^x' (x - m)    (E + d move) r                   entropy ``log d - E/d`` (T = 1)
+A = sum e^a' (a - b)    (A + d_a (move_a - move_b)) r_a  ``KL(a||b) = A/(T d_a) - log d_a + log d_b``
+======================  ===============================  ========================================
+
+with ``a - b`` in A short for ``(a - m_a) - (b - m_b)``. Maxima start at -1e30, not at -inf, so a
+slice of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it multiplies, -inf included. NaN
+and +inf reach the sums ``d`` of their own row and poison it. The mixtures compare
+log-probabilities, so they must know ``d`` first and read the logits twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sad_kernels._divergence import divergence_terms
+from sad_kernels._topk import Positions, TopKRows
+from sad_kernels.objective import MIXTURES, Objective
+
+LOWEST = -1e30
+ROUNDING = 1e-5  # a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
+
+
+class Task(NamedTuple):
+    """What is asked of the rows, without any tensor."""
+
+    objective: Objective
+    vocab: int
+    classes: bool  # labels name classes, so there is a CE; in kl_div they only say which rows count
+    diagnostics: bool  # entropy, correct, agree
+
+
+class RowResults(NamedTuple):
+    """One number per row. ``loss`` is the weighted sum of the three that follow."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    z: Tensor
+    correct: Tensor
+    agree: Tensor
+    entropy: Tensor
+
+
+class SavedRows(NamedTuple):
+    """What the gradient needs besides the logits: a few numbers per row, [n]."""
+
+    maximum: Tensor  # of the student
+    total: Tensor  # sum exp((s - maximum) / T)
+    total_1: Tensor  # sum exp(s - maximum)
+    teacher_maximum: Tensor | None = None
+    teacher_total: Tensor | None = None
+    expectation: Tensor | None = None  # sum_u h_u of a dense divergence
+    topk_inside: Tensor | None = None  # [n, K], see TopKGradient
+    topk_outside: Tensor | None = None
+
+
+class RunningSoftmax:
+    """Of n rows: maximum, its column (ties to the left), and ``d = sum exp((x - maximum) / T)``."""
+
+    def __init__(self, like: Tensor, temperature: float, argmax: bool) -> None:  # like: [n]
+        self.temperature = temperature
+        self.maximum = torch.full_like(like, LOWEST)
+        self.total = torch.zeros_like(like)
+        self.argmax = torch.full_like(like, -1, dtype=torch.long) if argmax else None
+
+    def shift_(self, rows: slice, columns: slice, x: Tensor, scratch: Tensor) -> Tensor:
+        """Subtract the maximum of the columns so far from the tile; return its move, [rows]."""
+        maximum = self.maximum[rows]
+        before = maximum.clone()
+        torch.maximum(before, x.amax(1), out=maximum)
+        if self.argmax is not None:
+            # Few slices raise a row's maximum. Look only where one does, because argmax is slow.
+            raised = (maximum > before).nonzero().squeeze(1)
+            candidates = torch.index_select(x, 0, raised, out=scratch[: len(raised)])
+            self.argmax[rows].index_copy_(0, raised, candidates.argmax(1) + columns.start)
+        x.sub_(maximum[:, None])
+        return before.sub_(maximum)
+
+    def add(self, rows: slice, move: Tensor, weights: Tensor) -> None:
+        """Add ``weights = exp(x / T)`` of a shifted tile."""
+        self.total[rows] *= (move / self.temperature).exp_()
+        self.total[rows] += weights.sum(1)
+
+
+class RowStatistics:
+    """Feed it every tile once (``add``), for a dense mixture twice (``add_mixture``); then ``finish``.
+
+    A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch ``u``, all three
+    [rows, columns] and overwritten. Labels may lie outside the vocabulary.
+    """
+
+    def __init__(
+        self, task: Task, labels: Tensor | None, teacher: TopKRows | bool, like: Tensor
+    ) -> None:
+        objective, zeros = task.objective, torch.zeros_like(like)  # [n]
+        self.task, self.temperature, self.labels = task, objective.temperature, labels
+        self.topk = teacher if isinstance(teacher, TopKRows) else None
+        self.student = RunningSoftmax(like, self.temperature, task.diagnostics)
+        self.teacher = (
+            RunningSoftmax(like, self.temperature, task.diagnostics) if teacher is True else None
+        )
+        self.columns_seen = zeros.clone()
+        self.label_logit = torch.full_like(like, torch.nan)
+        self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
+        self.cross = zeros.clone()  # A
+        self.divergence, self.expectation = zeros.clone(), zeros.clone()
+
+    # --- one tile ---------------------------------------------------------------------------------
+
+    def add(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> None:
+        self._note_label(rows, columns, s)
+        ids = None if self.topk is None else self.topk.note_logits(rows, columns, s)
+        move = self.student.shift_(rows, columns, s, u)
+        if t is not None:
+            self._add_both(rows, columns, s, t, u, move)
+        else:
+            self._add_student(rows, s, u, move, ids)
+        if self.task.classes:
+            self._add_untempered(rows, s, u, move)
+
+    def _note_label(self, rows: slice, columns: slice, s: Tensor) -> None:
+        if self.labels is None:
+            return
+        column = self.labels[rows] - columns.start
+        here = (column >= 0) & (column < s.shape[1])
+        logit = s.gather(1, column.clamp(0, s.shape[1] - 1)[:, None]).squeeze(1)
+        noted = self.label_logit[rows]
+        noted.copy_(logit.where(here, noted))
+
+    def _add_both(
+        self, rows: slice, columns: slice, s: Tensor, t: Tensor, u: Tensor, move: Tensor
+    ) -> None:
+        """Both sums ``d`` and, for a KL, ``A``; leave ``exp(s / T)`` in ``u``."""
+        student, teacher, kind = self.student, self.teacher, self.task.objective.divergence
+        assert teacher is not None
+        teacher_move = teacher.shift_(rows, columns, t, u)
+        tempered_exp(t, self.temperature, out=u)
+        if kind == "forward_kl":
+            self._add_cross(rows, u, t.sub_(s), teacher.total[rows], teacher_move, move)
+        teacher.add(rows, teacher_move, u)
+
+        tempered_exp(s, self.temperature, out=u)
+        if kind == "reverse_kl":
+            self._add_cross(rows, u, t.neg_().add_(s), student.total[rows], move, teacher_move)
+        student.add(rows, move, u)
+
+    def _add_cross(
+        self,
+        rows: slice,
+        weights: Tensor,
+        gap: Tensor,
+        total: Tensor,
+        move_a: Tensor,
+        move_b: Tensor,
+    ) -> None:
+        factor = (move_a / self.temperature).exp_()
+        carried = (self.cross[rows] + total * (move_a - move_b)) * factor
+        # nansum: what is not a number here is 0 * inf, a weight of 0. Real NaNs show in the totals.
+        self.cross[rows] = carried.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
+
+    def _add_student(
+        self, rows: slice, s: Tensor, u: Tensor, move: Tensor, ids: Positions | None
+    ) -> None:
+        """The sum ``d`` of the columns that the teacher's ids leave; ``exp(s / T)`` in ``u``."""
+        tempered_exp(s, self.temperature, out=u)
+        if ids is None:
+            self.student.add(rows, move, u)
+            return
+        row, _, column = ids
+        weights = u[row, column]
+        u[row, column] = 0
+        self.student.add(rows, move, u)
+        u[row, column] = weights
+
+    def _add_untempered(self, rows: slice, s: Tensor, u: Tensor, move: Tensor) -> None:
+        """The sums at temperature 1, from ``exp(s / T)`` in ``u``."""
+        if self.task.objective.label_smoothing > 0:
+            self.plain[rows] += self.columns_seen[rows] * move + s.sum(1)
+            self.columns_seen[rows] += s.shape[1]
+        weights, factor = untempered(u, s, self.temperature, out=u), move.exp()
+        total = self.total_1[rows]
+        if self.task.diagnostics:
+            self.weighted[rows] = (self.weighted[rows] + total * move) * factor
+        self.total_1[rows] = total * factor + weights.sum(1)
+        if self.task.diagnostics:
+            self.weighted[rows] += weights.mul_(s).nansum(1)
+
+    def add_mixture(self, rows: slice, s: Tensor, t: Tensor) -> None:
+        """Second reading: value and expectation of a divergence of log-probabilities."""
+        student, teacher, objective = self.student, self.teacher, self.task.objective
+        assert teacher is not None
+        log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
+        log_p = log_softmax_(t, teacher.maximum[rows], teacher.total[rows], self.temperature)
+        f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        self.divergence[rows] += f.sum(1)
+        self.expectation[rows] += h.sum(1)
+
+    # --- all tiles --------------------------------------------------------------------------------
+
+    @property
+    def reads_twice(self) -> bool:
+        return self.teacher is not None and self.task.objective.divergence in MIXTURES
+
+    def finish(self) -> tuple[RowResults, SavedRows]:
+        objective = self.task.objective
+        divergence, saved = self._finish_divergence()
+        poison = self._poison()
+
+        kd = torch.where((divergence < 0) & (divergence > -ROUNDING), 0, divergence)
+        kd = kd * objective.kd_scale + poison
+        ce, z, entropy = self._finish_untempered(poison)
+        weighted = (objective.ce_weight, ce), (objective.kd_weight, kd), (objective.z_loss, z)
+        loss = poison.clone()
+        for weight, term in weighted:
+            if weight > 0:  # a term of weight 0 contributes 0, infinite or not
+                loss += weight * term
+        correct, agree = self._finish_counts()
+        return RowResults(loss, ce, kd, z, correct, agree, entropy), saved
+
+    def _poison(self) -> Tensor:
+        """NaN in rows with a label or a teacher's id outside the vocabulary, 0 in the others."""
+        poison = torch.zeros_like(self.total_1)
+        if self.labels is not None:
+            outside = (self.labels < 0) | (self.labels >= self.task.vocab)
+            poison.masked_fill_(outside, torch.nan)
+        return poison
+
+    def _finish_divergence(self) -> tuple[Tensor, SavedRows]:
+        student, teacher, objective = self.student, self.teacher, self.task.objective
+        saved = SavedRows(student.maximum, student.total, self.total_1)
+        if self.topk is not None:
+            value, total, topk = self.topk.compare(objective, student.maximum, student.total)
+            return value, saved._replace(
+                total=total, topk_inside=topk.inside, topk_outside=topk.outside
+            )
+        if teacher is None:
+            return torch.zeros_like(self.total_1), saved
+
+        log_q, log_p = student.total.log(), teacher.total.log()  # log-normalisers, so to say
+        match objective.divergence:
+            case "forward_kl":
+                value = self.cross / (self.temperature * teacher.total) - log_p + log_q
+                expectation = torch.full_like(value, -1)
+            case "reverse_kl":
+                value = self.cross / (self.temperature * student.total) - log_q + log_p
+                expectation = value
+            case _:
+                value = self.divergence + 0 * (log_p + log_q)  # NaN from either side
+                expectation = self.expectation
+        return value, saved._replace(
+            teacher_maximum=teacher.maximum, teacher_total=teacher.total, expectation=expectation
+        )
+
+    def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """CE, squared log-normaliser, entropy."""
+        if not self.task.classes:
+            return poison, poison, poison
+        eps, log_d = self.task.objective.label_smoothing, self.total_1.log()
+        ce = log_d - (1 - eps) * (self.label_logit - self.student.maximum)
+        if eps > 0:
+            ce -= eps * (self.plain / self.task.vocab)
+        z = (self.student.maximum + log_d).square() + poison
+        return ce, z, log_d - self.weighted / self.total_1
+
+    def _finish_counts(self) -> tuple[Tensor, Tensor]:
+        column, nothing = self.student.argmax, torch.zeros_like(self.total_1)
+        if column is None:
+            return nothing, nothing
+        correct = nothing if self.labels is None else (column == self.labels).to(nothing.dtype)
+        if self.topk is not None:
+            return correct, (column == self.topk.argmax()).to(nothing.dtype)
+        if self.teacher is not None:
+            return correct, (column == self.teacher.argmax).to(nothing.dtype)
+        return correct, nothing
+
+
+def tempered_exp(x: Tensor, temperature: float, out: Tensor) -> Tensor:
+    if temperature == 1:
+        return torch.exp(x, out=out)
+    return torch.mul(x, 1 / temperature, out=out).exp_()
+
+
+def untempered(weights: Tensor, x: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """``exp(x)``, given ``weights = exp(x / T)``; ``out`` may be any of them."""
+    if temperature == 1:
+        return weights if out is weights else out.copy_(weights)
+    if temperature == 2:  # the usual one; a product is six times cheaper than an exponential
+        return torch.mul(weights, weights, out=out)
+    return torch.exp(x, out=out)
+
+
+def log_softmax_(x: Tensor, maximum: Tensor, total: Tensor, temperature: float) -> Tensor:
+    """Logits to log-probabilities at T, in place, from ``total = sum exp((x - maximum) / T)``."""
+    return x.sub_(maximum[:, None]).mul_(1 / temperature).sub_(total.log()[:, None])

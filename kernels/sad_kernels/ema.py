@@ -1,0 +1,282 @@
+"""Exponential moving average of a whole model in one call, and the swap that evaluates it in place.
+
+Update, elementwise, ``s`` a shadow and ``p`` its parameter, ``w = 1 - decay``:
+
+    s <- s + w (p - s)              for w < 1/2
+    s <- p - (1 - w) (p - s)        otherwise
+
+computed in fp32 (fp64 for fp64 pairs), as in ``torch.lerp``. ``w`` and ``1 - w`` are formed in
+float64 and rounded once: in fp32, ``1 - 0.9999`` is off by 1.7e-4. ``w = 0`` keeps every bit of the
+shadow, -0.0 included, and ``w = 1`` copies the parameter, whatever the other side holds: a skipped
+step lets no NaN in.
+
+Swap of a bf16 parameter with an fp32 shadow, on bit patterns: with ``hi`` and ``low`` the upper and
+lower 16 bits of the shadow,
+
+    parameter <- pi(hi)
+    shadow    <- pi^-1(bits(parameter)) << 16 | low
+
+where pi is the identity for ``low < 0x8000`` and otherwise moves the magnitude one bf16 value up:
+that is rounding half away from zero. The parameter then holds the rounded shadow, the shadow's slot
+keeps what both need to come back, and since pi is a permutation that depends on ``low`` alone, a
+second swap restores both bit for bit. pi goes round in a circle on the magnitudes 1 to 0x7F80 (the
+finite values and infinity) and leaves zero and NaNs alone, so no NaN can turn into a number.
+
+Both functions look at every pair before they write to any, move about twice the tensors' bytes,
+and need a few blocks of ``BLOCK`` elements as extra memory, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sad_kernels._dispatch import resolve_impl
+
+BLOCK = 1 << 18  # elements per step of the torch path: its few temporaries stay in a core's cache
+EXPONENT_ALL_ONES = 0x7F80  # bf16 magnitude of infinity; larger ones are NaNs
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+UPDATE_DTYPES = {
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+}
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def ema_update_(
+    shadows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    decay: float | Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Move every shadow towards its parameter: ``shadow <- decay * shadow + (1 - decay) * param``.
+
+    ``decay`` is a number in [0, 1] or a 0-d floating-point tensor, which is read on the device
+    without a host sync; make it float64. 1 leaves the shadow untouched and 0 copies. A tensor's
+    value is not checked: NaN makes every shadow NaN.
+
+    Shadows are fp32 and parameters fp32, bf16 or fp16; fp64 goes with fp64. A 16-bit shadow is
+    refused: at a decay of 0.9999 it hardly moves. Tensors may have any dense layout, equal on both
+    sides; empty pairs are skipped. Gradients are not recorded.
+
+    Raises ``TypeError`` and ``ValueError`` before anything is written: for lists of unequal length,
+    shapes, dtypes, devices or layouts that do not match, for tensors that overlap in memory (a
+    tensor listed twice, tied weights, a shadow that is the parameter) and for a decay out of range.
+
+    >>> shadow, param = torch.tensor([1.0]), torch.tensor([3.0])
+    >>> ema_update_([shadow], [param], 0.75)
+    >>> shadow
+    tensor([1.5000])
+    """
+    decay = _as_decay(decay)
+    pairs = _checked_pairs(shadows, params, impl)
+    for i, (shadow, param) in enumerate(pairs):
+        if (shadow.dtype, param.dtype) not in UPDATE_DTYPES:
+            raise TypeError(
+                f"shadow and parameter {i} must be float32 with float32, bfloat16 or float16, or "
+                f"both float64, got {shadow.dtype} with {param.dtype}; keep the shadow in float32"
+            )
+    if isinstance(decay, Tensor) or decay != 1.0:
+        _update_torch(pairs, decay)
+
+
+def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str = "auto") -> None:
+    """Exchange shadows and parameters in place, without loss: a second call undoes the first.
+
+    Equal dtypes are exchanged bit for bit. For a bf16 parameter with an fp32 shadow the parameter
+    becomes the shadow rounded to the nearest bf16 value, ties away from zero. The swapped shadow is
+    then opaque: it lies within one bf16 step of the old parameter, but only a second swap gives it
+    meaning again, so do not average, save or report it. Tensors do not show whether they are
+    swapped; the caller keeps that flag.
+
+    Other dtype pairs are refused. fp16 with fp32 cannot work: one fp16 value near zero stands for
+    2^30 fp32 values, so 32 bits cannot hold the parameter and the rounding.
+
+    Raises ``TypeError`` and ``ValueError`` before anything is written, as ``ema_update_`` does.
+
+    >>> shadow, param = torch.tensor([1.0]), torch.tensor([3.0])
+    >>> ema_swap_([shadow], [param])
+    >>> shadow, param
+    (tensor([3.]), tensor([1.]))
+    """
+    pairs = _checked_pairs(shadows, params, impl)
+    for i, (shadow, param) in enumerate(pairs):
+        rounded = (shadow.dtype, param.dtype) == (torch.float32, torch.bfloat16)
+        if not rounded and shadow.dtype != param.dtype:
+            raise TypeError(
+                f"shadow and parameter {i} must have one dtype, or be float32 with bfloat16, got "
+                f"{shadow.dtype} with {param.dtype}; keep a copy of the parameters instead"
+            )
+    _swap_torch(pairs)
+
+
+@torch.no_grad()
+def _update_torch(pairs: Pairs, decay: float | Tensor) -> None:
+    coefficients = {}
+    for shadow, param in pairs:
+        key = (shadow.device, shadow.dtype)
+        if key not in coefficients:
+            coefficients[key] = _coefficients(decay, shadow)
+        from_param, step, exact = coefficients[key]
+        for s, p in _blocks(shadow, param):
+            p = p.to(s.dtype)
+            base = torch.where(from_param, p, s)
+            moved = torch.addcmul(base, step, p - s)
+            torch.where(exact, base, moved, out=s)
+
+
+def _coefficients(decay: float | Tensor, shadow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """0-d tensors: start from the parameter?, the factor of ``p - s``, is the start the result?"""
+    keep = torch.as_tensor(decay, dtype=torch.float64, device=shadow.device)
+    w = 1.0 - keep
+    from_param = w >= 0.5
+    step = torch.where(from_param, -keep, w).to(shadow.dtype)
+    return from_param, step, (w == 0.0) | (w == 1.0)
+
+
+@torch.no_grad()
+def _swap_torch(pairs: Pairs) -> None:
+    for shadow, param in pairs:
+        for s, p in _blocks(shadow, param):
+            if s.dtype == p.dtype:
+                _exchange(s, p)
+            else:
+                _exchange_rounded(s, p)
+
+
+def _exchange(s: Tensor, p: Tensor) -> None:
+    """Swap two blocks as integers: moving NaNs as floats may change their bits."""
+    integer = INTEGER_OF_SIZE[s.element_size()]
+    s, p = s.view(integer), p.view(integer)
+    kept = s.clone()
+    s.copy_(p)
+    p.copy_(kept)
+
+
+def _exchange_rounded(s: Tensor, p: Tensor) -> None:
+    """Swap an fp32 with a bf16 block; the formulas are at the top of this file."""
+    s, p = s.view(torch.int32), p.view(torch.int16)
+    low = s & 0xFFFF
+    up = (low >= 0x8000).to(torch.int32)
+    rounded = _turn((s >> 16) & 0xFFFF, up)
+    residue = _turn(p.to(torch.int32) & 0xFFFF, -up)
+    p.copy_(rounded.to(torch.int16))
+    s.copy_((residue << 16) | low)
+
+
+def _turn(bits: Tensor, by: Tensor) -> Tensor:
+    """Move bf16 patterns (as int32) ``by`` -1, 0 or 1 along the circle of non-zero magnitudes."""
+    magnitude = bits & 0x7FFF
+    turned = torch.remainder(magnitude - 1 + by, EXPONENT_ALL_ONES) + 1
+    on_circle = (magnitude >= 1) & (magnitude <= EXPONENT_ALL_ONES)
+    return (bits & 0x8000) | torch.where(on_circle, turned, magnitude)
+
+
+def _blocks(shadow: Tensor, param: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching one-dimensional views of both tensors, in the order of their memory."""
+    s, p = (t.detach().as_strided((t.numel(),), (1,)) for t in (shadow, param))
+    for start in range(0, s.numel(), BLOCK):
+        yield s[start : start + BLOCK], p[start : start + BLOCK]
+
+
+def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: str) -> Pairs:
+    """Every non-empty pair, after all of them have been found fit to be written to."""
+    resolve_impl(impl, *shadows, *params)  # so far only the torch path can be the answer
+    if len(shadows) != len(params):
+        raise ValueError(
+            f"shadows and params must have one length, got {len(shadows)} and {len(params)}; "
+            "pass one shadow per parameter, in the same order"
+        )
+    pairs = list(zip(shadows, params, strict=True))
+    for i, (shadow, param) in enumerate(pairs):
+        _require_matching(i, shadow, param)
+    pairs = [(shadow, param) for shadow, param in pairs if shadow.numel() > 0]
+    _require_apart(_flat(pairs))
+    return pairs
+
+
+def _require_matching(i: int, shadow: Tensor, param: Tensor) -> None:
+    for name, tensor in (("shadow", shadow), ("parameter", param)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} {i} must be a tensor, got {type(tensor).__name__}; pass lists")
+        if not tensor.dtype.is_floating_point or tensor.element_size() not in INTEGER_OF_SIZE:
+            raise TypeError(
+                f"{name} {i} must be a floating-point tensor of 16 bits or more, "
+                f"got {tensor.dtype}; leave it out"
+            )
+    if shadow.shape != param.shape:
+        raise ValueError(
+            f"shadow and parameter {i} must have one shape, got {tuple(shadow.shape)} and "
+            f"{tuple(param.shape)}; pass them in the same order"
+        )
+    if shadow.device != param.device:
+        raise ValueError(
+            f"shadow and parameter {i} must be on one device, got {shadow.device} and "
+            f"{param.device}; move the shadow to the parameter's device"
+        )
+    layouts = _layout(shadow), _layout(param)
+    if layouts[0] != layouts[1] or not _is_dense(layouts[1]):
+        raise ValueError(
+            f"shadow and parameter {i} must be dense with equal strides, got strides "
+            f"{shadow.stride()} and {param.stride()} for shape {tuple(param.shape)}; make the "
+            "shadow with torch.empty_like(param), or pass contiguous tensors"
+        )
+
+
+def _layout(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of each dimension that has more than one element, in order."""
+    if tensor.numel() == 0:
+        return []
+    return [(step, n) for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+
+
+def _is_dense(layout: list[tuple[int, int]]) -> bool:
+    """Whether the elements fill their span of memory without holes or overlaps."""
+    extent = 1
+    for stride, size in sorted(layout):
+        if stride != extent:
+            return False
+        extent *= size
+    return True
+
+
+def _require_apart(tensors: list[Tensor]) -> None:
+    """Raise if two of these dense tensors overlap: written twice, or written while being read."""
+    spans = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), tuple(t.shape))
+        for t in tensors
+    )
+    for (device, _, end, shape), (next_device, start, _, next_shape) in pairwise(spans):
+        if device == next_device and start < end:
+            raise ValueError(
+                "shadows and params must not share memory, got overlapping tensors of shape "
+                f"{shape} and {next_shape}; list tied weights once"
+            )
+
+
+def _as_decay(decay: float | Tensor) -> float | Tensor:
+    if isinstance(decay, Tensor):
+        if decay.ndim != 0 or not decay.dtype.is_floating_point:
+            raise ValueError(
+                "decay must be a number or a 0-d floating-point tensor, got shape "
+                f"{tuple(decay.shape)} of {decay.dtype}; pass a float64 scalar"
+            )
+        return decay.detach()
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+        raise TypeError(f"decay must be a number or a 0-d tensor, got {decay!r}; pass a float")
+    if not (math.isfinite(decay) and 0.0 <= decay <= 1.0):
+        raise ValueError(f"decay must lie in [0, 1], got {decay!r}; 1 keeps the shadow, 0 copies")
+    return float(decay)
+
+
+def _flat(pairs: Pairs) -> list[Tensor]:
+    return [tensor for pair in pairs for tensor in pair]

@@ -1,0 +1,473 @@
+"""The specification: what every public function means, written as plainly as eager PyTorch allows.
+
+Read this file to learn what is computed, and the others to learn how. Nothing here is optimised
+and nothing is shared with the code it judges: whole [N, V] tensors, one expression per formula,
+gradients from autograd. float64 inputs are computed in float64, which makes this the oracle of the
+tests; anything narrower is computed in float32. Results have the dtype they were computed in.
+
+The functions take the arguments of their namesakes except ``impl`` and ``chunk_bytes``: those say
+how, and there is only one way here. Two conventions hold everywhere:
+
+* Rows whose label is ``ignore_index`` are removed *before* any arithmetic, so they may hold
+  anything, NaN included.
+* A value that makes no sense (a label outside the vocabulary, NaN, +inf, a row of only -inf) turns
+  its own row's loss into NaN and leaves the other rows alone. Its gradient is then meaningless.
+
+Notation as in ``objective.py``: ``N`` tokens, ``V`` valid vocabulary, ``s`` and ``t`` the logits of
+student and teacher, ``T`` temperature, ``p = softmax(t / T)``, ``q = softmax(s / T)``,
+``q1 = softmax(s)``. In the private functions ``n`` counts the rows that are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from sad_kernels.objective import (
+    DistillOutput,
+    Divergence,
+    Head,
+    Objective,
+    Tail,
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    require_valid_vocab,
+)
+
+Reduction = Literal["mean", "sum", "none"]
+
+# --- Losses --------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """``CE + z_loss * lse^2`` per row, with ``s = softcap * tanh(logits / softcap)`` if capped."""
+    require_valid_vocab(valid_vocab, logits.shape[-1])
+    keep = _kept(labels, ignore_index)
+    s = _capped(_rows(logits, keep)[:, :valid_vocab].to(_math_dtype(logits)), softcap)
+    loss = _ce_loss(s, labels.flatten()[keep], label_smoothing, z_loss)
+    return _reduced(loss, keep, labels.shape, reduction)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """``cross_entropy`` of ``softcap(logit_scale * (hidden @ weight.T + bias))``."""
+    head = Head(weight, bias, logit_scale, softcap, valid_vocab)
+    keep = _kept(labels, ignore_index)
+    s = _logits(_rows(hidden, keep), head, head.vocab_size, _math_dtype(hidden, weight))
+    loss = _ce_loss(s, labels.flatten()[keep], label_smoothing, z_loss)
+    return _reduced(loss, keep, labels.shape, reduction)
+
+
+def kl_div(
+    student_logits: Tensor,  # [..., V]
+    teacher_logits: Tensor,  # [..., V]
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    scale_t2: bool = True,
+    labels: Tensor | None = None,  # [...], only says which rows count
+    ignore_index: int = -100,
+    valid_vocab: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The divergence between ``p`` and ``q`` per row, times ``T^2`` unless ``scale_t2=False``."""
+    objective = Objective(
+        temperature=temperature, scale_t2=scale_t2, divergence=divergence, beta=beta
+    )
+    teacher = TeacherLogits(teacher_logits, valid_vocab)
+    V = _common_vocab(student_logits.shape[-1], valid_vocab, teacher)
+    shape = student_logits.shape[:-1]
+    if labels is None:
+        keep = torch.ones(shape.numel(), dtype=torch.bool, device=student_logits.device)
+    else:
+        keep = _kept(labels, ignore_index)
+    s = _rows(student_logits, keep)[:, :V].to(_math_dtype(student_logits))
+    kd, _ = _kd(s, teacher, keep, objective)
+    if labels is not None:
+        kd = kd * _one_or_nan(labels.flatten()[keep], V)
+    return _reduced(kd, keep, shape, reduction)
+
+
+def distill_loss(
+    student_logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    teacher: Teacher | None,
+    objective: Objective,
+    *,
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> DistillOutput:
+    """The sum of ``ce_weight * CE + kd_weight * KD + z_loss * lse^2`` over ``num_items``.
+
+    Without a teacher, which takes ``kd_weight=0``, ``kd`` and ``agree`` are 0.
+    """
+    keep = _kept(labels, ignore_index)
+    V = _common_vocab(student_logits.shape[-1], None, teacher)
+    s = _rows(student_logits, keep)[:, :V].to(_math_dtype(student_logits))
+    return _distilled(s, labels.flatten()[keep], teacher, keep, objective, num_items)
+
+
+def linear_distill_loss(
+    hidden: Tensor,  # [..., D_s]
+    head: Head,
+    labels: Tensor,  # [...]
+    teacher: Teacher | None,
+    objective: Objective,
+    *,
+    num_items: float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> DistillOutput:
+    """``distill_loss`` of ``head(hidden)``."""
+    keep = _kept(labels, ignore_index)
+    V = _common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
+    s = _logits(_rows(hidden, keep), head, V, _math_dtype(hidden, head.weight))
+    return _distilled(s, labels.flatten()[keep], teacher, keep, objective, num_items)
+
+
+# --- One row -------------------------------------------------------------------------------------
+
+
+def _distilled(
+    s: Tensor,  # [n, V]
+    y: Tensor,  # [n]
+    teacher: Teacher | None,
+    keep: Tensor,  # [N] bool, True n times
+    objective: Objective,
+    num_items: float | Tensor | None,
+) -> DistillOutput:
+    ce = _ce(s, y, objective.label_smoothing)
+    z = s.logsumexp(-1).square()
+    if teacher is not None:
+        kd, teacher_choice = _kd(s, teacher, keep, objective)
+    elif objective.kd_weight == 0:
+        kd, teacher_choice = torch.zeros_like(ce), -torch.ones_like(y)  # -1: the choice of nobody
+    else:
+        raise ValueError(
+            f"kd_weight must be 0 without a teacher, got {objective.kd_weight}; "
+            "pass a teacher or set kd_weight=0"
+        )
+
+    # An empty sum is a zero that hangs on the graph: weights of 0 then still give a gradient of 0.
+    loss = s[:, :0].sum(-1)
+    for weight, term in (
+        (objective.ce_weight, ce),
+        (objective.kd_weight, kd),
+        (objective.z_loss, z),
+    ):
+        if weight != 0:  # a weight of 0 switches even an infinite term off
+            loss = loss + weight * term
+    loss = loss * _one_or_nan(y, s.shape[-1])
+
+    log_q1 = s.log_softmax(-1)
+    student_choice = s.argmax(-1)  # the first of equal logits
+    num_tokens = keep.sum()
+    return DistillOutput(
+        loss=loss.sum() / _nonzero(num_tokens if num_items is None else num_items),
+        ce=ce.sum().detach(),
+        kd=kd.sum().detach(),
+        z=z.sum().detach(),
+        num_tokens=num_tokens.to(s.dtype),
+        correct=(student_choice == y).sum().to(s.dtype),
+        agree=(student_choice == teacher_choice).sum().to(s.dtype),
+        entropy=-_expectation(log_q1, log_q1).sum().detach(),
+    )
+
+
+def _ce_loss(s: Tensor, y: Tensor, label_smoothing: float, z_loss: float) -> Tensor:  # [n]
+    """Cross-entropy as an objective of its own, which also validates the two options."""
+    Objective(ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss)
+    ce = _ce(s, y, label_smoothing)
+    return ce + z_loss * s.logsumexp(-1).square() if z_loss else ce
+
+
+def _ce(s: Tensor, y: Tensor, label_smoothing: float) -> Tensor:  # [n]
+    """``-(1 - eps) * log q1_y - (eps / V) * sum_v log q1_v``."""
+    V = s.shape[-1]
+    log_q1 = s.log_softmax(-1)
+    ce = -log_q1.gather(-1, y.long().clamp(0, V - 1)[:, None])[:, 0]
+    if label_smoothing:
+        ce = (1 - label_smoothing) * ce - label_smoothing * log_q1.mean(-1)
+    return ce * _one_or_nan(y, V)
+
+
+def _kd(
+    s: Tensor,  # [n, V]
+    teacher: Teacher,  # of all N rows
+    keep: Tensor,  # [N] bool, True n times
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """The divergence after T^2, [n], and the id that the teacher finds most likely, [n]."""
+    T, V = objective.temperature, s.shape[-1]
+    log_q = (s / T).log_softmax(-1)
+    if isinstance(teacher, TeacherTopK):
+        if teacher.tail == "zero" and objective.divergence == "reverse_kl":
+            raise ValueError(
+                "tail must be 'bucket' for reverse_kl, got 'zero'; the reverse KL to a teacher "
+                "that gives the other tokens no mass is infinite"
+            )
+        ids, log_probs = _rows(teacher.ids, keep).long(), _rows(teacher.log_probs, keep)
+        log_probs = log_probs.to(_math_dtype(s, log_probs))
+        log_p, log_q = _top_k_outcomes(ids, log_probs, teacher.tail, log_q)
+        best = log_probs == log_probs.amax(-1, keepdim=True)
+        choice = ids.masked_fill(~best, V).amin(-1)
+    else:
+        if isinstance(teacher, TeacherHidden):
+            dtype = _math_dtype(s, teacher.hidden, teacher.head.weight)
+            t = _logits(_rows(teacher.hidden, keep), teacher.head, V, dtype)
+        else:
+            t = _rows(teacher.logits, keep)[:, :V].to(_math_dtype(s, teacher.logits))
+        log_p, choice = (t / T).log_softmax(-1), t.argmax(-1)
+    value = _divergence(objective.divergence, log_p, log_q, objective.beta)
+    return objective.kd_scale * value, choice
+
+
+def _divergence(name: Divergence, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # [n]
+    match name:
+        case "forward_kl":
+            return _kl(log_p, log_q)
+        case "reverse_kl":
+            return _kl(log_q, log_p)
+        case "jsd":
+            log_m = _log_mixture(beta, log_p, log_q)
+            return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+        case "skew_forward_kl":
+            return _kl(log_p, _log_mixture(beta, log_p, log_q))
+        case "skew_reverse_kl":
+            return _kl(log_q, _log_mixture(beta, log_q, log_p))
+        case _:
+            assert_never(name)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``KL(a || b) = sum_v a_v (log a_v - log b_v)``, over the last dimension."""
+    return _expectation(log_a, log_a, minus=log_b)
+
+
+def _expectation(log_a: Tensor, value: Tensor, minus: Tensor | None = None) -> Tensor:
+    """``sum_v a_v (value_v - minus_v)``, where a term with ``a_v = 0`` is 0 whatever its bracket.
+
+    The bracket is cleared *before* the product: a NaN that is masked afterwards comes back as a NaN
+    gradient.
+    """
+    a = log_a.exp()
+    bracket = value.where(a > 0, 0)
+    if minus is not None:
+        bracket = bracket - minus.where(a > 0, 0)
+    return (a * bracket).sum(-1)
+
+
+def _log_mixture(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``log(weight * a + (1 - weight) * b)``, -inf with a gradient of 0 where both are 0."""
+    empty = torch.isneginf(log_a) & torch.isneginf(log_b)
+    weighted_a = log_a.masked_fill(empty, 0) + math.log(weight)
+    weighted_b = log_b.masked_fill(empty, 0) + math.log1p(-weight)
+    return torch.logaddexp(weighted_a, weighted_b).masked_fill(empty, -math.inf)
+
+
+def _top_k_outcomes(
+    ids: Tensor,  # [n, K], anything where the log-probability is -inf
+    log_probs: Tensor,  # [n, K]
+    tail: Tail,
+    log_q: Tensor,  # [n, V]
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of teacher and student over K tokens and one bucket, both [n, K + 1].
+
+    The bucket holds all other columns: ``p_r = 1 - sum_K p`` and ``q_r``, the sum of q outside K.
+    With ``tail="zero"`` the teacher is renormalised over K and ``p_r = 0``; the student never is.
+    """
+    n, V = log_q.shape
+    padding = torch.isneginf(log_probs)
+    foreign = ~padding & ((ids < 0) | (ids >= V))
+    columns = ids.masked_fill(padding | foreign, V)  # a column that is dropped again
+    in_k = torch.zeros(n, V + 1, dtype=torch.bool, device=ids.device).scatter(-1, columns, True)
+    in_k = in_k[:, :V]
+
+    if tail == "zero":
+        log_probs = log_probs.log_softmax(-1)
+        p_rest = log_probs.new_zeros(n)
+    else:
+        p_rest = (1 - log_probs.exp().sum(-1)).clamp(min=0)
+        p_rest = p_rest.masked_fill(in_k.all(-1), 0)  # no column is left, only rounding
+    log_p = torch.cat((log_probs, p_rest.log()[:, None]), -1)
+
+    log_q_in = log_q.gather(-1, columns.clamp(max=V - 1)).masked_fill(padding, -math.inf)
+    log_q_rest = _logsumexp(log_q.masked_fill(in_k, -math.inf))
+    log_q = torch.cat((log_q_in, log_q_rest[:, None]), -1)
+    return log_p.masked_fill(foreign.any(-1, keepdim=True), math.nan), log_q
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """``log sum_v exp(x_v)``, -inf with a gradient of 0 where all are -inf."""
+    empty = torch.isneginf(x).all(-1)
+    return x.masked_fill(empty[:, None], 0).logsumexp(-1).masked_fill(empty, -math.inf)
+
+
+# --- Plumbing ------------------------------------------------------------------------------------
+
+
+def _logits(hidden: Tensor, head: Head, V: int, dtype: torch.dtype) -> Tensor:  # [n, V]
+    """``softcap(logit_scale * (h W^T + b))``, the first V columns."""
+    z = hidden.to(dtype) @ head.weight[:V].to(dtype).T
+    if head.bias is not None:
+        z = z + head.bias[:V].to(dtype)
+    return _capped(head.logit_scale * z, head.softcap)
+
+
+def _capped(z: Tensor, softcap: float | None) -> Tensor:
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _common_vocab(width: int, valid_vocab: int | None, teacher: Teacher | None) -> int:
+    """The number of columns that student and teacher are cut to."""
+    if teacher is None or isinstance(teacher, TeacherTopK):
+        return width if valid_vocab is None else valid_vocab
+    if isinstance(teacher, TeacherHidden):
+        teacher_width, teacher_valid = teacher.head.weight.shape[0], teacher.head.valid_vocab
+    else:
+        teacher_width, teacher_valid = teacher.logits.shape[-1], teacher.valid_vocab
+    said = {v for v in (valid_vocab, teacher_valid) if v is not None} or {width, teacher_width}
+    if len(said) > 1 or min(said) > min(width, teacher_width):
+        raise ValueError(
+            "student and teacher must have one vocabulary, got "
+            f"{width} columns with valid_vocab={valid_vocab} and "
+            f"{teacher_width} columns with valid_vocab={teacher_valid}; "
+            "pass the same valid_vocab on both sides"
+        )
+    return min(said)
+
+
+def _math_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any of them is, otherwise float32."""
+    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+
+
+def _kept(labels: Tensor, ignore_index: int) -> Tensor:  # [N] bool
+    return labels.flatten() != ignore_index
+
+
+def _rows(x: Tensor, keep: Tensor) -> Tensor:
+    """The kept rows of [..., K] as [n, K]; the others get a gradient of exactly 0."""
+    return x.reshape(keep.shape[0], x.shape[-1])[keep]
+
+
+def _one_or_nan(y: Tensor, V: int) -> Tensor:
+    """1 for a label inside the vocabulary, NaN for one outside."""
+    return torch.where((y >= 0) & (y < V), 1.0, math.nan)
+
+
+def _nonzero(count: float | Tensor) -> float | Tensor:
+    """What to divide a sum over ``count`` rows by: the mean over none is 0, not 0 / 0."""
+    return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
+
+
+def _reduced(rows: Tensor, keep: Tensor, shape: torch.Size, reduction: Reduction) -> Tensor:
+    match reduction:
+        case "none":
+            return rows.new_zeros(keep.shape).masked_scatter(keep, rows).reshape(shape)
+        case "sum":
+            return rows.sum()
+        case "mean":
+            return rows.sum() / _nonzero(keep.sum())
+        case _:
+            raise ValueError(
+                f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}; choose one of these"
+            )
+
+
+# --- Exponential moving average ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ema_update_(shadows: Sequence[Tensor], params: Sequence[Tensor], decay: float | Tensor) -> None:
+    """``shadow <- decay * shadow + (1 - decay) * param``, in float64 and rounded once.
+
+    A decay of 1 writes nothing and a decay of 0 copies, exactly and whatever the other side holds.
+    """
+    decay = float(decay)
+    for shadow, param in zip(shadows, params, strict=True):
+        if decay == 0:
+            shadow.copy_(param)
+        elif decay != 1:
+            shadow.copy_(decay * shadow.double() + (1 - decay) * param.double())
+
+
+@torch.no_grad()
+def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Exchange shadows and parameters in place; a second call restores every bit.
+
+    Equal dtypes are exchanged. A bfloat16 parameter takes its fp32 shadow rounded half away from
+    zero; the shadow takes the parameter as its upper 16 bits and keeps its own lower 16, which
+    remember the rounding. With ``hi, low`` the two halves of the shadow's bits:
+
+        parameter, shadow <- hi,     (parameter, low)           if low <  0x8000
+        parameter, shadow <- up(hi), (down(parameter), low)     if low >= 0x8000
+
+    ``up`` adds 1 to the 15 bits of magnitude and ``down`` subtracts it, as permutations of these
+    bits: zero and NaN (above 0x7F80, which is infinity) stay where they are, and infinity, which
+    has no next number, becomes 1.
+    """
+    for shadow, param in zip(shadows, params, strict=True):
+        if shadow.dtype == param.dtype:
+            old_shadow = shadow.clone()
+            shadow.copy_(param)
+            param.copy_(old_shadow)
+        elif (shadow.dtype, param.dtype) == (torch.float32, torch.bfloat16):
+            shadow_bits = shadow.view(torch.int32).long() & 0xFFFF_FFFF
+            param_bits = param.view(torch.int16).long() & 0xFFFF
+            hi, low = shadow_bits >> 16, shadow_bits & 0xFFFF
+            new_param = torch.where(low < 0x8000, hi, _up(hi))
+            new_hi = torch.where(low < 0x8000, param_bits, _down(param_bits))
+            shadow.view(torch.int32).copy_(_signed(new_hi << 16 | low, bits=32))
+            param.view(torch.int16).copy_(_signed(new_param, bits=16))
+        else:
+            raise TypeError(
+                "a shadow must have its parameter's dtype or be float32 over bfloat16, got "
+                f"{shadow.dtype} over {param.dtype}; keep the shadow in one of these"
+            )
+
+
+def _up(x: Tensor) -> Tensor:
+    sign, magnitude = x & 0x8000, x & 0x7FFF
+    step = (magnitude >= 1) & (magnitude < 0x7F80)
+    return sign | torch.where(magnitude == 0x7F80, 1, magnitude + step)
+
+
+def _down(x: Tensor) -> Tensor:
+    sign, magnitude = x & 0x8000, x & 0x7FFF
+    step = (magnitude >= 2) & (magnitude <= 0x7F80)
+    return sign | torch.where(magnitude == 1, 0x7F80, magnitude - step.long())
+
+
+def _signed(x: Tensor, bits: int) -> Tensor:
+    """Unsigned integers as two's complement of the same width."""
+    return torch.where(x >= 1 << (bits - 1), x - (1 << bits), x)

@@ -1,0 +1,205 @@
+"""The ``sad`` command: words in, one call, an exit code out. Every error a user sees passes here.
+
+What is slow to import (torch, transformers) is imported after the words are understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from sad.errors import OutOfMemoryError, SadError, UsageError
+from sad.recipes import recipe_names, recipe_summary
+
+INTERRUPTED = 128 + 2  # SIGINT, as shells count
+BROKEN_PIPE = 128 + 13  # SIGPIPE
+
+OVERRIDES = """
+--key value, --key=value and --data.train value override what the file says. A list takes several
+values, null stands for nothing, and a bare --key switches on. Relative paths in a file mean the
+file's own folder first.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or the one that its error carries.
+
+    The first line on stderr is ``sad: error: ...``. A traceback follows for a bug of ours (code 1)
+    and with ``--debug``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if not {"-h", "--help"}.isdisjoint(words):
+        words = [*words[:1], "--help"]  # asked for anywhere, it wins
+    args = argparse.Namespace(debug="--debug" in words)
+    try:
+        _parser().parse_args(words, namespace=args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("sad: error: interrupted; nothing new is saved", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output left, as in `sad distill --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        return _report(error, debug=args.debug)
+
+
+def _distill(args: argparse.Namespace) -> int:
+    config = _load(args)
+
+    from sad.train import distill
+
+    distill(config)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from sad.evaluate import evaluate_run
+
+    for name, value in evaluate_run(args.run_dir).items():
+        print(f"{name:<28} {value:.4f}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _load(args)
+
+    from sad.plan import format_plan, plan
+
+    print(format_plan(plan(config)))
+    return 0
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from sad.selftest import run
+
+    return run()
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from sad.configfile import load_config
+
+    config = load_config(args.config, args.overrides)
+    args.debug |= config.debug
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sad",
+        description="Turn a large language model into a small one on little memory.",
+        epilog=f"{_recipes()}\n\n`sad distill --help` lists every key of a configuration.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, help="print versions, for a bug report")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    distill = commands.add_parser(
+        "distill", add_help=False, help="train a student from a teacher, or from text alone"
+    )
+    _takes_configuration(distill, _distill)
+
+    evaluate = commands.add_parser("eval", help="score the best student of a run")
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="its output_dir")
+    evaluate.set_defaults(run=_eval)
+
+    plan = commands.add_parser(
+        "plan", add_help=False, help="predict a run's peak memory; no weights are loaded"
+    )
+    _takes_configuration(plan, _plan)
+
+    selftest = commands.add_parser("selftest", help="check the kernels against their definitions")
+    selftest.set_defaults(run=_selftest)
+
+    for child in (distill, evaluate, plan, selftest):
+        child.add_argument("--debug", action="store_true", help="show tracebacks for every error")
+    return parser
+
+
+def _takes_configuration(parser: argparse.ArgumentParser, run: Any) -> None:
+    parser.add_argument("-h", "--help", action=_ConfigurationHelp)
+    parser.add_argument("config", metavar="RECIPE|FILE.yaml")
+    parser.add_argument("overrides", metavar="...", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=run)
+
+
+def _recipes() -> str:
+    lines = [f"  {name:<20} {recipe_summary(name)}" for name in recipe_names()]
+    return "\n".join(["recipes:", *lines])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains as the rest of the program does, and takes no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class _ConfigurationHelp(argparse.Action):
+    """``--help`` of a command that takes a configuration."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from sad.keyshelp import keys_help
+
+        print(f"usage: {parser.prog} RECIPE|FILE.yaml [--key value ...]\n{OVERRIDES}")
+        print(f"{_recipes()}\n\n{keys_help()}")
+        parser.exit()
+
+
+class _Version(argparse.Action):
+    """``--version``: ours and those that matter for a bug report."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from sad.versions import library_versions
+
+        print(", ".join(f"{name} {version}" for name, version in library_versions().items()))
+        parser.exit()
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Print the error as a user should see it; return the exit code it stands for."""
+    known = _as_sad_error(error)
+    if known is None:
+        kind = type(error).__name__
+        line = f"this is a bug in sad, got {kind}: {error}; please report it with the lines below"
+    else:
+        line = str(known)
+    print(f"sad: error: {line}", file=sys.stderr)
+    if known is None or debug:
+        traceback.print_exception(error)
+    return 1 if known is None else known.exit_code
+
+
+def _as_sad_error(error: Exception) -> SadError | None:
+    if isinstance(error, SadError):
+        return error
+    if _is_out_of_memory(error):
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        return OutOfMemoryError(
+            f"memory must hold model, optimizer and activations, got: {first_line}; lower "
+            "per_device_train_batch_size or max_length (`sad plan` itemises the need)"
+        )
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # whoever has not imported it cannot have run out in it
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # The CPU allocator raises a bare RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,94 @@
+"""The two networks of a run: the student with its loss inside its own forward, and the frozen teacher.
+
+The loss belongs inside the root module's forward because that is where the head's weight is whole when parameters
+are sharded: nothing outside ever touches a piece of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, linear_distill_loss
+from torch import nn
+from transformers import PreTrainedModel
+
+from sad.data import Batch
+from sad.models import split_head, with_valid_vocab
+
+ContextFactory = Callable[[], AbstractContextManager[object]]
+
+
+class StudentWithLoss(nn.Module):
+    """A student whose forward pass returns the loss of a batch, so that its logits never exist whole.
+
+    ``valid_vocab`` is the number of ids the tokenizer can produce; ``autocast`` is entered around
+    the layers, and their hidden states are cast to ``compute_dtype`` before the loss.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        valid_vocab: int,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        autocast: ContextFactory = nullcontext,
+        chunk_bytes: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.valid_vocab = valid_vocab
+        self.compute_dtype = compute_dtype
+        self.autocast = autocast
+        self.chunk_bytes = chunk_bytes
+        self.impl = impl
+
+    def forward(
+        self, batch: Batch, teacher: TeacherHidden | None, objective: Objective, num_items: int
+    ) -> DistillOutput:
+        """The objective's weighted sum over the batch's targets divided by ``num_items``.
+
+        ``num_items`` is the number of targets in the whole accumulation window: adding the
+        gradients of its micro-batches then gives the gradient of their mean over tokens.
+        """
+        # Split on each call: a parameter that was replaced or unsharded meanwhile is the one used.
+        backbone, head = split_head(self.model)
+        with self.autocast():
+            hidden = backbone(batch.input_ids, batch.position_ids)
+        return linear_distill_loss(
+            # Autocast leaves the residual stream of Llama-like models in fp32.
+            hidden.to(self.compute_dtype),
+            with_valid_vocab(head, self.valid_vocab),
+            batch.labels,
+            teacher,
+            objective,
+            num_items=num_items,
+            chunk_bytes=self.chunk_bytes,
+            impl=self.impl,
+        )
+
+
+class FrozenTeacher:
+    """A teacher that yields final hidden states and its head, never logits.
+
+    Its layers may live on another device than the student (``teacher_device``); its head stays
+    with the student, so that hidden states travel and weights do not.
+    """
+
+    def __init__(self, model: PreTrainedModel, valid_vocab: int, *, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self._backbone, head = split_head(model)
+        self._layers_device = model.get_input_embeddings().weight.device
+        weight = head.weight.detach().to(device)
+        bias = None if head.bias is None else head.bias.detach().to(device)
+        self._head: Head = with_valid_vocab(replace(head, weight=weight, bias=bias), valid_vocab)
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
+    def __call__(self, batch: Batch) -> TeacherHidden:
+        there = batch.to(self._layers_device)
+        hidden = self._backbone(there.input_ids, there.position_ids)
+        return TeacherHidden(hidden.to(self.device), self._head)

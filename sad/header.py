@@ -1,0 +1,109 @@
+"""The first thing a run shows: what it is about to do, in lines a person can check before leaving."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sad.config import DistillConfig, config_hash
+from sad.data import PackedRows
+from sad.plan import plan
+from sad.precision import Precision
+from sad.schedule import Horizon, describe
+from sad.versions import library_versions
+
+Line = tuple[str, str]
+
+
+def run_header(
+    name: str,
+    config: DistillConfig,
+    *,
+    horizon: Horizon,
+    precision: Precision,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    vocabulary: int,
+    train_rows: PackedRows,
+    eval_rows: PackedRows,
+    checks: dict[str, float],
+    checkpoint: Path | None,
+) -> list[Line]:
+    """Labels and texts, in the order they are read."""
+    lines = [
+        ("run", f"{name} -> {config.output_dir}"),
+        ("student", _model_line(config.student, student)),
+    ]
+    if teacher is not None:
+        role = "" if config.kd_weight else ", for evaluation only"
+        lines.append(("teacher", _model_line(config.teacher or "", teacher) + role))
+    lines += [
+        ("vocabulary", f"{vocabulary:,} ids"),
+        ("text", _text_line(train_rows) + f"; held out {_text_line(eval_rows)}"),
+        ("length", describe(config, horizon)),
+        ("batch", _batch_line(config)),
+        ("objective", _objective_line(config)),
+        ("precision", _precision_line(precision)),
+    ]
+    if checks:
+        lines.append(("self-check", ", ".join(f"{k} {v:.1e}" for k, v in checks.items())))
+    lines += [
+        ("memory", f"{plan(config).total / 2**20:,.0f} MiB predicted at peak"),
+        ("machine", _machine_line(precision.device)),
+        ("versions", ", ".join(f"{k} {v}" for k, v in library_versions().items())),
+        ("config", config_hash(config)[:12]),
+    ]
+    if checkpoint is not None:
+        lines.append(("resumed", f"from {checkpoint}"))
+    return lines
+
+
+def _model_line(source: str, model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{source}, {count:,} parameters in {dtype}"
+
+
+def _text_line(rows: PackedRows) -> str:
+    targets = int(rows.num_targets.sum())
+    return f"{rows.num_documents:,} documents, {targets:,} targets in {len(rows):,} rows"
+
+
+def _batch_line(config: DistillConfig) -> str:
+    rows, windows = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    tokens = rows * windows * config.max_length
+    return f"{rows} rows x {config.max_length} tokens x {windows} micro-batches = {tokens:,} tokens"
+
+
+def _objective_line(config: DistillConfig) -> str:
+    objective = config.objective()
+    smoothing, z_loss = objective.label_smoothing, objective.z_loss
+    parts = []
+    if objective.ce_weight:
+        smoothed = f" (smoothing {smoothing:g})" if smoothing else ""
+        parts.append(f"{objective.ce_weight:g} CE{smoothed}")
+    if objective.kd_weight:
+        at = f" at T = {objective.temperature:g}"
+        parts.append(f"{objective.kd_weight:g} {objective.divergence}{at}")
+    if z_loss:
+        parts.append(f"{z_loss:g} lse^2")
+    return " + ".join(parts) or "nothing"
+
+
+def _precision_line(precision: Precision) -> str:
+    names = [
+        str(d).removeprefix("torch.") for d in (precision.param_dtype, precision.compute_dtype)
+    ]
+    masters = ", fp32 master weights" if precision.masters is not None else ""
+    lossy = precision.param_dtype == torch.bfloat16 and precision.masters is None
+    warning = "; warning: updates below half a bf16 step are lost" if lossy else ""
+    return f"parameters {names[0]}, compute {names[1]}{masters}{warning}"
+
+
+def _machine_line(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,239 @@
+"""Loading teacher and student; how they are taken apart is in ``sad.heads``.
+
+Whatever goes wrong with a model that a user named ends as one line: ``UsageError`` if there is no
+such model, ``UnfitError`` if there is one but it cannot do the job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+from sad.config import DistillConfig
+from sad.errors import SadError, UnfitError, UsageError
+from sad.heads import Backbone, one_line, split_head, with_valid_vocab
+
+__all__ = [
+    "Backbone",
+    "build_model",
+    "compute_dtype",
+    "load_student",
+    "load_teacher",
+    "read_model_config",
+    "resolve_device",
+    "split_head",
+    "teacher_dtype",
+    "with_valid_vocab",
+]
+
+Role = Literal["student", "teacher"]
+
+
+def load_student(config: DistillConfig) -> PreTrainedModel:
+    """The student in ``param_dtype`` on ``device``, in training mode and without a cache.
+
+    With ``student_init: random`` only its configuration is read, and the weights are drawn from
+    ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes.
+    Gradient checkpointing is non-reentrant. The global random state is left as it was.
+
+    Raises ``UsageError`` if there is no such model or device, ``UnfitError`` if the model is not
+    causal or its weights are incomplete or damaged.
+    """
+    device, dtype = resolve_device(config.device), getattr(torch, config.param_dtype)
+    if config.student_init == "random":
+        model: Any = _random_student(config).to(dtype)
+    else:
+        model = _pretrained_model(config, "student", dtype)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        _enable_checkpointing(model)
+    return model.to(device).train()
+
+
+def load_teacher(config: DistillConfig) -> PreTrainedModel:
+    """The teacher in its own dtype on ``teacher_device``: frozen, in eval mode, without a cache.
+
+    Raises like ``load_student``.
+    """
+    device = resolve_device(config.teacher_device or config.device)
+    model: Any = _pretrained_model(config, "teacher", teacher_dtype(config))
+    model.config.use_cache = False
+    return model.to(device).requires_grad_(False).eval()
+
+
+def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
+    """What transformers knows of the student or the teacher without reading its weights.
+
+    Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
+    """
+    name, trust = _name_and_trust(config, role)
+    with _quiet(), _explained(role, name):
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    own_code = getattr(model_config, "auto_map", None) or {}
+    known = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
+    if not known or getattr(model_config, "is_encoder_decoder", False):
+        raise UnfitError(
+            f"{role} must be a causal language model, got {name} (model_type "
+            f"{model_config.model_type!r}); choose a decoder-only model"
+        )
+    return model_config
+
+
+def build_model(config: DistillConfig, role: Role) -> PreTrainedModel:
+    """The architecture alone, its fp32 weights drawn at random on the device that is current.
+
+    Raises like ``read_model_config``.
+    """
+    name, trust = _name_and_trust(config, role)
+    model_config = read_model_config(config, role)
+    with _quiet(), _explained(role, name):
+        return AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=trust,
+        )
+
+
+def compute_dtype(config: DistillConfig) -> torch.dtype:
+    """The dtype of the student's matrix products."""
+    if config.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else getattr(torch, config.param_dtype)
+
+
+def teacher_dtype(config: DistillConfig) -> torch.dtype:
+    """The dtype of the teacher's weights and products."""
+    return getattr(torch, config.teacher_dtype) if config.teacher_dtype else compute_dtype(config)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; ``UsageError`` for a device not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device must be one that this machine has, got {name} ({one_line(error)}); "
+            "use auto or cpu"
+        ) from error
+    return device
+
+
+def _random_student(config: DistillConfig) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_model(config, "student")
+
+
+def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
+    name, trust = _name_and_trust(config, role)
+    model_config = read_model_config(config, role)
+    with _quiet(), _explained(role, name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=trust,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UnfitError(
+            f"{role} must come with all weights of {type(model).__name__}, got {name} without "
+            f"{len(missing)} of them (first {missing[0]!r}); choose a model that was saved as a "
+            "causal language model"
+        )
+    return model
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"gradient_checkpointing must be false for {type(model).__name__}, which does not "
+            "support it, got true; turn it off"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
+    """The local path or hub id of a model, and whether its own code may run."""
+    if role == "student":
+        name, trust = config.student, config.trust_remote_code_student
+    else:
+        name, trust = config.teacher, config.trust_remote_code_teacher
+    if not name:
+        raise UsageError(f"{role} must be a folder or a Hugging Face id, got none; set `{role}`")
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path.resolve()), trust
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(
+            f"{role} must be a folder that exists or a Hugging Face id, got {name}; check the path "
+            f"(seen from {os.getcwd()})"
+        )
+    return name, trust
+
+
+@contextmanager
+def _explained(role: Role, name: str) -> Iterator[None]:
+    """Turn what transformers raises about a model into one line."""
+    try:
+        yield
+    except OSError as error:  # no such model, no network, no permission, nothing in the folder
+        raise UsageError(
+            f"{role} must be a folder with a saved model, or a Hugging Face id that can be "
+            f"fetched, got {name} ({one_line(error)}); check the name and the network"
+        ) from error
+    except ImportError as error:
+        raise UsageError(
+            f"{role} must run with what is installed, got {name} ({one_line(error)}); install what "
+            "is missing, or choose another attn_implementation"
+        ) from error
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _unfit(role, name, error) from error
+
+
+def _unfit(role: Role, name: str, error: Exception) -> SadError:
+    cause = one_line(error)
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"{role} must be a model that transformers knows, got {name}, which comes with code of "
+            f"its own; read that code, then set trust_remote_code_{role}: true"
+        )
+    return UnfitError(
+        f"{role} must be a model that transformers can build, got {name} ({cause}); check its "
+        "files, its family and attn_implementation"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' progress bars and all it logs below errors."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,260 @@
+"""Live objects to plain JSON and named tensors, and back into the same objects.
+
+Everything goes by name and comes back *in place*: an optimizer keeps pointing at the parameters it
+was built with. (A module that is replaced after its optimizer was built trains nothing.)
+
+The tensors returned are the live ones, not copies: write them before training goes on. Functions
+that load check names, shapes and dtypes before they change anything, and raise ``CheckpointError``
+for a checkpoint of another run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sad.errors import CheckpointError
+
+_LIVE_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+"""Entries of an optimizer's group that are no state: how *this* process computes the update."""
+
+_REMEDY = "resume with the models and the configuration the run began with"
+
+
+# Modules, or any named tensors
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied one appears once, under its first name."""
+    persistent = model.state_dict().keys()  # under all names; what it lacks is not persistent
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return dict(model.named_parameters()) | buffers
+
+
+def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy saved parameters and persistent buffers into a model of the same architecture."""
+    load_tensors(model_tensors(model), saved, "model")
+
+
+@torch.no_grad()
+def load_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Copy ``saved`` into ``live``, name by name. ``what`` names the tensors in errors."""
+    _require_same_names(live, saved, f"{what} tensors")
+    for name, tensor in live.items():
+        _require_alike(tensor, saved[name], f"{what} tensor {name!r}")
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+
+
+# Optimizers
+
+
+def optimizer_state(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Groups and plain values for JSON, and the state tensors as ``parameter name/state key``.
+
+    ``parameters`` names every parameter of the optimizer; with fp32 master weights these are the
+    masters.
+    """
+    names = _names(optimizer, parameters)
+    groups = [
+        {
+            "names": [names[id(parameter)] for parameter in group["params"]],
+            "options": {key: _plain(group[key]) for key in group if key not in _LIVE_OPTIONS},
+        }
+        for group in optimizer.param_groups
+    ]
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for parameter, state in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                values.setdefault(name, {})[key] = _plain(value)
+    return {"groups": groups, "values": values}, tensors
+
+
+@torch.no_grad()
+def load_optimizer(
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Put saved groups and state into an optimizer built in the same way.
+
+    ``Optimizer.load_state_dict`` would cast the state to the parameter's dtype, and so round fp32
+    moments of bf16 parameters. Here every tensor keeps its dtype.
+    """
+    _require_same_groups(optimizer, parameters, state["groups"])
+    restored: dict[str, dict[str, Any]] = {n: dict(v) for n, v in state["values"].items()}
+    for path in saved:
+        name, _, key = path.rpartition("/")
+        restored.setdefault(name, {})[key] = saved[path]
+    _require_known(restored, parameters, "optimizer state")
+
+    names = _names(optimizer, parameters)
+    optimizer.state.clear()
+    for group, saved_group in zip(optimizer.param_groups, state["groups"], strict=True):
+        for key, value in saved_group["options"].items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+        for parameter in group["params"]:
+            values = restored.get(names[id(parameter)])
+            if values is not None:
+                optimizer.state[parameter] = {
+                    key: _state_value(parameter, key, value, group) for key, value in values.items()
+                }
+
+
+def _names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, str]:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise ValueError(
+                    "parameters must name every parameter of the optimizer, got none for one of "
+                    f"shape {tuple(parameter.shape)}; pass those the optimizer was built with"
+                )
+    return names
+
+
+def _require_same_groups(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], saved: list[dict[str, Any]]
+) -> None:
+    names = _names(optimizer, parameters)
+    live = [
+        [names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
+    ]
+    if len(live) != len(saved):
+        raise CheckpointError(
+            f"the checkpoint's optimizer must have {len(live)} parameter groups, got {len(saved)}; "
+            f"{_REMEDY}"
+        )
+    for i, (live_names, group) in enumerate(zip(live, saved, strict=True)):
+        _require_same_names(live_names, group["names"], f"optimizer group {i} parameters")
+
+
+def _state_value(parameter: Tensor, key: str, value: Any, group: dict[str, Any]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if key == "step" and not (group.get("fused") or group.get("capturable")):
+        return value.to("cpu", copy=True)  # counted on the host: no synchronisation in a step
+    return _beside(parameter, value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Gradients of an unfinished window
+
+
+def gradient_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients accumulated so far, as they are (scaled, in fp16). None is left out."""
+    return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+@torch.no_grad()
+def load_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Restore every ``.grad``, the ones that were None included."""
+    _require_known(saved, parameters, "gradient")
+    for name, gradient in saved.items():
+        if gradient.shape != parameters[name].shape:
+            raise _unlike(f"gradient {name!r}", parameters[name], gradient)
+    for name, parameter in parameters.items():
+        parameter.grad = _beside(parameter, saved[name]) if name in saved else None
+
+
+# Random numbers
+
+
+def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The global generators of this process: torch (CPU and each CUDA device), Python, numpy."""
+    version, words, gauss = random.getstate()
+    _, key, position, has_gauss, cached = cast(tuple, np.random.get_state(legacy=True))
+    state = {
+        "python": {"version": version, "words": list(words), "gauss": gauss},
+        "numpy": {"position": int(position), "has_gauss": int(has_gauss), "cached": float(cached)},
+    }
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(key.astype(np.int64))}
+    if torch.cuda.is_initialized():  # asking would initialise it
+        for i, device_state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda.{i}"] = device_state
+    return state, tensors
+
+
+def load_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]:
+    """Restore the generators. Do this last: building and loading other objects draws numbers.
+
+    Returns the names of saved generators whose device this machine lacks: if there are any, random
+    draws on devices do not continue where they stopped.
+    """
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
+    key = saved["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(saved["torch"].clone())
+    devices = torch.cuda.device_count()
+    missing = []
+    for name in saved:
+        kind, _, index = name.partition(".")
+        if kind == "cuda" and int(index) < devices:
+            torch.cuda.set_rng_state(saved[name].clone(), int(index))
+        elif kind == "cuda":
+            missing.append(name)
+    return missing
+
+
+# Shared by the above
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy on the parameter's device, in the parameter's memory layout if it has its shape.
+
+    Fused optimizers walk through parameter, gradient and moments by address, so the strides of a
+    moment must be those it would have been created with.
+    """
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _require_same_names(live: Iterable[str], saved: Iterable[str], what: str) -> None:
+    live, saved = list(live), list(saved)
+    missing, unexpected = sorted(set(live) - set(saved)), sorted(set(saved) - set(live))
+    if missing or unexpected:
+        first = f"first {(missing or unexpected)[0]!r}"
+        raise CheckpointError(
+            f"the checkpoint's {what} must be the {len(live)} of this run, got {len(missing)} "
+            f"missing and {len(unexpected)} unexpected, {first}; {_REMEDY}"
+        )
+
+
+def _require_known(saved: Iterable[str], live: Mapping[str, Tensor], what: str) -> None:
+    for name in saved:
+        if name not in live:
+            raise CheckpointError(
+                f"the checkpoint's {what} must belong to parameters of this run, got {name!r}; "
+                f"{_REMEDY}"
+            )
+
+
+def _require_alike(live: Tensor, saved: Tensor, what: str) -> None:
+    if live.shape != saved.shape or live.dtype != saved.dtype:
+        raise _unlike(what, live, saved)
+
+
+def _unlike(what: str, live: Tensor, saved: Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's {what} must be {live.dtype} {tuple(live.shape)}, got {saved.dtype} "
+        f"{tuple(saved.shape)}; {_REMEDY}"
+    )

@@ -1,0 +1,309 @@
+"""``distill(config)``: from a configuration to a student, a table of what it learned, a report.
+
+    sad distill quickstart                          on any machine, in minutes
+    sad distill FILE.yaml --output_dir runs/one     on one GPU
+    sad distill FILE.yaml --output_dir runs/one --resume_from_checkpoint auto
+
+How one student is trained lies in ``sad.training``; here is the story around it: text, frozen
+teacher, the baseline that learns without the teacher, the student, what is written at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sad.checkpoint import load_checkpoint
+from sad.config import DistillConfig, config_to_dict
+from sad.data import Batch, PackedRows, load_rows
+from sad.distillation import FrozenTeacher, StudentWithLoss
+from sad.errors import OutputError, SadError, StoppedError
+from sad.evaluate import eval_batches, evaluate_teacher
+from sad.header import run_header
+from sad.log import RunLog, memory_now
+from sad.models import load_student, load_teacher, resolve_device
+from sad.precision import Precision
+from sad.report import format_results, write_report
+from sad.rundir import RunDirectory
+from sad.signals import StopSignals
+from sad.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
+from sad.training import Trainer
+from sad.versions import library_versions
+
+Row = dict[str, Any]
+METRICS = ("nll", "perplexity", "bits_per_byte", "kl", "agreement", "accuracy")
+
+SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
+"""How many texts the finished student writes for the report, and their lengths in tokens."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``distill`` leaves behind.
+
+    ``metrics`` are those of the last evaluation under their logged names (``eval_ema/nll``, ...);
+    ``results`` the rows of the printed table: teacher, baseline if there is one, student.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float]
+    results: list[Row]
+
+    @property
+    def best(self) -> Path:
+        """The student with the best held-out score, as ``save_pretrained`` wrote it."""
+        return self.run_dir / "best"
+
+    @property
+    def final(self) -> Path:
+        """The student at the end of training."""
+        return self.run_dir / "final"
+
+    @property
+    def report(self) -> Path:
+        return self.run_dir / "report.html"
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What the student and its baseline share: text, tokenizer, frozen teacher."""
+
+    tokenizer: PreTrainedTokenizerFast
+    valid_vocab: int
+    train_rows: PackedRows
+    eval_rows: PackedRows
+    teacher: FrozenTeacher | None
+    device: torch.device
+
+    def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
+        return eval_batches(
+            self.eval_rows, config.per_device_eval_batch_size, config.max_eval_rows, self.device
+        )
+
+
+def distill(config: DistillConfig) -> RunResult:
+    """Train ``config.student`` against ``config.teacher`` on ``config.data``; return what it learned.
+
+    Everything is written under ``config.output_dir``. Raises a subclass of ``SadError``, whose
+    ``exit_code`` says what kind of failure it is; ``StoppedError`` after a signal, with all state
+    saved. Whatever happens, ``status.json`` in the run directory tells.
+    """
+    run_dir = RunDirectory(config.output_dir)
+    checkpoint = run_dir.claim(config, report=print)
+    try:
+        with StopSignals() as signals:
+            result = _distill(config, run_dir, checkpoint, signals)
+    except BaseException as error:
+        _write_failure(run_dir, error)
+        raise
+    run_dir.write_status("finished")
+    return result
+
+
+def _distill(
+    config: DistillConfig, run_dir: RunDirectory, checkpoint: Path | None, signals: StopSignals
+) -> RunResult:
+    materials = _gather(config)
+    results: list[Row] = []
+    metrics: dict[str, float] = {}
+
+    if materials.teacher is not None:
+        metrics = evaluate_teacher(materials.teacher, materials.eval_batches(config))
+        results.append(_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
+
+    if config.baseline:
+        results.append(_train_baseline(config, run_dir, materials, signals))
+
+    name = "student, distilled" if config.kd_weight else "student"
+    trainer = _train(config, run_dir, checkpoint, materials, signals, name=name)
+    results.append(_student_row(name, trainer))
+    metrics |= trainer.counters.metrics
+
+    record = {"results": results, "samples": _samples(run_dir.final, materials)}
+    run_dir.write_run(run_dir.read_run() | record)
+    report = write_report(run_dir.path)
+    print(f"\n{format_results(results)}\n\nreport   {report}\nstudent  {run_dir.final}")
+    return RunResult(run_dir.path, metrics, results)
+
+
+def _gather(config: DistillConfig) -> Materials:
+    """Load what does not learn, refusing what cannot be used together."""
+    _seed_everything(config)
+    device = resolve_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
+    vocab = valid_vocab(tokenizer)
+    train_rows, eval_rows = load_rows(config, tokenizer)
+    teacher = None
+    if config.teacher is not None:
+        require_same_tokenizer(
+            load_tokenizer(config.teacher, config.trust_remote_code_teacher), tokenizer
+        )
+        teacher = FrozenTeacher(load_teacher(config), vocab, device=device)
+    return Materials(tokenizer, vocab, train_rows, eval_rows, teacher, device)
+
+
+def _train_baseline(
+    config: DistillConfig, run_dir: RunDirectory, materials: Materials, signals: StopSignals
+) -> Row:
+    """The same student from the same weights on the same batches, without its teacher.
+
+    It is a run of its own in ``baseline/``: resumed by itself, and not repeated once finished.
+    """
+    alone = replace(
+        config,
+        kd_weight=0.0,
+        ce_weight=1.0,
+        baseline=False,
+        output_dir=str(run_dir.baseline),
+        resume_from_checkpoint=config.resume_from_checkpoint and "auto",
+    )
+    name = "student, text alone"
+    baseline = RunDirectory(run_dir.baseline)
+    if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
+        return baseline.read_run()["results"][0]
+    checkpoint = baseline.claim(alone, report=print)
+    trainer = _train(alone, baseline, checkpoint, materials, signals, name=name)
+    row = _student_row(name, trainer)
+    baseline.write_run(baseline.read_run() | {"results": [row]})
+    baseline.write_status("finished")
+    return row
+
+
+def _train(
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    checkpoint: Path | None,
+    materials: Materials,
+    signals: StopSignals,
+    *,
+    name: str,
+) -> Trainer:
+    """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
+    _seed_everything(config)
+    precision = Precision(config, materials.device)
+    student = StudentWithLoss(
+        load_student(config),
+        materials.valid_vocab,
+        compute_dtype=precision.compute_dtype,
+        autocast=precision.autocast,
+        chunk_bytes=config.chunk_bytes,
+        impl=config.impl,
+    )
+    checks = check_student(config, student, materials)
+    trainer = Trainer(
+        config,
+        student,
+        materials.teacher,
+        materials.train_rows,
+        materials.eval_rows,
+        precision,
+        materials.tokenizer,
+        run_dir,
+        identity=_identity(config, materials),
+    )
+    resumed = None if checkpoint is None else load_checkpoint(checkpoint)
+    with RunLog(
+        run_dir.path,
+        total_batches=trainer.horizon.micro_batches,
+        initial=0 if resumed is None else resumed.micro_step,
+        report_to=config.report_to,
+        name=name,
+    ) as log:
+        if resumed is not None:
+            trainer.restore(resumed, log.warning)
+        header = run_header(
+            name,
+            config,
+            horizon=trainer.horizon,
+            precision=precision,
+            student=student.model,
+            teacher=materials.teacher and materials.teacher.model,
+            vocabulary=materials.valid_vocab,
+            train_rows=materials.train_rows,
+            eval_rows=materials.eval_rows,
+            checks=checks,
+            checkpoint=checkpoint,
+        )
+        log.header(header)
+        run_dir.write_run({"header": [list(line) for line in header]})
+        run_dir.write_status("running")
+        trainer.train(log, signals)
+        trainer.export(run_dir.final)
+        log.end({"micro_step": trainer.counters.micro_step, **memory_now(materials.device)})
+    return trainer
+
+
+def _identity(config: DistillConfig, materials: Materials) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same run."""
+    return {
+        "config": config_to_dict(config),
+        "train_rows": materials.train_rows.fingerprint,
+        "eval_rows": materials.eval_rows.fingerprint,
+        "tokenizer": fingerprint(materials.tokenizer),
+        "world_size": 1,
+        "versions": library_versions(),
+    }
+
+
+def _student_row(name: str, trainer: Trainer) -> Row:
+    prefix = trainer.metric_for_best.partition("/")[0]
+    label = f"{name} (EMA)" if prefix == "eval_ema" else name
+    return _row(label, trainer.student.model, trainer.counters.metrics, prefix)
+
+
+def _row(name: str, model: nn.Module, metrics: dict[str, float], prefix: str) -> Row:
+    """One line of the result table; a metric that does not apply is None."""
+    scores = {metric: metrics.get(f"{prefix}/{metric}") for metric in METRICS}
+    return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores
+
+
+@torch.no_grad()
+def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
+    """What the exported student writes after the beginning of two held-out rows.
+
+    It is loaded as a user would load it: an export that cannot be used fails the run here.
+    """
+    model = AutoModelForCausalLM.from_pretrained(final).to(materials.device).eval()
+    tokenizer = materials.tokenizer
+    length = min(SAMPLE_PROMPT, materials.eval_rows.max_length)
+    samples = []
+    for row in range(min(SAMPLES, len(materials.eval_rows))):
+        prompt = materials.eval_rows.batch([row]).input_ids[:, :length].to(materials.device)
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        texts = tokenizer.decode(prompt[0]), tokenizer.decode(output[0, length:])
+        samples.append({"prompt": texts[0], "text": texts[1], "model": final.name})
+    return samples
+
+
+def _seed_everything(config: DistillConfig) -> None:
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _write_failure(run_dir: RunDirectory, error: BaseException) -> None:
+    """``status.json`` repeats code, message and the last good checkpoint; it must not fail itself."""
+    code = error.exit_code if isinstance(error, SadError) else 1
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    message = str(error) or type(error).__name__
+    with suppress(OutputError):
+        run_dir.write_status(state, code=code, message=message)

@@ -1,0 +1,452 @@
+"""The training loop: one student, its windows of micro-batches, and everything a checkpoint holds.
+
+A *window* is the micro-batches of one optimizer step. Three counters, never mixed: ``micro_step``
+counts micro-batches (learning rate, curriculum, data position), ``global_step`` closed windows
+(logging, evaluation, saving), ``num_updates`` updates that were applied (EMA).
+
+Nothing here waits for the device between two log lines: sums, the gradient's norm and the verdict
+on it stay where they were computed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sad_kernels import DistillOutput, Objective
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sad.accumulate import GradientAccumulator
+from sad.checkpoint import Checkpoint, save_checkpoint
+from sad.config import DistillConfig, trajectory_changes
+from sad.curriculum import Curriculum
+from sad.data import PackedRows, row_order
+from sad.distillation import FrozenTeacher, StudentWithLoss
+from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from sad.evaluate import eval_batches, evaluate_student
+from sad.log import RunLog, memory_now
+from sad.precision import Precision
+from sad.rundir import RunDirectory
+from sad.schedule import Horizon, build_scheduler, step_scheduler
+from sad.signals import StopSignals
+from sad.state import (
+    gradient_tensors,
+    load_gradients,
+    load_model,
+    load_optimizer,
+    load_rng,
+    load_tensors,
+    model_tensors,
+    optimizer_state,
+    rng_state,
+)
+
+LOGGED = ("loss", "ce", "kd", "z", "num_tokens", "correct", "agree")
+"""What is summed on the device between two log lines, in this order."""
+
+
+@dataclass
+class Counters:
+    """Where the run stands. Everything here is a plain number and goes into the checkpoint."""
+
+    micro_step: int = 0
+    global_step: int = 0
+    tokens: int = 0
+    """Targets seen so far."""
+    best_value: float = math.inf
+    best_micro_step: int = -1
+    evaluated_at: int = -1
+    """``micro_step`` of the newest evaluation, whose figures are ``metrics``."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one student. What it owns is what a checkpoint holds; ``train()`` is the whole story.
+
+    The same class trains the distilled student, the baseline without a teacher (``kd_weight=0``)
+    and, from text alone, a teacher.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: StudentWithLoss,
+        teacher: FrozenTeacher | None,
+        train_rows: PackedRows,
+        eval_rows: PackedRows,
+        precision: Precision,
+        tokenizer: PreTrainedTokenizerBase,
+        run_dir: RunDirectory,
+        identity: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.student = student
+        self.teacher = teacher
+        self.train_rows = train_rows
+        self.eval_rows = eval_rows
+        self.precision = precision
+        self.tokenizer = tokenizer
+        self.run_dir = run_dir
+        self.identity = identity
+        self.device = next(student.parameters()).device
+
+        self.horizon = Horizon(
+            num_rows=len(train_rows),
+            batch_size=config.per_device_train_batch_size,
+            accumulation_steps=config.gradient_accumulation_steps,
+            num_train_epochs=config.num_train_epochs,
+            max_steps=config.max_steps,
+        )
+        # The order matters: a scheduler built after the optimizer is loaded would overwrite the
+        # first resumed learning rate.
+        self.optimizer = precision.build_optimizer(student.model)
+        self.scheduler = build_scheduler(self.optimizer, config, self.horizon)
+        self.ema = precision.build_ema(student.model) if config.use_ema else None
+        self.accumulator = GradientAccumulator(config.gradient_accumulation_steps)
+        self.curriculum = Curriculum({"kd": config.kd_weight}, self.horizon.micro_batches)
+        self.counters = Counters()
+        self.sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
+        # Updates skipped for a non-finite gradient: in all, in a row just now, in a row at most.
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self._lr = 0.0
+        self._grad_norm = torch.zeros(())
+        self._failed_saves = 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    # The story
+
+    def train(self, log: RunLog, signals: StopSignals) -> None:
+        """Train to the horizon, or until a signal asks to stop (then the state is saved first)."""
+        self.student.train()
+        clock = _Clock(self.counters.tokens)
+        while self.counters.micro_step < self.horizon.micro_batches:
+            closed = self.micro_batch()
+            log.advance()
+
+            if closed and self._every(self.config.logging_steps):
+                self._log(log, clock)
+            if closed and self._every(self.config.eval_steps):
+                with clock.paused():
+                    self.evaluate(log)
+            if closed and (self._every(self.config.save_steps) or self._epoch_ends()):
+                with clock.paused():
+                    self.save(log)
+            if signals.requested:
+                path = self.save(log, must=True)
+                raise StoppedError(
+                    f"training must finish to give a student, got {signals.requested} after "
+                    f"micro-batch {self.counters.micro_step}; the state is saved in {path}: the "
+                    "same command with --resume_from_checkpoint auto goes on"
+                )
+
+        if self.counters.evaluated_at != self.counters.micro_step:
+            self.evaluate(log)
+        self.save(log, must=True)
+
+    def micro_batch(self) -> bool:
+        """Consume one micro-batch; return whether it closed its window."""
+        counters, accumulator = self.counters, self.accumulator
+        window = self.horizon.window(counters.micro_step)
+        if not accumulator.pending:
+            first, size = window.first_micro_step, window.size
+            targets = sum(self._targets(i) for i in range(first, first + size))
+            accumulator.open_window(size, targets)
+
+        batch = self.train_rows.batch(self._rows(counters.micro_step)).to(self.device)
+        objective = self.objective(window.first_micro_step)
+        target = self.teacher(batch) if self.teacher and objective.kd_weight else None
+        out = self.student(batch, target, objective, num_items=max(accumulator.num_items, 1))
+        self.precision.backward(out.loss)
+        self._add_to_sums(out, accumulator.num_items)
+
+        closes = accumulator.should_step()
+        if closes:
+            self._close_window(empty=accumulator.num_items == 0)
+        if closes or self.config.scheduler_unit == "batch":
+            step_scheduler(self.scheduler)
+        accumulator.advance()
+        counters.micro_step += 1
+        counters.tokens += batch.num_targets
+        return closes
+
+    def objective(self, micro_step: int) -> Objective:
+        """What the window that begins at ``micro_step`` minimises: one objective for all of it."""
+        weights = self.curriculum.weights(micro_step if self.config.use_curriculum else None)
+        return self.config.objective(kd_weight=weights["kd"])
+
+    def _close_window(self, *, empty: bool) -> None:
+        """Unscale, clip, check, update, average, clear: all without waiting for the device."""
+        self._lr = self.optimizer.param_groups[0]["lr"]
+        if not empty:  # a zero gradient would still apply decay and momentum
+            update = self.precision.step(self.optimizer, self.config.max_grad_norm)
+            if self.ema is not None:
+                self.ema.update(update.ok)
+            self._grad_norm = update.norm
+            total, streak, longest = self.skipped
+            streak = (streak + 1) * update.skipped
+            self.skipped = torch.stack(
+                [total + update.skipped, streak, torch.maximum(longest, streak)]
+            )
+        self.precision.zero_grad(self.optimizer)
+        self.counters.global_step += 1
+
+    # Once in a while
+
+    def evaluate(self, log: RunLog) -> None:
+        """Score the raw and the averaged weights; export the best. Training is left untouched."""
+        config, counters = self.config, self.counters
+        variants: dict[str, Any] = {"eval": nullcontext}
+        if self.ema is not None:
+            variants["eval_ema"] = self.ema.swapped
+        batches = eval_batches(
+            self.eval_rows,
+            config.per_device_eval_batch_size,
+            config.max_eval_rows,
+            self.device,
+        )
+        metrics = evaluate_student(self.student, self.teacher, batches, variants)
+        objective = self.objective(min(counters.micro_step, self.horizon.micro_batches - 1))
+        for prefix in variants:
+            kl = metrics.get(f"{prefix}/kl", 0.0)
+            metrics[f"{prefix}/loss"] = (
+                objective.ce_weight * metrics[f"{prefix}/nll"] + objective.kd_weight * kl
+            )
+        counters.metrics, counters.evaluated_at = metrics, counters.micro_step
+        log.evaluation(self._position() | metrics)
+
+        value = metrics[self.metric_for_best]
+        if value < counters.best_value:  # a tie keeps the earlier one, NaN never wins
+            counters.best_value, counters.best_micro_step = value, counters.micro_step
+            self.export(self.run_dir.best)
+
+    def export(self, target: Path) -> None:
+        """Write the student that was scored: the averaged weights if those are what is compared."""
+        averaged = self.metric_for_best.startswith("eval_ema/")
+        facts = {
+            "metric": self.metric_for_best,
+            "value": self.counters.metrics[self.metric_for_best],
+            "weights": "ema" if averaged else "raw",
+            "micro_step": self.counters.micro_step,
+        }
+        with self.ema.swapped() if averaged and self.ema else nullcontext():
+            self.run_dir.export(
+                target, self.student.model, self.tokenizer, self.student.valid_vocab, facts
+            )
+
+    def save(self, log: RunLog, *, must: bool = False) -> Path | None:
+        """Write a checkpoint. One periodic failure is a warning; a second, or one that must, stops."""
+        try:
+            state, tensors = self.capture()
+            path = save_checkpoint(
+                self.run_dir.path,
+                self.counters.micro_step,
+                state,
+                tensors,
+                save_total_limit=self.config.save_total_limit,
+                report=log.warning,
+            )
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if must or self._failed_saves > 1:
+                raise
+            log.warning(f"{error}; training goes on until the next save")
+            return None
+        self._failed_saves = 0
+        log.saved(self._position() | {"path": path.name})
+        self.run_dir.write_status("running", checkpoint=path.name)
+        return path
+
+    # What a checkpoint holds
+
+    def capture(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Everything that decides how training goes on, as plain values and named tensors."""
+        optimizer, moments = optimizer_state(self.optimizer, self.precision.optimizer_parameters)
+        rng, generators = rng_state()
+        ema = None if self.ema is None else self.ema.state_dict()
+        shadow = {} if ema is None else ema.pop("shadow")
+        state = {
+            "identity": self.identity,
+            "counters": asdict(self.counters),
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.precision.state_dict(),
+            "curriculum": self.curriculum.state_dict(),
+            "ema": ema,
+            "rng": rng,
+            "sums": self.sums.tolist(),
+            "skipped": self.skipped.tolist(),
+            **self.accumulator.state_dict(),
+        }
+        masters = self.precision.masters
+        tensors = {
+            "model": model_tensors(self.student.model),
+            "masters": {} if masters is None else masters.separate,
+            "optimizer": moments,
+            "ema": shadow,
+            "grads": gradient_tensors(dict(self.student.model.named_parameters())),
+            "rng": generators,
+        }
+        return state, tensors
+
+    def restore(self, checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+        """Continue exactly where ``checkpoint`` was taken; every tensor is filled in place.
+
+        Raises ``UsageError`` if the configuration or the data would take another course, unless
+        ``allow_config_change`` says that this is meant, and ``CheckpointError`` for other tensors.
+        """
+        state, tensors = checkpoint.state, checkpoint.tensors
+        require_same_run(state["identity"], self.identity, self.config, warn)
+        load_model(self.student.model, tensors["model"])
+        if self.precision.masters is not None:
+            load_tensors(self.precision.masters.separate, tensors["masters"], "master")
+        load_optimizer(
+            self.optimizer,
+            self.precision.optimizer_parameters,
+            state["optimizer"],
+            tensors["optimizer"],
+        )
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.load_state_dict(state["scaler"])
+        self.curriculum.load_state_dict(state["curriculum"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"] | {"shadow": tensors["ema"]})
+        self.accumulator.load_state_dict(state)
+        load_gradients(dict(self.student.model.named_parameters()), tensors["grads"])
+        self.counters = Counters(**state["counters"])
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.skipped.copy_(torch.tensor(state["skipped"]))
+        lacking = load_rng(state["rng"], tensors["rng"])  # last: building objects draws numbers
+        if lacking:
+            warn(f"random numbers of {', '.join(lacking)} start anew: there is no such device here")
+
+    # Details
+
+    def _rows(self, micro_step: int) -> np.ndarray:
+        """The numbers of the rows in a micro-batch: a pure function of seed and position."""
+        epoch, batch = self.horizon.position(micro_step)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, row_order(self.config.seed, epoch, len(self.train_rows))
+        size = self.config.per_device_train_batch_size
+        return self._order[1][batch * size : (batch + 1) * size]
+
+    def _targets(self, micro_step: int) -> int:
+        return int(self.train_rows.num_targets[self._rows(micro_step)].sum())
+
+    def _every(self, steps: int | None) -> bool:
+        last = self.counters.micro_step == self.horizon.micro_batches
+        return bool(steps) and (last or self.counters.global_step % steps == 0)
+
+    def _epoch_ends(self) -> bool:
+        return self.counters.micro_step % self.horizon.batches_per_epoch == 0
+
+    def _position(self) -> dict[str, Any]:
+        epoch, batch = self.horizon.position(self.counters.micro_step)
+        return {
+            "micro_step": self.counters.micro_step,
+            "global_step": self.counters.global_step,
+            "epoch": epoch + batch / self.horizon.batches_per_epoch,
+        }
+
+    def _add_to_sums(self, out: DistillOutput, num_items: int) -> None:
+        loss = out.loss.detach() * num_items
+        parts = (loss, out.ce, out.kd, out.z, out.num_tokens, out.correct, out.agree)
+        self.sums += torch.stack([part.double() for part in parts])
+
+    def _log(self, log: RunLog, clock: _Clock) -> None:
+        """One record, and the only place where the loop waits for the device."""
+        loss, ce, kd, z, targets, correct, agree = self.sums.tolist()
+        skipped, _, longest = self.skipped.tolist()
+        window = self.horizon.window(self.counters.micro_step - 1)
+        objective = self.objective(window.first_micro_step)
+        per_target = 1 / targets if targets else math.nan
+        record = self._position() | {
+            "tokens": self.counters.tokens,
+            "loss": loss * per_target,
+            "ce": ce * per_target,
+            "kd": kd * per_target,
+            "z": z * per_target,
+            "accuracy": correct * per_target,
+            "agreement": agree * per_target,
+            "weights": {"ce": objective.ce_weight, "kd": objective.kd_weight},
+            "lr": self._lr,
+            "grad_norm": float(self._grad_norm),
+            "loss_scale": self.precision.loss_scale,
+            "skipped": skipped,
+            "tokens_per_second": clock.rate(self.counters.tokens),
+            **memory_now(self.device),
+        }
+        if self.ema is not None:
+            record |= {"num_updates": self.ema.num_updates, "ema_decay": self.ema.effective_decay}
+        log.train(record)
+        self.sums.zero_()
+        self.skipped[2] = self.skipped[1]
+        if longest >= self.config.max_nonfinite_steps:
+            raise DivergedError(
+                f"gradients must be finite, got {longest} updates in a row whose gradient was not "
+                f"(ce {ce * per_target:.4g}, kd {kd * per_target:.4g} per target); "
+                "lower learning_rate, lengthen the warm-up, or train in bf16 or fp32"
+            )
+
+    @property
+    def metric_for_best(self) -> str:
+        default = "eval_ema/nll" if self.ema is not None else "eval/nll"
+        return self.config.metric_for_best_model or default
+
+
+class _Clock:
+    """Targets per second since it was last asked, pauses left out."""
+
+    def __init__(self, tokens: int) -> None:
+        self._since = time.perf_counter()
+        self._tokens = tokens
+
+    def rate(self, tokens: int) -> float:
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, tokens
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin
+
+
+def require_same_run(
+    old: dict[str, Any], new: dict[str, Any], config: DistillConfig, warn: Callable[[str], None]
+) -> None:
+    """Refuse to resume what would not be the same run.
+
+    Configuration keys that decide the trajectory, the packed rows and the tokenizer must be equal;
+    versions of libraries may differ, with a warning.
+    """
+    changes = [
+        f"{key}: {before!r} -> {after!r}"
+        for key, before, after in trajectory_changes(old["config"], config)
+    ]
+    changes += [
+        f"{key}: {old[key][:12]} -> {new[key][:12]}"
+        for key in ("train_rows", "eval_rows", "tokenizer")
+        if old[key] != new[key]
+    ]
+    if changes and not config.allow_config_change:
+        raise UsageError(
+            f"a resumed run must keep what decides its course, got {'; '.join(changes)}; restore "
+            "these, or pass --allow_config_change true"
+        )
+    if changes:
+        warn(f"resuming with changes: {'; '.join(changes)}")
+    if old["versions"] != new["versions"]:
+        differing = [k for k, v in new["versions"].items() if old["versions"].get(k) != v]
+        warn(f"the run began with other versions of {', '.join(differing)}: not bit for bit")

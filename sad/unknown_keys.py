@@ -1,0 +1,119 @@
+"""What to say about a configuration key that does not exist.
+
+A key of another library is answered with its translation, a misspelt one with the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from sad.config import DistillConfig
+from sad.fields import leaf_types
+
+
+def about_unknown_key(key: str) -> str:
+    """One sentence about a key that does not exist, as helpful as we can make it."""
+    known = leaf_types(DistillConfig)
+    if any(name.startswith(f"{key}.") for name in known):
+        inner = [name for name in known if name.startswith(f"{key}.")]
+        return f"{key} must be a section, got a value; set one of its keys: {', '.join(inner)}"
+    plain = key.replace("-", "_")
+    short = plain.rpartition(".")[2]
+    if plain in known or short in known:
+        return f"unknown key {key!r}; did you mean {plain if plain in known else short!r}?"
+    for name in (plain, short):
+        if name in RENAMED:
+            return f"unknown key {key!r}; here it is {RENAMED[name]!r}"
+        if name in EXPLAINED:
+            return f"unknown key {key!r}; {EXPLAINED[name]}"
+    tails = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(plain, known, 1) or difflib.get_close_matches(short, tails, 1)
+    if near:
+        return f"unknown key {key!r}; did you mean {tails.get(near[0], near[0])!r}?"
+    return f"unknown key {key!r}; `sad distill --help` lists all keys"
+
+
+RENAMED = {
+    # transformers
+    "label_smoothing_factor": "label_smoothing",
+    "lr": "learning_rate",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "dataset_text_field": "data.text_field",
+    "train_file": "data.train",
+    "validation_file": "data.eval",
+    "max_train_samples": "data.max_documents",
+    "max_eval_samples": "max_eval_rows",
+    # TRL
+    "model_name_or_path": "student",
+    "student_model_name_or_path": "student",
+    "teacher_model_name_or_path": "teacher",
+    # DistillKit, torchtune, NeMo and others
+    "model": "student",
+    "student_model": "student",
+    "teacher_model": "teacher",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "sequence_len": "max_length",
+    "sequence_length": "max_length",
+    "seq_length": "max_length",
+    "block_size": "max_length",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "clip_grad_norm": "max_grad_norm",
+    "gradient_clip_val": "max_grad_norm",
+    "kd_temperature": "temperature",
+    "ema": "use_ema",
+    "resume": "resume_from_checkpoint",
+}
+"""Keys of other libraries that have the same meaning here under another name."""
+
+_DIRECTION = "divergence: forward_kl, reverse_kl, jsd, skew_forward_kl or skew_reverse_kl names it"
+_16_BITS = "bf16: true or fp16: true computes in 16 bits, param_dtype stores them"
+_CADENCE = "eval_steps and save_steps say how often; without them it is done at the end"
+
+EXPLAINED = {
+    # transformers
+    "load_best_model_at_end": "the best weights are always kept, in RUN_DIR/best",
+    "greater_is_better": "the smallest metric_for_best_model wins",
+    "optim": "the optimizer is AdamW",
+    "eval_strategy": _CADENCE,
+    "evaluation_strategy": _CADENCE,
+    "save_strategy": _CADENCE,
+    "use_cpu": "write device: cpu",
+    "no_cuda": "write device: cpu",
+    "trust_remote_code": "there is one per model: trust_remote_code_student and _teacher",
+    "dtype": _16_BITS,
+    "torch_dtype": _16_BITS,
+    "global_batch_size": (
+        "it is per_device_train_batch_size x gradient_accumulation_steps: set these two"
+    ),
+    # TRL
+    "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
+    "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
+    # DistillKit
+    "loss_functions": (
+        "a weight is ce_weight or kd_weight here, and is not divided by their sum; "
+        "a function is divergence"
+    ),
+    "function": _DIRECTION,
+    "loss_type": _DIRECTION,
+    "kd_loss": _DIRECTION,
+    "alpha": "as the weight of the teacher it is kd_weight, as a skew it is beta",
+    # torchtune, NeMo
+    "kd_ratio": "for kd_ratio: r write ce_weight: 1 - r and kd_weight: r",
+    "sym_kd_ratio": (
+        "it weighs two KLs, its 1 being forward: choose divergence forward_kl or reverse_kl"
+    ),
+    # KDFlow, DistiLLM
+    "jsd_beta": "there the student's share is meant: write divergence: jsd and beta: 1 - jsd_beta",
+    "lam": "with JSD write beta: 1 - lam, with a skew beta: lam",
+}
+"""Keys of other libraries that have no single counterpart here, and what to write instead."""

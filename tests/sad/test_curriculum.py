@@ -1,0 +1,99 @@
+"""The three phases of the curriculum."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sad.curriculum import Curriculum
+
+FULL = {
+    "kd": 0.7,
+    "feature": 0.1,
+    "attention": 0.1,
+    "router": 0.02,
+    "layerwise": 0.05,
+    "contrastive": 0.05,
+}
+SECOND = ("feature", "attention", "router")
+THIRD = ("layerwise", "contrastive")
+
+
+@pytest.mark.parametrize(
+    ("step", "second", "third"),
+    [
+        (0, 0.0, 0.0),
+        (299, 0.0, 0.0),
+        (300, 0.0, 0.0),
+        (450, 0.5, 0.0),
+        (600, 1.0, 0.0),
+        (800, 1.0, 0.5),
+        (1000, 1.0, 1.0),
+        (5000, 1.0, 1.0),  # past the end, as after a change of the horizon
+    ],
+)
+def test_phases(step: int, second: float, third: float) -> None:
+    weights = Curriculum(FULL, 1000).weights(step)
+    assert weights["kd"] == FULL["kd"]
+    for share, names in ((second, SECOND), (third, THIRD)):
+        for name in names:
+            assert weights[name] == pytest.approx(share * FULL[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("total", [1, 7, 1000, 12_345])
+def test_clamped_ramp_equals_the_branches_bit_for_bit(total: int) -> None:
+    curriculum = Curriculum(FULL, total)
+    for step in range(total + 1):
+        x = min(1.0, step / total)
+        second = 0.0 if x < 0.3 else (x - 0.3) / 0.3 if x < 0.6 else 1.0
+        third = 0.0 if x < 0.6 else (x - 0.6) / 0.4
+        weights = curriculum.weights(step)
+        assert [weights[name] for name in SECOND] == [FULL[name] * second for name in SECOND]
+        assert [weights[name] for name in THIRD] == [FULL[name] * third for name in THIRD]
+
+
+def test_without_a_step_every_weight_is_full() -> None:
+    curriculum = Curriculum(FULL, 1000)
+    assert curriculum.weights(None) == FULL == curriculum.weights()
+
+
+def test_only_the_losses_in_use_are_returned() -> None:
+    assert Curriculum({"kd": 0.7}, 10).weights(0) == {"kd": 0.7}
+    assert Curriculum({}, 10).weights(5) == {}
+
+
+def test_returned_weights_are_the_callers_own() -> None:
+    curriculum = Curriculum(FULL, 10)
+    curriculum.weights(None)["kd"] = 0.0
+    assert curriculum.weights(None)["kd"] == 0.7
+
+
+def test_state_goes_through_json() -> None:
+    state = json.loads(json.dumps(Curriculum(FULL, 1000).state_dict()))
+    resumed = Curriculum({"kd": 1.0}, 3)
+    resumed.load_state_dict(state)
+    assert resumed.weights(450) == Curriculum(FULL, 1000).weights(450)
+
+
+@pytest.mark.parametrize("name", ["ce", "features", ""])
+def test_unknown_losses_are_refused_naming_the_known(name: str) -> None:
+    with pytest.raises(ValueError, match="kd, feature, attention, router, layerwise, contrastive"):
+        Curriculum({"kd": 0.7, name: 0.1}, 10)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+def test_bad_weights_are_refused(weight) -> None:
+    with pytest.raises((ValueError, TypeError), match="the weight of kd must"):
+        Curriculum({"kd": weight}, 10)
+
+
+@pytest.mark.parametrize("total", [0, -1, 10.0, None])
+def test_bad_lengths_are_refused(total) -> None:
+    with pytest.raises((ValueError, TypeError), match="total_steps must"):
+        Curriculum({"kd": 1.0}, total)
+
+
+def test_negative_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        Curriculum({"kd": 1.0}, 10).weights(-1)

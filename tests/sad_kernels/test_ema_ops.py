@@ -1,0 +1,422 @@
+"""``ema_update_`` and ``ema_swap_``: the elementwise rule, exact cases, bits that must survive."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import IMPLS, assert_ema_within
+from sad_kernels import ema, ema_swap_, ema_update_, reference
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DTYPES = [  # (shadow, parameter)
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+]
+DECAYS = [  # both forms of the formula, their border at 1/2, and the decays people use
+    0.1,
+    0.3,
+    0.49999,
+    0.5,
+    0.50001,
+    0.75,
+    0.999,
+    0.9999,
+    0.99999,
+]
+SIZES = [1, 31, 32, 33, 97]  # one element, and around and across blocks of 32
+LOWS = [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF]  # where the swap's rounding turns
+
+impls = pytest.mark.parametrize("impl", IMPLS)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ema, "BLOCK", 32)
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().view(ema.INTEGER_OF_SIZE[tensor.element_size()])
+
+
+def floats(patterns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unsigned bit patterns, held in int64, as floating-point numbers."""
+    width = 8 * dtype.itemsize
+    signed = torch.where(patterns >= 1 << (width - 1), patterns - (1 << width), patterns)
+    return signed.to(ema.INTEGER_OF_SIZE[dtype.itemsize]).view(dtype)
+
+
+def inside_nan(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(buffer, view of ``values`` in its middle): a write or read outside would show."""
+    buffer = torch.full((values.numel() + 34,), torch.nan, dtype=values.dtype)
+    view = buffer[17:-17].view(values.shape)
+    view.copy_(values)
+    return buffer, view
+
+
+# --- Update --------------------------------------------------------------------------------------
+
+
+@impls
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_hand_computed_value(impl: str, as_tensor: bool) -> None:
+    """https://github.com/ostris/ai-toolkit/issues/1034: with the sign flipped, decay moves away."""
+    shadow, param = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
+    ema_update_([shadow], [param], scalar(0.75) if as_tensor else 0.75, impl=impl)
+    assert shadow.tolist() == [1.5, -1.0]
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_update_keeps_the_rule(impl: str, dtypes: tuple[torch.dtype, torch.dtype], decay: float):
+    for n in SIZES:
+        shadow = torch.randn(n, dtype=torch.float64).to(dtypes[0])
+        param = (torch.randn(n, dtype=torch.float64) * 3).to(dtypes[1])
+        oracle = shadow.to(torch.float64, copy=True)
+        reference.ema_update_([oracle], [param.double()], decay)
+        for given_decay in (decay, scalar(decay)):
+            buffer, ours = inside_nan(shadow)
+            ema_update_([ours], [param], given_decay, impl=impl)
+            assert_ema_within(ours, oracle, shadow, param)
+            assert buffer.isnan().sum() == 34, "wrote outside of the tensor"
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+def test_many_pairs_of_any_dense_layout(impl: str) -> None:
+    """Scalars, permuted and offset tensors, empty ones, and two dtype pairs in one call."""
+    params = [
+        torch.randn(()),
+        torch.randn(5, 7).T,
+        torch.randn(3, 4, 5).permute(2, 0, 1),
+        torch.randn(40)[3:],
+        torch.randn(6, 1, 9).transpose(0, 1),
+        torch.randn(0, 4),
+        torch.randn(8, 5, dtype=torch.bfloat16),
+        torch.nn.Parameter(torch.randn(2, 3)),
+    ]
+    before = [torch.randn_like(p, dtype=torch.float32, requires_grad=False) for p in params]
+    shadows = [shadow.clone() for shadow in before]
+    versions = [(bits(p), p._version) for p in params]
+
+    ema_update_(shadows, params, 0.9, impl=impl)
+
+    for shadow, old, param, (param_bits, version) in zip(
+        shadows, before, params, versions, strict=True
+    ):
+        oracle = old.to(torch.float64, copy=True)
+        reference.ema_update_([oracle], [param.detach().double()], 0.9)
+        assert_ema_within(shadow, oracle, old, param.detach())
+        assert not shadow.requires_grad
+        assert torch.equal(bits(param), param_bits) and param._version == version
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("decay", [1.0, scalar(1.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_decay_1_keeps_every_bit(
+    impl: str, dtypes: tuple[torch.dtype, torch.dtype], decay: float | Tensor
+) -> None:
+    """Adding 0 * (p - s) would turn -0.0 into +0.0 and let a NaN in."""
+    shadow = torch.randn(97).to(dtypes[0])
+    shadow[:4] = torch.tensor([-0.0, 0.0, torch.nan, torch.inf])
+    param = torch.randn(97).to(dtypes[1])
+    param[1:90:3] = torch.nan
+    before = bits(shadow)
+    ema_update_([shadow], [param], decay, impl=impl)
+    assert torch.equal(bits(shadow), before)
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("decay", [0.0, scalar(0.0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_decay_0_copies(
+    impl: str, dtypes: tuple[torch.dtype, torch.dtype], decay: float | Tensor
+) -> None:
+    shadow = torch.full((97,), 1e30).to(dtypes[0])
+    shadow[:2] = torch.tensor([torch.nan, torch.inf])
+    param = torch.randn(97).to(dtypes[1])
+    param[5] = -0.0
+    ema_update_([shadow], [param], decay, impl=impl)
+    assert torch.equal(bits(shadow), bits(param.to(dtypes[0])))
+
+
+def test_nan_decay_is_not_hidden() -> None:
+    shadow = torch.zeros(3)
+    ema_update_([shadow], [torch.ones(3)], scalar(torch.nan))
+    assert shadow.isnan().all()
+
+
+@given(
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.floats(0, 1),
+    st.sampled_from(IMPLS),
+)
+def test_shadow_stays_between_old_and_new(s: float, p: float, decay: float, impl: str) -> None:
+    shadow, param = torch.tensor([s]), torch.tensor([p])
+    old = shadow.clone()
+    ema_update_([shadow], [param], decay, impl=impl)
+    low, high = torch.minimum(old, param).double(), torch.maximum(old, param).double()
+    between = shadow.double().clamp(low, high)  # up to the rule, where rounding carries over
+    assert_ema_within(shadow, between, old, param)
+
+
+@impls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_1000_steps_follow_float64(impl: str, dtype: torch.dtype) -> None:
+    """https://github.com/d8ahazard/sd_dreambooth_extension/pull/1415: a bf16 shadow never moves."""
+    start = torch.randn(512)
+    param = (start + 1).to(dtype)
+    shadow, exact = start.clone(), start.double()
+    for _ in range(1000):
+        ema_update_([shadow], [param], scalar(0.9999), impl=impl)
+        exact = 0.9999 * exact + (1 - 0.9999) * param.double()
+    displacement = (exact - start.double()).abs()
+    assert displacement.min() > 0.05
+    assert ((shadow.double() - exact).abs() <= 1e-3 * displacement).all()
+
+
+class Watch(TorchDispatchMode):
+    """Notes what reads a value on the host, and the largest tensor that is newly allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host_reads: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.host_reads.append(str(func))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in before:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+def test_no_host_read_and_no_large_temporary(impl: str) -> None:
+    """On a GPU a host read waits for the device; a whole-model temporary would double the EMA."""
+    pairs = [(torch.randn(1000), torch.randn(1000).to(dtype)) for dtype in (torch.float32,) * 2]
+    pairs.append((torch.randn(1000), torch.randn(1000).bfloat16()))
+    shadows, params = map(list, zip(*pairs, strict=True))
+    with Watch() as watch:
+        ema_update_(shadows, params, scalar(0.5), impl=impl)
+        ema_swap_(shadows, params, impl=impl)
+    assert watch.host_reads == []
+    assert 0 < watch.largest <= ema.BLOCK
+
+
+def test_the_watch_sees_host_reads_and_allocations() -> None:
+    with Watch() as watch:
+        torch.ones(()).item()
+        _ = torch.ones(100) + 1
+    assert watch.host_reads and watch.largest == 100
+
+
+# --- Swap ----------------------------------------------------------------------------------------
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_equal_dtypes_are_exchanged(impl: str, dtype: torch.dtype) -> None:
+    patterns = torch.randint(-(2**63), 2**63 - 1, (64,))  # NaNs with payloads among them
+    s = patterns.view(dtype)[:97].clone()
+    p = patterns.flip(0).view(dtype)[:97].clone()
+    old_s, old_p = bits(s), bits(p)
+    ema_swap_([s], [p], impl=impl)
+    assert torch.equal(bits(s), old_p) and torch.equal(bits(p), old_s)
+
+
+def assert_swap_undoes_itself(shadow: Tensor, param: Tensor, impl: str) -> None:
+    s, p, ref_s, ref_p = shadow.clone(), param.clone(), shadow.clone(), param.clone()
+    ema_swap_([s], [p], impl=impl)
+    reference.ema_swap_([ref_s], [ref_p])
+    assert torch.equal(bits(s), bits(ref_s)) and torch.equal(bits(p), bits(ref_p))
+    ema_swap_([s], [p], impl=impl)
+    assert torch.equal(bits(s), bits(shadow)) and torch.equal(bits(p), bits(param))
+
+
+def random_patterns(n: int) -> tuple[Tensor, Tensor]:
+    return (
+        floats(torch.randint(0, 1 << 32, (n,)), torch.float32),
+        floats(torch.randint(0, 1 << 16, (n,)), torch.bfloat16),
+    )
+
+
+@impls
+def test_swapping_twice_is_the_identity(impl: str) -> None:
+    assert_swap_undoes_itself(*random_patterns(400_000), impl)
+
+
+@impls
+@pytest.mark.slow
+def test_swapping_twice_is_the_identity_for_millions(impl: str) -> None:
+    assert_swap_undoes_itself(*random_patterns(4_000_000), impl)
+
+
+@impls
+@pytest.mark.parametrize("low", LOWS)
+def test_swapping_twice_is_the_identity_for_every_upper_half(impl: str, low: int) -> None:
+    """NaNs, infinities and denormals of both sides, against a parameter that is shifted by one."""
+    hi = torch.arange(1 << 16)
+    assert_swap_undoes_itself(
+        floats(hi << 16 | low, torch.float32), floats((hi + 1) % (1 << 16), torch.bfloat16), impl
+    )
+
+
+@impls
+def test_the_parameter_becomes_the_rounded_shadow(impl: str) -> None:
+    """Ties go away from zero; everything else is a cast to bf16, infinities and NaNs included."""
+    shadow, param = random_patterns(400_000)
+    shadow[:5] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4e38])
+    cast = shadow.bfloat16()
+    tie = (shadow.view(torch.int32) & 0xFFFF) == 0x8000
+    tiny = shadow.abs() < 2.0**-133  # there the neighbours of a cast are zero and one denormal
+    signalling = (shadow.view(torch.int32) & 0x7FFF_0000) == 0x7F80_0000
+    signalling &= shadow.isnan()
+    ema_swap_([shadow], [param], impl=impl)
+    usual = ~(tie | tiny | signalling)
+    assert torch.equal(bits(param)[usual & ~cast.isnan()], bits(cast)[usual & ~cast.isnan()])
+    assert param[usual & cast.isnan()].isnan().all()
+
+
+@impls
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ties_are_rounded_away_from_zero(impl: str, sign: float) -> None:
+    shadow = sign * torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8])
+    param = torch.zeros(2, dtype=torch.bfloat16)
+    ema_swap_([shadow], [param], impl=impl)
+    assert (sign * param.float()).tolist() == [1 + 2.0**-7, 1 + 2.0**-6]
+
+
+@impls
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7FC08000])
+def test_nan_shadows_stay_nan(impl: str, pattern: int) -> None:
+    """NVIDIA GPUs produce 0x7FFFFFFF; adding 0x8000 to it gives -0.0, a model of zeros."""
+    shadow = floats(torch.tensor([pattern]), torch.float32)
+    param = torch.ones(1, dtype=torch.bfloat16)
+    ema_swap_([shadow], [param], impl=impl)
+    assert param.isnan().all()
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
+def test_swap_of_permuted_parameters(impl: str) -> None:
+    param = torch.nn.Parameter(torch.randn(7, 9, dtype=torch.bfloat16).T)
+    shadow = torch.empty_like(param, dtype=torch.float32, requires_grad=False).normal_()
+    expected, old = shadow.bfloat16(), bits(param)
+    ema_swap_([shadow], [param], impl=impl)
+    assert torch.equal(param.detach(), expected)
+    ema_swap_([shadow], [param], impl=impl)
+    assert torch.equal(bits(param), old)
+
+
+# --- Bad input changes nothing -------------------------------------------------------------------
+
+GOOD = (torch.zeros(4), torch.ones(4))
+TIED = torch.ones(6)
+
+BAD_PAIRS = {
+    "shape": (torch.zeros(4), torch.ones(2, 2), ValueError, "one shape"),
+    "integers": (torch.zeros(4), torch.ones(4, dtype=torch.int32), TypeError, "floating-point"),
+    "bf16 shadow": (torch.zeros(4).half(), torch.ones(4), TypeError, "float32"),
+    "device": (torch.zeros(4), torch.ones(4, device="meta"), ValueError, "one device"),
+    "no tensor": (torch.zeros(4), [1.0] * 4, TypeError, "must be a tensor"),
+    "strides": (torch.zeros(2, 3), torch.ones(3, 2).T, ValueError, "dense with equal strides"),
+    "holes": (torch.zeros(8)[::2], torch.ones(8)[::2], ValueError, "dense with equal strides"),
+    "expanded": (
+        torch.zeros(1).expand(4),
+        torch.ones(1).expand(4),
+        ValueError,
+        "dense with equal strides",
+    ),
+    "shadow is parameter": (TIED, TIED, ValueError, "share memory"),
+    "shadow overlaps parameter": (TIED[:4], TIED[2:], ValueError, "share memory"),
+    "listed before": (GOOD[0], torch.ones(4), ValueError, "share memory"),
+    "tied to one before": (torch.zeros(2, 2), GOOD[1].view(2, 2), ValueError, "share memory"),
+}
+
+
+@pytest.mark.parametrize("function", ["update", "swap"])
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs_are_refused_before_anything_is_written(name: str, function: str) -> None:
+    shadow, param, error, message = BAD_PAIRS[name]
+    good_shadow, good_param = GOOD
+    with pytest.raises(error, match=message):
+        if function == "update":
+            ema_update_([good_shadow, shadow], [good_param, param], 0.5)
+        else:
+            ema_swap_([good_shadow, shadow], [good_param, param])
+    assert good_shadow.tolist() == [0.0] * 4 and good_param.tolist() == [1.0] * 4
+
+
+def test_neighbours_in_one_buffer_are_not_overlapping() -> None:
+    flat = torch.tensor([0.0, 0.0, 4.0, 8.0])
+    ema_update_([flat[:2]], [flat[2:]], 0.5)
+    assert flat.tolist() == [2.0, 4.0, 4.0, 8.0]
+
+
+def test_lists_must_have_one_length() -> None:
+    for call in (ema_swap_, partial(ema_update_, decay=0.5)):
+        with pytest.raises(ValueError, match="one length, got 2 and 1"):
+            call([torch.zeros(1), torch.zeros(1)], [torch.ones(1)])
+
+
+def test_fp16_cannot_be_exchanged_with_fp32() -> None:
+    with pytest.raises(TypeError, match="one dtype"):
+        ema_swap_([torch.zeros(4)], [torch.ones(4).half()])
+
+
+@pytest.mark.parametrize(
+    ("decay", "error"),
+    [
+        (-0.1, ValueError),
+        (1.1, ValueError),
+        (float("nan"), ValueError),
+        ("0.9", TypeError),
+        (True, TypeError),
+        (torch.ones(1), ValueError),
+        (torch.tensor(1), ValueError),
+    ],
+)
+def test_bad_decay_is_refused(decay, error: type[Exception]) -> None:
+    with pytest.raises(error, match="decay must"):
+        ema_update_([torch.zeros(1)], [torch.ones(1)], decay)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_impl_is_met_or_refused(pairs: int) -> None:
+    shadows, params = [torch.zeros(1)] * pairs, [torch.ones(1)] * pairs
+    for call in (ema_swap_, partial(ema_update_, decay=0.5)):
+        with pytest.raises(ValueError, match="impl must be one of"):
+            call(shadows, params, impl="cuda")
+        with pytest.raises(NotImplementedError):
+            call(shadows, params, impl="triton")
+    assert [shadow.tolist() for shadow in shadows] == [[0.0]] * pairs
+
+
+def test_nothing_to_do() -> None:
+    ema_update_([], [], 0.5)
+    ema_swap_([], [])
+    ema_update_([torch.zeros(0)], [torch.zeros(0)], 0.5)
+    ema_swap_([torch.zeros(0, 3)], [torch.zeros(0, 3, dtype=torch.bfloat16)])

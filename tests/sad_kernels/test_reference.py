@@ -1,0 +1,496 @@
+"""The specification itself: its gradients, its formulas, its limits, and its treatment of nonsense.
+
+Values computed by hand are with the tests of each function, where the reference has to meet them
+like any implementation. Here the reference alone is held against mathematics. The slow test at the
+end breaks it on purpose, line by line, and demands that those tests notice.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_value, assert_within
+from problems import PLAIN, plain
+from sad_kernels import (
+    Head,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    reference,
+)
+from sad_kernels.objective import DIVERGENCES
+from torch import Tensor
+from torch.autograd import gradcheck
+
+NAN, INF = math.nan, math.inf
+
+
+def rows(N: int = 4, V: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits in float64 and labels, one of them ignored."""
+    g = torch.Generator().manual_seed(seed)
+    s, t = (2 * torch.randn(N, V, generator=g, dtype=torch.float64) for _ in range(2))
+    y = torch.arange(N) % V
+    y[1:2] = -100
+    return s.requires_grad_(), t, y
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_cross_entropy(reduction: str) -> None:
+    s, _, y = rows()
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "valid_vocab": 6}
+    assert gradcheck(lambda x: reference.cross_entropy(x, y, reduction=reduction, **options), (s,))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("scale_t2", [True, False])
+def test_gradcheck_kl_div(divergence: str, scale_t2: bool) -> None:
+    s, t, y = rows()
+    options = {"temperature": 2.0, "divergence": divergence, "beta": 0.3, "scale_t2": scale_t2}
+    assert gradcheck(lambda x: reference.kl_div(x, t, labels=y, **options), (s,))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", ["bucket", "zero"])
+def test_gradcheck_top_k(divergence: str, tail: str) -> None:
+    if (divergence, tail) == ("reverse_kl", "zero"):
+        pytest.skip("refused: infinite")
+    s, t, y = rows()
+    log_probs, ids = (t / 2).log_softmax(-1).topk(3)
+    log_probs[0, -1] = -INF
+    objective = Objective(
+        ce_weight=0.3, kd_weight=0.7, z_loss=0.01, temperature=2.0, divergence=divergence
+    )
+    teacher = TeacherTopK(ids, log_probs, tail)
+    assert gradcheck(lambda x: reference.distill_loss(x, y, teacher, objective).loss, (s,))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck_linear(divergence: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden, weight, bias, th, tw = (
+        torch.randn(shape, generator=g, dtype=torch.float64)
+        for shape in [(4, 3), (6, 3), (6,), (4, 2), (6, 2)]
+    )
+    y = torch.tensor([0, -100, 4, 2])
+    objective = Objective(
+        ce_weight=0.3, label_smoothing=0.1, z_loss=0.01, temperature=0.5, divergence=divergence
+    )
+    teacher = TeacherHidden(th, Head(tw, valid_vocab=5))
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = Head(weight, bias, logit_scale=0.7, softcap=3.0, valid_vocab=5)
+        return reference.linear_distill_loss(hidden, head, y, teacher, objective).loss
+
+    leaves = tuple(x.requires_grad_() for x in (hidden, weight, bias))
+    assert gradcheck(loss, leaves)
+    assert gradcheck(
+        lambda h, w, b: reference.linear_cross_entropy(
+            h, w, y, bias=b, logit_scale=0.7, softcap=3.0, z_loss=0.01, valid_vocab=5
+        ),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("scale_t2", [True, False])
+def test_divergence_gradients_are_the_closed_forms(divergence: str, scale_t2: bool) -> None:
+    """``dKD/ds_v`` as the kernels compute it, from the literature's formulas."""
+    T, beta = 2.5, 0.3
+    s, t, _ = rows()
+    loss = reference.kl_div(
+        s,
+        t,
+        temperature=T,
+        divergence=divergence,
+        beta=beta,
+        scale_t2=scale_t2,
+        reduction="sum",
+    )
+    (grad,) = torch.autograd.grad(loss, s)
+    q, p = (s.detach() / T).softmax(-1), (t / T).softmax(-1)
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True)
+
+    match divergence:
+        case "forward_kl":
+            expected = q - p
+        case "reverse_kl":
+            expected = q * ((q / p).log() - total(q * (q / p).log()))
+        case "jsd":
+            m = beta * p + (1 - beta) * q
+            expected = (1 - beta) * q * ((q / m).log() - total(q * (q / m).log()))
+        case "skew_forward_kl":
+            m = beta * p + (1 - beta) * q
+            w = (1 - beta) * q * p / m
+            expected = q * total(w) - w
+        case "skew_reverse_kl":
+            m = beta * q + (1 - beta) * p
+            u = (q / m).log() - beta * q / m
+            expected = q * (u - total(q * u))
+        case _:
+            raise ValueError(divergence)
+    expected = T * expected if scale_t2 else expected / T
+    assert_within(grad, expected, expected, scale=T)
+
+
+def test_cross_entropy_gradient_is_the_closed_form() -> None:
+    s, _, _ = rows()
+    y, eps, z, V = torch.tensor([0, 1, 2, 3]), 0.1, 0.01, 7
+    loss = reference.cross_entropy(s, y, label_smoothing=eps, z_loss=z, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, s)
+    q, lse = s.detach().softmax(-1), s.detach().logsumexp(-1, keepdim=True)
+    hard = torch.nn.functional.one_hot(y, V).double()
+    expected = (1 + 2 * z * lse) * q - eps / V - (1 - eps) * hard
+    assert_within(grad, expected, expected, scale=1.0)
+
+
+# --- Agreement with torch and among the definitions ----------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cross_entropy_is_torchs(reduction: str, label_smoothing: float) -> None:
+    s, _, y = rows(8, 33)
+    ours = reference.cross_entropy(s, y, label_smoothing=label_smoothing, reduction=reduction)
+    theirs = torch.nn.functional.cross_entropy(
+        s, y, label_smoothing=label_smoothing, reduction=reduction
+    )
+    assert_value(ours, theirs.detach(), scale=8.0)
+
+
+def test_forward_kl_is_torchs() -> None:
+    s, t, _ = rows(8, 33)
+    theirs = torch.nn.functional.kl_div(
+        s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    assert_value(reference.kl_div(s, t), theirs.detach(), scale=10.0)
+
+
+def test_divergences_approach_the_kls_at_the_ends() -> None:
+    """First order in beta: halving it halves the distance to the limit."""
+    s, t, _ = rows()
+
+    def value(divergence: str, beta: float = 0.5) -> Tensor:
+        return reference.kl_div(s, t, divergence=divergence, beta=beta, reduction="sum").detach()
+
+    forward, reverse = value("forward_kl"), value("reverse_kl")
+    for limit, approach in {
+        "jsd to forward": (forward, lambda b: value("jsd", b) / b),
+        "jsd to reverse": (reverse, lambda b: value("jsd", 1 - b) / b),
+        "skew to forward": (forward, lambda b: value("skew_forward_kl", b)),
+        "skew to reverse": (reverse, lambda b: value("skew_reverse_kl", b)),
+    }.values():
+        distances = [float((approach(b) - limit).abs()) for b in (2e-6, 1e-6)]
+        assert distances[1] < 0.6 * distances[0] < 0.01
+
+
+def test_jsd_is_made_of_both_skews() -> None:
+    """``jsd(b) = b * skew_forward(b) + (1 - b) * skew_reverse(1 - b)``."""
+    s, t, _ = rows()
+
+    def value(divergence: str, beta: float) -> Tensor:
+        return reference.kl_div(s, t, divergence=divergence, beta=beta, reduction="none").detach()
+
+    for b in (0.1, 0.5, 0.9):
+        parts = b * value("skew_forward_kl", b) + (1 - b) * value("skew_reverse_kl", 1 - b)
+        assert_value(value("jsd", b), parts, scale=10.0)
+
+
+def test_high_temperature_compares_centred_logits() -> None:
+    """``T^2 KL -> sum_v (d - mean d)^2 / (2 V)`` with ``d = s - t``."""
+    s, t, _ = rows()
+    d = (s - t).detach()
+    limit = (d - d.mean(-1, keepdim=True)).square().mean(-1) / 2
+    at = [
+        reference.kl_div(s, t, temperature=T, reduction="none").detach() - limit for T in (1e3, 2e3)
+    ]
+    assert (at[1].abs() < 0.6 * at[0].abs()).all() and (at[0].abs() < 0.01 * limit).all()
+
+
+def test_linear_functions_are_compositions() -> None:
+    o = PLAIN | {"softcap": 20.0, "logit_scale": 0.25}
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, 24, generator=g, dtype=torch.float64)
+    head = Head(
+        torch.randn(97, 24, generator=g, dtype=torch.float64),
+        torch.randn(97, generator=g, dtype=torch.float64),
+        o["logit_scale"],
+        o["softcap"],
+        valid_vocab=90,
+    )
+    y, teacher = torch.arange(8), TeacherLogits(torch.randn(8, 90, generator=g))
+    logits = head(hidden)
+    objective = Objective(ce_weight=0.5, kd_weight=0.5, temperature=2.0)
+    composed = reference.distill_loss(logits, y, teacher, objective)
+    direct = reference.linear_distill_loss(hidden, head, y, teacher, objective)
+    for name, a, b in zip(composed._fields, direct, composed, strict=True):
+        assert_value(a, b, scale=100.0), name
+    ce = reference.linear_cross_entropy(
+        hidden,
+        head.weight,
+        y,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        valid_vocab=90,
+    )
+    assert_value(ce, reference.cross_entropy(logits, y), scale=10.0)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
+    s, t, y = rows()
+    objective = Objective(ce_weight=0.4, kd_weight=0.6, label_smoothing=0.1, z_loss=0.02)
+    for num_items in (None, 5, torch.tensor(5)):
+        out = reference.distill_loss(s, y, TeacherLogits(t), objective, num_items=num_items)
+        count = out.num_tokens if num_items is None else num_items
+        assert_value(out.loss * count, 0.4 * out.ce + 0.6 * out.kd + 0.02 * out.z, scale=10.0)
+    assert float(out.num_tokens) == 3
+
+
+def test_the_sampled_teacher_is_unbiased() -> None:
+    """Counts of n draws, merged, as ``log(count / n)`` with ``tail="zero"``: mean gradient q - p.
+
+    All 8 samples of n = 3 draws from two outcomes are enumerated, so nothing is random here.
+    """
+    s = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64)
+    expected_gradient = torch.zeros(1, 3, dtype=torch.float64)
+    for draws in ((a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)):
+        counts = torch.tensor([[draws.count(0), draws.count(1)]], dtype=torch.float64)
+        teacher = TeacherTopK(torch.tensor([[0, 1]]), (counts / 3).log(), "zero")
+        loss = reference.distill_loss(s, torch.tensor([0]), teacher, Objective()).loss
+        probability = p[list(draws)].prod()
+        expected_gradient += probability * torch.autograd.grad(loss, s)[0]
+    assert_value(expected_gradient, s.detach().softmax(-1) - p, scale=1.0)
+
+
+# --- What is not a number, and what is not there -------------------------------------------------
+
+
+@pytest.mark.parametrize("nonsense", [NAN, INF, -INF])
+def test_ignored_rows_may_hold_anything(nonsense: float) -> None:
+    s, t, y = rows()
+    keep = y != -100
+    objective = Objective(ce_weight=1.0, label_smoothing=0.1, z_loss=0.1, temperature=2.0)
+    dirty_s = s.detach().clone()
+    dirty_s[1] = nonsense
+    dirty_t = t.clone()
+    dirty_t[1] = nonsense
+    dirty_s.requires_grad_()
+    out = reference.distill_loss(dirty_s, y, TeacherLogits(dirty_t), objective)
+    clean = reference.distill_loss(s[keep], y[keep], TeacherLogits(t[keep]), objective)
+    assert all(torch.equal(a, b) for a, b in zip(out, clean, strict=True))
+    (grad,) = torch.autograd.grad(out.loss, dirty_s)
+    (clean_grad,) = torch.autograd.grad(clean.loss, s)
+    assert torch.equal(grad, clean_grad)
+    assert not grad[1].any()
+
+
+def test_no_rows_give_zero_and_zero_gradients() -> None:
+    s, t, _ = rows()
+    y = torch.full((4,), -100)
+    for loss in (
+        reference.cross_entropy(s, y),
+        reference.kl_div(s, t, labels=y),
+        reference.distill_loss(s, y, TeacherLogits(t), Objective(ce_weight=1.0)).loss,
+        reference.distill_loss(s, y, TeacherLogits(t), Objective(), num_items=0).loss,
+    ):
+        assert torch.equal(loss, torch.zeros_like(loss))
+        (grad,) = torch.autograd.grad(loss, s)
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_weights_of_zero_switch_everything_off() -> None:
+    s, t, y = rows()
+    s = s.detach().index_fill(1, torch.tensor([0]), -INF).requires_grad_()  # CE of label 0: inf
+    off = Objective(ce_weight=0.0, kd_weight=0.0)
+    out = reference.distill_loss(s, y, TeacherLogits(t), off)
+    assert out.loss == 0.0 and out.ce == INF and out.kd == INF
+    (grad,) = torch.autograd.grad(out.loss, s)
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_impossible_tokens_on_both_sides_change_nothing(divergence: str) -> None:
+    """A column of -inf on both sides is no column: 0 * log 0 = 0, in value and gradient."""
+    s, t, _ = rows()
+    wide_s, wide_t = (
+        torch.cat((x.detach(), torch.full((4, 2), -INF, dtype=x.dtype)), -1) for x in (s, t)
+    )
+    wide_s.requires_grad_()
+    options = {"divergence": divergence, "temperature": 2.0, "beta": 0.3}
+    wide, narrow = reference.kl_div(wide_s, wide_t, **options), reference.kl_div(s, t, **options)
+    assert_value(wide, narrow.detach(), scale=10.0)
+    (wide_grad,), (grad,) = torch.autograd.grad(wide, wide_s), torch.autograd.grad(narrow, s)
+    assert_value(wide_grad[:, :7], grad, scale=10.0)
+    assert not wide_grad[:, 7:].any()
+
+
+def test_one_sided_impossible_tokens() -> None:
+    """Infinite where the left distribution has mass and the right none, finite otherwise."""
+    s, t, _ = rows(1)
+    hole = torch.tensor([[True] + 6 * [False]])
+    s_hole, t_hole = s.detach().masked_fill(hole, -INF), t.masked_fill(hole, -INF)
+    infinite = {
+        (name, side): bool(reference.kl_div(*pair, divergence=name) == INF)
+        for name in DIVERGENCES
+        for side, pair in {"student": (s_hole, t), "teacher": (s.detach(), t_hole)}.items()
+    }
+    assert {key for key, value in infinite.items() if value} == {
+        ("forward_kl", "student"),
+        ("reverse_kl", "teacher"),
+    }
+
+
+@pytest.mark.parametrize("label", [7, -1, 2**40, 6])
+def test_a_foreign_label_poisons_its_own_row(label: int) -> None:
+    s, t, y = rows()
+    y[2] = label
+    valid = 6
+    losses = [
+        reference.cross_entropy(s, y, valid_vocab=valid, reduction="none"),
+        reference.kl_div(s, t, labels=y, valid_vocab=valid, reduction="none"),
+    ]
+    for loss in losses:
+        assert loss.isnan().tolist() == [False, False, True, False]
+    out = reference.distill_loss(s, y, TeacherLogits(t, valid), Objective())
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("nonsense", [NAN, INF, -INF])
+def test_nonsense_logits_poison_their_own_row(nonsense: float) -> None:
+    s, t, _ = rows()
+    y = torch.arange(4)
+    bad = s.detach().clone()
+    bad[2] = nonsense
+    assert reference.cross_entropy(bad, y, reduction="none").isnan().tolist() == [
+        row == 2 for row in range(4)
+    ]
+    for pair in ((bad, t), (t, bad)):
+        assert reference.kl_div(*pair, reduction="none").isnan().tolist() == [
+            row == 2 for row in range(4)
+        ]
+
+
+@pytest.mark.parametrize("valid", [(None, None), (5, 6), (None, 9), (9, None)])
+def test_different_vocabularies_are_refused(valid: tuple[int | None, int | None]) -> None:
+    hidden, weight = torch.randn(2, 3), torch.randn(8, 3)
+    teacher_logits = torch.randn(2, 10)
+    if valid == (9, None):
+        weight, teacher_logits = torch.randn(10, 3), torch.randn(2, 8)
+    head, teacher = Head(weight, valid_vocab=valid[0]), TeacherLogits(teacher_logits, valid[1])
+    with pytest.raises(ValueError, match="one vocabulary"):
+        reference.linear_distill_loss(hidden, head, torch.tensor([0, 1]), teacher, Objective())
+
+
+def test_one_valid_vocab_cuts_both_sides() -> None:
+    s, t, y = rows(V=10)
+    both = reference.distill_loss(s[:, :7], y, TeacherLogits(t[:, :7]), Objective())
+    cut = reference.distill_loss(s, y, TeacherLogits(t[:, :8], valid_vocab=7), Objective())
+    assert all(torch.equal(a, b) for a, b in zip(both, cut, strict=True))
+
+
+def test_no_teacher_is_for_no_kd() -> None:
+    s, t, y = rows()
+    objective = Objective(ce_weight=1.0, kd_weight=0.0)
+    out = reference.distill_loss(s, y, None, objective)
+    full = reference.distill_loss(s, y, TeacherLogits(t), objective)
+    assert torch.equal(out.loss, full.loss) and float(out.kd) == float(out.agree) == 0
+    with pytest.raises(ValueError, match="kd_weight must be 0"):
+        reference.distill_loss(s, y, None, Objective())
+
+
+# --- The oracle's independence -------------------------------------------------------------------
+
+
+def test_the_reference_shares_no_code_with_what_it_judges() -> None:
+    """Only the declarations in ``objective`` are common ground.
+
+    A reference that shares a kernel's rounding agrees with it for months:
+    https://github.com/linkedin/Liger-Kernel/issues/1432
+    """
+    tree = ast.parse(Path(reference.__file__).read_text())
+    imported = {
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name for name in imported if str(name).startswith("sad")} == {"sad_kernels.objective"}
+
+
+def test_low_precision_inputs_are_computed_in_float32() -> None:
+    problem = plain("cross_entropy", torch.bfloat16, reduction="none")
+    logits = problem.leaves["logits"]
+    y = torch.arange(8)
+    narrow = reference.cross_entropy(logits, y, reduction="none")
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, reference.cross_entropy(logits.float(), y, reduction="none"))
+
+
+MUTATIONS = {
+    "sign of KL": ("bracket = bracket - minus", "bracket = minus - bracket"),
+    "sides of KL": ("return _kl(log_p, log_q)", "return _kl(log_q, log_p)"),
+    "no T^2": ("return objective.kd_scale * value", "return value"),
+    "T^2 always": ("return objective.kd_scale * value", "return T**2 * value"),
+    "T on one side": ("(s / T).log_softmax(-1)", "s.log_softmax(-1)"),
+    "ignored rows count": ("labels.flatten() != ignore_index", "labels.flatten() > -1000"),
+    "mean over all rows": ("rows.sum() / _nonzero(keep.sum())", "rows.sum() / keep.shape[0]"),
+    "beta reversed": ("log_m = _log_mixture(beta,", "log_m = _log_mixture(1 - beta,"),
+    "one mixture for skews": (
+        "_log_mixture(beta, log_q, log_p)",
+        "_log_mixture(beta, log_p, log_q)",
+    ),
+    "smoothing over the others": ("log_q1.mean(-1)", "log_q1.sum(-1) / (V - 1)"),
+    "smoothing dropped": ("    if label_smoothing:\n", "    if False:\n"),
+    "z not squared": ("z_loss * s.logsumexp(-1).square()", "z_loss * s.logsumexp(-1)"),
+    "z weighted by CE": ("(objective.z_loss, z)", "(objective.ce_weight * objective.z_loss, z)"),
+    "hidden half": ("(objective.ce_weight, ce)", "(objective.ce_weight / 2, ce)"),
+    "softcap dropped": ("softcap * torch.tanh(z / softcap)", "z"),
+    "scale dropped": ("head.logit_scale * z", "z"),
+    "bias after scale": ("head.bias[:V].to(dtype)", "head.bias[:V].to(dtype) / head.logit_scale"),
+    "padding counted": ("_rows(logits, keep)[:, :valid_vocab]", "_rows(logits, keep)"),
+    "bucket forgotten": (
+        "p_rest = (1 - log_probs.exp().sum(-1))",
+        "p_rest = log_probs.new_zeros(n)",
+    ),
+    "student cut to K": ("_logsumexp(log_q.masked_fill(in_k, -math.inf))", "_logsumexp(log_q)"),
+    "teacher not renormalised": ("log_probs = log_probs.log_softmax(-1)", "pass"),
+    "num_items ignored": ("num_tokens if num_items is None else num_items", "num_tokens"),
+    "foreign labels pass": ("(y >= 0) & (y < V)", "(y >= 0) | (y < V)"),
+    "EMA sign": ("shadow.double() + (1 - decay)", "shadow.double() - (1 - decay)"),
+    "rounding forgotten": ("hi, _up(hi))", "hi, hi)"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_reference_turns_tests_red(name: str, tmp_path: Path) -> None:
+    """Each fault, planted in a copy of the package, fails a test that the original passes."""
+    here = Path(__file__).parent
+    package = tmp_path / "sad_kernels"
+    shutil.copytree(Path(reference.__file__).parent, package)
+    source = (package / "reference.py").read_text()
+    before, after = MUTATIONS[name]
+    assert source.count(before) >= 1, "the line to mutate is gone: adapt the mutation"
+    (package / "reference.py").write_text(source.replace(before, after))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k"]
+    command += ["reference and not mutated", *map(str, sorted(here.glob("test_*.py")))]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, cwd=here, capture_output=True, text=True
+    )
+    assert result.returncode == 1, f"no test noticed:\n{result.stdout[-2000:]}{result.stderr}"
