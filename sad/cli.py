@@ -118,7 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     selftest.set_defaults(run=_selftest)
 
     for child in (distill, evaluate, plan, selftest):
-        child.add_argument("--debug", action="store_true", help="show tracebacks for every error")
+        child.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,  # or a command's own default would undo main's finding
+            help="show tracebacks for every error",
+        )
     return parser
 
 

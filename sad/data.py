@@ -13,6 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,5 +231,6 @@ def _publish(tmp: Path, folder: Path) -> PackedRows:
 def _sweep(cache_dir: Path) -> None:
     """Remove what processes left behind that were killed while they packed."""
     for path in cache_dir.glob(f"{TEMPORARY}rows-*"):
-        if time.time() - path.stat().st_mtime > _WEEK:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just finished or swept it
+            if time.time() - path.stat().st_mtime > _WEEK:
+                shutil.rmtree(path, ignore_errors=True)

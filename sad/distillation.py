@@ -1,7 +1,7 @@
-"""The two networks of a run: the student with its loss inside its own forward, and the frozen teacher.
+"""The two networks of a run: the student with its loss inside its forward, and the frozen teacher.
 
-The loss belongs inside the root module's forward because that is where the head's weight is whole when parameters
-are sharded: nothing outside ever touches a piece of it.
+The loss belongs inside the root module's forward because that is where the head's weight is whole
+when parameters are sharded: nothing outside ever touches a piece of it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, linear_di
 from torch import nn
 from transformers import PreTrainedModel
 
+from sad.config import DistillConfig
 from sad.data import Batch
 from sad.models import split_head, with_valid_vocab
+from sad.precision import Precision
 
 ContextFactory = Callable[[], AbstractContextManager[object]]
 
 
 class StudentWithLoss(nn.Module):
-    """A student whose forward pass returns the loss of a batch, so that its logits never exist whole.
+    """A student whose forward pass returns the loss of a batch: its logits never exist whole.
 
     ``valid_vocab`` is the number of ids the tokenizer can produce; ``autocast`` is entered around
     the layers, and their hidden states are cast to ``compute_dtype`` before the loss.
@@ -69,6 +71,24 @@ class StudentWithLoss(nn.Module):
             chunk_bytes=self.chunk_bytes,
             impl=self.impl,
         )
+
+
+def build_student(
+    config: DistillConfig, model: PreTrainedModel, valid_vocab: int, precision: Precision
+) -> StudentWithLoss:
+    """The student as ``config`` wants its loss computed.
+
+    Raises ``UnfitError`` if its head cannot be taken apart or is narrower than the vocabulary.
+    """
+    with_valid_vocab(split_head(model)[1], valid_vocab)
+    return StudentWithLoss(
+        model,
+        valid_vocab,
+        compute_dtype=precision.compute_dtype,
+        autocast=precision.autocast,
+        chunk_bytes=config.chunk_bytes,
+        impl=config.impl,
+    )
 
 
 class FrozenTeacher:

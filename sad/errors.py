@@ -1,14 +1,14 @@
 """Errors that a user can act on: each is one line and carries the exit code of the process.
 
-The line reads ``<what> must <expectation>, got <value>; <remedy>``. Anything else that escapes is a bug of ours and
-ends with a traceback and code 1.
+The line reads ``<what> must <expectation>, got <value>; <remedy>``. Anything else that escapes is
+a bug of ours and ends with a traceback and code 1.
 """
 
 from __future__ import annotations
 
 
 class SadError(Exception):
-    """A failure with a cause outside this program. ``exit_code`` is what the command line returns for it."""
+    """A failure with a cause outside this program; ``exit_code`` is what the process returns."""
 
     exit_code = 1
 

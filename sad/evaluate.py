@@ -8,39 +8,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from sad_kernels import DistillOutput, Objective, linear_distill_loss
 from torch import Tensor, nn
 
-from sad.data import Batch, PackedRows
-from sad.distillation import FrozenTeacher, StudentWithLoss
+from sad.configfile import load_config
+from sad.data import Batch
+from sad.distillation import FrozenTeacher, StudentWithLoss, build_student
+from sad.errors import UsageError
+from sad.heads import probing
+from sad.materials import gather
+from sad.models import load_student
+from sad.precision import Precision
+from sad.rundir import RunDirectory
 
 Variants = Mapping[str, Callable[[], AbstractContextManager[object]]]
 """Prefix of the metrics -> context under which the student has the weights to score."""
+
+ResultRow = dict[str, Any]
+
+TABLE = ("nll", "perplexity", "bits_per_byte", "kl", "agreement", "accuracy")
+"""The metrics of the result table."""
 
 SCORING = Objective(ce_weight=1.0, kd_weight=1.0)
 SCORING_ALONE = Objective(ce_weight=1.0, kd_weight=0.0)
 
 
-def eval_batches(
-    rows: PackedRows, batch_size: int, max_rows: int | None, device: torch.device
-) -> Iterator[Batch]:
-    """The held-out rows in their stored order, the first ``max_rows`` of them."""
-    count = len(rows) if max_rows is None else min(max_rows, len(rows))
-    for start in range(0, count, batch_size):
-        yield rows.batch(range(start, min(start + batch_size, count))).to(device)
-
-
-@torch.no_grad()
 def evaluate_student(
     student: StudentWithLoss,
     teacher: FrozenTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
 ) -> dict[str, float]:
-    """Score the student under each variant of its weights; the teacher runs once per batch for all of them.
+    """Score the student under each variant of its weights, running the teacher once for all.
 
     Returns ``<prefix>/nll`` (nats per target), ``perplexity = exp(nll)``, ``kl`` (forward KL to the
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
@@ -49,7 +54,7 @@ def evaluate_student(
     """
     scores = {prefix: _Scores() for prefix in variants}
     objective = SCORING_ALONE if teacher is None else SCORING
-    with eval_mode(student):
+    with probing(student):
         for batch in batches:
             target = None if teacher is None else teacher(batch)
             for prefix, weights in variants.items():
@@ -75,16 +80,39 @@ def evaluate_teacher(
     return score.metrics(prefix, against_teacher=False)
 
 
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside, every submodule's own mode restored outside."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
+def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
+    """Score the best student of a finished or stopped run again, from what the run left on disk.
+
+    The student is loaded from ``best/`` as its users load it; text and teacher are those of the
+    run's configuration. Returns rows of the result table: the teacher, if there is one, and the
+    student. Raises ``UsageError`` for a directory that holds no scored student.
+    """
+    run = RunDirectory(run_dir)
+    if not (run.best / "config.json").exists():
+        raise UsageError(
+            f"RUN_DIR must hold a scored student, got {run.path} without best/; let "
+            "`sad distill` reach its first evaluation"
+        )
+    config = load_config(run.path / "config.yaml")
+    materials = gather(config)
+    rows = []
+    if materials.teacher is not None:
+        scores = evaluate_teacher(materials.teacher, materials.eval_batches(config))
+        rows.append(result_row("teacher", materials.teacher.model, scores, "eval_teacher"))
+    model = load_student(replace(config, student=str(run.best), student_init="pretrained"))
+    precision = Precision(config, materials.device)
+    student = build_student(config, model, materials.valid_vocab, precision)
+    scores = evaluate_student(
+        student, materials.teacher, materials.eval_batches(config), {"eval": nullcontext}
+    )
+    rows.append(result_row("student, best", model, scores, "eval"))
+    return rows
+
+
+def result_row(name: str, model: nn.Module, metrics: Mapping[str, float], prefix: str) -> ResultRow:
+    """One line of the result table; a metric that does not apply is None."""
+    scores = {metric: metrics.get(f"{prefix}/{metric}") for metric in TABLE}
+    return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores
 
 
 class _Scores:

@@ -1,4 +1,4 @@
-"""The first thing a run shows: what it is about to do, in lines a person can check before leaving."""
+"""The first thing a run shows: what it is about to do, for a person to check before leaving."""
 
 from __future__ import annotations
 

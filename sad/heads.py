@@ -226,8 +226,7 @@ def require_head(
 ) -> float:
     """Return ``head_error``; ``UnfitError`` past 1e-5, in 16 bits past twice their rounding."""
     error = head_error(model, backbone, head, input_ids)
-    dtype = head.weight.dtype
-    tolerance = 1e-5 if dtype.itemsize >= 4 else torch.finfo(dtype).eps
+    tolerance = rounding_tolerance(head.weight.dtype)
     if not error <= tolerance:  # NaN fails too
         raise UnfitError(
             f"the head of {type(model).__name__} (model_type {model.config.model_type!r}) must "
@@ -240,9 +239,9 @@ def require_head(
 def head_error(model: PreTrainedModel, backbone: Backbone, head: Head, input_ids: Tensor) -> float:
     """Largest difference of ``head(hidden)`` from the model's logits, relative to the largest.
 
-    Measured twice: as the model is, and with the input of its head scaled up until logits reach 32. A young model's logits are so small that a softcap changes them less than rounding does.
+    Measured twice: as the model is, and with the input of its head scaled up until logits reach
+    32. A young model's logits are so small that a softcap changes them less than rounding does.
     """
-    head = replace(head, weight=head.weight.detach())
     hidden = backbone(input_ids).to(head.weight.dtype)
     largest = _largest(replace(head, softcap=None)(hidden))
     gains = (1.0, max(1.0, 32 / largest)) if largest else (1.0,)
@@ -265,6 +264,11 @@ def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor
             f"{tolerance:.0e}); choose a causal language model"
         )
     return error
+
+
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """What two ways of computing one product may differ by: 1e-5, or twice a 16-bit rounding."""
+    return 1e-5 if dtype.itemsize >= 4 else torch.finfo(dtype).eps
 
 
 def isolation_tolerance(dtype: torch.dtype) -> float:

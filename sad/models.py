@@ -31,6 +31,7 @@ __all__ = [
     "Backbone",
     "build_model",
     "compute_dtype",
+    "enable_checkpointing",
     "load_student",
     "load_teacher",
     "read_model_config",
@@ -60,7 +61,7 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
         model = _pretrained_model(config, "student", dtype)
     model.config.use_cache = False
     if config.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     return model.to(device).train()
 
 
@@ -93,8 +94,8 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     return model_config
 
 
-def build_model(config: DistillConfig, role: Role) -> PreTrainedModel:
-    """The architecture alone, its fp32 weights drawn at random on the device that is current.
+def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture alone, its weights drawn at random on the device that is current.
 
     Raises like ``read_model_config``.
     """
@@ -103,7 +104,7 @@ def build_model(config: DistillConfig, role: Role) -> PreTrainedModel:
     with _quiet(), _explained(role, name):
         return AutoModelForCausalLM.from_config(
             model_config,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=trust,
         )
@@ -139,7 +140,7 @@ def resolve_device(name: str) -> torch.device:
 def _random_student(config: DistillConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return build_model(config, "student")
+        return build_model(config, "student", torch.float32)
 
 
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
@@ -165,7 +166,8 @@ def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> 
     return model
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward (non-reentrant); ``UsageError`` if the model cannot."""
     if not model.supports_gradient_checkpointing:
         raise UsageError(
             f"gradient_checkpointing must be false for {type(model).__name__}, which does not "

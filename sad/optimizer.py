@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from sad.config import DistillConfig
 
@@ -59,11 +59,12 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 def guarded_step(optimizer: Optimizer, ok: Tensor) -> None:
     """``optimizer.step()`` where the 0-d bool ``ok`` holds; else nothing changes, to the bit.
 
-    A fused optimizer gets the verdict as ``found_inf``, the way GradScaler tells it, and skips
-    parameters, moments and step counts on the device. Others cost one wait for the device.
-    (Hooks on ``step`` are no sign of an update: with a fused optimizer they run in any case.)
+    Fused Adam and AdamW get the verdict as ``found_inf``, the way GradScaler tells it, and skip
+    parameters, moments and step counts on the device. Others cost one wait for the device; so does
+    fused SGD, which leaves its momentum uninitialised if the very first step is skipped (torch
+    2.13). Hooks on ``step`` are no sign of an update: with a fused optimizer they run in any case.
     """
-    if not optimizer.defaults.get("fused"):
+    if not (isinstance(optimizer, Adam) and optimizer.defaults["fused"]):
         if bool(ok):
             optimizer.step()
         return

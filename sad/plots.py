@@ -4,7 +4,7 @@ Needs matplotlib (the extra ``report``), which only this module imports. The sam
 bytes: identifiers are salted with a fixed text and no date is written.
 
 Nothing is hidden. Legends stand above the axes; values that are not finite are marked at the bottom
-edge; a point without neighbours gets a marker; lines that may coincide are dashed differently.
+edge; a point without neighbours gets a marker; lines that may coincide differ in dash or width.
 
 In the SVG every colour is a CSS variable, so that the page decides between light and dark; the PNG
 is light.
@@ -17,7 +17,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -51,7 +51,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.handlelength": 1.8,
     "legend.labelcolor": LIGHT["ink"],
-    "lines.linewidth": 1.5,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -106,6 +105,7 @@ class _Line:
     y: Sequence[float]
     colour: str
     dash: Any = "-"
+    width: float = 1.5
 
     @property
     def finite(self) -> list[float]:
@@ -163,13 +163,13 @@ def _evaluation_panels(
     for metric, title, unit, scale in panels:
         lines = [
             _line(run.evaluations, f"eval/{metric}", "student", "student", scale=scale),
-            _line(run.evaluations, f"eval_ema/{metric}", "student, EMA", "ema", scale=scale),
+            _line(run.evaluations, f"eval_ema/{metric}", "student, EMA", "ema", DASHES[1], scale),
         ]
         if baseline is not None:
             beside = baseline.evaluations
             lines += [
-                _line(beside, f"eval/{metric}", "CE only", "baseline", DASHES[1], scale),
-                _line(beside, f"eval_ema/{metric}", "CE only, EMA", "baseline", DASHES[2], scale),
+                _line(beside, f"eval/{metric}", "CE only", "baseline", DASHES[0], scale),
+                _line(beside, f"eval_ema/{metric}", "CE only, EMA", "baseline", DASHES[1], scale),
             ]
         level = teacher.get(metric) if metric in ("nll", "accuracy") else None
         yield _Panel(
@@ -219,7 +219,8 @@ def _loss_lines(run: History, baseline: History | None) -> list[_Line]:
     weights = _weights(run.train)
     names = dict.fromkeys(["ce", "kd", *weights])
     shown = [n for n in names if n == "ce" or not weights or any(weights[n].values())]
-    lines = [_line(run.train, "loss", "loss", "ink")]
+    # The loss is wider than its parts: with a single part both coincide.
+    lines = [replace(_line(run.train, "loss", "loss", "ink"), width=2.6)]
     lines += [_line(run.train, n, _term(n), c) for n, c in zip(shown, cycle(COLOURS))]
     if baseline is not None:
         lines.append(_line(baseline.train, "ce", "CE without teacher", "baseline", DASHES[1]))
@@ -310,8 +311,8 @@ def _draw_line(axes: Axes, line: _Line) -> None:
     colour = LIGHT[line.colour]
     marked = _alone(y) if len(y) > FEW_POINTS else list(range(len(y)))
     axes.plot(
-        line.x, y, color=colour, linestyle=line.dash, label=line.label,
-        marker="o" if marked else "", markersize=3, markevery=marked,
+        line.x, y, color=colour, linestyle=line.dash, linewidth=line.width, label=line.label,
+        marker="o" if marked else "", markersize=4.2 if line.dash == "-" else 2.6, markevery=marked,
     )  # fmt: skip
 
 
@@ -362,6 +363,7 @@ def _draw_marks(axes: Axes, panel: _Panel) -> None:
 def _dress(axes: Axes, panel: _Panel) -> None:
     axes.set_xlabel("micro-batches")
     axes.set_ylabel(panel.unit)
+    axes.yaxis.set_label_coords(-0.115, 0.5)
     values = [value for line in panel.lines for value in line.finite]
     if not values:
         axes.set_yticks([])
@@ -379,6 +381,9 @@ def _dress(axes: Axes, panel: _Panel) -> None:
 
 
 def _tick(value: float, position: int | None) -> str:
+    if 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
@@ -394,7 +399,7 @@ def _legend(figure: Figure, axes: Axes, panel: _Panel) -> None:
         axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns)
     axes.set_title(panel.title, loc="left", pad=8 + 13 * rows)
     top = 1 - (0.36 + 0.18 * rows) / SIZE[1]
-    figure.subplots_adjust(left=0.125, right=0.985, bottom=0.14, top=top)
+    figure.subplots_adjust(left=0.125, right=0.97, bottom=0.14, top=top)
 
 
 def _for_page(svg: str, title: str) -> str:

@@ -137,9 +137,9 @@ class Precision:
     def step(self, optimizer: Optimizer, max_grad_norm: float) -> Update:
         """Close a window: unscale, clip, check, and update if the gradient is finite.
 
-        Does not wait for the device if the optimizer is fused. A gradient that overflowed because
-        the loss scale was too high is no fault of the run: the scale is lowered and ``skipped``
-        stays false, until the scale has fallen below 1.
+        Does not wait for the device if the optimizer is a fused AdamW. A gradient that overflowed
+        because the loss scale was too high is no fault of the run: the scale is lowered, and
+        ``skipped`` stays false until it has fallen below 1.
         """
         if self.masters is not None:
             self.masters.take_gradients()

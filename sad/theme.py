@@ -83,7 +83,7 @@ tr.chosen > * { font-weight: 650; }
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
 }
 figure { margin: 0; min-width: 0; }
-.plot { display: block; width: 100%; max-width: 40rem; height: auto; }
+.plot { display: block; width: 100%; max-width: 40rem; height: auto; overflow: visible; }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
 .plot text {
   font-family: var(--sans) !important; font-variant-numeric: tabular-nums;

@@ -10,38 +10,28 @@ teacher, the baseline that learns without the teacher, the student, what is writ
 
 from __future__ import annotations
 
-import os
-import random
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from sad.checkpoint import load_checkpoint
-from sad.config import DistillConfig, config_to_dict
-from sad.data import Batch, PackedRows, load_rows
-from sad.distillation import FrozenTeacher, StudentWithLoss
+from sad.config import DistillConfig
+from sad.distillation import build_student
 from sad.errors import OutputError, SadError, StoppedError
-from sad.evaluate import eval_batches, evaluate_teacher
+from sad.evaluate import ResultRow, evaluate_teacher, result_row
 from sad.header import run_header
 from sad.log import RunLog, memory_now
-from sad.models import load_student, load_teacher, resolve_device
+from sad.materials import Materials, gather, seed_everything
+from sad.models import load_student
 from sad.precision import Precision
 from sad.report import format_results, write_report
 from sad.rundir import RunDirectory
+from sad.selfcheck import self_check
 from sad.signals import StopSignals
-from sad.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
 from sad.training import Trainer
-from sad.versions import library_versions
-
-Row = dict[str, Any]
-METRICS = ("nll", "perplexity", "bits_per_byte", "kl", "agreement", "accuracy")
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
 """How many texts the finished student writes for the report, and their lengths in tokens."""
@@ -57,7 +47,7 @@ class RunResult:
 
     run_dir: Path
     metrics: dict[str, float]
-    results: list[Row]
+    results: list[ResultRow]
 
     @property
     def best(self) -> Path:
@@ -74,25 +64,8 @@ class RunResult:
         return self.run_dir / "report.html"
 
 
-@dataclass(frozen=True)
-class Materials:
-    """What the student and its baseline share: text, tokenizer, frozen teacher."""
-
-    tokenizer: PreTrainedTokenizerFast
-    valid_vocab: int
-    train_rows: PackedRows
-    eval_rows: PackedRows
-    teacher: FrozenTeacher | None
-    device: torch.device
-
-    def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
-        return eval_batches(
-            self.eval_rows, config.per_device_eval_batch_size, config.max_eval_rows, self.device
-        )
-
-
 def distill(config: DistillConfig) -> RunResult:
-    """Train ``config.student`` against ``config.teacher`` on ``config.data``; return what it learned.
+    """Train ``config.student`` against ``config.teacher`` on ``config.data``.
 
     Everything is written under ``config.output_dir``. Raises a subclass of ``SadError``, whose
     ``exit_code`` says what kind of failure it is; ``StoppedError`` after a signal, with all state
@@ -113,13 +86,13 @@ def distill(config: DistillConfig) -> RunResult:
 def _distill(
     config: DistillConfig, run_dir: RunDirectory, checkpoint: Path | None, signals: StopSignals
 ) -> RunResult:
-    materials = _gather(config)
-    results: list[Row] = []
+    materials = gather(config)
+    results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
     if materials.teacher is not None:
         metrics = evaluate_teacher(materials.teacher, materials.eval_batches(config))
-        results.append(_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
+        results.append(result_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
 
     if config.baseline:
         results.append(_train_baseline(config, run_dir, materials, signals))
@@ -136,25 +109,9 @@ def _distill(
     return RunResult(run_dir.path, metrics, results)
 
 
-def _gather(config: DistillConfig) -> Materials:
-    """Load what does not learn, refusing what cannot be used together."""
-    _seed_everything(config)
-    device = resolve_device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
-    vocab = valid_vocab(tokenizer)
-    train_rows, eval_rows = load_rows(config, tokenizer)
-    teacher = None
-    if config.teacher is not None:
-        require_same_tokenizer(
-            load_tokenizer(config.teacher, config.trust_remote_code_teacher), tokenizer
-        )
-        teacher = FrozenTeacher(load_teacher(config), vocab, device=device)
-    return Materials(tokenizer, vocab, train_rows, eval_rows, teacher, device)
-
-
 def _train_baseline(
     config: DistillConfig, run_dir: RunDirectory, materials: Materials, signals: StopSignals
-) -> Row:
+) -> ResultRow:
     """The same student from the same weights on the same batches, without its teacher.
 
     It is a run of its own in ``baseline/``: resumed by itself, and not repeated once finished.
@@ -189,28 +146,21 @@ def _train(
     name: str,
 ) -> Trainer:
     """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
-    _seed_everything(config)
+    seed_everything(config)
     precision = Precision(config, materials.device)
-    student = StudentWithLoss(
-        load_student(config),
-        materials.valid_vocab,
+    student = build_student(config, load_student(config), materials.valid_vocab, precision)
+    checks = self_check(
+        student.model,
+        None if materials.teacher is None else materials.teacher.model,
+        materials.eval_rows.batch([0]).input_ids,
+        config.objective(),
+        valid_vocab=materials.valid_vocab,
+        packing=config.packing,
         compute_dtype=precision.compute_dtype,
-        autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    checks = check_student(config, student, materials)
-    trainer = Trainer(
-        config,
-        student,
-        materials.teacher,
-        materials.train_rows,
-        materials.eval_rows,
-        precision,
-        materials.tokenizer,
-        run_dir,
-        identity=_identity(config, materials),
-    )
+    trainer = Trainer(config, student, materials, precision, run_dir)
     resumed = None if checkpoint is None else load_checkpoint(checkpoint)
     with RunLog(
         run_dir.path,
@@ -243,28 +193,10 @@ def _train(
     return trainer
 
 
-def _identity(config: DistillConfig, materials: Materials) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same run."""
-    return {
-        "config": config_to_dict(config),
-        "train_rows": materials.train_rows.fingerprint,
-        "eval_rows": materials.eval_rows.fingerprint,
-        "tokenizer": fingerprint(materials.tokenizer),
-        "world_size": 1,
-        "versions": library_versions(),
-    }
-
-
-def _student_row(name: str, trainer: Trainer) -> Row:
+def _student_row(name: str, trainer: Trainer) -> ResultRow:
     prefix = trainer.metric_for_best.partition("/")[0]
     label = f"{name} (EMA)" if prefix == "eval_ema" else name
-    return _row(label, trainer.student.model, trainer.counters.metrics, prefix)
-
-
-def _row(name: str, model: nn.Module, metrics: dict[str, float], prefix: str) -> Row:
-    """One line of the result table; a metric that does not apply is None."""
-    scores = {metric: metrics.get(f"{prefix}/{metric}") for metric in METRICS}
-    return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores
+    return result_row(label, trainer.student.model, trainer.counters.metrics, prefix)
 
 
 @torch.no_grad()
@@ -291,17 +223,8 @@ def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
     return samples
 
 
-def _seed_everything(config: DistillConfig) -> None:
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    torch.manual_seed(config.seed)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 def _write_failure(run_dir: RunDirectory, error: BaseException) -> None:
-    """``status.json`` repeats code, message and the last good checkpoint; it must not fail itself."""
+    """``status.json`` repeats code and message; writing it must not fail in turn."""
     code = error.exit_code if isinstance(error, SadError) else 1
     state = "stopped" if isinstance(error, StoppedError) else "failed"
     message = str(error) or type(error).__name__

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from sad_kernels import DistillOutput, Objective
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sad.accumulate import GradientAccumulator
 from sad.checkpoint import Checkpoint, save_checkpoint
 from sad.config import DistillConfig, trajectory_changes
 from sad.curriculum import Curriculum
-from sad.data import PackedRows, row_order
-from sad.distillation import FrozenTeacher, StudentWithLoss
+from sad.data import row_order
+from sad.distillation import StudentWithLoss
 from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
-from sad.evaluate import eval_batches, evaluate_student
+from sad.evaluate import evaluate_student
 from sad.log import RunLog, memory_now
+from sad.materials import Materials
 from sad.precision import Precision
 from sad.rundir import RunDirectory
 from sad.schedule import Horizon, build_scheduler, step_scheduler
@@ -79,27 +79,22 @@ class Trainer:
         self,
         config: DistillConfig,
         student: StudentWithLoss,
-        teacher: FrozenTeacher | None,
-        train_rows: PackedRows,
-        eval_rows: PackedRows,
+        materials: Materials,
         precision: Precision,
-        tokenizer: PreTrainedTokenizerBase,
         run_dir: RunDirectory,
-        identity: dict[str, Any],
     ) -> None:
         self.config = config
         self.student = student
-        self.teacher = teacher
-        self.train_rows = train_rows
-        self.eval_rows = eval_rows
+        self.materials = materials
         self.precision = precision
-        self.tokenizer = tokenizer
         self.run_dir = run_dir
-        self.identity = identity
-        self.device = next(student.parameters()).device
+        self.identity = materials.identity(config)
+        self.teacher = materials.teacher
+        self.train_rows = materials.train_rows
+        self.device = materials.device
 
         self.horizon = Horizon(
-            num_rows=len(train_rows),
+            num_rows=len(self.train_rows),
             batch_size=config.per_device_train_batch_size,
             accumulation_steps=config.gradient_accumulation_steps,
             num_train_epochs=config.num_train_epochs,
@@ -206,12 +201,7 @@ class Trainer:
         variants: dict[str, Any] = {"eval": nullcontext}
         if self.ema is not None:
             variants["eval_ema"] = self.ema.swapped
-        batches = eval_batches(
-            self.eval_rows,
-            config.per_device_eval_batch_size,
-            config.max_eval_rows,
-            self.device,
-        )
+        batches = self.materials.eval_batches(config)
         metrics = evaluate_student(self.student, self.teacher, batches, variants)
         objective = self.objective(min(counters.micro_step, self.horizon.micro_batches - 1))
         for prefix in variants:
@@ -238,11 +228,15 @@ class Trainer:
         }
         with self.ema.swapped() if averaged and self.ema else nullcontext():
             self.run_dir.export(
-                target, self.student.model, self.tokenizer, self.student.valid_vocab, facts
+                target,
+                self.student.model,
+                self.materials.tokenizer,
+                self.materials.valid_vocab,
+                facts,
             )
 
     def save(self, log: RunLog, *, must: bool = False) -> Path | None:
-        """Write a checkpoint. One periodic failure is a warning; a second, or one that must, stops."""
+        """Write a checkpoint. One periodic failure is a warning; a second, or a last one, stops."""
         try:
             state, tensors = self.capture()
             path = save_checkpoint(

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import pytest
 import torch
 from torch import Generator, Tensor
 
@@ -105,16 +106,16 @@ _DISTRIBUTIONS = (
     "inf_both",
 )
 _LINEAR: Options = {
-    "distribution": ("randn1", "randn5", "randn30", "peaked", "offset100", "zipf", "same", "near"),
-    "V": (1, 2, 31, 33, 97, 128),
+    "distribution": ("randn1", "randn5", "randn30", "peaked", "offset30", "zipf", "same", "near"),
+    "V": (2, 31, 33, 97, 128),
     "D": (1, 24, 64),
     "bias": (False, True),
     "softcap": (None, 20.0),
     "logit_scale": (1.0, 0.25),
-    "weight_dtype": (None, torch.float32),  # None: that of the hidden states
+    "weight_dtype": (None, torch.float32),  # beside 16-bit hidden states; None: the same
     "wrt": ("hidden,weight,bias", "hidden", "weight", "bias", "hidden,weight", ""),
     "layout": _LOGITS["layout"],
-    "chunk_bytes": (None, 1, 3000),  # everything at once, as little as can be, a few
+    "chunk_bytes": (None, 8_000, 40_000),  # everything at once, and in more or fewer pieces
 }
 _JOINT: Options = {
     "ce_weight": (0.5, 0.0),
@@ -153,6 +154,20 @@ LINEAR_DISTILL_LOSS = pairwise(
     },
     seed=5,
 )
+
+
+def crossed(cases: Sequence[Options]) -> list[Any]:
+    """Every case in every dtype, as pytest parameters ``(options, dtype)``.
+
+    A failure prints the options; the name is short. Offsets are left out in float64, where eager
+    autograd, and with it the oracle, loses as many digits as what it would judge.
+    """
+    return [
+        pytest.param(options, dtype, id=f"{i}-{str(dtype).removeprefix('torch.')}")
+        for i, options in enumerate(cases)
+        for dtype in DTYPES
+        if dtype != torch.float64 or not options["distribution"].startswith("offset")
+    ]
 
 
 # --- Values: float64, before they are rounded ----------------------------------------------------
@@ -231,7 +246,9 @@ def draw_head(
     hidden, weight = randn(N, D), randn(V, D) / math.sqrt(D)
     y = torch.randint(V, (N,), generator=generator)
     match distribution:
-        case "randn1" | "same" | "near":
+        case "offset30" if D > 1:  # alone it would leave a gradient of nothing but rounding
+            weight[:, -1], hidden[:, -1] = 30.0, 1.0
+        case "randn1" | "same" | "near" | "offset30":
             pass
         case "randn5" | "randn30":
             hidden *= float(distribution.removeprefix("randn"))
@@ -239,8 +256,6 @@ def draw_head(
             hidden = 0.1 * hidden + torch.linspace(3, 20, N).double()[:, None] * (
                 weight[y] / weight[y].square().sum(-1, keepdim=True).clamp(min=0.01)
             )
-        case "offset100":
-            weight[:, -1], hidden[:, -1] = 100.0, 1.0
         case "zipf":
             prior = -1.1 * torch.arange(1, V + 1, dtype=torch.float64).log()
             weight[:, -1], hidden[:, -1] = prior, 1.0

@@ -20,7 +20,8 @@ all of these must hold:
 
 A row is a token for losses and for the gradients of logits and hidden states, a class for the
 gradient of a weight, and all of the gradient of a bias. ``S_r`` is the size of the numbers that
-cancel in row r (see ``scales_of``). float64 results are held to the same rule with its own eps.
+cancel in row r (see ``scales_of``). float64 results are held to lines 1 and 3 with eps = 2^-48: the
+oracle has no more digits than they do, so four bits are left to it.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def assert_within(
     share = err / budget
     if not (err <= budget).all():
         raise AssertionError(_worst_row(ours, oracle, yardstick, err, budget, case, output))
-    if err.numel() >= 32:
+    if err.numel() >= 32 and ours.dtype != torch.float64:
         median_budget = 2 * err_eager.median() + band.median() / 8
         if err.median() > median_budget:
             raise AssertionError(
@@ -128,7 +129,7 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _band(oracle: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:  # [rows]
     largest = _as_rows(oracle).abs().amax(-1)
     scale = torch.as_tensor(scale, dtype=torch.float64).flatten()
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    eps = 2.0**-48 if dtype == torch.float64 else 2.0**-23
     return ulp(largest, dtype) + 8 * eps * scale
 
 
@@ -213,28 +214,29 @@ def judge(problem: Problem, ops: Any) -> float:
 
 
 def judge_outputs(problem: Problem, ours: Outputs) -> float:
-    """``judge`` for outputs that are already there."""
+    """``judge`` for outputs that are already there, be it only some of them."""
     oracle, yardstick = measure_oracle(problem), measure(problem, reference)
-    assert ours.keys() == oracle.keys()
-    share = 0.0
-    for output, o in oracle.items():
-        x, e = ours[output], yardstick[output]
-        what = f"{problem.case} {output}"
-        _assert_same_kind(x, e, what)
-        x, o, e = (_one_row_per_unit(output, tensor) for tensor in (x, o, e))
-        scale = problem.scales.get(output)
-        if scale is None:
-            scale = problem.magnitude * float(o.abs().max()) if o.numel() else 0.0
-        if output in COUNTS:
-            assert torch.equal(x.double(), o), f"{what}: got {x}, expected {o}"
-        elif not o.any():
-            assert_zero(x, scale, case=problem.case, output=output)
-        else:
-            used = assert_within(x, o, e, scale, case=problem.case, output=output)
-            share = max(share, used)
-        if output in problem.zeros:
-            assert not x[problem.zeros[output]].any(), f"{what}: must be exactly zero"
-    return share
+    return max(judge_output(problem, name, x, oracle, yardstick) for name, x in ours.items())
+
+
+def judge_output(
+    problem: Problem, output: str, x: Tensor, oracle: Outputs, yardstick: Outputs
+) -> float:
+    what = f"{problem.case} {output}"
+    _assert_same_kind(x, yardstick[output], what)
+    x, o, e = (_one_row_per_unit(output, each) for each in (x, oracle[output], yardstick[output]))
+    if output in problem.zeros:
+        assert not x[problem.zeros[output]].any(), f"{what}: must be exactly zero"
+    if output in COUNTS:
+        assert torch.equal(x.double(), o), f"{what}: got {x}, expected {o}"
+        return 0.0
+    scale = problem.scales.get(output)
+    if scale is None:
+        scale = problem.magnitude * float(o.abs().max()) if o.numel() else 0.0
+    if not o.any():
+        assert_zero(x, scale, case=problem.case, output=output)
+        return 0.0
+    return assert_within(x, o, e, scale, case=problem.case, output=output)
 
 
 def _one_row_per_unit(output: str, x: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from cases import (
     place_labels,
 )
 from oracle import Problem, scales_of
-from sad_kernels import Head, Objective, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
+from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, TeacherTopK
+from sad_kernels.objective import Teacher
 from torch import Generator, Tensor
 
 PLAIN: Options = {
@@ -358,7 +359,9 @@ def _teacher(
     o: Options, t: Tensor, rows: Rows, dtype: torch.dtype
 ) -> tuple[Callable[[dict[str, Tensor]], Teacher | None], dict[str, Tensor], Tensor | None]:
     """How to build a teacher with these logits from leaves, the leaves, and its rounded logits."""
-    T, V, dtype = o["temperature"], o["V"], o["teacher_dtype"] or dtype
+    T, V = o["temperature"], o["V"]
+    log_dtype = torch.promote_types(dtype, torch.float32)
+    dtype = o["teacher_dtype"] or dtype
     match o["teacher"]:
         case None:
             return lambda _: None, {}, None
@@ -389,7 +392,7 @@ def _teacher(
             if ids.shape[-1] > 2:  # the last of them is padding
                 log_probs[:, -1], ids[:, -1] = -math.inf, -1
             placed_ids = rows.place(ids, torch.int32)
-            leaves = {"log_probs": rows.place(log_probs, torch.float32)}
+            leaves = {"log_probs": rows.place(log_probs, log_dtype)}
             return (
                 lambda x: TeacherTopK(placed_ids, x["log_probs"], o["teacher"]),
                 leaves,
@@ -405,14 +408,15 @@ def _student_head(
     """Leaves, rows, the rounded leaves' logits [N, valid], and the largest logit before the cap."""
     hidden, weight, y = draw_head(o["distribution"], o["N"], valid_width(o), o["D"], g)
     rows = Rows(o, y, g)
-    weight_dtype = o["weight_dtype"] or dtype
+    # A wider weight is rounded to the hidden states' dtype, so it holds values that survive this.
+    weight_dtype = (o["weight_dtype"] if dtype.itemsize == 2 else None) or dtype
     leaves = {
         "hidden": rows.place(hidden, dtype),
-        "weight": _place_weight(weight, o["V"], weight_dtype),
+        "weight": _place_weight(weight.to(dtype), o["V"], weight_dtype),
     }
     z = rows.rounded_all(leaves["hidden"]) @ leaves["weight"][: rows.valid].double().T
     if o["bias"]:
-        bias = torch.randn(rows.valid, 1, generator=g, dtype=torch.float64)
+        bias = torch.randn(rows.valid, 1, generator=g, dtype=torch.float64).to(dtype)
         leaves["bias"] = _place_weight(bias, o["V"], weight_dtype)[:, 0]
         z = z + leaves["bias"][: rows.valid].double()
     z = o["logit_scale"] * z

@@ -124,7 +124,7 @@ def distill_loss(
     teacher: Teacher | None,
     objective: Objective,
     *,
-    num_items: float | Tensor | None = None,
+    num_items: int | Tensor | None = None,
     ignore_index: int = -100,
 ) -> DistillOutput:
     """The sum of ``ce_weight * CE + kd_weight * KD + z_loss * lse^2`` over ``num_items``.
@@ -144,7 +144,7 @@ def linear_distill_loss(
     teacher: Teacher | None,
     objective: Objective,
     *,
-    num_items: float | Tensor | None = None,
+    num_items: int | Tensor | None = None,
     ignore_index: int = -100,
 ) -> DistillOutput:
     """``distill_loss`` of ``head(hidden)``."""
@@ -163,7 +163,7 @@ def _distilled(
     teacher: Teacher | None,
     keep: Tensor,  # [N] bool, True n times
     objective: Objective,
-    num_items: float | Tensor | None,
+    num_items: int | Tensor | None,
 ) -> DistillOutput:
     ce = _ce(s, y, objective.label_smoothing)
     z = s.logsumexp(-1).square()
@@ -385,7 +385,7 @@ def _one_or_nan(y: Tensor, V: int) -> Tensor:
     return torch.where((y >= 0) & (y < V), 1.0, math.nan)
 
 
-def _nonzero(count: float | Tensor) -> float | Tensor:
+def _nonzero(count: int | Tensor) -> int | Tensor:
     """What to divide a sum over ``count`` rows by: the mean over none is 0, not 0 / 0."""
     return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 

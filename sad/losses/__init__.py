@@ -10,9 +10,9 @@ from torch import Tensor
 class LossTerm(NamedTuple):
     """A differentiable sum over a micro-batch and the number of units in it.
 
-    The trainer adds sums and counts over the whole accumulation window before it divides, so the gradient does not
-    depend on how the window was split.
+    The trainer adds sums and counts over the whole accumulation window before it divides, so the
+    gradient does not depend on how the window was split.
     """
 
     sum: Tensor  # [] differentiable
-    count: int  # units (targets, tokens or sequences) in this micro-batch, known before the forward pass
+    count: int  # targets, tokens or sequences in it, known before the forward pass

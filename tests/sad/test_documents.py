@@ -22,7 +22,7 @@ from sad.errors import UnfitError, UsageError
 def read(*sources: Path | str, **options: Any) -> list[tuple[str, str]]:
     """Names and texts of all documents of these sources."""
     config = DataConfig(train=tuple(str(source) for source in sources), **options)
-    return [tuple(document) for document in read_documents(config, "train")]
+    return [(name, text) for name, text in read_documents(config, "train")]
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -41,7 +41,7 @@ class TestTextFiles:
         assert read(tmp_path / "a.txt", document_separator="\n\n") == [
             ("a.txt:0", "one"),
             ("a.txt:1", "\ntwo"),
-            ("a.txt:3", "three"),
+            ("a.txt:3", "\nthree"),
         ]
 
     @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])

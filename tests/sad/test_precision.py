@@ -70,6 +70,8 @@ def test_dtypes_are_those_of_the_table(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_training_moves_every_parameter(name: str) -> None:
     used, model = precision(name), network(name)
+    if name == "fp16":
+        used.load_state_dict(used.state_dict() | {"scale": 1024.0})  # torch starts at 65536
     optimizer = used.build_optimizer(model)
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(3):
@@ -88,7 +90,7 @@ def test_training_moves_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_with_a_bad_gradient_leaves_every_bit(name: str, fused: bool, bad: float) -> None:
-    """https://github.com/NVIDIA/Megatron-LM/issues/6018: the loss is finite, its gradient is not."""
+    """https://github.com/NVIDIA/Megatron-LM/issues/6018: a finite loss, a gradient that is not."""
     used, model = precision(name), network(name)
     optimizer: torch.optim.Optimizer = used.build_optimizer(model)
     if not fused:
@@ -98,7 +100,7 @@ def test_a_step_with_a_bad_gradient_leaves_every_bit(name: str, fused: bool, bad
     average.update(used.step(optimizer, max_grad_norm=1.0).ok)
     used.zero_grad(optimizer)
 
-    model[0].weight.register_hook(lambda grad: grad.masked_fill(torch.ones_like(grad) > 0, bad))
+    next(model.parameters()).register_hook(lambda grad: torch.full_like(grad, bad))
     loss = loss_of(model, used)
     assert loss.isfinite()
     used.backward(loss)
@@ -145,17 +147,18 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_skip_until_it_is_below_1() -> 
 
 
 def test_fp16_gradients_are_unscaled_before_norm_and_update() -> None:
-    """Whatever the scale, the same update: powers of two cancel exactly."""
+    """Scales are powers of two, which cancel exactly while nothing over- or underflows."""
     results = []
-    for scale in (1.0, 1024.0):
+    for scale in (64.0, 1024.0):
         torch.manual_seed(5)
         used, model = precision("fp16"), network("fp16")
         optimizer = used.build_optimizer(model)
         used.load_state_dict(used.state_dict() | {"scale": scale})
-        used.backward(loss_of(model, used, factor=1e-2))
-        update = used.step(optimizer, max_grad_norm=1.0)
-        results.append(update.norm)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=0)
+        used.backward(loss_of(model, used))
+        update = used.step(optimizer, max_grad_norm=0.01)
+        results.append([update.norm, *(p.detach() for p in model.parameters())])
+    assert results[0][0] > 0.01
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_scaler_state_goes_through_json() -> None:
@@ -214,22 +217,23 @@ def test_masters_keep_the_small_updates_that_bf16_loses() -> None:
             used.zero_grad(optimizer)
         [weight] = used.optimizer_parameters.values()
         moved[name] = float((1.0 - weight.detach().double()).mean())
-    assert moved["masters"] == pytest.approx(50e-6, rel=0.05)
+    assert moved["masters"] > 45e-6
     assert moved["pure bf16"] == 0.0
 
 
 def test_a_parameter_of_another_dtype_is_its_own_master() -> None:
     used, model = precision("masters"), network("masters")
-    model[1].float()
+    norm = model.get_submodule("1").float()
     optimizer = used.build_optimizer(model)
     assert used.masters is not None
     assert set(used.masters.separate) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert used.optimizer_parameters["1.weight"] is model[1].weight
-    before = model[1].bias.detach().clone()
+    assert used.optimizer_parameters["1.weight"] is norm.weight
+    before = norm.get_parameter("bias").detach().clone()
     used.backward(sum((p.float().sum() for p in model.parameters()), torch.zeros(())))
     used.step(optimizer, max_grad_norm=0)
     used.zero_grad(optimizer)
-    assert not torch.equal(model[1].bias, before) and model[1].bias.grad is None
+    bias = norm.get_parameter("bias")
+    assert not torch.equal(bias, before) and bias.grad is None
 
 
 def test_a_window_without_update_drops_its_gradients() -> None:

@@ -19,7 +19,7 @@ from sad.log import RunLog
 from sad.report import format_results, verdict, write_report
 
 HOSTILE = (
-    "</pre></style><script>alert('x')</script><img src=http://x.invalid/ onerror=\"alert(1)\">&$_"
+    "</pre></style><script>alert('x')</script><img src=http://x.invalid/ onerror=\"alert(1)\">&$x_$"
 )
 
 TEACHER = {
@@ -138,7 +138,7 @@ def write_log(
 
 
 def make_run(run_dir: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    """A run as ``sad distill`` leaves it: resumed once, with a baseline, two exports and samples."""
+    """A run as ``sad distill`` leaves it: resumed once, with a baseline, exports and samples."""
     write_log(run_dir, range(4, 60, 4))
     write_log(run_dir, range(44, 84, 4), initial=40)
     write_log(run_dir / "baseline", range(4, 84, 4))

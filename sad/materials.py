@@ -1,0 +1,79 @@
+"""What a run needs and does not train: text, tokenizer, frozen teacher, and that they fit together."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sad.config import DistillConfig, config_to_dict
+from sad.data import Batch, PackedRows, load_rows
+from sad.distillation import FrozenTeacher
+from sad.models import load_teacher, resolve_device
+from sad.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
+from sad.versions import library_versions
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Shared by the student, its baseline, and whoever scores them again."""
+
+    tokenizer: PreTrainedTokenizerFast
+    valid_vocab: int
+    train_rows: PackedRows
+    eval_rows: PackedRows
+    teacher: FrozenTeacher | None
+    device: torch.device
+
+    def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
+        """The held-out rows in their stored order, the first ``max_eval_rows`` of them."""
+        count = min(config.max_eval_rows or len(self.eval_rows), len(self.eval_rows))
+        size = config.per_device_eval_batch_size
+        for start in range(0, count, size):
+            yield self.eval_rows.batch(range(start, min(start + size, count))).to(self.device)
+
+    def identity(self, config: DistillConfig) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run, and what explains if it is not."""
+        return {
+            "config": config_to_dict(config),
+            "train_rows": self.train_rows.fingerprint,
+            "eval_rows": self.eval_rows.fingerprint,
+            "tokenizer": fingerprint(self.tokenizer),
+            "world_size": 1,
+            "versions": library_versions(),
+        }
+
+
+def gather(config: DistillConfig) -> Materials:
+    """Load what does not learn.
+
+    Raises ``UsageError`` for what cannot be found and ``UnfitError`` for what cannot be used, such
+    as a teacher with another tokenizer.
+    """
+    seed_everything(config)
+    device = resolve_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
+    vocabulary = valid_vocab(tokenizer)
+    teacher = None
+    if config.teacher is not None:
+        theirs = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
+        require_same_tokenizer(theirs, tokenizer)
+        teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
+    train_rows, eval_rows = load_rows(config, tokenizer)
+    return Materials(tokenizer, vocabulary, train_rows, eval_rows, teacher, device)
+
+
+def seed_everything(config: DistillConfig) -> None:
+    """Start every global generator from ``config.seed``."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

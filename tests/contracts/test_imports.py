@@ -1,0 +1,245 @@
+"""Who may import whom, what importing may touch, and what may be missing.
+
+Arrows: scripts, bench, tests -> sad -> sad_kernels -> torch, triton. Each checker is shown a
+planted violation that it must flag.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, SAD = ROOT / "kernels" / "sad_kernels", ROOT / "sad"
+
+TORCH_ONLY = frozenset({"torch", "sad_kernels"}) | sys.stdlib_module_names
+"""What ``sad_kernels`` may import anywhere; ``_triton.py`` adds triton."""
+
+REQUIRED = TORCH_ONLY | {
+    "numpy",
+    "psutil",
+    "sad",
+    "safetensors",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "yaml",
+}
+"""What ``sad`` may import at module level: the dependencies that are always installed."""
+
+OPTIONAL = frozenset({"datasets", "matplotlib", "pyarrow", "tensorboard", "trackio", "wandb"})
+"""What ``sad`` may import where it is needed, inside a function: the extras."""
+
+BEHIND_EXTRAS = {"plots": frozenset({"matplotlib"})}
+"""Modules of ``sad`` that are nothing without an extra: they import it, and are imported late."""
+
+
+class Import(NamedTuple):
+    module: str  # dotted, as written
+    line: int
+    late: bool  # inside a function
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def imports(source: str) -> Iterator[Import]:
+    """Every import but relative ones and those under ``if TYPE_CHECKING``."""
+    tree = ast.parse(source)
+    for_typing = set(_inside(tree, ast.If, lambda node: "TYPE_CHECKING" in ast.unparse(node.test)))
+    late = set(_inside(tree, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node not in for_typing:
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, node in late)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node not in for_typing:
+            for alias in node.names:
+                yield Import(f"{node.module}.{alias.name}", node.lineno, node in late)
+
+
+def _inside(
+    tree: ast.AST, kind: Any, condition: Callable[[Any], bool] = lambda node: True
+) -> Iterator[ast.AST]:
+    for node in ast.walk(tree):
+        if isinstance(node, kind) and condition(node):
+            yield from ast.walk(node)
+
+
+def kernel_violations(name: str, source: str) -> list[str]:
+    allowed = TORCH_ONLY | ({"triton"} if name == "_triton" else set())
+    return [f"{name} imports {i.module}" for i in imports(source) if i.package not in allowed]
+
+
+def trainer_violations(name: str, source: str) -> list[str]:
+    early = REQUIRED | BEHIND_EXTRAS.get(name, frozenset())
+    behind_extras = tuple(f"sad.{module}" for module in BEHIND_EXTRAS)
+    return [
+        f"{name} line {i.line} imports {i.module} {'late' if i.late else 'at once'}"
+        for i in imports(source)
+        if i.package not in (early | OPTIONAL if i.late else early)
+        or (i.module.startswith(behind_extras) and not i.late)
+    ]
+
+
+def test_sad_kernels_imports_torch_only() -> None:
+    files = sorted(KERNELS.rglob("*.py"))
+    assert len(files) > 5
+    found = [v for f in files for v in kernel_violations(f.stem, f.read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_sad_imports_downwards_and_extras_late() -> None:
+    files = sorted(SAD.rglob("*.py"))
+    assert len(files) > 10
+    found = [v for f in files for v in trainer_violations(f.stem, f.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sad",
+        "from sad.config import DistillConfig",
+        "def f():\n    import transformers",
+        "import numpy as np",
+        "import triton",
+        "try:\n    from transformers import AutoModel\nexcept ImportError:\n    pass",
+    ],
+)
+def test_a_planted_import_in_the_kernels_is_flagged(source: str) -> None:
+    assert kernel_violations("ce", source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import tests.tiny", "import bench", "import matplotlib", "def f():\n    import scipy"],
+)
+def test_a_planted_import_in_the_trainer_is_flagged(source: str) -> None:
+    assert trainer_violations("train", source)
+
+
+def test_what_is_allowed_is_not_flagged() -> None:
+    assert not kernel_violations("_triton", "import triton.language as tl")
+    assert not kernel_violations("ce", "import math\nfrom . import _dispatch\nimport torch.nn")
+    assert not trainer_violations("report", "def f():\n    from sad.plots import draw")
+    assert not trainer_violations("data", "def f():\n    import datasets")
+    assert not trainer_violations("plots", "import matplotlib.pyplot as plt")
+    typing_only = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import datasets"
+    assert not trainer_violations("data", typing_only)
+
+
+# What an import touches
+
+
+UNTOUCHED = """
+import sys
+import torch
+
+def touched(*args, **kwargs):
+    raise AssertionError("CUDA was touched")
+
+for name in ("_lazy_init", "is_available", "device_count", "current_device", "init",
+             "get_device_properties", "get_device_capability", "get_device_name"):
+    setattr(torch.cuda, name, touched)
+"""
+
+WITHOUT_TRITON = """
+import sys
+assert "triton" not in sys.modules
+sys.modules["triton"] = None  # as if it were not installed
+"""
+
+LIGHT = """
+heavy = {"sad", "transformers"} & set(sys.modules)
+assert not heavy, f"imported {heavy}"
+"""
+
+TORCH_PATH_WORKS = """
+import torch
+logits = torch.zeros(2, 4, requires_grad=True)
+labels = torch.tensor([1, -100])
+loss = sad_kernels.cross_entropy(logits, labels, impl="torch")
+loss.backward()
+assert abs(float(loss) - 1.3862944) < 1e-6 and logits.grad[0, 1] < 0
+sad_kernels.ema_update_([torch.zeros(3)], [torch.ones(3)], 0.5)
+try:
+    sad_kernels.cross_entropy(logits, labels, impl="triton")
+except (NotImplementedError, RuntimeError, ImportError) as error:
+    assert "triton" in str(error).lower() and ";" in str(error), error
+else:
+    raise AssertionError("an explicit request fell back")
+"""
+
+
+def run_python(script: str, *, cwd: Path = ROOT, path: Path | None = None) -> str:
+    """Run a script without interpreter mode; return what it complained about ('' if nothing)."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    return "" if done.returncode == 0 else done.stderr or "failed"
+
+
+def test_importing_the_kernels_is_light_and_leaves_cuda_alone() -> None:
+    assert run_python(UNTOUCHED + "import sad_kernels\n" + LIGHT) == ""
+
+
+def test_the_kernels_work_without_triton() -> None:
+    script = WITHOUT_TRITON + "import sad_kernels\n" + TORCH_PATH_WORKS + LIGHT
+    assert run_python(script) == ""
+
+
+@pytest.mark.parametrize(
+    "content, prelude, complaint",
+    [
+        ("import torch\ntorch.cuda.is_available()", UNTOUCHED, "CUDA was touched"),
+        ("import sad", "import sys\n", "imported {'sad'}"),
+        ("import triton", WITHOUT_TRITON, "import of triton halted"),
+    ],
+    ids=["cuda", "heavy", "triton"],
+)
+def test_a_planted_import_side_effect_is_seen(
+    content: str, prelude: str, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "planted.py").write_text(content)
+    assert complaint in run_python(prelude + "import planted\n" + LIGHT, path=tmp_path)
+
+
+# The name trap
+
+
+NAME_TRAP = """
+import importlib.util, pathlib
+spec = importlib.util.find_spec("kernels")
+origin = spec.origin if spec else None  # None for a namespace, too
+assert origin is None or "site-packages" in origin, f"kernels is {origin}"
+from transformers import Qwen3ForCausalLM
+"""
+"""transformers probes for the ``kernels`` package of Hugging Face by name: a package of ours under
+that name would be taken for it and break its model imports."""
+
+
+def trap_files(root: Path) -> list[str]:
+    return [name for name in ("kernels/__init__.py", "conftest.py") if (root / name).exists()]
+
+
+def test_our_kernels_folder_is_no_package() -> None:
+    assert trap_files(ROOT) == []
+    assert run_python(NAME_TRAP) == ""
+
+
+def test_a_planted_kernels_package_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    (tmp_path / "conftest.py").touch()
+    assert trap_files(tmp_path) == ["kernels/__init__.py", "conftest.py"]
+    assert "kernels is" in run_python(NAME_TRAP, cwd=tmp_path)

@@ -1,0 +1,209 @@
+"""The ``sad`` command: its words, its first line on stderr, its exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from sad import errors
+from sad.cli import main
+from sad.config import DistillConfig
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text("student: s\nteacher: t\n")
+    return str(path)
+
+
+@pytest.fixture
+def replace_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a stand-in where the command imports a module from."""
+
+    def put(name: str, **contents: Any) -> None:
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return put
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_distill_gets_the_configuration(recipe: str, replace_module: Any) -> None:
+    seen: list[DistillConfig] = []
+    replace_module("sad.train", distill=seen.append)
+    assert main(["distill", recipe, "--seed", "5", "--data.train=x"]) == 0
+    (config,) = seen
+    assert (config.student, config.seed, config.data.train) == ("s", 5, ("x",))
+
+
+def test_plan_prints_what_the_planner_says(recipe: str, replace_module: Any, capsys: Any) -> None:
+    replace_module("sad.plan", plan=lambda config: config.seed, format_plan="seed {}".format)
+    assert main(["plan", recipe, "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "seed 3\n"
+
+
+ERRORS = [
+    (errors.UsageError("x"), 2, "x"),
+    (errors.UnfitError("x"), 65, "x"),
+    (errors.OutputError("x"), 73, "x"),
+    (errors.CheckpointError("x"), 74, "x"),
+    (errors.StoppedError("x"), 75, "x"),
+    (errors.DivergedError("x"), 90, "x"),
+    (errors.OutOfMemoryError("x"), 71, "x"),
+    (torch.OutOfMemoryError("CUDA out of memory\ndetails"), 71, "memory must hold"),
+    (MemoryError(), 71, "memory must hold"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1"), 71, "memory must"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+]
+
+
+@pytest.mark.parametrize("error, code, start", ERRORS, ids=lambda v: type(v).__name__)
+def test_known_errors_are_one_line_and_their_code(
+    error: BaseException,
+    code: int,
+    start: str,
+    recipe: str,
+    replace_module: Any,
+    capsys: Any,
+) -> None:
+    replace_module("sad.train", distill=raising(error))
+    assert main(["distill", recipe]) == code
+    captured = capsys.readouterr().err
+    assert captured.startswith(f"sad: error: {start}")
+    assert captured.count("\n") == 1
+
+
+def test_a_bug_is_code_1_with_a_traceback(recipe: str, replace_module: Any, capsys: Any) -> None:
+    replace_module("sad.train", distill=raising(RuntimeError("broken")))
+    assert main(["distill", recipe]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("sad: error: this is a bug in sad, got RuntimeError: broken;")
+    assert lines[1] == "Traceback (most recent call last):"
+
+
+@pytest.mark.parametrize(
+    "words", [["--debug"], ["--debug", "true"], ["--seed", "1", "--debug"]], ids=" ".join
+)
+def test_debug_shows_the_traceback_of_a_known_error(
+    words: list[str], recipe: str, replace_module: Any, capsys: Any
+) -> None:
+    replace_module("sad.train", distill=raising(errors.UnfitError("x")))
+    assert main(["distill", recipe, *words]) == 65
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_shows_where_a_configuration_fails(recipe: str, capsys: Any) -> None:
+    assert main(["distill", recipe, "--debug", "--seed", "-1"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_in_the_file_counts_too(recipe: str, replace_module: Any, capsys: Any) -> None:
+    with open(recipe, "a") as file:
+        file.write("debug: true\n")
+    replace_module("sad.train", distill=raising(errors.UnfitError("x")))
+    assert main(["distill", recipe]) == 65
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["distil"], "invalid choice: 'distil'"),
+        (["distill"], "the following arguments are required: RECIPE|FILE.yaml"),
+        (["distill", "nowhere.yaml"], "got 'nowhere.yaml'; check the path"),
+        (["distill", "quickstart", "--ema_decya", "1"], "did you mean 'ema_decay'?"),
+        (["--frobnicate"], "required: COMMAND"),
+        (["selftest", "extra"], "unrecognized arguments: extra"),
+        (["eval"], "required: RUN_DIR"),
+    ],
+)
+def test_wrong_words_are_code_2(words: list[str], message: str, capsys: Any) -> None:
+    assert main(words) == 2
+    first_line = capsys.readouterr().err.splitlines()[0]
+    assert first_line.startswith("sad: error: ") and message in first_line
+
+
+@pytest.mark.parametrize("words", [["--help"], [], ["-h"]])
+def test_help_names_commands_and_recipes(words: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("distill", "eval", "plan", "selftest", "quickstart"):
+        assert f"  {word} " in out
+
+
+@pytest.mark.parametrize("words", [["distill", "-h"], ["distill", "quickstart", "--help"]])
+def test_help_of_distill_names_keys_and_defaults(words: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 0
+    assert "  --temperature NUMBER  [2.0]\n      Softens both" in capsys.readouterr().out
+
+
+def test_version_names_what_numbers_depend_on(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert f"torch {torch.__version__}" in capsys.readouterr().out
+
+
+def test_the_process_is_light_and_returns_the_code() -> None:
+    """``--help`` imports nothing heavy; a usage error is the process's exit code."""
+    script = (
+        "import sys\nfrom sad.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    light = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert light.returncode == 0, light.stderr
+    command = [sys.executable, "-m", "sad", "distil"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("sad: error: ")
+
+
+def test_a_reader_that_leaves_is_no_bug_of_ours() -> None:
+    """``sad distill --help | head -1`` ends quietly."""
+    command = f"{sys.executable} -m sad distill --help | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert ended.stdout.startswith("usage: sad distill")
+    assert ended.stderr == "" and ended.returncode in (0, 141)
+
+
+def test_interrupt_before_the_loop(tmp_path: Path) -> None:
+    """SIGINT while models load: nothing is running yet that would save."""
+    script = (
+        "import sys, time, types\nfrom sad.cli import main\n"
+        "train = types.ModuleType('sad.train')\n"
+        "def distill(config):\n    print('loading', flush=True)\n    time.sleep(60)\n"
+        "train.distill = distill\nsys.modules['sad.train'] = train\n"
+        "sys.exit(main(['distill', 'quickstart']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "sad: error: interrupted; nothing new is saved\n"

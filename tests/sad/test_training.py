@@ -1,0 +1,440 @@
+"""The training loop: resumption to the bit, windows, skipped updates, signals, failing disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_llama, write_texts
+from torch import Tensor
+
+from sad import files
+from sad.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sad.config import DistillConfig
+from sad.data import Batch
+from sad.distillation import build_student
+from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from sad.log import RunLog, read_log
+from sad.materials import Materials, gather, seed_everything
+from sad.models import load_student
+from sad.precision import Precision
+from sad.rundir import RunDirectory
+from sad.schedule import lr_factor
+from sad.signals import StopSignals
+from sad.train import distill
+from sad.training import Trainer
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A teacher, a student with dropout and unequal documents, on disk."""
+    folder = tmp_path_factory.mktemp("sources")
+    teacher = tiny_llama(seed=1, hidden_size=48, num_hidden_layers=1)
+    student = tiny_llama(seed=2, attention_dropout=0.1, tie_word_embeddings=True)
+    return {
+        "teacher": save_tiny(folder / "teacher", teacher),
+        "student": save_tiny(folder / "student", student),
+        "data": {"train": write_texts(folder / "texts", count=16), "eval_fraction": 0.2},
+    }
+
+
+@pytest.fixture
+def make_config(sources: dict[str, Any], tmp_path: Path) -> Callable[..., DistillConfig]:
+    """The reference run: two epochs, windows of 4 with a short last one, an evaluation between."""
+
+    def make(**overrides: Any) -> DistillConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_length": 32,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 28,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 1e-2,
+            "warmup_batches": 3,
+            "max_eval_rows": 4,
+            "logging_steps": 2,
+        }
+        return DistillConfig(**(sources | defaults | overrides))
+
+    return make
+
+
+def make_trainer(config: DistillConfig, materials: Materials | None = None) -> Trainer:
+    """A trainer as ``distill`` builds it, with fresh objects and seeds."""
+    materials = materials or gather(config)
+    seed_everything(config)
+    precision = Precision(config, materials.device)
+    model = load_student(config)
+    student = build_student(config, model, materials.valid_vocab, precision)
+    return Trainer(config, student, materials, precision, RunDirectory(config.output_dir))
+
+
+def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
+    return RunLog(config.output_dir, total_batches=trainer.horizon.micro_batches)
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """The whole state, copied: plain values, and tensors by group and name."""
+    state, tensors = trainer.capture()
+    named = {
+        f"{g}/{n}": t.detach().clone() for g, group in tensors.items() for n, t in group.items()
+    }
+    return {"state": state, **named}
+
+
+def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        same = (
+            torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
+        )
+        assert same, f"{name} differs"
+
+
+# Resumption
+
+
+def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Callable[..., Any]) -> None:
+    config = make_config()
+    materials = gather(config)
+    whole = make_trainer(config, materials)
+    total = whole.horizon.micro_batches
+    assert total % 4 and total > 8, "the last window should be a short one"
+    ends = []
+    for _ in range(total):
+        whole.micro_batch()
+        ends.append(everything(whole))
+
+    for stop in range(1, total):
+        first = make_trainer(config, materials)
+        for _ in range(stop):
+            first.micro_batch()
+        state, tensors = first.capture()
+        path = save_checkpoint(config.output_dir, stop, state, tensors, save_total_limit=2)
+        second = make_trainer(config, materials)
+        torch.rand(7)  # the generators are restored last: whatever was drawn before is undone
+        second.restore(load_checkpoint(path), warn=pytest.fail)
+        assert_same_bits(everything(second), ends[stop - 1])
+        while second.counters.micro_step < total:
+            second.micro_batch()
+        assert_same_bits(everything(second), ends[-1])
+
+
+def test_saving_and_evaluating_leave_training_alone(make_config: Callable[..., Any]) -> None:
+    finals = []
+    for i, cadence in enumerate(({}, {"eval_steps": 1, "save_steps": 1}, {"eval_steps": 2})):
+        config = make_config(output_dir=make_config().output_dir + str(i), **cadence)
+        trainer = make_trainer(config)
+        with run_log(config, trainer) as log:
+            trainer.train(log, StopSignals())
+        captured = everything(trainer)
+        captured["state"] = {k: captured["state"][k] for k in ("scheduler", "rng", "ema", "sums")}
+        finals.append(captured)
+    assert_same_bits(finals[0], finals[1])
+    assert_same_bits(finals[0], finals[2])
+
+
+RUN = """
+import sys
+from sad.configfile import load_config
+from sad.train import distill
+distill(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def start(config: DistillConfig, tmp_path: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """``distill`` in a fresh process."""
+    from sad.config import config_to_yaml
+
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config))
+    command = [sys.executable, "-c", RUN, str(file), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def final_bits(run_dir: str) -> dict[str, Any]:
+    path = latest_checkpoint(run_dir, report=pytest.fail)
+    assert path is not None
+    saved = load_checkpoint(path)
+    tensors = {f"{g}/{n}": t for g, group in saved.tensors.items() for n, t in group.items()}
+    return tensors | {"state": {k: v for k, v in saved.state.items() if k != "identity"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [10])
+def test_sigkill_at_random_moments_changes_no_bit(
+    make_config: Callable[..., Any], tmp_path: Path, kills: int
+) -> None:
+    """Killed mid-window, mid-evaluation, mid-save: wherever the draw falls."""
+    cadence = {"num_train_epochs": 30, "save_steps": 3, "eval_steps": 4, "max_eval_rows": None}
+    whole = make_config(output_dir=str(tmp_path / "whole"), **cadence)
+    begin = time.perf_counter()
+    assert start(whole, tmp_path).wait() == 0
+    duration = time.perf_counter() - begin
+
+    killed = make_config(output_dir=str(tmp_path / "killed"), **cadence)
+    draw = random.Random(0)
+    resume = "--resume_from_checkpoint=auto"
+    deaths = 0
+    while deaths < kills:
+        process = start(killed, tmp_path, resume)
+        try:
+            process.wait(timeout=draw.uniform(0.5, 1.0) * duration)
+            break  # finished before the kill
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            deaths += 1
+    assert start(killed, tmp_path, resume).wait() == 0
+    assert deaths >= 1
+    assert_same_bits(final_bits(whole.output_dir), final_bits(killed.output_dir))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    whole = make_trainer(config)
+    for _ in range(whole.horizon.micro_batches):
+        whole.micro_batch()
+
+    micro_batch = Trainer.micro_batch
+
+    def interrupted(self: Trainer) -> bool:
+        closed = micro_batch(self)
+        if self.counters.micro_step == 6:  # in the middle of a window
+            os.kill(os.getpid(), signal.SIGTERM)
+        return closed
+
+    monkeypatch.setattr(Trainer, "micro_batch", interrupted)
+    with pytest.raises(StoppedError, match="SIGTERM after micro-batch 6") as stopped:
+        distill(config)
+    assert stopped.value.exit_code == 75
+    status = RunDirectory(config.output_dir).read_status()
+    assert (status["state"], status["code"]) == ("stopped", 75)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="holds another run"):
+        distill(config)
+    result = distill(replace(config, resume_from_checkpoint="auto"))
+    assert result.final.is_dir() and RunDirectory(result.run_dir).read_status()["code"] == 0
+    saved = load_checkpoint(latest_checkpoint(result.run_dir) or pytest.fail("nothing saved"))
+    for name, tensor in everything(whole).items():
+        group, _, rest = name.partition("/")
+        if group in ("model", "optimizer", "ema", "rng"):
+            assert torch.equal(saved.tensors[group][rest], tensor), name
+
+
+def test_a_changed_trajectory_is_refused(make_config: Callable[..., Any]) -> None:
+    config = make_config(max_steps=1)
+    distill(config)
+    other = replace(config, learning_rate=0.5, resume_from_checkpoint="auto")
+    with pytest.raises(UsageError, match=r"learning_rate: 0.01 -> 0.5"):
+        distill(other)
+    cadence = replace(config, logging_steps=7, resume_from_checkpoint="auto")
+    distill(cadence)
+    distill(replace(other, allow_config_change=True))
+
+
+# Windows
+
+
+def test_100_batches_are_100_scheduler_steps_and_13_updates(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        gradient_accumulation_steps=8, per_device_train_batch_size=1, lr_scheduler_type="cosine"
+    )
+    materials = gather(config)
+    rows = len(materials.train_rows)
+    assert rows >= 100
+    monkeypatch.setattr(type(materials.train_rows), "__len__", lambda self: 100)
+    trainer = make_trainer(replace(config, num_train_epochs=1), materials)
+    used, updates = [], []
+    step = Precision.step
+
+    def watched(self: Precision, optimizer: Any, max_grad_norm: float) -> Any:
+        used.append(optimizer.param_groups[0]["lr"])
+        update = step(self, optimizer, max_grad_norm)
+        updates.append(bool(update.ok))
+        return update
+
+    monkeypatch.setattr(Precision, "step", watched)
+    for _ in range(100):
+        trainer.micro_batch()
+
+    assert trainer.scheduler.last_epoch == 100
+    assert updates == [True] * 13 == [True] * (100 // 8 + 1)
+    assert trainer.counters.global_step == 13
+    lasts = [min(8 * j + 7, 99) for j in range(13)]
+    factors = [lr_factor("cosine", t, 100, warmup=3) for t in lasts]
+    assert used == pytest.approx([config.learning_rate * f for f in factors], rel=1e-12)
+
+
+def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..., Any]) -> None:
+    """Unequal lengths, a micro-batch without targets: float64 gradients agree to 1e-12."""
+    config = make_config(packing=False, max_length=64)
+    materials = gather(config)
+    precision = Precision(config)
+    model = load_student(config).double().eval()
+    student = build_student(config, model, materials.valid_vocab, precision)
+    student.compute_dtype = torch.float64
+    rows = materials.train_rows.batch(range(8))
+    for row, length in enumerate((64, 3, 40, 0, 7, 64, 1, 12)):
+        rows.labels[row, length:] = -100
+    lengths = (rows.labels != -100).sum(1)
+    hidden = torch.randn(8, 64, 48, dtype=torch.float64)
+    assert materials.teacher is not None
+    head = materials.teacher(rows).head
+    from sad_kernels import TeacherHidden
+
+    head = replace(head, weight=head.weight.double())
+
+    def gradient(micro_batches: int) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        for part in torch.arange(8).chunk(micro_batches):
+            batch = Batch(
+                rows.input_ids[part],
+                rows.labels[part],
+                rows.position_ids[part],
+                int(lengths[part].sum()),
+                0,
+            )
+            teacher = TeacherHidden(hidden[part], head)
+            out = student(batch, teacher, config.objective(), num_items=int(lengths.sum()))
+            out.loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    whole = gradient(1)
+    for micro_batches in (2, 4, 8):
+        error = (gradient(micro_batches) - whole).abs().max() / whole.abs().max()
+        assert error < 1e-12
+
+
+def test_a_window_without_targets_updates_nothing(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A zero gradient would still apply momentum and weight decay."""
+    config = make_config(weight_decay=0.1, gradient_accumulation_steps=1)
+    trainer = make_trainer(config)
+    trainer.micro_batch()
+    before = everything(trainer)
+    batch = trainer.train_rows.batch
+    monkeypatch.setattr(
+        trainer.train_rows,
+        "batch",
+        lambda rows: batch(rows)._replace(labels=torch.full_like(batch(rows).labels, -100)),
+    )
+    monkeypatch.setattr(trainer.train_rows, "num_targets", trainer.train_rows.num_targets * 0)
+    trainer.micro_batch()
+    after = everything(trainer)
+    for name in before:
+        if name.startswith(("model/", "optimizer/", "ema/")):
+            assert torch.equal(before[name], after[name]), name
+    assert trainer.counters.global_step == 2 and trainer.scheduler.last_epoch == 2
+    assert all(p.grad is None for p in trainer.student.parameters())
+
+
+def test_rows_come_once_per_epoch(make_config: Callable[..., Any]) -> None:
+    trainer = make_trainer(make_config())
+    batches = trainer.horizon.batches_per_epoch
+    first = [row for i in range(batches) for row in trainer._rows(i)]
+    second = [row for i in range(batches, 2 * batches) for row in trainer._rows(i)]
+    assert sorted(first) == sorted(second) == list(range(len(trainer.train_rows)))
+    assert first != second
+
+
+# Updates that must not happen
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+def test_a_non_finite_gradient_changes_nothing_and_three_stop_the_run(
+    make_config: Callable[..., Any], precision: dict[str, bool]
+) -> None:
+    config = make_config(logging_steps=1, gradient_accumulation_steps=1, **precision)
+    trainer = make_trainer(config)
+    for _ in range(3):
+        trainer.micro_batch()
+    before = everything(trainer)
+    weight = next(iter(trainer.student.model.parameters()))
+    hook = weight.register_hook(lambda grad: grad * float("nan"))
+    if config.fp16:
+        trainer.precision.scaler.update(0.5)  # an overflow is no fault while the scale is high
+    with run_log(config, trainer) as log, pytest.raises(DivergedError) as diverged:
+        trainer.train(log, StopSignals())
+    hook.remove()
+    after = everything(trainer)
+    assert diverged.value.exit_code == 90
+    for name in before:
+        if name.startswith(("model/", "optimizer/", "ema/")):
+            assert torch.equal(before[name], after[name]), name
+    assert trainer.scheduler.last_epoch == 6
+    assert [r["skipped"] for r in read_log(config.output_dir) if r["kind"] == "train"] == [1, 2, 3]
+    assert trainer.ema is not None and trainer.ema.num_updates == 3
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
+def test_the_loss_falls(make_config: Callable[..., Any], precision: dict[str, bool]) -> None:
+    config = make_config(num_train_epochs=4, gradient_accumulation_steps=1, **precision)
+    trainer = make_trainer(config)
+    with run_log(config, trainer) as log:
+        trainer.train(log, StopSignals())
+    losses = [r["loss"] for r in read_log(config.output_dir) if r["kind"] == "train"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "off", [{"use_ema": False}, {"use_curriculum": False}, {"label_smoothing": 0.0}]
+)
+def test_features_can_be_switched_off_alone(
+    make_config: Callable[..., Any], off: dict[str, Any]
+) -> None:
+    result = distill(make_config(max_steps=2, **off))
+    prefixes = {name.partition("/")[0] for name in result.metrics}
+    assert ("eval_ema" in prefixes) == ("use_ema" not in off)
+
+
+# Disks
+
+
+def test_one_failed_save_warns_and_two_end_the_run(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(save_steps=1, num_train_epochs=3)
+    trainer = make_trainer(config)
+    working = files.OPERATIONS
+    monkeypatch.setattr(RunDirectory, "export", lambda *_: None)
+
+    def full(fd: int, data: files.Chunk) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save = Trainer.save
+    saves = []
+
+    def failing(self: Trainer, log: RunLog, *, must: bool = False) -> Path | None:
+        saves.append(must)
+        files.OPERATIONS = replace(working, write=full) if len(saves) in (2, 4, 5) else working
+        return save(self, log, must=must)
+
+    monkeypatch.setattr(Trainer, "save", failing)
+    monkeypatch.setattr(files, "OPERATIONS", working)
+    with run_log(config, trainer) as log, pytest.raises(CheckpointError) as error:
+        trainer.train(log, StopSignals())
+    assert error.value.exit_code == 74 and len(saves) == 5
+    warnings = [r["message"] for r in read_log(config.output_dir) if r["kind"] == "warning"]
+    assert len(warnings) == 2 and all("ENOSPC" in text for text in warnings)
+    files.OPERATIONS = working
+    kept = latest_checkpoint(config.output_dir, report=pytest.fail)
+    assert kept is not None and load_checkpoint(kept).micro_step == 11
