@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = [*words[:1], "--help"]  # asked for anywhere, it wins
     args = argparse.Namespace(debug="--debug" in words)
     try:
-        _parser().parse_args(words, namespace=args)
-        code = args.run(args)
+        code = _run(words, args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -48,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except Exception as error:
         return _report(error, debug=args.debug)
+
+
+def _run(words: Sequence[str], args: argparse.Namespace) -> int:
+    try:
+        _parser().parse_args(words, namespace=args)
+    except SystemExit:  # argparse has printed a help text or versions
+        return 0
+    return args.run(args)
 
 
 def _distill(args: argparse.Namespace) -> int:
@@ -61,9 +68,9 @@ def _distill(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from sad.evaluate import evaluate_run
+    from sad.report import format_results
 
-    for name, value in evaluate_run(args.run_dir).items():
-        print(f"{name:<28} {value:.4f}")
+    print(format_results(evaluate_run(args.run_dir)))
     return 0
 
 

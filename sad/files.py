@@ -225,8 +225,6 @@ def make_directories(path: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a directory so that it is never seen half removed."""
     tmp = temporary(path)
-    if tmp.exists():
-        remove_tree(tmp)
     OPERATIONS.rename(path, tmp)
     remove_tree(tmp)
 

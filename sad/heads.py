@@ -14,6 +14,7 @@ agree. (Both tables were checked against transformers 5.23.)
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -148,7 +149,7 @@ def split_head(model: PreTrainedModel) -> tuple[Backbone, Head]:
     neither table unless its logits, probed once, are those of a causal model with a plain head.
     """
     model = _inner_model(model)
-    backbone, head = Backbone(model), read_head(model)
+    head, backbone = read_head(model), Backbone(model)
     if model.config.model_type not in PLAIN_HEADS | SCALED_HEADS.keys():
         _require_plain(model, backbone, head)
     return backbone, head
@@ -297,7 +298,9 @@ def _head_error_at(
 ) -> float:
     with _scaled_input(output_embedding(model), gain):
         own = model(input_ids=input_ids, use_cache=False).logits
-    # Some models keep padded columns in their logits, others cut them, others return fp32.
+    if own.shape[-1] < head.vocab_size:  # the model cuts columns that the head keeps
+        return math.inf
+    # The model may keep columns that the head cuts, and return fp32 after a product in 16 bits.
     difference = head(hidden * gain).float() - own[..., : head.vocab_size].float()
     return _largest(difference) / max(_largest(own), torch.finfo(torch.float32).tiny)
 

@@ -1,4 +1,5 @@
-"""What a run needs and does not train: text, tokenizer, frozen teacher, and that they fit together."""
+"""What a run needs and does not train: text, tokenizer, frozen teacher, and that they fit
+together."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Materials:
             yield self.eval_rows.batch(range(start, min(start + size, count))).to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run, and what explains if it is not."""
+        """What must be equal for a resumed run to be the same run, and what explains if it is
+        not."""
         return {
             "config": config_to_dict(config),
             "train_rows": self.train_rows.fingerprint,

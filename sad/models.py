@@ -173,7 +173,9 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
             f"gradient_checkpointing must be false for {type(model).__name__}, which does not "
             "support it, got true; turn it off"
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Newer versions of transformers know it by another name, and warn at the old one.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
@@ -185,8 +187,13 @@ def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
     if not name:
         raise UsageError(f"{role} must be a folder or a Hugging Face id, got none; set `{role}`")
     path = Path(name).expanduser()
-    if path.exists():
+    if (path / "config.json").is_file():
         return str(path.resolve()), trust
+    if path.exists():
+        raise UsageError(
+            f"{role} must be a folder with a saved model, got {name}, which holds no config.json; "
+            "save one there with save_pretrained, or name another"
+        )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UsageError(
             f"{role} must be a folder that exists or a Hugging Face id, got {name}; check the path "

@@ -219,8 +219,6 @@ def _tokenize_batch(
     encoded = tokenizer(
         [piece.text for piece in pieces],
         add_special_tokens=False,
-        padding=False,
-        truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=True,

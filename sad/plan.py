@@ -148,7 +148,7 @@ def _forward_items(
     """What is alive when backward has been through the loss, but not yet through a layer."""
     tokens = _tokens(config)
     head = output_embedding(student)
-    tiles = ("loss: tiles of logits", _tile_bytes(config, head.out_features, teacher is not None))
+    tiles = ("loss: tiles of logits", _tile_bytes(config, head, teacher is not None))
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
     if config.gradient_checkpointing:
@@ -169,11 +169,15 @@ def _forward_items(
     return items
 
 
-def _tile_bytes(config: DistillConfig, vocab: int, has_teacher: bool) -> int:
-    """Student, scratch and teacher, each of as many logits as the memory budget allows."""
+def _tile_bytes(config: DistillConfig, head: nn.Linear, has_teacher: bool) -> int:
+    """Tiles of logits and of their gradients, and the slices of the head's weight and gradient.
+
+    The budget caps how many columns are held; a small vocabulary does not exhaust it.
+    """
     budget = DEFAULT_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
-    slabs = 3 if has_teacher else 2
-    return min(budget, slabs * min(_tokens(config), HEAD_ROWS) * vocab * FP32)
+    tiles = 5 if has_teacher else 3
+    column = tiles * min(_tokens(config), HEAD_ROWS) + 2 * head.in_features
+    return min(budget, column * head.out_features * FP32)
 
 
 def _activation_bytes(

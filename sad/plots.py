@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 SIZE = (5.2, 3.1)
 """Inches."""
 
-FEW_POINTS = 40
+FEW_POINTS = 25
 """Up to here every point is marked."""
 
 COLOURS = ("student", "ema", "third", "teacher", "fourth", "baseline")
@@ -168,8 +168,10 @@ def _evaluation_panels(
         if baseline is not None:
             beside = baseline.evaluations
             lines += [
-                _line(beside, f"eval/{metric}", "CE only", "baseline", DASHES[0], scale),
-                _line(beside, f"eval_ema/{metric}", "CE only, EMA", "baseline", DASHES[1], scale),
+                _line(beside, f"eval/{metric}", "text alone", "baseline", DASHES[0], scale),
+                _line(
+                    beside, f"eval_ema/{metric}", "text alone, EMA", "baseline", DASHES[1], scale
+                ),
             ]
         level = teacher.get(metric) if metric in ("nll", "accuracy") else None
         yield _Panel(
@@ -223,7 +225,7 @@ def _loss_lines(run: History, baseline: History | None) -> list[_Line]:
     lines = [replace(_line(run.train, "loss", "loss", "ink"), width=2.6)]
     lines += [_line(run.train, n, _term(n), c) for n, c in zip(shown, cycle(COLOURS))]
     if baseline is not None:
-        lines.append(_line(baseline.train, "ce", "CE without teacher", "baseline", DASHES[1]))
+        lines.append(_line(baseline.train, "ce", "CE, text alone", "baseline", DASHES[1]))
     return lines
 
 
@@ -300,7 +302,7 @@ def _draw(panel: _Panel) -> Plot:
 
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(svg, format="svg", transparent=True)
     return Plot(
         panel.name, panel.group, panel.title, _for_page(svg.getvalue(), panel.title), png.getvalue()
     )

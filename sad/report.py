@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 """A row of the result table: ``name``, ``parameters`` and the metrics of ``METRIC_TITLES``."""
 
+BASELINE_NAMES = ("text alone", "CE only")
+"""What marks the row of the student that learned without a teacher."""
+
 HIGHER_IS_BETTER = frozenset({"agreement", "accuracy"})
 
 PLOTS_EXTRA = "student-aware-distillation[report]"
@@ -138,16 +141,15 @@ def _gain(student: Row, baseline: Row) -> str:
 
 def _change(name: str, before: float, after: float) -> str:
     what = {"kl": "KL to the teacher", "agreement": "top-1 agreement"}.get(name, name)
+    old, new = format_metric(name, before), format_metric(name, after)
+    if old == new:
+        return f"{what} stayed at {new}"
+    verb = "rose" if after > before else "fell"
     if name in HIGHER_IS_BETTER:
-        size = f"{100 * (after - before):+.1f} points"
-    elif before:
-        size = f"{100 * (after / before - 1):+.1f} %"
+        size = f" ({100 * (after - before):+.1f} points)"
     else:
-        size = "from nothing"
-    verb = "rose" if after > before else "fell" if after < before else "stayed"
-    return (
-        f"{what} {verb} from {format_metric(name, before)} to {format_metric(name, after)} ({size})"
-    )
+        size = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
+    return f"{what} {verb} from {old} to {new}{size}"
 
 
 def _gap_closed(student: Row, baseline: Row, teacher: Row | None) -> str:
@@ -179,12 +181,16 @@ def _teacher(rows: Sequence[Row]) -> Row | None:
 
 
 def _baseline(rows: Sequence[Row]) -> Row | None:
-    return _smallest_nll([row for row in rows if "CE only" in _name(row)])
+    return _smallest_nll([row for row in rows if _is_baseline(row)])
+
+
+def _is_baseline(row: Row) -> bool:
+    return any(mark in _name(row) for mark in BASELINE_NAMES)
 
 
 def _student(rows: Sequence[Row]) -> Row | None:
     """The distilled student, or the only one there is."""
-    students = [row for row in rows if row is not _teacher(rows) and "CE only" not in _name(row)]
+    students = [row for row in rows if row is not _teacher(rows) and not _is_baseline(row)]
     distilled = [row for row in students if "distilled" in _name(row)]
     return _smallest_nll(distilled or students)
 
@@ -279,7 +285,7 @@ def _page(run_dir: Path, plots: Sequence[Plot] | None) -> str:
     return DOCUMENT.format(
         name=escape(run_dir.resolve().name),
         style=style_sheet(),
-        facts=" &middot; ".join(map(escape, _facts(run_dir, records))),
+        facts=" &middot; ".join(map(escape, _facts(run_dir, records, finished=bool(rows)))),
         body="\n".join(filter(None, sections)),
     )
 
@@ -292,11 +298,13 @@ def _folded(title: str, body: str) -> str:
     return f"<details><summary>{escape(title)}</summary>\n{body}\n</details>" if body else ""
 
 
-def _facts(run_dir: Path, records: Sequence[Record]) -> Iterator[str]:
+def _facts(run_dir: Path, records: Sequence[Record], finished: bool) -> Iterator[str]:
     """One line on what happened: state, length, time, memory."""
-    status = _read_json(run_dir / "status.json")
-    if "state" in status:
-        yield str(status["state"])
+    state = _read_json(run_dir / "status.json").get("state")
+    if state == "running" and finished:
+        state = "finished"  # the report is the last thing that a run writes before it says so
+    if state:
+        yield str(state)
     attempts = {record["attempt"] for record in records}
     train = [record for record in records if record["kind"] == "train"]
     if not train:
@@ -365,17 +373,18 @@ def _sample(sample: Mapping[str, Any]) -> str:
     prompt, text = str(sample.get("prompt", "")), str(sample.get("text", ""))
     return (
         f'<figure class="sample"><figcaption>{escape(str(sample.get("model", "")))}</figcaption>'
-        f"<pre><b>{escape(prompt)}</b>{escape(text.removeprefix(prompt))}</pre></figure>"
+        f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre></figure>"
     )
 
 
 def _loading(run_dir: Path, samples: Sequence[Mapping[str, Any]]) -> str:
-    """How to use what was exported, with the first sample's prompt; nothing before there is one."""
+    """How to use what was exported, on a line of a sample's prompt; nothing without an export."""
     exported = [name for name in ("best", "final") if (run_dir / name / "sad.json").exists()]
     if not exported:
         return ""
     notes = "".join(f"<li>{_exported(run_dir / name)}</li>" for name in exported)
-    prompt = str(samples[0].get("prompt", "")) if samples else "Once"
+    words = str(samples[0].get("prompt", "")).strip() if samples else ""
+    prompt = words.rpartition("\n")[2][:40] or "The"
     code = LOADING.format(path=str(run_dir / exported[0]), prompt=prompt)
     return f"<ul>{notes}</ul>\n{_preformatted(code)}"
 

@@ -1,7 +1,7 @@
 """One tiny random model of every causal family in transformers that a few common fields can shrink.
 
-Two layers, 128 tokens, hidden size 32: each takes milliseconds. Scales, softcaps and biases have values that matter,
-so that a head which forgets one is wrong by much.
+Two layers, 128 tokens, hidden size 32: each takes milliseconds. Scales, softcaps and biases have
+values that matter, so that a head which forgets one is wrong by much.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ _COMMON = _SIZES | _EXPERTS | _LATENT_ATTENTION | _RECURRENT | _GEMMA | _HEADS
 _FULL_ROTARY = {"partial_rotary_factor": 1.0, "num_key_value_heads": 4}
 _OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa longcat_flash "
-        "minicpm3 youtu".split(),
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa "
+        "longcat_flash minicpm3 youtu".split(),
         _FULL_ROTARY,
     ),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
@@ -116,7 +116,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_family(model_type: str, *, initializer_range: float = 0.2) -> PreTrainedModel:
-    """A tiny random model of this family, in eval mode, with a bias that is not 0 if its head has one."""
+    """A tiny random model of this family, in eval mode; the bias of its head, if any, is not 0."""
     config_class = CONFIG_MAPPING[model_type]
     known = set(config_class().to_dict()) | set(config_class.attribute_map)
     known |= set(inspect.signature(config_class.__init__).parameters)

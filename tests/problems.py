@@ -152,8 +152,11 @@ class Rows:
 
 
 def valid_width(o: Options) -> int:
-    V = o["V"]
-    return max(1, V - V // 4) if o["cut"] else V
+    """``cut`` is False, True for three quarters of the width, or a width of its own."""
+    V, cut = o["V"], o["cut"]
+    if isinstance(cut, bool):
+        return max(1, V - V // 4) if cut else V
+    return cut
 
 
 def _upstream(kind: str, shape: torch.Size, generator: Generator) -> Tensor:

@@ -19,7 +19,6 @@ from sad_kernels._statistics import (
     Task,
     log_softmax_,
     tempered_exp,
-    untempered,
 )
 from sad_kernels._topk import TopKRows
 
@@ -55,13 +54,14 @@ class RowGradient:
         """Overwrite the logits ``s`` with their gradient and return it; ``t``, ``u`` are scratch."""
         maximum = self.saved.maximum[rows, None]
         if not self.has_kd:
-            return self._untempered(rows, columns, s.sub_(maximum).exp_())
+            return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
         if t is not None and self.task.objective.divergence != "forward_kl":
             kd = self._any_divergence(rows, s, t, u)
-            return self._untempered(rows, columns, s.sub_(maximum).exp_()).add_(kd)
+            return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s)).add_(kd)
 
         tempered_exp(s.sub_(maximum), self.temperature, out=u)
-        g = self._untempered(rows, columns, untempered(u, s, self.temperature, out=s))
+        g = s.copy_(u) if self.temperature == 1 else tempered_exp(s, 1.0, out=s)
+        g = self._untempered(rows, columns, g)
         if t is not None:
             return self._add_forward_kl(rows, g, u, t)
         return self._add_topk(rows, columns, g, u)

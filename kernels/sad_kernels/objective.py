@@ -1,10 +1,12 @@
-"""What is minimised: the objective, the head that turns hidden states into logits, and the teachers.
+"""What is minimised: the objective, the head that makes logits of hidden states, the teachers.
 
-Everything here is a frozen value that says *what*, never *how*: no kernel, no chunk size, no device choice.
+Everything here is a frozen value that says *what*, never *how*: no kernel, no chunk size, no device
+choice.
 
-Notation, shared by the whole package. ``N`` tokens, ``V`` vocabulary, ``D_s`` and ``D_t`` hidden sizes of student
-and teacher, ``s`` and ``t`` their logits after bias, scale and softcap, ``T`` the temperature,
-``p = softmax(t / T)``, ``q = softmax(s / T)``, ``q1 = softmax(s)``, ``lse = logsumexp(s)``.
+Notation, shared by the whole package. ``N`` tokens, ``V`` vocabulary, ``D_s`` and ``D_t`` hidden
+sizes of student and teacher, ``s`` and ``t`` their logits after bias, scale and softcap, ``T`` the
+temperature, ``p = softmax(t / T)``, ``q = softmax(s / T)``, ``q1 = softmax(s)`` and
+``lse = logsumexp(s)``.
 """
 
 from __future__ import annotations
@@ -21,16 +23,17 @@ Tail = Literal["bucket", "zero"]
 
 DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 MIXTURES: frozenset[str] = frozenset({"jsd", "skew_forward_kl", "skew_reverse_kl"})
-"""The divergences that compare with a mixture of both distributions: the only ones that read ``beta``."""
+"""The divergences that compare with a mixture of both sides: the only ones that read ``beta``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     r"""One row's loss: ``ce_weight * CE + kd_weight * KD + z_loss * lse^2``.
 
-    ``CE = lse - (1 - eps) * s_y - (eps / V) * sum_v s_v`` with ``eps = label_smoothing`` spread over all valid
-    classes, the target included (torch's convention). ``KD`` is a divergence between ``p`` and ``q`` in nats,
-    times ``T^2`` unless ``scale_t2=False`` (Hinton et al., arXiv 1503.02531):
+    ``CE = lse - (1 - eps) * s_y - (eps / V) * sum_v s_v`` with ``eps = label_smoothing`` spread
+    over all valid classes, the target included (torch's convention). ``KD`` is a divergence between
+    ``p`` and ``q`` in nats, times ``T^2`` unless ``scale_t2=False`` (Hinton et al., arXiv
+    1503.02531):
 
     ==================  =========================================  ==========================
     ``divergence``      value                                      mixture
@@ -42,9 +45,10 @@ class Objective:
     skew_reverse_kl     KL(q || m)                                 m = beta q + (1 - beta) p
     ==================  =========================================  ==========================
 
-    ``beta`` is read by the last three only and must lie strictly between 0 and 1 there: the two KLs are asked for
-    by name, not as limits. For the skews it is DistiLLM's alpha (arXiv 2402.03898). CE and the z-loss are taken at
-    temperature 1. The z-loss (PaLM, arXiv 2204.02311) is not multiplied by ``ce_weight``.
+    ``beta`` is read by the last three only and must lie strictly between 0 and 1 there: the two KLs
+    are asked for by name, not as limits. For the skews it is DistiLLM's alpha (arXiv 2402.03898).
+    CE and the z-loss are taken at temperature 1. The z-loss (PaLM, arXiv 2204.02311) is not
+    multiplied by ``ce_weight``.
 
     Raises ``TypeError`` and ``ValueError`` for a value of the wrong kind or out of range.
     """
@@ -69,7 +73,8 @@ class Objective:
             raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
         if self.divergence not in DIVERGENCES:
             raise ValueError(
-                f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}; choose one of these"
+                f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}; "
+                "choose one of these"
             )
         if self.divergence in MIXTURES:
             remedy = "beta=0 and beta=1 are no mixtures: ask for forward_kl or reverse_kl by name"
@@ -92,11 +97,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: ``z = softcap(logit_scale * (h W^T + b))``, cut to ``valid_vocab`` columns.
+    """How hidden states become logits: ``z = softcap(logit_scale * (h W^T + b))``.
 
-    ``softcap(x) = softcap * tanh(x / softcap)``. Columns at or past ``valid_vocab`` have probability 0 and gradient
-    0: they are the padding that makes a matrix size round. Calling the head gives the full logits, for self-checks
-    and tests; training never holds them.
+    ``softcap(x) = softcap * tanh(x / softcap)``. Columns at or past ``valid_vocab`` have
+    probability 0 and gradient 0: they are the padding that makes a matrix size round. Calling the
+    head gives the full logits, for self-checks and tests; training never holds them.
 
     Shapes: ``weight`` [V, D], ``bias`` [V]; ``head(hidden [..., D])`` is [..., valid_vocab or V].
     """
@@ -114,13 +119,13 @@ class Head:
             _require_tensor("head bias", self.bias, ndim=1)
             if self.bias.shape[0] != V:
                 raise ValueError(
-                    f"head bias must have one entry per row of the weight ({V}), got {self.bias.shape[0]}; "
-                    "pass the bias that belongs to this weight"
+                    f"head bias must have one entry per row of the weight ({V}), got "
+                    f"{self.bias.shape[0]}; pass the bias that belongs to this weight"
                 )
         _require_number("logit_scale", self.logit_scale, "be a finite number other than 0")
         if self.logit_scale == 0:
             raise ValueError(
-                "logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for no scaling"
+                "logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for none"
             )
         if self.softcap is not None:
             _require_number("softcap", self.softcap, "be a finite number > 0, or None", above=0.0)
@@ -142,7 +147,7 @@ class Head:
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """A teacher given by its final hidden states [..., D_t] and its own head: its logits are never whole."""
+    """A teacher given by its final hidden states and its head: its logits are never whole."""
 
     hidden: Tensor  # [..., D_t]
     head: Head
@@ -157,7 +162,7 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """A teacher given by its logits [..., V_t], of which the first ``valid_vocab`` columns count."""
+    """A teacher given by its logits, of which the first ``valid_vocab`` columns count."""
 
     logits: Tensor  # [..., V_t]
     valid_vocab: int | None = None
@@ -170,11 +175,12 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """A sparse teacher: K token ids per row, distinct within the row, and their final log-probabilities.
+    """A sparse teacher: K token ids per row, distinct within it, and their log-probabilities.
 
-    ``log_probs`` are full-vocabulary log-probabilities at the objective's temperature; -inf marks padding. With
-    ``tail="bucket"`` the rest of the mass is one further outcome on both sides; with ``tail="zero"`` the teacher is
-    renormalised over its K ids and the rest has probability 0 (biased, and infinite for ``reverse_kl``).
+    ``log_probs`` are full-vocabulary log-probabilities at the objective's temperature; -inf marks
+    padding. With ``tail="bucket"`` the rest of the mass is one further outcome on both sides; with
+    ``tail="zero"`` the teacher is renormalised over its K ids and the rest has probability 0
+    (biased, and infinite for ``reverse_kl``).
     """
 
     ids: Tensor  # [..., K]
@@ -202,8 +208,8 @@ Teacher = TeacherHidden | TeacherLogits | TeacherTopK
 class DistillOutput(NamedTuple):
     """The loss, and what one wants to know about it, from the same pass over the data.
 
-    Only ``loss`` carries a gradient. The others are detached fp32 sums over the valid rows *before* their weights,
-    so ``loss * num_items = ce_weight * ce + kd_weight * kd + z_loss * z``.
+    Only ``loss`` carries a gradient. The others are detached fp32 sums over the valid rows *before*
+    their weights, so ``loss * num_items = ce_weight * ce + kd_weight * kd + z_loss * z``.
     """
 
     loss: Tensor  # [] weighted sum over valid rows / num_items
@@ -232,11 +238,11 @@ def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
 
 
 def require_no_grad(name: str, tensor: Tensor) -> None:
-    """Raise if a teacher's tensor requires a gradient: a teacher never gets one, and silence would hide the wish."""
+    """Raise if a teacher's tensor requires a gradient: it would never get one."""
     if tensor.requires_grad:
         raise ValueError(
-            f"{name} must not require a gradient, got requires_grad=True; compute them under torch.no_grad() "
-            "or detach them"
+            f"{name} must not require a gradient, got requires_grad=True; compute them under "
+            "torch.no_grad() or detach them"
         )
 
 

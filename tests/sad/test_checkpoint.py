@@ -270,15 +270,16 @@ def test_what_was_just_saved_remains_even_if_others_are_ahead(tmp_path: Path) ->
 
 
 def test_broken_checkpoints_do_not_count_and_go_when_they_are_old(tmp_path: Path) -> None:
-    for micro_step in (10, 20, 30):
-        save(tmp_path, micro_step, limit=3)
-    (tmp_path / "checkpoints" / "batch-000000030" / "manifest.json").unlink()
+    for micro_step in (10, 20, 30, 40):
+        save(tmp_path, micro_step, limit=4)
+    (tmp_path / "checkpoints" / "batch-000000040" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "batch-000000030" / "model.safetensors").write_bytes(b"cut")
     (tmp_path / "checkpoints" / "batch-000000010" / "state.json").write_text("{}")
 
-    save(tmp_path, 40)
-    assert names(tmp_path) == ["batch-000000020", "batch-000000030", "batch-000000040"]
     save(tmp_path, 50)
-    assert names(tmp_path) == ["batch-000000040", "batch-000000050"]
+    assert names(tmp_path) == [f"batch-0000000{step}" for step in (20, 30, 40, 50)]
+    save(tmp_path, 60)
+    assert names(tmp_path) == ["batch-000000050", "batch-000000060"]
 
 
 def test_trouble_with_removing_is_reported_and_fails_nothing(tmp_path: Path) -> None:
@@ -379,9 +380,9 @@ def test_no_fault_costs_a_complete_checkpoint(
             leftovers = [name for name in _names(run_dir) if name.startswith(".tmp-")]
             assert sticky or not leftovers, where
         _assert_newest_is_whole(run_dir, before, micro_step, seed, outcome, where)
-        if outcome != "died":  # the same process tries again at its next cadence
-            save(run_dir, 99)
-            assert 99 in complete(run_dir), where
+        if outcome != "died":  # the same process tries again, at once and at its next cadence
+            for step in (micro_step, 99):
+                assert holds(load_checkpoint(save(run_dir, step, seed=seed)), seed), where
         shutil.rmtree(run_dir)
 
     if fault.startswith("exit"):
@@ -414,6 +415,7 @@ def _assert_newest_is_whole(
     assert is_new if outcome == "saved" else (is_new or is_old), where
     there = complete(run_dir)
     assert len(there) >= min(2, len(before)), where
+    assert len(there) == len(_names(run_dir)), f"{where}: something half removed"
     assert before[-1] in there if before else True, where
     assert outcome != "refused" or set(before) <= set(there), where
 

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer, write_texts
 from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sad import data, packing
@@ -255,6 +256,9 @@ class TestBytes:
     def test_characters_that_no_token_covers_count_too(self) -> None:
         assert packing._utf8_bytes(" é  b\n", [(1, 2), (4, 5)]).tolist() == [3, 4]
 
+    def test_offsets_that_step_back_count_nothing_twice(self) -> None:
+        assert packing._utf8_bytes("abcd", [(0, 3), (1, 2), (3, 4)]).tolist() == [3, 0, 1]
+
     def test_no_token_has_no_bytes(self) -> None:
         assert packing._utf8_bytes("a", []).tolist() == []
 
@@ -290,6 +294,15 @@ class TestTokenising:
         fresh = pack(cache / "fresh", text)
         assert rows.fingerprint == fresh.fingerprint
         assert same_rows(rows, fresh)
+
+    def test_the_tokenizer_adds_nothing_of_its_own(self, cache: Path) -> None:
+        """Many would put a beginning-of-text token before every document."""
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # pyright: ignore
+            single="! $A", special_tokens=[("!", *ids_of("!"))]
+        )
+        assert tokenizer("Z")["input_ids"] == ids_of("!Z")
+        assert same_rows(pack(cache, "Z", tokenizer=tokenizer), pack(cache, "Z"))
 
     def test_documents_without_tokens_are_left_out(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch

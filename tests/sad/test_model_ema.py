@@ -11,6 +11,7 @@ from oracle import assert_ema_within
 from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from sad.ema import ModelEMA
 
@@ -225,6 +226,15 @@ def test_what_must_wait_is_refused_while_swapped() -> None:
         assert model_bits(model) == inside
     assert model_bits(model) == live
     own.step()
+
+
+def test_swapping_leaves_no_hook_behind() -> None:
+    before = len(_global_optimizer_pre_hooks)
+    average = ModelEMA(linear())
+    for _ in range(3):
+        with average.swapped():
+            assert len(_global_optimizer_pre_hooks) == before + 1
+    assert len(_global_optimizer_pre_hooks) == before
 
 
 # --- Masters ------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_settings_arrive() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_one_norm_for_all_gradients(dtype: torch.dtype) -> None:
-    """3, 4 and 12 make 13, and a little more. The norm of bf16 gradients would hide that in bf16."""
+    """3, 4 and 12 make 13; with a little more, a norm in bf16 would still be 13."""
     parameters = [torch.zeros(2, requires_grad=True, dtype=dtype) for _ in range(4)]
     for p, value in zip(parameters, (3.0, 4.0, 12.0), strict=False):
         p.grad = torch.tensor([0.0, value], dtype=dtype)

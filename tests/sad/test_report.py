@@ -33,7 +33,7 @@ TEACHER = {
     "bits_per_byte": 1.812,
 }
 BASELINE = {
-    "name": "student, CE only",
+    "name": "student, text alone",
     "parameters": 372_352,
     "perplexity": math.exp(5.38),
     "nll": 5.38,
@@ -142,11 +142,13 @@ def make_run(run_dir: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     write_log(run_dir, range(4, 60, 4))
     write_log(run_dir, range(44, 84, 4), initial=40)
     write_log(run_dir / "baseline", range(4, 84, 4))
-    samples = [{"prompt": "def read(", "text": "def read(self):", "model": "student, distilled"}]
+    samples = [
+        {"prompt": "class Reader:\n    def read(", "text": "self):", "model": "student, distilled"}
+    ]
     environment = {"python": "3.11", "cores": 2}
     run = {"results": rows, "samples": samples, "environment": environment}
     (run_dir / "run.json").write_text(json.dumps(run))
-    (run_dir / "status.json").write_text('{"state": "finished", "code": 0, "message": ""}')
+    (run_dir / "status.json").write_text('{"state": "running", "code": 0, "message": ""}')
     (run_dir / "config.yaml").write_text("student: tiny\nmax_grad_norm: 1.5\n")
     for name, weights in (("best", "ema"), ("final", "raw")):
         (run_dir / name).mkdir()
@@ -193,8 +195,7 @@ def test_a_finished_run_has_everything_on_one_page(finished: tuple[Path, str]) -
         "tokenizer('def read(', return_tensors=\"pt\")",
     ):
         assert text in page.text, text
-    assert html.count("self):") == 1  # the prompt that begins the sample is not repeated
-    assert page.text.count("def read(self):") == 1
+    assert "class Reader:\n    def read(self):" in page.text
 
 
 def test_the_page_loads_nothing_and_runs_nothing(finished: tuple[Path, str]) -> None:
@@ -207,7 +208,7 @@ def test_the_page_loads_nothing_and_runs_nothing(finished: tuple[Path, str]) -> 
 
 
 def test_all_text_is_escaped(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "run", [EMA | {"name": HOSTILE}])
+    run_dir = make_run(tmp_path / "<script>alert('x')", [EMA | {"name": HOSTILE}])
     weights = {"weights": {"ce": 1.0, HOSTILE: 1.0}, HOSTILE: 2.0}
     with RunLog(run_dir, total_batches=80, initial=80, stream=io.StringIO()) as log:
         log.header([(HOSTILE, HOSTILE)])
@@ -218,7 +219,6 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     run["environment"] = {HOSTILE: HOSTILE}
     (run_dir / "run.json").write_text(json.dumps(run))
     (run_dir / "config.yaml").write_text(f"student: |\n  {HOSTILE}\n")
-    (run_dir / "status.json").write_text(json.dumps({"state": HOSTILE}))
     (run_dir / "best" / "sad.json").write_text(
         json.dumps({"metric": HOSTILE, "value": 1.0, "weights": "raw", "micro_step": 80})
     )
@@ -250,9 +250,9 @@ def test_every_quantity_has_a_plot_with_units(finished: tuple[Path, str]) -> Non
     assert list(svgs) == list(units)
     for title, unit in units.items():
         assert f">{unit}<" in svgs[title] and ">micro-batches<" in svgs[title]
-    legend = ("student", "student, EMA", "CE only", "CE only, EMA", "teacher", "resumed")
+    legend = ("student", "student, EMA", "text alone", "text alone, EMA", "teacher", "resumed")
     assert all(f">{label}<" in svgs["Held-out loss"] for label in legend)
-    parts = ("loss", "CE", "KD", "feature", "CE without teacher", "resumed")
+    parts = ("loss", "CE", "KD", "feature", "CE, text alone", "resumed")
     assert all(f">{label}<" in svgs["Training loss and its parts"] for label in parts)
     assert ">clipped at 1.5<" in svgs["Gradient norm"]
     names = {path.name for path in (run_dir / "plots").iterdir()}
@@ -397,6 +397,14 @@ def test_a_broken_file_costs_only_its_own_section(tmp_path: Path, content: bytes
     assert "20 micro-batches" in page_of(tmp_path)
 
 
+def test_a_run_without_results_says_how_it_stands(tmp_path: Path) -> None:
+    write_log(tmp_path, range(20, 21))
+    (tmp_path / "status.json").write_text(json.dumps({"state": HOSTILE}))
+    page = Page(page_of(tmp_path))
+    assert f"{HOSTILE} · 20 micro-batches" in page.text
+    assert "script" not in page.tags
+
+
 def test_warnings_are_listed(tmp_path: Path) -> None:
     with RunLog(tmp_path, total_batches=80, stream=io.StringIO()) as log:
         log.train(train_record(4, skipped=3))
@@ -446,7 +454,7 @@ def test_the_verdict_compares_the_best_weights_with_the_baseline() -> None:
 
 
 def test_the_verdict_takes_the_better_of_two_baselines() -> None:
-    better = BASELINE | {"name": "student, CE only (EMA)", "perplexity": 100.0, "nll": 4.605}
+    better = BASELINE | {"name": "student, text alone (EMA)", "perplexity": 100.0, "nll": 4.605}
     assert "perplexity rose from 100.00 to 145.47 (+45.5 %)" in verdict([*ROWS, better])
 
 
@@ -466,6 +474,12 @@ def test_the_verdict_is_honest(changes: dict[str, Any], judgement: str) -> None:
     sentence = verdict([TEACHER, BASELINE, DISTILLED | changes])
     assert sentence.startswith(judgement)
     assert ("That closes" in sentence) == (changes.get("nll", 5.03) < 5.38)
+
+
+def test_the_verdict_names_what_did_not_change() -> None:
+    sentence = verdict([BASELINE | {"kl": 0.0}, DISTILLED | {"agreement": 0.45004}])
+    assert "KL to the teacher rose from 0.0000 to 0.5000 and " in sentence
+    assert "top-1 agreement stayed at 45.0 %" in sentence
 
 
 @pytest.mark.parametrize(

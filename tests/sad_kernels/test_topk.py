@@ -1,0 +1,215 @@
+"""Distillation from a sparse teacher: K ids per row, and everything else as one outcome or none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from oracle import ALL, IMPLS, assert_value, bound, judge
+from problems import plain
+from sad_kernels import DistillOutput, Head, Objective, TeacherLogits, TeacherTopK
+from sad_kernels.objective import DIVERGENCES
+from torch import Tensor
+from torch.autograd import gradcheck
+
+INF = math.inf
+LN2, LN3 = math.log(2), math.log(3)
+BOTH_TAILS = [(d, tail) for d in DIVERGENCES for tail in ("bucket", "zero")]
+BOTH_TAILS.remove(("reverse_kl", "zero"))  # infinite, and refused
+
+
+def distilled(
+    impl: str, s: Tensor, teacher: Any, divergence: str = "forward_kl", T: float = 1.0
+) -> DistillOutput:
+    objective = Objective(divergence=divergence, beta=0.3, temperature=T)
+    return bound(impl).distill_loss(s, torch.zeros(len(s), dtype=torch.int64), teacher, objective)
+
+
+def top(t: Tensor, k: int, T: float = 1.0, tail: Any = "bucket") -> TeacherTopK:
+    log_probs, ids = (t / T).log_softmax(-1).topk(k)
+    return TeacherTopK(ids, log_probs, tail)
+
+
+# --- By hand: q = [1/2, 1/4, 1/4] ----------------------------------------------------------------
+
+
+def student() -> Tensor:
+    return torch.tensor([[LN2, 0.0, 0.0]], requires_grad=True)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_bucket_by_hand(impl: str) -> None:
+    """Token 0 has p = 1/4, so the bucket 3/4 against 1/2; outside K: ``q (1 - p_r / q_r)``."""
+    s = student()
+    teacher = TeacherTopK(torch.tensor([[0]]), torch.tensor([[0.25]]).log())
+    out = distilled(impl, s, teacher)
+    assert_value(out.loss, 0.75 * math.log(1.5) - 0.25 * LN2)
+    (grad,) = torch.autograd.grad(out.loss, s)
+    assert_value(grad, [[1 / 4, -1 / 8, -1 / 8]])
+    assert float(out.agree) == 1.0
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_zero_tail_by_hand(impl: str) -> None:
+    """The teacher renormalised over K = {0, 1} is [1/3, 2/3]; the student stays as it is."""
+    s = student()
+    teacher = TeacherTopK(torch.tensor([[0, 1]]), torch.tensor([[0.2, 0.4]]).log(), "zero")
+    out = distilled(impl, s, teacher)
+    assert_value(out.loss, 1 / 3 * math.log(2 / 3) + 2 / 3 * math.log(8 / 3))
+    (grad,) = torch.autograd.grad(out.loss, s)
+    assert_value(grad, [[1 / 2 - 1 / 3, 1 / 4 - 2 / 3, 1 / 4]])
+    assert float(out.agree) == 0.0
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_zero_tail_is_biased_by_its_own_name(impl: str) -> None:
+    """With equal distributions it is ``-log sum_K p``, not 0."""
+    s = student()
+    loss = distilled(impl, s, top(s.detach(), 1, tail="zero")).loss
+    assert_value(loss, LN2)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_padding_is_no_outcome(impl: str) -> None:
+    """-inf marks it, and its id may be anything, one that is in use included."""
+    t = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
+    s = torch.randn(1, 5).requires_grad_()
+    plain_teacher = top(t, 2)
+    for junk in (-1, 5, 10**6, 0, 3):
+        ids = torch.cat((plain_teacher.ids, torch.tensor([[junk]])), -1)
+        log_probs = torch.cat((plain_teacher.log_probs, torch.tensor([[-INF]])), -1)
+        for tail in ("bucket", "zero"):
+            padded = distilled(impl, s, TeacherTopK(ids, log_probs, tail))
+            bare = distilled(impl, s, TeacherTopK(*plain_teacher.ids[None], log_probs[:, :2], tail))
+            assert all(torch.equal(a, b) for a, b in zip(padded, bare, strict=True))
+            (grad,), (bare_grad,) = (torch.autograd.grad(x.loss, s) for x in (padded, bare))
+            assert torch.equal(grad, bare_grad)
+
+
+# --- Everything else -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("divergence", "tail"), BOTH_TAILS)
+@pytest.mark.parametrize("op", ["distill_loss", "linear_distill_loss"])
+def test_against_the_oracle(op: str, divergence: str, tail: str, impl: str) -> None:
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for distribution in ("randn5", "peaked", "zipf", "near"):
+            problem = plain(
+                op,
+                dtype,
+                teacher=tail,
+                divergence=divergence,
+                distribution=distribution,
+                ignore="some",
+                beta=0.1,
+                z_loss=1e-3,
+            )
+            judge(problem, bound(impl))
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_all_ids_are_a_dense_teacher(divergence: str, impl: str) -> None:
+    """With k = V there is no rest, whatever ``1 - sum p`` may round to."""
+    s, t = torch.randn(6, 33).requires_grad_(), 3 * torch.randn(6, 33)
+    dense = distilled(impl, s.double(), TeacherLogits(t.double()), divergence, T=2.0)
+    (exact,) = torch.autograd.grad(dense.loss, s)
+    tails = [tail for d, tail in BOTH_TAILS if d == divergence]
+    for tail in tails:
+        sparse = distilled(impl, s, top(t, 33, 2.0, tail), divergence, T=2.0)
+        assert_value(sparse.loss, dense.loss.detach(), scale=4.0 * 10)
+        (grad,) = torch.autograd.grad(sparse.loss, s)
+        assert_value(grad, exact, scale=2.0 * 10 / 6)
+        assert float(sparse.agree) == float(dense.agree)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_bucket_never_sees_more_than_the_full_divergence(divergence: str, impl: str) -> None:
+    """Merging outcomes loses information (data processing), and more so with fewer ids."""
+    s, t = torch.randn(8, 50, dtype=torch.float64), 2 * torch.randn(8, 50, dtype=torch.float64)
+    full = distilled(impl, s, TeacherLogits(t), divergence).kd
+    coarser = [distilled(impl, s, top(t, k), divergence).kd for k in (40, 20, 5, 1)]
+    for more, less in zip([full, *coarser], coarser, strict=False):
+        assert less <= more + 8 * 2.0**-48  # the band of the rule
+    assert coarser[-1] < 0.9 * full
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_bucket_is_zero_for_equal_distributions(divergence: str, impl: str) -> None:
+    s = 3 * torch.randn(8, 50, dtype=torch.float64)
+    out = distilled(impl, s, top(s, 7), divergence)
+    assert_value(out.kd, 0.0, scale=8.0)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_students_rest_does_not_cancel(impl: str) -> None:
+    """q outside K is 1e-7: from ``1 - sum_K q`` in float32 it would be 0 or twice that."""
+    s = torch.zeros(1, 64)
+    s[0, 0] = math.log(63 * 1e7)
+    s.requires_grad_()
+    teacher = TeacherTopK(torch.tensor([[0]]), torch.tensor([[0.5]]).log())
+    out = distilled(impl, s, teacher)
+    q = s.detach().double().softmax(-1)
+    p = float(teacher.log_probs.double().exp())
+    exact = p * math.log(p / q[0, 0]) + (1 - p) * math.log((1 - p) / q[0, 1:].sum())
+    assert_value(out.loss, exact, scale=math.log(63e7))
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_teachers_rest_does_not_cancel(impl: str) -> None:
+    """p outside K is 6e-6, which float32 knows to one part in a hundred only after ``1 - p``."""
+    log_p = torch.tensor([[-6e-6]])
+    s = torch.zeros(1, 8, dtype=torch.float64)
+    exact = distilled(
+        "reference", s, TeacherTopK(torch.tensor([[0]]), log_p.double()), "reverse_kl"
+    )
+    if impl != "reference":
+        loss = distilled(
+            impl, s.float(), TeacherTopK(torch.tensor([[0]]), log_p), "reverse_kl"
+        ).loss
+        assert_value(loss, exact.loss, scale=12.0)
+    p = math.exp(float(log_p.double()))
+    by_hand = 0.125 * math.log(0.125 / p) + 0.875 * math.log(0.875 / -math.expm1(math.log(p)))
+    assert_value(exact.loss, by_hand, scale=1e9 * 2.0**-24)  # 1 - p loses digits in float64 too
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("divergence", "tail"), BOTH_TAILS)
+def test_gradcheck(divergence: str, tail: str, impl: str) -> None:
+    s = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    teacher = top(2 * torch.randn(4, 7, dtype=torch.float64), 3, 2.0, tail)
+    assert gradcheck(lambda x: distilled(impl, x, teacher, divergence, T=2.0).loss, (s,))
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    objective = Objective(ce_weight=0.5, divergence=divergence, beta=0.3, temperature=2.0)
+    y = torch.tensor([0, -100, 6, 2])
+    linear = bound(impl).linear_distill_loss
+    assert gradcheck(lambda h, w: linear(h, Head(w), y, teacher, objective).loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("foreign", [-1, 50, 2**31 - 1])
+@pytest.mark.parametrize("tail", ["bucket", "zero"])
+def test_a_foreign_id_poisons_its_own_row(foreign: int, tail: str, impl: str) -> None:
+    s, t = torch.randn(4, 50, requires_grad=True), torch.randn(4, 50)
+    teacher = top(t, 3, tail=tail)
+    clean = distilled(impl, s, teacher)
+    ids = teacher.ids.clone()
+    ids[2, 1] = foreign
+    poisoned = distilled(impl, s, TeacherTopK(ids, teacher.log_probs, tail))
+    assert poisoned.loss.isnan() and poisoned.kd.isnan()
+    (grad,), (clean_grad,) = (torch.autograd.grad(x.loss, s) for x in (poisoned, clean))
+    others = torch.arange(4) != 2
+    assert torch.equal(grad[others], clean_grad[others])
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_reverse_kl_to_a_zero_tail_is_refused(impl: str) -> None:
+    s = torch.randn(2, 5)
+    with pytest.raises(ValueError, match="reverse_kl"):
+        distilled(impl, s, top(s, 2, tail="zero"), "reverse_kl")
