@@ -28,7 +28,7 @@ _HOME = {
     "load_config": "sad.configfile",
 }
 _SUBMODULES = frozenset(
-    {"accumulate", "checkpoint", "config", "curriculum", "data", "ema", "errors", "losses", "models"}
+    {"accumulate", "checkpoint", "config", "curriculum", "ema", "errors", "losses", "models"}
 )
 
 

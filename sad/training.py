@@ -121,13 +121,13 @@ class Trainer:
     def train(self, log: RunLog, signals: StopSignals) -> None:
         """Train to the horizon, or until a signal asks to stop (then the state is saved first)."""
         self.student.train()
-        clock = _Clock(self.counters.tokens)
+        clock = Clock(self.counters.tokens)
         while self.counters.micro_step < self.horizon.micro_batches:
             closed = self.micro_batch()
             log.advance()
 
             if closed and self._every(self.config.logging_steps):
-                self._log(log, clock)
+                self.log_progress(log, clock)
             if closed and self._every(self.config.eval_steps):
                 with clock.paused():
                     self.evaluate(log)
@@ -354,7 +354,7 @@ class Trainer:
         parts = (loss, out.ce, out.kd, out.z, out.num_tokens, out.correct, out.agree)
         self.sums += torch.stack([part.double() for part in parts])
 
-    def _log(self, log: RunLog, clock: _Clock) -> None:
+    def log_progress(self, log: RunLog, clock: Clock) -> None:
         """One record, and the only place where the loop waits for the device."""
         loss, ce, kd, z, targets, correct, agree = self.sums.tolist()
         skipped, _, longest = self.skipped.tolist()
@@ -395,7 +395,7 @@ class Trainer:
         return self.config.metric_for_best_model or default
 
 
-class _Clock:
+class Clock:
     """Targets per second since it was last asked, pauses left out."""
 
     def __init__(self, tokens: int) -> None:

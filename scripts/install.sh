@@ -38,7 +38,9 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear .venv
 fi
 
-echo "Installing into .venv (a few minutes the first time)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+echo "Installing into .venv (minutes the first time, 2.5 GB, more where torch comes with CUDA)"
+quiet=--quiet
+if [ -t 1 ]; then quiet=--progress-bar=on; fi # somebody is watching
+.venv/bin/python -m pip install "$quiet" --disable-pip-version-check \
     --constraint "$constraints" --editable ".[$extras]"
 cat pyproject.toml "$constraints" >"$stamp"

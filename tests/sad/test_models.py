@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,18 @@ import torch
 from tiny import save_tiny, tiny_llama
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
     T5Config,
     ViTConfig,
 )
+from transformers.utils import logging as hf_logging
 
 from sad.config import DistillConfig
 from sad.errors import SadError, UnfitError, UsageError
+from sad.heads import split_head
 from sad.models import (
     compute_dtype,
     load_student,
@@ -140,9 +143,6 @@ def test_loading_leaves_the_random_state_alone(saved: str, student_init: Any) ->
 # What cannot be loaded
 
 
-Maker = Callable[[Path], None]
-
-
 def refused(error: type[SadError], model: object, match: str, **keys: Any) -> str:
     config = config_for(str(model), **keys)
     for load in (load_student, load_teacher):
@@ -193,11 +193,7 @@ def test_a_model_that_is_not_causal(config_class: Any, tmp_path: Path) -> None:
 
 
 def test_an_encoder_with_a_language_model_head(tmp_path: Path) -> None:
-    from transformers import BertForMaskedLM
-
-    from sad.heads import split_head
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     BertForMaskedLM(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(UnfitError, match="must be causal"):
         split_head(load_student(config_for(str(tmp_path))))
@@ -247,8 +243,6 @@ def test_no_teacher_was_named() -> None:
 def test_checkpointing_that_the_model_cannot_do(
     saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import LlamaForCausalLM
-
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     with pytest.raises(UsageError, match="gradient_checkpointing must be false for LlamaForCausal"):
         load_student(config_for(saved, gradient_checkpointing=True))
@@ -273,8 +267,6 @@ def test_a_path_may_start_at_home(saved: str, monkeypatch: pytest.MonkeyPatch) -
 def test_loading_is_silent_and_leaves_verbosity_as_it_was(
     saved: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers.utils import logging as hf_logging
-
     hf_logging.set_verbosity(logging.INFO)
     hf_logging.enable_progress_bar()
     try:

@@ -192,7 +192,7 @@ def test_a_finished_run_has_everything_on_one_page(finished: tuple[Path, str]) -
         "python",
         f"from_pretrained({str(run_dir / 'best')!r})",
         "EMA weights after micro-batch 80, eval/nll 4.9800",
-        "tokenizer('def read(', return_tensors=\"pt\")",
+        "tokenizer('    def read(', return_tensors=\"pt\")",
     ):
         assert text in page.text, text
     assert "class Reader:\n    def read(self):" in page.text

@@ -1,4 +1,4 @@
-"""What must hold for any input: hypothesis draws shapes, layouts, dtypes, magnitudes and options."""
+"""What holds for any input: hypothesis draws shapes, layouts, dtypes, magnitudes and options."""
 
 from __future__ import annotations
 
