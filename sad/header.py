@@ -61,6 +61,24 @@ def run_header(
     return lines
 
 
+def memory_line(predicted: int, rss_before: int, now: dict[str, int]) -> str:
+    """What the run took against what was predicted; on CPU the process itself is counted apart."""
+    mib = 2**20
+    if "cuda_peak_bytes" in now:
+        peak, total = now["cuda_peak_bytes"], now["cuda_total_bytes"]
+        off = abs(peak - predicted) > 0.2 * peak
+        warning = "; warning: more than 20 % off" if off else ""
+        return (
+            f"peak {peak / mib:,.0f} MiB of {total / mib:,.0f}, "
+            f"predicted {predicted / mib:,.0f}{warning}"
+        )
+    peak = now.get("rss_peak_bytes", now["rss_bytes"])
+    return (
+        f"peak {peak / mib:,.0f} MiB, of which {rss_before / mib:,.0f} before anything was loaded; "
+        f"predicted for the run's tensors {predicted / mib:,.0f} MiB"
+    )
+
+
 def _model_line(source: str, model: nn.Module) -> str:
     count = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

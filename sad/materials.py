@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sad.config import DistillConfig, config_to_dict
 from sad.data import Batch, PackedRows, load_rows
 from sad.distillation import FrozenTeacher
+from sad.log import memory_now
 from sad.models import load_teacher, resolve_device
 from sad.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
 from sad.versions import library_versions
@@ -31,6 +32,8 @@ class Materials:
     eval_rows: PackedRows
     teacher: FrozenTeacher | None
     device: torch.device
+    rss_before: int
+    """Resident memory in bytes before any of this was loaded."""
 
     def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
         """The held-out rows in their stored order, the first ``max_eval_rows`` of them."""
@@ -59,6 +62,7 @@ def gather(config: DistillConfig) -> Materials:
     as a teacher with another tokenizer.
     """
     seed_everything(config)
+    rss_before = memory_now()["rss_bytes"]
     device = resolve_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
     vocabulary = valid_vocab(tokenizer)
@@ -68,7 +72,7 @@ def gather(config: DistillConfig) -> Materials:
         require_same_tokenizer(theirs, tokenizer)
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
     train_rows, eval_rows = load_rows(config, tokenizer)
-    return Materials(tokenizer, vocabulary, train_rows, eval_rows, teacher, device)
+    return Materials(tokenizer, vocabulary, train_rows, eval_rows, teacher, device, rss_before)
 
 
 def seed_everything(config: DistillConfig) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "enable_checkpointing",
     "load_student",
     "load_teacher",
+    "quiet_transformers",
     "read_model_config",
     "resolve_device",
     "split_head",
@@ -82,7 +83,7 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
     """
     name, trust = _name_and_trust(config, role)
-    with _quiet(), _explained(role, name):
+    with quiet_transformers(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
     own_code = getattr(model_config, "auto_map", None) or {}
     known = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
@@ -101,7 +102,7 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
     """
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with _quiet(), _explained(role, name):
+    with quiet_transformers(), _explained(role, name):
         return AutoModelForCausalLM.from_config(
             model_config,
             dtype=dtype,
@@ -146,7 +147,7 @@ def _random_student(config: DistillConfig) -> PreTrainedModel:
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with _quiet(), _explained(role, name):
+    with quiet_transformers(), _explained(role, name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
@@ -235,7 +236,7 @@ def _unfit(role: Role, name: str, error: Exception) -> SadError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hold back transformers' progress bars and all it logs below errors."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

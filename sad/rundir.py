@@ -21,6 +21,7 @@ from sad.checkpoint import latest_checkpoint, sweep_stale
 from sad.config import DistillConfig, config_to_yaml
 from sad.errors import OutputError, UsageError
 from sad.files import probe_writable, publish_directory, write_atomic
+from sad.models import quiet_transformers
 
 
 class RunDirectory:
@@ -104,7 +105,8 @@ class RunDirectory:
         before = (model.config.use_cache, generation.suppress_tokens)
         model.config.use_cache, generation.suppress_tokens = True, suppressed
         try:
-            model.save_pretrained(tmp)
+            with quiet_transformers():
+                model.save_pretrained(tmp)
             tokenizer.save_pretrained(tmp)
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)

@@ -22,10 +22,11 @@ from sad.config import DistillConfig
 from sad.distillation import build_student
 from sad.errors import OutputError, SadError, StoppedError
 from sad.evaluate import ResultRow, evaluate_teacher, result_row
-from sad.header import run_header
+from sad.header import memory_line, run_header
 from sad.log import RunLog, memory_now
 from sad.materials import Materials, gather, seed_everything
-from sad.models import load_student
+from sad.models import load_student, quiet_transformers
+from sad.plan import plan
 from sad.precision import Precision
 from sad.report import format_results, write_report
 from sad.rundir import RunDirectory
@@ -189,7 +190,9 @@ def _train(
         run_dir.write_status("running")
         trainer.train(log, signals)
         trainer.export(run_dir.final)
-        log.end({"micro_step": trainer.counters.micro_step, **memory_now(materials.device)})
+        memory = memory_now(materials.device)
+        log.message(f"memory: {memory_line(plan(config).total, materials.rss_before, memory)}")
+        log.end({"micro_step": trainer.counters.micro_step, **memory})
     return trainer
 
 
@@ -205,7 +208,8 @@ def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
 
     It is loaded as a user would load it: an export that cannot be used fails the run here.
     """
-    model = AutoModelForCausalLM.from_pretrained(final).to(materials.device).eval()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(final).to(materials.device).eval()
     tokenizer = materials.tokenizer
     length = min(SAMPLE_PROMPT, materials.eval_rows.max_length)
     samples = []

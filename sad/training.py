@@ -369,7 +369,7 @@ class Trainer:
             "z": z * per_target,
             "accuracy": correct * per_target,
             "agreement": agree * per_target,
-            "weights": {"ce": objective.ce_weight, "kd": objective.kd_weight},
+            "weights": _weights(objective),
             "lr": self._lr,
             "grad_norm": float(self._grad_norm),
             "loss_scale": self.precision.loss_scale,
@@ -415,6 +415,11 @@ class Clock:
             yield
         finally:
             self._since += time.perf_counter() - begin
+
+
+def _weights(objective: Objective) -> dict[str, float]:
+    weights = {"ce": objective.ce_weight, "kd": objective.kd_weight}
+    return weights | {"z": objective.z_loss} if objective.z_loss else weights
 
 
 def require_same_run(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv if there is none and install this checkout into it, editable, with the extras named in
-# the first argument. Does nothing when that was done before from the same two files.
+# the first argument. Does nothing when that was done before, here, from the same two files.
 #   PYTHON=...        interpreter to build .venv with (default: the first one that will do)
 #   CONSTRAINTS=...   versions to install (default: constraints.txt, the tested set)
 set -euo pipefail
@@ -10,30 +10,32 @@ extras="${1:-report,data}"
 constraints="${CONSTRAINTS:-constraints.txt}"
 stamp=".venv/installed-${extras//,/-}"
 
-die() {
-    echo "error: $1" >&2
-    exit 1
+wanted() {
+    cat pyproject.toml "$constraints"
+    pwd # a copied checkout still runs the code of the original
 }
 
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+            2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    die "python must be version 3.11 or newer, got none among ${PYTHON:-python3, python3.11 ...}; install one, or name one: PYTHON=/path/to/python3 $0"
+    echo "error: python must be 3.11 or newer and able to make virtual environments, got none such" \
+        "among ${PYTHON:-python3, python3.14 ... python3.11}; install one (some systems keep" \
+        "ensurepip in a package python3-venv), or name one: PYTHON=/path/to/python3 $0" >&2
+    return 1
 }
 
-if cat pyproject.toml "$constraints" | cmp -s - "$stamp"; then
+if wanted | cmp -s - "$stamp"; then
     exit 0
 fi
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python="$(find_python)"
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-        die "$python must be able to make a virtual environment, got no ensurepip; install your system's python3-venv package, or name another interpreter: PYTHON=/path/to/python3 $0"
     echo "Making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
 fi
@@ -43,4 +45,4 @@ quiet=--quiet
 if [ -t 1 ]; then quiet=--progress-bar=on; fi # somebody is watching
 .venv/bin/python -m pip install "$quiet" --disable-pip-version-check \
     --constraint "$constraints" --editable ".[$extras]"
-cat pyproject.toml "$constraints" >"$stamp"
+wanted >"$stamp"

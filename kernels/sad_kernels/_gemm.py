@@ -10,8 +10,13 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
+PIECE=256
+
 def product(a: Tensor, b: Tensor) -> Tensor:  # [m, k], [n, k] -> [m, n]
-    """``a b^T``. On a CPU, fp32 goes to oneDNN: 2.3 times MKL's rate on an AMD EPYC (AVX-512)."""
-    if HAS_ONEDNN and a.is_cpu and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
+    if not (HAS_ONEDNN and a.is_cpu and a.dtype == torch.float32):
+        return a @ b.T
+    linear = torch.ops.mkldnn._linear_pointwise
+    total = linear(a[:, :PIECE], b[:, :PIECE], None, "none", [], "")
+    for k in range(PIECE, a.shape[1], PIECE):
+        total = linear(a[:, k : k + PIECE], total, b[:, k : k + PIECE], None, "add")
+    return total

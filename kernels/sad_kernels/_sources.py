@@ -77,8 +77,7 @@ class HeadSource:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
         self.vocab, self.logit_scale, self.softcap = vocab, logit_scale, _Softcap(softcap)
         self.dtype = dtype
-        self.x16 = hidden if kept is None else hidden[kept]
-        self.x = self.x16.to(dtype)  # [n, D]
+        self.x = (hidden if kept is None else hidden[kept]).to(dtype)  # [n, D]
         self.dx = self.dweight = self.dbias = self.dw = None
 
     def open(self, columns: slice) -> None:
@@ -111,16 +110,10 @@ class HeadSource:
         if self.dx is not None:
             self.dx[rows] += product(g, self.w.T)
         if self.dweight is not None:
-            self._add_dw(rows, g)
+            dw = product(g.T, self.x[rows].T)  # [columns, D]
+            self.dw = dw if self.dw is None else self.dw.add_(dw)
         if self.dbias is not None:
             self.dbias[self.columns] += g.sum(0)
-
-    def _add_dw(self, rows: slice, g: Tensor) -> None:
-        if self.dweight.dtype == torch.bfloat16 and len(g) == len(self.x):
-            self.dw = g.bfloat16().T @ self.x16
-            return
-        dw = product(g.T, self.x[rows].T)  # [columns, D]
-        self.dw = dw if self.dw is None else self.dw.add_(dw)
 
     def close(self) -> None:
         if self.dweight is not None:

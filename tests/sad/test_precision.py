@@ -221,6 +221,20 @@ def test_masters_keep_the_small_updates_that_bf16_loses() -> None:
     assert moved["pure bf16"] == 0.0
 
 
+def test_the_average_of_a_model_with_masters_follows_the_masters() -> None:
+    """One step is too small for bf16 weights, not for their masters."""
+    used, model = precision("masters", learning_rate=1e-6), network("masters")
+    optimizer, average = used.build_optimizer(model), used.build_ema(model)
+    before = {name: shadow.clone() for name, shadow in average.tensors().items()}
+    used.backward(loss_of(model, used))
+    average.update(used.step(optimizer, max_grad_norm=1.0).ok)
+    assert used.masters is not None
+    name = "1.weight"  # ones, which a step of 1e-6 leaves as they are in bf16
+    assert torch.equal(model.get_parameter(name), torch.ones(8, dtype=torch.bfloat16))
+    assert not torch.equal(used.masters.separate[name], before[name])
+    assert not torch.equal(average.tensors()[name], before[name])
+
+
 def test_a_parameter_of_another_dtype_is_its_own_master() -> None:
     used, model = precision("masters"), network("masters")
     norm = model.get_submodule("1").float()
