@@ -62,7 +62,7 @@ class DataConfig:
     dataset_split: str = "train"
     """Split of a `datasets` data set."""
     max_documents: int | None = None
-    """Use only this many documents, chosen by the hash of their names."""
+    """Use only this many documents of `data.train`, chosen by the hash of their names."""
     cache_dir: str | None = field(default=None, metadata=CADENCE)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sad.config import DistillConfig, config_to_dict
-from sad.data import Batch, PackedRows, load_rows
+from sad.data import Batch, PackedRows, load_rows, row_order
 from sad.distillation import FrozenTeacher
 from sad.log import memory_now
 from sad.models import load_teacher, resolve_device
@@ -36,11 +36,11 @@ class Materials:
     """Resident memory in bytes before any of this was loaded."""
 
     def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
-        """The held-out rows in their stored order, the first ``max_eval_rows`` of them."""
-        count = min(config.max_eval_rows or len(self.eval_rows), len(self.eval_rows))
+        """The held-out rows, or ``max_eval_rows`` of them from all over: always the same ones."""
+        rows = row_order(0, 0, len(self.eval_rows))[: config.max_eval_rows]
         size = config.per_device_eval_batch_size
-        for start in range(0, count, size):
-            yield self.eval_rows.batch(range(start, min(start + size, count))).to(self.device)
+        for start in range(0, len(rows), size):
+            yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run, and what explains if it is

@@ -32,7 +32,7 @@ from sad.report import format_results, write_report
 from sad.rundir import RunDirectory
 from sad.selfcheck import self_check
 from sad.signals import StopSignals
-from sad.training import Trainer
+from sad.training import MakeScheduler, Trainer
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
 """How many texts the finished student writes for the report, and their lengths in tokens."""
@@ -65,18 +65,22 @@ class RunResult:
         return self.run_dir / "report.html"
 
 
-def distill(config: DistillConfig) -> RunResult:
+def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = None) -> RunResult:
     """Train ``config.student`` against ``config.teacher`` on ``config.data``.
 
     Everything is written under ``config.output_dir``. Raises a subclass of ``SadError``, whose
     ``exit_code`` says what kind of failure it is; ``StoppedError`` after a signal, with all state
     saved. Whatever happens, ``status.json`` in the run directory tells.
+
+    ``make_scheduler`` builds a learning-rate scheduler from the optimizer in place of the
+    configured one. It is stepped once per ``scheduler_unit``; one that waits for a metric, or ends
+    before the run, is a ``UsageError``.
     """
     run_dir = RunDirectory(config.output_dir)
     checkpoint = run_dir.claim(config, report=print)
     try:
         with StopSignals() as signals:
-            result = _distill(config, run_dir, checkpoint, signals)
+            result = _distill(config, run_dir, checkpoint, signals, make_scheduler)
     except BaseException as error:
         _write_failure(run_dir, error)
         raise
@@ -85,7 +89,11 @@ def distill(config: DistillConfig) -> RunResult:
 
 
 def _distill(
-    config: DistillConfig, run_dir: RunDirectory, checkpoint: Path | None, signals: StopSignals
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    checkpoint: Path | None,
+    signals: StopSignals,
+    make_scheduler: MakeScheduler | None,
 ) -> RunResult:
     materials = gather(config)
     results: list[ResultRow] = []
@@ -96,10 +104,10 @@ def _distill(
         results.append(result_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
 
     if config.baseline:
-        results.append(_train_baseline(config, run_dir, materials, signals))
+        results.append(_train_baseline(config, run_dir, materials, signals, make_scheduler))
 
     name = "student, distilled" if config.kd_weight else "student"
-    trainer = _train(config, run_dir, checkpoint, materials, signals, name=name)
+    trainer = _train(config, run_dir, checkpoint, materials, signals, make_scheduler, name=name)
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics
 
@@ -111,7 +119,11 @@ def _distill(
 
 
 def _train_baseline(
-    config: DistillConfig, run_dir: RunDirectory, materials: Materials, signals: StopSignals
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    materials: Materials,
+    signals: StopSignals,
+    make_scheduler: MakeScheduler | None,
 ) -> ResultRow:
     """The same student from the same weights on the same batches, without its teacher.
 
@@ -130,7 +142,7 @@ def _train_baseline(
     if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
         return baseline.read_run()["results"][0]
     checkpoint = baseline.claim(alone, report=print)
-    trainer = _train(alone, baseline, checkpoint, materials, signals, name=name)
+    trainer = _train(alone, baseline, checkpoint, materials, signals, make_scheduler, name=name)
     row = _student_row(name, trainer)
     baseline.write_run(baseline.read_run() | {"results": [row]})
     baseline.write_status("finished")
@@ -143,6 +155,7 @@ def _train(
     checkpoint: Path | None,
     materials: Materials,
     signals: StopSignals,
+    make_scheduler: MakeScheduler | None,
     *,
     name: str,
 ) -> Trainer:
@@ -161,7 +174,7 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    trainer = Trainer(config, student, materials, precision, run_dir)
+    trainer = Trainer(config, student, materials, precision, run_dir, make_scheduler)
     resumed = None if checkpoint is None else load_checkpoint(checkpoint)
     with RunLog(
         run_dir.path,

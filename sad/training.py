@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from sad_kernels import DistillOutput, Objective
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from sad.accumulate import GradientAccumulator
 from sad.checkpoint import Checkpoint, save_checkpoint
@@ -35,7 +37,7 @@ from sad.log import RunLog, memory_now
 from sad.materials import Materials
 from sad.precision import Precision
 from sad.rundir import RunDirectory
-from sad.schedule import Horizon, build_scheduler, step_scheduler
+from sad.schedule import Horizon, build_scheduler, check_foreign_scheduler, step_scheduler
 from sad.signals import StopSignals
 from sad.state import (
     gradient_tensors,
@@ -48,6 +50,9 @@ from sad.state import (
     optimizer_state,
     rng_state,
 )
+
+OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
+"""What the configuration says of an optimizer's group; its ``lr`` follows from the scheduler."""
 
 LOGGED = ("loss", "ce", "kd", "z", "num_tokens", "correct", "agree")
 """What is summed on the device between two log lines, in this order."""
@@ -68,6 +73,10 @@ class Counters:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+"""A scheduler of the caller's own, stepped as ``config.scheduler_unit`` says."""
+
+
 class Trainer:
     """Trains one student. What it owns is what a checkpoint holds; ``train()`` is the whole story.
 
@@ -82,6 +91,7 @@ class Trainer:
         materials: Materials,
         precision: Precision,
         run_dir: RunDirectory,
+        make_scheduler: MakeScheduler | None = None,
     ) -> None:
         self.config = config
         self.student = student
@@ -103,7 +113,11 @@ class Trainer:
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
         self.optimizer = precision.build_optimizer(student.model)
-        self.scheduler = build_scheduler(self.optimizer, config, self.horizon)
+        if make_scheduler is None:
+            self.scheduler: LRScheduler = build_scheduler(self.optimizer, config, self.horizon)
+        else:
+            self.scheduler = make_scheduler(self.optimizer)
+            check_foreign_scheduler(self.scheduler, self.horizon, config.scheduler_unit)
         self.ema = precision.build_ema(student.model) if config.use_ema else None
         self.accumulator = GradientAccumulator(config.gradient_accumulation_steps)
         self.curriculum = Curriculum({"kd": config.kd_weight}, self.horizon.micro_batches)
@@ -297,7 +311,9 @@ class Trainer:
         ``allow_config_change`` says that this is meant, and ``CheckpointError`` for other tensors.
         """
         state, tensors = checkpoint.state, checkpoint.tensors
-        require_same_run(state["identity"], self.identity, self.config, warn)
+        changed = require_same_run(state["identity"], self.identity, self.config, warn)
+        configured = [{key: group[key] for key in OPTIONS} for group in self.optimizer.param_groups]
+        decay = None if self.ema is None else (self.ema.decay, self.ema.warmup)
         load_model(self.student.model, tensors["model"])
         if self.precision.masters is not None:
             load_tensors(self.precision.masters.separate, tensors["masters"], "master")
@@ -309,9 +325,16 @@ class Trainer:
         )
         self.scheduler.load_state_dict(state["scheduler"])
         self.precision.load_state_dict(state["scaler"])
-        self.curriculum.load_state_dict(state["curriculum"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"] | {"shadow": tensors["ema"]})
+        if changed:  # what the new configuration says wins over what the old one left behind
+            for group, options in zip(self.optimizer.param_groups, configured, strict=True):
+                group.update(options)
+            self.scheduler.base_lrs = [options["initial_lr"] for options in configured]
+            if self.ema is not None and decay is not None:
+                self.ema.decay, self.ema.warmup = decay
+        else:
+            self.curriculum.load_state_dict(state["curriculum"])
         self.accumulator.load_state_dict(state)
         load_gradients(dict(self.student.model.named_parameters()), tensors["grads"])
         self.counters = Counters(**state["counters"])
@@ -424,8 +447,8 @@ def _weights(objective: Objective) -> dict[str, float]:
 
 def require_same_run(
     old: dict[str, Any], new: dict[str, Any], config: DistillConfig, warn: Callable[[str], None]
-) -> None:
-    """Refuse to resume what would not be the same run.
+) -> bool:
+    """Refuse to resume what would not be the same run; return whether changes were allowed.
 
     Configuration keys that decide the trajectory, the packed rows and the tokenizer must be equal;
     versions of libraries may differ, with a warning.
@@ -449,3 +472,4 @@ def require_same_run(
     if old["versions"] != new["versions"]:
         differing = [k for k, v in new["versions"].items() if old["versions"].get(k) != v]
         warn(f"the run began with other versions of {', '.join(differing)}: not bit for bit")
+    return bool(changes)

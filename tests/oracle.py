@@ -185,7 +185,7 @@ class Problem:
     """
 
     case: str
-    call: Callable[[Any, dict[str, Tensor]], Tensor | DistillOutput]
+    call: Callable[[Any, dict[str, Tensor]], Any]  # a loss, or a DistillOutput
     leaves: Mapping[str, Tensor]
     wrt: tuple[str, ...]  # the leaves that require a gradient
     upstream: Tensor  # of the loss's shape

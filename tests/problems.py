@@ -91,7 +91,8 @@ class Rows:
             case "all":
                 self.y[:] = IGNORE_INDEX
         self.keep = self.y != IGNORE_INDEX
-        self.num_items = {"tensor": torch.tensor(29)}.get(o.get("num_items"), o.get("num_items"))
+        num_items = o.get("num_items")
+        self.num_items = torch.tensor(29) if num_items == "tensor" else num_items
 
     def place(self, x: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
         """Rows [N, K] with poison in those that are ignored and in the columns up to ``width``."""

@@ -198,6 +198,14 @@ def test_weights_gradients_modes_hooks_and_random_state_are_left_alone() -> None
     assert not any(m._forward_pre_hooks for m in student.modules())
 
 
+def test_a_model_that_draws_random_numbers_even_in_eval_mode_moves_no_random_state() -> None:
+    model = tiny_llama()
+    model.model.norm.register_forward_hook(lambda *_: torch.rand(1) and None)
+    random_state = torch.get_rng_state()
+    run(model, None, Objective(ce_weight=1, kd_weight=0))
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
 def test_modes_are_restored_after_a_refusal() -> None:
     model = tiny_family("opt").train()
     with pytest.raises(UnfitError):

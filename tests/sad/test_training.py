@@ -248,6 +248,37 @@ def test_a_changed_trajectory_is_refused(make_config: Callable[..., Any]) -> Non
     distill(replace(other, allow_config_change=True))
 
 
+def test_an_allowed_change_takes_effect(make_config: Callable[..., Any]) -> None:
+    config = make_config()
+    materials = gather(config)
+    trainer = make_trainer(config, materials)
+    for _ in range(4):
+        trainer.micro_batch()
+    state, tensors = trainer.capture()
+    path = save_checkpoint(config.output_dir, 4, state, tensors, save_total_limit=2)
+    other = replace(
+        config, learning_rate=1e-3, weight_decay=0.5, ema_decay=0.5, allow_config_change=True
+    )
+    resumed = make_trainer(other, materials)
+    warnings: list[str] = []
+    resumed.restore(load_checkpoint(path), warn=warnings.append)
+    resumed.micro_batch()
+    lr = other.learning_rate * lr_factor("linear", 5, trainer.horizon.micro_batches, warmup=3)
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-12)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert resumed.ema is not None and resumed.ema.decay == 0.5
+    assert "learning_rate: 0.01 -> 0.001" in warnings[0]
+
+
+def test_a_scheduler_of_ones_own_must_reach_the_end(make_config: Callable[..., Any]) -> None:
+    def one_cycle(steps: int) -> Any:
+        return lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
+
+    with pytest.raises(UsageError, match="OneCycleLR.total_steps must be at least 4, got 1"):
+        distill(make_config(max_steps=1), make_scheduler=one_cycle(1))
+    distill(make_config(max_steps=1, resume_from_checkpoint="auto"), make_scheduler=one_cycle(4))
+
+
 # Windows
 
 

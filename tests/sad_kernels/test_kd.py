@@ -11,7 +11,7 @@ from cases import DISTILL_LOSS, KL_DIV, Options, crossed
 from oracle import ALL, IMPLS, assert_value, bound, judge
 from problems import distill_loss_problem, kl_div_problem, plain
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits
-from sad_kernels.objective import DIVERGENCES, MIXTURES
+from sad_kernels.objective import DIVERGENCES, MIXTURES, Divergence
 from torch.autograd import gradcheck
 
 INF = math.inf
@@ -50,7 +50,7 @@ BY_HAND = {  # divergence: value, gradient by the second logit, at T = 1 and bet
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("scale_t2", [True, False])
-def test_by_hand(divergence: str, temperature: float, scale_t2: bool, impl: str) -> None:
+def test_by_hand(divergence: Divergence, temperature: float, scale_t2: bool, impl: str) -> None:
     """Logits times T at temperature T are the same distributions: T^2 in the value, T in dKD/ds."""
     value, slope = BY_HAND[divergence]
     value *= temperature**2 if scale_t2 else 1
@@ -137,7 +137,7 @@ def test_every_option_of_distill_loss(options: Options, dtype: torch.dtype, impl
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_wide_vocabularies(divergence: str, dtype: torch.dtype, impl: str) -> None:
+def test_wide_vocabularies(divergence: Divergence, dtype: torch.dtype, impl: str) -> None:
     for V, valid, distribution in ((50257, False, "randn5"), (151936, 151665, "near")):
         problem = plain(
             "distill_loss",
@@ -154,7 +154,7 @@ def test_wide_vocabularies(divergence: str, dtype: torch.dtype, impl: str) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(divergence: str, reduction: str, impl: str) -> None:
+def test_gradcheck(divergence: Divergence, reduction: str, impl: str) -> None:
     s, t = (2 * torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
     y = torch.tensor([0, -100, 5, 3])
     s.requires_grad_()
@@ -168,7 +168,7 @@ def test_gradcheck(divergence: str, reduction: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_impossible_tokens(divergence: str, impl: str) -> None:
+def test_impossible_tokens(divergence: Divergence, impl: str) -> None:
     """A column of -inf on both sides is no column at all; on one side it may be infinite."""
     s, t = torch.randn(3, 40), torch.randn(3, 40)
     hole = torch.zeros(40, dtype=torch.bool)

@@ -11,7 +11,7 @@ from cases import LINEAR_CROSS_ENTROPY, LINEAR_DISTILL_LOSS, Options, crossed
 from oracle import ALL, IMPLS, assert_value, bound, judge
 from problems import linear_cross_entropy_problem, linear_distill_loss_problem, plain
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits
-from sad_kernels.objective import DIVERGENCES
+from sad_kernels.objective import DIVERGENCES, Divergence
 from torch.autograd import gradcheck
 
 LN3, LN4 = math.log(3), math.log(4)
@@ -117,7 +117,7 @@ def test_a_wider_weight_is_rounded_to_the_hidden_states(dtype: torch.dtype, impl
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("chunk_bytes", [None, 2000])
-def test_gradcheck(divergence: str, chunk_bytes: int | None, impl: str) -> None:
+def test_gradcheck(divergence: Divergence, chunk_bytes: int | None, impl: str) -> None:
     ops = bound(impl, chunk_bytes)
     hidden, weight, bias, th, tw = (
         torch.randn(shape, dtype=torch.float64) for shape in [(4, 3), (6, 3), (6,), (4, 2), (6, 2)]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from oracle import (
 )
 from problems import plain
 from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, TeacherLogits, reference
-from sad_kernels.objective import DIVERGENCES
+from sad_kernels.objective import DIVERGENCES, Divergence
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -153,18 +153,14 @@ def test_every_row_has_its_own_upstream(op: str, upstream: str, impl: str) -> No
 @pytest.mark.parametrize("op", ["cross_entropy", "kl_div", "linear_cross_entropy"])
 def test_summing_rows_is_the_sum(op: str, impl: str) -> None:
     """``.sum().backward()`` passes on an expanded scalar. https://github.com/ROCm/TransformerEngine/pull/623"""
-    rows, total = (plain(op, torch.float32, reduction=r, ignore="some") for r in ("none", "sum"))
-    ops = bound(impl)
-    rows = replace(
-        total,
-        call=lambda ops, x, call=rows.call: call(ops, x).sum(),
-        leaves=rows.leaves,
-    )
-    total = replace(total, leaves=rows.leaves)
-    a, b = measure(rows, ops), measure(total, ops)
-    assert all(torch.equal(a[name], b[name]) for name in b if name != "loss")
-    exact = measure_oracle(total)["loss"]
-    assert_value(a["loss"], exact, scale=100.0)
+    rows = plain(op, torch.float32, reduction="none", ignore="some")
+    one = torch.tensor(1.0)
+    summed = replace(rows, call=lambda ops, x: rows.call(ops, x).sum(), upstream=one)
+    ones = replace(rows, upstream=torch.ones_like(rows.upstream))
+    ours, apart = measure(summed, bound(impl)), measure(ones, bound(impl))
+    assert all(torch.equal(ours[name], x) for name, x in apart.items() if name != "loss")
+    scale = torch.as_tensor(rows.scales["loss"]).sum()
+    assert_value(ours["loss"], measure_oracle(summed)["loss"], scale)
 
 
 @every_implementation
@@ -232,9 +228,10 @@ def test_ignored_rows_are_as_good_as_absent(op: str, ignore_index: int, impl: st
     keep = y != ignore_index
     weight, objective = torch.randn(97, 97), Objective(ce_weight=1.0, temperature=2.0)
 
+    ops = bound(impl)
+
     def call(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        ops, given = bound(impl), {"ignore_index": ignore_index}
-        teacher = TeacherLogits(t)
+        given, teacher = {"ignore_index": ignore_index}, TeacherLogits(t)
         match op:
             case "cross_entropy":
                 return ops.cross_entropy(s, y, **given)
@@ -250,7 +247,7 @@ def test_ignored_rows_are_as_good_as_absent(op: str, ignore_index: int, impl: st
 
     s.requires_grad_()
     loss, filtered = call(s, t, y), call(s[keep], t[keep], y[keep])
-    assert torch.equal(loss, filtered) and loss > 0
+    assert_value(loss, filtered.detach().double(), scale=1 + 4 * 10)  # T^2 R
     grads = [torch.autograd.grad(x, s)[0] for x in (loss, filtered)]
     assert torch.equal(*grads) and grads[0][keep].any(-1).all()
 
@@ -362,7 +359,7 @@ def test_small_vocabularies(op: str, V: int, impl: str) -> None:
 @every_implementation
 @pytest.mark.parametrize("op", ["kl_div", "distill_loss"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_probabilities_that_underflow(op: str, divergence: str, impl: str) -> None:
+def test_probabilities_that_underflow(op: str, divergence: Divergence, impl: str) -> None:
     """A JSD of NaN where both log-probabilities are below -104.
 
     https://github.com/linkedin/Liger-Kernel/issues/1453
@@ -381,7 +378,7 @@ def test_probabilities_that_underflow(op: str, divergence: str, impl: str) -> No
 
 @every_implementation
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_bfloat16_teacher_makes_nothing_negative(divergence: str, impl: str) -> None:
+def test_a_bfloat16_teacher_makes_nothing_negative(divergence: Divergence, impl: str) -> None:
     """A negative JSD beside a 16-bit teacher. https://github.com/modelscope/ms-swift/issues/10156"""
     t = (3 * torch.randn(64, 300)).bfloat16()
     for noise in (0.0, 1e-6, 1e-4, 1e-2):
@@ -397,7 +394,7 @@ def test_a_bfloat16_teacher_makes_nothing_negative(divergence: str, impl: str) -
 
 @every_implementation
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_no_weight_and_no_temperature_is_hidden(divergence: str, impl: str) -> None:
+def test_no_weight_and_no_temperature_is_hidden(divergence: Divergence, impl: str) -> None:
     """A hidden 0.5 * CE, and a temperature applied to the CE as well: 0.342 instead of 0.297.
 
     https://github.com/huggingface/trl/pull/5731
@@ -424,7 +421,7 @@ def test_beta_is_the_teachers_share(impl: str) -> None:
     """Reversed, JSD tends to the other KL. https://github.com/huggingface/trl/pull/3043"""
     s, t = torch.randn(4, 33, dtype=torch.float64), torch.randn(4, 33, dtype=torch.float64)
 
-    def value(divergence: str, beta: float = 0.5) -> float:
+    def value(divergence: Divergence, beta: float = 0.5) -> float:
         return float(bound(impl).kl_div(s, t, divergence=divergence, beta=beta))
 
     forward, reverse, b = value("forward_kl"), value("reverse_kl"), 1e-6
@@ -618,7 +615,7 @@ def test_a_whole_tile_of_impossible_tokens(hole: str, V: int, impl: str) -> None
     y = torch.full((3,), 1 if hole == "last tile" else V - 1)
     for x in (s, t):
         x[0, at] = -INF
-    for divergence in DIVERGENCES:
+    for divergence in get_args(Divergence):
         objective = Objective(ce_weight=1.0, temperature=2.0, divergence=divergence)
         results = []
         for dtype, used in ((torch.float32, ops), (torch.float64, reference)):
@@ -645,7 +642,7 @@ def test_a_whole_tile_of_impossible_tokens(hole: str, V: int, impl: str) -> None
 
 @every_implementation
 def test_a_row_of_only_impossible_tokens_is_alone(impl: str) -> None:
-    """https://github.com/Dao-AILab/flash-attention/issues/1930: it has no loss, and its neighbours do."""
+    """It has no loss, its neighbours do. https://github.com/Dao-AILab/flash-attention/issues/1930"""
     s, t, y = torch.randn(3, 128), torch.randn(3, 128), torch.arange(3)
     clean = bound(impl).kl_div(s, t, reduction="none")
     s[1] = -INF
@@ -671,7 +668,8 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     """The most memory that torch's CPU allocator held at once beyond what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    results: Any = profiler.profiler
+    events = results.kineto_results.events()
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -828,7 +826,7 @@ def test_every_option_changes_the_result(impl: str) -> None:
     expected = _changed_losses(reference)
     for name, (without, with_it) in _changed_losses(bound(impl)).items():
         exact_without, exact_with = expected[name]
-        assert abs(exact_with - exact_without) > 1e-3 * abs(exact_without), name
+        assert abs(exact_with - exact_without) > 1e-5 * abs(exact_without), name
         assert_value(without, exact_without, scale=100.0)
         assert_value(with_it, exact_with, scale=100.0)
 
