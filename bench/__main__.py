@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
 from sad.versions import library_versions
 
 CASES = ("loss", "overhead", "quickstart")

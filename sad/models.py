@@ -102,7 +102,7 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
     """
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with quiet_transformers(), _explained(role, name):
+    with quiet_transformers(), _explained(role, name, config.attn_implementation):
         return AutoModelForCausalLM.from_config(
             model_config,
             dtype=dtype,
@@ -147,7 +147,7 @@ def _random_student(config: DistillConfig) -> PreTrainedModel:
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with quiet_transformers(), _explained(role, name):
+    with quiet_transformers(), _explained(role, name, config.attn_implementation):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
@@ -204,7 +204,7 @@ def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
 
 
 @contextmanager
-def _explained(role: Role, name: str) -> Iterator[None]:
+def _explained(role: Role, name: str, attention: str = "") -> Iterator[None]:
     """Turn what transformers raises about a model into one line."""
     try:
         yield
@@ -219,19 +219,24 @@ def _explained(role: Role, name: str) -> Iterator[None]:
             "is missing, or choose another attn_implementation"
         ) from error
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _unfit(role, name, error) from error
+        raise _refusal(role, name, attention, error) from error
 
 
-def _unfit(role: Role, name: str, error: Exception) -> SadError:
-    cause = one_line(error)
-    if "trust_remote_code" in str(error):
+def _refusal(role: Role, name: str, attention: str, error: Exception) -> SadError:
+    message = str(error)
+    if "trust_remote_code" in message:
         return UsageError(
             f"{role} must be a model that transformers knows, got {name}, which comes with code of "
             f"its own; read that code, then set trust_remote_code_{role}: true"
         )
+    if "attn_implementation" in message:
+        return UsageError(
+            f"attn_implementation must be one that the {role} {name} has, got {attention}; set "
+            "attn_implementation: eager"
+        )
     return UnfitError(
-        f"{role} must be a model that transformers can build, got {name} ({cause}); check its "
-        "files, its family and attn_implementation"
+        f"{role} must be a model that transformers can build, got {name} ({one_line(error)}); "
+        "check its files and its family"
     )
 
 

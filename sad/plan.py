@@ -216,12 +216,12 @@ def _kept_bytes(
         with torch.device(device):
             model = build_model(config, "student", dtype).train()
             rows = config.per_device_train_batch_size, config.max_length
-            ids = torch.zeros(rows, dtype=torch.int64)
+            ids, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
         if checkpointing:
             enable_checkpointing(model)
         autocast = torch.autocast(device.type, cast) if cast != dtype else nullcontext()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            Backbone(model)(ids, position_ids=ids)
+            Backbone(model)(ids, positions)
         for tensor in (*model.parameters(), *model.buffers()):
             kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())

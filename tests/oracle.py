@@ -97,7 +97,7 @@ def assert_zero(ours: Tensor, scale: float | Tensor, *, case: str = "", output: 
 
 
 def assert_value(ours: Tensor, exact: Any, scale: float | Tensor = 1.0) -> None:
-    """The rule against numbers known exactly, such as those computed by hand; nothing is lent."""
+    """The rule against numbers known exactly; the yardstick is these numbers, rounded."""
     exact = torch.as_tensor(exact, dtype=torch.float64)
     assert ours.shape == exact.shape, f"got shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
     if exact.any():

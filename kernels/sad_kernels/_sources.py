@@ -110,14 +110,14 @@ class HeadSource:
         if self.dx is not None:
             self.dx[rows] += product(g, self.w.T)
         if self.dweight is not None:
-            dw = product(g.T, self.x[rows].T)  # [columns, D]
+            dw = product(self.x[rows].T, g.T)  # [D, columns]
             self.dw = dw if self.dw is None else self.dw.add_(dw)
         if self.dbias is not None:
             self.dbias[self.columns] += g.sum(0)
 
     def close(self) -> None:
         if self.dweight is not None:
-            self.dweight[self.columns] = 0 if self.dw is None else self.dw
+            self.dweight[self.columns] = 0 if self.dw is None else self.dw.T
             self.dw = None
 
     def gradients(self) -> Gradients:

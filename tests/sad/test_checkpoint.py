@@ -379,11 +379,13 @@ def test_no_fault_costs_a_complete_checkpoint(
         if outcome == "refused":
             leftovers = [name for name in _names(run_dir) if name.startswith(".tmp-")]
             assert sticky or not leftovers, where
-        _assert_newest_is_whole(run_dir, before, micro_step, seed, outcome, where)
+        shutil.copytree(run_dir, tmp_path / "restarted")
+        _assert_newest_is_whole(tmp_path / "restarted", before, micro_step, seed, outcome, where)
         if outcome != "died":  # the same process tries again, at once and at its next cadence
             for step in (micro_step, 99):
                 assert holds(load_checkpoint(save(run_dir, step, seed=seed)), seed), where
         shutil.rmtree(run_dir)
+        shutil.rmtree(tmp_path / "restarted")
 
     if fault.startswith("exit"):
         assert outcomes == {"died"}

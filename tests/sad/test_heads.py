@@ -42,8 +42,9 @@ FAMILIES = sorted(
 QUICK = """
     afmoe apertus bloom codegen cohere cohere2 ctrl deepseek_v3 exaone4 falcon falcon_h1 gemma
     gemma2 gemma3_text glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe
-    helium hyperclovax llama mamba minicpm3 mistral mixtral mpt nanochat nemotron olmo2 olmoe opt
-    phi phi3 qwen2 qwen3 qwen3_moe recurrent_gemma smollm3 stablelm starcoder2 vaultgemma xglm xlstm
+    helium hyperclovax llama llama4_text mamba minicpm3 mistral mixtral mpt nanochat nemotron
+    olmo2 olmoe opt phi phi3 qwen2 qwen3 qwen3_moe recurrent_gemma smollm3 stablelm starcoder2
+    vaultgemma xglm xlstm
 """.split()
 """One of each kind of head, and the families that people use; the long tail is marked slow."""
 
@@ -133,14 +134,28 @@ def test_positions_are_passed_on() -> None:
     assert not torch.equal(backbone(TOKENS), backbone(TOKENS, shifted))
 
 
-def test_a_model_without_position_ids_is_given_none() -> None:
-    backbone, _ = split_head(tiny_family("bloom"))  # which would warn about them
-    assert backbone(TOKENS, torch.arange(TOKENS.shape[1])[None]).shape == (1, 60, 32)
+def test_layers_that_know_no_positions_are_given_none() -> None:
+    class Recurrent(LlamaModel):
+        def forward(self, input_ids: Any, use_cache: Any) -> Any:  # pyright: ignore
+            return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+    model = tiny_llama()
+    model.model.__class__ = Recurrent
+    backbone, _ = split_head(model)
+    restarting = torch.zeros_like(TOKENS)
+    assert torch.equal(backbone(TOKENS, restarting), backbone(TOKENS))
 
 
 def test_rows_past_the_valid_vocabulary_are_cut() -> None:
     head = with_valid_vocab(split_head(tiny_llama())[1], 500)
     assert head.vocab_size == 500
+
+
+def test_a_model_that_cuts_no_columns_has_a_whole_head() -> None:
+    model = tiny_family("inkling2_text")
+    assert read_head(model).valid_vocab == 120
+    model.config.unpadded_vocab_size = 200
+    assert read_head(model).vocab_size == 128
 
 
 def test_a_tokenizer_larger_than_the_head_is_refused() -> None:

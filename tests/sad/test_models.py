@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_family
 from tiny import save_tiny, tiny_llama
 from transformers import (
     BertConfig,
@@ -217,7 +218,17 @@ def test_a_model_saved_without_its_head_is_not_given_a_random_one(tmp_path: Path
 
 
 def test_an_attention_that_does_not_exist(saved: str) -> None:
-    refused(UnfitError, saved, "attn_implementation", attn_implementation="guessing")
+    with pytest.raises(UsageError, match=r"must be one that the student .*, got guessing"):
+        load_student(config_for(saved, attn_implementation="guessing"))
+
+
+def test_an_attention_that_the_family_does_not_have(tmp_path: Path) -> None:
+    """Gemma 2 caps its attention's scores, which the sdpa of torch cannot."""
+    tiny_family("gemma2").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="got sdpa; set attn_implementation: eager") as caught:
+        load_teacher(config_for(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert load_teacher(config_for(str(tmp_path), attn_implementation="eager"))
 
 
 def test_an_attention_that_is_not_installed(saved: str) -> None:
@@ -267,15 +278,24 @@ def test_a_path_may_start_at_home(saved: str, monkeypatch: pytest.MonkeyPatch) -
 def test_loading_is_silent_and_leaves_verbosity_as_it_was(
     saved: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    records: list[logging.LogRecord] = []
+    handler = Recorder()
     hf_logging.set_verbosity(logging.INFO)
     hf_logging.enable_progress_bar()
+    hf_logging.add_handler(handler)
     try:
         capfd.readouterr()
         load_student(config_for(saved))
         load_student(config_for(saved, student_init="random"))
         load_teacher(config_for(saved))
         assert capfd.readouterr() == ("", "")
+        assert not records
         assert hf_logging.get_verbosity() == logging.INFO
         assert hf_logging.is_progress_bar_enabled()
     finally:
+        hf_logging.remove_handler(handler)
         hf_logging.set_verbosity_warning()

@@ -135,6 +135,18 @@ def test_activations_are_those_of_a_real_forward_pass(folder: Path, keys: dict[s
     assert sizes(plan(config))["student activations"] == real
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neo"])
+def test_activations_of_other_families_are_those_of_a_real_forward_pass(
+    family: str, tmp_path: Path
+) -> None:
+    """GPT-Neo's backward pass reads a buffer, which is no activation."""
+    tiny_family(family).save_pretrained(tmp_path / "student")
+    keys = {"attn_implementation": "eager", "max_length": 64}
+    config = config_for(tmp_path, teacher=None, kd_weight=0, **keys)
+    real = kept_for_backward(load_student(config), config)
+    assert sizes(plan(config))["student activations"] == real
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_experts_are_estimated_from_above(family: str, tmp_path: Path) -> None:
     tiny_family(family).save_pretrained(tmp_path / "student")
@@ -151,7 +163,7 @@ def packed_batch(config: DistillConfig, seed: int) -> Batch:
     ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(seed))
     labels = ids.roll(-1, dims=1)
     labels[:, 39::40] = -100
-    positions = (torch.arange(shape[1]) % 40).expand(shape)
+    positions = (torch.arange(shape[1]) % 40).repeat(shape[0], 1)
     return Batch(ids, labels, positions, int((labels != -100).sum()), 1)
 
 
