@@ -20,7 +20,7 @@ import torch
 
 from sad.versions import library_versions
 
-CASES = ("loss", "overhead", "quickstart")
+CASES = ("overhead", "quickstart")
 RESULTS = Path(__file__).parent / "results"
 
 

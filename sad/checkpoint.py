@@ -363,8 +363,8 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     schema, entries = manifest["schema"], manifest["files"]
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise CheckpointError(
-            f"checkpoint {path} must have a schema from 1 to {SCHEMA}, got {schema!r}; a higher one "
-            "was written by a newer version of sad: update, or resume from another checkpoint"
+            f"checkpoint {path} must have a schema from 1 to {SCHEMA}, got {schema!r}; a higher "
+            "one was written by a newer version of sad: update, or resume from another checkpoint"
         )
     if type(entries) is not dict or "state.json" not in entries:
         raise _unusable(path, "list state.json in its manifest", f"files = {str(entries)[:80]}")

@@ -102,7 +102,7 @@ class FrozenTeacher:
         self.model = model
         self.device = device
         self._backbone, head = split_head(model)
-        self._layers_device = model.get_input_embeddings().weight.device
+        self._layers_device = next(model.parameters()).device
         weight = head.weight.detach().to(device)
         bias = None if head.bias is None else head.bias.detach().to(device)
         self._head: Head = with_valid_vocab(replace(head, weight=weight, bias=bias), valid_vocab)

@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from sad_kernels._torch import DEFAULT_CHUNK_BYTES, HEAD_ROWS
+from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, HEAD_ROWS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel

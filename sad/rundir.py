@@ -21,6 +21,7 @@ from sad.checkpoint import latest_checkpoint, sweep_stale
 from sad.config import DistillConfig, config_to_yaml
 from sad.errors import OutputError, UsageError
 from sad.files import probe_writable, publish_directory, write_atomic
+from sad.heads import output_embedding
 from sad.models import quiet_transformers
 
 
@@ -99,7 +100,7 @@ class RunDirectory:
         """
         tmp = target.parent / f".tmp-{target.name}"
         shutil.rmtree(tmp, ignore_errors=True)
-        width = model.get_output_embeddings().weight.shape[0]
+        width = output_embedding(model).weight.shape[0]
         suppressed = list(range(valid_vocab, width)) or None
         generation = model.generation_config
         before = (model.config.use_cache, generation.suppress_tokens)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -222,7 +223,8 @@ def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
     It is loaded as a user would load it: an export that cannot be used fails the run here.
     """
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(final).to(materials.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(final)
+    model.to(materials.device).eval()
     tokenizer = materials.tokenizer
     length = min(SAMPLE_PROMPT, materials.eval_rows.max_length)
     samples = []

@@ -51,13 +51,15 @@ class RowGradient:
         self.kd = upstream * (objective.kd_weight * objective.kd_scale / self.temperature)
 
     def tile(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> Tensor:
-        """Overwrite the logits ``s`` with their gradient and return it; ``t``, ``u`` are scratch."""
+        """Overwrite the logits ``s`` with their gradient; ``t`` and ``u`` are scratch."""
         maximum = self.saved.maximum[rows, None]
         if not self.has_kd:
             return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
         if t is not None and self.task.objective.divergence != "forward_kl":
             kd = self._any_divergence(rows, s, t, u)
-            return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s)).add_(kd)
+            return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s)).add_(
+                kd
+            )
 
         tempered_exp(s.sub_(maximum), self.temperature, out=u)
         g = s.copy_(u) if self.temperature == 1 else tempered_exp(s, 1.0, out=s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sad_kernels._statistics import RowResults
@@ -33,7 +32,7 @@ class Leading:
 def count_valid(labels: Tensor | None, ignore_index: int, loss: Tensor) -> Tensor:
     """The number of rows that count, in the dtype of the loss."""
     if labels is None:
-        return torch.full_like(loss.detach()[:1].sum(), loss.numel())
+        return loss.new_full((), loss.numel())
     return (labels != ignore_index).sum().to(loss.dtype)
 
 

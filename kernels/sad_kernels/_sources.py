@@ -4,11 +4,13 @@ A source gives the logits of a model in tiles of rows x columns, in the dtype of
 after bias, scale and softcap. A source that was asked for gradients takes tiles of the gradient
 with respect to these logits and turns them into gradients of what the logits were made of.
 
-Only the rows whose loss counts exist here (``kept``, None for all): the others are never read, so
-they may hold anything.
+Only the rows whose loss counts exist here (``kept``; None: all of them). The others are never
+read, so they may hold anything, and their gradients are exact zeros.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,21 +20,28 @@ from sad_kernels._gemm import product
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+class Finish(NamedTuple):
+    """What follows the matrix product: ``softcap(logit_scale * x)``."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
 class LogitSource:
     """Logits that are there: [N, >= V] in any floating-point dtype and with any row stride."""
 
     def __init__(
-        self, logits: Tensor, kept: Tensor | None, softcap: float | None, dtype: torch.dtype
+        self, logits: Tensor, finish: Finish, kept: Tensor | None, dtype: torch.dtype
     ) -> None:
         self.logits, self.kept, self.dtype = logits, kept, dtype
-        self.softcap = _Softcap(softcap)
+        self.softcap = _Softcap(finish.softcap)
         self.dlogits: Tensor | None = None
 
     def open(self, columns: slice) -> None:
         """Turn to a slice of the vocabulary; the tiles that follow belong to it."""
         self.columns = columns
 
-    def tile(self, rows: slice) -> Tensor:  # [rows, columns]
+    def tile(self, rows: slice) -> Tensor:  # [rows, columns], the receiver's to overwrite
         logits = self.logits[self._rows(rows), self.columns]
         return self.softcap.apply_(logits.to(self.dtype, copy=True))
 
@@ -41,9 +50,10 @@ class LogitSource:
         self.softcap.differentiable = True
 
     def add_gradient(self, rows: slice, g: Tensor) -> None:
-        assert self.dlogits is not None
-        g = self.softcap.backward_(g)
-        self.dlogits[self._rows(rows), self.columns] = g.to(self.dlogits.dtype)
+        """Take the gradient of the logits that ``tile`` gave last; overwrites it."""
+        if self.dlogits is not None:
+            g = self.softcap.backward_(g).to(self.dlogits.dtype)
+            self.dlogits[self._rows(rows), self.columns] = g
 
     def close(self) -> None:
         """The slice of the vocabulary is complete: nothing more will be added to it."""
@@ -58,8 +68,9 @@ class LogitSource:
 class HeadSource:
     """Logits made slice by slice from hidden states and a head: never N x V of them.
 
-    Products run on factors of the hidden states' dtype with sums of ``dtype``: a weight of another
-    dtype is rounded first, one slice at a time.
+    The factors of every product have the hidden states' precision, a weight of another dtype is
+    rounded to it one slice at a time. The products are computed in ``dtype``, the gradient is not
+    rounded before them, and what they sum over many slices is kept in ``dtype`` to the end.
     """
 
     def __init__(
@@ -67,18 +78,19 @@ class HeadSource:
         hidden: Tensor,  # [N, D]
         weight: Tensor,  # [>= V, D]
         bias: Tensor | None,  # [>= V]
+        finish: Finish,
         kept: Tensor | None,  # [n]
-        *,
-        vocab: int,
-        logit_scale: float,
-        softcap: float | None,
         dtype: torch.dtype,
+        vocab: int,
     ) -> None:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
-        self.vocab, self.logit_scale, self.softcap = vocab, logit_scale, _Softcap(softcap)
-        self.dtype = dtype
+        self.logit_scale, self.softcap = finish.logit_scale, _Softcap(finish.softcap)
+        self.dtype, self.vocab = dtype, vocab
         self.x = (hidden if kept is None else hidden[kept]).to(dtype)  # [n, D]
-        self.dx = self.dweight = self.dbias = self.dw = None
+        self.dx: Tensor | None = None  # [n, D]
+        self.dweight: Tensor | None = None  # [>= V, D]
+        self.dbias: Tensor | None = None  # [>= V]
+        self.dw: Tensor | None = None  # [D, columns] of the open slice
 
     def open(self, columns: slice) -> None:
         self.columns = columns
@@ -89,7 +101,7 @@ class HeadSource:
         logits = product(self.x[rows], self.w)
         if self.b is not None:
             logits.add_(self.b)
-        if self.logit_scale != 1.0:
+        if self.logit_scale != 1:
             logits.mul_(self.logit_scale)
         return self.softcap.apply_(logits)
 
@@ -105,12 +117,12 @@ class HeadSource:
 
     def add_gradient(self, rows: slice, g: Tensor) -> None:
         g = self.softcap.backward_(g)
-        if self.logit_scale != 1.0:
+        if self.logit_scale != 1:
             g.mul_(self.logit_scale)
         if self.dx is not None:
             self.dx[rows] += product(g, self.w.T)
         if self.dweight is not None:
-            dw = product(self.x[rows].T, g.T)  # [D, columns]
+            dw = product(self.x[rows].T, g.T)
             self.dw = dw if self.dw is None else self.dw.add_(dw)
         if self.dbias is not None:
             self.dbias[self.columns] += g.sum(0)
@@ -121,12 +133,12 @@ class HeadSource:
             self.dw = None
 
     def gradients(self) -> Gradients:
-        dhidden = self.dx
-        if dhidden is not None:
-            dhidden = dhidden.to(self.hidden.dtype)
-            if self.kept is not None:
-                dhidden = torch.zeros_like(self.hidden).index_copy_(0, self.kept, dhidden)
-        dbias = None if self.dbias is None else self.dbias.to(self.bias.dtype)
+        dhidden = None if self.dx is None else self.dx.to(self.hidden.dtype)
+        if dhidden is not None and self.kept is not None:
+            dhidden = torch.zeros_like(self.hidden).index_copy_(0, self.kept, dhidden)
+        dbias = self.dbias
+        if dbias is not None and self.bias is not None:
+            dbias = dbias.to(self.bias.dtype)
         return dhidden, self.dweight, dbias
 
 
@@ -138,14 +150,15 @@ class _Softcap:
 
     def __init__(self, cap: float | None) -> None:
         self.cap, self.differentiable = cap, False
+        self.slope: Tensor | None = None
 
     def apply_(self, x: Tensor) -> Tensor:
         if self.cap is None:
             return x
         x.div_(self.cap).tanh_()
         if self.differentiable:
-            self.slope = 1 - x * x
+            self.slope = torch.mul(x, x).neg_().add_(1)
         return x.mul_(self.cap)
 
     def backward_(self, g: Tensor) -> Tensor:
-        return g if self.cap is None else g.mul_(self.slope)
+        return g if self.slope is None else g.mul_(self.slope)

@@ -4,14 +4,14 @@ Every sum is kept relative to the running maxima ``m`` of its row, which stay ap
 large numbers are never subtracted from each other, so an offset of 1e4 costs nothing. With
 ``x' = (x - m) / T``, when a maximum moves by ``move = m_old - m_new <= 0`` and ``r = e^(move/T)``:
 
-======================  ===============================  ========================================
-sum over columns        after a move                     gives
-======================  ===============================  ========================================
-d = sum e^x'            d r                              log-normaliser ``log d``
-S = sum (x - m)         S + columns so far * move        smooth term ``log d - S/V`` (T = 1)
-E = sum e^x' (x - m)    (E + d move) r                   entropy ``log d - E/d`` (T = 1)
-A = sum e^a' (a - b)    (A + d_a (move_a - move_b)) r_a  ``KL(a||b) = A/(T d_a) - log d_a + log d_b``
-======================  ===============================  ========================================
+====================  ===============================  ====================================
+sum over columns      after a move                     gives
+====================  ===============================  ====================================
+d = sum e^x'          d r                              log-normaliser  log d
+S = sum (x - m)       S + columns so far * move        smooth term     log d - S/V   (T = 1)
+E = sum e^x' (x - m)  (E + d move) r                   entropy         log d - E/d   (T = 1)
+A = sum e^a' (a - b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
+====================  ===============================  ====================================
 
 with ``a - b`` in A short for ``(a - m_a) - (b - m_b)``. Maxima start at -1e30, not at -inf, so a
 slice of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it multiplies, -inf included. NaN
@@ -99,7 +99,7 @@ class RunningSoftmax:
 
 
 class RowStatistics:
-    """Feed it every tile once (``add``), for a dense mixture twice (``add_mixture``); then ``finish``.
+    """Feed it every tile once (``add``), for a mixture again (``add_mixture``), then ``finish``.
 
     A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch ``u``, all three
     [rows, columns] and overwritten. Labels may lie outside the vocabulary.
@@ -112,10 +112,9 @@ class RowStatistics:
         self.task, self.temperature, self.labels = task, objective.temperature, labels
         self.topk = teacher if isinstance(teacher, TopKRows) else None
         self.student = RunningSoftmax(like, self.temperature, task.diagnostics)
-        self.teacher = (
-            RunningSoftmax(like, self.temperature, task.diagnostics) if teacher is True else None
-        )
-        self.columns_seen = zeros.clone()
+        self.teacher: RunningSoftmax | None = None
+        if teacher is True:
+            self.teacher = RunningSoftmax(like, self.temperature, task.diagnostics)
         self.label_logit = torch.full_like(like, torch.nan)
         self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
         self.cross = zeros.clone()  # A
@@ -132,7 +131,7 @@ class RowStatistics:
         else:
             self._add_student(rows, s, u, move, ids)
         if self.task.classes:
-            self._add_untempered(rows, s, u, move)
+            self._add_untempered(rows, columns, s, u, move)
 
     def _note_label(self, rows: slice, columns: slice, s: Tensor) -> None:
         if self.labels is None:
@@ -188,24 +187,24 @@ class RowStatistics:
         self.student.add(rows, move, u)
         u[row, column] = weights
 
-    def _add_untempered(self, rows: slice, s: Tensor, u: Tensor, move: Tensor) -> None:
+    def _add_untempered(
+        self, rows: slice, columns: slice, s: Tensor, u: Tensor, move: Tensor
+    ) -> None:
         """The sums at temperature 1, from ``exp(s / T)`` in ``u``."""
         if self.task.objective.label_smoothing > 0:
-            self.plain[rows] += self.columns_seen[rows] * move + s.sum(1)
-            self.columns_seen[rows] += s.shape[1]
+            self.plain[rows] += columns.start * move + s.sum(1)
         weights = u if self.temperature == 1 else tempered_exp(s, 1.0, out=u)
-        factor = move.exp()
-        total = self.total_1[rows]
+        factor, total = move.exp(), self.total_1[rows]
         if self.task.diagnostics:
             self.weighted[rows] = (self.weighted[rows] + total * move) * factor
         self.total_1[rows] = total * factor + weights.sum(1)
         if self.task.diagnostics:
             self.weighted[rows] += weights.mul_(s).nansum(1)
 
-    def add_mixture(self, rows: slice, s: Tensor, t: Tensor) -> None:
+    def add_mixture(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
         """Second reading: value and expectation of a divergence of log-probabilities."""
         student, teacher, objective = self.student, self.teacher, self.task.objective
-        assert teacher is not None
+        assert teacher is not None and t is not None
         log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
         log_p = log_softmax_(t, teacher.maximum[rows], teacher.total[rows], self.temperature)
         f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
@@ -253,16 +252,16 @@ class RowStatistics:
         if teacher is None:
             return torch.zeros_like(self.total_1), saved
 
-        log_q, log_p = student.total.log(), teacher.total.log()  # log-normalisers, so to say
+        log_student, log_teacher = student.total.log(), teacher.total.log()
         match objective.divergence:
             case "forward_kl":
-                value = self.cross / (self.temperature * teacher.total) - log_p + log_q
+                value = self.cross / (self.temperature * teacher.total) - log_teacher + log_student
                 expectation = torch.full_like(value, -1)
             case "reverse_kl":
-                value = self.cross / (self.temperature * student.total) - log_q + log_p
+                value = self.cross / (self.temperature * student.total) - log_student + log_teacher
                 expectation = value
             case _:
-                value = self.divergence + 0 * (log_p + log_q)  # NaN from either side
+                value = self.divergence + 0 * (log_student + log_teacher)  # NaN from either side
                 expectation = self.expectation
         return value, saved._replace(
             teacher_maximum=teacher.maximum, teacher_total=teacher.total, expectation=expectation
@@ -271,7 +270,7 @@ class RowStatistics:
     def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """CE, squared log-normaliser, entropy."""
         if not self.task.classes:
-            return poison, poison, poison
+            return poison, poison, torch.zeros_like(poison)
         eps, log_d = self.task.objective.label_smoothing, self.total_1.log()
         ce = log_d - (1 - eps) * (self.label_logit - self.student.maximum)
         if eps > 0:

@@ -2,7 +2,8 @@
 
 Forward reads each tile once (mixtures: twice) into row statistics. Backward reads it again, forms
 its gradient with the true upstream, and hands it to where the logits came from. So one path serves
-every reduction and any upstream, backward may run twice, and without gradients nothing is saved.
+every reduction and any upstream, backward may run twice, and without gradients nothing extra is
+computed or kept.
 """
 
 from __future__ import annotations
@@ -16,22 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from sad_kernels._gradient import RowGradient
 from sad_kernels._reduce import Leading
-from sad_kernels._sources import HeadSource, LogitSource, Source
+from sad_kernels._sources import Finish, HeadSource, LogitSource, Source
 from sad_kernels._statistics import RowResults, RowStatistics, SavedRows, Task
+from sad_kernels._tiles import TileShape, cut
 from sad_kernels._topk import TopKRows
-from sad_kernels.objective import (
-    Objective,
-    Tail,
-    Teacher,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherTopK,
-)
-
-LOGIT_COLUMNS = 16384
-LOGIT_TILE = 1 << 21
-HEAD_ROWS = 512
-DEFAULT_CHUNK_BYTES = 32 << 20
+from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 
 Tile = tuple[slice, slice, Tensor, Tensor | None, Tensor]  # rows, columns, s, t, scratch
 
@@ -42,8 +32,7 @@ class Side(NamedTuple):
     x: Tensor  # [N, D] or [N, >= V]
     weight: Tensor | None = None  # [>= V, D]
     bias: Tensor | None = None  # [>= V]
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    how: Finish = Finish()
 
 
 class TopK(NamedTuple):
@@ -51,128 +40,123 @@ class TopK(NamedTuple):
 
     ids: Tensor  # [N, K]
     log_probs: Tensor  # [N, K]
-    tail: Tail
+    how: Tail
 
 
-class TileShape(NamedTuple):
-    rows: int
-    columns: int
+def head_side(hidden: Tensor, head: Head, leading: Leading) -> Side:
+    finish = Finish(float(head.logit_scale), head.softcap)
+    return Side(leading.rows(hidden), head.weight, head.bias, finish)
+
+
+def teacher_side(teacher: Teacher | None, leading: Leading) -> Side | TopK | None:
+    match teacher:
+        case TeacherHidden(hidden=hidden, head=head):
+            return head_side(hidden, head, leading)
+        case TeacherLogits(logits=logits):
+            return Side(leading.rows(logits))
+        case TeacherTopK(ids=ids, log_probs=log_probs, tail=tail):
+            return TopK(leading.rows(ids), leading.rows(log_probs), tail)
+        case None:
+            return None
 
 
 def row_losses(
     task: Task,
     student: Side,
-    labels: Tensor | None,  # [N], None: all rows count
+    labels: Tensor | None,  # [N]; None: all rows count
     teacher: Side | TopK | None,
     *,
     ignore_index: int,
     shape: TileShape,
 ) -> RowResults:
-    """Return every row's loss, differentiable, and its parts, detached: [N] each, 0 where ignored."""
-    tensors: list[Tensor | None] = [*student[:3], labels]
-    tensors += [None, None, None] if teacher is None else [*teacher[:2], None]
-    if isinstance(teacher, Side):
-        tensors[-1] = teacher.bias
-    call = _Call(
-        task,
-        ignore_index,
-        shape,
-        student[3:],
-        teacher[3:] if isinstance(teacher, Side) else None,
-        teacher.tail if isinstance(teacher, TopK) else None,
-    )
-    return RowResults(*_RowLosses.apply(call, *tensors))
+    """Every row's loss, differentiable, and its parts, detached: [N] each, 0 in ignored rows."""
+    *student_tensors, student_how = student
+    *teacher_tensors, teacher_how = teacher or (None,)
+    call = _Call(task, student_how, teacher_how, ignore_index, shape)
+    return RowResults(*_RowLosses.apply(call, *student_tensors, labels, *teacher_tensors))
 
 
 class _Call(NamedTuple):
     """What a call is, apart from its tensors, which autograd has to see."""
 
     task: Task
+    student: Finish
+    teacher: Finish | Tail | None
     ignore_index: int
     shape: TileShape
-    student: tuple[float, float | None]  # logit scale, softcap
-    teacher: tuple[float, float | None] | None  # the same, of a dense teacher
-    tail: Tail | None  # of a sparse one
 
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with _no_autocast(tensors):
             problem = _Problem(call, tensors)
-            statistics = RowStatistics(
-                call.task, problem.labels, problem.topk or call.teacher is not None, problem.zeros
-            )
+            statistics = problem.statistics()
             for tile in problem.tiles():
                 statistics.add(*tile)
             if statistics.reads_twice:
                 for rows, _, s, t, _ in problem.tiles():
                     statistics.add_mixture(rows, s, t)
             results, saved = statistics.finish()
+
         ctx.call, ctx.num_tensors = call, len(tensors)
         ctx.save_for_backward(*tensors, *saved)
-        results = tuple(problem.scatter(x) for x in results)
-        ctx.mark_non_differentiable(*results[1:])
-        return results
+        loss, *parts = (problem.scatter(x) for x in results)
+        ctx.mark_non_differentiable(*parts)
+        return loss, *parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors[: ctx.num_tensors]
         saved = SavedRows(*ctx.saved_tensors[ctx.num_tensors :])
-        with torch.autocast(upstream.device.type, enabled=False):
-            problem = _Problem(call, tensors)
-            upstream = problem.gather(upstream)
-            gradient = RowGradient(call.task, saved, upstream, problem.labels, problem.topk)
+        with _no_autocast(tensors):
+            problem = _Problem(ctx.call, tensors)
+            gradient = problem.gradient(saved, upstream)
             problem.student.want_gradients(*ctx.needs_input_grad[1:4])
             for tile in problem.tiles(with_teacher=gradient.has_kd):
-                rows, _, *_ = tile
-                problem.student.add_gradient(rows, gradient.tile(*tile))
-            gradients = problem.student.gradients()
-        return None, *gradients, *[None] * (ctx.num_tensors - 3)
+                problem.student.add_gradient(tile[0], gradient.tile(*tile))
+            student_gradients = problem.student.gradients()
+        return None, *student_gradients, *[None] * (ctx.num_tensors - 3)
 
 
 class _Problem:
-    """The rows that count, the sources of both sides, and the tiles that both are read in."""
+    """The rows that count, where their logits come from, and the tiles these are read in."""
 
     def __init__(self, call: _Call, tensors: tuple[Tensor | None, ...]) -> None:
         x, weight, bias, labels, *teacher = tensors
         assert x is not None
-        self.call, self.num_rows = call, x.shape[0]
-        self.kept = None
-        if labels is not None:
-            valid = labels != call.ignore_index
-            kept = valid.nonzero().squeeze(1)
-            self.kept = None if len(kept) == self.num_rows else kept
-            labels = labels if self.kept is None else labels[kept]
-        self.labels = labels
-
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        self.student = self._source(x, weight, bias, *call.student, dtype)
+        self.call, self.num_rows = call, len(x)
+        self.kept, self.labels = _kept(labels, call.ignore_index)
         n = self.num_rows if self.kept is None else len(self.kept)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         self.zeros = torch.zeros(n, dtype=dtype, device=x.device)
+
+        self.student = self._source(x, weight, bias, call.student)
         self.teacher: Source | None = None
         self.topk: TopKRows | None = None
-        if call.teacher is not None:
-            self.teacher = self._source(*teacher, *call.teacher, dtype)
-        elif call.tail is not None:
-            ids, log_probs = (self.gather(x) for x in teacher[:2])
-            self.topk = TopKRows(ids, log_probs, call.tail, call.task.vocab, self.zeros)
+        if isinstance(call.teacher, Finish):
+            hidden, head, head_bias = teacher
+            assert hidden is not None
+            self.teacher = self._source(hidden, head, head_bias, call.teacher)
+        elif call.teacher is not None:
+            ids, log_probs = (self.gather(x) for x in teacher)
+            self.topk = TopKRows(ids, log_probs, call.teacher, call.task.vocab, self.zeros)
 
-    def _source(self, x, weight, bias, logit_scale, softcap, dtype) -> Source:
+    def _source(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Finish) -> Source:
         if weight is None:
-            return LogitSource(x, self.kept, softcap, dtype)
-        return HeadSource(
-            x,
-            weight,
-            bias,
-            self.kept,
-            vocab=self.call.task.vocab,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            dtype=dtype,
-        )
+            return LogitSource(x, how, self.kept, self.zeros.dtype)
+        return HeadSource(x, weight, bias, how, self.kept, self.zeros.dtype, self.call.task.vocab)
+
+    def statistics(self) -> RowStatistics:
+        teacher = self.topk or self.teacher is not None
+        return RowStatistics(self.call.task, self.labels, teacher, self.zeros)
+
+    def gradient(self, saved: SavedRows, upstream: Tensor) -> RowGradient:
+        rows = self.gather(upstream).to(self.zeros.dtype)
+        return RowGradient(self.call.task, saved, rows, self.labels, self.topk)
 
     def gather(self, x: Tensor) -> Tensor:  # [N, ...] -> [n, ...]
         return x if self.kept is None else x[self.kept]
@@ -187,51 +171,26 @@ class _Problem:
         n, V, shape = len(self.zeros), self.call.task.vocab, self.call.shape
         teacher = self.teacher if with_teacher else None
         scratch = self.zeros.new_empty(min(n, shape.rows) * min(V, shape.columns))
-        for columns in _cut(V, shape.columns):
+        for columns in cut(V, shape.columns):
             self.student.open(columns)
             if teacher is not None:
                 teacher.open(columns)
-            for rows in _cut(n, shape.rows):
+            for rows in cut(n, shape.rows):
                 s = self.student.tile(rows)
                 t = None if teacher is None else teacher.tile(rows)
                 yield rows, columns, s, t, scratch[: s.numel()].view(s.shape)
-                del s, t
             self.student.close()
 
 
-def _cut(length: int, at_most: int) -> list[slice]:
-    """Cut a range into as few pieces as possible, of sizes that differ by one at most."""
-    pieces = -(-length // at_most)
-    edges = [i * length // pieces for i in range(pieces + 1)] if pieces else []
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+def _kept(labels: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rows that count, None for all of them, and their labels."""
+    if labels is None:
+        return None, None
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    return (None, labels) if len(kept) == len(labels) else (kept, labels[kept])
 
 
-def teacher_side(teacher: Teacher | None, leading: Leading) -> Side | TopK | None:
-    """The teacher's tensors with flat leading dimensions."""
-    match teacher:
-        case TeacherHidden(hidden=hidden, head=head):
-            scale = float(head.logit_scale)
-            return Side(leading.rows(hidden), head.weight, head.bias, scale, head.softcap)
-        case TeacherLogits(logits=logits):
-            return Side(leading.rows(logits))
-        case TeacherTopK(ids=ids, log_probs=log_probs, tail=tail):
-            return TopK(leading.rows(ids), leading.rows(log_probs), tail)
-        case None:
-            return None
-
-
-def logit_tiles(vocab: int) -> TileShape:
-    columns = min(vocab, LOGIT_COLUMNS)
-    return TileShape(max(1, LOGIT_TILE // columns), columns)
-
-
-def head_tiles(student: Side, teacher, objective: Objective, chunk_bytes: int | None) -> TileShape:
-    itemsize = torch.promote_types(student.x.dtype, torch.float32).itemsize
-    numbers = max(1, (DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // itemsize)
-    slabs = 3
-    per_column = student.x.shape[1] * 2 + 512
-    rows = min(student.x.shape[0], HEAD_ROWS) or 1
-    columns = numbers // (slabs * rows + per_column)
-    if columns < 1:
-        return TileShape(max(1, (numbers - per_column) // slabs), 1)
-    return TileShape(rows, columns)
+def _no_autocast(tensors: tuple[Tensor | None, ...]) -> torch.autocast:
+    """Autocast acts inside an autograd function too; the dtypes here are chosen, not cast."""
+    assert tensors[0] is not None
+    return torch.autocast(tensors[0].device.type, enabled=False)

@@ -7,8 +7,10 @@ from torch import Tensor
 from sad_kernels import _check
 from sad_kernels._dispatch import resolve_impl
 from sad_kernels._reduce import Leading, count_valid, reduce_rows
+from sad_kernels._sources import Finish
 from sad_kernels._statistics import Task
-from sad_kernels._torch import Side, logit_tiles, row_losses
+from sad_kernels._tiles import logit_tiles
+from sad_kernels._torch import Side, row_losses
 from sad_kernels.objective import Objective
 
 
@@ -39,7 +41,7 @@ def cross_entropy(
     y = leading.flat(labels)
     rows = row_losses(
         Task(objective, vocab, classes=True, diagnostics=False),
-        Side(leading.rows(logits), softcap=softcap),
+        Side(leading.rows(logits), how=Finish(softcap=softcap)),
         y,
         None,
         ignore_index=ignore_index,

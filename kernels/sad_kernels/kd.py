@@ -8,7 +8,8 @@ from sad_kernels import _check
 from sad_kernels._dispatch import resolve_impl
 from sad_kernels._reduce import Leading, count_valid, distill_output, reduce_rows
 from sad_kernels._statistics import Task
-from sad_kernels._torch import Side, logit_tiles, row_losses, teacher_side
+from sad_kernels._tiles import logit_tiles
+from sad_kernels._torch import Side, row_losses, teacher_side
 from sad_kernels.objective import (
     DistillOutput,
     Divergence,

@@ -1,23 +1,64 @@
-"""Losses from hidden states and a head, slice by slice of the vocabulary: never N x V logits."""
+r"""Losses from hidden states and a head, slice by slice of the vocabulary: never N x V logits.
+
+With ``z = softcap(logit_scale * (h W^T + b))`` the losses are those of ``ce.py`` and ``kd.py``, and
+for a gradient ``g`` of the logits, taken before softcap and scale,
+
+    dhidden = g W        dweight = g^T h        dbias = sum over rows of g
+
+Algorithm. The vocabulary is cut into slices, the rows into blocks, so that what is alive at a time
+fits ``chunk_bytes``. Forward makes the student's and the teacher's logits of a slice and adds them
+to row statistics, a few numbers per row; a mixture (JSD, the skews) needs a second round. Backward
+makes them again, forms ``g`` with the true upstream gradient, adds ``g W`` to ``dhidden`` and
+writes the slice of ``dweight`` once. Work: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s + 2 D_t`` for
+the mixtures), of which the logits made twice are ``N V (2 D_s + 2 D_t)``: the price for any
+reduction, any upstream gradient, ``retain_graph`` and checkpointing with the same code. A frozen
+leaf costs nothing, and without gradients the statistics are all there is.
+
+Memory beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for fp64)
+and ``n <= N`` the rows that count:
+
+    forward    a chunk_bytes + copies + b N
+    backward   a chunk_bytes + copies + b N + gradients + i n D_s        a = 1.25, b = 256
+
+``copies`` are ``i n D_s`` if the hidden states are not in the dtype of the arithmetic or some row
+is ignored, and ``i n D_t`` for the teacher's likewise; ``gradients`` are what is returned. A
+``TeacherTopK`` adds ``b = 64 K``. ``chunk_bytes`` too small for one row and one column counts as
+what they need. Between forward and backward only the inputs and a few numbers per row are kept.
+
+Precision. Arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs are: 16-bit factors are
+exact in it, so logits, ``g`` and all sums are never rounded to 16 bits, and every gradient is
+rounded once. 16-bit products would be faster on a CPU, but their results are 16-bit too: near
+KL = 0 such logits leave a gradient of noise, and a rounded ``g`` fails where the rows of a class
+cancel. A weight wider than the hidden states is rounded to their dtype, as autocast does, and gets
+its gradient in its own dtype, unrounded.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import resolve_impl
 from sad_kernels._reduce import Leading, count_valid, distill_output, reduce_rows
 from sad_kernels._statistics import RowResults, Task
-from sad_kernels._torch import Side, head_tiles, row_losses, teacher_side
-from sad_kernels.objective import DistillOutput, Head, Objective, Teacher
+from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles
+from sad_kernels._torch import Side, TopK, head_side, row_losses, teacher_side
+from sad_kernels.objective import (
+    MIXTURES,
+    DistillOutput,
+    Head,
+    Objective,
+    Teacher,
+)
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+    hidden: Tensor,  # [..., D_s]
+    weight: Tensor,  # [>= V, D_s]
+    labels: Tensor,  # [...]
     *,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None,  # [>= V]
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
@@ -28,21 +69,42 @@ def linear_cross_entropy(
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
+    """``cross_entropy`` of the logits ``softcap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Mathematics, masking, reductions and result as for ``cross_entropy``; gradients for ``hidden``,
+    ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` bounds the memory (see the
+    module's docstring) and moves results by rounding only.
+
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
+    for ``impl="triton"``. Backward cannot be differentiated again.
+
+    >>> hidden, weight = torch.zeros(3, 8), torch.zeros(16, 8)
+    >>> linear_cross_entropy(hidden, weight, torch.tensor([1, -100, 2]))  # log 16
+    tensor(2.7726)
+    """
     head = Head(weight, bias, logit_scale, softcap, valid_vocab)
     objective = Objective(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
     _check.require_reduction(reduction)
-    leading, rows, num_tokens = _linear(
-        hidden, head, labels, None, objective, False, ignore_index, chunk_bytes, impl
+    rows, num_tokens, leading = _linear_rows(
+        hidden,
+        head,
+        labels,
+        None,
+        objective,
+        diagnostics=False,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        impl=impl,
     )
     return reduce_rows(rows.loss, num_tokens, reduction, leading)
 
 
 def linear_distill_loss(
-    hidden: Tensor,
+    hidden: Tensor,  # [..., D_s]
     head: Head,
-    labels: Tensor,
+    labels: Tensor,  # [...]
     teacher: Teacher | None,
     objective: Objective,
     *,
@@ -51,25 +113,53 @@ def linear_distill_loss(
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> DistillOutput:
+    """``distill_loss`` of the logits ``head(hidden)``, which are never whole.
+
+    Mathematics, masking and result as for ``distill_loss``; any kind of teacher, and with
+    ``TeacherHidden`` its logits are never whole either. Gradients for ``hidden`` and for the head's
+    ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` bounds the memory (see the
+    module's docstring) and moves results by rounding only. ``hidden`` in 16 bits may meet a weight
+    in fp32, as under autocast.
+
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
+    for ``impl="triton"``. Backward cannot be differentiated again.
+
+    >>> student = Head(torch.zeros(16, 8))
+    >>> teacher = TeacherHidden(torch.zeros(3, 4), Head(torch.zeros(16, 4)))
+    >>> labels, objective = torch.tensor([1, -100, 2]), Objective(ce_weight=0.3, kd_weight=0.7)
+    >>> out = linear_distill_loss(torch.zeros(3, 8), student, labels, teacher, objective)
+    >>> out.loss, out.kd, out.num_tokens  # 0.3 log 16
+    (tensor(0.8318), tensor(0.), tensor(2.))
+    """
     _check.require_rows("hidden", hidden)
     _check.require_num_items(num_items, hidden, "hidden")
-    _, rows, num_tokens = _linear(
-        hidden, head, labels, teacher, objective, True, ignore_index, chunk_bytes, impl
+    rows, num_tokens, _ = _linear_rows(
+        hidden,
+        head,
+        labels,
+        teacher,
+        objective,
+        diagnostics=True,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        impl=impl,
     )
     return distill_output(rows, num_tokens, num_items)
 
 
-def _linear(
+def _linear_rows(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
     objective: Objective,
+    *,
     diagnostics: bool,
     ignore_index: int,
     chunk_bytes: int | None,
     impl: str,
-) -> tuple[Leading, RowResults, Tensor]:
+) -> tuple[RowResults, Tensor, Leading]:
+    """The losses of all rows, the number of rows that count, and how to put them back in shape."""
     _check.require_rows("hidden", hidden)
     _check.require_head(head, hidden)
     _check.require_labels(labels, hidden, "hidden")
@@ -81,17 +171,45 @@ def _linear(
     resolve_impl(impl, hidden, head.weight, labels)
 
     leading = Leading(hidden)
+    student, other = head_side(hidden, head, leading), teacher_side(teacher, leading)
     y = leading.flat(labels)
-    student = Side(
-        leading.rows(hidden), head.weight, head.bias, float(head.logit_scale), head.softcap
-    )
-    teacher_ = teacher_side(teacher, leading)
     rows = row_losses(
         Task(objective, vocab, classes=True, diagnostics=diagnostics),
         student,
         y,
-        teacher_,
+        other,
         ignore_index=ignore_index,
-        shape=head_tiles(student, teacher_, objective, chunk_bytes),
+        shape=_tile_shape(student, other, objective, vocab, chunk_bytes),
     )
-    return leading, rows, count_valid(y, ignore_index, rows.loss)
+    return rows, count_valid(y, ignore_index, rows.loss), leading
+
+
+def _tile_shape(
+    student: Side,
+    teacher: Side | TopK | None,
+    objective: Objective,
+    vocab: int,
+    chunk_bytes: int | None,
+) -> TileShape:
+    """Tiles for which all that is alive at a time fits ``chunk_bytes``."""
+    N, D = student.x.shape
+    slabs = 3  # the student's logits, scratch, and a product's previous partial sum
+    per_column = 4 * D  # the weight's slice, oneDNN's copy, its gradient with a partial sum
+    per_row = D  # a piece of the hidden states
+    caps = [student.how.softcap]
+    if isinstance(teacher, Side):
+        slabs += 1
+        if teacher.weight is not None:
+            per_column += 2 * teacher.x.shape[1]
+            caps.append(teacher.how.softcap)
+        if objective.divergence in MIXTURES:
+            slabs += 6  # temporaries of the mixture's terms
+        elif objective.divergence == "reverse_kl":
+            slabs += 3
+    if any(cap is not None for cap in caps):
+        slabs += 1  # the derivative
+    itemsize = torch.promote_types(student.x.dtype, torch.float32).itemsize
+    numbers = (DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // itemsize
+    return head_tiles(
+        N, vocab, slabs=slabs, per_column=per_column, per_row=per_row, numbers=numbers
+    )

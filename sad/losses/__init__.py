@@ -15,4 +15,5 @@ class LossTerm(NamedTuple):
     """
 
     sum: Tensor  # [] differentiable
-    count: int  # targets, tokens or sequences in it, known before the forward pass
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Targets, tokens or sequences in it, known before the forward pass."""

@@ -274,7 +274,7 @@ def test_a_scheduler_of_ones_own_must_reach_the_end(make_config: Callable[..., A
     def one_cycle(steps: int) -> Any:
         return lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
 
-    with pytest.raises(UsageError, match="OneCycleLR.total_steps must be at least 4, got 1"):
+    with pytest.raises(UsageError, match=r"OneCycleLR\.total_steps must be at least 4, got 1"):
         distill(make_config(max_steps=1), make_scheduler=one_cycle(1))
     distill(make_config(max_steps=1, resume_from_checkpoint="auto"), make_scheduler=one_cycle(4))
 

@@ -1,0 +1,58 @@
+"""How rows x vocabulary is cut into tiles. Fixed numbers: nothing depends on free memory or load.
+
+The order of summation follows the cut, so a cut that moved with the machine would make two runs
+differ in their last bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+DEFAULT_CHUNK_BYTES = 32 << 20
+"""Of the ``linear_*`` functions. Measured from 8 to 64 MiB (2 cores, 32 MB of L3 cache, N=512,
+D=256 and 512, V=128256): smaller tiles pay for each operation's start, larger for the cache."""
+
+HEAD_ROWS = 1024  # more rows share one slice of the weight than pay off beyond this
+NARROW = 128  # columns under which fewer rows are better than fewer columns
+LOGIT_COLUMNS = 16384  # below torch's threshold for splitting one row's sum between threads, so
+# that a row's bits do not depend on how many rows come with it
+LOGIT_TILE = 1 << 21  # numbers: 8 MB in fp32
+
+
+class TileShape(NamedTuple):
+    """The most rows and columns that a tile has."""
+
+    rows: int
+    columns: int
+
+
+def logit_tiles(vocab: int) -> TileShape:
+    """Tiles of logits that are there: about 8 MB."""
+    columns = min(vocab, LOGIT_COLUMNS)
+    return TileShape(max(1, LOGIT_TILE // columns), columns)
+
+
+def head_tiles(
+    num_rows: int, vocab: int, *, slabs: int, per_column: int, per_row: int, numbers: int
+) -> TileShape:
+    """Tiles of logits made from a head, as large as ``numbers`` allows, at least 1 x 1.
+
+    Alive at a time are ``slabs`` tiles, and ``per_column`` and ``per_row`` numbers of the factors.
+    """
+
+    def columns(rows: int) -> int:
+        return (numbers - per_row * rows) // (slabs * rows + per_column)
+
+    rows = max(1, min(num_rows, HEAD_ROWS))
+    narrow = min(vocab, NARROW)
+    if columns(rows) < narrow:
+        rows = min(rows, max(1, (numbers - per_column * narrow) // (slabs * narrow + per_row)))
+    return TileShape(rows, max(1, min(vocab, columns(rows))))
+
+
+def cut(length: int, at_most: int) -> list[slice]:
+    """Cut a range into as few pieces as possible, of sizes that differ by one at most."""
+    if length == 0:
+        return []
+    pieces = -(-length // at_most)
+    return [slice(i * length // pieces, (i + 1) * length // pieces) for i in range(pieces)]
