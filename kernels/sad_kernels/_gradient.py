@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
-from sad_kernels._statistics import (
-    SavedRows,
-    Task,
-    log_softmax_,
-    tempered_exp,
-)
+from sad_kernels._statistics import SavedRows, Task, log_softmax_, tempered_exp
 from sad_kernels._topk import TopKRows
 
 
@@ -57,13 +52,12 @@ class RowGradient:
             return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
         if t is not None and self.task.objective.divergence != "forward_kl":
             kd = self._any_divergence(rows, s, t, u)
-            return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s)).add_(
-                kd
-            )
+            g = self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
+            return g.add_(kd)
 
         tempered_exp(s.sub_(maximum), self.temperature, out=u)
         g = s.copy_(u) if self.temperature == 1 else tempered_exp(s, 1.0, out=s)
-        g = self._untempered(rows, columns, g)
+        self._untempered(rows, columns, g)
         if t is not None:
             return self._add_forward_kl(rows, g, u, t)
         return self._add_topk(rows, columns, g, u)

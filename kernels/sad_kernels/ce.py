@@ -1,4 +1,23 @@
-"""Cross-entropy of logits, with label smoothing, z-loss and softcap."""
+r"""Cross-entropy of logits that are there, with label smoothing, z-loss and softcap.
+
+For a row ``s`` of V logits with label ``y``, in nats, ``lse = log sum_v exp(s_v)``,
+``q = softmax(s)`` and ``eps`` the label smoothing:
+
+    CE       = lse - (1 - eps) s_y - (eps / V) sum_v s_v
+    loss     = CE + z_loss lse^2
+    d/ds_v   = (1 + 2 z_loss lse) q_v - eps / V - (1 - eps) [v = y]
+
+``eps`` is spread over all valid classes, the target included, as in torch. With a softcap c the
+logits are ``c tanh(x / c)`` of what is passed, and the gradient is multiplied by ``1 - (s_v/c)^2``.
+
+Algorithm. Forward reads the logits once, in tiles of about 8 MB, into running maxima and sums
+relative to them (``_statistics.py``). Backward reads them again, forms the gradient from the saved
+maximum and sum with the true upstream, in fp32, and rounds it once: right for any reduction and
+upstream, and the caller's logits stay as they are. Saved: the logits, 3 numbers per row. Memory
+beyond the inputs: a few tiles and the gradient.
+
+Sources: Szegedy et al. 1512.00567 (smoothing), PaLM 2204.02311 (z-loss).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +34,8 @@ from sad_kernels.objective import Objective
 
 
 def cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
+    logits: Tensor,  # [..., >= V]
+    labels: Tensor,  # [...]
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -26,6 +45,24 @@ def cross_entropy(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
+    """Cross-entropy in nats, smoothed over the valid classes, plus ``z_loss * lse^2``.
+
+    Logits in fp32, bf16, fp16 or fp64, labels of any integer dtype. Columns at or past
+    ``valid_vocab`` have probability 0 and gradient 0. Rows labelled ``ignore_index`` may hold
+    anything, get a gradient of exactly 0, and do not count; ``mean`` divides by the number of the
+    others, and is 0 with zero gradients when there are none. Any other label outside
+    ``[0, V)`` makes its row's loss NaN and leaves the other rows alone.
+
+    Returns a scalar, or with ``reduction="none"`` a loss of the labels' shape, in fp32 (fp64 for
+    fp64 logits). The gradient has the dtype of the logits. Memory: see the module's docstring.
+
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
+    for ``impl="triton"``. Backward cannot be differentiated again.
+
+    >>> import torch
+    >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))  # log 8
+    tensor(2.0794)
+    """
     _check.require_rows("logits", logits)
     _check.require_labels(labels, logits, "logits")
     _check.require_int("ignore_index", ignore_index)

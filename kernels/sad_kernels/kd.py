@@ -1,4 +1,31 @@
-"""Distillation from logits: the divergences, and CE + KD jointly."""
+r"""Distillation from logits that are there: five divergences, and CE + KD in one pass.
+
+With ``s, t`` the logits of student and teacher, T the temperature, ``p = softmax(t / T)`` and
+``q = softmax(s / T)``, in nats, times ``T^2`` unless ``scale_t2=False``:
+
+==================  =========================================  ============================
+divergence          value                                      derivative by s_v, times T
+==================  =========================================  ============================
+forward_kl          KL(p || q)                                 q_v - p_v
+reverse_kl          KL(q || p)                                 q_v (log q_v/p_v - value)
+jsd                 beta KL(p || m) + (1 - beta) KL(q || m)    h_v - q_v sum_u h_u,
+skew_forward_kl     KL(p || m)                                 h and m of each in
+skew_reverse_kl     KL(q || m)                                 ``_divergence.py``
+==================  =========================================  ============================
+
+``m = beta p + (1 - beta) q``, and in skew_reverse_kl ``m = beta q + (1 - beta) p``. Every value is
+0 at q = p and no lower; ``0 log 0 = 0``. A student's -inf where the teacher has mass makes the
+forward KL infinite. Of a ``TeacherTopK`` the ids are compared, and everything else as one further
+outcome.
+
+Algorithm. As in ``ce.py``, over two tensors: one reading for the KLs, whose sums are kept relative
+to both running maxima, a second for the mixtures, which need both normalisers first. Backward
+reads both again and writes one gradient, of CE and KD together. Saved: the logits, 6 numbers per
+row (and K for a ``TeacherTopK``). Memory beyond the inputs: a few tiles of about 8 MB, and the
+gradient.
+
+Sources: Hinton et al. 1503.02531, MiniLLM 2306.08543, GKD 2306.13649, DistiLLM 2402.03898.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +37,43 @@ from sad_kernels._reduce import Leading, count_valid, distill_output, reduce_row
 from sad_kernels._statistics import Task
 from sad_kernels._tiles import logit_tiles
 from sad_kernels._torch import Side, row_losses, teacher_side
-from sad_kernels.objective import (
-    DistillOutput,
-    Divergence,
-    Objective,
-    Teacher,
-    TeacherLogits,
-)
+from sad_kernels.objective import DistillOutput, Divergence, Objective, Teacher, TeacherLogits
 
 
 def kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Tensor,  # [..., >= V]
+    teacher_logits: Tensor,  # [..., >= V]
     *,
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     scale_t2: bool = True,
-    labels: Tensor | None = None,
+    labels: Tensor | None = None,  # [...]
     ignore_index: int = -100,
     valid_vocab: int | None = None,
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
+    """A divergence between teacher and student in nats, see the module's docstring.
+
+    Logits in fp32, bf16, fp16 or fp64, not necessarily of one dtype; a teacher's must not require a
+    gradient. They need equally many columns, or a ``valid_vocab``, at or past which columns have
+    probability 0 and gradient 0 on both sides. ``labels`` only say which rows count: those that are
+    not ``ignore_index``, or all of them. The others may hold anything and get a gradient of exactly
+    0. ``mean`` divides by the number of rows that count, and is 0 with zero gradients when there
+    are none. A label outside ``[0, V)`` makes its row's loss NaN.
+
+    Returns a scalar, or with ``reduction="none"`` a loss of shape ``[...]``, in fp32 (fp64 for a
+    student in fp64). The gradient has the dtype of the student's logits.
+
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
+    for ``impl="triton"``. Backward cannot be differentiated again.
+
+    >>> import torch
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> kl_div(student, teacher, temperature=2.0)
+    tensor(0.1212)
+    """
     _check.require_rows("student_logits", student_logits)
     teacher = TeacherLogits(teacher_logits, valid_vocab)
     _check.require_teacher(teacher, student_logits, "student_logits")
@@ -60,8 +101,8 @@ def kl_div(
 
 
 def distill_loss(
-    student_logits: Tensor,
-    labels: Tensor,
+    student_logits: Tensor,  # [..., >= V]
+    labels: Tensor,  # [...]
     teacher: Teacher | None,
     objective: Objective,
     *,
@@ -69,6 +110,31 @@ def distill_loss(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> DistillOutput:
+    """CE, KD and z-loss of every row in one pass, with the counts that one watches.
+
+    ``loss = sum over rows of (ce_weight CE + kd_weight KD + z_loss lse^2) / num_items``. CE and the
+    z-loss are taken at temperature 1, ``num_items`` is the number of rows that count, unless given:
+    an int or a 0-d tensor, such as the number of tokens of a whole accumulation window. With no
+    rows to count the loss is 0 with zero gradients.
+
+    Any kind of teacher; none at all (None) only with ``kd_weight=0``. A dense teacher's
+    ``valid_vocab`` cuts the student's columns too. KD is computed for the record even at weight 0.
+    Rows labelled ``ignore_index`` may hold anything, in any of the inputs. A label outside
+    ``[0, V)``, or a teacher's id, makes its row's loss NaN and leaves the other rows alone.
+
+    Returns a ``DistillOutput`` in fp32 (fp64 for a student in fp64). Ties of an argmax go to the
+    left; for ``TeacherTopK`` the teacher's argmax is the id with the highest log-probability.
+
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
+    for ``impl="triton"``. Backward cannot be differentiated again.
+
+    >>> import torch
+    >>> from sad_kernels import Objective, TeacherLogits
+    >>> logits, labels = torch.zeros(2, 8), torch.tensor([3, -100])
+    >>> out = distill_loss(logits, labels, TeacherLogits(logits), Objective(ce_weight=0.5))
+    >>> out.loss, out.ce, out.kd, out.agree  # half of log 8
+    (tensor(1.0397), tensor(2.0794), tensor(0.), tensor(1.))
+    """
     _check.require_rows("student_logits", student_logits)
     _check.require_labels(labels, student_logits, "student_logits")
     _check.require_teacher(teacher, student_logits, "student_logits")

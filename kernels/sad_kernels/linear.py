@@ -78,6 +78,7 @@ def linear_cross_entropy(
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
     for ``impl="triton"``. Backward cannot be differentiated again.
 
+    >>> import torch
     >>> hidden, weight = torch.zeros(3, 8), torch.zeros(16, 8)
     >>> linear_cross_entropy(hidden, weight, torch.tensor([1, -100, 2]))  # log 16
     tensor(2.7726)
@@ -124,6 +125,8 @@ def linear_distill_loss(
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
     for ``impl="triton"``. Backward cannot be differentiated again.
 
+    >>> import torch
+    >>> from sad_kernels import Head, Objective, TeacherHidden
     >>> student = Head(torch.zeros(16, 8))
     >>> teacher = TeacherHidden(torch.zeros(3, 4), Head(torch.zeros(16, 4)))
     >>> labels, objective = torch.tensor([1, -100, 2]), Objective(ce_weight=0.3, kd_weight=0.7)
