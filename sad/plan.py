@@ -175,7 +175,7 @@ def _tile_bytes(config: DistillConfig, head: nn.Linear, has_teacher: bool) -> in
     The budget caps how many columns are held; a small vocabulary does not exhaust it.
     """
     budget = DEFAULT_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
-    tiles = 5 if has_teacher else 3
+    tiles = 3 if has_teacher else 2
     column = tiles * min(_tokens(config), HEAD_ROWS) + 2 * head.in_features
     return min(budget, column * head.out_features * FP32)
 

@@ -13,7 +13,7 @@ DEFAULT_CHUNK_BYTES = 32 << 20
 D=256 and 512, V=128256): smaller tiles pay for each operation's start, larger for the cache."""
 
 HEAD_ROWS = 1024  # more rows share one slice of the weight than pay off beyond this
-NARROW = 128  # columns under which fewer rows are better than fewer columns
+NARROW = 128  # columns; with fewer, a tile has fewer rows instead
 LOGIT_COLUMNS = 16384  # below torch's threshold for splitting one row's sum between threads, so
 # that a row's bits do not depend on how many rows come with it
 LOGIT_TILE = 1 << 21  # numbers: 8 MB in fp32
@@ -44,9 +44,11 @@ def head_tiles(
         return (numbers - per_row * rows) // (slabs * rows + per_column)
 
     rows = max(1, min(num_rows, HEAD_ROWS))
-    narrow = min(vocab, NARROW)
-    if columns(rows) < narrow:
-        rows = min(rows, max(1, (numbers - per_column * narrow) // (slabs * narrow + per_row)))
+    if columns(rows) < min(vocab, NARROW):
+        # The largest tile is the one whose rows and columns take equal shares of the budget.
+        unit = per_row * per_column / slabs
+        share = unit * (math.sqrt(1 + numbers / unit) - 1)
+        rows = max(1, min(rows, int(share / per_row)))
     return TileShape(rows, max(1, min(vocab, columns(rows))))
 
 

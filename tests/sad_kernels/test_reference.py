@@ -1,3 +1,4 @@
+# Long because it holds the specification against mathematics, from gradients to bit patterns.
 """The specification itself: its gradients, its formulas, its limits, and its treatment of nonsense.
 
 Values computed by hand are with the tests of each function, where the reference has to meet them

@@ -1,3 +1,4 @@
+# One test per fault that was found somewhere: a list grows long, and its entries do not interact.
 """Faults that were shipped, here or by others: each test would have caught its own.
 
 The link in a docstring is where the fault was found. A test that has no fault of ours behind it
