@@ -6,6 +6,7 @@ differ in their last bits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 DEFAULT_CHUNK_BYTES = 32 << 20

@@ -19,7 +19,6 @@ from sad_kernels import (
     TeacherTopK,
     cross_entropy,
     distill_loss,
-    linear_cross_entropy,
     linear_distill_loss,
 )
 from torch import Tensor
