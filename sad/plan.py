@@ -148,7 +148,8 @@ def _forward_items(
     """What is alive when backward has been through the loss, but not yet through a layer."""
     tokens = _tokens(config)
     head = output_embedding(student)
-    tiles = ("loss: tiles of logits", _tile_bytes(config, head, teacher is not None))
+    heads = [head] if teacher is None else [head, output_embedding(teacher)]
+    tiles = ("loss: tiles of logits", _tile_bytes(config, heads))
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
     if config.gradient_checkpointing:
@@ -169,15 +170,16 @@ def _forward_items(
     return items
 
 
-def _tile_bytes(config: DistillConfig, head: nn.Linear, has_teacher: bool) -> int:
-    """Tiles of logits and of their gradients, and the slices of the head's weight and gradient.
+def _tile_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:
+    """Tiles of logits and one of scratch; slices of the heads, and of the first one's gradient.
 
     The budget caps how many columns are held; a small vocabulary does not exhaust it.
     """
     budget = DEFAULT_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
-    tiles = 3 if has_teacher else 2
-    column = tiles * min(_tokens(config), HEAD_ROWS) + 2 * head.in_features
-    return min(budget, column * head.out_features * FP32)
+    student, *_ = heads
+    tiles = (len(heads) + 1) * min(_tokens(config), HEAD_ROWS)
+    slices = sum(head.in_features for head in heads) + student.in_features
+    return min(budget, (tiles + slices) * student.out_features * FP32)
 
 
 def _activation_bytes(

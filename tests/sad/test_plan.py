@@ -168,22 +168,29 @@ def packed_batch(config: DistillConfig, seed: int) -> Batch:
 
 
 def measured_peak(config: DistillConfig) -> int:
-    """The most bytes alive at once, from loading the models to the end of the second window."""
+    """The most bytes alive at once, from the loaded models to the end of the second window.
+
+    Weights are counted by their sizes: they may be mapped from a file, or read in by other threads,
+    and the profiler sees neither. It sees the changes from there on.
+    """
+    precision, model = Precision(config), load_student(config)
+    vocab = model.config.vocab_size
+    student = StudentWithLoss(
+        model,
+        vocab,
+        compute_dtype=precision.compute_dtype,
+        autocast=precision.autocast,
+        chunk_bytes=config.chunk_bytes,
+    ).train()
+    teacher, loaded = None, [model]
+    if config.teacher is not None:
+        loaded.append(load_teacher(config))
+        teacher = FrozenTeacher(loaded[1], vocab, device=torch.device("cpu"))
+    alive = peak = sum(t.nbytes for m in loaded for t in (*m.parameters(), *m.buffers()))
+
     with torch.profiler.profile(
         profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
     ) as profile:
-        precision, model = Precision(config), load_student(config)
-        vocab = model.config.vocab_size
-        student = StudentWithLoss(
-            model,
-            vocab,
-            compute_dtype=precision.compute_dtype,
-            autocast=precision.autocast,
-            chunk_bytes=config.chunk_bytes,
-        ).train()
-        teacher = None
-        if config.teacher is not None:
-            teacher = FrozenTeacher(load_teacher(config), vocab, device=torch.device("cpu"))
         optimizer, ema = precision.build_optimizer(student), precision.build_ema(student)
         for step in range(2):
             for _ in range(config.gradient_accumulation_steps):
@@ -195,7 +202,6 @@ def measured_peak(config: DistillConfig) -> int:
             precision.zero_grad(optimizer)
     events = profile.profiler.kineto_results.events()  # pyright: ignore
     changes: list[Any] = [event for event in events if event.name() == "[memory]"]
-    alive = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
