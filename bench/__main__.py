@@ -20,7 +20,7 @@ import torch
 
 from sad.versions import library_versions
 
-CASES = ("overhead", "quickstart")
+CASES = ("loss", "overhead", "quickstart")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import signal
@@ -49,13 +50,13 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def make_config(sources: dict[str, Any], tmp_path: Path) -> Callable[..., DistillConfig]:
+@pytest.fixture(scope="module")
+def make_config_in(sources: dict[str, Any]) -> Callable[..., DistillConfig]:
     """The reference run: two epochs, windows of 4 with a short last one, an evaluation between."""
 
-    def make(**overrides: Any) -> DistillConfig:
+    def make(folder: Path, **overrides: Any) -> DistillConfig:
         defaults = {
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
             "max_length": 32,
             "num_train_epochs": 2,
             "per_device_train_batch_size": 28,
@@ -68,6 +69,13 @@ def make_config(sources: dict[str, Any], tmp_path: Path) -> Callable[..., Distil
         return DistillConfig(**(sources | defaults | overrides))
 
     return make
+
+
+@pytest.fixture
+def make_config(
+    make_config_in: Callable[..., DistillConfig], tmp_path: Path
+) -> Callable[..., DistillConfig]:
+    return functools.partial(make_config_in, tmp_path)
 
 
 def make_trainer(config: DistillConfig, materials: Materials | None = None) -> Trainer:
@@ -146,21 +154,44 @@ def test_saving_and_evaluating_leave_training_alone(make_config: Callable[..., A
 
 
 RUN = """
-import sys
+import os, signal, sys
 from sad.configfile import load_config
+from sad.distillation import StudentWithLoss
 from sad.train import distill
-distill(load_config(sys.argv[1], sys.argv[2:]))
+
+forward, scored = StudentWithLoss.forward, 0
+
+def forward_or_die(self, *args, **kwargs):
+    global scored
+    scored += not self.training
+    if not self.training and scored == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(self, *args, **kwargs)
+
+StudentWithLoss.forward = forward_or_die
+distill(load_config(sys.argv[2], sys.argv[3:]))
 """
 
 
-def start(config: DistillConfig, tmp_path: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """``distill`` in a fresh process."""
+def start(
+    config: DistillConfig, tmp_path: Path, *overrides: str, die_at_scored_batch: int = -1
+) -> subprocess.Popen[bytes]:
+    """``distill`` in a fresh process, which may be told to kill itself in an evaluation."""
     from sad.config import config_to_yaml
 
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config))
-    command = [sys.executable, "-c", RUN, str(file), *overrides]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", RUN, str(die_at_scored_batch), str(file), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def first_progress(process: subprocess.Popen[bytes], config: DistillConfig) -> float:
+    """When the process has trained for the first time: its log has grown."""
+    log = Path(config.output_dir, "log.jsonl")
+    before = log.stat().st_size if log.exists() else 0
+    while process.poll() is None and not (log.exists() and log.stat().st_size > before):
+        time.sleep(0.01)
+    return time.perf_counter()
 
 
 def final_bits(run_dir: str) -> dict[str, Any]:
@@ -171,34 +202,56 @@ def final_bits(run_dir: str) -> dict[str, Any]:
     return tensors | {"state": {k: v for k, v in saved.state.items() if k != "identity"}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [10])
-def test_sigkill_at_random_moments_changes_no_bit(
-    make_config: Callable[..., Any], tmp_path: Path, kills: int
-) -> None:
-    """Killed mid-window, mid-evaluation, mid-save: wherever the draw falls."""
-    cadence = {"num_train_epochs": 30, "save_steps": 3, "eval_steps": 4, "max_eval_rows": None}
-    whole = make_config(output_dir=str(tmp_path / "whole"), **cadence)
-    begin = time.perf_counter()
-    assert start(whole, tmp_path).wait() == 0
-    duration = time.perf_counter() - begin
+CADENCE = {"num_train_epochs": 60, "save_steps": 3, "eval_steps": 4, "max_eval_rows": None}
 
-    killed = make_config(output_dir=str(tmp_path / "killed"), **cadence)
-    draw = random.Random(0)
-    resume = "--resume_from_checkpoint=auto"
-    deaths = 0
-    while deaths < kills:
-        process = start(killed, tmp_path, resume)
-        try:
-            process.wait(timeout=draw.uniform(0.5, 1.0) * duration)
-            break  # finished before the kill
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            deaths += 1
-    assert start(killed, tmp_path, resume).wait() == 0
-    assert deaths >= 1
-    assert_same_bits(final_bits(whole.output_dir), final_bits(killed.output_dir))
+
+@pytest.fixture(scope="module")
+def whole_run(
+    make_config_in: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], float]:
+    """The uninterrupted run: its final state, and the seconds it took from its first progress."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = make_config_in(folder, **CADENCE)
+    process = start(config, folder)
+    begin = first_progress(process, config)
+    assert process.wait() == 0
+    return final_bits(config.output_dir), time.perf_counter() - begin
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigkill_at_ten_random_moments_changes_no_bit(
+    make_config: Callable[..., Any], tmp_path: Path, whole_run: tuple[dict[str, Any], float]
+) -> None:
+    """Mid-window, mid-evaluation, mid-save, mid-start: wherever the draw falls."""
+    expected, duration = whole_run
+    config, draw, deaths = make_config(**CADENCE), random.Random(0), 0
+    while deaths < 10:
+        process = start(config, tmp_path, "--resume_from_checkpoint=auto")
+        first_progress(process, config)
+        time.sleep(draw.uniform(0, duration / 8))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run should outlive ten kills"
+        deaths += 1
+    assert start(config, tmp_path, "--resume_from_checkpoint=auto").wait() == 0
+    assert_same_bits(final_bits(config.output_dir), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigkill_in_the_middle_of_evaluations_changes_no_bit(
+    make_config: Callable[..., Any], tmp_path: Path, whole_run: tuple[dict[str, Any], float]
+) -> None:
+    """Half of the moments find the EMA's weights swapped in."""
+    expected, _ = whole_run
+    config = make_config(**CADENCE)
+    for scored in (5, 6, 12, 15):
+        process = start(
+            config, tmp_path, "--resume_from_checkpoint=auto", die_at_scored_batch=scored
+        )
+        assert process.wait() == -signal.SIGKILL
+    assert start(config, tmp_path, "--resume_from_checkpoint=auto").wait() == 0
+    assert_same_bits(final_bits(config.output_dir), expected)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(

@@ -165,22 +165,15 @@ def test_gradient_rows_sum_to_zero_without_z_loss(
 def test_rows_do_not_know_of_each_other(
     impl: str, seed: int, N: int, V: int, T: float, divergence: Any, dtype: torch.dtype
 ) -> None:
-    """Alone, in company, in any order; and the same call twice gives the same bits.
-
-    Not bitwise between them: on a CPU, torch's vectorised exp2 differs by an ulp from the scalar
-    one that it uses for what is left over at the end.
-    """
+    """Alone, in company, in any order, and twice: a row's bits are its own."""
     s, t = drawn(seed, N, V, magnitude=10).to(dtype), drawn(seed + 7, N, V).to(dtype)
     y = labels_for(seed, N, V)
     ops = bound(impl)
-    exact, exact_grad = _joint(reference, s.double(), t.double(), y, divergence, T)
-    R = max(1.0, float(s.double().amax() - s.double().amin()) / T)
+    loss, grad = _joint(ops, s, t, y, divergence, T)
     for some in ([0], [N - 1], list(range(N)), list(reversed(range(N)))):
-        loss, grad = _joint(ops, s[some], t[some], y[some], divergence, T)
-        assert_value(loss, exact[some], scale=1 + T**2 * R)
-        assert_value(grad, exact_grad[some], scale=1 + T * R)
-        again, grad_again = _joint(ops, s[some], t[some], y[some], divergence, T)
-        assert torch.equal(loss, again) and torch.equal(grad, grad_again)
+        loss_of_some, grad_of_some = _joint(ops, s[some], t[some], y[some], divergence, T)
+        assert torch.equal(loss_of_some, loss[some])
+        assert torch.equal(grad_of_some, grad[some])
 
 
 # --- Divergences ---------------------------------------------------------------------------------
