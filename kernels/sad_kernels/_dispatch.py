@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Impl = Literal["auto", "triton", "torch"]
 
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+"""Triton decides at its import, so the variable is read at ours: later changes have no effect."""
 
-def resolve_impl(impl: str, *tensors: Tensor) -> Literal["torch"]:
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+
+
+def resolve_impl(impl: str, *tensors: Tensor) -> Literal["triton", "torch"]:
     """Return the implementation that ``impl`` asks for on these tensors, which share one device.
 
-    An explicit request is met or refused, never replaced. ``auto`` takes what is fastest on the
-    device; so far that is the torch path everywhere.
+    An explicit request is met or refused, never replaced. ``auto`` takes Triton for tensors on a
+    GPU that it can compute with, and the torch path elsewhere.
 
-    Raises ``TypeError`` and ``ValueError`` for an ``impl`` that does not exist and
-    ``NotImplementedError`` for one that is not built yet.
+    Raises ``TypeError`` and ``ValueError`` for an ``impl`` that does not exist or does not work on
+    these tensors, ``ModuleNotFoundError`` for ``impl="triton"`` where that package is missing.
     """
     if not isinstance(impl, str):
-        raise TypeError(f"impl must be a string, got {impl!r}; pass 'auto' or 'torch'")
+        raise TypeError(f"impl must be a string, got {impl!r}; pass 'auto', 'triton' or 'torch'")
     if impl not in get_args(Impl):
         raise ValueError(
             f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}; choose one of these"
         )
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    device = tensors[0].device.type if tensors else "cpu"
+    if impl == "auto":
+        return "triton" if HAS_TRITON and device in TRITON_DEVICES and not double else "torch"
     if impl == "triton":
-        device = tensors[0].device if tensors else "this device"
-        raise NotImplementedError(
-            f"impl must be 'auto' or 'torch' on {device}, got 'triton'; "
-            "the Triton kernels are not built yet"
-        )
+        _require_triton(device, double, any_tensor=bool(tensors))
+        return "triton"
     return "torch"
+
+
+def _require_triton(device: str, double: bool, any_tensor: bool) -> None:
+    if not HAS_TRITON:
+        raise ModuleNotFoundError(
+            "impl='triton' must find the package triton, got none; install it or pass impl='torch'"
+        )
+    if any_tensor and device not in TRITON_DEVICES and not (INTERPRETED and device == "cpu"):
+        raise ValueError(
+            f"impl='triton' must get tensors on a GPU, got {device}; pass impl='torch', or set "
+            "TRITON_INTERPRET=1 before the first import to interpret the kernels on a CPU"
+        )
+    if double:
+        raise TypeError(
+            "impl='triton' must get float32, bfloat16 or float16, got torch.float64; "
+            "pass impl='torch' for float64"
+        )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
-from sad_kernels._statistics import SavedRows, Task, log_softmax_, tempered_exp
+from sad_kernels._statistics import SavedRows, log_softmax_, tempered_exp
+from sad_kernels._task import Task
 from sad_kernels._topk import TopKRows
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from sad_kernels._statistics import RowResults
+from sad_kernels._task import RowResults
 from sad_kernels.objective import DistillOutput
 
 
@@ -29,11 +30,12 @@ class Leading:
         return rows.reshape(self.shape).permute(inverse)
 
 
-def count_valid(labels: Tensor | None, ignore_index: int, loss: Tensor) -> Tensor:
-    """The number of rows that count, in the dtype of the loss."""
+def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor:  # x: [..., K]
+    """The number of rows of ``x`` that count, in the dtype of their loss."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if labels is None:
-        return loss.new_full((), loss.numel())
-    return (labels != ignore_index).sum().to(loss.dtype)
+        return x.new_full((), x[..., 0].numel(), dtype=dtype)
+    return (labels != ignore_index).sum().to(dtype)
 
 
 def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, leading: Leading) -> Tensor:
@@ -42,13 +44,17 @@ def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, leading: Leadi
     return loss.sum() if reduction == "sum" else loss.sum() / num_tokens.clamp(min=1)
 
 
-def distill_output(
-    rows: RowResults, num_tokens: Tensor, num_items: int | Tensor | None
-) -> DistillOutput:
-    items = num_tokens if num_items is None else num_items
-    items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+def divisor(num_tokens: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """What the sum over rows is divided by, at least 1, in the dtype of ``num_tokens``."""
+    if isinstance(num_items, int):
+        return torch.full_like(num_tokens, max(num_items, 1))
+    items = num_tokens if num_items is None else num_items.to(num_tokens.dtype)
+    return items.clamp(min=1)
+
+
+def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> DistillOutput:
     return DistillOutput(
-        loss=rows.loss.sum() / items,
+        loss=loss,
         ce=rows.ce.sum(),
         kd=rows.kd.sum(),
         z=rows.z.sum(),

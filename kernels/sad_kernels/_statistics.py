@@ -27,32 +27,12 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
+from sad_kernels._task import RowResults, Task
 from sad_kernels._topk import Positions, TopKRows
-from sad_kernels.objective import MIXTURES, Objective
+from sad_kernels.objective import MIXTURES
 
 LOWEST = -1e30
 ROUNDING = 1e-5  # a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
-
-
-class Task(NamedTuple):
-    """What is asked of the rows, without any tensor."""
-
-    objective: Objective
-    vocab: int
-    classes: bool  # labels name classes, so there is a CE; in kl_div they only say which rows count
-    diagnostics: bool  # entropy, correct, agree
-
-
-class RowResults(NamedTuple):
-    """One number per row. ``loss`` is the weighted sum of the three that follow."""
-
-    loss: Tensor
-    ce: Tensor
-    kd: Tensor
-    z: Tensor
-    correct: Tensor
-    agree: Tensor
-    entropy: Tensor
 
 
 class SavedRows(NamedTuple):

@@ -13,6 +13,10 @@ DEFAULT_CHUNK_BYTES = 32 << 20
 """Of the ``linear_*`` functions. Measured from 8 to 64 MiB (2 cores, 32 MB of L3 cache, N=512,
 D=256 and 512, V=128256): smaller tiles pay for each operation's start, larger for the cache."""
 
+TRITON_CHUNK_BYTES = 1 << 30
+"""Of the ``linear_*`` functions with ``impl="triton"``. With a dense teacher, V = 128256 and bf16:
+512 rows per forward product and 2048 per gradient product."""
+
 HEAD_ROWS = 1024  # more rows share one slice of the weight than pay off beyond this
 NARROW = 128  # columns; with fewer, a tile has fewer rows instead
 LOGIT_COLUMNS = 16384  # below torch's threshold for splitting one row's sum between threads, so

@@ -31,10 +31,14 @@ class TopKRows:
         self.log_probs = log_probs.to(like.dtype)
         self.present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
         known = (ids >= 0) & (ids < vocab) & self.log_probs.isfinite()
-        self.poisoned = (self.present & ~known).any(1)  # [n]
         self.ids = ids.long().where(self.present & known, -1)
+        self.poisoned = (self.present & ~known).any(1) | self._has_repeated_ids()  # [n]
         self.tail, self.vocab = tail, vocab
         self.logits = torch.zeros_like(self.log_probs)
+
+    def _has_repeated_ids(self) -> Tensor:  # [n]
+        ordered = self.ids.sort(1).values
+        return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
     def positions(self, rows: slice, columns: slice) -> Positions:
         """Where in a tile the ids lie: indices of its rows, of K, of its columns."""

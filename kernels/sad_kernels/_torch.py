@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from sad_kernels._gradient import RowGradient
 from sad_kernels._reduce import Leading
 from sad_kernels._sources import Finish, HeadSource, LogitSource, Source
-from sad_kernels._statistics import RowResults, RowStatistics, SavedRows, Task
+from sad_kernels._statistics import RowStatistics, SavedRows
+from sad_kernels._task import RowResults, Task
 from sad_kernels._tiles import TileShape, cut
 from sad_kernels._topk import TopKRows
 from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
@@ -65,14 +66,12 @@ def row_losses(
     student: Side,
     labels: Tensor | None,  # [N]; None: all rows count
     teacher: Side | TopK | None,
-    *,
-    ignore_index: int,
     shape: TileShape,
 ) -> RowResults:
     """Every row's loss, differentiable, and its parts, detached: [N] each, 0 in ignored rows."""
     *student_tensors, student_how = student
     *teacher_tensors, teacher_how = teacher or (None,)
-    call = _Call(task, student_how, teacher_how, ignore_index, shape)
+    call = _Call(task, student_how, teacher_how, shape)
     return RowResults(*_RowLosses.apply(call, *student_tensors, labels, *teacher_tensors))
 
 
@@ -82,7 +81,6 @@ class _Call(NamedTuple):
     task: Task
     student: Finish
     teacher: Finish | Tail | None
-    ignore_index: int
     shape: TileShape
 
 
@@ -129,7 +127,7 @@ class _Problem:
         x, weight, bias, labels, *teacher = tensors
         assert x is not None
         self.call, self.num_rows = call, len(x)
-        self.kept, self.labels = _kept(labels, call.ignore_index)
+        self.kept, self.labels = _kept(labels, call.task.ignore_index)
         n = self.num_rows if self.kept is None else len(self.kept)
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.zeros = torch.zeros(n, dtype=dtype, device=x.device)

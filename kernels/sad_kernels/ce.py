@@ -10,11 +10,13 @@ For a row ``s`` of V logits with label ``y``, in nats, ``lse = log sum_v exp(s_v
 ``eps`` is spread over all valid classes, the target included, as in torch. With a softcap c the
 logits are ``c tanh(x / c)`` of what is passed, and the gradient is multiplied by ``1 - (s_v/c)^2``.
 
-Algorithm. Forward reads the logits once, in tiles of about 8 MB, into running maxima and sums
-relative to them (``_statistics.py``). Backward reads them again, forms the gradient from the saved
-maximum and sum with the true upstream, in fp32, and rounds it once: right for any reduction and
-upstream, and the caller's logits stay as they are. Saved: the logits, 3 numbers per row. Memory
-beyond the inputs: a few tiles and the gradient.
+Algorithm. Forward reads the logits once into running maxima and sums relative to them. Backward
+reads them again, forms the gradient from the saved maximum and sum with the true upstream, in fp32,
+and rounds it once: right for any reduction and upstream, and the caller's logits stay as they are.
+Saved: the logits, a few numbers per row. With N rows of V logits of e bytes, forward moves e N V
+bytes and backward 2 e N V, which is the least this can be done with. ``impl="triton"`` does it in
+kernels (``_triton/rows.py``) and needs no memory beyond the gradient and some numbers per row;
+``impl="torch"`` in tiles of about 8 MB (``_torch.py``).
 
 Sources: Szegedy et al. 1512.00567 (smoothing), PaLM 2204.02311 (z-loss).
 """
@@ -24,13 +26,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from sad_kernels import _check
-from sad_kernels._dispatch import resolve_impl
+from sad_kernels._dispatch import HAS_TRITON, resolve_impl
 from sad_kernels._reduce import Leading, count_valid, reduce_rows
 from sad_kernels._sources import Finish
-from sad_kernels._statistics import Task
+from sad_kernels._task import Task
 from sad_kernels._tiles import logit_tiles
 from sad_kernels._torch import Side, row_losses
 from sad_kernels.objective import Objective
+
+if HAS_TRITON:
+    from sad_kernels._triton.logits import losses_of_logits
 
 
 def cross_entropy(
@@ -56,8 +61,8 @@ def cross_entropy(
     Returns a scalar, or with ``reduction="none"`` a loss of the labels' shape, in fp32 (fp64 for
     fp64 logits). The gradient has the dtype of the logits. Memory: see the module's docstring.
 
-    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
-    for ``impl="triton"``. Backward cannot be differentiated again.
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
+    does not work on them. Backward cannot be differentiated again.
 
     >>> import torch
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))  # log 8
@@ -72,16 +77,12 @@ def cross_entropy(
     objective = Objective(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
-    resolve_impl(impl, logits, labels)
-
+    task = Task(objective, vocab, ignore_index, classes=True, diagnostics=False)
     leading = Leading(logits)
     y = leading.flat(labels)
-    rows = row_losses(
-        Task(objective, vocab, classes=True, diagnostics=False),
-        Side(leading.rows(logits), how=Finish(softcap=softcap)),
-        y,
-        None,
-        ignore_index=ignore_index,
-        shape=logit_tiles(vocab),
-    )
-    return reduce_rows(rows.loss, count_valid(y, ignore_index, rows.loss), reduction, leading)
+    if resolve_impl(impl, logits, labels) == "triton":
+        rows = losses_of_logits(task, leading.rows(logits), softcap, y, None, leading)
+    else:
+        student = Side(leading.rows(logits), how=Finish(softcap=softcap))
+        rows = row_losses(task, student, y, None, shape=logit_tiles(vocab))
+    return reduce_rows(rows.loss, count_valid(y, ignore_index, logits), reduction, leading)

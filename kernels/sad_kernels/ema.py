@@ -22,15 +22,18 @@ keeps what both need to come back, and since pi is a permutation that depends on
 second swap restores both bit for bit. pi goes round in a circle on the magnitudes 1 to 0x7F80 (the
 finite values and infinity) and leaves zero and NaNs alone, so no NaN can turn into a number.
 
-Both functions look at every pair before they write to any, move about twice the tensors' bytes,
-and need a few blocks of ``BLOCK`` elements as extra memory, whatever the model's size.
+Both functions look at every pair before they write to any and read and write each element once.
+Extra memory: on a GPU, where they are one launch per pair of dtypes, 24 bytes for every
+4096 elements; elsewhere a few blocks of ``BLOCK`` elements, whatever the model's size. Compilers
+see each as one operator that writes to its arguments.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from functools import lru_cache
+from itertools import compress, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +44,7 @@ BLOCK = 1 << 18  # elements per step of the torch path: its few temporaries stay
 EXPONENT_ALL_ONES = 0x7F80  # bf16 magnitude of infinity; larger ones are NaNs
 
 Pairs = list[tuple[Tensor, Tensor]]
+Kind = tuple[torch.device, torch.dtype, torch.dtype]
 
 UPDATE_DTYPES = {
     (torch.float32, torch.float32),
@@ -66,7 +70,10 @@ def ema_update_(
 
     Shadows are fp32 and parameters fp32, bf16 or fp16; fp64 goes with fp64. A 16-bit shadow is
     refused: at a decay of 0.9999 it hardly moves. Tensors may have any dense layout, equal on both
-    sides; empty pairs are skipped. Gradients are not recorded.
+    sides; empty pairs are skipped. Gradients are not recorded. Triton takes no fp64.
+
+    Before a CUDA graph captures a call, make the same call once outside of it: the first one with
+    a set of tensors copies their addresses to the device. Under capture it raises ``RuntimeError``.
 
     Raises ``TypeError`` and ``ValueError`` before anything is written: for lists of unequal length,
     shapes, dtypes, devices or layouts that do not match, for tensors that overlap in memory (a
@@ -85,8 +92,9 @@ def ema_update_(
                 f"shadow and parameter {i} must be float32 with float32, bfloat16 or float16, or "
                 f"both float64, got {shadow.dtype} with {param.dtype}; keep the shadow in float32"
             )
-    if isinstance(decay, Tensor) or decay != 1.0:
-        _update_torch(pairs, decay)
+    if pairs:
+        with torch.no_grad():
+            update_op(*_unzipped(pairs), _on_device(decay, pairs[0][0].device), impl)
 
 
 def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str = "auto") -> None:
@@ -101,7 +109,8 @@ def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str 
     Other dtype pairs are refused. fp16 with fp32 cannot work: one fp16 value near zero stands for
     2^30 fp32 values, so 32 bits cannot hold the parameter and the rounding.
 
-    Raises ``TypeError`` and ``ValueError`` before anything is written, as ``ema_update_`` does.
+    Raises ``TypeError`` and ``ValueError`` before anything is written, as ``ema_update_`` does, and
+    wants the same first call before a CUDA graph.
 
     >>> shadow, param = torch.tensor([1.0]), torch.tensor([3.0])
     >>> ema_swap_([shadow], [param])
@@ -116,11 +125,88 @@ def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str 
                 f"shadow and parameter {i} must have one dtype, or be float32 with bfloat16, got "
                 f"{shadow.dtype} with {param.dtype}; keep a copy of the parameters instead"
             )
-    _swap_torch(pairs)
+    if pairs:
+        with torch.no_grad():
+            swap_op(*_unzipped(pairs), impl)
 
 
-@torch.no_grad()
-def _update_torch(pairs: Pairs, decay: float | Tensor) -> None:
+# --- Operators -----------------------------------------------------------------------------------
+# Opaque to compilers: only inside have tensors an address, and the torch path keeps its blocks
+# instead of being rewritten into copies of the model.
+
+
+def _update(shadows: list[Tensor], params: list[Tensor], decay: Tensor, impl: str) -> None:
+    """``ema_update_`` of pairs that match and are not empty."""
+    for_triton, for_torch = _split(list(zip(shadows, params, strict=True)), impl)
+    if for_triton:
+        from sad_kernels._triton import ema as triton_ema
+
+        triton_ema.update(for_triton, decay)
+    _update_torch(for_torch, decay)
+
+
+def _swap(shadows: list[Tensor], params: list[Tensor], impl: str) -> None:
+    """``ema_swap_`` of pairs that match and are not empty."""
+    for_triton, for_torch = _split(list(zip(shadows, params, strict=True)), impl)
+    if for_triton:
+        from sad_kernels._triton import ema as triton_ema
+
+        triton_ema.swap(for_triton)
+    _swap_torch(for_torch)
+
+
+update_op = torch.library.custom_op(
+    "sad_kernels::ema_update",
+    _update,
+    mutates_args={"shadows"},
+    tags=torch.Tag.cudagraph_unsafe,
+)
+swap_op = torch.library.custom_op(
+    "sad_kernels::ema_swap",
+    _swap,
+    mutates_args={"shadows", "params"},
+    tags=torch.Tag.cudagraph_unsafe,
+)
+update_op.register_fake(lambda shadows, params, decay, impl: None)
+swap_op.register_fake(lambda shadows, params, impl: None)
+
+
+class Extent(NamedTuple):
+    """Where a pair lies in memory."""
+
+    device: torch.device
+    shadow_dtype: torch.dtype
+    param_dtype: torch.dtype
+    shadow: int  # address
+    param: int  # address
+    numel: int
+
+
+def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
+    """What Triton and what torch works on, after no two tensors have been found to overlap.
+
+    A model may have several devices, or float64 parts.
+    """
+    extents = tuple(
+        Extent(s.device, s.dtype, p.dtype, s.data_ptr(), p.data_ptr(), s.numel()) for s, p in pairs
+    )
+    _require_apart(extents)
+    impls = _impls(pairs, impl)
+    triton = [impls[extent[:3]] == "triton" for extent in extents]
+    torch_pairs = [pair for pair, is_triton in zip(pairs, triton, strict=True) if not is_triton]
+    return tuple(compress(extents, triton)), torch_pairs
+
+
+def _impls(pairs: Pairs, impl: str) -> dict[Kind, str]:
+    """The implementation for each device and pair of dtypes."""
+    kinds = {(s.device, s.dtype, p.dtype): (s, p) for s, p in pairs}
+    return {kind: resolve_impl(impl, *pair) for kind, pair in kinds.items()}
+
+
+# --- The torch path ------------------------------------------------------------------------------
+
+
+def _update_torch(pairs: Pairs, decay: Tensor) -> None:
     coefficients = {}
     for shadow, param in pairs:
         key = (shadow.device, shadow.dtype)
@@ -134,16 +220,15 @@ def _update_torch(pairs: Pairs, decay: float | Tensor) -> None:
             torch.where(exact, base, moved, out=s)
 
 
-def _coefficients(decay: float | Tensor, shadow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _coefficients(decay: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """0-d tensors: start from the parameter?, the factor of ``p - s``, is the start the result?"""
-    keep = torch.as_tensor(decay, dtype=torch.float64, device=shadow.device)
+    keep = _on_device(decay, shadow.device)
     w = 1.0 - keep
     from_param = w >= 0.5
     step = torch.where(from_param, -keep, w).to(shadow.dtype)
     return from_param, step, (w == 0.0) | (w == 1.0)
 
 
-@torch.no_grad()
 def _swap_torch(pairs: Pairs) -> None:
     for shadow, param in pairs:
         for s, p in _blocks(shadow, param):
@@ -188,9 +273,12 @@ def _blocks(shadow: Tensor, param: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield s[start : start + BLOCK], p[start : start + BLOCK]
 
 
+# --- Checks --------------------------------------------------------------------------------------
+
+
 def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: str) -> Pairs:
-    """Every non-empty pair, after all of them have been found fit to be written to."""
-    resolve_impl(impl, *shadows, *params)  # so far only the torch path can be the answer
+    """Every non-empty pair, after all of them have been found to match."""
+    resolve_impl(impl)
     if len(shadows) != len(params):
         raise ValueError(
             f"shadows and params must have one length, got {len(shadows)} and {len(params)}; "
@@ -199,9 +287,8 @@ def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: st
     pairs = list(zip(shadows, params, strict=True))
     for i, (shadow, param) in enumerate(pairs):
         _require_matching(i, shadow, param)
-    pairs = [(shadow, param) for shadow, param in pairs if shadow.numel() > 0]
-    _require_apart(_flat(pairs))
-    return pairs
+    _impls(pairs, impl)  # raises where impl cannot be met
+    return [(shadow, param) for shadow, param in pairs if shadow.numel() > 0]
 
 
 def _require_matching(i: int, shadow: Tensor, param: Tensor) -> None:
@@ -223,6 +310,8 @@ def _require_matching(i: int, shadow: Tensor, param: Tensor) -> None:
             f"shadow and parameter {i} must be on one device, got {shadow.device} and "
             f"{param.device}; move the shadow to the parameter's device"
         )
+    if shadow.stride() == param.stride() and param.is_contiguous():
+        return
     layouts = _layout(shadow), _layout(param)
     if layouts[0] != layouts[1] or not _is_dense(layouts[1]):
         raise ValueError(
@@ -249,17 +338,22 @@ def _is_dense(layout: list[tuple[int, int]]) -> bool:
     return True
 
 
-def _require_apart(tensors: list[Tensor]) -> None:
-    """Raise if two of these dense tensors overlap: written twice, or written while being read."""
+@lru_cache(maxsize=8)
+def _require_apart(extents: tuple[Extent, ...]) -> None:
+    """Raise if two of these dense tensors overlap: written twice, or written while being read.
+
+    Remembers the last sets of tensors that did not: with hundreds of them it is a millisecond.
+    """
     spans = sorted(
-        (str(t.device), t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), tuple(t.shape))
-        for t in tensors
+        (str(device), start, start + numel * dtype.itemsize)
+        for device, shadow_dtype, param_dtype, shadow, param, numel in extents
+        for dtype, start in ((shadow_dtype, shadow), (param_dtype, param))
     )
-    for (device, _, end, shape), (next_device, start, _, next_shape) in pairwise(spans):
+    for (device, _, end), (next_device, start, _) in pairwise(spans):
         if device == next_device and start < end:
             raise ValueError(
-                "shadows and params must not share memory, got overlapping tensors of shape "
-                f"{shape} and {next_shape}; list tied weights once"
+                "shadows and params must not share memory, got two tensors that overlap by "
+                f"{end - start} bytes on {device}; list tied weights once"
             )
 
 
@@ -273,10 +367,17 @@ def _as_decay(decay: float | Tensor) -> float | Tensor:
         return decay.detach()
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
         raise TypeError(f"decay must be a number or a 0-d tensor, got {decay!r}; pass a float")
-    if not (math.isfinite(decay) and 0.0 <= decay <= 1.0):
+    if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must lie in [0, 1], got {decay!r}; 1 keeps the shadow, 0 copies")
     return float(decay)
 
 
-def _flat(pairs: Pairs) -> list[Tensor]:
-    return [tensor for pair in pairs for tensor in pair]
+def _on_device(decay: float | Tensor, device: torch.device) -> Tensor:  # [] float64
+    """``decay`` where it is read, without waiting for either device."""
+    if isinstance(decay, Tensor):
+        return decay.to(device, torch.float64, non_blocking=True)
+    return torch.full((), decay, dtype=torch.float64, device=device)
+
+
+def _unzipped(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:
+    return [shadow for shadow, _ in pairs], [param for _, param in pairs]

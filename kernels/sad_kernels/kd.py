@@ -21,8 +21,10 @@ outcome.
 Algorithm. As in ``ce.py``, over two tensors: one reading for the KLs, whose sums are kept relative
 to both running maxima, a second for the mixtures, which need both normalisers first. Backward
 reads both again and writes one gradient, of CE and KD together. Saved: the logits, 6 numbers per
-row (and K for a ``TeacherTopK``). Memory beyond the inputs: a few tiles of about 8 MB, and the
-gradient.
+row (and K for a ``TeacherTopK``). Bytes moved, of e-byte logits on both sides: 2 e N V forward (4
+for the mixtures), 3 e N V backward. Memory beyond the inputs and the gradient: some numbers per row
+with ``impl="triton"``, a few tiles of about 8 MB with ``impl="torch"``. A ``TeacherHidden`` has its
+logits computed whole with ``impl="triton"``, as the student's are.
 
 Sources: Hinton et al. 1503.02531, MiniLLM 2306.08543, GKD 2306.13649, DistiLLM 2402.03898.
 """
@@ -32,12 +34,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from sad_kernels import _check
-from sad_kernels._dispatch import resolve_impl
-from sad_kernels._reduce import Leading, count_valid, distill_output, reduce_rows
-from sad_kernels._statistics import Task
+from sad_kernels._dispatch import HAS_TRITON, resolve_impl
+from sad_kernels._reduce import Leading, count_valid, distill_output, divisor, reduce_rows
+from sad_kernels._task import RowResults, Task
 from sad_kernels._tiles import logit_tiles
 from sad_kernels._torch import Side, row_losses, teacher_side
 from sad_kernels.objective import DistillOutput, Divergence, Objective, Teacher, TeacherLogits
+
+if HAS_TRITON:
+    from sad_kernels._triton.logits import losses_of_logits
 
 
 def kl_div(
@@ -66,8 +71,8 @@ def kl_div(
     Returns a scalar, or with ``reduction="none"`` a loss of shape ``[...]``, in fp32 (fp64 for a
     student in fp64). The gradient has the dtype of the student's logits.
 
-    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
-    for ``impl="triton"``. Backward cannot be differentiated again.
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
+    does not work on them. Backward cannot be differentiated again.
 
     >>> import torch
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -85,19 +90,13 @@ def kl_div(
     objective = Objective(
         temperature=temperature, divergence=divergence, beta=beta, scale_t2=scale_t2
     )
-    resolve_impl(impl, student_logits, teacher_logits)
-
+    task = Task(objective, vocab, ignore_index, classes=False, diagnostics=False)
     leading = Leading(student_logits)
     y = leading.flat(labels)
-    rows = row_losses(
-        Task(objective, vocab, classes=False, diagnostics=False),
-        Side(leading.rows(student_logits)),
-        y,
-        teacher_side(teacher, leading),
-        ignore_index=ignore_index,
-        shape=logit_tiles(vocab),
-    )
-    return reduce_rows(rows.loss, count_valid(y, ignore_index, rows.loss), reduction, leading)
+    impl = resolve_impl(impl, student_logits, teacher_logits)
+    rows = _rows(task, student_logits, y, teacher, leading, impl)
+    num_tokens = count_valid(y, ignore_index, student_logits)
+    return reduce_rows(rows.loss, num_tokens, reduction, leading)
 
 
 def distill_loss(
@@ -125,8 +124,8 @@ def distill_loss(
     Returns a ``DistillOutput`` in fp32 (fp64 for a student in fp64). Ties of an argmax go to the
     left; for ``TeacherTopK`` the teacher's argmax is the id with the highest log-probability.
 
-    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
-    for ``impl="triton"``. Backward cannot be differentiated again.
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
+    does not work on them. Backward cannot be differentiated again.
 
     >>> import torch
     >>> from sad_kernels import Objective, TeacherLogits
@@ -142,16 +141,25 @@ def distill_loss(
     _check.require_num_items(num_items, student_logits, "student_logits")
     _check.require_int("ignore_index", ignore_index)
     vocab = _check.common_vocab(student_logits.shape[-1], None, teacher)
-    resolve_impl(impl, student_logits, labels)
-
+    task = Task(objective, vocab, ignore_index, classes=True, diagnostics=True)
     leading = Leading(student_logits)
     y = leading.flat(labels)
-    rows = row_losses(
-        Task(objective, vocab, classes=True, diagnostics=True),
-        Side(leading.rows(student_logits)),
-        y,
-        teacher_side(teacher, leading),
-        ignore_index=ignore_index,
-        shape=logit_tiles(vocab),
-    )
-    return distill_output(rows, count_valid(y, ignore_index, rows.loss), num_items)
+    impl = resolve_impl(impl, student_logits, labels)
+    rows = _rows(task, student_logits, y, teacher, leading, impl)
+    num_tokens = count_valid(y, ignore_index, student_logits)
+    loss = rows.loss.sum() / divisor(num_tokens, num_items)
+    return distill_output(loss, rows, num_tokens)
+
+
+def _rows(
+    task: Task,
+    logits: Tensor,
+    labels: Tensor | None,
+    teacher: Teacher | None,
+    leading: Leading,
+    impl: str,
+) -> RowResults:
+    if impl == "triton":
+        return losses_of_logits(task, leading.rows(logits), None, labels, teacher, leading)
+    student, other = Side(leading.rows(logits)), teacher_side(teacher, leading)
+    return row_losses(task, student, labels, other, shape=logit_tiles(task.vocab))

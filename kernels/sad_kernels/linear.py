@@ -1,21 +1,28 @@
-r"""Losses from hidden states and a head, slice by slice of the vocabulary: never N x V logits.
+r"""Losses from hidden states and a head, piece by piece: never N x V logits.
 
 With ``z = softcap(logit_scale * (h W^T + b))`` the losses are those of ``ce.py`` and ``kd.py``, and
 for a gradient ``g`` of the logits, taken before softcap and scale,
 
     dhidden = g W        dweight = g^T h        dbias = sum over rows of g
 
-Algorithm. The vocabulary is cut into slices, the rows into blocks, so that what is alive at a time
-fits ``chunk_bytes``. Forward makes the student's and the teacher's logits of a slice and adds them
-to row statistics, a few numbers per row; a mixture (JSD, the skews) needs a second round. Backward
-makes them again, forms ``g`` with the true upstream gradient, adds ``g W`` to ``dhidden`` and
-writes the slice of ``dweight`` once. Work: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s + 2 D_t`` for
-the mixtures), of which the logits made twice are ``N V (2 D_s + 2 D_t)``: the price for any
+``impl="triton"`` cuts the rows into chunks and computes the gradients in forward, while the logits
+of a chunk are there (``_triton/chunks.py``, ``_triton/linear.py``): ``N V (6 D_s + 2 D_t)`` FLOP in
+library products with fp32 results, and row kernels that read every logit twice (three times for the
+mixtures) and write ``g`` once, in the dtype of the hidden states. Backward multiplies by the
+upstream. With ``reduction="none"`` backward makes the logits again. Memory beyond inputs and
+gradients: ``chunk_bytes``, the fp32 sum of ``dweight``, and copies of the hidden states of a chunk.
+
+``impl="torch"`` cuts the vocabulary into slices and the rows into blocks, so that what is alive at
+a time fits ``chunk_bytes``. Forward makes the student's and the teacher's logits of a slice and
+adds them to row statistics, a few numbers per row; a mixture (JSD, the skews) needs a second round.
+Backward makes them again, forms ``g`` with the true upstream gradient, adds ``g W`` to ``dhidden``
+and writes the slice of ``dweight`` once. Work: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s + 2 D_t``
+for the mixtures), of which the logits made twice are ``N V (2 D_s + 2 D_t)``: the price for any
 reduction, any upstream gradient, ``retain_graph`` and checkpointing with the same code. A frozen
 leaf costs nothing, and without gradients the statistics are all there is.
 
-Memory beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for fp64)
-and ``n <= N`` the rows that count:
+Memory of it beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for
+fp64) and ``n <= N`` the rows that count:
 
     forward    a chunk_bytes + copies + b N
     backward   a chunk_bytes + copies + b N + gradients + i n D_s        a = 1.25, b = 256
@@ -25,12 +32,12 @@ is ignored, and ``i n D_t`` for the teacher's likewise; ``gradients`` are what i
 ``TeacherTopK`` adds ``b = 64 K``. ``chunk_bytes`` too small for one row and one column counts as
 what they need. Between forward and backward only the inputs and a few numbers per row are kept.
 
-Precision. Arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs are: 16-bit factors are
-exact in it, so logits, ``g`` and all sums are never rounded to 16 bits, and every gradient is
-rounded once. 16-bit products would be faster on a CPU, but their results are 16-bit too: near
-KL = 0 such logits leave a gradient of noise, and a rounded ``g`` fails where the rows of a class
-cancel. A weight wider than the hidden states is rounded to their dtype, as autocast does, and gets
-its gradient in its own dtype, unrounded.
+Precision. With ``impl="torch"`` arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs are:
+16-bit factors are exact in it, so logits, ``g`` and all sums are never rounded to 16 bits, and
+every gradient is rounded once. 16-bit products would be faster on a CPU, but their results are
+16-bit too: near KL = 0 such logits leave a gradient of noise, and a rounded ``g`` fails where the
+rows of a class cancel. A weight wider than the hidden states is rounded to their dtype, as autocast
+does, and gets its gradient in its own dtype, unrounded.
 """
 
 from __future__ import annotations
@@ -39,9 +46,9 @@ import torch
 from torch import Tensor
 
 from sad_kernels import _check
-from sad_kernels._dispatch import resolve_impl
-from sad_kernels._reduce import Leading, count_valid, distill_output, reduce_rows
-from sad_kernels._statistics import RowResults, Task
+from sad_kernels._dispatch import HAS_TRITON, resolve_impl
+from sad_kernels._reduce import Leading, count_valid, distill_output, divisor
+from sad_kernels._task import RowResults, Task
 from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles
 from sad_kernels._torch import Side, TopK, head_side, row_losses, teacher_side
 from sad_kernels.objective import (
@@ -51,6 +58,9 @@ from sad_kernels.objective import (
     Objective,
     Teacher,
 )
+
+if HAS_TRITON:
+    from sad_kernels._triton.linear import losses_of_rows, mean_loss
 
 
 def linear_cross_entropy(
@@ -75,8 +85,8 @@ def linear_cross_entropy(
     ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` bounds the memory (see the
     module's docstring) and moves results by rounding only.
 
-    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
-    for ``impl="triton"``. Backward cannot be differentiated again.
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
+    does not work on them. Backward cannot be differentiated again.
 
     >>> import torch
     >>> hidden, weight = torch.zeros(3, 8), torch.zeros(16, 8)
@@ -88,18 +98,15 @@ def linear_cross_entropy(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
     _check.require_reduction(reduction)
-    rows, num_tokens, leading = _linear_rows(
-        hidden,
-        head,
-        labels,
-        None,
-        objective,
-        diagnostics=False,
-        ignore_index=ignore_index,
-        chunk_bytes=chunk_bytes,
-        impl=impl,
+    task, y, leading, impl = _prepare(
+        hidden, head, labels, None, objective, False, ignore_index, chunk_bytes, impl
     )
-    return reduce_rows(rows.loss, num_tokens, reduction, leading)
+    if reduction == "none":
+        rows = _rows(task, hidden, head, y, None, leading, chunk_bytes, impl)
+        return leading.restore(rows.loss)
+    num_tokens = count_valid(y, ignore_index, hidden)
+    items = divisor(num_tokens, None if reduction == "mean" else 1)
+    return _total(task, hidden, head, y, None, leading, items, chunk_bytes, impl)[0]
 
 
 def linear_distill_loss(
@@ -122,8 +129,8 @@ def linear_distill_loss(
     module's docstring) and moves results by rounding only. ``hidden`` in 16 bits may meet a weight
     in fp32, as under autocast.
 
-    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, ``NotImplementedError``
-    for ``impl="triton"``. Backward cannot be differentiated again.
+    Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
+    does not work on them. Backward cannot be differentiated again.
 
     >>> import torch
     >>> from sad_kernels import Head, Objective, TeacherHidden
@@ -136,33 +143,27 @@ def linear_distill_loss(
     """
     _check.require_rows("hidden", hidden)
     _check.require_num_items(num_items, hidden, "hidden")
-    rows, num_tokens, _ = _linear_rows(
-        hidden,
-        head,
-        labels,
-        teacher,
-        objective,
-        diagnostics=True,
-        ignore_index=ignore_index,
-        chunk_bytes=chunk_bytes,
-        impl=impl,
+    task, y, leading, impl = _prepare(
+        hidden, head, labels, teacher, objective, True, ignore_index, chunk_bytes, impl
     )
-    return distill_output(rows, num_tokens, num_items)
+    num_tokens = count_valid(y, ignore_index, hidden)
+    items = divisor(num_tokens, num_items)
+    loss, rows = _total(task, hidden, head, y, teacher, leading, items, chunk_bytes, impl)
+    return distill_output(loss, rows, num_tokens)
 
 
-def _linear_rows(
+def _prepare(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
     objective: Objective,
-    *,
     diagnostics: bool,
     ignore_index: int,
     chunk_bytes: int | None,
     impl: str,
-) -> tuple[RowResults, Tensor, Leading]:
-    """The losses of all rows, the number of rows that count, and how to put them back in shape."""
+) -> tuple[Task, Tensor, Leading, str]:
+    """Check the arguments; return the task, flat labels, the order of rows, and who does it."""
     _check.require_rows("hidden", hidden)
     _check.require_head(head, hidden)
     _check.require_labels(labels, hidden, "hidden")
@@ -171,20 +172,49 @@ def _linear_rows(
     _check.require_int("ignore_index", ignore_index)
     _check.require_chunk_bytes(chunk_bytes)
     vocab = _check.common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
-    resolve_impl(impl, hidden, head.weight, labels)
-
+    impl = resolve_impl(impl, hidden, head.weight, labels)
     leading = Leading(hidden)
-    student, other = head_side(hidden, head, leading), teacher_side(teacher, leading)
     y = leading.flat(labels)
-    rows = row_losses(
-        Task(objective, vocab, classes=True, diagnostics=diagnostics),
-        student,
-        y,
-        other,
-        ignore_index=ignore_index,
-        shape=_tile_shape(student, other, objective, vocab, chunk_bytes),
-    )
-    return rows, count_valid(y, ignore_index, rows.loss), leading
+    assert y is not None
+    return Task(objective, vocab, ignore_index, True, diagnostics), y, leading, impl
+
+
+def _total(
+    task: Task,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    teacher: Teacher | None,
+    leading: Leading,
+    items: Tensor,
+    chunk_bytes: int | None,
+    impl: str,
+) -> tuple[Tensor, RowResults]:
+    """The sum of all row losses over ``items``, and the rows."""
+    if impl == "triton":
+        rows = leading.rows(hidden)
+        return mean_loss(task, rows, head, labels, teacher, leading, items, chunk_bytes)
+    rows = _rows(task, hidden, head, labels, teacher, leading, chunk_bytes, impl)
+    return rows.loss.sum() / items, rows
+
+
+def _rows(
+    task: Task,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    teacher: Teacher | None,
+    leading: Leading,
+    chunk_bytes: int | None,
+    impl: str,
+) -> RowResults:
+    """The losses of all rows, each differentiable on its own."""
+    if impl == "triton":
+        rows = leading.rows(hidden)
+        return losses_of_rows(task, rows, head, labels, teacher, leading, chunk_bytes)
+    student, other = head_side(hidden, head, leading), teacher_side(teacher, leading)
+    shape = _tile_shape(student, other, task.objective, task.vocab, chunk_bytes)
+    return row_losses(task, student, labels, other, shape=shape)
 
 
 def _tile_shape(

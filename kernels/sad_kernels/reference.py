@@ -10,8 +10,9 @@ how, and there is only one way here. Two conventions hold everywhere:
 
 * Rows whose label is ``ignore_index`` are removed *before* any arithmetic, so they may hold
   anything, NaN included.
-* A value that makes no sense (a label outside the vocabulary, NaN, +inf, a row of only -inf) turns
-  its own row's loss into NaN and leaves the other rows alone. Its gradient is then meaningless.
+* A value that makes no sense (a label outside the vocabulary, a teacher's id that occurs twice,
+  NaN, +inf, a row of only -inf) turns its own row's loss into NaN and leaves the other rows alone.
+  Its gradient is then meaningless.
 
 Notation as in ``objective.py``: ``N`` tokens, ``V`` valid vocabulary, ``s`` and ``t`` the logits of
 student and teacher, ``T`` temperature, ``p = softmax(t / T)``, ``q = softmax(s / T)``,
@@ -311,6 +312,8 @@ def _top_k_outcomes(
     columns = ids.masked_fill(padding | foreign, V)  # a column that is dropped again
     in_k = torch.zeros(n, V + 1, dtype=torch.bool, device=ids.device).scatter(-1, columns, True)
     in_k = in_k[:, :V]
+    ordered = columns.sort(-1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < V)
 
     if tail == "zero":
         log_probs = log_probs.log_softmax(-1)
@@ -323,7 +326,8 @@ def _top_k_outcomes(
     log_q_in = log_q.gather(-1, columns.clamp(max=V - 1)).masked_fill(padding, -math.inf)
     log_q_rest = _logsumexp(log_q.masked_fill(in_k, -math.inf))
     log_q = torch.cat((log_q_in, log_q_rest[:, None]), -1)
-    return log_p.masked_fill(foreign.any(-1, keepdim=True), math.nan), log_q
+    poisoned = foreign.any(-1) | repeated.any(-1)
+    return log_p.masked_fill(poisoned[:, None], math.nan), log_q
 
 
 def _logsumexp(x: Tensor) -> Tensor:

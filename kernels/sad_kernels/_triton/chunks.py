@@ -1,0 +1,187 @@
+"""Hidden states through a head in chunks of rows: losses and gradients, never N x V logits.
+
+Forward blocks of ``C_f`` rows: the student's and the teacher's products go to fp32 slabs, the row
+kernels read them and write the gradient of the logits, in the hidden states' dtype, to its slab of
+``C_g = 4 C_f`` rows. When that is full, or the rows are, come the products that need many rows:
+
+    dhidden = g W                 one cast at the end of its chunk
+    dweight += g^T hidden         in fp32 over all chunks
+    dbias   += column sums of g   in fp32
+
+Both sizes follow from ``chunk_bytes`` alone, never from free memory: the order of summation must
+not move with the machine.
+
+Rows that do not count are zeroed in the chunk's copy of the hidden states: their ``g`` is 0, but 0
+times what they hold need not be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sad_kernels._task import Task
+from sad_kernels._tiles import TRITON_CHUNK_BYTES, cut
+from sad_kernels._triton import launch
+from sad_kernels._triton.gemm import add_times_, times
+from sad_kernels._triton.launch import Logits, TopK
+from sad_kernels._triton.rows import PARTS
+
+GRADIENT_BLOCKS = 4
+"""Forward blocks per gradient chunk. Products that give N x V numbers are efficient from about 512
+rows on; those that sum over rows want more, since each reads and writes all of dweight."""
+
+PITCH = 64  # a slab's rows are this many columns apart, or a multiple: 16-byte loads whatever V
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model: hidden states, and the head that makes them logits."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [>= V, D], in the dtype of the hidden states
+    bias: Tensor | None  # [>= V]
+    scale: float
+    softcap: float | None
+
+    def logits(self, rows: slice, slab: Tensor, vocab: int) -> Logits:
+        """The products of some rows, written to the slab; bias, scale and softcap come later."""
+        out = slab[: rows.stop - rows.start, :vocab]
+        times(self.hidden[rows], self.weight[:vocab].T, out=out)
+        return Logits(out, self.bias, self.scale, self.softcap)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Result(NamedTuple):
+    """What came of all rows. A gradient that is not wanted is empty."""
+
+    loss: Tensor  # [N]
+    parts: Tensor  # [PARTS, N]
+    dhidden: Tensor  # [N, D]
+    dweight: Tensor  # [>= V, D]
+    dbias: Tensor  # [>= V]
+
+
+class Sizes(NamedTuple):
+    """Rows of a forward block and of a gradient chunk."""
+
+    forward: int
+    gradient: int
+
+
+def choose_sizes(vocab: int, sides: int, itemsize: int, chunk_bytes: int) -> Sizes:
+    """As many rows as fit: ``pitch (4 sides C_f + itemsize C_g) <= chunk_bytes``, at least one."""
+    per_row = _pitch(vocab) * (4 * sides + itemsize * GRADIENT_BLOCKS)
+    rows = max(1, chunk_bytes // per_row)
+    if rows >= 128:
+        rows -= rows % 128  # whole tiles of a matrix product
+    return Sizes(rows, GRADIENT_BLOCKS * rows)
+
+
+def run(
+    task: Task,
+    student: Side,
+    labels: Tensor,  # [N]
+    teacher: Side | Logits | TopK | None,
+    *,
+    wanted: Wanted,
+    upstream: Tensor | None,  # [N] or [1]: what g is multiplied by; None: losses only
+    fp32_gradients: bool,  # leave all gradients in fp32, instead of dhidden in its own dtype
+    chunk_bytes: int | None,
+) -> Result:
+    """Losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
+    hidden, V = student.hidden, task.vocab
+    N = len(hidden)
+    fp32 = hidden.new_empty(0, dtype=torch.float32)
+    want_any = upstream is not None and any(wanted)
+    sides = 2 if isinstance(teacher, Side) else 1
+    budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    sizes = choose_sizes(V, sides, hidden.element_size(), budget)
+    result = Result(
+        loss=fp32.new_empty(N),
+        parts=fp32.new_empty(PARTS, N),
+        dhidden=fp32.new_empty(0),
+        dweight=fp32.new_empty(0),
+        dbias=fp32.new_empty(0),
+    )
+    if want_any and wanted.hidden:
+        dtype = torch.float32 if fp32_gradients else hidden.dtype
+        result = result._replace(dhidden=hidden.new_empty(hidden.shape, dtype=dtype))
+    if want_any and wanted.weight:
+        result = result._replace(dweight=fp32.new_zeros(student.weight.shape))
+    if want_any and wanted.bias:
+        result = result._replace(dbias=fp32.new_zeros(len(student.weight)))
+
+    chunks = cut(N, sizes.gradient)
+    blocks_of = [cut(chunk.stop - chunk.start, sizes.forward) for chunk in chunks]
+    most = max((block.stop - block.start for blocks in blocks_of for block in blocks), default=0)
+    slabs = [fp32.new_empty(most, _pitch(V)) for _ in range(sides)]
+    rows_of_g = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    g = hidden.new_empty(rows_of_g if want_any else 0, _pitch(V))
+    for chunk, blocks in zip(chunks, blocks_of, strict=True):
+        for block in blocks:
+            rows = slice(chunk.start + block.start, chunk.start + block.stop)
+            s, y = student.logits(rows, slabs[0], V), labels[rows]
+            t = _teacher_rows(teacher, rows, slabs[-1], V)
+            forward = launch.forward(task, s, y, t)
+            result.loss[rows], result.parts[:, rows] = forward.loss, forward.parts
+            if want_any:
+                up = upstream if len(upstream) == 1 else upstream[rows]
+                launch.gradient(task, s, y, t, forward, up, g[block, :V])
+        if want_any:
+            _add_gradients(task, student, labels, chunk, g, result, wanted)
+    return result
+
+
+def _add_gradients(
+    task: Task,
+    student: Side,
+    labels: Tensor,
+    chunk: slice,
+    g: Tensor,
+    result: Result,
+    wanted: Wanted,
+) -> None:
+    V = task.vocab
+    g = g[: chunk.stop - chunk.start, :V]
+    if wanted.hidden:
+        out = result.dhidden[chunk]
+        weight = student.weight[:V]
+        if out.dtype == torch.float32:
+            times(g, weight, out=out)
+        else:
+            out.copy_(times(g, weight))
+    if wanted.weight:
+        counts = (labels[chunk] != task.ignore_index)[:, None]
+        add_times_(result.dweight[:V], g.T, student.hidden[chunk].where(counts, 0))
+    if wanted.bias:
+        result.dbias[:V] += g.sum(0, dtype=torch.float32)
+
+
+def _teacher_rows(
+    teacher: Side | Logits | TopK | None, rows: slice, slab: Tensor, vocab: int
+) -> Logits | TopK | None:
+    match teacher:
+        case Side():
+            return teacher.logits(rows, slab, vocab)
+        case Logits():
+            return Logits(teacher.x[rows], teacher.bias, teacher.scale, teacher.softcap)
+        case TopK():
+            return TopK(*(x[rows] for x in (teacher.ids, teacher.log_p)),
+                        teacher.log_rest[rows], teacher.best[rows])  # fmt: skip
+        case None:
+            return None
+
+
+def _pitch(vocab: int) -> int:
+    return -(-vocab // PITCH) * PITCH

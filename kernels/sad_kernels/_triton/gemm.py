@@ -1,0 +1,23 @@
+"""Matrix products with fp32 results, whatever the factors' dtype: library calls on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def times(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:  # [m, k], [k, n] -> [m, n]
+    """``a b`` in fp32, never rounded to 16 bits."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":  # interpreted; a CPU has no other way
+        return torch.mm(a.float(), b.float(), out=out)
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def add_times_(total: Tensor, a: Tensor, b: Tensor) -> None:  # [m, n] fp32, [m, k], [k, n]
+    """``total += a b`` without a temporary of its size."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        total.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

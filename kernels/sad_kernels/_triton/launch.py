@@ -1,0 +1,275 @@
+"""From tensors to launches: tiles, warps and grids of the kernels over rows.
+
+Tiles are fixed tables. Nothing is tuned at run time, so that two runs sum in the same order, and a
+launch costs no search.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sad_kernels._task import Task
+from sad_kernels._triton import rows, tile
+from sad_kernels.objective import MIXTURES, Divergence, Tail
+
+SEGMENT = 32768
+"""Columns that one program sums up. 256 rows of 128256 columns make 1024 programs."""
+
+MERGE_NUMBERS = 1024  # rows, or rows times ids, that one program of ``merge`` holds
+
+ABSENT = 2**31 - 1  # the id of padding: no column, and last in order
+
+DIVERGENCES: dict[Divergence, int] = {
+    "forward_kl": tile.FORWARD_KL.value,
+    "reverse_kl": tile.REVERSE_KL.value,
+    "jsd": tile.JSD.value,
+    "skew_forward_kl": tile.SKEW_FORWARD_KL.value,
+    "skew_reverse_kl": tile.SKEW_REVERSE_KL.value,
+}
+
+
+class Tile(NamedTuple):
+    """Columns at a time, the columns of one program (a multiple), and its warps."""
+
+    block: int
+    segment: int
+    warps: int
+
+
+def choose_tile(kernel: str, vocab: int, tensors: int) -> Tile:
+    """The one place where tiles are chosen, by kernel and the number of tensors it reads."""
+    block = 8192 if tensors == 1 else 4096
+    if kernel == "terms":
+        block = 2048
+    block = min(block, max(128, triton.next_power_of_2(vocab)))
+    return Tile(block, SEGMENT, warps=min(8, max(1, block // 512)))
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Rows of one model: logits, or products that bias, scale and softcap make logits."""
+
+    x: Tensor  # [N, >= V], columns next to each other
+    bias: Tensor | None = None  # [>= V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        bias = self.x if self.bias is None else self.bias
+        return self.x, self.x.stride(0), bias, float(self.scale), float(self.softcap or 1.0)
+
+    def flags(self, side: str) -> dict[str, bool]:
+        return {
+            f"{side}_BIAS": self.bias is not None,
+            f"{side}_SCALE": self.scale != 1,
+            f"{side}_CAP": self.softcap is not None,
+        }
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's ids in ascending order, and its log-probabilities there and everywhere else."""
+
+    ids: Tensor  # [N, K] int32; ABSENT is padding
+    log_p: Tensor  # [N, K]
+    log_rest: Tensor  # [N]
+    best: Tensor  # [N] int64
+
+    @classmethod
+    def prepare(cls, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int) -> TopK:
+        """Sort the ids of each row, so that a tile finds its own in one stretch."""
+        log_p = log_probs.float()
+        best = ids.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1).long()
+        present = log_p != -torch.inf
+        ids = ids.long().clamp(-1, ABSENT - 1).where(present, ABSENT)
+        ids, order = ids.sort(dim=1, stable=True)
+        log_p = log_p.gather(1, order)
+        if tail == "zero":
+            rest = torch.full_like(log_p[:, 0], -torch.inf)
+            return cls(ids.int(), log_p.log_softmax(1), rest, best)
+        # In float64, because log_probs are given: what is left of 1 is known better than to 1e-7.
+        rest = (1 - log_p.double().exp().sum(1)).clamp(min=0)
+        rest = rest.where(present.sum(1) != vocab, 0)
+        return cls(ids.int(), log_p, rest.log().float(), best)
+
+    def bounds(self, vocab: int, block: int) -> Tensor:  # [N, tiles + 1] int32
+        """For each tile the first of its ids."""
+        starts = torch.arange(0, vocab + block, block, dtype=torch.int32, device=self.ids.device)
+        starts = starts.expand(len(self.ids), -1).contiguous()
+        return torch.searchsorted(self.ids, starts, out_int32=True)
+
+
+class Forward(NamedTuple):
+    """Row losses, and what the gradient needs of the rows."""
+
+    loss: Tensor  # [N]
+    parts: Tensor  # [6, N]: ce, kd, z, correct, agree, entropy
+    saved: Tensor  # [SAVED, N]
+    inside: Tensor  # [N, K], of a top-k teacher
+    outside: Tensor  # [N]
+
+
+def forward(
+    task: Task, student: Logits, labels: Tensor | None, teacher: Logits | TopK | None
+) -> Forward:
+    """All losses of all rows: one reading of the logits, for a mixture a second."""
+    x, V = student.x, task.vocab
+    N = len(x)
+    empty = x.new_empty(0, dtype=torch.float32)
+    top_k = teacher if isinstance(teacher, TopK) else None
+    result = Forward(
+        loss=empty.new_zeros(N),
+        parts=empty.new_zeros(rows.PARTS, N),
+        saved=empty.new_empty(rows.SAVED, N),
+        inside=empty.new_empty((0, 0) if top_k is None else top_k.ids.shape),
+        outside=empty.new_empty(0 if top_k is None else N),
+    )
+    if N == 0:
+        return result
+    kind, flags, dense = _teacher(task, student, labels, teacher)
+    objective, numbers = task.objective, _numbers(task)
+    mixture = kind == rows.DENSE.value and objective.divergence in MIXTURES
+    flags |= {"CLASSES": task.classes, "DIAGNOSTICS": task.diagnostics}
+    flags |= {"SMOOTH": task.classes and objective.label_smoothing > 0}
+
+    shape = choose_tile("statistics", V, 1 if dense is student else 2)
+    segments = triton.cdiv(V, shape.segment)
+    partials = empty.new_empty(rows.PARTIALS, segments, N)
+    ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, partials)
+    y = partials if labels is None else labels.contiguous()
+    with _on(x):
+        rows.statistics_kernel[(N, segments)](
+            *student.arguments, *dense.arguments,
+            ids, bounds, K, num_bounds, y, task.ignore_index, partials, N, V, numbers[0],
+            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **dense.flags("T"),
+            num_warps=shape.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    terms = partials
+    block_k = 1 if top_k is None else triton.next_power_of_2(max(1, top_k.ids.shape[1]))
+    rows_at_a_time = max(1, MERGE_NUMBERS // 8 // block_k) if top_k else 128
+
+    def merge(*, final: bool) -> None:
+        log_p, log_rest, best = (
+            (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
+        )
+        rows.merge_kernel[(triton.cdiv(N, rows_at_a_time),)](
+            partials, terms, segments, shape.segment, N, V, *student.arguments,
+            ids, log_p, log_rest, best, K, y, task.ignore_index,
+            result.loss, result.parts, result.saved, result.inside, result.outside,
+            *numbers,
+            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_TERMS=mixture and final,
+            **flags, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    with _on(x):
+        if mixture:
+            merge(final=False)
+            terms = _terms(task, student, dense, y, result.saved, flags)
+        merge(final=True)
+    return result
+
+
+def _terms(
+    task: Task, student: Logits, teacher: Logits, y: Tensor, saved: Tensor, flags: dict[str, object]
+) -> Tensor:
+    N, V = len(student.x), task.vocab
+    heat, _, beta, *_ = _numbers(task)
+    shape = choose_tile("terms", V, 2)
+    segments = triton.cdiv(V, shape.segment)
+    terms = saved.new_empty(2, segments, N)
+    wanted = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
+    rows.terms_kernel[(N, segments)](
+        *student.arguments, *teacher.arguments, y, task.ignore_index,
+        saved, terms, N, V, heat, beta,
+        BLOCK=shape.block, SEGMENT=shape.segment,
+        **{name: flags[name] for name in wanted}, **teacher.flags("T"),
+        num_warps=shape.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return terms
+
+
+def gradient(
+    task: Task,
+    student: Logits,
+    labels: Tensor | None,
+    teacher: Logits | TopK | None,
+    saved: Forward,
+    upstream: Tensor,  # [N], or [1] for all rows
+    out: Tensor,  # [N, >= V], columns next to each other
+) -> None:
+    """Write the gradient of ``sum(upstream * loss)`` by the student's logits, past V zeros."""
+    N, V = len(student.x), task.vocab
+    if N == 0:
+        return
+    objective, numbers = task.objective, _numbers(task)
+    if objective.kd_weight == 0:
+        teacher = None
+    _, flags, dense = _teacher(task, student, labels, teacher)
+    shape = choose_tile("gradient", V, 1 if dense is student else 2)
+    top_k = teacher if isinstance(teacher, TopK) else None
+    ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, saved.saved)
+    y = saved.saved if labels is None else labels.contiguous()
+    width = out.shape[1]
+    flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
+    with _on(student.x):
+        rows.gradient_kernel[(N, triton.cdiv(width, shape.segment))](
+            *student.arguments, *dense.arguments,
+            ids, bounds, saved.inside, saved.outside, K, num_bounds, y, task.ignore_index,
+            saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
+            out, out.stride(0), N, V, width,
+            *numbers,
+            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **dense.flags("T"),
+            num_warps=shape.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _numbers(task: Task) -> tuple[float, ...]:
+    """Run-time numbers, in the kernels' order."""
+    o = task.objective
+    T = float(o.temperature)
+    weights = o.label_smoothing, o.ce_weight, o.kd_weight, o.z_loss, o.kd_scale
+    return (tile.LOG2_E.value / T, T, float(o.beta), *map(float, weights))
+
+
+def _teacher(
+    task: Task, student: Logits, labels: Tensor | None, teacher: Logits | TopK | None
+) -> tuple[int, dict[str, object], Logits]:
+    """Its kind, the flags that all kernels share, and what stands for its logits."""
+    kind = rows.NO_TEACHER
+    if isinstance(teacher, Logits):
+        kind = rows.DENSE
+    elif teacher is not None:
+        kind = rows.TOP_K
+    objective = task.objective
+    flags: dict[str, object] = {
+        "HEAT": {1: tile.ONE, 2: tile.TWO}.get(objective.temperature, tile.ANY).value,
+        "DIVERGENCE": DIVERGENCES[objective.divergence],
+        "TEACHER": kind.value,
+        "HAS_LABELS": labels is not None,
+    }
+    dense = teacher if isinstance(teacher, Logits) else student
+    return kind.value, flags | student.flags("S"), dense
+
+
+def _ids(
+    top_k: TopK | None, vocab: int, block: int, nothing: Tensor
+) -> tuple[Tensor, Tensor, int, int]:
+    if top_k is None:
+        return nothing, nothing, 0, 0
+    bounds = top_k.bounds(vocab, block)
+    return top_k.ids, bounds, top_k.ids.shape[1], bounds.shape[1]
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors say."""
+    if x.device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(x.device).device(x.device)

@@ -1,0 +1,322 @@
+"""Operators for losses of hidden states and a head.
+
+``linear_loss`` is the sum over rows divided by ``items``, and has its gradients computed while the
+logits are there: ``6 N V D`` FLOP for a student alone. Backward multiplies them by its upstream.
+``linear_rows`` gives a loss per row; its gradients need the upstream of each row first, so backward
+makes the logits again, ``8 N V D`` FLOP. Without gradients both are statistics only.
+
+fp16. The gradient ``g`` of the logits, divided by the number of items, would vanish below fp16's
+smallest number. It is stored as ``c g`` near the top of fp16's range instead, with a power of two
+taken out of ``1 / items`` and of a bound on ``|g|`` that the objective gives; dhidden and dweight
+stay in fp32 until backward, where the power of two and the upstream (a GradScaler's, say) come in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sad_kernels._reduce import Leading
+from sad_kernels._task import RowResults, Task
+from sad_kernels._triton import chunks
+from sad_kernels._triton.chunks import Result, Side, Wanted
+from sad_kernels._triton.launch import Logits, TopK
+from sad_kernels._triton.logits import columns_adjacent, flatten, rebuild
+from sad_kernels._triton.rows import PARTS
+from sad_kernels.objective import (
+    Head,
+    Objective,
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+)
+
+LARGEST_EXPONENT = 14  # what is stored stays below 2^15, fp16 ends at 2^16
+
+
+def mean_loss(
+    task: Task,
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+    teacher: Teacher | None,
+    leading: Leading,
+    items: Tensor,  # []
+    chunk_bytes: int | None,
+) -> tuple[Tensor, RowResults]:
+    """``sum of row losses / items``, differentiable, and the rows, detached."""
+    tensors = _tensors(hidden, head, labels, teacher, leading)
+    wanted = _wanted(hidden, head)
+    total, rows, parts, *_ = linear_loss(*tensors, items, chunk_bytes, *wanted, *flatten(task))
+    return total, RowResults(rows.detach(), *parts.detach())
+
+
+def losses_of_rows(
+    task: Task,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    teacher: Teacher | None,
+    leading: Leading,
+    chunk_bytes: int | None,
+) -> RowResults:
+    """Every row's loss, differentiable, and its parts, detached."""
+    tensors = _tensors(hidden, head, labels, teacher, leading)
+    loss, parts = linear_rows(*tensors, chunk_bytes, *flatten(task))
+    return RowResults(loss, *parts.detach())
+
+
+def _wanted(hidden: Tensor, head: Head) -> Wanted:
+    bias = head.bias is not None and head.bias.requires_grad
+    needed = Wanted(hidden.requires_grad, head.weight.requires_grad, bias)
+    return needed if torch.is_grad_enabled() else Wanted(False, False, False)
+
+
+def _tensors(
+    hidden: Tensor, head: Head, labels: Tensor, teacher: Teacher | None, leading: Leading
+) -> tuple[Any, ...]:
+    """The first arguments of both operators."""
+    t_hidden = t_weight = t_bias = t_softcap = ids = log_probs = None
+    t_scale, tail = 1.0, "bucket"
+    match teacher:
+        case TeacherHidden(hidden=t_hidden, head=other):
+            t_hidden = leading.rows(t_hidden)
+            t_weight, t_bias = other.weight, other.bias
+            t_scale, t_softcap = float(other.logit_scale), other.softcap
+        case TeacherLogits(logits=logits):
+            t_hidden = leading.rows(logits)
+        case TeacherTopK(ids=ids, log_probs=log_probs, tail=tail):
+            ids, log_probs = leading.rows(ids), leading.rows(log_probs)
+    return (
+        hidden, head.weight, head.bias, float(head.logit_scale), head.softcap, labels,
+        t_hidden, t_weight, t_bias, t_scale, t_softcap, ids, log_probs, tail,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("sad_kernels::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    labels: Tensor, t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
+    tail: str, items: Tensor, chunk_bytes: int | None,
+    want_hidden: bool, want_weight: bool, want_bias: bool,
+    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
+    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
+    temperature: float, scale_t2: bool, divergence: str, beta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss [], its rows [N] and parts [6, N]; dhidden, dweight, dbias, and a factor on them []."""
+    task = rebuild(
+        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
+        temperature, scale_t2, divergence, beta,
+    )  # fmt: skip
+    student, teacher = _sides(
+        hidden, weight, bias, scale, softcap, t_hidden, t_weight, t_bias, t_scale, t_softcap,
+        ids, log_probs, tail, vocab,
+    )  # fmt: skip
+    upstream, factor = unit_scale(task.objective, 1 / items.float(), hidden.dtype, scale)
+    wanted = Wanted(want_hidden, want_weight, want_bias)
+    result = _run(task, student, labels, teacher, wanted, upstream[None], chunk_bytes)
+    gradients = [result.dhidden, result.dweight, result.dbias]
+    if hidden.dtype != torch.float16:
+        leaves = hidden, weight, result.dbias if bias is None else bias
+        gradients = [g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
+    return result.loss.sum() / items, result.loss, result.parts, *gradients, factor
+
+
+@linear_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    want_hidden, want_weight, want_bias = rest[13:16]
+    N, half = len(hidden), hidden.dtype == torch.float16
+    rows = hidden.new_empty(N, dtype=torch.float32)
+    nothing = rows.new_empty(0)
+
+    def like(x: Tensor | None, wanted: bool) -> Tensor:
+        dtype = torch.float32 if half or x is None else x.dtype
+        return nothing.new_empty(x.shape if wanted and x is not None else 0, dtype=dtype)
+
+    return (
+        rows.new_empty(()),
+        rows,
+        rows.new_empty(PARTS, N),
+        like(hidden, want_hidden),
+        like(weight, want_weight),
+        like(bias, want_bias),
+        rows.new_empty(()),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias = inputs[:3]
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.wanted = inputs[16:19]
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(*output[3:])
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, factor = ctx.saved_tensors
+    factor = (factor * upstream).detach()
+    out = [
+        (gradient * factor).to(dtype) if wanted else None
+        for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+    ]
+    return *out, *[None] * (ctx.num_inputs - 3)
+
+
+linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("sad_kernels::linear_rows", mutates_args=())
+def linear_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    labels: Tensor, t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
+    tail: str, chunk_bytes: int | None,
+    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
+    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
+    temperature: float, scale_t2: bool, divergence: str, beta: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Losses [N] and their parts [6, N]."""
+    task = rebuild(
+        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
+        temperature, scale_t2, divergence, beta,
+    )  # fmt: skip
+    student, teacher = _sides(
+        hidden, weight, bias, scale, softcap, t_hidden, t_weight, t_bias, t_scale, t_softcap,
+        ids, log_probs, tail, vocab,
+    )  # fmt: skip
+    result = _run(task, student, labels, teacher, Wanted(False, False, False), None, chunk_bytes)
+    return result.loss, result.parts
+
+
+@linear_rows.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = hidden.new_empty(len(hidden), dtype=torch.float32)
+    return rows, rows.new_empty(PARTS, len(hidden))
+
+
+@torch.library.custom_op("sad_kernels::linear_rows_gradient", mutates_args=())
+def linear_rows_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    labels: Tensor, t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
+    tail: str, chunk_bytes: int | None,
+    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
+    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
+    temperature: float, scale_t2: bool, divergence: str, beta: float,
+    want_hidden: bool, want_weight: bool, want_bias: bool, upstream: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dhidden, dweight, dbias of ``sum(upstream * losses)``; what is not wanted is empty."""
+    task = rebuild(
+        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
+        temperature, scale_t2, divergence, beta,
+    )  # fmt: skip
+    student, teacher = _sides(
+        hidden, weight, bias, scale, softcap, t_hidden, t_weight, t_bias, t_scale, t_softcap,
+        ids, log_probs, tail, vocab,
+    )  # fmt: skip
+    upstream, factor = unit_scale(task.objective, upstream.float(), hidden.dtype, scale)
+    wanted = Wanted(want_hidden, want_weight, want_bias)
+    result = _run(task, student, labels, teacher, wanted, upstream, chunk_bytes)
+    leaves = hidden, weight, hidden if bias is None else bias
+    gradients = result.dhidden, result.dweight, result.dbias
+    if hidden.dtype == torch.float16:
+        gradients = [gradient * factor for gradient in gradients]
+    return tuple(g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True))
+
+
+@linear_rows_gradient.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    want_hidden, want_weight, want_bias = rest[-4:-1]
+    return (
+        hidden.new_empty(hidden.shape if want_hidden else 0),
+        weight.new_empty(weight.shape if want_weight else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if want_bias else 0),
+    )
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+
+
+def _gradients_of_rows(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = [t if t is not None else p for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+    wanted = ctx.needs_input_grad[:3]
+    gradients = linear_rows_gradient(*inputs, *wanted, upstream)
+    out = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+    return *out, *[None] * (len(inputs) - 3)
+
+
+linear_rows.register_autograd(_gradients_of_rows, setup_context=_save_inputs)
+
+
+def unit_scale(
+    objective: Objective, upstream: Tensor, dtype: torch.dtype, logit_scale: float
+) -> tuple[Tensor, Tensor]:
+    """What ``g`` is multiplied by before it is stored, and what its products are after that.
+
+    For fp32 and bf16, whose exponents reach far enough, the second is 1. For fp16 ``upstream = u
+    2^x`` with ``1 <= max |u| < 2``, and the first is ``u 2^k`` with k as large as the bound on
+    ``|g|`` lets it be. Past that bound a value becomes inf, and a GradScaler skips the step.
+    """
+    if dtype != torch.float16:
+        return upstream * logit_scale, torch.ones((), device=upstream.device)
+    exponent = upstream.abs().max().frexp().exponent - 1 if upstream.numel() else 0
+    shift = LARGEST_EXPONENT - math.ceil(math.log2(_bound(objective))) - exponent
+    one = torch.ones((), device=upstream.device)
+    return torch.ldexp(upstream, shift), torch.ldexp(one, -shift) * logit_scale
+
+
+def _bound(o: Objective) -> float:
+    """Of the gradient by a logit; for the unbounded reverse KL up to a spread of 128 nats."""
+    factor = {"reverse_kl": 32.0, "skew_reverse_kl": 2 - math.log(o.beta)}.get(o.divergence, 1.0)
+    bound = o.ce_weight + 256 * o.z_loss + o.kd_weight * o.kd_scale / o.temperature * factor
+    return max(bound, 2.0**-100)
+
+
+def _run(
+    task: Task,
+    student: Side,
+    labels: Tensor,
+    teacher: Side | Logits | TopK | None,
+    wanted: Wanted,
+    upstream: Tensor | None,
+    chunk_bytes: int | None,
+) -> Result:
+    with torch.autocast(student.hidden.device.type, enabled=False):  # it acts inside operators too
+        return chunks.run(
+            task,
+            student,
+            labels.contiguous(),
+            teacher,
+            wanted=wanted,
+            upstream=upstream,
+            fp32_gradients=student.hidden.dtype == torch.float16,
+            chunk_bytes=chunk_bytes,
+        )
+
+
+def _sides(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
+    tail: Any, vocab: int,
+) -> tuple[Side, Side | Logits | TopK | None]:  # fmt: skip
+    student = Side(hidden, weight.to(hidden.dtype), _adjacent(bias), scale, softcap)
+    if ids is not None and log_probs is not None:
+        return student, TopK.prepare(ids, log_probs, tail, vocab)
+    if t_hidden is None:
+        return student, None
+    if t_weight is None:
+        return student, columns_adjacent(t_hidden)
+    weight = t_weight.to(t_hidden.dtype)
+    return student, Side(t_hidden, weight, _adjacent(t_bias), t_scale, t_softcap)
+
+
+def _adjacent(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()

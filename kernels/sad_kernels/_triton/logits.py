@@ -1,0 +1,191 @@
+"""Operators for losses of logits that are there: what torch differentiates, compiles and traces.
+
+``row_losses`` returns row losses together with the few numbers per row that ``row_gradient`` needs,
+which reads the logits again and takes the true upstream gradient: right for any reduction, for
+``retain_graph`` and under activation checkpointing, and the caller's logits stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sad_kernels._reduce import Leading
+from sad_kernels._task import RowResults, Task
+from sad_kernels._triton import launch
+from sad_kernels._triton.gemm import times
+from sad_kernels._triton.launch import Forward, Logits, TopK
+from sad_kernels._triton.rows import PARTS, SAVED
+from sad_kernels.objective import (
+    Head,
+    Objective,
+    Tail,
+    Teacher,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+)
+
+
+def losses_of_logits(
+    task: Task,
+    logits: Tensor,  # [N, >= V]
+    softcap: float | None,
+    labels: Tensor | None,  # [N]
+    teacher: Teacher | None,
+    leading: Leading,
+) -> RowResults:
+    """Every row's loss, differentiable by the logits, and its parts, detached."""
+    t_logits = ids = log_probs = None
+    tail: Tail = "bucket"
+    match teacher:
+        case TeacherLogits():
+            t_logits = leading.rows(teacher.logits)
+        case TeacherHidden(hidden=hidden, head=head):
+            t_logits = head_logits(leading.rows(hidden), head, task.vocab)
+        case TeacherTopK():
+            ids, log_probs = leading.rows(teacher.ids), leading.rows(teacher.log_probs)
+            tail = teacher.tail
+    loss, parts, *_ = row_losses(
+        logits, softcap, labels, t_logits, ids, log_probs, tail, *flatten(task)
+    )
+    return RowResults(loss, *parts.detach())
+
+
+def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
+    """Whole logits of a teacher, in fp32, beside a student whose logits are whole anyway."""
+    z = times(hidden, head.weight[:vocab].to(hidden.dtype).T)
+    if head.bias is not None:
+        z += head.bias[:vocab]
+    z *= head.logit_scale
+    return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def flatten(task: Task) -> tuple[Any, ...]:
+    """A task as an operator's schema can hold it; ``rebuild`` takes it back."""
+    o, number = task.objective, float
+    return (
+        task.vocab, task.ignore_index, task.classes, task.diagnostics,
+        number(o.ce_weight), number(o.kd_weight), number(o.label_smoothing), number(o.z_loss),
+        number(o.temperature), o.scale_t2, o.divergence, number(o.beta),
+    )  # fmt: skip
+
+
+def rebuild(
+    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
+    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
+    temperature: float, scale_t2: bool, divergence: Any, beta: float,
+) -> Task:  # fmt: skip
+    objective = Objective(
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        temperature=temperature,
+        scale_t2=scale_t2,
+        divergence=divergence,
+        beta=beta,
+    )
+    return Task(objective, vocab, ignore_index, classes, diagnostics)
+
+
+@torch.library.custom_op("sad_kernels::row_losses", mutates_args=())
+def row_losses(
+    student: Tensor,  # [N, >= V]
+    softcap: float | None,
+    labels: Tensor | None,  # [N]
+    teacher: Tensor | None,  # [N, >= V]
+    ids: Tensor | None,  # [N, K]
+    log_probs: Tensor | None,  # [N, K]
+    tail: str,
+    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
+    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
+    temperature: float, scale_t2: bool, divergence: str, beta: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses [N], their parts [6, N], and what the gradient needs of the rows."""
+    task = rebuild(
+        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
+        temperature, scale_t2, divergence, beta,
+    )  # fmt: skip
+    other = _teacher(teacher, ids, log_probs, tail, vocab)
+    return tuple(launch.forward(task, columns_adjacent(student, softcap), labels, other))
+
+
+@row_losses.register_fake
+def _(student: Tensor, softcap: Any, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
+    rows = student.new_empty(len(student), dtype=torch.float32)
+    N, K = len(student), 0 if ids is None else ids.shape[1]
+    inside = rows.new_empty(0, 0) if ids is None else rows.new_empty(N, K)
+    outside = rows.new_empty(0) if ids is None else rows.new_empty(N)
+    return rows, rows.new_empty(PARTS, N), rows.new_empty(SAVED, N), inside, outside
+
+
+@torch.library.custom_op("sad_kernels::row_gradient", mutates_args=())
+def row_gradient(
+    student: Tensor, softcap: float | None, labels: Tensor | None, teacher: Tensor | None,
+    ids: Tensor | None, log_probs: Tensor | None, tail: str,
+    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
+    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
+    temperature: float, scale_t2: bool, divergence: str, beta: float,
+    saved: Tensor, inside: Tensor, outside: Tensor, upstream: Tensor,
+) -> Tensor:  # fmt: skip
+    """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
+    task = rebuild(
+        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
+        temperature, scale_t2, divergence, beta,
+    )  # fmt: skip
+    other = _teacher(teacher, ids, log_probs, tail, vocab)
+    out = student.new_empty(student.shape)
+    forward = Forward(upstream, upstream, saved, inside, outside)
+    x = columns_adjacent(student, softcap)
+    launch.gradient(task, x, labels, other, forward, upstream, out)
+    return out
+
+
+@row_gradient.register_fake
+def _(student: Tensor, *_: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, plain = [], []
+    for value in inputs:
+        tensor = isinstance(value, Tensor)
+        tensors.append(value if tensor else None)
+        plain.append(None if tensor else value)
+    ctx.plain = plain
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
+    nothing = [None] * (len(inputs) - 1)
+    if not ctx.needs_input_grad[0]:
+        return None, *nothing
+    return row_gradient(*inputs, *tensors[len(inputs) :], upstream), *nothing
+
+
+def _no_second_backward(*_: Any) -> None:
+    raise RuntimeError(
+        "the gradient of a loss must not be differentiated again, got a second backward through "
+        "it; use impl='torch' and no create_graph, or sad_kernels.reference"
+    )
+
+
+row_losses.register_autograd(_backward, setup_context=_setup_context)
+row_gradient.register_autograd(_no_second_backward)
+
+
+def _teacher(
+    logits: Tensor | None, ids: Tensor | None, log_probs: Tensor | None, tail: Any, vocab: int
+) -> Logits | TopK | None:
+    if ids is not None and log_probs is not None:
+        return TopK.prepare(ids, log_probs, tail, vocab)
+    return None if logits is None else columns_adjacent(logits)
+
+
+def columns_adjacent(x: Tensor, softcap: float | None = None) -> Logits:
+    return Logits(x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(), softcap=softcap)

@@ -1,0 +1,662 @@
+"""The four kernels over rows of logits. Together they are every loss and gradient of the package.
+
+``statistics``  reads the logits once, in segments of the vocabulary, one program per row and
+                segment, and writes a dozen partial sums for each
+``merge``       puts the segments of a row together in their order and finishes its losses
+``terms``       reads once more for the mixtures (JSD, the skews), which need both normalisers
+``gradient``    reads once more and writes the gradient once, in any dtype
+
+A row is always cut into the same segments, whether one program or many work on it, so its bits do
+not depend on how many rows come with it, and few rows still fill the machine.
+
+Every sum is kept relative to the running maxima ``m``, and when a maximum moves by ``move = m_old -
+m_new``, with ``r = e^(move/T)``, it is carried along as follows (x = s - m, a and b the two sides
+of a KL relative to their own maxima):
+
+====================  ===============================  ====================================
+sum over columns      after a move                     gives
+====================  ===============================  ====================================
+d = sum e^(x/T)       d r                              log-normaliser  log d
+S = sum x             S + columns so far * move        smooth term     log d - S/V   (T = 1)
+E = sum e^x x         (E + d move) r                   entropy         log d - E/d   (T = 1)
+A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
+====================  ===============================  ====================================
+
+Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
+in ``gradient``, where they write zeros without reading.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sad_kernels._triton.tile import (
+    FORWARD_KL,
+    LOG2_E,
+    LOWEST,
+    REVERSE_KL,
+    divergence_terms,
+    exponentials,
+    finish,
+    load_logits,
+)
+
+# Teachers
+NO_TEACHER = tl.constexpr(0)
+DENSE = tl.constexpr(1)
+TOP_K = tl.constexpr(2)
+
+# Partial sums, [PARTIALS, segments, N]
+MAXIMUM = tl.constexpr(0)
+TOTAL = tl.constexpr(1)  # d at T; beside a TOP_K teacher without its ids
+TOTAL_1 = tl.constexpr(2)  # d at 1
+PLAIN = tl.constexpr(3)  # S
+WEIGHTED = tl.constexpr(4)  # E
+BEST = tl.constexpr(5)  # argmax; exact in fp32 below 2^24
+TEACHER_MAXIMUM = tl.constexpr(6)
+TEACHER_TOTAL = tl.constexpr(7)
+TEACHER_BEST = tl.constexpr(8)
+CROSS = tl.constexpr(9)  # A
+PARTIALS = 10
+
+# What the gradient needs, [SAVED, N], in the numbering above for the first three
+SAVED_TEACHER_MAXIMUM = tl.constexpr(3)
+SAVED_TEACHER_TOTAL = tl.constexpr(4)
+EXPECTATION = tl.constexpr(5)  # sum_u h_u of a dense divergence
+SAVED = 6
+
+# Parts of the loss, [PARTS, N]
+PARTS = 6  # ce, kd, z, correct, agree, entropy
+
+
+@triton.jit
+def to_fp32(x):
+    """A run-time number, which a compiler in front of us may hand over in fp64."""
+    return tl.full((), x, tl.float32)
+
+
+@triton.jit
+def is_known(ids, columns, first, last):
+    """Which columns are among the sorted ``ids[first:last]``."""
+    known = columns < 0
+    for k in range(first, last):
+        known = known | (columns == tl.load(ids + k))
+    return known
+
+
+@triton.jit
+def carried(total, cross, move, other_move, heat):
+    """``A`` after both maxima have moved; 0 * inf is 0."""
+    rate = tl.exp2(move * heat)
+    return tl.where(rate > 0, (cross + total * (move - other_move)) * rate, 0.0)
+
+
+@triton.jit
+def cross_sum(weights, a, b):
+    return tl.sum(tl.where(weights > 0, weights * (a - b), 0.0), 0)
+
+
+@triton.jit
+def add_tile(
+    s, t, known, inside,  # tiles: logits of both sides; ids of the teacher; within the vocabulary
+    start,
+    m, d, d_1, S, E, best,
+    m_t, d_t, best_t, A,
+    heat,
+    HEAT: tl.constexpr,
+    MASKED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr,
+    TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """All running sums of a row after one more tile."""
+    top = tl.max(s, 0)
+    if DIAGNOSTICS:
+        if top > m:  # few tiles raise the maximum; ties stay to the left
+            best = (start + tl.argmax(s, 0)).to(tl.float32)
+    m_new = tl.maximum(m, top)
+    move = m - m_new
+    x = s - m_new
+    hot, cold = exponentials(x, heat, HEAT)
+
+    if TEACHER == DENSE:
+        top_t = tl.max(t, 0)
+        if DIAGNOSTICS:
+            if top_t > m_t:
+                best_t = (start + tl.argmax(t, 0)).to(tl.float32)
+        m_t_new = tl.maximum(m_t, top_t)
+        move_t = m_t - m_t_new
+        y = t - m_t_new
+        hot_t = tl.exp2(y * heat)
+        if DIVERGENCE == FORWARD_KL:
+            A = carried(d_t, A, move_t, move, heat) + cross_sum(hot_t, y, x)
+        if DIVERGENCE == REVERSE_KL:
+            A = carried(d, A, move, move_t, heat) + cross_sum(hot, x, y)
+        d_t = d_t * tl.exp2(move_t * heat) + tl.sum(hot_t, 0)
+        m_t = m_t_new
+
+    if CLASSES:
+        rate_hot, rate = exponentials(move, heat, HEAT)
+        if SMOOTH:
+            plain = x
+            if MASKED:
+                plain = tl.where(inside, x, 0.0)
+            S += start * move + tl.sum(plain, 0)
+        if DIAGNOSTICS:
+            E = (E + d_1 * move) * rate + tl.sum(tl.where(cold > 0, cold * x, 0.0), 0)
+        d_1 = d_1 * rate + tl.sum(cold, 0)
+    else:
+        rate_hot = tl.exp2(move * heat)
+    if TEACHER == TOP_K:
+        hot = tl.where(known, 0.0, hot)
+    d = d * rate_hot + tl.sum(hot, 0)
+    return m_new, d, d_1, S, E, best, m_t, d_t, best_t, A
+
+
+@triton.jit
+def statistics_kernel(
+    s_ptr, s_stride, s_bias, s_scale, s_cap,
+    t_ptr, t_stride, t_bias, t_scale, t_cap,
+    ids_ptr, bounds_ptr, K, num_bounds,
+    labels_ptr, ignore_index,
+    partials_ptr, N, V, heat,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,  # a multiple of BLOCK
+    HEAT: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr,
+    TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of one row over one segment of the vocabulary."""
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    if HAS_LABELS:
+        if tl.load(labels_ptr + row) == ignore_index:
+            return
+    heat = to_fp32(heat)
+    s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
+    t_scale, t_cap = to_fp32(t_scale), to_fp32(t_cap)
+    s_row = s_ptr + row * s_stride
+    t_row = s_row
+    if TEACHER == DENSE:
+        t_row = t_ptr + row * t_stride
+    ids = ids_ptr
+    bounds = bounds_ptr
+    if TEACHER == TOP_K:
+        ids = ids_ptr + row * K
+        bounds = bounds_ptr + row * num_bounds
+
+    zero = tl.full((), 0, tl.float32)
+    m, m_t = zero + LOWEST, zero + LOWEST
+    d, d_1, S, E, A, d_t = zero, zero, zero, zero, zero, zero
+    best, best_t = zero, zero
+    first = segment * SEGMENT
+    last = tl.minimum(first + SEGMENT, V)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
+        t, known = s, s
+        if TEACHER == DENSE:
+            t = load_logits(
+                t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP
+            )
+        if TEACHER == TOP_K:
+            b = bounds + start // BLOCK
+            known = is_known(ids, columns, tl.load(b), tl.load(b + 1))
+        m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
+            s, t, known, columns, start - first,
+            m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
+            HEAT, False, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+        )  # fmt: skip
+    if whole < last:
+        columns = whole + tl.arange(0, BLOCK)
+        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+        t, known = s, s
+        if TEACHER == DENSE:
+            t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
+        if TEACHER == TOP_K:
+            b = bounds + whole // BLOCK
+            known = is_known(ids, columns, tl.load(b), tl.load(b + 1))
+        m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
+            s, t, known, columns < V, whole - first,
+            m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
+            HEAT, True, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+        )  # fmt: skip
+
+    step = tl.num_programs(1).to(tl.int64) * N  # from one kind of partial sum to the next
+    out = partials_ptr + segment.to(tl.int64) * N + row
+    tl.store(out + MAXIMUM * step, m)
+    tl.store(out + TOTAL * step, d)
+    if CLASSES:
+        tl.store(out + TOTAL_1 * step, d_1)
+        if SMOOTH:
+            tl.store(out + PLAIN * step, S)
+        if DIAGNOSTICS:
+            tl.store(out + WEIGHTED * step, E)
+    if DIAGNOSTICS:
+        tl.store(out + BEST * step, best + first)
+    if TEACHER == DENSE:
+        tl.store(out + TEACHER_MAXIMUM * step, m_t)
+        tl.store(out + TEACHER_TOTAL * step, d_t)
+        tl.store(out + CROSS * step, A)
+        if DIAGNOSTICS:
+            tl.store(out + TEACHER_BEST * step, best_t + first)
+
+
+@triton.jit
+def merge_kernel(
+    partials_ptr, terms_ptr, num_segments, segment_length, N, V,
+    s_ptr, s_stride, s_bias, s_scale, s_cap,
+    ids_ptr, log_p_ptr, log_rest_ptr, top_id_ptr, K,
+    labels_ptr, ignore_index,
+    loss_ptr, parts_ptr, saved_ptr, inside_ptr, outside_ptr,
+    heat, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAT: tl.constexpr,
+    FINAL: tl.constexpr,
+    HAS_TERMS: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr,
+    TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
+):  # fmt: skip
+    """Segments to rows. Not FINAL: only what ``terms`` has to know."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    counts = rows < N
+    in_range = counts
+    label = rows
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + rows, mask=counts, other=0)
+        counts = counts & (label != ignore_index)
+        in_range = (label >= 0) & (label < V)
+    heat, temperature, beta = to_fp32(heat), to_fp32(temperature), to_fp32(beta)
+    zero = tl.zeros([ROWS], tl.float32)
+    step = tl.full((), num_segments, tl.int64) * N
+
+    m, m_t = zero + LOWEST, zero + LOWEST
+    d, d_1, S, E, A, d_t = zero, zero, zero, zero, zero, zero
+    best, best_t = zero, zero
+    of = partials_ptr + rows
+    for segment in range(num_segments):
+        m_b = tl.load(of + MAXIMUM * step, mask=counts, other=LOWEST)
+        d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
+        m_new = tl.maximum(m, m_b)
+        move, move_b = m - m_new, m_b - m_new
+        rate_hot, rate = exponentials(move, heat, HEAT)
+        rate_hot_b, rate_b = exponentials(move_b, heat, HEAT)
+        if DIAGNOSTICS:
+            best_b = tl.load(of + BEST * step, mask=counts, other=0.0)
+            best = tl.where(m_b > m, best_b, best)
+        if TEACHER == DENSE:
+            m_t_b = tl.load(of + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
+            d_t_b = tl.load(of + TEACHER_TOTAL * step, mask=counts, other=0.0)
+            m_t_new = tl.maximum(m_t, m_t_b)
+            move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
+            if DIAGNOSTICS:
+                best_t_b = tl.load(of + TEACHER_BEST * step, mask=counts, other=0.0)
+                best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
+            A_b = tl.load(of + CROSS * step, mask=counts, other=0.0)
+            if DIVERGENCE == FORWARD_KL:
+                A = carried(d_t, A, move_t, move, heat)
+                A += carried(d_t_b, A_b, move_t_b, move_b, heat)
+            if DIVERGENCE == REVERSE_KL:
+                A = carried(d, A, move, move_t, heat)
+                A += carried(d_b, A_b, move_b, move_t_b, heat)
+            d_t = d_t * tl.exp2(move_t * heat) + d_t_b * tl.exp2(move_t_b * heat)
+            m_t = m_t_new
+        if CLASSES:
+            d_1_b = tl.load(of + TOTAL_1 * step, mask=counts, other=0.0)
+            if SMOOTH:
+                S_b = tl.load(of + PLAIN * step, mask=counts, other=0.0)
+                before = segment * segment_length
+                here = tl.minimum(segment_length, V - before)
+                S = (S + before * move) + (S_b + here * move_b)
+            if DIAGNOSTICS:
+                E_b = tl.load(of + WEIGHTED * step, mask=counts, other=0.0)
+                E = (E + d_1 * move) * rate + (E_b + d_1_b * move_b) * rate_b
+            d_1 = d_1 * rate + d_1_b * rate_b
+        d = d * rate_hot + d_b * rate_hot_b
+        m = m_new
+        of += N
+
+    saved = saved_ptr + rows
+    kd = zero
+    if TEACHER == TOP_K:
+        k = tl.arange(0, BLOCK_K)
+        at = rows[:, None] * K + k[None, :]
+        given = counts[:, None] & (k < K)[None, :]
+        ids = tl.load(ids_ptr + at, mask=given, other=0)
+        log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf")) * LOG2_E
+        repeated = ids == tl.load(ids_ptr + at - 1, mask=given & (k > 0)[None, :], other=-2)
+        present = given & (log_p != float("-inf"))
+        foreign = present & ((ids < 0) | (ids >= V) | repeated)
+        usable = present & (ids >= 0) & (ids < V)
+        z = tl.load(s_ptr + rows[:, None] * s_stride + ids, mask=usable, other=0.0).to(tl.float32)
+        z = finish(
+            z, ids, s_bias, to_fp32(s_scale), to_fp32(s_cap), usable, True, S_BIAS, S_SCALE, S_CAP
+        )
+        hot = tl.where(usable, (z - m[:, None]) * heat, float("-inf"))
+        total = d + tl.sum(tl.exp2(hot), 1)
+        log_total = tl.log2(total)
+        log_q = hot - log_total[:, None]
+        f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
+        log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
+        log_q_rest = tl.log2(d) - log_total
+        f_rest, h_rest = divergence_terms(log_q_rest, log_rest, beta, DIVERGENCE)
+        expectation = tl.sum(h, 1) + h_rest
+        q_rest = tl.exp2(log_q_rest)
+        inside = h - tl.exp2(log_q) * expectation[:, None]
+        outside = tl.where(q_rest > 0, h_rest / q_rest, 0.0) - expectation
+        tl.store(inside_ptr + at, inside, mask=given)
+        tl.store(outside_ptr + rows, outside, mask=counts)
+        kd = tl.sum(f, 1) + f_rest + 0 * total  # NaN and inf of a total poison the row
+        kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
+        d = total
+    if TEACHER == DENSE:
+        tl.store(saved + SAVED_TEACHER_MAXIMUM * N, m_t, mask=counts)
+        tl.store(saved + SAVED_TEACHER_TOTAL * N, d_t, mask=counts)
+    tl.store(saved + MAXIMUM * N, m, mask=counts)
+    tl.store(saved + TOTAL * N, d, mask=counts)
+    if CLASSES:
+        tl.store(saved + TOTAL_1 * N, d_1, mask=counts)
+
+    if FINAL:
+        if TEACHER == DENSE:
+            log_s, log_t = tl.log(d), tl.log(d_t)
+            if DIVERGENCE == FORWARD_KL:
+                kd = A / (temperature * d_t) - log_t + log_s
+                expectation = zero - 1
+            elif DIVERGENCE == REVERSE_KL:
+                kd = A / (temperature * d) - log_s + log_t
+                expectation = kd
+            else:
+                kd = 0 * (log_s + log_t)  # NaN of either side
+                expectation = zero
+            if HAS_TERMS:
+                of = terms_ptr + rows
+                for _ in range(num_segments):
+                    kd += tl.load(of, mask=counts, other=0.0)
+                    expectation += tl.load(of + step, mask=counts, other=0.0)
+                    of += N
+            tl.store(saved + EXPECTATION * N, expectation, mask=counts)
+
+        exists = rows < N
+        poison = tl.where(in_range, zero, float("nan"))
+        # A divergence in (-1e-5, 0) is a rounded zero; lower ones stay visible.
+        kd = tl.where((kd < 0) & (kd > -1e-5), 0.0, kd) * to_fp32(kd_scale) + poison
+        kd_weight = to_fp32(kd_weight)
+        loss = poison
+        if TEACHER != NO_TEACHER:
+            loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
+        parts = parts_ptr + rows
+        if CLASSES:
+            at = tl.where(in_range, label, 0)
+            z = tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)
+            z = finish(
+                z,
+                at,
+                s_bias,
+                to_fp32(s_scale),
+                to_fp32(s_cap),
+                counts,
+                True,
+                S_BIAS,
+                S_SCALE,
+                S_CAP,
+            )
+            log_1 = tl.log(d_1)
+            smoothing = to_fp32(smoothing)
+            ce = log_1 - (1 - smoothing) * (z - m) + poison
+            if SMOOTH:
+                ce -= smoothing * (S / V)
+            lse = m + log_1
+            square = lse * lse + poison
+            ce_weight, z_loss = to_fp32(ce_weight), to_fp32(z_loss)
+            loss += tl.where(ce_weight > 0, ce_weight * ce, 0.0)
+            loss += tl.where(z_loss > 0, z_loss * square, 0.0)
+            tl.store(parts, tl.where(counts, ce, 0.0), mask=exists)
+            tl.store(parts + 2 * N, tl.where(counts, square, 0.0), mask=exists)
+            if DIAGNOSTICS:
+                entropy = log_1 - E / d_1
+                tl.store(parts + 5 * N, tl.where(counts, entropy, 0.0), mask=exists)
+        if DIAGNOSTICS:
+            column = best.to(tl.int64)
+            if HAS_LABELS:
+                correct = counts & (column == label)
+                tl.store(parts + 3 * N, correct.to(tl.float32), mask=exists)
+            if TEACHER != NO_TEACHER:
+                other = best_t.to(tl.int64)
+                if TEACHER == TOP_K:
+                    other = tl.load(top_id_ptr + rows, mask=counts, other=-1)
+                agree = counts & (column == other)
+                tl.store(parts + 4 * N, agree.to(tl.float32), mask=exists)
+        tl.store(parts + 1 * N, tl.where(counts, kd, 0.0), mask=exists)
+        tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)
+
+
+@triton.jit
+def sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, DIVERGENCE: tl.constexpr):
+    log_q = (s - m) * heat - log_d
+    log_p = (t - m_t) * heat - log_d_t
+    f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
+    return tl.sum(f, 0), tl.sum(h, 0)
+
+
+@triton.jit
+def terms_kernel(
+    s_ptr, s_stride, s_bias, s_scale, s_cap,
+    t_ptr, t_stride, t_bias, t_scale, t_cap,
+    labels_ptr, ignore_index,
+    saved_ptr, terms_ptr, N, V, heat, beta,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr,
+):  # fmt: skip
+    """Value and expectation of a mixture's divergence over one segment: [2, segments, N]."""
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    if HAS_LABELS:
+        if tl.load(labels_ptr + row) == ignore_index:
+            return
+    heat, beta = to_fp32(heat), to_fp32(beta)
+    s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
+    t_scale, t_cap = to_fp32(t_scale), to_fp32(t_cap)
+    s_row = s_ptr + row * s_stride
+    t_row = t_ptr + row * t_stride
+    saved = saved_ptr + row
+    m = tl.load(saved + MAXIMUM * N)
+    m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
+    log_d = tl.log2(tl.load(saved + TOTAL * N))
+    log_d_t = tl.log2(tl.load(saved + SAVED_TEACHER_TOTAL * N))
+
+    value = tl.full((), 0, tl.float32)
+    expectation = tl.full((), 0, tl.float32)
+    first = segment * SEGMENT
+    last = tl.minimum(first + SEGMENT, V)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
+        t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP)
+        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, DIVERGENCE)
+        value += f
+        expectation += h
+    if whole < last:
+        columns = whole + tl.arange(0, BLOCK)
+        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+        t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
+        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, DIVERGENCE)
+        value += f
+        expectation += h
+    out = terms_ptr + segment.to(tl.int64) * N + row
+    tl.store(out, value)
+    tl.store(out + tl.num_programs(1).to(tl.int64) * N, expectation)
+
+
+@triton.jit
+def gradient_tile(
+    s, t, start, columns, label,
+    m, d, m_t, d_t, expectation, outside,
+    q_1_factor, smooth_share, label_share, kd,
+    ids, inside, first_id, last_id,
+    heat, beta, cap,
+    BLOCK: tl.constexpr,
+    HEAT: tl.constexpr,
+    HAS_CE: tl.constexpr,
+    TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient by the logits before their softcap, all in fp32: the store is the only rounding.
+
+    It grows with the upstream gradient, of which a factor of the logits is a part.
+    """
+    x = s - m
+    hot, cold = exponentials(x, heat, HEAT)
+    g = tl.zeros([BLOCK], tl.float32)
+    if TEACHER == DENSE:
+        if DIVERGENCE == FORWARD_KL:
+            g = hot * (kd / d) - tl.exp2((t - m_t) * heat) * (kd / d_t)
+        else:
+            log_q = x * heat - tl.log2(d)
+            log_p = (t - m_t) * heat - tl.log2(d_t)
+            _, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
+            g = (h - tl.exp2(log_q) * expectation) * kd
+    if TEACHER == TOP_K:
+        g = hot * (kd * outside / d)
+        for k in range(first_id, last_id):
+            g = tl.where(columns == tl.load(ids + k), kd * tl.load(inside + k), g)
+    if HAS_CE:
+        g += cold * q_1_factor - smooth_share
+        if (label >= start) & (label < start + BLOCK):
+            g = tl.where(columns == label, g - label_share, g)
+    if HAS_CAP:
+        slope = s / cap
+        g *= 1 - slope * slope
+    return g
+
+
+@triton.jit
+def gradient_kernel(
+    s_ptr, s_stride, s_bias, s_scale, s_cap,
+    t_ptr, t_stride, t_bias, t_scale, t_cap,
+    ids_ptr, bounds_ptr, inside_ptr, outside_ptr, K, num_bounds,
+    labels_ptr, ignore_index,
+    saved_ptr, upstream_ptr, upstream_stride,
+    g_ptr, g_stride, N, V, width,
+    heat, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    HEAT: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_CE: tl.constexpr,
+    TEACHER: tl.constexpr,  # NO_TEACHER also where its weight is 0
+    DIVERGENCE: tl.constexpr,
+    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr,
+):  # fmt: skip
+    """One row over one segment of ``width``: the gradient up to V, zeros from there on."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * SEGMENT
+    last = tl.minimum(first + SEGMENT, width)
+    g_row = g_ptr + row * g_stride
+    label = tl.full((), -1, tl.int64)
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row)
+        if label == ignore_index:
+            for start in range(first, last, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                nothing = tl.zeros([BLOCK], g_ptr.dtype.element_ty)
+                tl.store(g_row + columns, nothing, mask=columns < last)
+            return
+
+    heat, beta = to_fp32(heat), to_fp32(beta)
+    s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
+    t_scale, t_cap = to_fp32(t_scale), to_fp32(t_cap)
+    s_row = s_ptr + row * s_stride
+    t_row = s_row
+    saved = saved_ptr + row
+    m = tl.load(saved + MAXIMUM * N)
+    d = tl.load(saved + TOTAL * N)
+    upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+    if HAS_LABELS:
+        upstream = tl.where((label >= 0) & (label < V), upstream, float("nan"))
+    kd = upstream * to_fp32(kd_weight) * to_fp32(kd_scale) / to_fp32(temperature)
+    zero = tl.full((), 0, tl.float32)
+    m_t, d_t, expectation, outside = zero, zero, zero, zero
+    ids, inside, bounds = ids_ptr, inside_ptr, bounds_ptr
+    if TEACHER == DENSE:
+        t_row = t_ptr + row * t_stride
+        m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
+        d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
+        expectation = tl.load(saved + EXPECTATION * N)
+    if TEACHER == TOP_K:
+        ids, inside, bounds = ids_ptr + row * K, inside_ptr + row * K, bounds_ptr + row * num_bounds
+        outside = tl.load(outside_ptr + row)
+    q_1_factor, smooth_share, label_share = zero, zero, zero
+    if HAS_CE:
+        d_1 = tl.load(saved + TOTAL_1 * N)
+        ce_weight, smoothing = to_fp32(ce_weight), to_fp32(smoothing)
+        lse = m + tl.log(d_1)
+        q_1_factor = upstream * (ce_weight + 2 * to_fp32(z_loss) * lse) / d_1
+        smooth_share = upstream * ce_weight * smoothing / V
+        label_share = upstream * ce_weight * (1 - smoothing)
+
+    stop = tl.minimum(last, V)
+    whole = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
+    first_id, last_id = 0, 0
+    for start in range(first, whole, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
+        t = s
+        if TEACHER == DENSE:
+            t = load_logits(
+                t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP
+            )
+        if TEACHER == TOP_K:
+            b = bounds + start // BLOCK
+            first_id, last_id = tl.load(b), tl.load(b + 1)
+        g = gradient_tile(
+            s, t, start, columns, label, m, d, m_t, d_t, expectation, outside,
+            q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
+            heat, beta, s_cap,
+            BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
+        )  # fmt: skip
+        tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty))
+    for start in range(whole, last, BLOCK):  # what is left up to V, then the padding
+        columns = start + tl.arange(0, BLOCK)
+        g = tl.zeros([BLOCK], tl.float32)
+        if start < V:
+            s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+            t = s
+            if TEACHER == DENSE:
+                t = load_logits(
+                    t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP
+                )
+            if TEACHER == TOP_K:
+                b = bounds + start // BLOCK
+                first_id, last_id = tl.load(b), tl.load(b + 1)
+            g = gradient_tile(
+                s, t, start, columns, label, m, d, m_t, d_t, expectation, outside,
+                q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
+                heat, beta, s_cap,
+                BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
+            )  # fmt: skip
+            g = tl.where(columns < V, g, 0.0)
+        tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty), mask=columns < last)
