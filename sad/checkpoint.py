@@ -150,9 +150,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def latest_checkpoint(run_dir: str | Path, report: Report = print) -> Path | None:
     """The newest checkpoint that verifies, or None. ``report`` hears what was skipped and why."""
+    checkpoint = load_latest(run_dir, report)
+    return None if checkpoint is None else checkpoint.path
+
+
+def load_latest(run_dir: str | Path, report: Report = print) -> Checkpoint | None:
+    """The same, read: its hashes, seconds for a large model, are computed this once."""
     for path in _newest_first(Path(run_dir) / "checkpoints"):
         try:
-            return load_checkpoint(path).path
+            return load_checkpoint(path)
         except CheckpointError as error:
             report(f"skipping a checkpoint: {error}")
     return None

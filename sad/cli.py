@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sad.errors import OutOfMemoryError, SadError, UsageError
+from sad.errors import OutOfMemoryError, SadError, UsageError, is_out_of_memory, one_line
 from sad.recipes import recipe_names, recipe_summary
 
 INTERRUPTED = 128 + 2  # SIGINT, as shells count
@@ -200,18 +200,9 @@ def _report(error: Exception, *, debug: bool) -> int:
 def _as_sad_error(error: Exception) -> SadError | None:
     if isinstance(error, SadError):
         return error
-    if _is_out_of_memory(error):
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
+    if is_out_of_memory(error):
         return OutOfMemoryError(
-            f"memory must hold model, optimizer and activations, got: {first_line}; lower "
+            f"memory must hold model, optimizer and activations, got: {one_line(error)}; lower "
             "per_device_train_batch_size or max_length (`sad plan` itemises the need)"
         )
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # whoever has not imported it cannot have run out in it
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    # The CPU allocator raises a bare RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

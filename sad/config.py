@@ -60,7 +60,9 @@ class DataConfig:
     dataset_config: str | None = None
     """Configuration name of a `datasets` data set."""
     dataset_split: str = "train"
-    """Split of a `datasets` data set."""
+    """Split of a `datasets` data set named in `train`."""
+    dataset_eval_split: str = "validation"
+    """Split of a `datasets` data set named in `eval`."""
     max_documents: int | None = None
     """Use only this many documents of `data.train`, chosen by the hash of their names."""
     cache_dir: str | None = field(default=None, metadata=CADENCE)
@@ -97,8 +99,9 @@ class DistillConfig:
     """`auto` takes CUDA where there is one, else the CPU."""
     teacher_device: str | None = field(default=None, metadata=CADENCE)
     """Device of the teacher's layers (its head stays with the student). Default: `device`."""
-    attn_implementation: str = "sdpa"
-    """Attention of both models, as in transformers."""
+    attn_implementation: str | None = None
+    """Attention of both models, as in transformers: `sdpa`, `eager` ... Default: what transformers
+    chooses for each family, which is `sdpa` where the family has it."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward instead of keeping them."""
     trust_remote_code_student: bool = field(default=False, metadata=CADENCE)
@@ -319,6 +322,8 @@ _NOT_EMPTY = _Range("not be empty", lambda v: v.strip() != "")
 _RANGES = {
     "data.eval_fraction": _BELOW_ONE,
     "data.text_field": _NOT_EMPTY,
+    "data.dataset_split": _NOT_EMPTY,
+    "data.dataset_eval_split": _NOT_EMPTY,
     "data.document_separator": _Range("not be empty", lambda v: v != ""),
     "data.max_documents": _POSITIVE_INT,
     "student": _NOT_EMPTY,

@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple, TextIO
 
 from sad.config import DataConfig
-from sad.errors import UnfitError, UsageError
+from sad.errors import UnfitError, UsageError, one_line
+from sad.quiet import quiet_libraries
 
 STDLIB = "python-stdlib"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -234,19 +235,21 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
                 yield Document(f"{name}:{row}", _require_text(value, field, f"{path}, row {row}"))
     except pyarrow.ArrowException as error:
         raise UnfitError(
-            f"{path} must be a valid Parquet file, got '{_first_line(error)}'; write it again"
+            f"{path} must be a valid Parquet file, got '{one_line(error)}'; write it again"
         ) from error
 
 
 def _read_dataset(name: str, config: DataConfig, side: Side) -> Iterator[Document]:
     datasets = _import_extra("datasets", f"unless '{name}' is a file or folder that exists")
+    key = "dataset_split" if side == "train" else "dataset_eval_split"
     try:
-        dataset = datasets.load_dataset(name, config.dataset_config, split=config.dataset_split)
+        with quiet_libraries():
+            dataset = datasets.load_dataset(name, config.dataset_config, split=getattr(config, key))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(
             f"data.{side} must name a file, a folder or a data set that can be loaded, got "
-            f"'{name}' ({_first_line(error)}); check the spelling, data.dataset_config and "
-            "data.dataset_split, and the connection"
+            f"'{name}' ({one_line(error)}); check the spelling, data.dataset_config and "
+            f"data.{key}, and the connection"
         ) from error
     field = config.text_field
     _require_field(field, dataset.column_names, f"data set {name}")
@@ -308,10 +311,6 @@ def _import_extra(module: str, purpose: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise UsageError(
-            f"{package} must be installed {purpose}, got '{_first_line(error)}'; run: "
+            f"{package} must be installed {purpose}, got '{one_line(error)}'; run: "
             "python -m pip install 'student-aware-distillation[data]'"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,6 +6,8 @@ a bug of ours and ends with a traceback and code 1.
 
 from __future__ import annotations
 
+import sys
+
 
 class SadError(Exception):
     """A failure with a cause outside this program; ``exit_code`` is what the process returns."""
@@ -53,3 +55,19 @@ class DivergedError(SadError):
     """Too many updates in a row had a non-finite gradient."""
 
     exit_code = 90
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, fit to be quoted in one of ours: the first line of its message
+    that is not blank, at most 200 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library's error says that the device's or the host's memory is used up."""
+    torch = sys.modules.get("torch")  # whoever has not imported it cannot have run out in it
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # The CPU allocator raises a bare RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

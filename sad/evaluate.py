@@ -83,9 +83,9 @@ def evaluate_teacher(
 def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     """Score the best student of a finished or stopped run again, from what the run left on disk.
 
-    The student is loaded from ``best/`` as its users load it; text and teacher are those of the
-    run's configuration. Returns rows of the result table: the teacher, if there is one, and the
-    student. Raises ``UsageError`` for a directory that holds no scored student.
+    Student and tokenizer come from ``best/``, as their users load them; text and teacher are those
+    of the run's configuration. Returns rows of the result table: the teacher, if there is one, and
+    the student. Raises ``UsageError`` for a directory that holds no scored student.
     """
     run = RunDirectory(run_dir)
     if not (run.best / "config.json").exists():
@@ -94,12 +94,13 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
             "`sad distill` reach its first evaluation"
         )
     config = load_config(run.path / "config.yaml")
+    config = replace(config, student=str(run.best), student_init="pretrained", tokenizer=None)
     materials = gather(config)
     rows = []
     if materials.teacher is not None:
         scores = evaluate_teacher(materials.teacher, materials.eval_batches(config))
         rows.append(result_row("teacher", materials.teacher.model, scores, "eval_teacher"))
-    model = load_student(replace(config, student=str(run.best), student_init="pretrained"))
+    model = load_student(config)
     precision = Precision(config, materials.device)
     student = build_student(config, model, materials.valid_vocab, precision)
     scores = evaluate_student(

@@ -127,12 +127,25 @@ def probe_writable(directory: StrPath) -> None:
         OPERATIONS.unlink(probe)
 
 
-def free_bytes(path: StrPath) -> int:
-    """Bytes an ordinary user can still write where ``path`` is, or would be created."""
+def free_bytes(path: StrPath) -> int | None:
+    """Bytes an ordinary user can still write where ``path`` is, or would be created.
+
+    None if the file system does not tell, as some on a network do not.
+    """
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    usage = shutil.disk_usage(path)
+    return usage.free if usage.total else None
+
+
+def tree_bytes(path: StrPath) -> int:
+    """The sizes of all files under a directory, added up; 0 if there is no such directory."""
+    return sum(
+        os.lstat(os.path.join(parent, name)).st_size
+        for parent, _, names in os.walk(path)
+        for name in names
+    )
 
 
 @contextmanager

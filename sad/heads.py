@@ -26,7 +26,7 @@ from sad_kernels.objective import Head
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sad.errors import SadError, UnfitError
+from sad.errors import SadError, UnfitError, one_line
 
 HeadFields = Callable[[Any], dict[str, Any]]
 """A text model's configuration -> the fields of its ``Head`` besides weight and bias."""
@@ -256,6 +256,11 @@ def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor
     """
     half = input_ids.shape[1] // 2
     alone = backbone(input_ids[:, :half])
+    if not torch.isfinite(alone).all():
+        raise UnfitError(
+            f"{type(model).__name__} must give finite hidden states, got NaN or infinity in "
+            f"{alone.dtype}; its weights are damaged, or need a wider dtype (bf16 or fp32)"
+        )
     error = relative_error(backbone(input_ids)[:, :half], alone)
     tolerance = isolation_tolerance(alone.dtype)
     if not error <= tolerance:
@@ -316,12 +321,6 @@ def _scaled_input(linear: nn.Linear, gain: float) -> Iterator[None]:
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
-
-
-def one_line(error: Exception) -> str:
-    """The first line of a message that says something, at most 200 characters of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
 
 
 # Families in neither table

@@ -17,7 +17,7 @@ from sad.config import DistillConfig, config_to_dict
 from sad.data import Batch, PackedRows, load_rows, row_order
 from sad.distillation import FrozenTeacher
 from sad.log import memory_now
-from sad.models import load_teacher, resolve_device
+from sad.models import load_teacher, read_model_config, resolve_device
 from sad.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
 from sad.versions import library_versions
 
@@ -64,6 +64,10 @@ def gather(config: DistillConfig) -> Materials:
     seed_everything(config)
     rss_before = memory_now()["rss_bytes"]
     device = resolve_device(config.device)
+    # Models before tokenizers: whoever misspelt `student` should not hear about `tokenizer`.
+    read_model_config(config, "student")
+    if config.teacher is not None:
+        read_model_config(config, "teacher")
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
     vocabulary = valid_vocab(tokenizer)
     teacher = None

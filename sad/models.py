@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as hf_logging
 
 from sad.config import DistillConfig
-from sad.errors import SadError, UnfitError, UsageError
-from sad.heads import Backbone, one_line, split_head, with_valid_vocab
+from sad.errors import SadError, UnfitError, UsageError, one_line
+from sad.heads import Backbone, split_head, with_valid_vocab
+from sad.quiet import quiet_libraries
 
 __all__ = [
     "Backbone",
@@ -34,7 +34,6 @@ __all__ = [
     "enable_checkpointing",
     "load_student",
     "load_teacher",
-    "quiet_transformers",
     "read_model_config",
     "resolve_device",
     "split_head",
@@ -83,7 +82,7 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
     """
     name, trust = _name_and_trust(config, role)
-    with quiet_transformers(), _explained(role, name):
+    with quiet_libraries(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
     own_code = getattr(model_config, "auto_map", None) or {}
     known = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
@@ -102,7 +101,7 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
     """
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with quiet_transformers(), _explained(role, name, config.attn_implementation):
+    with quiet_libraries(), _explained(role, name, config.attn_implementation):
         return AutoModelForCausalLM.from_config(
             model_config,
             dtype=dtype,
@@ -147,7 +146,7 @@ def _random_student(config: DistillConfig) -> PreTrainedModel:
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with quiet_transformers(), _explained(role, name, config.attn_implementation):
+    with quiet_libraries(), _explained(role, name, config.attn_implementation):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
@@ -204,7 +203,7 @@ def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
 
 
 @contextmanager
-def _explained(role: Role, name: str, attention: str = "") -> Iterator[None]:
+def _explained(role: Role, name: str, attention: str | None = None) -> Iterator[None]:
     """Turn what transformers raises about a model into one line."""
     try:
         yield
@@ -222,33 +221,19 @@ def _explained(role: Role, name: str, attention: str = "") -> Iterator[None]:
         raise _refusal(role, name, attention, error) from error
 
 
-def _refusal(role: Role, name: str, attention: str, error: Exception) -> SadError:
+def _refusal(role: Role, name: str, attention: str | None, error: Exception) -> SadError:
     message = str(error)
     if "trust_remote_code" in message:
         return UsageError(
             f"{role} must be a model that transformers knows, got {name}, which comes with code of "
             f"its own; read that code, then set trust_remote_code_{role}: true"
         )
-    if "attn_implementation" in message:
+    if attention is not None and "attn_implementation" in message:
         return UsageError(
-            f"attn_implementation must be one that the {role} {name} has, got {attention}; set "
-            "attn_implementation: eager"
+            f"attn_implementation must be one that the {role} {name} has, got {attention}; "
+            "leave the key out, or set attn_implementation: eager"
         )
     return UnfitError(
         f"{role} must be a model that transformers can build, got {name} ({one_line(error)}); "
         "check its files and its family"
     )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and all it logs below errors."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -74,8 +74,8 @@ def plan(config: DistillConfig) -> MemoryPlan:
         teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
 
     here, elsewhere = _teacher_weights(config, teacher)
-    always = _student_states(config, student) + here
-    gradients = [("gradients", _gradient_bytes(config, student.parameters()))]
+    always = student_states(config, student) + here
+    gradients = [("gradients", gradient_bytes(config, student.parameters()))]
     turning = _forward_items(config, device, student, teacher)
     if config.gradient_accumulation_steps > 1:
         turning += gradients
@@ -108,9 +108,10 @@ def _line(label: str, size: int) -> str:
 # Weights and what the optimizer adds to them
 
 
-def _student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
+def student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
+    """What is alive from the first update on, and is saved in every checkpoint."""
     count = sum(p.numel() for p in student.parameters())
-    items = [(f"student weights, {config.param_dtype}", _weight_bytes(student))]
+    items = [(f"student weights, {config.param_dtype}", weight_bytes(student))]
     if _has_masters(config):
         items.append(("master weights, float32", FP32 * count))
     items.append(("AdamW moments", 2 * _optimized_itemsize(config) * count))
@@ -119,7 +120,7 @@ def _student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
     return items
 
 
-def _gradient_bytes(config: DistillConfig, parameters: Iterable[Tensor]) -> int:
+def gradient_bytes(config: DistillConfig, parameters: Iterable[Tensor]) -> int:
     return _optimized_itemsize(config) * sum(p.numel() for p in parameters)
 
 
@@ -130,7 +131,7 @@ def _teacher_weights(
     if teacher is None:
         return [], []
     dtype = str(teacher_dtype(config)).removeprefix("torch.")
-    weights = (f"teacher weights, {dtype}", _weight_bytes(teacher))
+    weights = (f"teacher weights, {dtype}", weight_bytes(teacher))
     if resolve_device(config.teacher_device or config.device) == resolve_device(config.device):
         return [weights], []
     return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
@@ -165,7 +166,7 @@ def _forward_items(
     items += [
         tiles,
         ("loss: hidden states and their gradient", tokens * width * FP32),
-        ("loss: gradient of the head", _gradient_bytes(config, [head.weight])),
+        ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
     return items
 
@@ -258,7 +259,7 @@ def _optimized_itemsize(config: DistillConfig) -> int:
     return FP32 if _has_masters(config) else _param_dtype(config).itemsize
 
 
-def _weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
     return _tensor_bytes(model.parameters()) + _tensor_bytes(model.buffers())
 
 

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sad.checkpoint import latest_checkpoint, sweep_stale
+from sad.checkpoint import Checkpoint, load_checkpoint, load_latest, sweep_stale
 from sad.config import DistillConfig, config_to_yaml
 from sad.errors import OutputError, UsageError
 from sad.files import probe_writable, publish_directory, write_atomic
 from sad.heads import output_embedding
-from sad.models import quiet_transformers
+from sad.identity import require_same_config
+from sad.quiet import quiet_libraries
 
 
 class RunDirectory:
@@ -36,15 +39,18 @@ class RunDirectory:
 
     @property
     def used(self) -> bool:
-        return any(
-            (self.path / name).exists() for name in ("config.yaml", "log.jsonl", "checkpoints")
-        )
+        """Whether it holds results. A run that failed before it trained has left none."""
+        results = ("log.jsonl", "checkpoints", "best", "final", "baseline")
+        if any((self.path / name).exists() for name in results):
+            return True
+        return (self.path / "config.yaml").exists() and self.read_status().get("state") != "failed"
 
-    def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Path | None:
+    def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
         """Make the directory this run's own; return the checkpoint to resume from, if any.
 
-        Raises ``UsageError`` for a directory that holds a run nobody asked to resume, or a
-        checkpoint that is not there, and ``OutputError`` for one that cannot be written.
+        Raises ``UsageError`` for a directory that holds a run nobody asked to resume, for a
+        checkpoint that is not there or of another configuration, and ``OutputError`` for a
+        directory that cannot be written. A run that is refused here leaves what is there alone.
         """
         wanted = config.resume_from_checkpoint
         if self.used and wanted is None:
@@ -55,25 +61,33 @@ class RunDirectory:
         probe_writable(self.path)
         sweep_stale(self.path)
         checkpoint = self._checkpoint(wanted, report)
+        if checkpoint is not None:
+            require_same_config(checkpoint.state["identity"], config)
         write_atomic(self.path / "config.yaml", config_to_yaml(config))
         return checkpoint
 
-    def _checkpoint(self, wanted: str | None, report: Callable[[str], None]) -> Path | None:
+    def _checkpoint(self, wanted: str | None, report: Callable[[str], None]) -> Checkpoint | None:
         if wanted is None:
             return None
         if wanted == "auto":
-            return latest_checkpoint(self.path, report=report)
+            return load_latest(self.path, report=report)
         path = Path(wanted)
         if not path.is_dir():
             raise UsageError(
                 f"resume_from_checkpoint must be 'auto' or a checkpoint's directory, got {wanted}, "
                 "which does not exist; look under RUN_DIR/checkpoints"
             )
-        return path
+        return load_checkpoint(path)
 
-    def write_status(self, state: str, *, code: int = 0, message: str = "", **facts: Any) -> None:
-        """Say how the run stands. ``state`` is running, finished, stopped or failed."""
-        record = {"state": state, "code": code, "message": message} | facts
+    def write_status(
+        self, state: str, *, code: int = 0, message: str = "", checkpoint: str | None = None
+    ) -> None:
+        """Say how the run stands. ``state`` is running, finished, stopped or failed.
+
+        ``checkpoint`` names the newest one; without it the one that was last named stays.
+        """
+        checkpoint = checkpoint or self.read_status().get("checkpoint")
+        record = {"state": state, "code": code, "message": message, "checkpoint": checkpoint}
         write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
 
     def read_status(self) -> dict[str, Any]:
@@ -106,9 +120,9 @@ class RunDirectory:
         before = (model.config.use_cache, generation.suppress_tokens)
         model.config.use_cache, generation.suppress_tokens = True, suppressed
         try:
-            with quiet_transformers():
+            with quiet_libraries(), _rust_disk_errors():
                 model.save_pretrained(tmp)
-            tokenizer.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp)
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)
         except OSError as error:
@@ -118,6 +132,17 @@ class RunDirectory:
         finally:
             model.config.use_cache, generation.suppress_tokens = before
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextmanager
+def _rust_disk_errors() -> Iterator[None]:
+    """safetensors and tokenizers write files in Rust: a full disk is no ``OSError`` there."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(str(error)) from error
+        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Of each model, in eval mode and in the dtype of its weights:
 
-* ``causality``: hidden states do not depend on later tokens.
+* It takes rows of the length that it will get. A table of positions may be shorter.
+* ``causality``: hidden states are finite and do not depend on later tokens.
 * ``head``: ``Head(hidden)`` reproduces the model's own logits. This catches the softcaps, scales
   and biases of families that the tables of ``sad.heads`` do not know, or no longer know.
 * ``packing``, where rows hold several documents: document B after document A gives what B gives
@@ -32,7 +33,7 @@ from sad_kernels import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sad.errors import UnfitError
+from sad.errors import UnfitError, is_out_of_memory, one_line
 from sad.heads import (
     Backbone,
     isolation_tolerance,
@@ -75,12 +76,12 @@ def self_check(
 
     Raises ``UnfitError`` that names what failed, by how much and what to do.
     """
-    row = input_ids[:1].repeat(1, 4)[:, : max(4, min(POSITIONS, input_ids.shape[1]))]
-    errors = _prefixed("student", check_model(student, row, packing=packing))
+    errors = _prefixed("student", check_model(student, input_ids, packing=packing))
+    row = probe_row(input_ids)
     hidden, head = _hidden_and_head(student, row, valid_vocab)
     target = None
     if teacher is not None:
-        errors |= _prefixed("teacher", check_model(teacher, row, packing=packing))
+        errors |= _prefixed("teacher", check_model(teacher, input_ids, packing=packing))
         teacher_hidden, teacher_head = _hidden_and_head(teacher, row, valid_vocab)
         target = TeacherHidden(
             teacher_hidden.to(hidden.device), _moved(teacher_head, hidden.device)
@@ -91,11 +92,12 @@ def self_check(
     )
 
 
-def check_model(model: PreTrainedModel, row: Tensor, *, packing: bool) -> dict[str, float]:
-    """The errors ``causality``, ``head`` and, for packed rows, ``packing`` of one row [1, L]."""
+def check_model(model: PreTrainedModel, input_ids: Tensor, *, packing: bool) -> dict[str, float]:
+    """The errors ``causality``, ``head`` and, for packed rows, ``packing``, on a batch [B, L]."""
     backbone, head = split_head(model)
-    row = row.to(head.weight.device)
+    row = probe_row(input_ids).to(head.weight.device)
     with probing(model):
+        require_length(model, backbone, input_ids[:1].to(row.device))
         errors = {
             "causality": require_causal(model, backbone, row),
             "head": require_head(model, backbone, head, row),
@@ -103,6 +105,33 @@ def check_model(model: PreTrainedModel, row: Tensor, *, packing: bool) -> dict[s
         if packing:
             errors["packing"] = require_isolation(model, backbone, row)
     return errors
+
+
+def probe_row(input_ids: Tensor) -> Tensor:
+    """The beginning of a batch's first row, [1, l] with l from 4 to ``POSITIONS``."""
+    return input_ids[:1].repeat(1, 4)[:, : max(4, min(POSITIONS, input_ids.shape[1]))]
+
+
+def require_length(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> None:
+    """``UnfitError`` if the model cannot run a row [1, L] at all, for it is too long.
+
+    Families that compute positions run rows of any length, with or without sense. Those with a
+    table of them fail, on a GPU in a way that leaves no process to go on with. A row within the
+    ``max_position_embeddings`` that the model declares needs no trial.
+    """
+    length = row.shape[1]
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if declared is not None and length <= declared:
+        return
+    try:
+        backbone(row, torch.arange(length, device=row.device)[None]).sum().item()
+    except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnfitError(
+            f"max_length must be at most what {type(model).__name__} can run "
+            f"(max_position_embeddings {declared}), got {length} ({one_line(error)}); lower it"
+        ) from error
 
 
 def require_isolation(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> float:

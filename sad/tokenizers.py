@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sad.errors import UnfitError, UsageError
+from sad.errors import UnfitError, UsageError, one_line
+from sad.quiet import quiet_libraries
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -35,15 +36,16 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     ``UnfitError`` if what is found is no usable tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise UsageError(
             f"tokenizer must be a local path or a Hugging Face id that can be read, got '{name}' "
-            f"({_first_line(error)}); check the path and the connection"
+            f"({one_line(error)}); check the path and the connection"
         ) from error
     except Exception as error:  # the Rust library raises bare Exception for a damaged file
         raise UnfitError(
-            f"tokenizer must load, got '{name}' ({_first_line(error)}); save one there with "
+            f"tokenizer must load, got '{name}' ({one_line(error)}); save one there with "
             "save_pretrained, or name another in `tokenizer`"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -149,7 +151,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ teacher, the baseline that learns without the teacher, the student, what is writ
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from sad.checkpoint import load_checkpoint
+from sad.checkpoint import Checkpoint
 from sad.config import DistillConfig
 from sad.distillation import build_student
 from sad.errors import OutputError, SadError, StoppedError
@@ -26,17 +27,20 @@ from sad.evaluate import ResultRow, evaluate_teacher, result_row
 from sad.header import memory_line, run_header
 from sad.log import RunLog, memory_now
 from sad.materials import Materials, gather, seed_everything
-from sad.models import load_student, quiet_transformers
+from sad.models import load_student
 from sad.plan import plan
 from sad.precision import Precision
+from sad.quiet import quiet_libraries
 from sad.report import format_results, write_report
 from sad.rundir import RunDirectory
-from sad.selfcheck import self_check
+from sad.selfcheck import check_model, self_check
 from sad.signals import StopSignals
+from sad.space import require_space
 from sad.training import MakeScheduler, Trainer
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
-"""How many texts the finished student writes for the report, and their lengths in tokens."""
+"""How many texts the finished student writes for the report, and their lengths in tokens (less if
+it knows fewer positions)."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,18 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
 def _distill(
     config: DistillConfig,
     run_dir: RunDirectory,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
 ) -> RunResult:
+    require_space(config)
     materials = gather(config)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
     if materials.teacher is not None:
+        row = materials.eval_rows.batch([0]).input_ids
+        check_model(materials.teacher.model, row, packing=config.packing)  # before it is relied on
         metrics = evaluate_teacher(materials.teacher, materials.eval_batches(config))
         results.append(result_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
 
@@ -153,7 +160,7 @@ def _train_baseline(
 def _train(
     config: DistillConfig,
     run_dir: RunDirectory,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     materials: Materials,
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
@@ -176,16 +183,16 @@ def _train(
         impl=config.impl,
     )
     trainer = Trainer(config, student, materials, precision, run_dir, make_scheduler)
-    resumed = None if checkpoint is None else load_checkpoint(checkpoint)
     with RunLog(
         run_dir.path,
         total_batches=trainer.horizon.micro_batches,
-        initial=0 if resumed is None else resumed.micro_step,
+        initial=0 if checkpoint is None else checkpoint.micro_step,
         report_to=config.report_to,
         name=name,
     ) as log:
-        if resumed is not None:
-            trainer.restore(resumed, log.warning)
+        if checkpoint is not None:
+            trainer.restore(checkpoint, log.warning)
+            checkpoint.tensors.clear()  # copied: the files need not stay mapped
         header = run_header(
             name,
             config,
@@ -197,7 +204,7 @@ def _train(
             train_rows=materials.train_rows,
             eval_rows=materials.eval_rows,
             checks=checks,
-            checkpoint=checkpoint,
+            checkpoint=None if checkpoint is None else checkpoint.path,
         )
         log.header(header)
         run_dir.write_run({"header": [list(line) for line in header]})
@@ -222,18 +229,19 @@ def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
 
     It is loaded as a user would load it: an export that cannot be used fails the run here.
     """
-    with quiet_transformers():
+    with quiet_libraries():
         model: Any = AutoModelForCausalLM.from_pretrained(final)
     model.to(materials.device).eval()
     tokenizer = materials.tokenizer
-    length = min(SAMPLE_PROMPT, materials.eval_rows.max_length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    length = int(min(SAMPLE_PROMPT, materials.eval_rows.max_length, positions // 2))
     samples = []
     for row in range(min(SAMPLES, len(materials.eval_rows))):
         prompt = materials.eval_rows.batch([row]).input_ids[:, :length].to(materials.device)
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=SAMPLE_TOKENS,
+            max_new_tokens=int(min(SAMPLE_TOKENS, positions - length)),
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )

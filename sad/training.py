@@ -27,12 +27,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sad.accumulate import GradientAccumulator
 from sad.checkpoint import Checkpoint, save_checkpoint
-from sad.config import DistillConfig, trajectory_changes
+from sad.config import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data import row_order
 from sad.distillation import StudentWithLoss
-from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from sad.errors import CheckpointError, DivergedError, StoppedError
 from sad.evaluate import evaluate_student
+from sad.identity import require_same_run
 from sad.log import RunLog, memory_now
 from sad.materials import Materials
 from sad.precision import Precision
@@ -443,33 +444,3 @@ class Clock:
 def _weights(objective: Objective) -> dict[str, float]:
     weights = {"ce": objective.ce_weight, "kd": objective.kd_weight}
     return weights | {"z": objective.z_loss} if objective.z_loss else weights
-
-
-def require_same_run(
-    old: dict[str, Any], new: dict[str, Any], config: DistillConfig, warn: Callable[[str], None]
-) -> bool:
-    """Refuse to resume what would not be the same run; return whether changes were allowed.
-
-    Configuration keys that decide the trajectory, the packed rows and the tokenizer must be equal;
-    versions of libraries may differ, with a warning.
-    """
-    changes = [
-        f"{key}: {before!r} -> {after!r}"
-        for key, before, after in trajectory_changes(old["config"], config)
-    ]
-    changes += [
-        f"{key}: {old[key][:12]} -> {new[key][:12]}"
-        for key in ("train_rows", "eval_rows", "tokenizer")
-        if old[key] != new[key]
-    ]
-    if changes and not config.allow_config_change:
-        raise UsageError(
-            f"a resumed run must keep what decides its course, got {'; '.join(changes)}; restore "
-            "these, or pass --allow_config_change true"
-        )
-    if changes:
-        warn(f"resuming with changes: {'; '.join(changes)}")
-    if old["versions"] != new["versions"]:
-        differing = [k for k, v in new["versions"].items() if old["versions"].get(k) != v]
-        warn(f"the run began with other versions of {', '.join(differing)}: not bit for bit")
-    return bool(changes)

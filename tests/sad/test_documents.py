@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,25 @@ class TestDatasets:
         assert asked == [("owner/name", "en", "validation")]
         with pytest.raises(UnfitError, match="must have the field 'text', got 'id', 'body'"):
             read("owner/name")
+
+    def test_training_and_held_out_text_come_from_different_splits(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One name serves both, or the student would be scored on what it was trained on."""
+        datasets = pytest.importorskip("datasets")
+
+        def load_dataset(name: str, config: str | None, *, split: str) -> Any:
+            if split not in ("train", "validation"):
+                raise ValueError(f"Unknown split {split!r}")
+            return datasets.Dataset.from_dict({"text": [split]})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        config = DataConfig(train=("owner/name",), eval=("owner/name",))
+        assert [d.text for d in read_documents(config, "train")] == ["train"]
+        assert [d.text for d in read_documents(config, "eval")] == ["validation"]
+        other = replace(config, dataset_eval_split="test")
+        with pytest.raises(UsageError, match=r"Unknown split 'test'.* data\.dataset_eval_split"):
+            list(read_documents(other, "eval"))
 
     def test_an_unreachable_hub_is_one_clear_line(self) -> None:
         pytest.importorskip("datasets")

@@ -227,12 +227,28 @@ def test_free_bytes_asks_the_file_system_of_the_nearest_existing_parent(
 ) -> None:
     usage = {tmp_path: 123, tmp_path / "a": 456}
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, usage[path])
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 0, usage[path])
     )
     assert files.free_bytes(tmp_path) == 123
     assert files.free_bytes(tmp_path / "not" / "yet") == 123
     (tmp_path / "a").mkdir()
     assert files.free_bytes(tmp_path / "a" / "run") == 456
+
+
+def test_a_file_system_that_does_not_tell_its_size_is_not_a_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    assert files.free_bytes(tmp_path) is None
+
+
+def test_tree_bytes_adds_up_files_at_every_depth(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for path, size in ((tmp_path / "x", 3), (tmp_path / "a" / "y", 20), (tmp_path / "a/b/z", 100)):
+        path.write_bytes(bytes(size))
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "gone")
+    assert files.tree_bytes(tmp_path) == 123 + len(str(tmp_path / "gone"))
+    assert files.tree_bytes(tmp_path / "absent") == 0
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])

@@ -222,13 +222,25 @@ def test_an_attention_that_does_not_exist(saved: str) -> None:
         load_student(config_for(saved, attn_implementation="guessing"))
 
 
-def test_an_attention_that_the_family_does_not_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "chosen"), [("gemma2", "eager"), ("bloom", "eager"), ("llama", "sdpa")]
+)
+def test_by_default_each_family_has_the_attention_that_suits_it(
+    family: str, chosen: str, tmp_path: Path
+) -> None:
     """Gemma 2 caps its attention's scores, which the sdpa of torch cannot."""
+    tiny_family(family).save_pretrained(tmp_path)
+    config = config_for(str(tmp_path))
+    random = config_for(str(tmp_path), student_init="random")
+    for model in (load_teacher(config), load_student(config), load_student(random)):
+        assert model.config._attn_implementation == chosen
+
+
+def test_an_attention_that_the_family_does_not_have(tmp_path: Path) -> None:
     tiny_family("gemma2").save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="got sdpa; set attn_implementation: eager") as caught:
-        load_teacher(config_for(str(tmp_path)))
+    with pytest.raises(UsageError, match="got sdpa; leave the key out") as caught:
+        load_teacher(config_for(str(tmp_path), attn_implementation="sdpa"))
     assert "\n" not in str(caught.value)
-    assert load_teacher(config_for(str(tmp_path), attn_implementation="eager"))
 
 
 def test_an_attention_that_is_not_installed(saved: str) -> None:

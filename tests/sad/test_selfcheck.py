@@ -71,7 +71,42 @@ def test_a_row_is_never_longer_than_the_models_positions() -> None:
     self_check(model, None, ids, objective, valid_vocab=500, packing=True)
 
 
+def test_computed_positions_may_exceed_what_the_model_was_made_for() -> None:
+    ids = IDS[:, :8].repeat(1, 8)
+    assert check_model(tiny_llama(max_position_embeddings=32), ids, packing=True)
+
+
 # What it refuses
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj"])
+def test_rows_longer_than_a_table_of_positions_are_refused(family: str) -> None:
+    model = tiny_family(family)  # with 128 positions
+    ids = (IDS % 100 + 3).reshape(1, -1).repeat(1, 2)[:, :150]
+    with pytest.raises(UnfitError, match=r"max_length must be at most .* 128\), got 150") as caught:
+        check_model(model, ids, packing=False)
+    assert "\n" not in str(caught.value)
+    assert check_model(model, ids[:, :128], packing=False)
+
+
+def test_running_out_of_memory_on_a_long_row_is_not_the_models_fault() -> None:
+    model = tiny_llama(max_position_embeddings=8)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate ...")
+
+    model.model.layers[0].forward = full
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        check_model(model, IDS, packing=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_called_by_their_name(value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = value
+    with pytest.raises(UnfitError, match="must give finite hidden states"):
+        run(model, None, Objective(ce_weight=1, kd_weight=0))
 
 
 def alter_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

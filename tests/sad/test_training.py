@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_llama, write_texts
+from faulty_disk import tree
+from tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
 from torch import Tensor
 
+import sad.checkpoint
 from sad import files
 from sad.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sad.config import DistillConfig
 from sad.data import Batch
 from sad.distillation import build_student
-from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from sad.errors import CheckpointError, DivergedError, StoppedError, UnfitError, UsageError
+from sad.evaluate import evaluate_run
 from sad.log import RunLog, read_log
 from sad.materials import Materials, gather, seed_everything
 from sad.models import load_student
@@ -294,11 +298,107 @@ def test_a_changed_trajectory_is_refused(make_config: Callable[..., Any]) -> Non
     config = make_config(max_steps=1)
     distill(config)
     other = replace(config, learning_rate=0.5, resume_from_checkpoint="auto")
+    before = files_of(config)
     with pytest.raises(UsageError, match=r"learning_rate: 0.01 -> 0.5"):
         distill(other)
+    assert files_of(config) == before, "a finished run must not look failed for being left alone"
     cadence = replace(config, logging_steps=7, resume_from_checkpoint="auto")
     distill(cadence)
     distill(replace(other, allow_config_change=True))
+
+
+def files_of(config: DistillConfig) -> dict[str, bytes | None]:
+    return tree(Path(config.output_dir))
+
+
+def test_a_resumption_computes_each_hash_once(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(max_steps=1)
+    distill(config)
+    verified: list[str] = []
+    verify = sad.checkpoint._verify_hash
+
+    def counting(path: Path, expected: str) -> None:
+        verified.append(path.name)
+        verify(path, expected)
+
+    monkeypatch.setattr(sad.checkpoint, "_verify_hash", counting)
+    monkeypatch.setattr(Trainer, "save", lambda *_, **__: None)  # it would read what is there
+    for wanted in ("auto", f"{config.output_dir}/checkpoints/batch-000000004"):
+        verified.clear()
+        distill(replace(config, resume_from_checkpoint=wanted))
+        assert len(verified) == len(set(verified)) > 5
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_misspelt_model_is_called_by_its_key(make_config: Callable[..., Any], role: str) -> None:
+    """Its tokenizer is missing as well, but `tokenizer` is no key that anybody has set."""
+    with pytest.raises(UsageError, match=rf"^{role} must be .* got absent/{role}"):
+        gather(replace(make_config(), **{role: f"absent/{role}"}))
+
+
+def test_a_run_that_failed_before_it_trained_may_be_repeated(
+    make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = make_config(max_steps=1)
+    with pytest.raises(UsageError, match=r"^student must be .* got absent/student"):
+        distill(replace(config, student="absent/student"))
+    assert RunDirectory(config.output_dir).read_status()["code"] == 2
+    distill(config)
+    with pytest.raises(UsageError, match="holds another run"):
+        distill(config)
+
+
+def test_status_keeps_naming_the_last_good_checkpoint(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(save_steps=1, num_train_epochs=3)
+    micro_batch = Trainer.micro_batch
+
+    def failing(self: Trainer) -> bool:
+        if self.counters.micro_step == 6:
+            raise RuntimeError("broken")
+        return micro_batch(self)
+
+    monkeypatch.setattr(Trainer, "micro_batch", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        distill(config)
+    status = RunDirectory(config.output_dir).read_status()
+    assert (status["state"], status["code"]) == ("failed", 1)
+    newest = latest_checkpoint(config.output_dir)
+    assert newest is not None and status["checkpoint"] == newest.name
+
+
+def test_an_unfit_teacher_is_refused_before_it_is_scored(
+    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of 16 positions, rows of 32: scoring would fail with an IndexError."""
+    teacher = save_tiny(tmp_path / "short", tiny_gpt2(n_positions=16))
+    with pytest.raises(UnfitError, match="max_length must be at most"):
+        distill(make_config(teacher=teacher, packing=False))
+
+
+@pytest.mark.parametrize("positions", [32, 70])
+def test_samples_stay_within_the_students_positions(
+    make_config: Callable[..., Any], tmp_path: Path, positions: int
+) -> None:
+    """32 are as many as a row has, 70 end between the prompt's 48 and the text's 64 more."""
+    student = save_tiny(tmp_path / "short", tiny_gpt2(n_positions=positions))
+    config = make_config(student=student, max_steps=1, max_length=min(positions, 64))
+    run = RunDirectory(distill(config).run_dir).read_run()
+    assert len(run["samples"]) == 2 and all(sample["text"] for sample in run["samples"])
+
+
+def test_a_student_is_scored_again_without_the_one_it_came_from(
+    make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    student = save_tiny(tmp_path / "student", tiny_llama(seed=2))
+    result = distill(make_config(student=student, max_steps=1))
+    shutil.rmtree(student)
+    teacher, best = evaluate_run(result.run_dir)
+    assert best["nll"] == pytest.approx(result.results[-1]["nll"], rel=1e-12)
+    assert teacher == result.results[0]
 
 
 def test_an_allowed_change_takes_effect(make_config: Callable[..., Any]) -> None:
