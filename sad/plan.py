@@ -20,7 +20,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, HEAD_ROWS
+from sad_kernels._dispatch import HAS_TRITON, TRITON_DEVICES
+from sad_kernels._tiles import (
+    DEFAULT_CHUNK_BYTES,
+    HEAD_ROWS,
+    TRITON_CHUNK_BYTES,
+    chunk_rows,
+    pitch,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
@@ -150,7 +157,8 @@ def _forward_items(
     tokens = _tokens(config)
     head = output_embedding(student)
     heads = [head] if teacher is None else [head, output_embedding(teacher)]
-    tiles = ("loss: tiles of logits", _tile_bytes(config, heads))
+    chunked = HAS_TRITON and device.type in TRITON_DEVICES
+    tiles = ("loss: tiles of logits", (_slab_bytes if chunked else _tile_bytes)(config, heads))
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
     if config.gradient_checkpointing:
@@ -168,7 +176,19 @@ def _forward_items(
         ("loss: hidden states and their gradient", tokens * width * FP32),
         ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
+    if chunked:
+        items.append(("loss: fp32 sum of that gradient", FP32 * head.weight.numel()))
     return items
+
+
+def _slab_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:
+    """The Triton path's chunks of rows: fp32 logits of each side, and the student's gradient."""
+    budget = TRITON_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
+    vocab, tokens = heads[0].out_features, _tokens(config)
+    itemsize = compute_dtype(config).itemsize
+    rows = chunk_rows(vocab, len(heads), itemsize, budget)
+    slabs = FP32 * len(heads) * min(rows.forward, tokens)
+    return pitch(vocab) * (slabs + itemsize * min(rows.gradient, tokens))
 
 
 def _tile_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:

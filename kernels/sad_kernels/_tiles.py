@@ -17,6 +17,12 @@ TRITON_CHUNK_BYTES = 1 << 30
 """Of the ``linear_*`` functions with ``impl="triton"``. With a dense teacher, V = 128256 and bf16:
 512 rows per forward product and 2048 per gradient product."""
 
+GRADIENT_BLOCKS = 4
+"""Forward products per gradient product. Those that give N x V numbers are efficient from about 512
+rows on; those that sum over rows want more, since each reads and writes all of dweight."""
+
+PITCH = 64  # a slab's rows are this many columns apart, or a multiple: 16-byte loads whatever V
+
 HEAD_ROWS = 1024  # more rows share one slice of the weight than pay off beyond this
 NARROW = 128  # columns; with fewer, a tile has fewer rows instead
 LOGIT_COLUMNS = 16384  # below torch's threshold for splitting one row's sum between threads, so
@@ -55,6 +61,25 @@ def head_tiles(
         share = unit * (math.sqrt(1 + numbers / unit) - 1)
         rows = max(1, min(rows, int(share / per_row)))
     return TileShape(rows, max(1, min(vocab, columns(rows))))
+
+
+class ChunkRows(NamedTuple):
+    """Rows of a forward product and of a gradient product."""
+
+    forward: int
+    gradient: int
+
+
+def chunk_rows(vocab: int, sides: int, itemsize: int, chunk_bytes: int) -> ChunkRows:
+    """As many rows as fit, at least one: ``pitch (4 sides forward + itemsize gradient)`` bytes."""
+    rows = max(1, chunk_bytes // (pitch(vocab) * (4 * sides + itemsize * GRADIENT_BLOCKS)))
+    if rows >= 128:
+        rows -= rows % 128  # whole tiles of a matrix product
+    return ChunkRows(rows, GRADIENT_BLOCKS * rows)
+
+
+def pitch(vocab: int) -> int:
+    return -(-vocab // PITCH) * PITCH
 
 
 def cut(length: int, at_most: int) -> list[slice]:

@@ -24,17 +24,11 @@ import torch
 from torch import Tensor
 
 from sad_kernels._task import Task
-from sad_kernels._tiles import TRITON_CHUNK_BYTES, cut
+from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, pitch
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times
 from sad_kernels._triton.launch import Logits, TopK
 from sad_kernels._triton.rows import PARTS
-
-GRADIENT_BLOCKS = 4
-"""Forward blocks per gradient chunk. Products that give N x V numbers are efficient from about 512
-rows on; those that sum over rows want more, since each reads and writes all of dweight."""
-
-PITCH = 64  # a slab's rows are this many columns apart, or a multiple: 16-byte loads whatever V
 
 
 @dataclass(frozen=True)
@@ -72,22 +66,6 @@ class Result(NamedTuple):
     dbias: Tensor  # [>= V]
 
 
-class Sizes(NamedTuple):
-    """Rows of a forward block and of a gradient chunk."""
-
-    forward: int
-    gradient: int
-
-
-def choose_sizes(vocab: int, sides: int, itemsize: int, chunk_bytes: int) -> Sizes:
-    """As many rows as fit: ``pitch (4 sides C_f + itemsize C_g) <= chunk_bytes``, at least one."""
-    per_row = _pitch(vocab) * (4 * sides + itemsize * GRADIENT_BLOCKS)
-    rows = max(1, chunk_bytes // per_row)
-    if rows >= 128:
-        rows -= rows % 128  # whole tiles of a matrix product
-    return Sizes(rows, GRADIENT_BLOCKS * rows)
-
-
 def run(
     task: Task,
     student: Side,
@@ -106,7 +84,7 @@ def run(
     want_any = upstream is not None and any(wanted)
     sides = 2 if isinstance(teacher, Side) else 1
     budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    sizes = choose_sizes(V, sides, hidden.element_size(), budget)
+    sizes = chunk_rows(V, sides, hidden.element_size(), budget)
     result = Result(
         loss=fp32.new_empty(N),
         parts=fp32.new_empty(PARTS, N),
@@ -125,9 +103,9 @@ def run(
     chunks = cut(N, sizes.gradient)
     blocks_of = [cut(chunk.stop - chunk.start, sizes.forward) for chunk in chunks]
     most = max((block.stop - block.start for blocks in blocks_of for block in blocks), default=0)
-    slabs = [fp32.new_empty(most, _pitch(V)) for _ in range(sides)]
+    slabs = [fp32.new_empty(most, pitch(V)) for _ in range(sides)]
     rows_of_g = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    g = hidden.new_empty(rows_of_g if want_any else 0, _pitch(V))
+    g = hidden.new_empty(rows_of_g if want_any else 0, pitch(V))
     for chunk, blocks in zip(chunks, blocks_of, strict=True):
         for block in blocks:
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
@@ -181,7 +159,3 @@ def _teacher_rows(
                         teacher.log_rest[rows], teacher.best[rows])  # fmt: skip
         case None:
             return None
-
-
-def _pitch(vocab: int) -> int:
-    return -(-vocab // PITCH) * PITCH
