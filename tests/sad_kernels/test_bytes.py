@@ -1,0 +1,157 @@
+"""The kernels move the fewest bytes that their algorithm allows, and reach past 2^31 elements."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sad_kernels import Objective, TeacherLogits, TeacherTopK, cross_entropy, distill_loss, kl_div
+from sad_kernels._task import Task
+from torch import Tensor
+from traffic import Traffic, counted_traffic, needs_interpreter
+
+N, V = 5, 203  # tiles and segments with a tail
+MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = needs_interpreter
+
+
+def logits(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(N, V).to(dtype)
+
+
+def backward(loss: Tensor, x: Tensor) -> tuple[Traffic, Tensor]:
+    with counted_traffic() as traffic:
+        (gradient,) = torch.autograd.grad(loss, x)
+    return traffic, gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_reads_once_then_reads_and_writes_once(dtype: torch.dtype) -> None:
+    x, y = logits(dtype).requires_grad_(), torch.randint(V, (N,))
+    with counted_traffic() as forward:
+        loss = cross_entropy(x, y, label_smoothing=0.1, z_loss=1e-3, impl="triton")
+    assert forward.read_from(x) == x.nbytes + N * x.element_size()  # and the label's logit
+    assert forward.written_to(x) == 0
+    traffic, gradient = backward(loss, x)
+    assert traffic.read_from(x) == x.nbytes
+    assert traffic.written_to(gradient) == gradient.nbytes == x.nbytes
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", *MIXTURES])
+def test_kl_reads_each_side_once_and_a_mixture_twice(divergence: str) -> None:
+    s, t = logits().requires_grad_(), logits()
+    with counted_traffic() as forward:
+        loss = kl_div(s, t, temperature=3.0, divergence=divergence, impl="triton")  # pyright: ignore
+    readings = 2 if divergence in MIXTURES else 1
+    assert forward.read_from(s) == forward.read_from(t) == readings * s.nbytes
+    traffic, gradient = backward(loss, s)
+    assert traffic.read_from(s) == traffic.read_from(t) == s.nbytes
+    assert traffic.written_to(gradient) == s.nbytes
+
+
+def test_the_joint_loss_costs_no_reading_more() -> None:
+    s, t, y = logits().requires_grad_(), logits(), torch.randint(V, (N,))
+    objective = Objective(ce_weight=0.5, label_smoothing=0.1, temperature=3.0)
+    with counted_traffic() as forward:
+        loss = distill_loss(s, y, TeacherLogits(t), objective, impl="triton").loss
+    assert forward.read_from(s) == s.nbytes + N * s.element_size()
+    assert forward.read_from(t) == t.nbytes
+    traffic, gradient = backward(loss, s)
+    assert traffic.read_from(s) == traffic.read_from(t) == s.nbytes
+    assert traffic.written_to(gradient) == s.nbytes
+
+
+def test_a_top_k_teacher_costs_its_ids() -> None:
+    s, y = logits().requires_grad_(), torch.randint(V, (N,))
+    log_probs, ids = logits().log_softmax(-1).topk(4)
+    objective = Objective(ce_weight=0.5)
+    with counted_traffic() as forward:
+        loss = distill_loss(s, y, TeacherTopK(ids, log_probs), objective, impl="triton").loss
+    assert forward.read_from(s) == s.nbytes + N * (1 + 4) * s.element_size()
+    traffic, gradient = backward(loss, s)
+    assert traffic.read_from(s) == s.nbytes
+    assert traffic.written_to(gradient) == s.nbytes
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_slabs_of_a_linear_loss_are_read_twice_and_written_once(divergence: str) -> None:
+    from sad_kernels._triton import launch
+
+    s, t, y = logits(), logits(), torch.randint(V, (N,))
+    g = torch.empty(N, V, dtype=torch.bfloat16)
+    objective = Objective(ce_weight=0.5, temperature=2.0, divergence=divergence)  # pyright: ignore
+    task = Task(objective, V, -100, classes=True, diagnostics=True)
+    student, teacher = launch.Logits(s), launch.Logits(t)
+    with counted_traffic() as traffic:
+        forward = launch.forward(task, student, y, teacher)
+        launch.gradient(task, student, y, teacher, forward, torch.ones(1), g)
+    readings = 3 if divergence == "jsd" else 2
+    assert traffic.read_from(s) == readings * s.nbytes + N * s.element_size()
+    assert traffic.read_from(t) == readings * t.nbytes
+    assert traffic.written_to(g) == g.nbytes
+
+
+def test_ignored_rows_are_not_read() -> None:
+    s, t = logits().requires_grad_(), logits()
+    y = torch.tensor([-100, 3, -100, -100, 5])
+    with counted_traffic() as forward:
+        loss = distill_loss(s, y, TeacherLogits(t), Objective(ce_weight=0.5), impl="triton").loss
+    row = V * s.element_size()
+    assert forward.read_from(t) == 2 * row
+    traffic, gradient = backward(loss, s)
+    assert traffic.read_from(s) == 2 * row
+    assert traffic.written_to(gradient) == gradient.nbytes
+
+
+def test_columns_past_the_vocabulary_are_not_read() -> None:
+    s, t = logits().requires_grad_(), logits()
+    with counted_traffic() as forward:
+        loss = kl_div(s, t, valid_vocab=190, impl="triton")
+    assert forward.read_from(t) == N * 190 * t.element_size()
+    traffic, gradient = backward(loss, s)
+    assert traffic.read_from(s) == N * 190 * s.element_size()
+    assert traffic.written_to(gradient) == gradient.nbytes
+
+
+FAR_APART = """
+import torch
+from sad_kernels import Objective
+from sad_kernels._task import Task
+from sad_kernels._triton import launch
+
+def far(x):  # the same rows, 2^30 + 16 elements apart: the third starts past 2^31
+    base = torch.empty(2 * (2**30 + 16) + x.shape[1], dtype=x.dtype)
+    rows = base.as_strided(x.shape, (2**30 + 16, 1))
+    rows.copy_(x)
+    return rows
+
+def run(s, t, g):
+    task = Task(Objective(ce_weight=0.5, divergence=DIVERGENCE), 40, -100, True, True)
+    student, teacher, y = launch.Logits(s), launch.Logits(t), torch.tensor([1, 2, 3])
+    forward = launch.forward(task, student, y, teacher)
+    launch.gradient(task, student, y, teacher, forward, torch.ones(1), g)
+    return forward.loss, g
+
+s, t = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
+near = run(s, t, torch.empty(3, 40, dtype=torch.bfloat16))
+for spread in ((True, False, False), (False, True, False), (False, False, True)):
+    tensors = [far(x) if wide else x for x, wide in zip((s, t, torch.zeros_like(s)), spread)]
+    for a, b in zip(near, run(*tensors)):
+        assert torch.equal(a, b), spread
+"""
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_rows_past_two_to_the_31_elements(divergence: str) -> None:
+    """A 32-bit offset would fault or read elsewhere. https://github.com/linkedin/Liger-Kernel/pull/1248
+
+    Of each 4.3 GB only the pages that hold the three rows exist.
+    """
+    script = FAR_APART.replace("DIVERGENCE", repr(divergence))
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, check=False)
+    assert done.returncode == 0
