@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import IMPLS, SLOW, dtypes_of
 from torch import Generator, Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 IGNORE_INDEX = -100
 
 Options = dict[str, Any]
@@ -157,17 +157,37 @@ LINEAR_DISTILL_LOSS = pairwise(
 
 
 def crossed(cases: Sequence[Options]) -> list[Any]:
-    """Every case in every dtype, as pytest parameters ``(options, dtype)``.
+    """Every case in every dtype and implementation, as parameters ``(options, dtype, impl)``.
 
     A failure prints the options; the name is short. Offsets are left out in float64, where eager
-    autograd, and with it the oracle, loses as many digits as what it would judge.
+    autograd, and with it the oracle, loses as many digits as what it would judge. Interpreted
+    kernels are slow: of their cases all but a few for each dtype are marked so.
     """
-    return [
-        pytest.param(options, dtype, id=f"{i}-{str(dtype).removeprefix('torch.')}")
-        for i, options in enumerate(cases)
-        for dtype in DTYPES
-        if dtype != torch.float64 or not options["distribution"].startswith("offset")
-    ]
+    parameters = []
+    for impl in IMPLS:
+        for turn, dtype in enumerate(dtypes_of(impl)):
+            chosen = representatives(cases, turn) if impl in SLOW else range(len(cases))
+            for i, options in enumerate(cases):
+                if dtype == torch.float64 and options["distribution"].startswith("offset"):
+                    continue
+                name = f"{impl}-{i}-{str(dtype).removeprefix('torch.')}"
+                marks = () if i in chosen else pytest.mark.slow
+                parameters.append(pytest.param(options, dtype, impl, id=name, marks=marks))
+    return parameters
+
+
+def representatives(cases: Sequence[Options], turn: int) -> set[int]:
+    """Indices of a few cases that have every level of every option; other cases at every turn."""
+    start = turn * len(cases) // 3
+    order = [*range(start, len(cases)), *range(start)]  # the first of equally good ones is taken
+    levels = [{(name, str(value)) for name, value in case.items()} for case in cases]
+    missing = set().union(*levels)
+    chosen = set()
+    while missing:
+        best = max(order, key=lambda i: len(levels[i] & missing))
+        missing -= levels[best]
+        chosen.add(best)
+    return chosen
 
 
 # --- Values: float64, before they are rounded ----------------------------------------------------

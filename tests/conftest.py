@@ -60,3 +60,48 @@ def private_cache(
     cache = tmp_path_factory.getbasetemp() / "cache"
     cache.mkdir(exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted kernels cross tiles and segments of small vocabularies, as on a GPU of large."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from sad_kernels._triton import launch
+
+    def choose(kernel: str, vocab: int, tensors: int) -> launch.Tile:
+        return launch.Tile(32, 64, 1) if vocab <= 1024 else launch.Tile(1 << 16, 1 << 17, 1)
+
+    monkeypatch.setattr(launch, "choose_tile", choose)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_rounds_to_nearest() -> None:
+    """As on every GPU. Triton's interpreter truncates, which would hide a real truncation."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def exact(x: np.ndarray, source: object, target: object, rounding: object) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(x)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(x))
+
+    interpreter._convert_float = exact
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_on_the_gpu() -> Iterator[None]:
+    """With a GPU, compiled kernels take the tests' CPU tensors there: see ``on_gpu.py``."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield
+        return
+    import on_gpu
+
+    with pytest.MonkeyPatch.context() as patch:
+        on_gpu.take_cpu_tensors(patch)
+        yield

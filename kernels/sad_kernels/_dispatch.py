@@ -36,7 +36,8 @@ def resolve_impl(impl: str, *tensors: Tensor) -> Literal["triton", "torch"]:
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     device = tensors[0].device.type if tensors else "cpu"
     if impl == "auto":
-        return "triton" if HAS_TRITON and device in TRITON_DEVICES and not double else "torch"
+        compiled = HAS_TRITON and not INTERPRETED and device in TRITON_DEVICES
+        return "triton" if compiled and not double else "torch"
     if impl == "triton":
         _require_triton(device, double, any_tensor=bool(tensors))
         return "triton"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import IMPLS, assert_ema_within
-from sad_kernels import ema, ema_swap_, ema_update_, reference
+from sad_kernels import _dispatch, ema, ema_swap_, ema_update_, reference
+from sad_kernels._triton import ema as triton_ema
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,14 +35,27 @@ DECAYS = [  # both forms of the formula, their border at 1/2, and the decays peo
     0.99999,
 ]
 SIZES = [1, 31, 32, 33, 97]  # one element, and around and across blocks of 32
+GUARD = 49  # elements around a tensor: more than a block, and odd, so that it begins unaligned
 LOWS = [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF]  # where the swap's rounding turns
 
 impls = pytest.mark.parametrize("impl", IMPLS)
 
 
+def impls_and(name: str, dtypes: list[Any]) -> pytest.MarkDecorator:
+    """Every implementation with every dtype, or pair of dtypes, that it takes."""
+    cases = [
+        pytest.param(impl, each, id=f"{impl}-{each}")
+        for impl in IMPLS
+        for each in dtypes
+        if impl != "triton" or each not in (torch.float64, (torch.float64, torch.float64))
+    ]
+    return pytest.mark.parametrize(("impl", name), cases)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ema, "BLOCK", 32)
+    monkeypatch.setattr(triton_ema, "BLOCK", 32)
 
 
 def scalar(value: float) -> Tensor:
@@ -56,12 +73,19 @@ def floats(patterns: Tensor, dtype: torch.dtype) -> Tensor:
     return signed.to(ema.INTEGER_OF_SIZE[dtype.itemsize]).view(dtype)
 
 
-def inside_nan(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(buffer, view of ``values`` in its middle): a write or read outside would show."""
-    buffer = torch.full((values.numel() + 34,), torch.nan, dtype=values.dtype)
-    view = buffer[17:-17].view(values.shape)
+def surrounded(values: Tensor, by: float) -> tuple[Tensor, Tensor]:
+    """(buffer full of a number, view of ``values`` in its middle).
+
+    Not full of NaN: an update that goes too far leaves it NaN, and a swap exchanges NaN for NaN.
+    """
+    buffer = torch.full((values.numel() + 2 * GUARD,), by, dtype=values.dtype)
+    view = buffer[GUARD:-GUARD].view(values.shape)
     view.copy_(values)
     return buffer, view
+
+
+def assert_only_inside(buffer: Tensor, by: float) -> None:
+    assert (buffer[:GUARD] == by).all() and (buffer[-GUARD:] == by).all(), "wrote outside"
 
 
 # --- Update --------------------------------------------------------------------------------------
@@ -76,10 +100,9 @@ def test_hand_computed_value(impl: str, as_tensor: bool) -> None:
     assert shadow.tolist() == [1.5, -1.0]
 
 
-@impls
+@impls_and("dtypes", DTYPES)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_update_keeps_the_rule(impl: str, dtypes: tuple[torch.dtype, torch.dtype], decay: float):
     for n in SIZES:
         shadow = torch.randn(n, dtype=torch.float64).to(dtypes[0])
@@ -87,10 +110,20 @@ def test_update_keeps_the_rule(impl: str, dtypes: tuple[torch.dtype, torch.dtype
         oracle = shadow.to(torch.float64, copy=True)
         reference.ema_update_([oracle], [param.double()], decay)
         for given_decay in (decay, scalar(decay)):
-            buffer, ours = inside_nan(shadow)
+            buffer, ours = surrounded(shadow, by=7.0)
             ema_update_([ours], [param], given_decay, impl=impl)
             assert_ema_within(ours, oracle, shadow, param)
-            assert buffer.isnan().sum() == 34, "wrote outside of the tensor"
+            assert_only_inside(buffer, 7.0)
+
+
+@impls
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("decay", [0.9999, 0.99999])
+def test_the_first_step_is_rounded_once(decay: float, as_tensor: bool, impl: str) -> None:
+    """From 0 to 1 it is 1 - decay. Formed in float32 that would be off by 2e-4 and 1e-3."""
+    shadow = torch.zeros(1)
+    ema_update_([shadow], [torch.ones(1)], scalar(decay) if as_tensor else decay, impl=impl)
+    assert shadow == scalar(1 - decay).float()
 
 
 @impls
@@ -123,10 +156,9 @@ def test_many_pairs_of_any_dense_layout(impl: str) -> None:
         assert torch.equal(bits(param), param_bits) and param._version == version
 
 
-@impls
+@impls_and("dtypes", DTYPES)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("decay", [1.0, scalar(1.0)], ids=["number", "tensor"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_decay_1_keeps_every_bit(
     impl: str, dtypes: tuple[torch.dtype, torch.dtype], decay: float | Tensor
 ) -> None:
@@ -140,10 +172,9 @@ def test_decay_1_keeps_every_bit(
     assert torch.equal(bits(shadow), before)
 
 
-@impls
+@impls_and("dtypes", DTYPES)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("decay", [0.0, scalar(0.0)], ids=["number", "tensor"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_decay_0_copies(
     impl: str, dtypes: tuple[torch.dtype, torch.dtype], decay: float | Tensor
 ) -> None:
@@ -155,9 +186,10 @@ def test_decay_0_copies(
     assert torch.equal(bits(shadow), bits(param.to(dtypes[0])))
 
 
-def test_nan_decay_is_not_hidden() -> None:
+@impls
+def test_nan_decay_is_not_hidden(impl: str) -> None:
     shadow = torch.zeros(3)
-    ema_update_([shadow], [torch.ones(3)], scalar(torch.nan))
+    ema_update_([shadow], [torch.ones(3)], scalar(torch.nan), impl=impl)
     assert shadow.isnan().all()
 
 
@@ -178,14 +210,16 @@ def test_shadow_stays_between_old_and_new(s: float, p: float, decay: float, impl
 
 @impls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_1000_steps_follow_float64(impl: str, dtype: torch.dtype) -> None:
+def test_many_steps_follow_float64(impl: str, dtype: torch.dtype) -> None:
     """https://github.com/d8ahazard/sd_dreambooth_extension/pull/1415: a bf16 shadow never moves."""
+    steps = 200 if impl == "triton" else 1000  # an interpreted launch takes 5 ms
+    decay = 1 - 0.1 / steps
     start = torch.randn(512)
     param = (start + 1).to(dtype)
     shadow, exact = start.clone(), start.double()
-    for _ in range(1000):
-        ema_update_([shadow], [param], scalar(0.9999), impl=impl)
-        exact = 0.9999 * exact + (1 - 0.9999) * param.double()
+    for _ in range(steps):
+        ema_update_([shadow], [param], scalar(decay), impl=impl)
+        exact = decay * exact + (1 - decay) * param.double()
     displacement = (exact - start.double()).abs()
     assert displacement.min() > 0.05
     assert ((shadow.double() - exact).abs() <= 1e-3 * displacement).all()
@@ -210,14 +244,19 @@ class Watch(TorchDispatchMode):
 
 
 @impls
-@pytest.mark.usefixtures("small_blocks")
-def test_no_host_read_and_no_large_temporary(impl: str) -> None:
+def test_no_host_read_and_no_large_temporary(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a host read waits for the device; a whole-model temporary would double the EMA."""
+    monkeypatch.setattr(ema, "BLOCK", 32)
+    monkeypatch.setattr(ema, "update_op", ema._update)  # inside an operator the watch sees nothing
+    monkeypatch.setattr(ema, "swap_op", ema._swap)
+    for kernel in ("_update_kernel", "_swap_kernel"):  # what the interpreter does is not ours
+        monkeypatch.setattr(triton_ema, kernel, defaultdict(lambda: lambda *args, **options: None))
     pairs = [(torch.randn(1000), torch.randn(1000).to(dtype)) for dtype in (torch.float32,) * 2]
     pairs.append((torch.randn(1000), torch.randn(1000).bfloat16()))
     shadows, params = map(list, zip(*pairs, strict=True))
     with Watch() as watch:
         ema_update_(shadows, params, scalar(0.5), impl=impl)
+        ema_update_(shadows, params, 0.5, impl=impl)
         ema_swap_(shadows, params, impl=impl)
     assert watch.host_reads == []
     assert 0 < watch.largest <= ema.BLOCK
@@ -233,11 +272,8 @@ def test_the_watch_sees_host_reads_and_allocations() -> None:
 # --- Swap ----------------------------------------------------------------------------------------
 
 
-@impls
+@impls_and("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
-)
 def test_equal_dtypes_are_exchanged(impl: str, dtype: torch.dtype) -> None:
     patterns = torch.randint(-(2**63), 2**63 - 1, (64,))  # NaNs with payloads among them
     s = patterns.view(dtype)[:97].clone()
@@ -321,6 +357,20 @@ def test_nan_shadows_stay_nan(impl: str, pattern: int) -> None:
 
 @impls
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swap_stays_inside(dtype: torch.dtype, n: int, impl: str) -> None:
+    shadow, param = torch.randn(n), torch.randn(n).to(dtype)
+    (s_buffer, s), (p_buffer, p) = surrounded(shadow, by=7.0), surrounded(param, by=3.0)
+    ema_swap_([s], [p], impl=impl)
+    reference.ema_swap_([shadow], [param])
+    assert torch.equal(bits(s), bits(shadow)) and torch.equal(bits(p), bits(param))
+    assert_only_inside(s_buffer, 7.0)
+    assert_only_inside(p_buffer, 3.0)
+
+
+@impls
+@pytest.mark.usefixtures("small_blocks")
 def test_swap_of_permuted_parameters(impl: str) -> None:
     param = torch.nn.Parameter(torch.randn(7, 9, dtype=torch.bfloat16).T)
     shadow = torch.empty_like(param, dtype=torch.float32, requires_grad=False).normal_()
@@ -343,6 +393,12 @@ BAD_PAIRS = {
     "device": (torch.zeros(4), torch.ones(4, device="meta"), ValueError, "one device"),
     "no tensor": (torch.zeros(4), [1.0] * 4, TypeError, "must be a tensor"),
     "strides": (torch.zeros(2, 3), torch.ones(3, 2).T, ValueError, "dense with equal strides"),
+    "strides of the shadow": (
+        torch.zeros(3, 2).T,
+        torch.ones(2, 3),
+        ValueError,
+        "dense with equal strides",
+    ),
     "holes": (torch.zeros(8)[::2], torch.ones(8)[::2], ValueError, "dense with equal strides"),
     "expanded": (
         torch.zeros(1).expand(4),
@@ -357,22 +413,26 @@ BAD_PAIRS = {
 }
 
 
+@impls
 @pytest.mark.parametrize("function", ["update", "swap"])
 @pytest.mark.parametrize("name", BAD_PAIRS)
-def test_bad_pairs_are_refused_before_anything_is_written(name: str, function: str) -> None:
+def test_bad_pairs_are_refused_before_anything_is_written(
+    name: str, function: str, impl: str
+) -> None:
     shadow, param, error, message = BAD_PAIRS[name]
     good_shadow, good_param = GOOD
     with pytest.raises(error, match=message):
         if function == "update":
-            ema_update_([good_shadow, shadow], [good_param, param], 0.5)
+            ema_update_([good_shadow, shadow], [good_param, param], 0.5, impl=impl)
         else:
-            ema_swap_([good_shadow, shadow], [good_param, param])
+            ema_swap_([good_shadow, shadow], [good_param, param], impl=impl)
     assert good_shadow.tolist() == [0.0] * 4 and good_param.tolist() == [1.0] * 4
 
 
-def test_neighbours_in_one_buffer_are_not_overlapping() -> None:
+@impls
+def test_neighbours_in_one_buffer_are_not_overlapping(impl: str) -> None:
     flat = torch.tensor([0.0, 0.0, 4.0, 8.0])
-    ema_update_([flat[:2]], [flat[2:]], 0.5)
+    ema_update_([flat[:2]], [flat[2:]], 0.5, impl=impl)
     assert flat.tolist() == [2.0, 4.0, 4.0, 8.0]
 
 
@@ -404,19 +464,35 @@ def test_bad_decay_is_refused(decay, error: type[Exception]) -> None:
         ema_update_([torch.zeros(1)], [torch.ones(1)], decay)
 
 
+BOTH = (ema_swap_, partial(ema_update_, decay=0.5))
+
+
 @pytest.mark.parametrize("pairs", [0, 1])
-def test_impl_is_met_or_refused(pairs: int) -> None:
+@pytest.mark.parametrize("call", BOTH, ids=["swap", "update"])
+def test_impl_is_met_or_refused(
+    call: Callable[..., None], pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shadows, params = [torch.zeros(1)] * pairs, [torch.ones(1)] * pairs
-    for call in (ema_swap_, partial(ema_update_, decay=0.5)):
-        with pytest.raises(ValueError, match="impl must be one of"):
-            call(shadows, params, impl="cuda")
-        with pytest.raises(NotImplementedError):
-            call(shadows, params, impl="triton")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        call(shadows, params, impl="cuda")
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
+    with pytest.raises(ModuleNotFoundError, match="triton"):
+        call(shadows, params, impl="triton")
     assert [shadow.tolist() for shadow in shadows] == [[0.0]] * pairs
 
 
-def test_nothing_to_do() -> None:
-    ema_update_([], [], 0.5)
-    ema_swap_([], [])
-    ema_update_([torch.zeros(0)], [torch.zeros(0)], 0.5)
-    ema_swap_([torch.zeros(0, 3)], [torch.zeros(0, 3, dtype=torch.bfloat16)])
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_triton_refuses_float64(decay: float) -> None:
+    good, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    for call in (ema_swap_, partial(ema_update_, decay=decay)):
+        with pytest.raises(TypeError, match="impl='torch' for float64"):
+            call([good, double], [torch.ones(1), double + 1], impl="triton")
+        assert good == 0 and double == 0
+
+
+@impls
+def test_nothing_to_do(impl: str) -> None:
+    ema_update_([], [], 0.5, impl=impl)
+    ema_swap_([], [], impl=impl)
+    ema_update_([torch.zeros(0)], [torch.zeros(0)], 0.5, impl=impl)
+    ema_swap_([torch.zeros(0, 3)], [torch.zeros(0, 3, dtype=torch.bfloat16)], impl=impl)

@@ -2,8 +2,8 @@
 
 A program works on one block of at most ``BLOCK`` elements of one pair. Where the block lies stands
 in a table on the device, one row of int64 per program: the address of its shadows, the address of
-its parameters, the number of its elements. Every offset is thus added on the host, in Python's
-integers, and a table takes 24 bytes per ``BLOCK`` elements. The decay is read from device memory,
+its parameters, the number of its elements. Offsets are thus added once, on the host and in 64
+bits, and a table takes 24 bytes per ``BLOCK`` elements. The decay is read from device memory,
 so that new values and new tensors never compile a kernel anew.
 
 An address that is loaded carries no alignment: accesses would be as narrow as one element. Where
@@ -28,8 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from sad_kernels._dispatch import INTERPRETED
+from triton import knobs
 
 if TYPE_CHECKING:
     from sad_kernels.ema import Extent
@@ -113,7 +112,7 @@ def _exchanged(s, p, PLAIN: tl.constexpr):
         low = s & 0xFFFF
         up = low >> 15  # 1 from 0x8000 on
         rounded = _turned((s >> 16) & 0xFFFF, up)
-        residue = _turned(p.to(tl.int32) & 0xFFFF, up)
+        residue = _turned(p.to(tl.int32) & 0xFFFF, -up)
         return (residue << 16) | low, rounded.to(tl.int16)
 
 
@@ -219,7 +218,7 @@ def _is_aligned(extent: Extent) -> bool:
 def _table(extents: list[Extent], block: int) -> Tensor:
     """[programs, 3] int64 on the extents' device."""
     device = extents[0].device
-    if INTERPRETED and device.type != "cpu":
+    if knobs.runtime.interpret and device.type != "cpu":
         raise ValueError(
             f"tensors must be on the CPU while TRITON_INTERPRET is set, got {device}; "
             "unset it, or pass impl='torch'"
