@@ -178,10 +178,11 @@ class TeacherTopK:
     """A sparse teacher: K token ids per row, distinct within it, and their log-probabilities.
 
     ``log_probs`` are full-vocabulary log-probabilities at the objective's temperature; -inf marks
-    padding, whose id may be anything. A row with another id outside the vocabulary, or with one that
-    occurs twice, gets a loss of NaN and leaves the other rows alone. With ``tail="bucket"`` the rest of the mass is one further outcome on both sides; with
-    ``tail="zero"`` the teacher is renormalised over its K ids and the rest has probability 0
-    (biased, and infinite for ``reverse_kl``).
+    padding, whose id may be anything. A row with another id outside the vocabulary, or with one
+    that occurs twice, gets a loss of NaN and leaves the other rows alone. With ``tail="bucket"``
+    the rest of the mass is one further outcome on both sides; with ``tail="zero"`` the teacher is
+    renormalised over its K ids and the rest has probability 0 (biased, and infinite for
+    ``reverse_kl``).
     """
 
     ids: Tensor  # [..., K]

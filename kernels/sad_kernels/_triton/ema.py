@@ -15,12 +15,8 @@ size, so that replaced storage gets a new table and the same storage does not. A
 to the device without waiting for it, which a CUDA graph cannot capture: call once before capture.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# (kernels are not called as the functions that define them; device functions seem not to return)
-
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+
+from sad_kernels._triton.launch import on_device
 
 if TYPE_CHECKING:
     from sad_kernels.ema import Extent
@@ -144,7 +142,7 @@ def _block(table_ptr, SHADOW: tl.constexpr, PARAM: tl.constexpr, ALIGNED: tl.con
 def update(extents: tuple[Extent, ...], decay: Tensor) -> None:
     """Launch the update of these pairs, whose tensors the caller keeps alive and has checked."""
     for launch in _plan_of(extents):
-        with _on(launch.device):
+        with on_device(launch.device):
             _update_kernel[(len(launch.table),)](
                 launch.table,
                 _coefficients(decay, launch.device),
@@ -159,7 +157,7 @@ def update(extents: tuple[Extent, ...], decay: Tensor) -> None:
 def swap(extents: tuple[Extent, ...]) -> None:
     """Launch the swap of these pairs, whose tensors the caller keeps alive and has checked."""
     for launch in _plan_of(extents):
-        with _on(launch.device):
+        with on_device(launch.device):
             _swap_kernel[(len(launch.table),)](
                 launch.table,
                 SHADOW=INTEGERS[launch.shadow_dtype],
@@ -246,8 +244,3 @@ def _signed(address: int) -> int:
 
 def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -34,6 +34,9 @@ DIVERGENCES: dict[Divergence, int] = {
 }
 
 
+HEATS = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
+
+
 class Tile(NamedTuple):
     """Columns at a time, the columns of one program (a multiple), and its warps."""
 
@@ -144,7 +147,7 @@ def forward(
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, partials)
     y = partials if labels is None else labels.contiguous()
-    with _on(x):
+    with on_device(x.device):
         rows.statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments,
             ids, bounds, K, num_bounds, y, task.ignore_index, partials, N, V, numbers[0],
@@ -169,7 +172,7 @@ def forward(
             **flags, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
-    with _on(x):
+    with on_device(x.device):
         if mixture:
             merge(final=False)
             terms = _terms(task, student, dense, y, result.saved, flags)
@@ -219,7 +222,7 @@ def gradient(
     y = saved.saved if labels is None else labels.contiguous()
     width = out.shape[1]
     flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
-    with _on(student.x):
+    with on_device(student.x.device):
         rows.gradient_kernel[(N, triton.cdiv(width, shape.segment))](
             *student.arguments, *dense.arguments,
             ids, bounds, saved.inside, saved.outside, K, num_bounds, y, task.ignore_index,
@@ -250,7 +253,7 @@ def _teacher(
         kind = rows.TOP_K
     objective = task.objective
     flags: dict[str, object] = {
-        "HEAT": {1: tile.ONE, 2: tile.TWO}.get(objective.temperature, tile.ANY).value,
+        "HEAT": HEATS.get(objective.temperature, tile.ANY.value),
         "DIVERGENCE": DIVERGENCES[objective.divergence],
         "TEACHER": kind.value,
         "HAS_LABELS": labels is not None,
@@ -268,8 +271,6 @@ def _ids(
     return top_k.ids, bounds, top_k.ids.shape[1], bounds.shape[1]
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever the tensors say."""
-    if x.device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(x.device).device(x.device)
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -120,11 +120,12 @@ def linear_loss(
     upstream, factor = unit_scale(task.objective, 1 / items.float(), hidden.dtype, scale)
     wanted = Wanted(want_hidden, want_weight, want_bias)
     result = _run(task, student, labels, teacher, wanted, upstream[None], chunk_bytes)
-    gradients = [result.dhidden, result.dweight, result.dbias]
+    dhidden, dweight, dbias = result.dhidden, result.dweight, result.dbias
     if hidden.dtype != torch.float16:
-        leaves = hidden, weight, result.dbias if bias is None else bias
-        gradients = [g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True)]
-    return result.loss.sum() / items, result.loss, result.parts, *gradients, factor
+        dhidden, dweight = dhidden.to(hidden.dtype), dweight.to(weight.dtype)
+        dbias = dbias if bias is None else dbias.to(bias.dtype)
+    loss = result.loss.sum() / items
+    return loss, result.loss, result.parts, dhidden, dweight, dbias, factor
 
 
 @linear_loss.register_fake
@@ -222,11 +223,11 @@ def linear_rows_gradient(
     upstream, factor = unit_scale(task.objective, upstream.float(), hidden.dtype, scale)
     wanted = Wanted(want_hidden, want_weight, want_bias)
     result = _run(task, student, labels, teacher, wanted, upstream, chunk_bytes)
-    leaves = hidden, weight, hidden if bias is None else bias
-    gradients = result.dhidden, result.dweight, result.dbias
+    dhidden, dweight, dbias = result.dhidden, result.dweight, result.dbias
     if hidden.dtype == torch.float16:
-        gradients = [gradient * factor for gradient in gradients]
-    return tuple(g.to(leaf.dtype) for g, leaf in zip(gradients, leaves, strict=True))
+        dhidden, dweight, dbias = dhidden * factor, dweight * factor, dbias * factor
+    dbias = dbias.to(hidden.dtype if bias is None else bias.dtype)
+    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias
 
 
 @linear_rows_gradient.register_fake

@@ -110,7 +110,8 @@ def row_losses(
         temperature, scale_t2, divergence, beta,
     )  # fmt: skip
     other = _teacher(teacher, ids, log_probs, tail, vocab)
-    return tuple(launch.forward(task, columns_adjacent(student, softcap), labels, other))
+    result = launch.forward(task, columns_adjacent(student, softcap), labels, other)
+    return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
 @row_losses.register_fake
