@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 assert "triton" not in sys.modules, "triton was imported before its mode could be chosen"
 
@@ -24,7 +25,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
-if not torch.cuda.is_available():
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
@@ -69,7 +71,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from sad_kernels._triton import launch
 
-    def choose(kernel: str, vocab: int, tensors: int) -> launch.Tile:
+    def choose(kernel: str, vocab: int, pressure: int) -> launch.Tile:
         return launch.Tile(32, 64, 1) if vocab <= 1024 else launch.Tile(1 << 16, 1 << 17, 1)
 
     monkeypatch.setattr(launch, "choose_tile", choose)
@@ -97,7 +99,7 @@ def bfloat16_rounds_to_nearest() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def kernels_on_the_gpu() -> Iterator[None]:
     """With a GPU, compiled kernels take the tests' CPU tensors there: see ``on_gpu.py``."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
         yield
         return
     import on_gpu

@@ -39,10 +39,10 @@ from typing import Any
 import sad_kernels
 import torch
 from sad_kernels import DistillOutput, Objective, reference
-from sad_kernels._dispatch import INTERPRETED
+from sad_kernels._dispatch import HAS_TRITON, INTERPRETED
 from torch import Tensor
 
-IMPLS = ("torch", "triton")
+IMPLS = ("torch", "triton") if HAS_TRITON else ("torch",)
 """The implementations under test. Every test of ``sad_kernels`` runs once for each."""
 
 ALL = ("reference", *IMPLS)
@@ -335,8 +335,8 @@ def rounding_of_products(problem: Problem) -> Outputs:
     ``g``, of which every number is off by ``u |g|`` at most, ``u`` the unit roundoff. So a number
     of ``g^T h`` is off by ``u sum |g h|`` at most, and since the roundings do not know of each
     other, by no more than twice ``u sqrt(sum (g h)^2)`` in practice; likewise ``g W`` and the
-    column sums of g. A row that cancels has a bound of its own, and a second rounding, of a sum or of the
-    logits, still shows.
+    column sums of g. A row that cancels has a bound of its own, and a second rounding, of a sum or
+    of the logits, still shows.
     """
     hidden = problem.leaves.get("hidden")
     if hidden is None or hidden.dtype.itemsize != 2:

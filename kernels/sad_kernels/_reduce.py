@@ -16,7 +16,7 @@ class Leading:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.order = sorted(range(x.ndim - 1), key=lambda dim: -x.stride(dim))
+        self.order = _by_falling_stride(x)
         self.shape = [x.shape[dim] for dim in self.order]
 
     def rows(self, x: Tensor) -> Tensor:  # [..., K] -> [N, K]
@@ -28,6 +28,17 @@ class Leading:
     def restore(self, rows: Tensor) -> Tensor:  # [N] -> [...]
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return rows.reshape(self.shape).permute(inverse)
+
+
+def _by_falling_stride(x: Tensor) -> list[int]:
+    """The leading dimensions, by insertion: torch.compile cannot sort by unknown strides."""
+    order: list[int] = []
+    for dim in range(x.ndim - 1):
+        at = len(order)
+        while at > 0 and x.stride(order[at - 1]) < x.stride(dim):
+            at -= 1
+        order.insert(at, dim)
+    return order
 
 
 def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor:  # x: [..., K]

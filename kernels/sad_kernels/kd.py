@@ -39,7 +39,14 @@ from sad_kernels._reduce import Leading, count_valid, distill_output, divisor, r
 from sad_kernels._task import RowResults, Task
 from sad_kernels._tiles import logit_tiles
 from sad_kernels._torch import Side, row_losses, teacher_side
-from sad_kernels.objective import DistillOutput, Divergence, Objective, Teacher, TeacherLogits
+from sad_kernels.objective import (
+    DistillOutput,
+    Divergence,
+    Objective,
+    Teacher,
+    TeacherLogits,
+    dense_tensors,
+)
 
 if HAS_TRITON:
     from sad_kernels._triton.logits import losses_of_logits
@@ -144,7 +151,7 @@ def distill_loss(
     task = Task(objective, vocab, ignore_index, classes=True, diagnostics=True)
     leading = Leading(student_logits)
     y = leading.flat(labels)
-    impl = resolve_impl(impl, student_logits, labels)
+    impl = resolve_impl(impl, student_logits, labels, *dense_tensors(teacher))
     rows = _rows(task, student_logits, y, teacher, leading, impl)
     num_tokens = count_valid(y, ignore_index, student_logits)
     loss = rows.loss.sum() / divisor(num_tokens, num_items)

@@ -57,6 +57,7 @@ from sad_kernels.objective import (
     Head,
     Objective,
     Teacher,
+    dense_tensors,
 )
 
 if HAS_TRITON:
@@ -172,7 +173,7 @@ def _prepare(
     _check.require_int("ignore_index", ignore_index)
     _check.require_chunk_bytes(chunk_bytes)
     vocab = _check.common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
-    impl = resolve_impl(impl, hidden, head.weight, labels)
+    impl = resolve_impl(impl, hidden, head.weight, labels, *dense_tensors(teacher))
     leading = Leading(hidden)
     y = leading.flat(labels)
     assert y is not None

@@ -207,6 +207,17 @@ class TeacherTopK:
 Teacher = TeacherHidden | TeacherLogits | TeacherTopK
 
 
+def dense_tensors(teacher: Teacher | None) -> tuple[Tensor, ...]:
+    """What a dense teacher's logits are or are computed from; a sparse one's numbers are final."""
+    match teacher:
+        case TeacherHidden(hidden=hidden, head=head):
+            return hidden, head.weight
+        case TeacherLogits(logits=logits):
+            return (logits,)
+        case _:
+            return ()
+
+
 class DistillOutput(NamedTuple):
     """The loss, and what one wants to know about it, from the same pass over the data.
 
@@ -286,5 +297,6 @@ def _require_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must {expectation}, got {value!r}; pass a Python number")
     out = (low is not None and value < low) or (above is not None and value <= above)
-    if not math.isfinite(value) or out or (below is not None and value >= below):
+    finite = -math.inf < value < math.inf  # not math.isfinite, which torch.compile cannot trace
+    if not finite or out or (below is not None and value >= below):
         raise ValueError(f"{name} must {expectation}, got {value!r}; {remedy}")

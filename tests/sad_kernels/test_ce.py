@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import pytest
-import sad_kernels
 import torch
 from cases import CROSS_ENTROPY, Options, crossed
-from oracle import ALL, IMPLS, assert_value, bound, judge
+from oracle import ALL, IMPLS, IN_FLOAT64, assert_value, bound, judge
 from problems import cross_entropy_problem, plain
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -81,8 +80,7 @@ def test_reductions_by_hand(impl: str) -> None:
 # --- Everything else against the oracle ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("options", "dtype"), crossed(CROSS_ENTROPY))
+@pytest.mark.parametrize(("options", "dtype", "impl"), crossed(CROSS_ENTROPY))
 def test_every_option(options: Options, dtype: torch.dtype, impl: str) -> None:
     judge(cross_entropy_problem(options, dtype), bound(impl))
 
@@ -107,7 +105,7 @@ def test_wide_vocabularies(V: int, valid: int | bool, dtype: torch.dtype, impl: 
         judge(problem, bound(impl))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IN_FLOAT64)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck(reduction: str, impl: str) -> None:
     x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
@@ -184,11 +182,3 @@ def test_refusals(impl: str) -> None:
     ]:
         with pytest.raises(error, match=r", got .*; "):  # what came, and what to do
             call()
-
-
-def test_implementations_are_named_and_never_replaced() -> None:
-    x, y = torch.randn(3, 8), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"impl must be one of .*, got 'cuda'; "):
-        sad_kernels.cross_entropy(x, y, impl="cuda")
-    auto, explicit = (sad_kernels.cross_entropy(x, y, impl=i) for i in ("auto", "torch"))
-    assert torch.equal(auto, explicit)

@@ -18,9 +18,11 @@ import pytest
 import torch
 from oracle import (
     IMPLS,
+    SLOW,
     assert_value,
     assert_zero,
     bound,
+    dtypes_of,
     judge,
     measure,
     measure_oracle,
@@ -259,7 +261,7 @@ def test_ignored_rows_are_as_good_as_absent(op: str, ignore_index: int, impl: st
 def test_ignored_rows_may_hold_anything(op: str, junk: float, impl: str) -> None:
     """A NaN gradient from an ignored row of -inf, in any input. https://github.com/huggingface/trl/pull/5594"""
     for teacher in ("logits", "hidden", "bucket"):
-        problem = plain(op, torch.float32, ignore="some", teacher=teacher, z_loss=0.01)
+        problem = plain(op, torch.float32, ignore="some", teacher=teacher, z_loss=0.01, N=4)
         dirty = {}
         for name, x in problem.leaves.items():
             by_row = name in ("logits", "teacher", "hidden", "teacher_hidden", "log_probs")
@@ -381,9 +383,10 @@ def test_probabilities_that_underflow(op: str, divergence: Divergence, impl: str
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_bfloat16_teacher_makes_nothing_negative(divergence: Divergence, impl: str) -> None:
     """A negative JSD beside a 16-bit teacher. https://github.com/modelscope/ms-swift/issues/10156"""
-    t = (3 * torch.randn(64, 300)).bfloat16()
+    N = 8 if impl in SLOW else 64
+    t = (3 * torch.randn(N, 300)).bfloat16()
     for noise in (0.0, 1e-6, 1e-4, 1e-2):
-        s = t.float() + noise * torch.randn(64, 300)
+        s = t.float() + noise * torch.randn(N, 300)
         value = bound(impl).kl_div(s, t, divergence=divergence, reduction="none")
         span = float(s.max() - s.min())
         assert (value >= -8 * 2.0**-23 * span).all()  # the band of the rule
@@ -420,20 +423,22 @@ def test_no_weight_and_no_temperature_is_hidden(divergence: Divergence, impl: st
 @every_implementation
 def test_beta_is_the_teachers_share(impl: str) -> None:
     """Reversed, JSD tends to the other KL. https://github.com/huggingface/trl/pull/3043"""
-    s, t = torch.randn(4, 33, dtype=torch.float64), torch.randn(4, 33, dtype=torch.float64)
+    dtype = dtypes_of(impl)[0]
+    s, t = torch.randn(4, 33, dtype=dtype), 2 * torch.randn(4, 33, dtype=dtype)
 
     def value(divergence: Divergence, beta: float = 0.5) -> float:
         return float(bound(impl).kl_div(s, t, divergence=divergence, beta=beta))
 
-    forward, reverse, b = value("forward_kl"), value("reverse_kl"), 1e-6
-    assert abs(forward - reverse) > 0.01 * forward
+    b = 1e-6 if dtype == torch.float64 else 1e-3  # of a smaller JSD float32 keeps no three digits
+    forward, reverse = value("forward_kl"), value("reverse_kl")
+    assert abs(forward - reverse) > 0.1 * forward
     for limit, approached in [
         (forward, value("jsd", b) / b),
         (reverse, value("jsd", 1 - b) / b),
         (forward, value("skew_forward_kl", b)),
         (reverse, value("skew_reverse_kl", b)),
     ]:
-        assert abs(approached - limit) < 1e-3 * limit  # of order b log b
+        assert abs(approached - limit) < 3 * b * -math.log(b) * limit  # of order b log b
 
 
 @every_implementation
@@ -446,31 +451,30 @@ def test_the_normaliser_belongs_to_the_window(op: str, impl: str) -> None:
     """
     lengths = [1, 2, 40, 3, 0, 17, 5, 12]  # one micro-batch has no target at all
     total = sum(lengths)
-    hidden = torch.randn(8, 40, 6, dtype=torch.float64)
-    t = torch.randn(8, 40, 33, dtype=torch.float64)
+    dtype = dtypes_of(impl)[0]
+    hidden, t, weight = torch.randn(8, 40, 6), torch.randn(8, 40, 33), torch.randn(33, 6)
     y = torch.randint(33, (8, 40)).masked_fill(
         torch.arange(40) >= torch.tensor(lengths)[:, None], -100
     )
-    weight = torch.randn(33, 6, dtype=torch.float64, requires_grad=True)
     objective = Objective(ce_weight=0.5, temperature=2.0)
 
-    def loss(ops: Any, batch: slice, num_items: Any) -> Tensor:
+    def loss(ops: Any, weight: Tensor, batch: slice, num_items: Any) -> Tensor:
+        h = hidden[batch].to(weight.dtype)
         if op == "linear_cross_entropy":
-            out = ops.linear_cross_entropy(hidden[batch], weight, y[batch], reduction="sum")
+            out = ops.linear_cross_entropy(h, weight, y[batch], reduction="sum")
             return out / num_items
+        teacher = TeacherLogits(t[batch].to(weight.dtype))
+        head = Head(weight)
         return ops.linear_distill_loss(
-            hidden[batch],
-            Head(weight),
-            y[batch],
-            TeacherLogits(t[batch]),
-            objective,
-            num_items=num_items,
+            h, head, y[batch], teacher, objective, num_items=num_items
         ).loss
 
-    whole = loss(reference, slice(8), total)
-    (exact,) = torch.autograd.grad(whole, weight)
+    exact_weight = weight.double().requires_grad_()
+    whole = loss(reference, exact_weight, slice(8), total)
+    (exact,) = torch.autograd.grad(whole, exact_weight)
+    weight = weight.to(dtype).requires_grad_()
     for num_items in (total, torch.tensor(total)):
-        parts = [loss(bound(impl), slice(i, i + 1), num_items) for i in range(8)]
+        parts = [loss(bound(impl), weight, slice(i, i + 1), num_items) for i in range(8)]
         assert_value(torch.stack(parts).sum(), whole.detach(), scale=100.0)
         (grad,) = torch.autograd.grad(torch.stack(parts).sum(), weight)
         assert_value(grad, exact, scale=100.0)
@@ -543,7 +547,8 @@ def test_the_ce_of_a_distillation_is_the_cross_entropy(impl: str) -> None:
 def test_the_bias_has_its_gradient(op: str, dtype: torch.dtype, wrt: str, impl: str) -> None:
     """https://github.com/apple/ml-cross-entropy/pull/53"""
     for options in ({}, {"logit_scale": 0.25}, {"softcap": 10.0}, {"cut": True}):
-        problem = plain(op, dtype, wrt=wrt, N=40, ignore="some", **options)
+        N = 6 if impl in SLOW else 40
+        problem = plain(op, dtype, wrt=wrt, N=N, ignore="some", **options)
         for chunk_bytes in (None, 20_000):
             judge(problem, bound(impl, chunk_bytes))
 
@@ -757,12 +762,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def _changed_losses(ops: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
     """For every option of everything: the loss without it, and the loss with it."""
     g = torch.Generator().manual_seed(0)
-    s, t = (2 * torch.randn(4, 33, generator=g, dtype=torch.float64) for _ in range(2))
-    hidden = torch.randn(4, 8, generator=g, dtype=torch.float64)
-    head = Head(torch.randn(33, 8, generator=g, dtype=torch.float64))
+    s, t = (2 * torch.randn(4, 33, generator=g).to(dtype) for _ in range(2))
+    hidden = torch.randn(4, 8, generator=g).to(dtype)
+    head = Head(torch.randn(33, 8, generator=g).to(dtype))
     y, seen = torch.arange(4), {}
     objective = Objective(ce_weight=0.5, temperature=2.0, divergence="skew_reverse_kl")
 
@@ -774,9 +779,9 @@ def _changed_losses(ops: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
     def linear_cross_entropy(**o: Any) -> Tensor:
         head_options = {name: o.pop(name) for name in ("weight",) if name in o}
-        weight = head_options.get("weight", head.weight).double()
+        weight = head_options.get("weight", head.weight).to(dtype)
         if "bias" in o:
-            o["bias"] = o["bias"].double()
+            o["bias"] = o["bias"].to(dtype)
         return ops.linear_cross_entropy(hidden, weight, y, **o)
 
     def kl_div(**o: Any) -> Tensor:
@@ -788,7 +793,7 @@ def _changed_losses(ops: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
     def linear_distill(**o: Any) -> Tensor:
         call = {name: o.pop(name) for name in list(o) if name in CHANGES["call"]}
-        changed = {k: v.double() if isinstance(v, Tensor) else v for k, v in o.items()}
+        changed = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in o.items()}
         of_head = {k: v for k, v in changed.items() if k in CHANGES["Head"]}
         of_objective = {k: v for k, v in changed.items() if k in CHANGES["Objective"]}
         own = replace(head, **of_head)
@@ -796,7 +801,9 @@ def _changed_losses(ops: Any) -> dict[str, tuple[Tensor, Tensor]]:
         return ops.linear_distill_loss(hidden, own, y, TeacherLogits(t), goal, **call).loss
 
     def teacher_head(**o: Any) -> Tensor:
-        own = replace(head, **{k: v.double() if isinstance(v, Tensor) else v for k, v in o.items()})
+        own = replace(
+            head, **{k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in o.items()}
+        )
         return ops.distill_loss(s, y, TeacherHidden(hidden, own), objective).loss
 
     for name, value in CHANGES["cross_entropy"].items():
@@ -824,8 +831,8 @@ def test_every_option_changes_the_result(impl: str) -> None:
 
     https://github.com/huggingface/trl/issues/6629
     """
-    expected = _changed_losses(reference)
-    for name, (without, with_it) in _changed_losses(bound(impl)).items():
+    expected = _changed_losses(reference, torch.float64)
+    for name, (without, with_it) in _changed_losses(bound(impl), dtypes_of(impl)[0]).items():
         exact_without, exact_with = expected[name]
         assert abs(exact_with - exact_without) > 1e-5 * abs(exact_without), name
         assert_value(without, exact_without, scale=100.0)

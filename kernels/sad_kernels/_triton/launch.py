@@ -45,9 +45,16 @@ class Tile(NamedTuple):
     warps: int
 
 
-def choose_tile(kernel: str, vocab: int, tensors: int) -> Tile:
-    """The one place where tiles are chosen, by kernel and the number of tensors it reads."""
-    block = 8192 if tensors == 1 else 4096
+def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
+    """The one place where tiles are chosen.
+
+    ``pressure`` counts what occupies registers: each tensor read, a softcap, the ids of a top-k
+    teacher, a divergence that needs logarithms. With these tiles no kernel spills on sm_80 to
+    sm_120 and gfx942 (``tests/contracts/budgets.json``).
+    """
+    block = {1: 8192, 2: 4096}.get(pressure, 2048)
+    if kernel == "gradient":
+        block = min(block, 4096)
     if kernel == "terms":
         block = 2048
     block = min(block, max(128, triton.next_power_of_2(vocab)))
@@ -142,7 +149,9 @@ def forward(
     flags |= {"CLASSES": task.classes, "DIAGNOSTICS": task.diagnostics}
     flags |= {"SMOOTH": task.classes and objective.label_smoothing > 0}
 
-    shape = choose_tile("statistics", V, 1 if dense is student else 2)
+    capped = student.softcap is not None or dense.softcap is not None
+    pressure = 1 + capped + (teacher is not None)
+    shape = choose_tile("statistics", V, pressure)
     segments = triton.cdiv(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, partials)
@@ -216,7 +225,10 @@ def gradient(
     if objective.kd_weight == 0:
         teacher = None
     _, flags, dense = _teacher(task, student, labels, teacher)
-    shape = choose_tile("gradient", V, 1 if dense is student else 2)
+    capped = student.softcap is not None or dense.softcap is not None
+    logarithms = dense is not student and objective.divergence != "forward_kl"
+    pressure = 1 + capped + logarithms + (teacher is not None)
+    shape = choose_tile("gradient", V, pressure)
     top_k = teacher if isinstance(teacher, TopK) else None
     ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, saved.saved)
     y = saved.saved if labels is None else labels.contiguous()

@@ -24,7 +24,7 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import Result, Side, Wanted
 from sad_kernels._triton.launch import Logits, TopK
-from sad_kernels._triton.logits import columns_adjacent, flatten, rebuild
+from sad_kernels._triton.logits import columns_adjacent, flatten, no_second_backward, rebuild
 from sad_kernels._triton.rows import PARTS
 from sad_kernels.objective import (
     Head,
@@ -131,7 +131,7 @@ def linear_loss(
 @linear_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     want_hidden, want_weight, want_bias = rest[13:16]
-    N, half = len(hidden), hidden.dtype == torch.float16
+    N, half = hidden.shape[0], hidden.dtype == torch.float16
     rows = hidden.new_empty(N, dtype=torch.float32)
     nothing = rows.new_empty(0)
 
@@ -160,14 +160,27 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *gradients, factor = ctx.saved_tensors
-    factor = (factor * upstream).detach()
     out = [
-        (gradient * factor).to(dtype) if wanted else None
+        scaled_gradient(gradient, factor, upstream, dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
     ]
     return *out, *[None] * (ctx.num_inputs - 3)
 
 
+@torch.library.custom_op("sad_kernels::scaled_gradient", mutates_args=())
+def scaled_gradient(
+    gradient: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``gradient * factor * upstream``, an operator so that a second backward can be refused."""
+    return (gradient * (factor * upstream)).to(dtype)
+
+
+@scaled_gradient.register_fake
+def _(gradient: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+scaled_gradient.register_autograd(no_second_backward)
 linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
@@ -196,8 +209,9 @@ def linear_rows(
 
 @linear_rows.register_fake
 def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = hidden.new_empty(len(hidden), dtype=torch.float32)
-    return rows, rows.new_empty(PARTS, len(hidden))
+    N = hidden.shape[0]
+    rows = hidden.new_empty(N, dtype=torch.float32)
+    return rows, rows.new_empty(PARTS, N)
 
 
 @torch.library.custom_op("sad_kernels::linear_rows_gradient", mutates_args=())
@@ -254,6 +268,19 @@ def _gradients_of_rows(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor |
 
 
 linear_rows.register_autograd(_gradients_of_rows, setup_context=_save_inputs)
+linear_rows_gradient.register_autograd(no_second_backward)
+
+
+def _no_vmap(*_: Any) -> None:
+    """Within vmap nobody can tell which inputs want a gradient: some would silently get none."""
+    raise RuntimeError(
+        "a loss of hidden states must not be batched by vmap, got batched inputs; "
+        "pass all rows at once"
+    )
+
+
+for _operator in (linear_loss, linear_rows, linear_rows_gradient):
+    _operator.register_vmap(_no_vmap)
 
 
 def unit_scale(

@@ -116,11 +116,28 @@ def row_losses(
 
 @row_losses.register_fake
 def _(student: Tensor, softcap: Any, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
-    rows = student.new_empty(len(student), dtype=torch.float32)
-    N, K = len(student), 0 if ids is None else ids.shape[1]
+    N = student.shape[0]  # not len(), which compiles anew for every N
+    rows = student.new_empty(N, dtype=torch.float32)
+    K = 0 if ids is None else ids.shape[1]
     inside = rows.new_empty(0, 0) if ids is None else rows.new_empty(N, K)
     outside = rows.new_empty(0) if ids is None else rows.new_empty(N)
     return rows, rows.new_empty(PARTS, N), rows.new_empty(SAVED, N), inside, outside
+
+
+@row_losses.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """Rows know nothing of each other: the batch is more of them."""
+    B = info.batch_size
+
+    def joined(x: Any, dim: int | None) -> Any:  # [N, ...] with B at dim -> [B N, ...]
+        if not isinstance(x, Tensor):
+            return x
+        return (x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    outputs = row_losses(*(joined(x, dim) for x, dim in zip(inputs, in_dims, strict=True)))
+    out_dims = (0, 1, 1, 0, 0)  # where each output has its rows
+    parted = (x.unflatten(d, (B, x.shape[d] // B)) for x, d in zip(outputs, out_dims, strict=True))
+    return tuple(parted), out_dims
 
 
 @torch.library.custom_op("sad_kernels::row_gradient", mutates_args=())
@@ -169,7 +186,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     return row_gradient(*inputs, *tensors[len(inputs) :], upstream), *nothing
 
 
-def _no_second_backward(*_: Any) -> None:
+def no_second_backward(*_: Any) -> None:
     raise RuntimeError(
         "the gradient of a loss must not be differentiated again, got a second backward through "
         "it; use impl='torch' and no create_graph, or sad_kernels.reference"
@@ -177,7 +194,7 @@ def _no_second_backward(*_: Any) -> None:
 
 
 row_losses.register_autograd(_backward, setup_context=_setup_context)
-row_gradient.register_autograd(_no_second_backward)
+row_gradient.register_autograd(no_second_backward)
 
 
 def _teacher(
