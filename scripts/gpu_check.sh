@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in under nine minutes. Installs nothing; JSON goes to OUTDIR.
+#   scripts/gpu_check.sh OUTDIR
+#   PYTHON=...   interpreter that has torch, triton and pytest (default: .venv's, else python3)
+set -uo pipefail
+out="$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUTDIR}" && cd "$1" && pwd)" || exit 1
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+python="${PYTHON:-.venv/bin/python}"
+if ! command -v "$python" >/dev/null; then python=python3; fi
+unset TRITON_INTERPRET # the kernels are compiled here
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests" PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
+TRITON_CACHE_DIR="$(mktemp -d)"
+export TRITON_CACHE_DIR
+trap 'rm -rf "$TRITON_CACHE_DIR"' EXIT
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: gpu_check.sh must run where torch sees a GPU, got none with $python" >&2
+    exit 1
+fi
+
+failed=0
+step() { # step NAME SECONDS COMMAND...: its output to NAME.log, its time and exit status to steps
+    local name="$1" limit="$2" start="$SECONDS" status
+    shift 2
+    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    tail -n 15 "$out/$name.log"
+    echo "== $name: exit status $status after $((SECONDS - start)) s (limit $limit s)"
+    echo "$name $status $((SECONDS - start)) $limit" >>"$out/steps"
+    if [ "$status" -ne 0 ]; then failed=1; fi
+}
+pytest() { # pytest NAME SECONDS ARGUMENT...
+    local name="$1" limit="$2"
+    shift 2
+    # no:benchmark, because that plugin, where installed, warns of parallel runs: an error here
+    step "$name" "$limit" "$python" -m pytest --junit-xml="$out/$name.xml" \
+        -p no:cacheprovider -p no:benchmark "$@"
+}
+processes=()
+if "$python" -c 'import xdist' 2>/dev/null; then processes=(-n 6); fi
+
+rm -f "$out"/steps "$out"/*.xml
+pytest gpu 240 tests/sad_kernels/test_gpu.py
+pytest kernels 150 tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py "${processes[@]}"
+if grep -q -e '--quick' bench/__main__.py; then
+    touch "$out/started"
+    step bench 120 "$python" -m bench --quick
+    find bench/results -name '*.json' -newer "$out/started" -exec cp {} "$out/" \;
+    rm "$out/started"
+fi
+"$python" tests/gpu_report.py "$out" || failed=1
+exit "$failed"
