@@ -194,9 +194,13 @@ def test_a_reader_that_leaves_is_no_bug_of_ours(buffered: bool) -> None:
 
 
 def test_interrupt_before_the_loop(tmp_path: Path) -> None:
-    """SIGINT while models load: nothing is running yet that would save."""
+    """SIGINT while models load: nothing is running yet that would save.
+
+    The handler is set because a shell starts its background jobs, and their children, without.
+    """
     script = (
-        "import sys, time, types\nfrom sad.cli import main\n"
+        "import signal, sys, time, types\nfrom sad.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "train = types.ModuleType('sad.train')\n"
         "def distill(config):\n    print('loading', flush=True)\n    time.sleep(60)\n"
         "train.distill = distill\nsys.modules['sad.train'] = train\n"
