@@ -235,11 +235,13 @@ def run_rows(
     launch.gradient(task, student, labels, teacher, saved, upstream, out)
 
 
-def ce(dtype: torch.dtype, layout: str, **options: Any) -> Callable[[], None]:
+def ce(
+    dtype: torch.dtype, layout: str, *, softcap: float | None = None, **options: Any
+) -> Callable[[], None]:
     def call() -> None:
         x = logits(dtype, layout)
-        softcap = options.pop("softcap", None)
-        run_rows(launch.Logits(x, softcap=softcap), None, x, layout, diagnostics=False, **options)
+        student = launch.Logits(x, softcap=softcap)
+        run_rows(student, None, x, layout, diagnostics=False, **options)
 
     return call
 
