@@ -67,7 +67,9 @@ class TopKRows:
         at_ids = at_ids.where(self.present, -torch.inf)
         total = rest + at_ids.exp().sum(1)
         log_q = torch.cat((at_ids, rest.log()[:, None]), 1) - total.log()[:, None]
-        f, h = divergence_terms(objective.divergence, objective.beta, log_q, self._log_p())
+        log_p, log_p_rest = teacher_outcomes(self.log_probs, self.tail, self.vocab)
+        log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
+        f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
 
         q, expectation = log_q.exp(), h.sum(1, keepdim=True)
         slope = torch.where(q[:, -1] > 0, h[:, -1] / q[:, -1], 0)
@@ -77,12 +79,16 @@ class TopKRows:
         value = f.sum(1).where(total.isfinite() & ~self.poisoned, torch.nan)
         return value, total, gradient
 
-    def _log_p(self) -> Tensor:  # [n, K + 1]
-        if self.tail == "zero":
-            log_p = self.log_probs.log_softmax(1)
-            return torch.cat((log_p, torch.full_like(log_p[:, :1], -torch.inf)), 1)
-        # In float64, because log_probs are given: what is left of 1 is known better than to 1e-7.
-        rest = 1 - self.log_probs.double().exp().sum(1, keepdim=True)
-        covers_all = self.present.sum(1, keepdim=True) == self.vocab
-        rest = rest.clamp(min=0).where(~covers_all, 0)
-        return torch.cat((self.log_probs, rest.log().to(self.log_probs.dtype)), 1)
+
+def teacher_outcomes(
+    log_probs: Tensor,  # [n, K], -inf is padding
+    tail: Tail,
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities at its ids [n, K], and of everything else [n]."""
+    if tail == "zero":
+        return log_probs.log_softmax(1), torch.full_like(log_probs[:, 0], -torch.inf)
+    # In float64, because log_probs are given: what is left of 1 is known better than to 1e-7.
+    rest = (1 - log_probs.double().exp().sum(1)).clamp(min=0)
+    covers_all = (log_probs != -torch.inf).sum(1) == vocab
+    return log_probs, rest.where(~covers_all, 0).log().to(log_probs.dtype)

@@ -15,13 +15,14 @@ import triton
 from torch import Tensor
 
 from sad_kernels._task import Task
+from sad_kernels._topk import teacher_outcomes
 from sad_kernels._triton import rows, tile
 from sad_kernels.objective import MIXTURES, Divergence, Tail
 
 SEGMENT = 32768
 """Columns that one program sums up. 256 rows of 128256 columns make 1024 programs."""
 
-MERGE_NUMBERS = 1024  # rows, or rows times ids, that one program of ``merge`` holds
+MERGE_NUMBERS = 128  # rows, or rows times ids, that one program of ``merge`` holds
 
 ABSENT = 2**31 - 1  # the id of padding: no column, and last in order
 
@@ -49,8 +50,8 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, the ids of a top-k
-    teacher, a divergence that needs logarithms. With these tiles no kernel spills on sm_80 to
-    sm_120 and gfx942 (``tests/contracts/budgets.json``).
+    teacher, a divergence that needs logarithms. What each kernel then takes on sm_80 to sm_120 and
+    gfx942, and the few that spill, with the reason, is in ``tests/contracts/budgets.json``.
     """
     block = {1: 8192, 2: 4096}.get(pressure, 2048)
     if kernel == "gradient":
@@ -100,14 +101,8 @@ class TopK:
         present = log_p != -torch.inf
         ids = ids.long().clamp(-1, ABSENT - 1).where(present, ABSENT)
         ids, order = ids.sort(dim=1, stable=True)
-        log_p = log_p.gather(1, order)
-        if tail == "zero":
-            rest = torch.full_like(log_p[:, 0], -torch.inf)
-            return cls(ids.int(), log_p.log_softmax(1), rest, best)
-        # In float64, because log_probs are given: what is left of 1 is known better than to 1e-7.
-        rest = (1 - log_p.double().exp().sum(1)).clamp(min=0)
-        rest = rest.where(present.sum(1) != vocab, 0)
-        return cls(ids.int(), log_p, rest.log().float(), best)
+        log_p, log_rest = teacher_outcomes(log_p.gather(1, order), tail, vocab)
+        return cls(ids.int(), log_p, log_rest, best)
 
     def bounds(self, vocab: int, block: int) -> Tensor:  # [N, tiles + 1] int32
         """For each tile the first of its ids."""
@@ -149,8 +144,7 @@ def forward(
     flags |= {"CLASSES": task.classes, "DIAGNOSTICS": task.diagnostics}
     flags |= {"SMOOTH": task.classes and objective.label_smoothing > 0}
 
-    capped = student.softcap is not None or dense.softcap is not None
-    pressure = 1 + capped + (teacher is not None)
+    pressure = _pressure(student, dense, teacher)
     shape = choose_tile("statistics", V, pressure)
     segments = triton.cdiv(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
@@ -166,7 +160,7 @@ def forward(
 
     terms = partials
     block_k = 1 if top_k is None else triton.next_power_of_2(max(1, top_k.ids.shape[1]))
-    rows_at_a_time = max(1, MERGE_NUMBERS // 8 // block_k) if top_k else 128
+    rows_at_a_time = max(1, MERGE_NUMBERS // block_k)
 
     def merge(*, final: bool) -> None:
         log_p, log_rest, best = (
@@ -225,9 +219,8 @@ def gradient(
     if objective.kd_weight == 0:
         teacher = None
     _, flags, dense = _teacher(task, student, labels, teacher)
-    capped = student.softcap is not None or dense.softcap is not None
     logarithms = dense is not student and objective.divergence != "forward_kl"
-    pressure = 1 + capped + logarithms + (teacher is not None)
+    pressure = _pressure(student, dense, teacher) + logarithms
     shape = choose_tile("gradient", V, pressure)
     top_k = teacher if isinstance(teacher, TopK) else None
     ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, saved.saved)
@@ -244,6 +237,12 @@ def gradient(
             BLOCK=shape.block, SEGMENT=shape.segment, **flags, **dense.flags("T"),
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _pressure(student: Logits, dense: Logits, teacher: Logits | TopK | None) -> int:
+    """What ``choose_tile`` counts, but for the logarithms of a divergence."""
+    capped = student.softcap is not None or dense.softcap is not None
+    return 1 + capped + (teacher is not None)
 
 
 def _numbers(task: Task) -> tuple[float, ...]:

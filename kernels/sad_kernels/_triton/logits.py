@@ -65,11 +65,11 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
 
 def flatten(task: Task) -> tuple[Any, ...]:
     """A task as an operator's schema can hold it; ``rebuild`` takes it back."""
-    o, number = task.objective, float
+    o = task.objective
     return (
         task.vocab, task.ignore_index, task.classes, task.diagnostics,
-        number(o.ce_weight), number(o.kd_weight), number(o.label_smoothing), number(o.z_loss),
-        number(o.temperature), o.scale_t2, o.divergence, number(o.beta),
+        float(o.ce_weight), float(o.kd_weight), float(o.label_smoothing), float(o.z_loss),
+        float(o.temperature), o.scale_t2, o.divergence, float(o.beta),
     )  # fmt: skip
 
 
