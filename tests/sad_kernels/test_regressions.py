@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from allocations import peak_bytes
 from oracle import (
     IMPLS,
     SLOW,
@@ -31,7 +33,6 @@ from problems import plain
 from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, TeacherLogits, reference
 from sad_kernels.objective import DIVERGENCES, Divergence
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 NAN, INF = math.nan, math.inf
 HALVES = (torch.float16, torch.bfloat16)
@@ -69,6 +70,8 @@ def test_the_gradient_is_rounded_once(
 
     https://github.com/NVIDIA/TransformerEngine/pull/3193
     """
+    if impl == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("sums fp32 logits in another order than 16-bit ones: see test_gpu.py")
     narrow = plain(op, dtype, distribution="randn5", label_smoothing=0.1)
     narrow = replace(narrow, upstream=torch.tensor(upstream))
     wide = replace(narrow, leaves={name: x.float() for name, x in narrow.leaves.items()})
@@ -668,19 +671,6 @@ def test_any_chunk_size(op: str, chunk_bytes: int, impl: str) -> None:
     """A heuristic divided by zero. https://github.com/unslothai/unsloth-zoo/pull/432"""
     for options in ({"N": 3, "V": 33}, {"N": 1, "V": 2, "D": 1}):
         judge(plain(op, torch.float32, **options), bound(impl, chunk_bytes))
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most memory that torch's CPU allocator held at once beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    results: Any = profiler.profiler
-    events = results.kineto_results.events()
-    held = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("op", LINEAR)
