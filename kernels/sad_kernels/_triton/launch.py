@@ -65,18 +65,18 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, the ids of a top-k
-    teacher, a divergence that needs logarithms. With more than one of these, ``statistics`` is
-    fastest in programs of one warp, which exchange maxima without waiting for each other, and
-    ``gradient`` with few numbers per thread (H100, V=128256, 8192 rows, bf16 and fp32: at most 2 %
-    over the copy's rate but for the joint loss in bf16, whose exponents and sums take 10 to 20 %).
-    What each kernel takes on sm_80 to sm_120 and gfx942 is in ``tests/contracts/budgets.json``.
+    teacher, a divergence that needs logarithms. With more than one of these ``statistics`` is
+    fastest in programs of one warp, which exchange maxima without waiting for each other. Of the
+    other kernels' tiles these are among the fastest, within 2 %, and the ones that spill nowhere.
+    Times are in ``bench/LOG.md`` and come from ``python -m bench tiles``; what each kernel takes on
+    sm_80 to sm_120 and gfx942 is in ``tests/contracts/budgets.json``.
     """
     alone = pressure == 1
     match kernel:
         case "statistics":
             block, warps = (8192, 8) if alone else (512, 1)
         case "gradient":
-            block, warps = (4096, 8) if alone else (2048, 8)
+            block, warps = (2048, 8) if alone else (2048, 4)
         case _:  # terms
             block, warps = 2048, 4
     block = min(block, max(128, power_of_2(vocab)))
