@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import (
     IMPLS,
     SLOW,
@@ -56,6 +60,8 @@ def test_p_is_rounded_after_the_subtraction(op: str, dtype: torch.dtype, impl: s
     https://github.com/linkedin/Liger-Kernel/pull/1329
     """
     judge(plain(op, dtype, distribution="peaked", N=40, ce_weight=1.0), bound(impl))
+    if op != "cross_entropy":  # near a sure teacher p - q is as small
+        judge(plain(op, dtype, distribution="peaked_near", N=40, ce_weight=1.0), bound(impl))
 
 
 @every_implementation
@@ -510,6 +516,85 @@ def test_frozen_parts_and_autocast(
 
 
 @every_implementation
+@linear_ops
+def test_a_tied_head_gets_its_gradient_once(op: str, impl: str) -> None:
+    """Doubled where the head is the embedding too, or where ``.grad`` is there already.
+
+    https://github.com/unslothai/unsloth-zoo/pull/892
+    """
+    ids, y = torch.tensor([3, 1, 4, 1, 5, 9]), torch.tensor([1, 4, 1, -100, 9, 2])
+    weight, before, t = torch.randn(33, 8), torch.randn(33, 8), torch.randn(6, 33)
+
+    def gradient(ops: Any, dtype: torch.dtype) -> Tensor:
+        tied = weight.to(dtype, copy=True).requires_grad_()
+        tied.grad = before.to(dtype, copy=True)
+        for _ in range(2):
+            hidden = F.embedding(ids, tied).tanh()
+            if op == "linear_cross_entropy":
+                loss = ops.linear_cross_entropy(hidden, tied, y)
+            else:
+                teacher, objective = TeacherLogits(t.to(dtype)), Objective(ce_weight=0.5)
+                loss = ops.linear_distill_loss(hidden, Head(tied), y, teacher, objective).loss
+            loss.backward()
+        assert tied.grad is not None
+        return tied.grad
+
+    ours = gradient(bound(impl), dtypes_of(impl)[0])
+    assert_value(ours, gradient(reference, torch.float64), scale=10.0)
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from oracle import assert_value
+from sad_kernels import linear_cross_entropy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(33, 8)
+
+    def forward(self, ids, y, num_items):
+        hidden = self.embedding(ids).tanh()
+        loss = linear_cross_entropy(hidden, self.embedding.weight, y, reduction="sum", impl=impl)
+        return loss / num_items
+
+impl, rank, file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+ids, y = torch.arange(12) % 7, torch.arange(12) * 5 % 33
+y[1::4] = -100
+num_items = int((y != -100).sum())
+mine = slice(0, 3) if rank == 0 else slice(3, 12)  # unequal shares of the batch
+shared, alone = DistributedDataParallel(Tied()), Tied()
+for _ in range(2):  # the second time there is a gradient already
+    (2 * shared(ids[mine], y[mine], num_items)).backward()  # the ranks' gradients are averaged
+(once,) = torch.autograd.grad(alone(ids, y, num_items), alone.parameters())
+assert_value(shared.module.embedding.weight.grad, 2 * once.double(), scale=10.0)
+dist.destroy_process_group()
+"""
+
+
+@every_implementation
+def test_two_ranks_have_the_gradient_of_their_joined_batch(impl: str, tmp_path: Path) -> None:
+    """The same through ``DistributedDataParallel``, whose hooks see what autograd returns.
+
+    https://github.com/unslothai/unsloth-zoo/pull/892
+    """
+    arguments = [sys.executable, "-W", "ignore", "-c", TWO_RANKS, impl]
+    ranks = [
+        subprocess.Popen(
+            [*arguments, str(rank), str(tmp_path / "meet")], cwd=Path(__file__).parents[1]
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in ranks] == [0, 0]
+
+
+@every_implementation
 @every_op
 def test_evaluation_is_training_without_gradients(op: str, impl: str) -> None:
     """The same batch, the same number, bit for bit; and a CE that both ops agree on.
@@ -549,7 +634,7 @@ def test_the_bias_has_its_gradient(op: str, dtype: torch.dtype, wrt: str, impl: 
     for options in ({}, {"logit_scale": 0.25}, {"softcap": 10.0}, {"cut": True}):
         N = 6 if impl in SLOW else 40
         problem = plain(op, dtype, wrt=wrt, N=N, ignore="some", **options)
-        for chunk_bytes in (None, 20_000):
+        for chunk_bytes in (None, 20_000, 4_000):  # the last cuts the rows as well
             judge(problem, bound(impl, chunk_bytes))
 
 
@@ -668,6 +753,15 @@ def test_any_chunk_size(op: str, chunk_bytes: int, impl: str) -> None:
     """A heuristic divided by zero. https://github.com/unslothai/unsloth-zoo/pull/432"""
     for options in ({"N": 3, "V": 33}, {"N": 1, "V": 2, "D": 1}):
         judge(plain(op, torch.float32, **options), bound(impl, chunk_bytes))
+
+
+@every_implementation
+@linear_ops
+def test_no_chunk_bytes_at_all_are_refused(op: str, impl: str) -> None:
+    """https://github.com/unslothai/unsloth-zoo/pull/432: free memory, rounded down, was 0."""
+    problem = plain(op, torch.float32)
+    with pytest.raises(ValueError, match="chunk_bytes must be at least 1, got 0"):
+        problem.call(bound(impl, chunk_bytes=0), dict(problem.leaves))
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
