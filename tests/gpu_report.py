@@ -2,7 +2,8 @@
 
     python tests/gpu_report.py OUTDIR
 
-reads ``steps`` and the JUnit files in the folder, writes ``gpu_check.json`` beside them.
+reads the ``*.step`` and JUnit files in the folder, writes ``gpu_check.json`` beside them, and exits
+with 1 if a step did not exit with 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ def main(out: Path) -> None:
         "gpu": said("nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv"),
         "commit": said("git", "rev-parse", "HEAD"),
         "versions": versions(),
-        "steps": list(steps(out / "steps")),
+        "steps": [step(path) for path in sorted(out.glob("*.step"))],
         "tests": {path.stem: tests(path) for path in sorted(out.glob("*.xml"))},
     }
     (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(any(step["exit_status"] for step in report["steps"]))
 
 
 def said(*command: str) -> str | None:
@@ -48,16 +49,15 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def steps(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
-        name, status, seconds, limit = line.split()
-        yield {
-            "name": name,
-            "exit_status": int(status),
-            "timed_out": status in ("124", "137"),
-            "seconds": int(seconds),
-            "limit_seconds": int(limit),
-        }
+def step(path: Path) -> dict[str, Any]:
+    name, status, seconds, limit = path.read_text().split()
+    return {
+        "name": name,
+        "exit_status": int(status),
+        "timed_out": status in ("124", "137"),
+        "seconds": int(seconds),
+        "limit_seconds": int(limit),
+    }
 
 
 def tests(path: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def epsilon(dtype: torch.dtype) -> float:
 
 def _band(oracle: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:  # [rows]
     largest = _as_rows(oracle).abs().amax(-1)
-    scale = torch.as_tensor(scale, dtype=torch.float64).flatten()
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=largest.device).flatten()
     return ulp(largest, dtype) + 8 * epsilon(dtype) * scale
 
 
@@ -351,7 +351,7 @@ def _norms_of_products(problem: Problem, p: int) -> Outputs:
     original = reference._logits
 
     def logits(hidden: Tensor, head: Any, V: int, dtype: torch.dtype) -> Tensor:
-        bias = torch.zeros(V) if head.bias is None else head.bias[:V]
+        bias = hidden.new_zeros(V) if head.bias is None else head.bias[:V]
         factors = (x.to(dtype) for x in (hidden, head.weight[:V], bias))
         z = head.logit_scale * _NormProducts.apply(*factors, p)
         return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

@@ -46,7 +46,7 @@ def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor: 
     dtype = torch.promote_types(x.dtype, torch.float32)
     if labels is None:
         return x.new_full((), x[..., 0].numel(), dtype=dtype)
-    return (labels != ignore_index).sum().to(dtype)
+    return (labels != ignore_index).sum(dtype=dtype)
 
 
 def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, leading: Leading) -> Tensor:

@@ -159,13 +159,13 @@ update_op = torch.library.custom_op(
     "sad_kernels::ema_update",
     _update,
     mutates_args={"shadows"},
-    tags=torch.Tag.cudagraph_unsafe,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 swap_op = torch.library.custom_op(
     "sad_kernels::ema_swap",
     _swap,
     mutates_args={"shadows", "params"},
-    tags=torch.Tag.cudagraph_unsafe,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 update_op.register_fake(lambda shadows, params, decay, impl: None)
 swap_op.register_fake(lambda shadows, params, impl: None)

@@ -189,7 +189,7 @@ def measured_peak(config: DistillConfig) -> int:
     alive = peak = sum(t.nbytes for m in loaded for t in (*m.parameters(), *m.buffers()))
 
     with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
     ) as profile:
         optimizer, ema = precision.build_optimizer(student), precision.build_ema(student)
         for step in range(2):

@@ -6,11 +6,11 @@ the same number each time; resident set sizes do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from sad_kernels import (
     Head,
     Objective,
@@ -22,25 +22,10 @@ from sad_kernels import (
     linear_distill_loss,
 )
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 A, B, B_PER_ID = 1.25, 256, 64  # the constants of linear.py's docstring
 TILE = 8 << 20  # of the functions of logits
 SMALL = 64 << 10  # what a call takes whatever its size: flags, scalars, indices
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes alive at once beyond those alive before; results that stay count."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = function()
-    profiler_: Any = profiler.profiler
-    events = (e for e in profiler_.kineto_results.events() if e.name() == "[memory]")
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    del kept
-    return peak
 
 
 class Case:

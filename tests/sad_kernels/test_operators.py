@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from sad_kernels._task import Task
 from sad_kernels._triton import launch, logits
+from sad_kernels._triton.request import Packed, Request, pack
 
 N, V, D, K = 5, 40, 6, 3
 
@@ -51,32 +52,28 @@ def labels_of(x: Tensor) -> Tensor:
     return y
 
 
-def task(**options: Any) -> Task:
+def packed(scale: float = 1.0, softcap: float | None = None, **options: Any) -> Packed:
     objective = Objective(ce_weight=0.5, z_loss=0.01, temperature=3.0, **options)
-    return Task(objective, V - 2, -100, classes=True, diagnostics=True)
+    task = Task(objective, V - 2, -100, classes=True, diagnostics=True)
+    return pack(Request(task, scale, softcap))
 
 
 def teacher_of(kind: str, layout: str) -> tuple[Any, ...]:
-    """Teacher's logits, ids, log-probabilities and tail, as ``row_losses`` takes them."""
+    """Teacher's logits and the fields of a ``TopK``, as ``row_losses`` takes them."""
     if kind == "dense":
-        return laid_out(layout, V, torch.bfloat16), None, None, "bucket"
+        return laid_out(layout, V, torch.bfloat16), None, None, None, None
     if kind == "none":
-        return None, None, None, "bucket"
+        return None, None, None, None, None
     log_probs = torch.randn(len(laid_out(layout, V)), V).log_softmax(-1)
     values, ids = log_probs.topk(K)
-    return None, ids % (V - 2), values, kind
+    top_k = launch.TopK.prepare(ids % (V - 2), values, "bucket", V - 2)
+    return None, top_k.ids, top_k.log_p, top_k.log_rest, top_k.best
 
 
 def row_arguments(layout: str, kind: str, **options: Any) -> tuple[Any, ...]:
     x = laid_out(layout, V)
     kd = 0.0 if kind == "none" else 0.7
-    return (
-        x,
-        None,
-        labels_of(x),
-        *teacher_of(kind, layout),
-        *logits.flatten(task(kd_weight=kd, **options)),
-    )
+    return x, labels_of(x), *teacher_of(kind, layout), *packed(kd_weight=kd, **options)
 
 
 @pytest.fixture
@@ -117,14 +114,12 @@ def linear_arguments(layout: str, kind: str, needed: str) -> list[Any]:
     hidden, weight, bias = laid_out(layout, D), torch.randn(V, D), torch.randn(V)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         x.requires_grad_(name in needed)
-    t_hidden = t_weight = ids = log_probs = None
-    tail = "bucket"
+    t_hidden = t_weight = None
+    _, *top_k = teacher_of("bucket" if kind == "bucket" else "none", layout)
     if kind == "hidden":
         t_hidden, t_weight = laid_out(layout, D + 1), torch.randn(V, D + 1)
-    elif kind == "bucket":
-        _, ids, log_probs, tail = teacher_of(kind, layout)
-    student = [hidden, weight, bias, 0.5, 20.0, labels_of(hidden)]
-    return [*student, t_hidden, t_weight, None, 1.0, None, ids, log_probs, tail]
+    tensors = [hidden, weight, bias, labels_of(hidden), t_hidden, t_weight, None, *top_k]
+    return [*tensors, *packed(0.5, 20.0, kd_weight=0.7), 2000]
 
 
 every_linear_layout = pytest.mark.parametrize(
@@ -143,22 +138,19 @@ every_linear_layout = pytest.mark.parametrize(
 def test_linear_losses_are_registered(layout: str, kind: str, needed: str) -> None:
     wanted = [name in needed for name in ("hidden", "weight", "bias")]
     arguments = linear_arguments(layout, kind, needed)
-    rest = [torch.tensor(7.0), 2000, *wanted, *logits.flatten(task(kd_weight=0.7))]
-    torch.library.opcheck(torch.ops.sad_kernels.linear_loss, (*arguments, *rest))
+    items = torch.tensor(7.0)
+    torch.library.opcheck(torch.ops.sad_kernels.linear_loss, (*arguments, items, wanted))
 
 
 @registered
 @every_linear_layout
 def test_linear_rows_are_registered(layout: str, kind: str, needed: str) -> None:
     arguments = linear_arguments(layout, kind, needed)
-    rest = [2000, *logits.flatten(task(kd_weight=0.7))]
-    torch.library.opcheck(torch.ops.sad_kernels.linear_rows, (*arguments, *rest))
+    torch.library.opcheck(torch.ops.sad_kernels.linear_rows, tuple(arguments))
     frozen = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     wanted = [name in needed for name in ("hidden", "weight", "bias")]
     upstream = torch.randn(len(frozen[0]))
-    torch.library.opcheck(
-        torch.ops.sad_kernels.linear_rows_gradient, (*frozen, *rest, *wanted, upstream)
-    )
+    torch.library.opcheck(torch.ops.sad_kernels.linear_rows_gradient, (*frozen, wanted, upstream))
 
 
 # --- torch.compile -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import peak_bytes
 from oracle import (
     IMPLS,
     SLOW,
@@ -35,7 +37,6 @@ from problems import plain
 from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, TeacherLogits, reference
 from sad_kernels.objective import DIVERGENCES, Divergence
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 NAN, INF = math.nan, math.inf
 HALVES = (torch.float16, torch.bfloat16)
@@ -75,6 +76,8 @@ def test_the_gradient_is_rounded_once(
 
     https://github.com/NVIDIA/TransformerEngine/pull/3193
     """
+    if impl == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("sums fp32 logits in another order than 16-bit ones: see test_gpu.py")
     narrow = plain(op, dtype, distribution="randn5", label_smoothing=0.1)
     narrow = replace(narrow, upstream=torch.tensor(upstream))
     wide = replace(narrow, leaves={name: x.float() for name, x in narrow.leaves.items()})
@@ -762,19 +765,6 @@ def test_no_chunk_bytes_at_all_are_refused(op: str, impl: str) -> None:
     problem = plain(op, torch.float32)
     with pytest.raises(ValueError, match="chunk_bytes must be at least 1, got 0"):
         problem.call(bound(impl, chunk_bytes=0), dict(problem.leaves))
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most memory that torch's CPU allocator held at once beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    results: Any = profiler.profiler
-    events = results.kineto_results.events()
-    held = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("op", LINEAR)

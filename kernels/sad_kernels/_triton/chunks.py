@@ -74,7 +74,7 @@ def run(
     *,
     wanted: Wanted,
     upstream: Tensor | None,  # [N] or [1]: what g is multiplied by; None: losses only
-    fp32_gradients: bool,  # leave all gradients in fp32, instead of dhidden in its own dtype
+    dhidden_dtype: torch.dtype,  # the others are left in fp32
     chunk_bytes: int | None,
 ) -> Result:
     """Losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
@@ -93,10 +93,11 @@ def run(
         dbias=fp32.new_empty(0),
     )
     if want_any and wanted.hidden:
-        dtype = torch.float32 if fp32_gradients else hidden.dtype
-        result = result._replace(dhidden=hidden.new_empty(hidden.shape, dtype=dtype))
+        result = result._replace(dhidden=hidden.new_empty(hidden.shape, dtype=dhidden_dtype))
     if want_any and wanted.weight:
-        result = result._replace(dweight=fp32.new_zeros(student.weight.shape))
+        dweight = fp32.new_empty(student.weight.shape)
+        dweight[V if N else 0 :] = 0  # the first chunk overwrites the others
+        result = result._replace(dweight=dweight)
     if want_any and wanted.bias:
         result = result._replace(dbias=fp32.new_zeros(len(student.weight)))
 
@@ -141,7 +142,11 @@ def _add_gradients(
             out.copy_(times(g, weight))
     if wanted.weight:
         counts = (labels[chunk] != task.ignore_index)[:, None]
-        add_times_(result.dweight[:V], g.T, student.hidden[chunk].where(counts, 0))
+        x = student.hidden[chunk].where(counts, 0)
+        if chunk.start == 0:
+            times(g.T, x, out=result.dweight[:V])
+        else:
+            add_times_(result.dweight[:V], g.T, x)
     if wanted.bias:
         result.dbias[:V] += g.sum(0, dtype=torch.float32)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sad_kernels._task import Task
@@ -38,6 +37,10 @@ DIVERGENCES: dict[Divergence, int] = {
 HEATS = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
 
 
+VECTOR_BYTES = 16  # the widest load of one thread
+THREADS_PER_WARP = 64 if torch.version.hip else 32
+
+
 class Tile(NamedTuple):
     """Columns at a time, the columns of one program (a multiple), and its warps."""
 
@@ -45,21 +48,39 @@ class Tile(NamedTuple):
     segment: int
     warps: int
 
+    def lanes(self, logits: Tensor) -> dict[str, int]:
+        """Columns that a thread loads at once, and the threads that hold different ones.
+
+        As Triton lays out a tile, so that a lane's sum stays within a thread; a number that is off
+        costs speed, never correctness.
+        """
+        vector = min(self.block, VECTOR_BYTES // logits.element_size())
+        return {
+            "VECTOR": vector,
+            "LANES": min(self.block // vector, THREADS_PER_WARP * self.warps),
+        }
+
 
 def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, the ids of a top-k
-    teacher, a divergence that needs logarithms. What each kernel then takes on sm_80 to sm_120 and
-    gfx942, and the few that spill, with the reason, is in ``tests/contracts/budgets.json``.
+    teacher, a divergence that needs logarithms. With more than one of these, ``statistics`` is
+    fastest in programs of one warp, which exchange maxima without waiting for each other, and
+    ``gradient`` with few numbers per thread (H100, V=128256, 8192 rows, bf16 and fp32: at most 2 %
+    over the copy's rate but for the joint loss in bf16, whose exponents and sums take 10 to 20 %).
+    What each kernel takes on sm_80 to sm_120 and gfx942 is in ``tests/contracts/budgets.json``.
     """
-    block = {1: 8192, 2: 4096}.get(pressure, 2048)
-    if kernel == "gradient":
-        block = min(block, 4096)
-    if kernel == "terms":
-        block = 2048
-    block = min(block, max(128, triton.next_power_of_2(vocab)))
-    return Tile(block, SEGMENT, warps=min(8, max(1, block // 512)))
+    alone = pressure == 1
+    match kernel:
+        case "statistics":
+            block, warps = (8192, 8) if alone else (512, 1)
+        case "gradient":
+            block, warps = (4096, 8) if alone else (2048, 8)
+        case _:  # terms
+            block, warps = 2048, 4
+    block = min(block, max(128, power_of_2(vocab)))
+    return Tile(block, SEGMENT, warps=min(warps, max(1, block // 256)))
 
 
 @dataclass(frozen=True)
@@ -130,8 +151,8 @@ def forward(
     empty = x.new_empty(0, dtype=torch.float32)
     top_k = teacher if isinstance(teacher, TopK) else None
     result = Forward(
-        loss=empty.new_zeros(N),
-        parts=empty.new_zeros(rows.PARTS, N),
+        loss=empty.new_empty(N),
+        parts=empty.new_empty(rows.PARTS, N),
         saved=empty.new_empty(rows.SAVED, N),
         inside=empty.new_empty((0, 0) if top_k is None else top_k.ids.shape),
         outside=empty.new_empty(0 if top_k is None else N),
@@ -146,7 +167,7 @@ def forward(
 
     pressure = _pressure(student, dense, teacher)
     shape = choose_tile("statistics", V, pressure)
-    segments = triton.cdiv(V, shape.segment)
+    segments = ceil_div(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, partials)
     y = partials if labels is None else labels.contiguous()
@@ -154,19 +175,19 @@ def forward(
         rows.statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments,
             ids, bounds, K, num_bounds, y, task.ignore_index, partials, N, V, numbers[0],
-            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **dense.flags("T"),
+            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x), **flags, **dense.flags("T"),
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     terms = partials
-    block_k = 1 if top_k is None else triton.next_power_of_2(max(1, top_k.ids.shape[1]))
+    block_k = 1 if top_k is None else power_of_2(top_k.ids.shape[1])
     rows_at_a_time = max(1, MERGE_NUMBERS // block_k)
 
     def merge(*, final: bool) -> None:
         log_p, log_rest, best = (
             (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
         )
-        rows.merge_kernel[(triton.cdiv(N, rows_at_a_time),)](
+        rows.merge_kernel[(ceil_div(N, rows_at_a_time),)](
             partials, terms, segments, shape.segment, N, V, *student.arguments,
             ids, log_p, log_rest, best, K, y, task.ignore_index,
             result.loss, result.parts, result.saved, result.inside, result.outside,
@@ -189,13 +210,13 @@ def _terms(
     N, V = len(student.x), task.vocab
     heat, _, beta, *_ = _numbers(task)
     shape = choose_tile("terms", V, 2)
-    segments = triton.cdiv(V, shape.segment)
+    segments = ceil_div(V, shape.segment)
     terms = saved.new_empty(2, segments, N)
     wanted = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
     rows.terms_kernel[(N, segments)](
         *student.arguments, *teacher.arguments, y, task.ignore_index,
         saved, terms, N, V, heat, beta,
-        BLOCK=shape.block, SEGMENT=shape.segment,
+        BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x),
         **{name: flags[name] for name in wanted}, **teacher.flags("T"),
         num_warps=shape.warps, enable_fp_fusion=True,
     )  # fmt: skip
@@ -228,7 +249,7 @@ def gradient(
     width = out.shape[1]
     flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
     with on_device(student.x.device):
-        rows.gradient_kernel[(N, triton.cdiv(width, shape.segment))](
+        rows.gradient_kernel[(N, ceil_div(width, shape.segment))](
             *student.arguments, *dense.arguments,
             ids, bounds, saved.inside, saved.outside, K, num_bounds, y, task.ignore_index,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
@@ -280,6 +301,17 @@ def _ids(
         return nothing, nothing, 0, 0
     bounds = top_k.bounds(vocab, block)
     return top_k.ids, bounds, top_k.ids.shape[1], bounds.shape[1]
+
+
+# Triton's own take 20 microseconds each: they serve inside kernels too.
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(at_least: int) -> int:
+    return 1 << max(0, at_least - 1).bit_length()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

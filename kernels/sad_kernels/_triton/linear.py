@@ -7,13 +7,15 @@ makes the logits again, ``8 N V D`` FLOP. Without gradients both are statistics 
 
 fp16. The gradient ``g`` of the logits, divided by the number of items, would vanish below fp16's
 smallest number. It is stored as ``c g`` near the top of fp16's range instead, with a power of two
-taken out of ``1 / items`` and of a bound on ``|g|`` that the objective gives; dhidden and dweight
-stay in fp32 until backward, where the power of two and the upstream (a GradScaler's, say) come in.
+taken out of ``1 / items`` and of a bound on ``|g|`` that the objective gives; dhidden stays in fp32
+until backward, where the power of two and the upstream (a GradScaler's, say) come in. dweight and
+dbias stay in fp32 until then in every dtype: they are rounded once, in the pass that scales them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +26,15 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import Result, Side, Wanted
 from sad_kernels._triton.launch import Logits, TopK
-from sad_kernels._triton.logits import columns_adjacent, flatten, no_second_backward, rebuild
+from sad_kernels._triton.logits import (
+    TopKTensors,
+    no_second_backward,
+    teacher_of,
+    top_k_tensors,
+)
+from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS
+from sad_kernels._triton.scale import scaled
 from sad_kernels.objective import (
     Head,
     Objective,
@@ -49,9 +58,9 @@ def mean_loss(
     chunk_bytes: int | None,
 ) -> tuple[Tensor, RowResults]:
     """``sum of row losses / items``, differentiable, and the rows, detached."""
-    tensors = _tensors(hidden, head, labels, teacher, leading)
-    wanted = _wanted(hidden, head)
-    total, rows, parts, *_ = linear_loss(*tensors, items, chunk_bytes, *wanted, *flatten(task))
+    tensors, request = _arguments(task, hidden, head, labels, teacher, leading)
+    wanted = list(_wanted(hidden, head))
+    total, rows, parts, *_ = linear_loss(*tensors, *pack(request), chunk_bytes, items, wanted)
     return total, RowResults(rows.detach(), *parts.detach())
 
 
@@ -65,8 +74,8 @@ def losses_of_rows(
     chunk_bytes: int | None,
 ) -> RowResults:
     """Every row's loss, differentiable, and its parts, detached."""
-    tensors = _tensors(hidden, head, labels, teacher, leading)
-    loss, parts = linear_rows(*tensors, chunk_bytes, *flatten(task))
+    tensors, request = _arguments(task, hidden, head, labels, teacher, leading)
+    loss, parts = linear_rows(*tensors, *pack(request), chunk_bytes)
     return RowResults(loss, *parts.detach())
 
 
@@ -76,90 +85,92 @@ def _wanted(hidden: Tensor, head: Head) -> Wanted:
     return needed if torch.is_grad_enabled() else Wanted(False, False, False)
 
 
-def _tensors(
-    hidden: Tensor, head: Head, labels: Tensor, teacher: Teacher | None, leading: Leading
-) -> tuple[Any, ...]:
-    """The first arguments of both operators."""
-    t_hidden = t_weight = t_bias = t_softcap = ids = log_probs = None
-    t_scale, tail = 1.0, "bucket"
+def _arguments(
+    task: Task,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    teacher: Teacher | None,
+    leading: Leading,
+) -> tuple[tuple[Tensor | None, ...], Request]:
+    """The tensors that come first in all operators, and what is asked of them."""
+    t_hidden = t_weight = t_bias = None
+    top_k: TopKTensors = (None, None, None, None)
+    request = Request(task, float(head.logit_scale), head.softcap)
     match teacher:
         case TeacherHidden(hidden=t_hidden, head=other):
             t_hidden = leading.rows(t_hidden)
             t_weight, t_bias = other.weight, other.bias
-            t_scale, t_softcap = float(other.logit_scale), other.softcap
+            request = request._replace(
+                teacher_scale=float(other.logit_scale), teacher_softcap=other.softcap
+            )
         case TeacherLogits(logits=logits):
             t_hidden = leading.rows(logits)
-        case TeacherTopK(ids=ids, log_probs=log_probs, tail=tail):
-            ids, log_probs = leading.rows(ids), leading.rows(log_probs)
-    return (
-        hidden, head.weight, head.bias, float(head.logit_scale), head.softcap, labels,
-        t_hidden, t_weight, t_bias, t_scale, t_softcap, ids, log_probs, tail,
-    )  # fmt: skip
+        case TeacherTopK():
+            top_k = top_k_tensors(teacher, leading, task.vocab)
+    return (hidden, head.weight, head.bias, labels, t_hidden, t_weight, t_bias, *top_k), request
 
 
 @torch.library.custom_op("sad_kernels::linear_loss", mutates_args=())
 def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    labels: Tensor, t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
-    tail: str, items: Tensor, chunk_bytes: int | None,
-    want_hidden: bool, want_weight: bool, want_bias: bool,
-    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
-    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
-    temperature: float, scale_t2: bool, divergence: str, beta: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
+    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
+    items: Tensor, want: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [], its rows [N] and parts [6, N]; dhidden, dweight, dbias, and a factor on them []."""
-    task = rebuild(
-        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
-        temperature, scale_t2, divergence, beta,
-    )  # fmt: skip
+    request = unpack(integers, numbers, words)
     student, teacher = _sides(
-        hidden, weight, bias, scale, softcap, t_hidden, t_weight, t_bias, t_scale, t_softcap,
-        ids, log_probs, tail, vocab,
-    )  # fmt: skip
-    upstream, factor = unit_scale(task.objective, 1 / items.float(), hidden.dtype, scale)
-    wanted = Wanted(want_hidden, want_weight, want_bias)
-    result = _run(task, student, labels, teacher, wanted, upstream[None], chunk_bytes)
-    dhidden, dweight, dbias = result.dhidden, result.dweight, result.dbias
-    if hidden.dtype != torch.float16:
-        dhidden, dweight = dhidden.to(hidden.dtype), dweight.to(weight.dtype)
-        dbias = dbias if bias is None else dbias.to(bias.dtype)
+        request, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
+    )
+    inverse = 1 / items.float()
+    upstream, factor = unit_scale(request, inverse, hidden.dtype)
+    wanted = Wanted(*want)
+    result = _run(request.task, student, labels, teacher, wanted, upstream[None], chunk_bytes)
     loss = result.loss.sum() / items
-    return loss, result.loss, result.parts, dhidden, dweight, dbias, factor
+    gradients = result.dhidden, result.dweight, result.dbias
+    return loss, result.loss, result.parts, *gradients, factor
 
 
 @linear_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    want_hidden, want_weight, want_bias = rest[13:16]
-    N, half = hidden.shape[0], hidden.dtype == torch.float16
+    want_hidden, want_weight, want_bias = rest[-1]
+    N = hidden.shape[0]
     rows = hidden.new_empty(N, dtype=torch.float32)
-    nothing = rows.new_empty(0)
 
-    def like(x: Tensor | None, wanted: bool) -> Tensor:
-        dtype = torch.float32 if half or x is None else x.dtype
-        return nothing.new_empty(x.shape if wanted and x is not None else 0, dtype=dtype)
+    def like(x: Tensor | None, wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return rows.new_empty(x.shape if wanted and x is not None else 0, dtype=dtype)
 
     return (
         rows.new_empty(()),
         rows,
         rows.new_empty(PARTS, N),
-        like(hidden, want_hidden),
+        like(hidden, want_hidden, _dhidden_dtype(hidden)),
         like(weight, want_weight),
         like(bias, want_bias),
         rows.new_empty(()),
     )
 
 
+def _dhidden_dtype(hidden: Tensor) -> torch.dtype:
+    """In which forward leaves it for backward."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-    ctx.wanted = inputs[16:19]
+    ctx.wanted = inputs[-1]
     ctx.num_inputs = len(inputs)
+    ctx.set_materialize_grads(False)  # a zero for dweight would be as large as the weight in fp32
     ctx.save_for_backward(*output[3:])
 
 
-def _scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *gradients, factor = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * ctx.num_inputs
     out = [
         scaled_gradient(gradient, factor, upstream, dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
@@ -172,7 +183,7 @@ def scaled_gradient(
     gradient: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """``gradient * factor * upstream``, an operator so that a second backward can be refused."""
-    return (gradient * (factor * upstream)).to(dtype)
+    return scaled(gradient, factor * upstream, dtype)
 
 
 @scaled_gradient.register_fake
@@ -186,24 +197,18 @@ linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 @torch.library.custom_op("sad_kernels::linear_rows", mutates_args=())
 def linear_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    labels: Tensor, t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
-    tail: str, chunk_bytes: int | None,
-    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
-    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
-    temperature: float, scale_t2: bool, divergence: str, beta: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
+    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [N] and their parts [6, N]."""
-    task = rebuild(
-        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
-        temperature, scale_t2, divergence, beta,
-    )  # fmt: skip
+    request = unpack(integers, numbers, words)
     student, teacher = _sides(
-        hidden, weight, bias, scale, softcap, t_hidden, t_weight, t_bias, t_scale, t_softcap,
-        ids, log_probs, tail, vocab,
-    )  # fmt: skip
-    result = _run(task, student, labels, teacher, Wanted(False, False, False), None, chunk_bytes)
+        request, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
+    )
+    nothing = Wanted(False, False, False)
+    result = _run(request.task, student, labels, teacher, nothing, None, chunk_bytes)
     return result.loss, result.parts
 
 
@@ -216,37 +221,32 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sad_kernels::linear_rows_gradient", mutates_args=())
 def linear_rows_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    labels: Tensor, t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
-    tail: str, chunk_bytes: int | None,
-    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
-    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
-    temperature: float, scale_t2: bool, divergence: str, beta: float,
-    want_hidden: bool, want_weight: bool, want_bias: bool, upstream: Tensor,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
+    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
+    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
+    want: Sequence[bool], upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden, dweight, dbias of ``sum(upstream * losses)``; what is not wanted is empty."""
-    task = rebuild(
-        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
-        temperature, scale_t2, divergence, beta,
-    )  # fmt: skip
+    request = unpack(integers, numbers, words)
     student, teacher = _sides(
-        hidden, weight, bias, scale, softcap, t_hidden, t_weight, t_bias, t_scale, t_softcap,
-        ids, log_probs, tail, vocab,
-    )  # fmt: skip
-    upstream, factor = unit_scale(task.objective, upstream.float(), hidden.dtype, scale)
-    wanted = Wanted(want_hidden, want_weight, want_bias)
-    result = _run(task, student, labels, teacher, wanted, upstream, chunk_bytes)
-    dhidden, dweight, dbias = result.dhidden, result.dweight, result.dbias
-    if hidden.dtype == torch.float16:
-        dhidden, dweight, dbias = dhidden * factor, dweight * factor, dbias * factor
-    dbias = dbias.to(hidden.dtype if bias is None else bias.dtype)
-    return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias
+        request, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
+    )
+    upstream, factor = unit_scale(request, upstream.float(), hidden.dtype)
+    result = _run(request.task, student, labels, teacher, Wanted(*want), upstream, chunk_bytes)
+    gradients = result.dhidden, result.dweight, result.dbias
+    dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
+    unscaled = hidden.dtype != torch.float16
+    dhidden, dweight, dbias = (
+        g if unscaled and g.dtype == dtype else scaled(g, factor, dtype)
+        for g, dtype in zip(gradients, dtypes, strict=True)
+    )
+    return dhidden, dweight, dbias
 
 
 @linear_rows_gradient.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    want_hidden, want_weight, want_bias = rest[-4:-1]
+    want_hidden, want_weight, want_bias = rest[-2]
     return (
         hidden.new_empty(hidden.shape if want_hidden else 0),
         weight.new_empty(weight.shape if want_weight else 0),
@@ -256,13 +256,16 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
 
 
-def _gradients_of_rows(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * len(ctx.plain)
     inputs = [t if t is not None else p for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
-    wanted = ctx.needs_input_grad[:3]
-    gradients = linear_rows_gradient(*inputs, *wanted, upstream)
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = linear_rows_gradient(*inputs, wanted, upstream)
     out = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
     return *out, *[None] * (len(inputs) - 3)
 
@@ -283,9 +286,7 @@ for _operator in (linear_loss, linear_rows, linear_rows_gradient):
     _operator.register_vmap(_no_vmap)
 
 
-def unit_scale(
-    objective: Objective, upstream: Tensor, dtype: torch.dtype, logit_scale: float
-) -> tuple[Tensor, Tensor]:
+def unit_scale(request: Request, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What ``g`` is multiplied by before it is stored, and what its products are after that.
 
     For fp32 and bf16, whose exponents reach far enough, the second is 1. For fp16 ``upstream = u
@@ -293,11 +294,11 @@ def unit_scale(
     ``|g|`` lets it be. Past that bound a value becomes inf, and a GradScaler skips the step.
     """
     if dtype != torch.float16:
-        return upstream * logit_scale, torch.ones((), device=upstream.device)
+        return upstream * request.scale, torch.ones((), device=upstream.device)
     exponent = upstream.abs().max().frexp().exponent - 1 if upstream.numel() else 0
-    shift = LARGEST_EXPONENT - math.ceil(math.log2(_bound(objective))) - exponent
+    shift = LARGEST_EXPONENT - math.ceil(math.log2(_bound(request.task.objective))) - exponent
     one = torch.ones((), device=upstream.device)
-    return torch.ldexp(upstream, shift), torch.ldexp(one, -shift) * logit_scale
+    return torch.ldexp(upstream, shift), torch.ldexp(one, -shift) * request.scale
 
 
 def _bound(o: Objective) -> float:
@@ -324,26 +325,24 @@ def _run(
             teacher,
             wanted=wanted,
             upstream=upstream,
-            fp32_gradients=student.hidden.dtype == torch.float16,
+            dhidden_dtype=_dhidden_dtype(student.hidden),
             chunk_bytes=chunk_bytes,
         )
 
 
 def _sides(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    request: Request,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None,
     t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    t_scale: float, t_softcap: float | None, ids: Tensor | None, log_probs: Tensor | None,
-    tail: Any, vocab: int,
+    *top_k: Tensor | None,
 ) -> tuple[Side, Side | Logits | TopK | None]:  # fmt: skip
-    student = Side(hidden, weight.to(hidden.dtype), _adjacent(bias), scale, softcap)
-    if ids is not None and log_probs is not None:
-        return student, TopK.prepare(ids, log_probs, tail, vocab)
-    if t_hidden is None:
-        return student, None
-    if t_weight is None:
-        return student, columns_adjacent(t_hidden)
+    weight = weight.to(hidden.dtype)
+    student = Side(hidden, weight, _adjacent(bias), request.scale, request.softcap)
+    if t_hidden is None or t_weight is None:
+        return student, teacher_of(t_hidden, *top_k)
     weight = t_weight.to(t_hidden.dtype)
-    return student, Side(t_hidden, weight, _adjacent(t_bias), t_scale, t_softcap)
+    scale, softcap = request.teacher_scale, request.teacher_softcap
+    return student, Side(t_hidden, weight, _adjacent(t_bias), scale, softcap)
 
 
 def _adjacent(bias: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ which reads the logits again and takes the true upstream gradient: right for any
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, TopK
+from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS, SAVED
 from sad_kernels.objective import (
     Head,
-    Objective,
-    Tail,
     Teacher,
     TeacherHidden,
     TeacherLogits,
@@ -38,20 +38,28 @@ def losses_of_logits(
     leading: Leading,
 ) -> RowResults:
     """Every row's loss, differentiable by the logits, and its parts, detached."""
-    t_logits = ids = log_probs = None
-    tail: Tail = "bucket"
+    t_logits = None
+    top_k: TopKTensors = (None, None, None, None)
     match teacher:
         case TeacherLogits():
             t_logits = leading.rows(teacher.logits)
         case TeacherHidden(hidden=hidden, head=head):
             t_logits = head_logits(leading.rows(hidden), head, task.vocab)
         case TeacherTopK():
-            ids, log_probs = leading.rows(teacher.ids), leading.rows(teacher.log_probs)
-            tail = teacher.tail
-    loss, parts, *_ = row_losses(
-        logits, softcap, labels, t_logits, ids, log_probs, tail, *flatten(task)
-    )
+            top_k = top_k_tensors(teacher, leading, task.vocab)
+    request = Request(task, softcap=softcap)
+    loss, parts, *_ = row_losses(logits, labels, t_logits, *top_k, *pack(request))
     return RowResults(loss, *parts.detach())
+
+
+TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""The fields of a ``TopK``, as operators take them."""
+
+
+def top_k_tensors(teacher: TeacherTopK, leading: Leading, vocab: int) -> TopKTensors:
+    ids, log_probs = leading.rows(teacher.ids), leading.rows(teacher.log_probs)
+    top_k = TopK.prepare(ids, log_probs, teacher.tail, vocab)
+    return top_k.ids, top_k.log_p, top_k.log_rest, top_k.best
 
 
 def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
@@ -63,59 +71,29 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
     return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-def flatten(task: Task) -> tuple[Any, ...]:
-    """A task as an operator's schema can hold it; ``rebuild`` takes it back."""
-    o = task.objective
-    return (
-        task.vocab, task.ignore_index, task.classes, task.diagnostics,
-        float(o.ce_weight), float(o.kd_weight), float(o.label_smoothing), float(o.z_loss),
-        float(o.temperature), o.scale_t2, o.divergence, float(o.beta),
-    )  # fmt: skip
-
-
-def rebuild(
-    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
-    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
-    temperature: float, scale_t2: bool, divergence: Any, beta: float,
-) -> Task:  # fmt: skip
-    objective = Objective(
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        temperature=temperature,
-        scale_t2=scale_t2,
-        divergence=divergence,
-        beta=beta,
-    )
-    return Task(objective, vocab, ignore_index, classes, diagnostics)
-
-
 @torch.library.custom_op("sad_kernels::row_losses", mutates_args=())
 def row_losses(
     student: Tensor,  # [N, >= V]
-    softcap: float | None,
     labels: Tensor | None,  # [N]
     teacher: Tensor | None,  # [N, >= V]
-    ids: Tensor | None,  # [N, K]
-    log_probs: Tensor | None,  # [N, K]
-    tail: str,
-    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
-    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
-    temperature: float, scale_t2: bool, divergence: str, beta: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ids: Tensor | None,  # [N, K], and what else a TopK holds
+    log_p: Tensor | None,  # [N, K]
+    log_rest: Tensor | None,  # [N]
+    best: Tensor | None,  # [N]
+    integers: Sequence[int],
+    numbers: Sequence[float],
+    words: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], their parts [6, N], and what the gradient needs of the rows."""
-    task = rebuild(
-        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
-        temperature, scale_t2, divergence, beta,
-    )  # fmt: skip
-    other = _teacher(teacher, ids, log_probs, tail, vocab)
-    result = launch.forward(task, columns_adjacent(student, softcap), labels, other)
+    request = unpack(integers, numbers, words)
+    other = teacher_of(teacher, ids, log_p, log_rest, best)
+    x = columns_adjacent(student, request.softcap)
+    result = launch.forward(request.task, x, labels, other)
     return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
 @row_losses.register_fake
-def _(student: Tensor, softcap: Any, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
+def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
     N = student.shape[0]  # not len(), which compiles anew for every N
     rows = student.new_empty(N, dtype=torch.float32)
     K = 0 if ids is None else ids.shape[1]
@@ -142,23 +120,28 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 @torch.library.custom_op("sad_kernels::row_gradient", mutates_args=())
 def row_gradient(
-    student: Tensor, softcap: float | None, labels: Tensor | None, teacher: Tensor | None,
-    ids: Tensor | None, log_probs: Tensor | None, tail: str,
-    vocab: int, ignore_index: int, classes: bool, diagnostics: bool,
-    ce_weight: float, kd_weight: float, label_smoothing: float, z_loss: float,
-    temperature: float, scale_t2: bool, divergence: str, beta: float,
-    saved: Tensor, inside: Tensor, outside: Tensor, upstream: Tensor,
-) -> Tensor:  # fmt: skip
+    student: Tensor,
+    labels: Tensor | None,
+    teacher: Tensor | None,
+    ids: Tensor | None,
+    log_p: Tensor | None,
+    log_rest: Tensor | None,
+    best: Tensor | None,
+    integers: Sequence[int],
+    numbers: Sequence[float],
+    words: str,
+    saved: Tensor,
+    inside: Tensor,
+    outside: Tensor,
+    upstream: Tensor,
+) -> Tensor:
     """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
-    task = rebuild(
-        vocab, ignore_index, classes, diagnostics, ce_weight, kd_weight, label_smoothing, z_loss,
-        temperature, scale_t2, divergence, beta,
-    )  # fmt: skip
-    other = _teacher(teacher, ids, log_probs, tail, vocab)
+    request = unpack(integers, numbers, words)
+    other = teacher_of(teacher, ids, log_p, log_rest, best)
     out = student.new_empty(student.shape)
     forward = Forward(upstream, upstream, saved, inside, outside)
-    x = columns_adjacent(student, softcap)
-    launch.gradient(task, x, labels, other, forward, upstream, out)
+    x = columns_adjacent(student, request.softcap)
+    launch.gradient(request.task, x, labels, other, forward, upstream, out)
     return out
 
 
@@ -174,14 +157,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         tensors.append(value if tensor else None)
         plain.append(None if tensor else value)
     ctx.plain = plain
+    ctx.set_materialize_grads(False)  # of outputs that nobody differentiates
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
     nothing = [None] * (len(inputs) - 1)
-    if not ctx.needs_input_grad[0]:
+    if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     return row_gradient(*inputs, *tensors[len(inputs) :], upstream), *nothing
 
@@ -197,11 +181,9 @@ row_losses.register_autograd(_backward, setup_context=_setup_context)
 row_gradient.register_autograd(no_second_backward)
 
 
-def _teacher(
-    logits: Tensor | None, ids: Tensor | None, log_probs: Tensor | None, tail: Any, vocab: int
-) -> Logits | TopK | None:
-    if ids is not None and log_probs is not None:
-        return TopK.prepare(ids, log_probs, tail, vocab)
+def teacher_of(logits: Tensor | None, *top_k: Tensor | None) -> Logits | TopK | None:
+    if top_k[0] is not None:
+        return TopK(*top_k)  # pyright: ignore[reportArgumentType]
     return None if logits is None else columns_adjacent(logits)
 
 

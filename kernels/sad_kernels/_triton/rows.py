@@ -22,6 +22,10 @@ E = sum e^x x         (E + d move) r                   entropy         log d - E
 A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
 ====================  ===============================  ====================================
 
+The maxima belong to the whole program. The sums do not: each thread ("lane") adds up what it has
+loaded, and the lanes are added at the end of a segment, so that a tile costs one exchange between
+threads for each maximum and none for a sum.
+
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
 in ``gradient``, where they write zeros without reading.
 """
@@ -93,8 +97,21 @@ def carried(total, cross, move, other_move, heat):
 
 
 @triton.jit
-def cross_sum(weights, a, b):
-    return tl.sum(tl.where(weights > 0, weights * (a - b), 0.0), 0)
+def by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """[BLOCK] -> [LANES]: a thread's sum of the columns that it has loaded, VECTOR at a time."""
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR]), 2), 0)
+
+
+@triton.jit
+def product(weights, x):
+    """0 where the weight is 0, whatever it multiplies."""
+    return tl.where(weights > 0, weights * x, 0.0)
+
+
+@triton.jit
+def first_at(x, top, BLOCK: tl.constexpr):
+    """The first column of a tile that has its maximum, exact in fp32."""
+    return tl.min(tl.where(x == top, tl.arange(0, BLOCK), BLOCK), 0).to(tl.float32)
 
 
 @triton.jit
@@ -104,6 +121,9 @@ def add_tile(
     m, d, d_1, S, E, best,
     m_t, d_t, best_t, A,
     heat,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     HEAT: tl.constexpr,
     MASKED: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -112,11 +132,11 @@ def add_tile(
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """All running sums of a row after one more tile."""
+    """All running sums of a row, each [LANES], after one more tile."""
     top = tl.max(s, 0)
     if DIAGNOSTICS:
         if top > m:  # few tiles raise the maximum; ties stay to the left
-            best = (start + tl.argmax(s, 0)).to(tl.float32)
+            best = start + first_at(s, top, BLOCK)
     m_new = tl.maximum(m, top)
     move = m - m_new
     x = s - m_new
@@ -126,16 +146,16 @@ def add_tile(
         top_t = tl.max(t, 0)
         if DIAGNOSTICS:
             if top_t > m_t:
-                best_t = (start + tl.argmax(t, 0)).to(tl.float32)
+                best_t = start + first_at(t, top_t, BLOCK)
         m_t_new = tl.maximum(m_t, top_t)
         move_t = m_t - m_t_new
         y = t - m_t_new
         hot_t = tl.exp2(y * heat)
         if DIVERGENCE == FORWARD_KL:
-            A = carried(d_t, A, move_t, move, heat) + cross_sum(hot_t, y, x)
+            A = carried(d_t, A, move_t, move, heat) + by_lane(product(hot_t, y - x), LANES, VECTOR)
         if DIVERGENCE == REVERSE_KL:
-            A = carried(d, A, move, move_t, heat) + cross_sum(hot, x, y)
-        d_t = d_t * tl.exp2(move_t * heat) + tl.sum(hot_t, 0)
+            A = carried(d, A, move, move_t, heat) + by_lane(product(hot, x - y), LANES, VECTOR)
+        d_t = d_t * tl.exp2(move_t * heat) + by_lane(hot_t, LANES, VECTOR)
         m_t = m_t_new
 
     if CLASSES:
@@ -144,15 +164,15 @@ def add_tile(
             plain = x
             if MASKED:
                 plain = tl.where(inside, x, 0.0)
-            S += start * move + tl.sum(plain, 0)
+            S += (start // LANES) * move + by_lane(plain, LANES, VECTOR)
         if DIAGNOSTICS:
-            E = (E + d_1 * move) * rate + tl.sum(tl.where(cold > 0, cold * x, 0.0), 0)
-        d_1 = d_1 * rate + tl.sum(cold, 0)
+            E = (E + d_1 * move) * rate + by_lane(product(cold, x), LANES, VECTOR)
+        d_1 = d_1 * rate + by_lane(cold, LANES, VECTOR)
     else:
         rate_hot = tl.exp2(move * heat)
     if TEACHER == TOP_K:
         hot = tl.where(known, 0.0, hot)
-    d = d * rate_hot + tl.sum(hot, 0)
+    d = d * rate_hot + by_lane(hot, LANES, VECTOR)
     return m_new, d, d_1, S, E, best, m_t, d_t, best_t, A
 
 
@@ -163,8 +183,10 @@ def statistics_kernel(
     ids_ptr, bounds_ptr, K, num_bounds,
     labels_ptr, ignore_index,
     partials_ptr, N, V, heat,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # a multiple of LANES * VECTOR
     SEGMENT: tl.constexpr,  # a multiple of BLOCK
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     HEAT: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -196,8 +218,9 @@ def statistics_kernel(
 
     zero = tl.full((), 0, tl.float32)
     m, m_t = zero + LOWEST, zero + LOWEST
-    d, d_1, S, E, A, d_t = zero, zero, zero, zero, zero, zero
     best, best_t = zero, zero
+    none = tl.zeros([LANES], tl.float32)
+    d, d_1, S, E, A, d_t = none, none, none, none, none, none
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
@@ -215,6 +238,7 @@ def statistics_kernel(
         m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
             s, t, known, columns, start - first,
             m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
+            BLOCK, LANES, VECTOR,
             HEAT, False, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
         )  # fmt: skip
     if whole < last:
@@ -229,25 +253,26 @@ def statistics_kernel(
         m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
             s, t, known, columns < V, whole - first,
             m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
+            BLOCK, LANES, VECTOR,
             HEAT, True, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
         )  # fmt: skip
 
     step = tl.num_programs(1).to(tl.int64) * N  # from one kind of partial sum to the next
     out = partials_ptr + segment.to(tl.int64) * N + row
     tl.store(out + MAXIMUM * step, m)
-    tl.store(out + TOTAL * step, d)
+    tl.store(out + TOTAL * step, tl.sum(d, 0))
     if CLASSES:
-        tl.store(out + TOTAL_1 * step, d_1)
+        tl.store(out + TOTAL_1 * step, tl.sum(d_1, 0))
         if SMOOTH:
-            tl.store(out + PLAIN * step, S)
+            tl.store(out + PLAIN * step, tl.sum(S, 0))
         if DIAGNOSTICS:
-            tl.store(out + WEIGHTED * step, E)
+            tl.store(out + WEIGHTED * step, tl.sum(E, 0))
     if DIAGNOSTICS:
         tl.store(out + BEST * step, best + first)
     if TEACHER == DENSE:
         tl.store(out + TEACHER_MAXIMUM * step, m_t)
-        tl.store(out + TEACHER_TOTAL * step, d_t)
-        tl.store(out + CROSS * step, A)
+        tl.store(out + TEACHER_TOTAL * step, tl.sum(d_t, 0))
+        tl.store(out + CROSS * step, tl.sum(A, 0))
         if DIAGNOSTICS:
             tl.store(out + TEACHER_BEST * step, best_t + first)
 
@@ -375,15 +400,14 @@ def merge_kernel(
 
     if FINAL:
         if TEACHER == DENSE:
-            log_s, log_t = tl.log(d), tl.log(d_t)
             if DIVERGENCE == FORWARD_KL:
-                kd = A / (temperature * d_t) - log_t + log_s
+                kd = A / (temperature * d_t) + tl.log(d / d_t)
                 expectation = zero - 1
             elif DIVERGENCE == REVERSE_KL:
-                kd = A / (temperature * d) - log_s + log_t
+                kd = A / (temperature * d) + tl.log(d_t / d)
                 expectation = kd
             else:
-                kd = 0 * (log_s + log_t)  # NaN of either side
+                kd = 0 * tl.log(d / d_t)  # NaN of either side
                 expectation = zero
             if HAS_TERMS:
                 of = terms_ptr + rows
@@ -401,22 +425,12 @@ def merge_kernel(
         loss = poison
         if TEACHER != NO_TEACHER:
             loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
-        parts = parts_ptr + rows
+        ce, square, correct, agree, entropy = zero, zero, zero, zero, zero
         if CLASSES:
             at = tl.where(in_range, label, 0)
             z = tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)
-            z = finish(
-                z,
-                at,
-                s_bias,
-                to_fp32(s_scale),
-                to_fp32(s_cap),
-                counts,
-                True,
-                S_BIAS,
-                S_SCALE,
-                S_CAP,
-            )
+            scale, cap = to_fp32(s_scale), to_fp32(s_cap)
+            z = finish(z, at, s_bias, scale, cap, counts, True, S_BIAS, S_SCALE, S_CAP)
             log_1 = tl.log(d_1)
             smoothing = to_fp32(smoothing)
             ce = log_1 - (1 - smoothing) * (z - m) + poison
@@ -427,32 +441,36 @@ def merge_kernel(
             ce_weight, z_loss = to_fp32(ce_weight), to_fp32(z_loss)
             loss += tl.where(ce_weight > 0, ce_weight * ce, 0.0)
             loss += tl.where(z_loss > 0, z_loss * square, 0.0)
-            tl.store(parts, tl.where(counts, ce, 0.0), mask=exists)
-            tl.store(parts + 2 * N, tl.where(counts, square, 0.0), mask=exists)
             if DIAGNOSTICS:
                 entropy = log_1 - E / d_1
-                tl.store(parts + 5 * N, tl.where(counts, entropy, 0.0), mask=exists)
         if DIAGNOSTICS:
             column = best.to(tl.int64)
             if HAS_LABELS:
-                correct = counts & (column == label)
-                tl.store(parts + 3 * N, correct.to(tl.float32), mask=exists)
+                correct = (column == label).to(tl.float32)
             if TEACHER != NO_TEACHER:
                 other = best_t.to(tl.int64)
                 if TEACHER == TOP_K:
                     other = tl.load(top_id_ptr + rows, mask=counts, other=-1)
-                agree = counts & (column == other)
-                tl.store(parts + 4 * N, agree.to(tl.float32), mask=exists)
+                agree = (column == other).to(tl.float32)
+        parts = parts_ptr + rows
+        tl.store(parts, tl.where(counts, ce, 0.0), mask=exists)
         tl.store(parts + 1 * N, tl.where(counts, kd, 0.0), mask=exists)
+        tl.store(parts + 2 * N, tl.where(counts, square, 0.0), mask=exists)
+        tl.store(parts + 3 * N, tl.where(counts, correct, 0.0), mask=exists)
+        tl.store(parts + 4 * N, tl.where(counts, agree, 0.0), mask=exists)
+        tl.store(parts + 5 * N, tl.where(counts, entropy, 0.0), mask=exists)
         tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)
 
 
 @triton.jit
-def sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, DIVERGENCE: tl.constexpr):
+def sum_terms(
+    s, t, log_d, log_d_t, m, m_t, heat, beta,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
     log_q = (s - m) * heat - log_d
     log_p = (t - m_t) * heat - log_d_t
     f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
-    return tl.sum(f, 0), tl.sum(h, 0)
+    return by_lane(f, LANES, VECTOR), by_lane(h, LANES, VECTOR)
 
 
 @triton.jit
@@ -463,6 +481,8 @@ def terms_kernel(
     saved_ptr, terms_ptr, N, V, heat, beta,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
@@ -485,8 +505,8 @@ def terms_kernel(
     log_d = tl.log2(tl.load(saved + TOTAL * N))
     log_d_t = tl.log2(tl.load(saved + SAVED_TEACHER_TOTAL * N))
 
-    value = tl.full((), 0, tl.float32)
-    expectation = tl.full((), 0, tl.float32)
+    value = tl.zeros([LANES], tl.float32)
+    expectation = tl.zeros([LANES], tl.float32)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
@@ -494,25 +514,25 @@ def terms_kernel(
         columns = start + tl.arange(0, BLOCK)
         s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
         t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP)
-        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, DIVERGENCE)
+        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
         value += f
         expectation += h
     if whole < last:
         columns = whole + tl.arange(0, BLOCK)
         s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
         t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
-        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, DIVERGENCE)
+        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
         value += f
         expectation += h
     out = terms_ptr + segment.to(tl.int64) * N + row
-    tl.store(out, value)
-    tl.store(out + tl.num_programs(1).to(tl.int64) * N, expectation)
+    tl.store(out, tl.sum(value, 0))
+    tl.store(out + tl.num_programs(1).to(tl.int64) * N, tl.sum(expectation, 0))
 
 
 @triton.jit
 def gradient_tile(
     s, t, start, columns, label,
-    m, d, m_t, d_t, expectation, outside,
+    m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
     q_1_factor, smooth_share, label_share, kd,
     ids, inside, first_id, last_id,
     heat, beta, cap,
@@ -534,8 +554,8 @@ def gradient_tile(
         if DIVERGENCE == FORWARD_KL:
             g = hot * (kd / d) - tl.exp2((t - m_t) * heat) * (kd / d_t)
         else:
-            log_q = x * heat - tl.log2(d)
-            log_p = (t - m_t) * heat - tl.log2(d_t)
+            log_q = x * heat - log_d
+            log_p = (t - m_t) * heat - log_d_t
             _, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
             g = (h - tl.exp2(log_q) * expectation) * kd
     if TEACHER == TOP_K:
@@ -600,11 +620,13 @@ def gradient_kernel(
     kd = upstream * to_fp32(kd_weight) * to_fp32(kd_scale) / to_fp32(temperature)
     zero = tl.full((), 0, tl.float32)
     m_t, d_t, expectation, outside = zero, zero, zero, zero
+    log_d, log_d_t = zero, zero
     ids, inside, bounds = ids_ptr, inside_ptr, bounds_ptr
     if TEACHER == DENSE:
         t_row = t_ptr + row * t_stride
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
         d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
+        log_d, log_d_t = tl.log2(d), tl.log2(d_t)
         expectation = tl.load(saved + EXPECTATION * N)
     if TEACHER == TOP_K:
         ids, inside, bounds = ids_ptr + row * K, inside_ptr + row * K, bounds_ptr + row * num_bounds
@@ -633,7 +655,7 @@ def gradient_kernel(
             b = bounds + start // BLOCK
             first_id, last_id = tl.load(b), tl.load(b + 1)
         g = gradient_tile(
-            s, t, start, columns, label, m, d, m_t, d_t, expectation, outside,
+            s, t, start, columns, label, m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
             q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
             heat, beta, s_cap,
             BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
@@ -653,7 +675,7 @@ def gradient_kernel(
                 b = bounds + start // BLOCK
                 first_id, last_id = tl.load(b), tl.load(b + 1)
             g = gradient_tile(
-                s, t, start, columns, label, m, d, m_t, d_t, expectation, outside,
+                s, t, start, columns, label, m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
                 q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
                 heat, beta, s_cap,
                 BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,

@@ -21,10 +21,33 @@ JSD = tl.constexpr(2)
 SKEW_FORWARD_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
 
+NOTHING = tl.constexpr(-150.0)  # log2 of a probability that is 0 in fp32
+FAR = tl.constexpr(60.0)  # log2 of the largest ratio of two probabilities of which both count
+
 # Temperatures: 1 and 2 save an exponential per element
 ANY = tl.constexpr(0)
 ONE = tl.constexpr(1)
 TWO = tl.constexpr(2)
+
+
+@triton.jit
+def fast_log2(x):
+    """Of a normal number x > 0, within 2 ulps, near 1 too; fewer instructions than tl.log2.
+
+    The polynomial's relative error is 2.6e-8 on the mantissas, 2/3 to 4/3 (Lawson's fit, degree 8).
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & ~0x7FFFFF  # times 2^23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1
+    p = 0.202786641 * f + -0.222221178
+    p = p * f + 0.201799191
+    p = p * f + -0.236786523
+    p = p * f + 0.288711326
+    p = p * f + -0.360789569
+    p = p * f + 0.480895972
+    p = p * f + -0.721346541
+    p = p * f + 1.44269505
+    return exponent.to(tl.float32) * (1 / (1 << 23)) + p * f
 
 
 @triton.jit
@@ -42,6 +65,17 @@ def tanh(x):
 
 
 @triton.jit
+def rounded_product(x, factor):
+    """``x * factor``, which no compiler may fuse with the subtraction of a maximum that follows.
+
+    The maximum is a product that was rounded. Less an unrounded one, it would leave a remainder at
+    the maximum itself: e^remainder in place of 1, and probabilities above 1.
+    """
+    zero = tl.zeros_like(x)
+    return tl.fma(x, factor + zero, zero)
+
+
+@triton.jit
 def finish(
     x, columns, bias, scale, cap, mask,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -53,9 +87,9 @@ def finish(
         else:
             x += tl.load(bias + columns).to(tl.float32)
     if HAS_SCALE:
-        x *= scale
+        x = rounded_product(x, scale)
     if HAS_CAP:
-        x = cap * tanh(x / cap)
+        x = rounded_product(tanh(x / cap), cap)
     return x
 
 
@@ -91,26 +125,33 @@ def divergence_terms(a, b, beta, DIVERGENCE: tl.constexpr):
 
     ``0 log 0 = 0``: a weight of 0 adds 0, whatever it multiplies.
     """
-    q, p = tl.exp2(a), tl.exp2(b)
     if DIVERGENCE == FORWARD_KL:
+        p = tl.exp2(b)
         return tl.where(p > 0, p * (b - a), 0.0) * LN_2, -p
     if DIVERGENCE == REVERSE_KL:
+        q = tl.exp2(a)
         f = tl.where(q > 0, q * (a - b), 0.0) * LN_2
         return f, f
 
-    # Relative to the larger of p and q nothing underflows, and the logarithm's argument stays
-    # between the smaller share and 1.
+    # Relative to q, with the gap bounded: a share below 2^-60 of the other adds nothing, and what
+    # is left neither overflows nor takes p along when q underflows. No branch and no comparison,
+    # which cost these kernels more than exponentials do.
+    a, b = tl.maximum(a, NOTHING), tl.maximum(b, NOTHING)
+    q_log, p_log = tl.maximum(a, b - FAR), tl.maximum(b, a - FAR)
+    gap = p_log - q_log
     share = beta if DIVERGENCE == SKEW_REVERSE_KL else 1 - beta  # of q in the mixture
-    gap = a - b
-    larger_share = tl.where(gap >= 0, share, 1 - share)
-    log_m = tl.log2(larger_share + (1 - larger_share) * tl.exp2(-tl.abs(gap)))
-    over_q = tl.minimum(gap, 0.0) - log_m  # log2(q/m)
-    over_p = tl.minimum(-gap, 0.0) - log_m  # log2(p/m)
-    q_part = tl.where(q > 0, q * over_q, 0.0) * LN_2
-    p_part = tl.where(p > 0, p * over_p, 0.0) * LN_2
+    ratio = tl.exp2(gap)
+    mix = share + (1 - share) * ratio  # m/q
+    log_mix = fast_log2(mix)
+    q = tl.exp2(q_log)
     if DIVERGENCE == JSD:
-        h = (1 - beta) * q_part
-        return beta * p_part + h, h
-    if DIVERGENCE == SKEW_FORWARD_KL:
-        return p_part, tl.where(q > 0, tl.exp2(over_p + a), 0.0) * (beta - 1)
-    return q_part, q_part - beta * tl.where(q > 0, tl.exp2(over_q + a), 0.0)
+        h = (share * -LN_2) * (q * log_mix)
+        f = (beta * LN_2) * (q * ratio * (gap - log_mix)) + h
+    elif DIVERGENCE == SKEW_FORWARD_KL:
+        p = q * ratio
+        f = p * (gap - log_mix) * LN_2
+        h = -share * (p / mix)  # pq/m
+    else:
+        f = q * log_mix * -LN_2
+        h = f - share * (q / mix)  # qq/m
+    return f, h

@@ -1,0 +1,39 @@
+"""Gradients that are there, times a number on the device, in another dtype: one read, one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sad_kernels._triton.launch import ceil_div, on_device
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def scaled_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr)
+    if start + BLOCK <= n:
+        x = tl.load(x_ptr + start + offsets).to(tl.float32)
+        tl.store(out_ptr + start + offsets, (x * factor).to(out_ptr.dtype.element_ty))
+    else:
+        mask = start + offsets < n
+        x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + start + offsets, (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:  # factor: [] fp32
+    """``x * factor``, rounded once."""
+    x = x.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        with on_device(x.device):
+            scaled_kernel[(ceil_div(x.numel(), BLOCK),)](
+                x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True
+            )
+    return out
