@@ -519,6 +519,26 @@ def test_frozen_parts_and_autocast(
 
 
 @every_implementation
+@pytest.mark.parametrize("op", ["distill_loss", "linear_distill_loss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teachers_head_keeps_its_precision_under_autocast(
+    op: str, dtype: torch.dtype, impl: str
+) -> None:
+    """Its logits came from a 16-bit product beside a student whose logits are there.
+
+    https://github.com/linkedin/Liger-Kernel/pull/1283
+    """
+    ops = bound(impl)
+
+    def under_autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return getattr(ops, op)(*args, **options)
+
+    problem = plain(op, torch.float32, teacher="hidden")
+    judge(problem, SimpleNamespace(**{op: under_autocast}))
+
+
+@every_implementation
 @linear_ops
 def test_a_tied_head_gets_its_gradient_once(op: str, impl: str) -> None:
     """Doubled where the head is the embedding too, or where ``.grad`` is there already.
