@@ -34,7 +34,15 @@ from oracle import (
     measure_oracle,
 )
 from problems import plain
-from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, TeacherLogits, reference
+from sad_kernels import (
+    DistillOutput,
+    Head,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    _tiles,
+    reference,
+)
 from sad_kernels.objective import DIVERGENCES, Divergence
 from torch import Tensor
 
@@ -91,7 +99,11 @@ def test_the_gradient_is_rounded_once(
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("chunk_bytes", [None, 4096, 1])
 def test_the_weight_gradient_does_not_depend_on_chunks(
-    op: str, dtype: torch.dtype, chunk_bytes: int | None, impl: str
+    op: str,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    impl: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """dW summed in bf16 over chunks: 1.3 times the error at 16 chunks, 7 times at 1024.
 
@@ -99,6 +111,8 @@ def test_the_weight_gradient_does_not_depend_on_chunks(
     https://github.com/linkedin/Liger-Kernel/pull/1391
     https://github.com/apple/ml-cross-entropy/issues/14
     """
+    if chunk_bytes == 1:  # a chunk for each row, of the kernels' too
+        monkeypatch.setattr(_tiles, "GRADIENT_BLOCKS", 1)
     problem = plain(op, dtype, N=64, V=33, distribution="zipf", wrt="weight,bias")
     judge(problem, bound(impl, chunk_bytes))
 
@@ -824,6 +838,44 @@ def test_memory_of_the_torch_path(op: str) -> None:
     assert more_rows - base <= 4 * D * N + 256 * N + chunk_bytes / 4
 
 
+class Grids:
+    """Stands for a kernel and notes the grid of every launch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.seen.append(grid)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="triton is not installed")
+def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other axes end at 65535 programs, of which the interpreter knows nothing.
+
+    https://github.com/linkedin/Liger-Kernel/pull/1294
+    """
+    from sad_kernels._task import Task
+    from sad_kernels._triton import launch, rows, scale
+
+    kernels = {name: Grids() for name in vars(rows) if name.endswith("_kernel")}
+    for name, grids in kernels.items():
+        monkeypatch.setattr(rows, name, grids)
+    kernels["scaled_kernel"] = Grids()
+    monkeypatch.setattr(scale, "scaled_kernel", kernels["scaled_kernel"])
+    monkeypatch.setattr(scale, "BLOCK", 1)
+
+    N = 70_000
+    logits, labels = torch.zeros(N, 2), torch.zeros(N, dtype=torch.int64)
+    side = launch.Logits(logits)
+    task = Task(Objective(ce_weight=0.5, divergence="jsd"), 2, -100, True, True)
+    saved = launch.forward(task, side, labels, side)
+    launch.gradient(task, side, labels, side, saved, torch.ones(N), torch.empty(N, 2))
+    scale.scaled(torch.zeros(N), torch.ones(()), torch.bfloat16)
+    for name, grids in kernels.items():
+        assert grids.seen, f"{name} was not launched"
+        assert all(size <= 65535 for grid in grids.seen for size in grid[1:]), name
+
+
 # --- Options -------------------------------------------------------------------------------------
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -910,6 +962,14 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
         )
         return ops.distill_loss(s, y, TeacherHidden(hidden, own), objective).loss
 
+    def linear_teacher_head(**o: Any) -> Tensor:
+        own = replace(
+            head, **{k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in o.items()}
+        )
+        student = replace(head, weight=head.weight.flip(0), valid_vocab=own.valid_vocab)
+        teacher = TeacherHidden(hidden, own)
+        return ops.linear_distill_loss(hidden, student, y, teacher, objective).loss
+
     for name, value in CHANGES["cross_entropy"].items():
         note(f"cross_entropy.{name}", cross_entropy, {}, **{name: value})
         note(f"linear_cross_entropy.{name}", linear_cross_entropy, {}, **{name: value})
@@ -924,6 +984,7 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
     for name, value in CHANGES["Head"].items():
         note(f"linear_distill_loss.{name}", linear_distill, {}, **{name: value})
         note(f"TeacherHidden.{name}", teacher_head, {}, **{name: value})
+        note(f"linear TeacherHidden.{name}", linear_teacher_head, {}, **{name: value})
         if name in ("bias", "logit_scale"):
             note(f"linear_cross_entropy.{name}", linear_cross_entropy, {}, **{name: value})
     return seen
