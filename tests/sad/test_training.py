@@ -118,6 +118,7 @@ def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Callable[..., Any]) -> None:
+    """Generators that were restored too early: https://github.com/huggingface/transformers/pull/46628"""
     config = make_config()
     materials = gather(config)
     whole = make_trainer(config, materials)
