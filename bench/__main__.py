@@ -1,64 +1,159 @@
-"""``python -m bench CASE``: measure, print, and keep the numbers under ``bench/results/``.
+"""``python -m bench``: measure, print, and keep the numbers under ``bench/results/``.
 
-loss         time and memory of linear_distill_loss against naive autograd
-overhead     what the trainer adds to a step
-quickstart   what distillation gains in the quickstart, over three seeds (about ten minutes)
+python -m bench                 every kernel against every peer, on this machine
+python -m bench --quick         the most telling of it, in 100 seconds
+python -m bench CASE...         some of it: ce kd/jsd linear_kd ema; a name before / means all
+python -m bench --compare OLD.json NEW.json     what got slower; exit status 1 if anything did
+
+python -m bench loss            time and memory of linear_distill_loss against naive autograd
+python -m bench overhead        what the trainer adds to a step
+python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
+                                ten minutes)
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
-import platform
-import subprocess
 import sys
-from datetime import UTC, datetime
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from sad.versions import library_versions
-
-CASES = ("loss", "overhead", "quickstart")
-RESULTS = Path(__file__).parent / "results"
+NAMED = ("loss", "overhead", "quickstart")
 
 
-def main(case: str) -> None:
+def main(words: Sequence[str]) -> int:
+    start = time.monotonic()
+    options = _parser().parse_args(words)
+    if options.compare:
+        from bench import compare
+
+        try:
+            return compare.report(*options.compare)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
+    named = [case for case in options.cases if case in NAMED]
+    if named:
+        if len(options.cases) > 1:
+            sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
+        _measure_named(named[0])
+        return 0
+    with tempfile.TemporaryDirectory() as caches:
+        _choose_environment(caches)
+        return _measure_kernels(options, start, words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("cases", nargs="*", metavar="CASE")
+    add("--quick", action="store_true", help="a small set, fewer calls, no torch.compile")
+    add("--fake", action="store_true", help="a tiny set on the CPU: does everything run?")
+    add("--seconds", type=float, help="end with what there is by then (quick: 90)")
+    add("--peers", nargs="+", default=(), metavar="PEER", help="only these, even in quick sets")
+    add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    add("--out", type=Path, help="where the JSON goes; default: a name in bench/results")
+    add("--no-graphs", action="store_true", help="try no CUDA graphs")
+    add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    add("--part", action="store_true", help=argparse.SUPPRESS)  # of a run in several processes
+    return parser
+
+
+def _choose_environment(caches: str) -> None:
+    """What triton, liger and the profiler read when they are imported. What is set stays.
+
+    Liger takes CuTe DSL on Hopper where it finds CUTLASS; here it shall take its Triton kernels.
+    Not by ``LIGER_KERNEL_IMPL``: what one half of Liger 0.8.5 reads there, the other refuses.
+    """
+    os.environ.setdefault("TRITON_CACHE_DIR", caches)  # a first call that finds nothing compiled
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/inductor")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
+    os.environ.setdefault("LIGER_KERNEL_BACKEND", "nvidia-triton")
+
+
+def _measure_kernels(options: Any, start: float, words: Sequence[str]) -> int:
+    from bench import apart, cases, kernels, record
+    from bench.entry import Effort
+
+    unknown = [
+        c for c in options.cases if not any(f"{n}/".startswith(f"{c}/") for n in cases.NAMES)
+    ]
+    if unknown:
+        names = " ".join((*cases.NAMES, *NAMED))
+        sys.exit(f"error: CASE must be one of {names}, got {unknown[0]}; choose one of these")
+    seconds = options.seconds or (90.0 if options.quick else 1e9)
+    command = " ".join(["python -m bench", *words])
+    if _several_processes(options):
+        names = dict.fromkeys(c.name for c in cases.chosen(cases.full(), options.cases))
+        result, path = {"rows": [], "notes": []}, Path()
+        for result in apart.measure_apart(tuple(names), _passed_on(options), start + seconds):
+            result["run"] = record.run(command)
+            path = options.out or record.path_for(result)
+            record.write(result, path)
+        return kernels.conclude(result, path, show=True)
+    try:
+        if options.fake:  # one thread: times mean nothing, and barriers wait for busy cores
+            device = kernels.device_for("cpu", threads=1)
+        else:
+            device = kernels.device_for(options.device)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    on_gpu = device.device.type == "cuda"
+    if options.fake:
+        every, rounds, calls = cases.fake(), 2, 1
+    elif options.quick:
+        every, rounds, calls = (cases.quick(), 2, 5) if on_gpu else (cases.quick_cpu(), 3, 1)
+    else:
+        every, rounds, calls = (cases.full(), 6, 5) if on_gpu else (cases.cpu(), 7, 1)
+    effort = Effort(
+        rounds,
+        calls,
+        start + seconds,
+        compiled=not (options.quick or options.fake),
+        peers=tuple(options.peers),
+        graphs=not options.no_graphs,
+        resident=not (on_gpu or options.quick or options.fake),
+        interpreted=options.fake and os.environ.get("TRITON_INTERPRET") == "1",
+    )
+    chosen = cases.chosen(every, options.cases)
+    fake = Path(tempfile.gettempdir()) / "bench-fake.json" if options.fake else None
+    result, path = kernels.run(chosen, device, effort, command, options.out or fake)
+    return kernels.conclude(result, path, show=not options.part)
+
+
+def _several_processes(options: Any) -> bool:
+    import torch
+
+    small = options.quick or options.fake or options.part or options.device == "cpu"
+    return not small and len(options.cases) != 1 and torch.cuda.is_available()
+
+
+def _passed_on(options: Any) -> list[str]:
+    words = ["--no-graphs"] if options.no_graphs else []
+    return words + (["--peers", *options.peers] if options.peers else [])
+
+
+def _measure_named(case: str) -> None:
+    import torch
+
+    from bench import record
+    from sad.versions import library_versions
+
     result = importlib.import_module(f"bench.{case}").measure()
-    record = {"schema": 1, "run": _run(case), "machine": _machine(), "versions": library_versions()}
-    record |= result
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{case}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    about = {"schema": 1, "run": record.run(f"python -m bench {case}"), "machine": machine}
+    path = record.RESULTS / f"{case}.json"
+    record.RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(about | {"versions": library_versions()} | result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     print(f"-> {path}")
 
 
-def _run(case: str) -> dict[str, object]:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    command = f"python -m bench {case}"
-    return {"utc": now, "commit": commit, "dirty": bool(changes), "command": command}
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def _machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] not in [[case] for case in CASES]:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1:]))

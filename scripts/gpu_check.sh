@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in under nine minutes. Installs nothing; JSON goes to OUTDIR.
 #   scripts/gpu_check.sh OUTDIR
-#   PYTHON=...   interpreter that has torch, triton and pytest (default: .venv's, else python3)
+#   PYTHON=...          interpreter with torch, triton and pytest (default: .venv's, else python3)
+#   TEST_SECONDS=...    for the tests, which run side by side (default 240)
+#   BENCH_SECONDS=...   for the benchmark, which then has the machine to itself (default 200)
+#   COMMIT=...          what the results belong to, in a copy without git
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUTDIR}" && cd "$1" && pwd)" || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -9,7 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python="${PYTHON:-.venv/bin/python}"
 if ! command -v "$python" >/dev/null; then python=python3; fi
 unset TRITON_INTERPRET # the kernels are compiled here
-export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests" PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 TRITON_CACHE_DIR="$(mktemp -d)"
 export TRITON_CACHE_DIR
 trap 'rm -rf "$TRITON_CACHE_DIR"' EXIT
@@ -31,9 +35,10 @@ step() { # step NAME SECONDS COMMAND...: its output to NAME.log, its time and ex
 pytest() { # pytest NAME SECONDS ARGUMENT...
     local name="$1" limit="$2"
     shift 2
+    # -v, so that a run which is cut off tells what it did;
     # no:benchmark, because that plugin, where installed, warns of parallel runs: an error here;
     # xunit1, because only that format may hold what tests measured
-    step "$name" "$limit" "$python" -m pytest --junit-xml="$out/$name.xml" \
+    step "$name" "$limit" "$python" -m pytest -v --junit-xml="$out/$name.xml" \
         -o junit_family=xunit1 -p no:cacheprovider -p no:benchmark "$@"
 }
 processes=()
@@ -43,10 +48,11 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 
 rm -f "$out"/*.step "$out"/*.xml
-pytest gpu 240 tests/sad_kernels/test_gpu.py &
-pytest kernels 240 -k triton tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py \
+tests="${TEST_SECONDS:-240}" seconds="${BENCH_SECONDS:-200}"
+pytest gpu "$tests" tests/sad_kernels/test_gpu.py &
+pytest kernels "$tests" -k triton tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py \
     "${processes[@]}" &
 wait
 # Alone on the machine, because it measures.
-step bench 240 "$python" -m bench --quick --out "$out"
+step bench "$((seconds + 40))" "$python" -m bench --quick --seconds "$seconds" --out "$out/bench.json"
 "$python" tests/gpu_report.py "$out"

@@ -9,6 +9,7 @@ with 1 if a step did not exit with 0.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from xml.etree import ElementTree
 def main(out: Path) -> None:
     report = {
         "gpu": said("nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv"),
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": said("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "versions": versions(),
         "steps": [step(path) for path in sorted(out.glob("*.step"))],
         "tests": {path.stem: tests(path) for path in sorted(out.glob("*.xml"))},

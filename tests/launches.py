@@ -29,7 +29,7 @@ import triton
 from machine_code import access_widths, double_arithmetic, resources, row_products
 from sad_kernels._task import Task
 from sad_kernels._tiles import pitch
-from sad_kernels._triton import ema, launch
+from sad_kernels._triton import ema, launch, scale
 from sad_kernels.ema import Extent
 from sad_kernels.objective import Divergence, Objective
 from torch import Tensor
@@ -103,6 +103,7 @@ def record(target: GPUTarget, call: Callable[[], None]) -> list[Launch]:
         )
         return True  # do not compile, do not launch
 
+    launch.THREADS_PER_WARP = target.warp_size
     driver.set_active(NoDevice(target))  # pyright: ignore[reportArgumentType]
     knobs.runtime.jit_cache_hook = take_note
     call()
@@ -393,6 +394,16 @@ def ema_cases() -> Iterator[Case]:
     yield Case("swap, bf16 and bf16, aligned", functools.partial(ema.swap, extents))
 
 
+def scale_cases() -> Iterator[Case]:
+    """The weight's gradient, with and without a last block that is not whole."""
+    for source, out in ((FP32, BF16), (FP32, FP16), (FP32, FP32), (BF16, BF16)):
+        for size in (1 << 28, (1 << 28) + 1):
+            x, factor = arena(3 << 30).view(source)[:size], torch.empty(())
+            call = functools.partial(scale.scaled, x, factor, out)
+            name = f"{SHORT[source]} to {SHORT[out]}, {'odd' if size % 2 else 'even'} size"
+            yield Case(name, call, out is BF16 and source is FP32)
+
+
 def planted_cases() -> Iterator[Case]:
     """Faults that the checks must see."""
     x = logits(BF16, "odd limit")
@@ -418,6 +429,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "top_k": top_k_cases,
     "linear": linear_cases,
     "ema": ema_cases,
+    "scale": scale_cases,
     "planted": planted_cases,
 }
 

@@ -39,7 +39,7 @@ def resolve_impl(impl: str, *tensors: Tensor) -> Literal["triton", "torch"]:
         compiled = HAS_TRITON and not INTERPRETED and device in TRITON_DEVICES
         return "triton" if compiled and not double else "torch"
     if impl == "triton":
-        _require_triton(device, double, any_tensor=bool(tensors))
+        _require_triton(device, double, any_tensor=len(tensors) > 0)  # bool() stops torch 2.11
         return "triton"
     return "torch"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench import cases, kernels, measure, oracle, record, table
 from bench.cases import EmaCase, LossCase
+from bench.entry import Effort, Row
 from bench.inputs import Hidden, Logits, draw
 from bench.peers import Peer, Unable, for_case
 from bench.timing import Cpu
@@ -33,11 +34,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def effort(seconds: float = 60.0, **options: Any) -> measure.Effort:
-    return measure.Effort(2, 1, time.monotonic() + seconds, compiled=False, **options)
+def effort(seconds: float = 60.0, **options: Any) -> Effort:
+    return Effort(2, 1, time.monotonic() + seconds, compiled=False, **options)
 
 
-def rows_with(peers: list[Peer], monkeypatch: pytest.MonkeyPatch) -> dict[str, measure.Row]:
+def rows_with(peers: list[Peer], monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]:
     """The rows of these peers for one small cross-entropy."""
     monkeypatch.setattr(measure, "for_case", lambda case: tuple(peers))
     rows, _ = measure.measure(CE, Cpu(), effort(), copy_rate=1e9)

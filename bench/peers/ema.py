@@ -1,0 +1,133 @@
+"""Moving averages by others: fp32 shadows and a fixed decay for all of them.
+
+``ema/swap`` is in and back, as around an evaluation. Copies that a peer cannot do without, and
+moves to the CPU, are part of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.inputs import Parameters
+from bench.peers.base import Average, Peer, Unable, module
+
+lists: Any = torch  # whose stubs leave out names with an underscore
+
+
+class Model(nn.Module):
+    """A model as far as an average is concerned: the problem's own tensors, not copies."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(p) for p in params])
+
+
+def _shadows(model: Any) -> list[Tensor]:
+    return [p.detach() for p in model.parameters()]
+
+
+def _updates_only(problem: Parameters) -> None:
+    if problem.case.name != "ema/update":
+        raise Unable("has no swap")
+
+
+def foreach(problem: Parameters) -> Average:
+    """The fastest form that torch takes: lerp wants equal dtypes."""
+    params, decay = problem.params, problem.case.decay
+    shadows = problem.shadows()
+
+    def update() -> None:
+        if params[0].dtype == torch.float32:
+            lists._foreach_lerp_(shadows, params, 1 - decay)
+        else:
+            lists._foreach_mul_(shadows, decay)
+            lists._foreach_add_(shadows, params, alpha=1 - decay)
+
+    def swap() -> list[Tensor]:
+        kept = [p.clone() for p in params]
+        lists._foreach_copy_(params, shadows)
+        return kept
+
+    def back(kept: Any) -> None:
+        lists._foreach_copy_(params, kept)
+
+    if problem.case.name == "ema/update":
+        return Average(shadows, update)
+    return Average(shadows, swap, back)
+
+
+def averaged_model(problem: Parameters) -> Average:
+    _updates_only(problem)
+    swa, model = torch.optim.swa_utils, Model(problem.params)
+    if problem.params[0].dtype == torch.float32:
+        average = swa.AveragedModel(
+            model, multi_avg_fn=swa.get_ema_multi_avg_fn(problem.case.decay)
+        )
+    else:  # torch._foreach_lerp_ refuses a shadow of another dtype
+        average = swa.AveragedModel(model, avg_fn=swa.get_ema_avg_fn(problem.case.decay)).float()
+    average.update_parameters(model)  # the first call copies
+    return Average(_shadows(average.module), lambda: average.update_parameters(model))
+
+
+def timm(problem: Parameters) -> Average:
+    _updates_only(problem)
+    V3 = module("timm.utils", "timm").ModelEmaV3
+    model = Model(problem.params)
+    average = V3(model, decay=problem.case.decay, dtype=torch.float32)
+    return Average(_shadows(average.module), lambda: average.update(model))
+
+
+def ema_pytorch(problem: Parameters) -> Average:
+    _updates_only(problem)
+    model, decay = Model(problem.params), problem.case.decay
+    average = module("ema_pytorch", "ema-pytorch").EMA(
+        model,
+        ema_model=Model(problem.shadows()),
+        beta=decay,
+        min_value=decay,  # no warm-up
+        update_after_step=0,
+        update_every=1,
+        use_foreach=True,
+        coerce_dtype=True,
+    )
+    for _ in range(3):  # the first calls copy
+        average.update()
+    return Average(_shadows(average.ema_model), average.update)
+
+
+def diffusers(problem: Parameters) -> Average:
+    EMAModel = module("diffusers.training_utils", "diffusers").EMAModel
+    model, decay = Model(problem.params), problem.case.decay
+    average = EMAModel(model.parameters(), decay=decay, min_decay=decay, foreach=True)
+    average.to(dtype=torch.float32)
+    average.optimization_step = 10  # its first step copies
+
+    def swap() -> None:
+        average.store(model.parameters())
+        average.copy_to(model.parameters())
+
+    def back(_: object) -> None:
+        average.restore(model.parameters())
+
+    shadows = list(average.shadow_params)
+    if problem.case.name == "ema/update":
+        return Average(shadows, lambda: average.step(model.parameters()))
+    return Average(shadows, swap, back)
+
+
+EMA = (
+    Peer("foreach", "torch._foreach_mul_, _foreach_add_ or _foreach_lerp_", foreach),
+    Peer("AveragedModel", "torch.optim.swa_utils.AveragedModel", averaged_model),
+    Peer("timm", "timm.utils.ModelEmaV3", timm, "timm", {"dtype": "float32"}),
+    Peer(
+        "ema-pytorch",
+        "ema_pytorch.EMA",
+        ema_pytorch,
+        "ema-pytorch",
+        {"use_foreach": True, "coerce_dtype": True},
+    ),
+    Peer("diffusers", "EMAModel", diffusers, "diffusers", {"foreach": True}),
+)

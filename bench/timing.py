@@ -1,0 +1,240 @@
+"""Times of one call: by events on a GPU, by the clock on a CPU. Memory, graphs, host time.
+
+On a GPU calls are queued one after the other, and before each of them a buffer four times as large
+as the L2 is overwritten, so that no call finds its inputs there. What is outside the two events,
+such as restoring inputs, costs nothing. A call that is shorter than its launches take on the host
+shows these: ``graph`` and ``host`` tell one from the other.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 1 << 20
+
+
+class Lost(Exception):
+    """The device does not answer any more: nothing can be measured in this process."""
+
+
+class Unfit(Exception):
+    """A figure that cannot be had, and why."""
+
+
+class Times(NamedTuple):
+    """Milliseconds of one call. An average has no backward, and ``forward`` is all of it."""
+
+    forward: float
+    backward: float
+
+    @property
+    def full(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass
+class Step:
+    """What is timed: ``forward`` and, of its result, ``backward``; ``prepare`` runs before both."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], None] = lambda result: None
+    prepare: Callable[[], None] = lambda: None
+
+    def __call__(self) -> Any:
+        result = self.forward()
+        self.backward(result)
+        return result
+
+
+def loss_step(
+    loss: Callable[[], Tensor],
+    upstream: Tensor,
+    leaves: Sequence[Tensor],
+    originals: Sequence[Tensor] = (),
+) -> Step:
+    """A loss and its backward. ``originals`` are put back into the leaves before each call."""
+
+    def prepare() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        for leaf, original in zip(leaves, originals, strict=False):
+            leaf.detach().copy_(original)
+
+    return Step(loss, lambda result: result.backward(upstream), prepare)
+
+
+@dataclass
+class Cpu:
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def time(self, step: Step, calls: int) -> list[Times]:
+        times = []
+        for _ in range(calls):
+            step.prepare()
+            a = time.perf_counter()
+            result = step.forward()
+            b = time.perf_counter()
+            step.backward(result)
+            c = time.perf_counter()
+            times.append(Times(1e3 * (b - a), 1e3 * (c - b)))
+        return times
+
+    def finish(self) -> None:
+        """Nothing is ever under way here."""
+
+    def free(self) -> None:
+        gc.collect()
+
+    def peak(self, step: Step) -> int:
+        """The most bytes that torch's allocator has alive at once beyond those alive before."""
+        step.prepare()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        results: Any = profiler.profiler
+        events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+        alive = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            alive += event.nbytes()
+            peak = max(peak, alive)
+        return peak
+
+    def graph(self, step: Step, calls: int) -> float:
+        raise Unfit("a CPU has no graphs")
+
+
+class Gpu:
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+        properties = torch.cuda.get_device_properties(self.device)
+        l2 = getattr(properties, "L2_cache_size", 0) or 64 * MIB
+        self.cache = torch.empty(4 * l2, dtype=torch.uint8, device=self.device)
+
+    def time(self, step: Step, calls: int) -> list[Times]:
+        marks = []
+        for _ in range(calls):
+            step.prepare()
+            self.cache.zero_()
+            a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            a.record()
+            result = step.forward()
+            b.record()
+            step.backward(result)
+            c.record()
+            del result
+            marks.append((a, b, c))
+        torch.cuda.synchronize()
+        return [Times(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in marks]
+
+    def finish(self) -> None:
+        """Wait for the GPU, and raise ``Lost`` if that is in vain."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise Lost(one_line(error)) from error
+
+    def free(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def peak(self, step: Step) -> int:
+        step.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def graph(self, step: Step, calls: int) -> float:
+        """Median milliseconds of a replay. ``Unfit`` tells why there is no graph."""
+        self._require_no_sync(step)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm up where it will be captured
+            step.prepare()
+            step()
+        torch.cuda.synchronize()
+        step.prepare()
+        torch.cuda.empty_cache()
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin()
+                try:
+                    result = step()
+                finally:
+                    graph.capture_end()
+            del result
+        except Exception as error:
+            raise Unfit(one_line(_first(error))) from error
+        torch.cuda.synchronize()
+        marks = []
+        for _ in range(calls):
+            self.cache.zero_()
+            a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            a.record()
+            graph.replay()
+            b.record()
+            marks.append((a, b))
+        torch.cuda.synchronize()
+        graph.reset()
+        torch.cuda.empty_cache()
+        return statistics.median(a.elapsed_time(b) for a, b in marks)
+
+    def _require_no_sync(self, step: Step) -> None:
+        """A capture that fails half-way leaves the allocator unable to reuse memory: ask before."""
+        step.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as error:
+            raise Unfit(f"waits for the GPU: {one_line(error)}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+Device = Cpu | Gpu
+
+
+def host_us(device: Device, step: Step, calls: int = 20) -> float:
+    """Microseconds that the host takes to queue a call, or on a CPU to do it."""
+    for _ in range(3):
+        step.prepare()
+        step()
+    device.finish()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step.prepare()
+        step()
+    elapsed = time.perf_counter() - start
+    device.finish()
+    return 1e6 * elapsed / calls
+
+
+def percentiles(values: Sequence[float]) -> list[float]:
+    """20, 50 and 80 %, interpolated."""
+    if len(values) == 1:
+        return [values[0]] * 3
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return [deciles[1], deciles[4], deciles[7]]
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _first(error: BaseException) -> BaseException:
+    """What failed before that which failed because of it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
