@@ -9,6 +9,7 @@ python -m bench loss            time and memory of linear_distill_loss against n
 python -m bench overhead        what the trainer adds to a step
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
                                 ten minutes)
+python -m bench tiles           candidates for the row kernels' tiles, on a GPU
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NAMED = ("loss", "overhead", "quickstart")
+NAMED = ("loss", "overhead", "quickstart", "tiles")
 
 
 def main(words: Sequence[str]) -> int:
@@ -115,6 +116,7 @@ def _measure_kernels(options: Any, start: float, words: Sequence[str]) -> int:
         rounds,
         calls,
         start + seconds,
+        round_ms=400 if options.quick else 1e9,
         compiled=not (options.quick or options.fake),
         peers=tuple(options.peers),
         graphs=not options.no_graphs,

@@ -20,6 +20,7 @@ class Effort:
     rounds: int
     calls: int  # of a round, at least
     deadline: float  # of time.monotonic()
+    round_ms: float = 1e9  # of calls of one peer in one round, but two at least
     compiled: bool = True  # peers that compile for long, and further settings of others
     peers: tuple[str, ...] = ()  # none: all
     graphs: bool = True

@@ -124,12 +124,13 @@ def _time(entries: list[Entry], gemm: Gemm, device: Device, effort: Effort) -> N
 
 
 def _round(entry: Entry, device: Device, effort: Effort) -> None:
-    """Warm up, then time as many calls as the effort asks for, more if they are short."""
+    """Warm up, then time as many calls as the effort asks for: more short ones, fewer long ones."""
     assert entry.step is not None
     calls = effort.calls
     if device.device.type == "cuda":
         [once] = device.time(entry.step, 1)
-        calls = max(calls, min(4 * calls, int(20 / max(once.full, 0.1))))
+        longest = int(effort.round_ms / max(once.full, 0.1))
+        calls = max(2, min(longest, max(calls, min(4 * calls, int(20 / max(once.full, 0.1))))))
     times = device.time(entry.step, calls)
     if entry.no_grad is not None:
         forward = check.without_grad(entry.step)

@@ -45,8 +45,9 @@ THROTTLED = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
 
 def run(command: str) -> dict[str, Any]:
-    commit = _said("git", "rev-parse", "HEAD") or os.environ.get("COMMIT", "")  # a bare copy's
-    changes = _said("git", "status", "--porcelain")
+    copied = os.environ.get("COMMIT")  # of a copy whose git, if it has one, knows no better
+    commit = copied or _said("git", "rev-parse", "HEAD")
+    changes = "" if copied else _said("git", "status", "--porcelain")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"utc": now, "commit": commit, "dirty": bool(changes), "command": command}
 

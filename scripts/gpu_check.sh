@@ -4,7 +4,7 @@
 #   PYTHON=...          interpreter with torch, triton and pytest (default: .venv's, else python3)
 #   TEST_SECONDS=...    for the tests, which run side by side (default 240)
 #   BENCH_SECONDS=...   for the benchmark, which then has the machine to itself (default 200)
-#   COMMIT=...          what the results belong to, in a copy without git
+#   COMMIT=...          what the results belong to, in a copy whose git does not know
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUTDIR}" && cd "$1" && pwd)" || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 def main(out: Path) -> None:
     report = {
         "gpu": said("nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv"),
-        "commit": said("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or said("git", "rev-parse", "HEAD"),
         "versions": versions(),
         "steps": [step(path) for path in sorted(out.glob("*.step"))],
         "tests": {path.stem: tests(path) for path in sorted(out.glob("*.xml"))},

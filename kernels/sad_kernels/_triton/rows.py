@@ -81,12 +81,11 @@ def to_fp32(x):
 
 
 @triton.jit
-def is_known(ids, columns, first, last):
-    """Which columns are among the sorted ``ids[first:last]``."""
-    known = columns < 0
+def without_ids(x, columns, ids, first, last):
+    """``x``, 0 in the columns that are among ``ids[first:last]``."""
     for k in range(first, last):
-        known = known | (columns == tl.load(ids + k))
-    return known
+        x = tl.where(columns == tl.load(ids + k), 0.0, x)
+    return x
 
 
 @triton.jit
@@ -116,8 +115,8 @@ def first_at(x, top, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_tile(
-    s, t, known, inside,  # tiles: logits of both sides; ids of the teacher; within the vocabulary
-    start,
+    s, t, columns, inside,  # tiles: logits of both sides; which columns; are they in the vocabulary
+    start, ids, first_id, last_id,
     m, d, d_1, S, E, best,
     m_t, d_t, best_t, A,
     heat,
@@ -171,7 +170,7 @@ def add_tile(
     else:
         rate_hot = tl.exp2(move * heat)
     if TEACHER == TOP_K:
-        hot = tl.where(known, 0.0, hot)
+        hot = without_ids(hot, columns, ids, first_id, last_id)
     d = d * rate_hot + by_lane(hot, LANES, VECTOR)
     return m_new, d, d_1, S, E, best, m_t, d_t, best_t, A
 
@@ -224,34 +223,37 @@ def statistics_kernel(
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
+    first_id, last_id = 0, 0
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
-        t, known = s, s
+        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
+        t = s
         if TEACHER == DENSE:
-            t = load_logits(
+            t, _ = load_logits(
                 t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP
             )
         if TEACHER == TOP_K:
             b = bounds + start // BLOCK
-            known = is_known(ids, columns, tl.load(b), tl.load(b + 1))
+            first_id, last_id = tl.load(b), tl.load(b + 1)
         m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
-            s, t, known, columns, start - first,
+            s, t, columns, columns, start - first, ids, first_id, last_id,
             m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
             BLOCK, LANES, VECTOR,
             HEAT, False, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
         )  # fmt: skip
     if whole < last:
         columns = whole + tl.arange(0, BLOCK)
-        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
-        t, known = s, s
+        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+        t = s
         if TEACHER == DENSE:
-            t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
+            t, _ = load_logits(
+                t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP
+            )
         if TEACHER == TOP_K:
             b = bounds + whole // BLOCK
-            known = is_known(ids, columns, tl.load(b), tl.load(b + 1))
+            first_id, last_id = tl.load(b), tl.load(b + 1)
         m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
-            s, t, known, columns < V, whole - first,
+            s, t, columns, columns < V, whole - first, ids, first_id, last_id,
             m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
             BLOCK, LANES, VECTOR,
             HEAT, True, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
@@ -370,7 +372,7 @@ def merge_kernel(
         foreign = present & ((ids < 0) | (ids >= V) | repeated)
         usable = present & (ids >= 0) & (ids < V)
         z = tl.load(s_ptr + rows[:, None] * s_stride + ids, mask=usable, other=0.0).to(tl.float32)
-        z = finish(
+        z, _ = finish(
             z, ids, s_bias, to_fp32(s_scale), to_fp32(s_cap), usable, True, S_BIAS, S_SCALE, S_CAP
         )
         hot = tl.where(usable, (z - m[:, None]) * heat, float("-inf"))
@@ -430,7 +432,7 @@ def merge_kernel(
             at = tl.where(in_range, label, 0)
             z = tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)
             scale, cap = to_fp32(s_scale), to_fp32(s_cap)
-            z = finish(z, at, s_bias, scale, cap, counts, True, S_BIAS, S_SCALE, S_CAP)
+            z, _ = finish(z, at, s_bias, scale, cap, counts, True, S_BIAS, S_SCALE, S_CAP)
             log_1 = tl.log(d_1)
             smoothing = to_fp32(smoothing)
             ce = log_1 - (1 - smoothing) * (z - m) + poison
@@ -512,15 +514,15 @@ def terms_kernel(
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
-        t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP)
+        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
+        t, _ = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP)
         f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
         value += f
         expectation += h
     if whole < last:
         columns = whole + tl.arange(0, BLOCK)
-        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
-        t = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
+        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+        t, _ = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
         f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
         value += f
         expectation += h
@@ -531,11 +533,11 @@ def terms_kernel(
 
 @triton.jit
 def gradient_tile(
-    s, t, start, columns, label,
+    s, slope, t, start, columns, label,
     m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
     q_1_factor, smooth_share, label_share, kd,
     ids, inside, first_id, last_id,
-    heat, beta, cap,
+    heat, beta,
     BLOCK: tl.constexpr,
     HEAT: tl.constexpr,
     HAS_CE: tl.constexpr,
@@ -567,8 +569,7 @@ def gradient_tile(
         if (label >= start) & (label < start + BLOCK):
             g = tl.where(columns == label, g - label_share, g)
     if HAS_CAP:
-        slope = s / cap
-        g *= 1 - slope * slope
+        g *= slope
     return g
 
 
@@ -645,19 +646,22 @@ def gradient_kernel(
     first_id, last_id = 0, 0
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
+        s, slope = load_logits(
+            s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP
+        )
         t = s
         if TEACHER == DENSE:
-            t = load_logits(
+            t, _ = load_logits(
                 t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP
             )
         if TEACHER == TOP_K:
             b = bounds + start // BLOCK
             first_id, last_id = tl.load(b), tl.load(b + 1)
         g = gradient_tile(
-            s, t, start, columns, label, m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
+            s, slope, t, start, columns, label,
+            m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
             q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
-            heat, beta, s_cap,
+            heat, beta,
             BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
         )  # fmt: skip
         tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty))
@@ -665,19 +669,22 @@ def gradient_kernel(
         columns = start + tl.arange(0, BLOCK)
         g = tl.zeros([BLOCK], tl.float32)
         if start < V:
-            s = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+            s, slope = load_logits(
+                s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP
+            )
             t = s
             if TEACHER == DENSE:
-                t = load_logits(
+                t, _ = load_logits(
                     t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP
                 )
             if TEACHER == TOP_K:
                 b = bounds + start // BLOCK
                 first_id, last_id = tl.load(b), tl.load(b + 1)
             g = gradient_tile(
-                s, t, start, columns, label, m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
+                s, slope, t, start, columns, label,
+                m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
                 q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
-                heat, beta, s_cap,
+                heat, beta,
                 BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
             )  # fmt: skip
             g = tl.where(columns < V, g, 0.0)
