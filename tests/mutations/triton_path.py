@@ -349,16 +349,9 @@ MUTATIONS = [
         "the kernel leaves out the last columns where there is no whole tile before them",
         edit(
             ROWS,
-            "    if whole < last:\n"
-            "        columns = whole + tl.arange(0, BLOCK)\n"
-            "        s = load_logits("
-            "s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)\n"
-            "        t, known",
-            "    if (whole < last) and (whole > 0):\n"
-            "        columns = whole + tl.arange(0, BLOCK)\n"
-            "        s = load_logits("
-            "s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)\n"
-            "        t, known",
+            "(last - first) // BLOCK * BLOCK\n    first_id, last_id = 0, 0\n",
+            "(last - first) // BLOCK * BLOCK\n    first_id, last_id = 0, 0\n"
+            "    last = tl.where(whole > 0, last, 0)\n",
         ),
         regressions(
             "test_small_vocabularies[2-cross_entropy-triton]",
