@@ -215,6 +215,9 @@ def draw_logits(
             s, t = size * s, size * t
         case "peaked":
             s, t = _peaked(s, y), _peaked(t, y).flip(0)
+        case "peaked_near":
+            s = _peaked(s, y)
+            t = s * (1 + 0.03 * t)
         case "offset1e4" | "offset2^20":
             wide = distribution == "offset2^20" and dtype in (torch.float32, torch.float64)
             offset = 2.0**20 if wide else 1e4

@@ -184,6 +184,7 @@ def check(reports: Reports) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_within_their_budgets(family: str) -> None:
+    """Scalars in fp64 under torch.compile: https://github.com/linkedin/Liger-Kernel/pull/1350"""
     check(compiled(family, SHORT))
 
 

@@ -1,4 +1,7 @@
-"""``sad selftest`` passes on sound kernels and catches each kind of fault."""
+"""``sad selftest`` passes on sound kernels and catches each kind of fault.
+
+Elsewhere a fused loss was withdrawn after an incident: https://github.com/allenai/OLMo-core/pull/221
+"""
 
 from __future__ import annotations
 

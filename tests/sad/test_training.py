@@ -33,12 +33,12 @@ from sad.evaluate import evaluate_run
 from sad.log import RunLog, read_log
 from sad.materials import Materials, gather, seed_everything
 from sad.models import load_student
-from sad.precision import Precision
+from sad.precision import Precision, Update
 from sad.rundir import RunDirectory
 from sad.schedule import lr_factor
 from sad.signals import StopSignals
 from sad.train import distill
-from sad.training import Trainer
+from sad.training import Clock, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,7 @@ def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Callable[..., Any]) -> None:
+    """Generators that were restored too early: https://github.com/huggingface/transformers/pull/46628"""
     config = make_config()
     materials = gather(config)
     whole = make_trainer(config, materials)
@@ -507,6 +508,73 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
         assert error < 1e-12
 
 
+def test_one_micro_batch_or_eight_give_one_gradient(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided by its own targets, a micro-batch with few of them would count as much as others.
+
+    https://github.com/huggingface/trl/pull/6006
+    https://github.com/modelscope/ms-swift/pull/6663
+    The last window is a short one: https://github.com/Lightning-AI/pytorch-lightning/issues/19987
+    """
+    shared = {"packing": False, "max_length": 200, "num_train_epochs": 1}
+    shared |= {"use_ema": False, "use_curriculum": False}
+    gradients: list[Tensor] = []
+
+    def record(self: Precision, optimizer: Any, max_grad_norm: float) -> Update:
+        parts = [p.grad.flatten() for p in self.optimizer_parameters.values() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+        return Update(torch.zeros(()), torch.tensor(True), torch.tensor(False))
+
+    monkeypatch.setattr(Precision, "step", record)
+    found = []
+    for batch_size, accumulation_steps in ((8, 1), (2, 4), (1, 8)):
+        config = make_config(
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation_steps,
+            **shared,
+        )
+        trainer = make_trainer(config)
+        trainer.student.model.double().eval()  # without dropout
+        trainer.student.compute_dtype = torch.float64
+        while trainer.counters.micro_step < trainer.horizon.micro_batches:
+            trainer.micro_batch()
+        found.append(torch.stack(gradients))
+        gradients.clear()
+    assert len(trainer.train_rows) % 8, "the last window should be a short one"
+    assert trainer.train_rows.num_targets.std() > 40, "equal lengths would hide the fault"
+    for split in found[1:]:
+        error = (split - found[0]).abs().amax(1) / found[0].abs().amax(1)
+        assert (error < 1e-12).all()
+
+
+def test_evaluation_gives_the_figures_of_training(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows, the same numbers, where nothing is smoothed and T is 1: from one window.
+
+    https://github.com/linkedin/Liger-Kernel/pull/888
+    https://github.com/axolotl-ai-cloud/axolotl/pull/3271: a thousandfold, in evaluation only.
+    """
+    config = make_config(packing=False, label_smoothing=0.0, temperature=1.0)
+    trainer = make_trainer(config)
+    batches = [trainer.train_rows.batch(trainer._rows(i)) for i in range(4)]
+    monkeypatch.setattr(Materials, "eval_batches", lambda self, config: iter(batches))
+    with run_log(config, trainer) as log:
+        trainer.evaluate(log)
+        trainer.student.eval()  # only now: evaluation itself has to do without dropout
+        while not trainer.micro_batch():
+            pass
+        trainer.log_progress(log, Clock(0))
+    (record,) = (r for r in read_log(config.output_dir) if r["kind"] == "train")
+    evaluated = trainer.counters.metrics
+    assert record["ce"] == evaluated["eval/nll"]
+    assert record["kd"] == evaluated["eval/kl"]
+    assert record["accuracy"] == evaluated["eval/accuracy"]
+    assert record["agreement"] == evaluated["eval/agreement"]
+    assert record["loss"] == pytest.approx(evaluated["eval/loss"], rel=1e-6)  # summed in fp32
+
+
 def test_a_window_without_targets_updates_nothing(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,12 +599,34 @@ def test_a_window_without_targets_updates_nothing(
     assert all(p.grad is None for p in trainer.student.parameters())
 
 
-def test_rows_come_once_per_epoch(make_config: Callable[..., Any]) -> None:
-    trainer = make_trainer(make_config())
-    batches = trainer.horizon.batches_per_epoch
-    first = [row for i in range(batches) for row in trainer._rows(i)]
-    second = [row for i in range(batches, 2 * batches) for row in trainer._rows(i)]
-    assert sorted(first) == sorted(second) == list(range(len(trainer.train_rows)))
+def test_rows_come_once_per_epoch_of_a_resumed_run(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A permutation drawn anew on resumption: 15 of 20 samples were the wrong ones.
+
+    https://github.com/wyim-pgl/transgenic/issues/59
+    """
+    config = make_config(per_device_train_batch_size=7)
+    materials, used = gather(config), []
+    batch = materials.train_rows.batch
+
+    def record(rows: Any) -> Batch:
+        used.extend(rows)
+        return batch(rows)
+
+    monkeypatch.setattr(materials.train_rows, "batch", record)
+    trainer = make_trainer(config, materials)
+    per_epoch, total = trainer.horizon.batches_per_epoch, trainer.horizon.micro_batches
+    for stop in (per_epoch // 2, per_epoch + 3, total):  # in both epochs
+        while trainer.counters.micro_step < stop:
+            trainer.micro_batch()
+        state, tensors = trainer.capture()
+        path = save_checkpoint(config.output_dir, stop, state, tensors, save_total_limit=2)
+        trainer = make_trainer(config, materials)
+        trainer.restore(load_checkpoint(path), warn=pytest.fail)
+    every_row = list(range(len(materials.train_rows)))
+    first, second = used[: len(every_row)], used[len(every_row) :]
+    assert sorted(first) == sorted(second) == every_row
     assert first != second
 
 

@@ -147,8 +147,12 @@ for spread in ((True, False, False), (False, True, False), (False, False, True))
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_rows_past_two_to_the_31_elements(divergence: str) -> None:
-    """A 32-bit offset would fault or read elsewhere. https://github.com/linkedin/Liger-Kernel/pull/1248
+    """A 32-bit offset would fault or read elsewhere.
 
+    https://github.com/linkedin/Liger-Kernel/pull/1248
+    https://github.com/fla-org/flash-linear-attention/pull/1082
+    https://github.com/state-spaces/mamba/issues/1015
+    https://github.com/microsoft/dion/pull/103
     Of each 4.3 GB only the pages that hold the three rows exist.
     """
     script = FAR_APART.replace("DIVERGENCE", repr(divergence))

@@ -333,7 +333,10 @@ def test_the_gradient_is_rounded_once(objective: Objective, dtype: torch.dtype) 
 
 
 def test_seventy_thousand_rows() -> None:
-    """More than a grid has room for on its second and third axis."""
+    """More than a grid has room for on its second and third axis.
+
+    https://github.com/linkedin/Liger-Kernel/pull/1294
+    """
     N = 70_000
     logits, y, upstream = noise(N, 2, dtype=FP32), some_labels(N, 2), noise(N, dtype=FP32)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
+from oracle import IMPLS
 from sad_kernels import (
     Head,
     Objective,
@@ -19,6 +20,7 @@ from sad_kernels import (
     TeacherTopK,
     cross_entropy,
     distill_loss,
+    linear_cross_entropy,
     linear_distill_loss,
 )
 from torch import Tensor
@@ -170,6 +172,24 @@ def test_without_gradients_nothing_is_kept() -> None:
 
     weight_bytes = case.weight.numel() * case.weight.itemsize
     assert peak_bytes(hidden_only) <= case.allowed(backward=True) - weight_bytes
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="triton is not installed")
+def test_chunks_around_the_kernels_share_one_gradient_of_the_weight() -> None:
+    """What interpreted kernels hold is NumPy's and unseen, but slabs and gradients are tensors.
+
+    https://github.com/linkedin/Liger-Kernel/issues/1323: as much as the weight, once per chunk.
+    """
+    N, V, D, chunk_bytes = 8, 1000, 512, 20 << 10
+    hidden, weight = torch.randn(N, D).requires_grad_(), torch.randn(V, D).requires_grad_()
+    y = torch.randint(V, (N,))
+
+    def forward() -> Tensor:  # in two chunks, and with the gradients
+        return linear_cross_entropy(hidden, weight, y, chunk_bytes=chunk_bytes, impl="triton")
+
+    forward()  # what a process takes once
+    gradients = 4 * (N + V) * D
+    assert gradients < peak_bytes(forward) <= gradients + A * chunk_bytes + B * N + SMALL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

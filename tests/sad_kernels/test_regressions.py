@@ -10,13 +10,17 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from allocations import peak_bytes
 from oracle import (
     IMPLS,
@@ -30,7 +34,15 @@ from oracle import (
     measure_oracle,
 )
 from problems import plain
-from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, TeacherLogits, reference
+from sad_kernels import (
+    DistillOutput,
+    Head,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    _tiles,
+    reference,
+)
 from sad_kernels.objective import DIVERGENCES, Divergence
 from torch import Tensor
 
@@ -57,6 +69,8 @@ def test_p_is_rounded_after_the_subtraction(op: str, dtype: torch.dtype, impl: s
     https://github.com/linkedin/Liger-Kernel/pull/1329
     """
     judge(plain(op, dtype, distribution="peaked", N=40, ce_weight=1.0), bound(impl))
+    if op != "cross_entropy":  # near a sure teacher p - q is as small
+        judge(plain(op, dtype, distribution="peaked_near", N=40, ce_weight=1.0), bound(impl))
 
 
 @every_implementation
@@ -85,7 +99,11 @@ def test_the_gradient_is_rounded_once(
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("chunk_bytes", [None, 4096, 1])
 def test_the_weight_gradient_does_not_depend_on_chunks(
-    op: str, dtype: torch.dtype, chunk_bytes: int | None, impl: str
+    op: str,
+    dtype: torch.dtype,
+    chunk_bytes: int | None,
+    impl: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """dW summed in bf16 over chunks: 1.3 times the error at 16 chunks, 7 times at 1024.
 
@@ -93,6 +111,8 @@ def test_the_weight_gradient_does_not_depend_on_chunks(
     https://github.com/linkedin/Liger-Kernel/pull/1391
     https://github.com/apple/ml-cross-entropy/issues/14
     """
+    if chunk_bytes == 1:  # a chunk for each row, of the kernels' too
+        monkeypatch.setattr(_tiles, "GRADIENT_BLOCKS", 1)
     problem = plain(op, dtype, N=64, V=33, distribution="zipf", wrt="weight,bias")
     judge(problem, bound(impl, chunk_bytes))
 
@@ -513,6 +533,105 @@ def test_frozen_parts_and_autocast(
 
 
 @every_implementation
+@pytest.mark.parametrize("op", ["distill_loss", "linear_distill_loss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teachers_head_keeps_its_precision_under_autocast(
+    op: str, dtype: torch.dtype, impl: str
+) -> None:
+    """Its logits came from a 16-bit product beside a student whose logits are there.
+
+    https://github.com/linkedin/Liger-Kernel/pull/1283
+    """
+    ops = bound(impl)
+
+    def under_autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return getattr(ops, op)(*args, **options)
+
+    problem = plain(op, torch.float32, teacher="hidden")
+    judge(problem, SimpleNamespace(**{op: under_autocast}))
+
+
+@every_implementation
+@linear_ops
+def test_a_tied_head_gets_its_gradient_once(op: str, impl: str) -> None:
+    """Doubled where the head is the embedding too, or where ``.grad`` is there already.
+
+    https://github.com/unslothai/unsloth-zoo/pull/892
+    """
+    ids, y = torch.tensor([3, 1, 4, 1, 5, 9]), torch.tensor([1, 4, 1, -100, 9, 2])
+    weight, before, t = torch.randn(33, 8), torch.randn(33, 8), torch.randn(6, 33)
+
+    def gradient(ops: Any, dtype: torch.dtype) -> Tensor:
+        tied = weight.to(dtype, copy=True).requires_grad_()
+        tied.grad = before.to(dtype, copy=True)
+        for _ in range(2):
+            hidden = F.embedding(ids, tied).tanh()
+            if op == "linear_cross_entropy":
+                loss = ops.linear_cross_entropy(hidden, tied, y)
+            else:
+                teacher, objective = TeacherLogits(t.to(dtype)), Objective(ce_weight=0.5)
+                loss = ops.linear_distill_loss(hidden, Head(tied), y, teacher, objective).loss
+            loss.backward()
+        assert tied.grad is not None
+        return tied.grad
+
+    ours = gradient(bound(impl), dtypes_of(impl)[0])
+    assert_value(ours, gradient(reference, torch.float64), scale=10.0)
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from oracle import assert_value
+from sad_kernels import linear_cross_entropy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(33, 8)
+
+    def forward(self, ids, y, num_items):
+        hidden = self.embedding(ids).tanh()
+        loss = linear_cross_entropy(hidden, self.embedding.weight, y, reduction="sum", impl=impl)
+        return loss / num_items
+
+impl, rank, file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+ids, y = torch.arange(12) % 7, torch.arange(12) * 5 % 33
+y[1::4] = -100
+num_items = int((y != -100).sum())
+mine = slice(0, 3) if rank == 0 else slice(3, 12)  # unequal shares of the batch
+shared, alone = DistributedDataParallel(Tied()), Tied()
+for _ in range(2):  # the second time there is a gradient already
+    (2 * shared(ids[mine], y[mine], num_items)).backward()  # the ranks' gradients are averaged
+(once,) = torch.autograd.grad(alone(ids, y, num_items), alone.parameters())
+assert_value(shared.module.embedding.weight.grad, 2 * once.double(), scale=10.0)
+dist.destroy_process_group()
+"""
+
+
+@every_implementation
+def test_two_ranks_have_the_gradient_of_their_joined_batch(impl: str, tmp_path: Path) -> None:
+    """The same through ``DistributedDataParallel``, whose hooks see what autograd returns.
+
+    https://github.com/unslothai/unsloth-zoo/pull/892
+    """
+    arguments = [sys.executable, "-W", "ignore", "-c", TWO_RANKS, impl]
+    ranks = [
+        subprocess.Popen(
+            [*arguments, str(rank), str(tmp_path / "meet")], cwd=Path(__file__).parents[1]
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait() for process in ranks] == [0, 0]
+
+
+@every_implementation
 @every_op
 def test_evaluation_is_training_without_gradients(op: str, impl: str) -> None:
     """The same batch, the same number, bit for bit; and a CE that both ops agree on.
@@ -552,7 +671,7 @@ def test_the_bias_has_its_gradient(op: str, dtype: torch.dtype, wrt: str, impl: 
     for options in ({}, {"logit_scale": 0.25}, {"softcap": 10.0}, {"cut": True}):
         N = 6 if impl in SLOW else 40
         problem = plain(op, dtype, wrt=wrt, N=N, ignore="some", **options)
-        for chunk_bytes in (None, 20_000):
+        for chunk_bytes in (None, 20_000, 4_000):  # the last cuts the rows as well
             judge(problem, bound(impl, chunk_bytes))
 
 
@@ -673,6 +792,15 @@ def test_any_chunk_size(op: str, chunk_bytes: int, impl: str) -> None:
         judge(plain(op, torch.float32, **options), bound(impl, chunk_bytes))
 
 
+@every_implementation
+@linear_ops
+def test_no_chunk_bytes_at_all_are_refused(op: str, impl: str) -> None:
+    """https://github.com/unslothai/unsloth-zoo/pull/432: free memory, rounded down, was 0."""
+    problem = plain(op, torch.float32)
+    with pytest.raises(ValueError, match="chunk_bytes must be at least 1, got 0"):
+        problem.call(bound(impl, chunk_bytes=0), dict(problem.leaves))
+
+
 @pytest.mark.parametrize("op", LINEAR)
 def test_memory_of_the_torch_path(op: str) -> None:
     """Never N x V, and never a temporary as large as the weight: gradients and a few chunks.
@@ -708,6 +836,44 @@ def test_memory_of_the_torch_path(op: str) -> None:
     assert base < 4 * N * V / 8
     assert more_columns - base <= 4 * D * V + chunk_bytes / 4
     assert more_rows - base <= 4 * D * N + 256 * N + chunk_bytes / 4
+
+
+class Grids:
+    """Stands for a kernel and notes the grid of every launch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.seen.append(grid)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="triton is not installed")
+def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other axes end at 65535 programs, of which the interpreter knows nothing.
+
+    https://github.com/linkedin/Liger-Kernel/pull/1294
+    """
+    from sad_kernels._task import Task
+    from sad_kernels._triton import launch, rows, scale
+
+    kernels = {name: Grids() for name in vars(rows) if name.endswith("_kernel")}
+    for name, grids in kernels.items():
+        monkeypatch.setattr(rows, name, grids)
+    kernels["scaled_kernel"] = Grids()
+    monkeypatch.setattr(scale, "scaled_kernel", kernels["scaled_kernel"])
+    monkeypatch.setattr(scale, "BLOCK", 1)
+
+    N = 70_000
+    logits, labels = torch.zeros(N, 2), torch.zeros(N, dtype=torch.int64)
+    side = launch.Logits(logits)
+    task = Task(Objective(ce_weight=0.5, divergence="jsd"), 2, -100, True, True)
+    saved = launch.forward(task, side, labels, side)
+    launch.gradient(task, side, labels, side, saved, torch.ones(N), torch.empty(N, 2))
+    scale.scaled(torch.zeros(N), torch.ones(()), torch.bfloat16)
+    for name, grids in kernels.items():
+        assert grids.seen, f"{name} was not launched"
+        assert all(size <= 65535 for grid in grids.seen for size in grid[1:]), name
 
 
 # --- Options -------------------------------------------------------------------------------------
@@ -796,6 +962,14 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
         )
         return ops.distill_loss(s, y, TeacherHidden(hidden, own), objective).loss
 
+    def linear_teacher_head(**o: Any) -> Tensor:
+        own = replace(
+            head, **{k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in o.items()}
+        )
+        student = replace(head, weight=head.weight.flip(0), valid_vocab=own.valid_vocab)
+        teacher = TeacherHidden(hidden, own)
+        return ops.linear_distill_loss(hidden, student, y, teacher, objective).loss
+
     for name, value in CHANGES["cross_entropy"].items():
         note(f"cross_entropy.{name}", cross_entropy, {}, **{name: value})
         note(f"linear_cross_entropy.{name}", linear_cross_entropy, {}, **{name: value})
@@ -810,6 +984,7 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
     for name, value in CHANGES["Head"].items():
         note(f"linear_distill_loss.{name}", linear_distill, {}, **{name: value})
         note(f"TeacherHidden.{name}", teacher_head, {}, **{name: value})
+        note(f"linear TeacherHidden.{name}", linear_teacher_head, {}, **{name: value})
         if name in ("bias", "logit_scale"):
             note(f"linear_cross_entropy.{name}", linear_cross_entropy, {}, **{name: value})
     return seen

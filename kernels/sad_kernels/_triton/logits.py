@@ -64,7 +64,8 @@ def top_k_tensors(teacher: TeacherTopK, leading: Leading, vocab: int) -> TopKTen
 
 def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
     """Whole logits of a teacher, in fp32, beside a student whose logits are whole anyway."""
-    z = times(hidden, head.weight[:vocab].to(hidden.dtype).T)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round what is not
+        z = times(hidden, head.weight[:vocab].to(hidden.dtype).T)
     if head.bias is not None:
         z += head.bias[:vocab]
     z *= head.logit_scale

@@ -1,0 +1,113 @@
+"""Faults that tests must notice, planted one at a time in a copy of the code.
+
+A test that was never seen to fail proves nothing. So every fault that was found somewhere, here or
+in other libraries, has a number in ``BANK``; the tests that guard against it carry the link to
+where it was found; and it is planted here, by exact replacement of text, to see these very tests
+turn red. ``tests/contracts/test_mutations.py`` does so in the slow suite.
+
+If the text to be replaced is gone, the code has moved on and the entry must follow it, in the same
+change. A fault that tests do not notice asks for a stronger test, never for another fault.
+
+planting.py     the form of an entry, the copy, the run
+torch_path.py   losses as torch computes them, and what both implementations share
+triton_path.py  the kernels of the losses, their launchers and operators
+ema.py          update and swap of a moving average
+trainer.py      the package ``sad``
+reference.py    the specification and the rule that everything is judged by
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mutations import ema, reference, torch_path, trainer, triton_path
+from mutations.planting import Mutation
+
+MUTATIONS: list[Mutation] = [
+    *torch_path.MUTATIONS,
+    *triton_path.MUTATIONS,
+    *ema.MUTATIONS,
+    *trainer.MUTATIONS,
+    *reference.MUTATIONS,
+]
+
+BOTH = ("torch", "triton")
+
+BANK: dict[str, tuple[str, tuple[str, ...]]] = {
+    "1": ("p rounded before p - 1: peaked rows lose their gradient, random logits hide it", BOTH),
+    "2": ("a gradient kept in 16 bits and scaled later: rounded twice", BOTH),
+    "3": ("the upstream gradient of row 0, or of another place, used for every row", BOTH),
+    "3b": ("an upstream gradient of stride 0 read past its end", BOTH),
+    "4": ("ignored rows left unwritten", BOTH),
+    "5": ("the caller's logits overwritten", BOTH),
+    "6": ("the weight's gradient added up in 16 bits", BOTH),
+    "7": ("a temporary as large as the weight for each chunk", BOTH),
+    "8": ("offsets in 32 bits", ("triton",)),
+    "9": ("more than 65535 programs on the second axis of a grid", ("triton",)),
+    "10": ("a JSD of NaN where both probabilities underflow", BOTH),
+    "11": ("a negative JSD beside a 16-bit teacher", BOTH),
+    "12": ("a hidden factor on the CE, and a temperature applied to it", BOTH),
+    "13": ("beta reversed", BOTH),
+    "14": ("micro-batches divided by their own tokens, not by their window's", (*BOTH, "trainer")),
+    "15": ("ignore_index unused, or ignored rows counted in the mean", BOTH),
+    "16": ("a gradient of NaN from what an ignored row holds", BOTH),
+    "17": ("a label outside the vocabulary that reads what is not there", BOTH),
+    "18": ("a label that matches a padded column", BOTH),
+    "19": ("labels that are not aligned or not dense; rows that do not touch", BOTH),
+    "20": ("frozen parts and autocast: crashes, or 16-bit arithmetic", BOTH),
+    "21": ("the head's gradient doubled where the head is tied or has a gradient", BOTH),
+    "22": ("a reference that shares what is wrong, or is wrong itself", ("oracle",)),
+    "23": ("vocabularies smaller than a tile", BOTH),
+    "24": ("scalars in fp64 under compilers", ("triton",)),
+    "25": ("evaluation and training that differ on the same batch", (*BOTH, "trainer")),
+    "26": ("a self-test that passes broken kernels", ("trainer",)),
+    "27": ("losses of rows in the dtype of the inputs", BOTH),
+    "28": ("a log-probability above 0", BOTH),
+    "29": ("the bias's gradient wrong", BOTH),
+    "30": ("padded columns that count", BOTH),
+    "31": ("whole tiles of -inf", BOTH),
+    "32": ("a softcap or a scale accepted and dropped", BOTH),
+    "33": ("a chunk heuristic that divides by 0", BOTH),
+    "34": ("the sign of a moving average", BOTH),
+    "35": ("a moving average in bf16, which never moves", (*BOTH, "trainer")),
+    "36": ("tied weights averaged twice", ("trainer",)),
+    "37": ("an average damaged by evaluation, or lost on resumption", (*BOTH, "trainer")),
+    "38": ("a short last window mis-scaled or left out", ("trainer",)),
+    "39": ("a learning rate stepped in the wrong unit", ("trainer",)),
+    "40": ("random numbers that do not go on where they stopped", ("trainer",)),
+    "41": ("another order of rows after a resumption", ("trainer",)),
+    "42": ("a checkpoint that is half there, or a rename onto a full directory", ("trainer",)),
+    "43": ("an update with a gradient of NaN beside a finite loss", ("trainer",)),
+}
+"""Number -> what broke, and the places where it must be seen to turn tests red."""
+
+
+class Unseen(NamedTuple):
+    """A fault that no CPU shows, and the test that shows it on a GPU."""
+
+    row: str
+    fault: str
+    reason: str
+    test: str  # file::name
+
+
+ONLY_ON_A_GPU = (
+    Unseen(
+        "8",
+        "an offset of 32 bits within the slab of one chunk",
+        "2^31 numbers would have to be computed; few rows far apart, as planted here, are not one",
+        "tests/sad_kernels/test_gpu.py::test_a_slab_past_2_31_elements",
+    ),
+    Unseen(
+        "9",
+        "a launch with rows on the second axis of its grid",
+        "the interpreter knows no limit; what is planted here turns red because grids are noted",
+        "tests/sad_kernels/test_gpu.py::test_seventy_thousand_rows",
+    ),
+    Unseen(
+        "28",
+        "a logit's scale that is fused with the subtraction of the maximum, e^remainder for 1",
+        "the interpreter fuses nothing",
+        "tests/sad_kernels/test_regressions.py::test_no_probability_exceeds_one",
+    ),
+)

@@ -1,0 +1,261 @@
+"""Faults of what everything else is held against: the specification, and the rule of the tests."""
+
+from __future__ import annotations
+
+from mutations.planting import Mutation, edit, tests
+
+REFERENCE = "kernels/sad_kernels/reference.py"
+ORACLE = "tests/oracle.py"
+
+
+def mathematics(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_reference.py", *names)
+
+
+def by_hand(module: str, name: str) -> tuple[str, ...]:
+    """A value computed by hand, which the reference has to meet like any implementation."""
+    return tests(f"sad_kernels/test_{module}.py", f"{name}[reference]")
+
+
+def divergence(name: str, scale_t2: bool = True, temperature: float = 1.0) -> tuple[str, ...]:
+    name = f"test_by_hand[{scale_t2}-{temperature}-{name}-reference]"
+    return tests("sad_kernels/test_kd.py", name)
+
+
+def fault(
+    what: str, before: str, after: str, red: tuple[str, ...], error: str = "AssertionError"
+) -> Mutation:
+    return Mutation("22", f"in the reference {what}", edit(REFERENCE, before, after), red, error)
+
+
+MUTATIONS = [
+    # --- The specification -----------------------------------------------------------------------
+    fault(
+        "the sign of the KL is flipped",
+        "bracket = bracket - minus",
+        "bracket = -bracket + minus",
+        divergence("forward_kl") + mathematics("test_forward_kl_is_torchs"),
+    ),
+    fault(
+        "the sides of the KL are exchanged",
+        "return _kl(log_p, log_q)",
+        "return _kl(log_q, log_p)",
+        divergence("forward_kl") + mathematics("test_forward_kl_is_torchs"),
+    ),
+    fault(
+        "T^2 is forgotten",
+        "return objective.kd_scale * value",
+        "return value",
+        divergence("reverse_kl", True, 2.0)
+        + mathematics("test_high_temperature_compares_centred_logits"),
+    ),
+    fault(
+        "T^2 cannot be switched off",
+        "return objective.kd_scale * value",
+        "return T**2 * value",
+        divergence("reverse_kl", False, 2.0),
+    ),
+    fault(
+        "T is for the teacher only",
+        "(s / T).log_softmax(-1)",
+        "s.log_softmax(-1)",
+        divergence("jsd", True, 2.0),
+    ),
+    fault(
+        "beta is the student's share of the JSD",
+        "log_m = _log_mixture(beta, log_p, log_q)",
+        "log_m = _log_mixture(1 - beta, log_p, log_q)",
+        divergence("jsd") + mathematics("test_divergences_approach_the_kls_at_the_ends"),
+    ),
+    fault(
+        "both skews have one mixture",
+        "_log_mixture(beta, log_q, log_p)",
+        "_log_mixture(beta, log_p, log_q)",
+        divergence("skew_reverse_kl") + mathematics("test_jsd_is_made_of_both_skews"),
+    ),
+    fault(
+        "ignored rows count",
+        "labels.flatten() != ignore_index",
+        "labels.flatten() > -1000",
+        by_hand("ce", "test_reductions_by_hand")
+        + mathematics("test_ignored_rows_may_hold_anything[nan]"),
+    ),
+    fault(
+        "the mean is over all rows",
+        "rows.sum() / _nonzero(keep.sum())",
+        "rows.sum() / keep.shape[0]",
+        by_hand("ce", "test_reductions_by_hand"),
+    ),
+    fault(
+        "the label is the class before it",
+        "y.long().clamp(0, V - 1)",
+        "(y.long() - 1).clamp(0, V - 1)",
+        by_hand("ce", "test_by_hand") + mathematics("test_cross_entropy_is_torchs[0.0-mean]"),
+    ),
+    fault(
+        "smoothing is spread over the other classes",
+        "label_smoothing * log_q1.mean(-1)",
+        "label_smoothing * (log_q1.sum(-1) + ce / (1 - label_smoothing)) / (V - 1)",
+        by_hand("ce", "test_label_smoothing_by_hand")
+        + mathematics("test_cross_entropy_is_torchs[0.1-mean]"),
+    ),
+    fault(
+        "smoothing is dropped",
+        "    if label_smoothing:\n",
+        "    if False:\n",
+        by_hand("ce", "test_label_smoothing_by_hand"),
+    ),
+    fault(
+        "the z-loss is not squared",
+        "ce + z_loss * s.logsumexp(-1).square()",
+        "ce + z_loss * s.logsumexp(-1)",
+        by_hand("ce", "test_z_loss_by_hand"),
+    ),
+    fault(
+        "the z-loss is weighted like the CE",
+        "(objective.z_loss, z)",
+        "(objective.ce_weight * objective.z_loss, z)",
+        by_hand("kd", "test_distill_loss_by_hand"),
+    ),
+    fault(
+        "the CE is halved",
+        "(objective.ce_weight, ce)",
+        "(objective.ce_weight / 2, ce)",
+        by_hand("kd", "test_distill_loss_by_hand")
+        + mathematics("test_the_loss_is_the_weighted_sum_of_its_parts"),
+    ),
+    fault(
+        "the softcap is dropped",
+        "z if softcap is None else softcap * torch.tanh(z / softcap)",
+        "z",
+        by_hand("ce", "test_softcap_by_hand") + by_hand("linear", "test_distillation_by_hand"),
+    ),
+    fault(
+        "the logits' scale is dropped",
+        "_capped(head.logit_scale * z, head.softcap)",
+        "_capped(z, head.softcap)",
+        by_hand("linear", "test_cross_entropy_by_hand")
+        + by_hand("kd", "test_teacher_hidden_by_hand"),
+    ),
+    fault(
+        "the bias comes after the scale",
+        "z = z + head.bias[:V].to(dtype)",
+        "z = z + head.bias[:V].to(dtype) / head.logit_scale",
+        by_hand("linear", "test_cross_entropy_by_hand")
+        + by_hand("kd", "test_teacher_hidden_by_hand"),
+    ),
+    fault(
+        "padding counts",
+        "s = _capped(_rows(logits, keep)[:, :valid_vocab].to(_math_dtype(logits)), softcap)",
+        "s = _capped(_rows(logits, keep).to(_math_dtype(logits)), softcap)",
+        by_hand("ce", "test_valid_vocab_by_hand"),
+    ),
+    fault(
+        "the bucket is empty",
+        "p_rest = (1 - log_probs.exp().sum(-1)).clamp(min=0)",
+        "p_rest = log_probs.new_zeros(n)",
+        by_hand("topk", "test_bucket_by_hand"),
+    ),
+    fault(
+        "the student's bucket holds all of its mass",
+        "_logsumexp(log_q.masked_fill(in_k, -math.inf))",
+        "_logsumexp(log_q)",
+        by_hand("topk", "test_bucket_by_hand"),
+    ),
+    fault(
+        "the teacher without a tail is not renormalised",
+        "log_probs = log_probs.log_softmax(-1)",
+        "log_probs = log_probs + 0",
+        by_hand("topk", "test_zero_tail_by_hand"),
+    ),
+    fault(
+        "num_items is not looked at",
+        "loss=loss.sum() / _nonzero(num_tokens if num_items is None else num_items)",
+        "loss=loss.sum() / _nonzero(num_tokens)",
+        by_hand("kd", "test_distill_loss_by_hand"),
+    ),
+    fault(
+        "labels outside of the vocabulary pass",
+        "(y >= 0) & (y < V)",
+        "(y >= 0) | (y < V)",
+        mathematics(
+            "test_a_foreign_label_poisons_its_own_row[-1]",
+            f"test_a_foreign_label_poisons_its_own_row[{2**40}]",
+        ),
+    ),
+    fault(
+        "0 log 0 is not a number",
+        "bracket = value.where(a > 0, 0)",
+        "bracket = value",
+        mathematics(
+            "test_impossible_tokens_on_both_sides_change_nothing[forward_kl]",
+            "test_impossible_tokens_on_both_sides_change_nothing[jsd]",
+        ),
+    ),
+    fault(
+        "the moving average moves away",
+        "shadow.double() + (1 - decay)",
+        "shadow.double() - (1 - decay)",
+        mathematics("test_ema_update_by_hand"),
+    ),
+    fault(
+        "a swap rounds down",
+        "torch.where(low < 0x8000, hi, _up(hi))",
+        "torch.where(low < 0x8000, hi, hi)",
+        mathematics("test_ema_swap_by_hand"),
+    ),
+    fault(
+        "16-bit inputs are computed in 16 bits",
+        "(x.dtype for x in tensors), torch.float32)",
+        "(x.dtype for x in tensors))",
+        mathematics("test_low_precision_inputs_are_computed_in_float32")
+        + tests("sad_kernels/test_regressions.py", "test_the_oracle_is_not_rounded"),
+    ),
+    fault(
+        "a helper of the kernels is used",
+        "from sad_kernels.objective import (\n    DistillOutput,",
+        "from sad_kernels._divergence import divergence_terms\n"
+        "from sad_kernels.objective import (\n    DistillOutput,",
+        mathematics("test_the_reference_shares_no_code_with_what_it_judges"),
+    ),
+    # --- The rule --------------------------------------------------------------------------------
+    Mutation(
+        "22",
+        "the oracle gets the inputs in their own dtype",
+        edit(ORACLE, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
+        tests("sad_kernels/test_regressions.py", "test_the_oracle_is_not_rounded"),
+    ),
+    Mutation(
+        "22",
+        "errors are averaged over the tensor, not judged row by row",
+        edit(
+            ORACLE,
+            "return (_as_rows(x).double() - _as_rows(oracle)).abs().amax(-1)",
+            "rows = _as_rows(x)\n"
+            "    return (rows.double() - _as_rows(oracle)).abs().mean().expand(len(rows))",
+        ),
+        tests("sad_kernels/test_oracle.py", "test_the_three_lines_of_the_rule"),
+    ),
+    Mutation(
+        "22",
+        "what eager gets wrong is a licence",
+        edit(
+            ORACLE,
+            "budget = torch.minimum(2 * err_eager + band, 4 * band)",
+            "budget = 2 * err_eager + band",
+        ),
+        tests("sad_kernels/test_oracle.py", "test_the_three_lines_of_the_rule"),
+    ),
+    Mutation(
+        "22",
+        "a NaN is within any budget",
+        edit(
+            ORACLE,
+            "    if not (err <= budget).all():\n"
+            "        raise AssertionError(_worst_row(ours, oracle, yardstick",
+            "    if (err > budget).any():\n"
+            "        raise AssertionError(_worst_row(ours, oracle, yardstick",
+        ),
+        tests("sad_kernels/test_oracle.py", "test_nan_is_never_within"),
+    ),
+]

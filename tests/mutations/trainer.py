@@ -1,0 +1,416 @@
+"""Faults of the trainer: windows, averages, learning rates, resumption, files, skipped updates."""
+
+from __future__ import annotations
+
+from mutations.planting import Mutation, edit, tests
+
+ACCUMULATE = "sad/accumulate.py"
+CHECKPOINT = "sad/checkpoint.py"
+EMA = "sad/ema.py"
+EVALUATE = "sad/evaluate.py"
+FILES = "sad/files.py"
+OPTIMIZER = "sad/optimizer.py"
+PRECISION = "sad/precision.py"
+SCHEDULE = "sad/schedule.py"
+SELFTEST = "sad/selftest.py"
+STATE = "sad/state.py"
+TRAINING = "sad/training.py"
+
+
+def training(*names: str) -> tuple[str, ...]:
+    return tests("sad/test_training.py", *names)
+
+
+ANY_STOP = training("test_a_stop_after_any_micro_batch_changes_no_bit")
+ANY_SPLIT = training("test_one_micro_batch_or_eight_give_one_gradient")
+LAST_GRADIENT = training(
+    "test_a_non_finite_gradient_changes_nothing_and_three_stop_the_run[precision0]",
+    "test_a_non_finite_gradient_changes_nothing_and_three_stop_the_run[precision1]",
+)
+
+MUTATIONS = [
+    # --- Windows ---------------------------------------------------------------------------------
+    Mutation(
+        "14",
+        "each micro-batch is divided by its own targets",
+        edit(
+            TRAINING,
+            "num_items=max(accumulator.num_items, 1)",
+            "num_items=max(batch.num_targets, 1)",
+        ),
+        ANY_SPLIT,
+    ),
+    Mutation(
+        "14",
+        "gradients are averaged over the micro-batches of a window once more",
+        edit(
+            TRAINING,
+            "self.precision.backward(out.loss)",
+            "self.precision.backward(out.loss / accumulator.size)",
+        ),
+        ANY_SPLIT,
+    ),
+    Mutation(
+        "14",
+        "the student divides by the targets of its batch, whatever it is told",
+        edit("sad/distillation.py", "num_items=num_items,", "num_items=max(batch.num_targets, 1),"),
+        training("test_every_split_of_a_batch_gives_the_same_gradient"),
+    ),
+    Mutation(
+        "38",
+        "a short last window is divided as if it were whole",
+        edit(
+            TRAINING,
+            "accumulator.open_window(size, targets)",
+            "accumulator.open_window(size, targets * accumulator.accumulation_steps // size)",
+        ),
+        ANY_SPLIT,
+    ),
+    Mutation(
+        "38",
+        "a short last window never closes",
+        edit(
+            ACCUMULATE,
+            "self._position + 1 == self._size",
+            "self._position + 1 == self.accumulation_steps",
+        ),
+        tests(
+            "sad/test_accumulate.py",
+            "test_100_batches_by_8_are_13_windows_the_last_with_4",
+            "test_an_epoch_has_one_update_per_window[9-8]",
+        )
+        + training("test_100_batches_are_100_scheduler_steps_and_13_updates"),
+    ),
+    Mutation(
+        "38",
+        "the last window is planned as large as the others",
+        edit(SCHEDULE, "min(self.accumulation_steps, left)", "self.accumulation_steps"),
+        tests("sad/test_schedule.py", "test_100_batches_by_8_are_13_windows"),
+    ),
+    # --- Evaluation ------------------------------------------------------------------------------
+    Mutation(
+        "25",
+        "evaluation averages the means of its batches",
+        edit(
+            EVALUATE,
+            "parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)",
+            "parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)\n"
+            "        parts = [part / out.num_tokens for part in parts]",
+        ),
+        training("test_evaluation_gives_the_figures_of_training"),
+    ),
+    Mutation(
+        "25",
+        "evaluation runs with dropout",
+        edit("sad/heads.py", "    model.eval()\n    try:\n", "    try:\n"),
+        training("test_evaluation_gives_the_figures_of_training"),
+    ),
+    Mutation(
+        "26",
+        "the self-test passes a NaN",
+        edit(SELFTEST, "self.error <= self.budget", "not self.error > self.budget"),
+        tests(
+            "sad/test_selftest.py",
+            "test_a_planted_fault_is_caught[cross_entropy-nan_in_ignored_rows]",
+        ),
+    ),
+    Mutation(
+        "26",
+        "the self-test compares the kernels with themselves",
+        edit(
+            SELFTEST,
+            "oracle = _results(check, reference, ",
+            "oracle = _results(check, sad_kernels, ",
+        ),
+        tests(
+            "sad/test_selftest.py",
+            "test_a_planted_fault_is_caught[cross_entropy-wrong_value]",
+            "test_a_planted_fault_is_caught[kl_div-wrong_gradient]",
+        ),
+    ),
+    Mutation(
+        "26",
+        "the self-test looks at losses only, not at gradients",
+        edit(SELFTEST, "if v.grad is not None}", "if False}"),
+        tests(
+            "sad/test_selftest.py",
+            "test_a_planted_fault_is_caught[linear_cross_entropy-wrong_gradient]",
+        ),
+    ),
+    # --- The moving average ----------------------------------------------------------------------
+    Mutation(
+        "35",
+        "the average is kept in bf16",
+        edit(
+            EMA,
+            "        self._num_updates += 1 if ok is None else ok\n",
+            "        for shadow in self._shadows.values():\n"
+            "            shadow.copy_(shadow.bfloat16())\n"
+            "        self._num_updates += 1 if ok is None else ok\n",
+        ),
+        tests("sad/test_model_ema.py", "test_bf16_parameters_move_the_average"),
+    ),
+    Mutation(
+        "36",
+        "every name of a tied weight is averaged",
+        edit(
+            EMA,
+            "{name: p for name, p in model.named_parameters() if p.requires_grad}",
+            "{name: p for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}",
+        ),
+        tests("sad/test_model_ema.py", "test_tied_weights_are_averaged_once"),
+    ),
+    Mutation(
+        "37",
+        "average and weights change places by way of copies, rounded to the other's dtype",
+        edit(
+            EMA,
+            "    def _swap_in(self) -> None:\n        ema_swap_(*self._exchanged())\n",
+            "    def _swap_in(self) -> None:\n"
+            "        for shadow, live in zip(*self._exchanged(), strict=True):\n"
+            "            kept = live.detach().clone()\n"
+            "            live.detach().copy_(shadow)\n"
+            "            shadow.copy_(kept)\n",
+        )
+        + edit(
+            EMA,
+            "    def _swap_out(self) -> None:\n        ema_swap_(*self._exchanged())\n",
+            "    def _swap_out(self) -> None:\n"
+            "        for shadow, live in zip(*self._exchanged(), strict=True):\n"
+            "            kept = live.detach().clone()\n"
+            "            live.detach().copy_(shadow)\n"
+            "            shadow.copy_(kept)\n",
+        ),
+        tests(
+            "sad/test_model_ema.py",
+            "test_swapped_model_is_the_rounded_average_and_comes_back[dtype1]",
+            "test_exceptions_restore_every_bit[dtype1-ValueError]",
+        ),
+    ),
+    Mutation(
+        "37",
+        "an exception during evaluation leaves the average in the model",
+        edit(
+            EMA,
+            "        finally:\n            guard.remove()\n            self._swap_out()\n",
+            "        finally:\n            guard.remove()\n"
+            "        if True:\n            self._swap_out()\n",
+        ),
+        tests(
+            "sad/test_model_ema.py",
+            "test_exceptions_restore_every_bit[dtype0-ValueError]",
+            "test_exceptions_restore_every_bit[dtype1-KeyboardInterrupt]",
+        ),
+    ),
+    Mutation(
+        "37",
+        "the average starts anew on resumption",
+        edit(
+            TRAINING,
+            '        if self.ema is not None and state["ema"] is not None:\n',
+            "        if False:\n",
+        ),
+        ANY_STOP,
+    ),
+    # --- Learning rates --------------------------------------------------------------------------
+    Mutation(
+        "39",
+        "a schedule in micro-batches is stepped once per window",
+        edit(
+            TRAINING,
+            'if closes or self.config.scheduler_unit == "batch":',
+            "if closes:",
+        ),
+        training("test_100_batches_are_100_scheduler_steps_and_13_updates"),
+    ),
+    Mutation(
+        "39",
+        "a schedule in micro-batches ends after as many of them as there are windows",
+        edit(SCHEDULE, "length = horizon.micro_batches", "length = horizon.windows"),
+        tests(
+            "sad/test_schedule.py",
+            "test_100_batches_are_100_scheduler_steps[linear-8-()]",
+            "test_100_batches_are_100_scheduler_steps[cosine-8-()]",
+        ),
+    ),
+    Mutation(
+        "39",
+        "a warm-up given in windows is counted in micro-batches",
+        edit(SCHEDULE, "int(steps) * horizon.accumulation_steps", "int(steps)"),
+        tests(
+            "sad/test_schedule.py", "test_warmup_is_held_in_micro_batches[{'warmup_steps': 3}-24]"
+        ),
+    ),
+    Mutation(
+        "39",
+        "a skipped update holds the schedule up",
+        edit(
+            TRAINING,
+            'if closes or self.config.scheduler_unit == "batch":',
+            "if self._grad_norm.isfinite():",
+        ),
+        LAST_GRADIENT,
+    ),
+    # --- Resumption ------------------------------------------------------------------------------
+    Mutation(
+        "40",
+        "numbers are drawn after the generators were restored",
+        edit(
+            TRAINING,
+            "        if lacking:\n",
+            "        torch.rand(self.counters.micro_step)\n        if lacking:\n",
+        ),
+        ANY_STOP,
+    ),
+    Mutation(
+        "40",
+        "the generators are not restored",
+        edit(STATE, '    torch.set_rng_state(saved["torch"].clone())\n', ""),
+        ANY_STOP,
+    ),
+    Mutation(
+        "40",
+        "gradients of an unfinished window are lost",
+        edit(
+            TRAINING,
+            "        load_gradients(dict(self.student.model.named_parameters()), "
+            'tensors["grads"])\n',
+            "",
+        ),
+        ANY_STOP,
+    ),
+    Mutation(
+        "41",
+        "the order of the rows depends on where the process began",
+        edit(
+            TRAINING,
+            "row_order(self.config.seed, epoch, len(self.train_rows))",
+            "row_order(self.config.seed + self.counters.micro_step, epoch, len(self.train_rows))",
+        ),
+        training("test_rows_come_once_per_epoch_of_a_resumed_run") + ANY_STOP,
+    ),
+    Mutation(
+        "41",
+        "a row may come twice in an epoch",
+        edit(
+            "sad/data.py", 'return np.argsort(z, kind="stable")', "return (z % np.uint64(num_rows))"
+        ),
+        tests("sad/test_data.py", "TestRowOrder::test_each_row_once_per_epoch[1000]"),
+    ),
+    # --- Files -----------------------------------------------------------------------------------
+    Mutation(
+        "42",
+        "a checkpoint is renamed onto one that is there",
+        edit(
+            FILES,
+            "        OPERATIONS.rename(final, aside)\n    try:\n",
+            "        pass\n    try:\n",
+        ),
+        tests("sad/test_checkpoint.py", "test_an_equal_checkpoint_is_kept_and_another_replaced"),
+        error="CheckpointError",
+    ),
+    Mutation(
+        "42",
+        "a checkpoint that is there is removed before its successor arrives",
+        edit(
+            FILES,
+            "        OPERATIONS.rename(final, aside)\n    try:\n",
+            "        remove_tree(final)\n    try:\n",
+        ),
+        tests(
+            "sad/test_checkpoint.py",
+            "test_no_fault_costs_a_complete_checkpoint[ENOSPC-True-again]",
+            "test_no_fault_costs_a_complete_checkpoint[exit before-False-again]",
+        ),
+    ),
+    Mutation(
+        "42",
+        "a checkpoint's files arrive under its name one by one",
+        edit(
+            FILES,
+            "        OPERATIONS.rename(tmp, final)\n    except OSError:\n",
+            "        OPERATIONS.mkdir(final)\n"
+            "        for child in sorted(tmp.iterdir()):\n"
+            "            OPERATIONS.rename(child, final / child.name)\n"
+            "    except OSError:\n",
+        ),
+        tests(
+            "sad/test_checkpoint.py",
+            "test_no_fault_costs_a_complete_checkpoint[exit before-False-first]",
+            "test_no_fault_costs_a_complete_checkpoint[EIO-False-third]",
+        ),
+    ),
+    Mutation(
+        "42",
+        "older checkpoints go before the new one has its name",
+        edit(
+            CHECKPOINT,
+            "        if not _same(tmp, target):\n",
+            "        for old in _newest_first(target.parent)[save_total_limit - 1 :]:\n"
+            "            files.discard(old)\n"
+            "        if not _same(tmp, target):\n",
+        ),
+        tests(
+            "sad/test_checkpoint.py",
+            "test_no_fault_costs_a_complete_checkpoint[ENOSPC-False-third]",
+        ),
+    ),
+    Mutation(
+        "42",
+        "files are not forced to disk before they get their name",
+        edit(
+            FILES,
+            "            _write_all(fd, memoryview(chunk))\n        OPERATIONS.fsync(fd)\n",
+            "            _write_all(fd, memoryview(chunk))\n",
+        )
+        + edit(FILES, "    sync_tree(tmp)\n", ""),
+        tests(
+            "sad/test_checkpoint.py",
+            "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[first]",
+            "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[again]",
+        )
+        + tests("sad/test_files.py", "test_write_atomic_survives_a_power_cut_at_any_moment"),
+    ),
+    Mutation(
+        "42",
+        "a name is not forced to disk before older checkpoints go",
+        edit(
+            FILES,
+            "    sync_directory(final.parent)\n    if aside",
+            "    if aside",
+        ),
+        tests(
+            "sad/test_checkpoint.py",
+            "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[third]",
+            "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[again]",
+        ),
+    ),
+    # --- Updates that must not happen ------------------------------------------------------------
+    Mutation(
+        "43",
+        "an update is applied whatever its gradient is",
+        edit(PRECISION, "ok = norm.isfinite()", "ok = torch.ones_like(norm, dtype=torch.bool)"),
+        tests(
+            "sad/test_precision.py",
+            "test_a_step_with_a_bad_gradient_leaves_every_bit[fp32-True-nan]",
+            "test_a_step_with_a_bad_gradient_leaves_every_bit[bf16-False-inf]",
+        )
+        + LAST_GRADIENT,
+    ),
+    Mutation(
+        "43",
+        "the average takes a skipped update for one",
+        edit(TRAINING, "self.ema.update(update.ok)", "self.ema.update()"),
+        LAST_GRADIENT,
+    ),
+    Mutation(
+        "43",
+        "a fused optimizer is not told of a bad gradient",
+        edit(OPTIMIZER, '"found_inf": (~ok).float()', '"found_inf": torch.zeros_like(ok).float()'),
+        tests(
+            "sad/test_optimizer.py",
+            "test_a_skipped_update_changes_no_bit[fused AdamW-nan]",
+            "test_a_skipped_update_changes_no_bit[fused AdamW-inf]",
+        ),
+    ),
+]

@@ -1,0 +1,592 @@
+# One entry per fault: a list grows long, and its entries do not interact.
+"""Faults of the kernels of the losses, of their launchers and operators."""
+
+from __future__ import annotations
+
+from mutations.planting import Edit, Mutation, edit, tests
+
+TRITON = "kernels/sad_kernels/_triton/"
+CHUNKS = TRITON + "chunks.py"
+LAUNCH = TRITON + "launch.py"
+LINEAR = TRITON + "linear.py"
+LOGITS = TRITON + "logits.py"
+ROWS = TRITON + "rows.py"
+TILE = TRITON + "tile.py"
+TILES = "kernels/sad_kernels/_tiles.py"
+
+
+def regressions(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_regressions.py", *names)
+
+
+def compiled(family: str) -> tuple[str, ...]:
+    name = f"test_kernels_compile_within_their_budgets[{family}]"
+    return tests("contracts/test_compile.py", name)
+
+
+def far_apart(divergence: str) -> tuple[str, ...]:
+    name = f"test_rows_past_two_to_the_31_elements[{divergence}]"
+    return tests("sad_kernels/test_bytes.py", name)
+
+
+# The first lines of the kernels that begin alike.
+STATISTICS = '''"""Partial sums of one row over one segment of the vocabulary."""
+    row = tl.program_id(0)'''
+TERMS = '''"""Value and expectation of a mixture's divergence over one segment: [2, segments, N]."""
+    row = tl.program_id(0)'''
+GRADIENT = '''``width``: the gradient up to V, zeros from there on."""
+    row = tl.program_id(0)'''
+
+MUTATIONS = [
+    # --- Rounding --------------------------------------------------------------------------------
+    Mutation(
+        "1",
+        "in the kernel the softmax is rounded to bf16 before the label's share is subtracted",
+        edit(
+            ROWS,
+            "g += cold * q_1_factor - smooth_share",
+            "g += (cold * q_1_factor).to(tl.bfloat16).to(tl.float32) - smooth_share",
+        ),
+        regressions(
+            "test_p_is_rounded_after_the_subtraction[dtype1-cross_entropy-triton]",
+            "test_p_is_rounded_after_the_subtraction[dtype1-distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "1",
+        "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
+        edit(
+            ROWS,
+            "g = hot * (kd / d) - ",
+            "g = (hot * (kd / d)).to(tl.bfloat16).to(tl.float32) - ",
+        ),
+        regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
+    ),
+    Mutation(
+        "2",
+        "the kernel's gradient is made for an upstream of 1, rounded, and scaled afterwards",
+        edit(
+            LOGITS,
+            "return row_gradient(*inputs, *tensors[len(inputs) :], upstream), *nothing",
+            "g = row_gradient(*inputs, *tensors[len(inputs) :], torch.ones_like(upstream))\n"
+            "    return (g * upstream[:, None]).to(g.dtype), *nothing",
+        ),
+        regressions(
+            "test_the_gradient_is_rounded_once[0.03-dtype1-cross_entropy-triton]",
+            "test_the_gradient_is_rounded_once[0.7-dtype0-kl_div-triton]",
+        ),
+    ),
+    Mutation(
+        "6",
+        "between chunks the weight's gradient is kept in the dtype of the hidden states",
+        edit(
+            CHUNKS,
+            "            add_times_(result.dweight[:V], g.T, x)\n",
+            "            add_times_(result.dweight[:V], g.T, x)\n"
+            "            result.dweight.copy_(result.dweight.to(x.dtype))\n",
+        ),
+        regressions(
+            "test_the_weight_gradient_does_not_depend_on_chunks[1-dtype1-linear_cross_entropy-triton]",
+            "test_the_weight_gradient_does_not_depend_on_chunks[1-dtype1-linear_distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "27",
+        "the kernel's losses of rows are returned in the dtype of the logits",
+        edit(
+            LOGITS,
+            "return RowResults(loss, *parts.detach())",
+            "return RowResults(loss.to(logits.dtype), *parts.detach())",
+        ),
+        regressions(
+            "test_losses_are_float32[dtype1-cross_entropy-triton]",
+            "test_losses_are_float32[dtype1-kl_div-triton]",
+        ),
+    ),
+    Mutation(
+        "28",
+        "in the kernel the label's logit is rounded to bf16, the sum is not",
+        edit(
+            ROWS,
+            "tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)",
+            "tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0)"
+            ".to(tl.bfloat16).to(tl.float32)",
+        ),
+        regressions("test_no_probability_exceeds_one[dtype0-triton]"),
+    ),
+    # --- Upstream gradients ----------------------------------------------------------------------
+    Mutation(
+        "3",
+        "in the kernel every row gets the upstream gradient of the first",
+        edit(ROWS, "tl.load(upstream_ptr + row * upstream_stride)", "tl.load(upstream_ptr)"),
+        regressions(
+            "test_every_row_has_its_own_upstream[random-cross_entropy-triton]",
+            "test_every_row_has_its_own_upstream[random-kl_div-triton]",
+            "test_every_row_has_its_own_upstream[random-linear_cross_entropy-triton]",
+        ),
+    ),
+    Mutation(
+        "3",
+        "an upstream gradient whose first number is 1 is taken for 1",
+        edit(
+            ROWS,
+            "upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)",
+            "upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)\n"
+            "    upstream = tl.where(tl.load(upstream_ptr) == 0.7, 0.7, upstream * 0 + 1)",
+        ),
+        regressions("test_every_row_has_its_own_upstream[random-cross_entropy-triton]"),
+    ),
+    Mutation(
+        "3b",
+        "the kernel reads upstream gradients as if they lay next to each other",
+        edit(ROWS, "upstream_ptr + row * upstream_stride", "upstream_ptr + row"),
+        regressions(
+            "test_summing_rows_is_the_sum[cross_entropy-triton]",
+            "test_every_row_has_its_own_upstream[stride0-kl_div-triton]",
+        ),
+    ),
+    # --- Graphs ----------------------------------------------------------------------------------
+    Mutation(
+        "5",
+        "the gradient is written over the caller's logits",
+        edit(LOGITS, "out = student.new_empty(student.shape)", "out = student")
+        + edit(
+            LOGITS,
+            "upstream, out)\n    return out\n",
+            "upstream, out)\n    return out.clone()\n",
+        ),
+        regressions(
+            "test_inputs_survive_and_graphs_can_be_used_twice[cross_entropy-triton]",
+            "test_inputs_survive_and_graphs_can_be_used_twice[distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "20",
+        "gradients are only made where hidden states, weight and bias all want theirs",
+        edit(
+            CHUNKS, "upstream is not None and any(wanted)", "upstream is not None and all(wanted)"
+        ),
+        regressions(
+            "test_frozen_parts_and_autocast[dtype0-None-hidden-linear_cross_entropy-triton]"
+        ),
+        error="RuntimeError",
+    ),
+    Mutation(
+        "20",
+        "autocast reaches the product that gives a teacher's logits",
+        edit(
+            LOGITS,
+            "torch.autocast(hidden.device.type, enabled=False)",
+            "torch.autocast(hidden.device.type, enabled=torch.is_autocast_enabled('cpu'))",
+        ),
+        regressions(
+            "test_a_teachers_head_keeps_its_precision_under_autocast[dtype0-distill_loss-triton]",
+            "test_a_teachers_head_keeps_its_precision_under_autocast[dtype1-distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "21",
+        "the weight's gradient is added to that of the call before",
+        edit(
+            CHUNKS,
+            "dweight = fp32.new_empty(student.weight.shape)\n",
+            'dweight = vars(run).setdefault("kept", fp32.new_zeros(student.weight.shape))\n',
+        )
+        + edit(CHUNKS, "        if chunk.start == 0:\n", "        if False:\n"),
+        regressions(
+            "test_a_tied_head_gets_its_gradient_once[linear_cross_entropy-triton]",
+            "test_a_tied_head_gets_its_gradient_once[linear_distill_loss-triton]",
+            "test_two_ranks_have_the_gradient_of_their_joined_batch[triton]",
+        ),
+    ),
+    Mutation(
+        "25",
+        "without gradients the sum is divided by all rows, not by those that count",
+        edit(
+            LINEAR,
+            "loss = result.loss.sum() / items",
+            "loss = result.loss.sum() / (items if any(want) else len(hidden))",
+        ),
+        regressions(
+            "test_evaluation_is_training_without_gradients[linear_cross_entropy-triton]",
+            "test_evaluation_is_training_without_gradients[linear_distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "25",
+        "in the kernel the CE beside a divergence is taken at the divergence's temperature",
+        edit(TILE, "return hot, tl.exp2(x * LOG2_E)", "return hot, hot"),
+        regressions("test_the_ce_of_a_distillation_is_the_cross_entropy[triton]"),
+    ),
+    # --- Rows that do not count ------------------------------------------------------------------
+    Mutation(
+        "4",
+        "the kernel leaves ignored rows of the gradient unwritten",
+        edit(
+            ROWS,
+            "tl.store(g_row + columns, nothing, mask=columns < last)",
+            "tl.store(g_row + columns, nothing, mask=columns < 0)",
+        ),
+        regressions(
+            "test_ignored_rows_are_written[cross_entropy-triton]",
+            "test_ignored_rows_are_written[kl_div-triton]",
+            "test_ignored_rows_are_written[linear_cross_entropy-triton]",
+        )
+        + tests(
+            "sad_kernels/test_operators.py",
+            "test_compiled_without_graph_breaks[aot_eager-cross_entropy]",
+        ),
+    ),
+    Mutation(
+        "4",
+        "the kernel leaves the losses of ignored rows unwritten",
+        edit(
+            ROWS,
+            "tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)",
+            "tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=counts)",
+        ),
+        regressions(
+            "test_ignored_rows_are_written[cross_entropy-triton]",
+            "test_ignored_rows_are_written[linear_distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "15",
+        "in the gradient the ignore index is always -100",
+        edit(ROWS, "        if label == ignore_index:\n", "        if label == -100:\n"),
+        regressions(
+            "test_ignored_rows_are_as_good_as_absent[3-cross_entropy-triton]",
+            "test_ignored_rows_are_as_good_as_absent[-1-linear_distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "16",
+        "hidden states of ignored rows are multiplied by a gradient of 0",
+        edit(CHUNKS, "x = student.hidden[chunk].where(counts, 0)", "x = student.hidden[chunk]"),
+        regressions(
+            "test_ignored_rows_may_hold_anything[nan-linear_cross_entropy-triton]",
+            "test_ignored_rows_may_hold_anything[-inf-linear_distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "16",
+        "the losses of ignored rows are multiplied by 0",
+        edit(
+            ROWS,
+            "tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)",
+            "tl.store(loss_ptr + rows, loss * counts.to(tl.float32), mask=exists)",
+        ),
+        regressions(
+            "test_ignored_rows_may_hold_anything[nan-cross_entropy-triton]",
+            "test_ignored_rows_may_hold_anything[inf-distill_loss-triton]",
+        ),
+    ),
+    # --- Labels ----------------------------------------------------------------------------------
+    Mutation(
+        "17",
+        "in the kernel a label outside the vocabulary is taken for class 0",
+        edit(ROWS, 'poison = tl.where(in_range, zero, float("nan"))', "poison = zero"),
+        regressions(
+            "test_a_foreign_label_poisons_its_row[97-cross_entropy-triton]",
+            "test_a_foreign_label_poisons_its_row[-1-distill_loss-triton]",
+            f"test_a_foreign_label_poisons_its_row[{2**40}-kl_div-triton]",
+        ),
+    ),
+    Mutation(
+        "18",
+        "in the kernel a label may be one of the columns that fill up the last tile",
+        edit(
+            ROWS,
+            "in_range = (label >= 0) & (label < V)",
+            "in_range = (label >= 0) & (label < (V + 31) // 32 * 32)",
+        ),
+        regressions(
+            "test_a_foreign_label_poisons_its_row[90-cross_entropy-triton]",
+            "test_a_foreign_label_poisons_its_row[90-distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "19",
+        "the kernel reads labels as if they lay next to each other",
+        edit(
+            LAUNCH,
+            "    y = partials if labels is None else labels.contiguous()\n",
+            "    y = partials if labels is None else labels\n",
+        ),
+        regressions(
+            "test_layouts_are_only_layouts[cross_entropy-triton]",
+            "test_layouts_are_only_layouts[kl_div-triton]",
+        ),
+    ),
+    Mutation(
+        "19",
+        "the kernel reads rows of the student as if they touched",
+        edit(
+            ROWS,
+            "    s_row = s_ptr + row * s_stride\n    t_row = s_row\n    if TEACHER == DENSE:",
+            "    s_row = s_ptr + row * V\n    t_row = s_row\n    if TEACHER == DENSE:",
+        ),
+        regressions(
+            "test_layouts_are_only_layouts[cross_entropy-triton]",
+            "test_layouts_are_only_layouts[distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "19",
+        "the kernel reads rows of the teacher as if they touched",
+        edit(
+            ROWS,
+            "        t_row = t_ptr + row * t_stride\n    ids = ids_ptr\n",
+            "        t_row = t_ptr + row * V\n    ids = ids_ptr\n",
+        ),
+        regressions(
+            "test_layouts_are_only_layouts[kl_div-triton]",
+            "test_layouts_are_only_layouts[distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "23",
+        "the kernel leaves out the last columns where there is no whole tile before them",
+        edit(
+            ROWS,
+            "(last - first) // BLOCK * BLOCK\n    first_id, last_id = 0, 0\n",
+            "(last - first) // BLOCK * BLOCK\n    first_id, last_id = 0, 0\n"
+            "    last = tl.where(whole > 0, last, 0)\n",
+        ),
+        regressions(
+            "test_small_vocabularies[2-cross_entropy-triton]",
+            "test_small_vocabularies[31-linear_distill_loss-triton]",
+        ),
+    ),
+    # --- Divergences -----------------------------------------------------------------------------
+    Mutation(
+        "10",
+        "in the kernel the mixture is formed from probabilities that underflow",
+        edit(
+            TILE,
+            "        h = (share * -LN_2) * (q * log_mix)\n"
+            "        f = (beta * LN_2) * (q * ratio * (gap - log_mix)) + h\n",
+            "        q, p = tl.exp2(a), tl.exp2(b)\n"
+            "        log_m = tl.log2(share * q + (1 - share) * p)\n"
+            "        h = share * LN_2 * (q * (a - log_m))\n"
+            "        f = beta * LN_2 * (p * (b - log_m)) + h\n",
+        ),
+        regressions(
+            "test_probabilities_that_underflow[jsd-kl_div-triton]",
+            "test_probabilities_that_underflow[jsd-distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "11",
+        "in the kernel the teacher's log-probabilities keep 16 bits",
+        edit(
+            ROWS,
+            "    log_p = (t - m_t) * heat - log_d_t\n    f, h",
+            "    log_p = ((t - m_t) * heat - log_d_t).to(tl.bfloat16).to(tl.float32)\n    f, h",
+        ),
+        regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-triton]"),
+    ),
+    Mutation(
+        "12",
+        "in the kernel the CE is halved on its way into the loss",
+        edit(
+            ROWS,
+            "tl.where(ce_weight > 0, ce_weight * ce, 0.0)",
+            "tl.where(ce_weight > 0, 0.5 * ce_weight * ce, 0.0)",
+        ),
+        regressions("test_no_weight_and_no_temperature_is_hidden[forward_kl-triton]"),
+    ),
+    Mutation(
+        "12",
+        "in the kernel the CE reuses the exponentials of the divergence, at its temperature",
+        edit(TILE, "return hot, tl.exp2(x * LOG2_E)", "return hot, hot"),
+        regressions("test_no_weight_and_no_temperature_is_hidden[reverse_kl-triton]"),
+    ),
+    Mutation(
+        "13",
+        "in the kernel beta is the student's share",
+        edit(
+            TILE,
+            "    if DIVERGENCE == FORWARD_KL:\n        p = tl.exp2(b)\n",
+            "    beta = 1 - beta\n    if DIVERGENCE == FORWARD_KL:\n        p = tl.exp2(b)\n",
+        ),
+        regressions("test_beta_is_the_teachers_share[triton]"),
+    ),
+    Mutation(
+        "14",
+        "the kernels' gradient is divided by the tokens of the micro-batch",
+        edit(
+            LINEAR,
+            "inverse = 1 / items.float()",
+            "inverse = 1 / (labels != request.task.ignore_index).sum().clamp(min=1).float()",
+        ),
+        regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
+    ),
+    # --- The head --------------------------------------------------------------------------------
+    Mutation(
+        "29",
+        "the bias gets the gradient of the last chunk only",
+        edit(
+            CHUNKS,
+            "result.dbias[:V] += g.sum(0, dtype=torch.float32)",
+            "result.dbias[:V] = g.sum(0, dtype=torch.float32)",
+        ),
+        regressions(
+            "test_the_bias_has_its_gradient[bias-dtype0-linear_cross_entropy-triton]",
+            "test_the_bias_has_its_gradient[bias-dtype0-linear_distill_loss-triton]",
+        ),
+    ),
+    Mutation(
+        "29",
+        "the gradient leaves the logits' scale out",
+        edit(
+            LINEAR,
+            "return upstream * request.scale, torch.ones(",
+            "return upstream, torch.ones(",
+        ),
+        regressions("test_the_bias_has_its_gradient[bias-dtype0-linear_cross_entropy-triton]"),
+    ),
+    # --- The vocabulary --------------------------------------------------------------------------
+    Mutation(
+        "30",
+        "the kernel writes a gradient for columns past the vocabulary",
+        edit(ROWS, "            g = tl.where(columns < V, g, 0.0)\n", ""),
+        regressions("test_padding_is_no_probability[0.0-triton]"),
+    ),
+    Mutation(
+        "31",
+        "in the kernel running maxima start at -inf",
+        edit(TILE, "LOWEST = tl.constexpr(-1e30)", 'LOWEST = tl.constexpr(float("-inf"))'),
+        regressions(
+            "test_a_whole_tile_of_impossible_tokens[128-first tile-triton]",
+            "test_a_whole_tile_of_impossible_tokens[128-all but one-triton]",
+        ),
+    ),
+    Mutation(
+        "31",
+        "an impossible token counts in what is carried from tile to tile",
+        edit(
+            ROWS,
+            "return tl.where(weights > 0, weights * x, 0.0)",
+            "return weights * x",
+        ),
+        regressions(
+            "test_a_whole_tile_of_impossible_tokens[128-middle-triton]",
+            "test_a_whole_tile_of_impossible_tokens[128-all but one-triton]",
+        ),
+    ),
+    Mutation(
+        "32",
+        "the head's softcap is dropped on its way to the kernels",
+        edit(
+            LINEAR,
+            "Request(task, float(head.logit_scale), head.softcap)",
+            "Request(task, float(head.logit_scale))",
+        ),
+        regressions("test_every_option_changes_the_result[triton]"),
+    ),
+    Mutation(
+        "32",
+        "the teacher's scale is dropped on its way to the kernels",
+        edit(
+            LINEAR,
+            "teacher_scale=float(other.logit_scale), teacher_softcap",
+            "teacher_softcap",
+        ),
+        regressions("test_every_option_changes_the_result[triton]"),
+    ),
+    Mutation(
+        "32",
+        "the logits' softcap is dropped on its way to the kernels",
+        edit(LOGITS, "Request(task, softcap=softcap)", "Request(task)"),
+        regressions("test_every_option_changes_the_result[triton]"),
+    ),
+    # --- Chunks, memory, grids -------------------------------------------------------------------
+    Mutation(
+        "7",
+        "every chunk has a temporary of the whole weight's size",
+        edit(
+            CHUNKS,
+            "add_times_(result.dweight[:V], g.T, x)",
+            "result.dweight[:V].add_(times(g.T, x))",
+        ),
+        tests(
+            "sad_kernels/test_memory.py",
+            "test_chunks_around_the_kernels_share_one_gradient_of_the_weight",
+        ),
+    ),
+    Mutation(
+        "33",
+        "a budget too small for one row gives no rows to a chunk",
+        edit(TILES, "rows = max(1, chunk_bytes // (", "rows = (chunk_bytes // ("),
+        regressions(
+            "test_any_chunk_size[1-linear_cross_entropy-triton]",
+            "test_any_chunk_size[3-linear_distill_loss-triton]",
+        ),
+        error="ZeroDivisionError",
+    ),
+    Mutation(
+        "8",
+        "rows are 32-bit offsets where sums are formed",
+        edit(ROWS, f"{STATISTICS}.to(tl.int64)\n", f"{STATISTICS}\n"),
+        far_apart("forward_kl") + far_apart("jsd"),
+    ),
+    Mutation(
+        "8",
+        "rows are 32-bit offsets where the terms of a mixture are formed",
+        edit(ROWS, f"{TERMS}.to(tl.int64)\n", f"{TERMS}\n"),
+        far_apart("jsd"),
+    ),
+    Mutation(
+        "8",
+        "rows are 32-bit offsets where gradients are formed",
+        edit(ROWS, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
+        far_apart("forward_kl") + far_apart("jsd"),
+    ),
+    Mutation(
+        "8",
+        "rows are 32-bit offsets where the label's logit is read",
+        edit(ROWS, "rows = tl.program_id(0).to(tl.int64) * ROWS", "rows = tl.program_id(0) * ROWS"),
+        far_apart("forward_kl") + far_apart("jsd"),
+    ),
+    Mutation(
+        "8",
+        "rows are 32-bit offsets in what is compiled for a GPU",
+        edit(ROWS, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
+        compiled("cross_entropy"),
+        says="must multiply the row index in 64 bits",
+    ),
+    Mutation(
+        "9",
+        "rows lie on the second axis of a grid",
+        (
+            Edit(
+                LAUNCH,
+                "rows.statistics_kernel[(N, segments)](",
+                "rows.statistics_kernel[(segments, N)](",
+            ),
+            Edit(
+                ROWS,
+                f"{STATISTICS}.to(tl.int64)\n    segment = tl.program_id(1)\n",
+                f"{STATISTICS[:-3]}(1).to(tl.int64)\n    segment = tl.program_id(0)\n",
+            ),
+            Edit(
+                ROWS,
+                "    step = tl.num_programs(1).to(tl.int64) * N  # from",
+                "    step = tl.num_programs(0).to(tl.int64) * N  # from",
+            ),
+        ),
+        regressions("test_rows_lie_on_the_first_axis_of_every_grid"),
+    ),
+    Mutation(
+        "24",
+        "a scalar keeps the precision in which a compiler hands it over",
+        edit(
+            ROWS,
+            "heat, temperature, beta = to_fp32(heat), to_fp32(temperature), to_fp32(beta)",
+            "heat, beta = to_fp32(heat), to_fp32(beta)",
+        ),
+        compiled("kl_div"),
+        says="must not compute in fp64",
+    ),
+]
