@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from sad_kernels import Head, Objective, TeacherHidden, linear_distill_loss
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from bench.timing import peak_bytes
 
 OBJECTIVE = Objective(ce_weight=0.3, kd_weight=0.7, temperature=2.0, label_smoothing=0.1)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -66,7 +67,7 @@ def _measure(problem: Problem, rounds: int) -> dict[str, Any]:
             _step(way, problem)
             seconds[name].append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["naive"], strict=True)]
-    memory = {name: _peak_bytes(lambda way=way: _step(way, problem)) for name, way in ways.items()}
+    memory = {name: peak_bytes(lambda way=way: _step(way, problem)) for name, way in ways.items()}
     return {
         "dtype": str(problem.hidden.dtype).removeprefix("torch."),
         "loss": losses,
@@ -102,16 +103,3 @@ def naive(problem: Problem) -> Tensor:
     log_q, log_p = F.log_softmax(logits / T, -1), F.log_softmax(teacher_logits / T, -1)
     kd = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * T**2
     return OBJECTIVE.ce_weight * ce + OBJECTIVE.kd_weight * kd
-
-
-def _peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes alive at once beyond those alive before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    results: Any = profiler.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak

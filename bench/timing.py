@@ -72,6 +72,22 @@ def loss_step(
     return Step(loss, lambda result: result.backward(upstream), prepare)
 
 
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator has alive at once beyond those alive before."""
+    # acc_events only keeps torch 2.11 from warning that a second cycle would clear the first.
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        function()
+    results: Any = profiler.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
 @dataclass
 class Cpu:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -95,17 +111,8 @@ class Cpu:
         gc.collect()
 
     def peak(self, step: Step) -> int:
-        """The most bytes that torch's allocator has alive at once beyond those alive before."""
         step.prepare()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-        results: Any = profiler.profiler
-        events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-        alive = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            alive += event.nbytes()
-            peak = max(peak, alive)
-        return peak
+        return peak_bytes(step)
 
     def graph(self, step: Step, calls: int) -> float:
         raise Unfit("a CPU has no graphs")

@@ -86,7 +86,7 @@ class Launch:
         return ASTSource(self.function, signature, self.constants, self.attributes)
 
 
-def record(target: GPUTarget, call: Callable[[], None]) -> list[Launch]:
+def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
     """All launches of ``call``, in order, none of which is executed."""
     launches: list[Launch] = []
 
@@ -170,7 +170,7 @@ class Case:
     """One use of the package: calls of its launchers."""
 
     name: str
-    call: Callable[[], None]
+    call: Callable[[], object]
     common: bool = field(default=False)  # belongs to the short list
 
 
@@ -238,7 +238,7 @@ def run_rows(
 
 def ce(
     dtype: torch.dtype, layout: str, *, softcap: float | None = None, **options: Any
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     def call() -> None:
         x = logits(dtype, layout)
         student = launch.Logits(x, softcap=softcap)
@@ -273,7 +273,7 @@ def distill(student: torch.dtype, teacher: torch.dtype, layout: str, **options: 
     return call
 
 
-def top_k(dtype: torch.dtype, layout: str, k: int, **options: Any) -> Callable[[], None]:
+def top_k(dtype: torch.dtype, layout: str, k: int, **options: Any) -> Callable[[], object]:
     def call() -> None:
         x = logits(dtype, layout)
         teacher = launch.TopK(
@@ -455,7 +455,7 @@ def collect(families: list[str], targets: list[str], everything: bool) -> list[W
     return list(found.values())
 
 
-def _add(found: dict[str, Work], name: str, target: str, call: Callable[[], None]) -> None:
+def _add(found: dict[str, Work], name: str, target: str, call: Callable[[], object]) -> None:
     counts: dict[str, int] = {}
     for launched in record(TARGETS[target], call):
         kernel = launched.function.__name__
