@@ -71,12 +71,11 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     Times are in ``bench/LOG.md`` and come from ``python -m bench tiles``; what each kernel takes on
     sm_80 to sm_120 and gfx942 is in ``tests/contracts/budgets.json``.
     """
-    alone = pressure == 1
     match kernel:
         case "statistics":
-            block, warps = (8192, 8) if alone else (512, 1)
+            block, warps = (8192, 8) if pressure == 1 else (512, 1)
         case "gradient":
-            block, warps = (2048, 8) if alone else (2048, 4)
+            block, warps = {1: (2048, 8), 2: (2048, 4)}.get(pressure, (1024, 4))
         case _:  # terms
             block, warps = 2048, 4
     block = min(block, max(128, power_of_2(vocab)))
