@@ -79,7 +79,8 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
         case _:  # terms
             block, warps = 2048, 4
     block = min(block, max(128, power_of_2(vocab)))
-    return Tile(block, SEGMENT, warps=min(warps, max(1, block // 256)))
+    most = block // (8 * THREADS_PER_WARP)  # 16 bytes of 16-bit logits per thread
+    return Tile(block, SEGMENT, warps=max(1, min(warps, most)))
 
 
 @dataclass(frozen=True)
