@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from cases import place
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
     IMPLS,
@@ -132,8 +132,8 @@ def test_ops_on_hidden_states(
     op: str, impl: str, options: dict[str, Any], dtype: torch.dtype, chunk_bytes: int | None
 ) -> None:
     problem = plain(op, dtype, **options)
-    assume(not _terms_cancel(problem, options))
-    judge(problem, bound(impl, chunk_bytes))
+    if not _terms_cancel(problem, options):
+        judge(problem, bound(impl, chunk_bytes))
 
 
 def _terms_cancel(problem: Problem, options: dict[str, Any]) -> bool:
