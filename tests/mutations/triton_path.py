@@ -11,6 +11,7 @@ LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
 ROWS = TRITON + "rows.py"
+SCALE = TRITON + "scale.py"
 TILE = TRITON + "tile.py"
 TILES = "kernels/sad_kernels/_tiles.py"
 
@@ -554,6 +555,17 @@ MUTATIONS = [
         "rows are 32-bit offsets in what is compiled for a GPU",
         edit(ROWS, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
         compiled("cross_entropy"),
+        says="must multiply the row index in 64 bits",
+    ),
+    Mutation(
+        "8",
+        "blocks are 32-bit offsets where the weight's gradient is scaled",
+        edit(
+            SCALE,
+            "start = tl.program_id(0).to(tl.int64) * BLOCK",
+            "start = tl.program_id(0) * BLOCK",
+        ),
+        compiled("scale"),
         says="must multiply the row index in 64 bits",
     ),
     Mutation(
