@@ -55,13 +55,14 @@ class RowGradient:
             kd = self._any_divergence(rows, s, t, u)
             g = self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
             return g.add_(kd)
+        if t is None:
+            u.copy_(s)
+            g = self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
+            return self._add_topk(rows, columns, g, u)
 
         tempered_exp(s.sub_(maximum), self.temperature, out=u)
         g = s.copy_(u) if self.temperature == 1 else tempered_exp(s, 1.0, out=s)
-        self._untempered(rows, columns, g)
-        if t is not None:
-            return self._add_forward_kl(rows, g, u, t)
-        return self._add_topk(rows, columns, g, u)
+        return self._add_forward_kl(rows, self._untempered(rows, columns, g), u, t)
 
     def _untempered(self, rows: slice, columns: slice, g: Tensor) -> Tensor:
         """CE and z-loss, in place of ``exp(s - maximum)``."""
@@ -98,7 +99,8 @@ class RowGradient:
         """One formula outside the teacher's ids, and its own number at each id."""
         saved, kd = self.saved, self.kd[rows]
         row, k, column = self.topk.positions(rows, columns)
-        u[row, column] = 0
-        g.addcmul_(u, (kd * saved.topk_outside[rows] / saved.total[rows])[:, None])
+        u[row, column] = -torch.inf
+        tempered_exp(u.sub_(saved.rest_maximum[rows, None]), self.temperature, out=u)
+        g.addcmul_(u, (kd * saved.topk_outside[rows])[:, None])
         g[row, column] += kd[row] * saved.topk_inside[rows][row, k]
         return g

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
 from sad_kernels._task import RowResults, Task
-from sad_kernels._topk import Positions, TopKRows
+from sad_kernels._topk import TopKRows
 from sad_kernels.objective import MIXTURES
 
 LOWEST = -1e30
@@ -44,6 +44,7 @@ class SavedRows(NamedTuple):
     teacher_maximum: Tensor | None = None
     teacher_total: Tensor | None = None
     expectation: Tensor | None = None  # sum_u h_u of a dense divergence
+    rest_maximum: Tensor | None = None  # of the student outside a top-k teacher's ids
     topk_inside: Tensor | None = None  # [n, K], see TopKGradient
     topk_outside: Tensor | None = None
 
@@ -90,6 +91,7 @@ class RowStatistics:
         self.task, self.temperature, self.labels = task, objective.temperature, labels
         self.topk = teacher if isinstance(teacher, TopKRows) else None
         self.student = RunningSoftmax(like, self.temperature, task.diagnostics)
+        self.rest = RunningSoftmax(like, self.temperature, argmax=False)  # outside a top-k's ids
         self.teacher: RunningSoftmax | None = None
         if teacher is True:
             self.teacher = RunningSoftmax(like, self.temperature, task.diagnostics)
@@ -102,12 +104,13 @@ class RowStatistics:
 
     def add(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> None:
         self._note_label(rows, columns, s)
-        ids = None if self.topk is None else self.topk.note_logits(rows, columns, s)
+        if self.topk is not None:
+            self._add_rest(self.topk, rows, columns, s, u)
         move = self.student.shift_(rows, columns, s, u)
         if t is not None:
             self._add_both(rows, columns, s, t, u, move)
-        else:
-            self._add_student(rows, s, u, move, ids)
+        elif self.topk is None or self.temperature == 1:  # else nobody asks for it
+            self.student.add(rows, move, tempered_exp(s, self.temperature, out=u))
         if self.task.classes:
             self._add_untempered(rows, columns, s, u, move)
 
@@ -151,19 +154,12 @@ class RowStatistics:
         # nansum: what is not a number here is 0 * inf, a weight of 0. Real NaNs show in the totals.
         self.cross[rows] = carried.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
 
-    def _add_student(
-        self, rows: slice, s: Tensor, u: Tensor, move: Tensor, ids: Positions | None
-    ) -> None:
-        """The sum ``d`` of the columns that the teacher's ids leave; ``exp(s / T)`` in ``u``."""
-        tempered_exp(s, self.temperature, out=u)
-        if ids is None:
-            self.student.add(rows, move, u)
-            return
-        row, _, column = ids
-        weights = u[row, column]
-        u[row, column] = 0
-        self.student.add(rows, move, u)
-        u[row, column] = weights
+    def _add_rest(self, topk: TopKRows, rows: slice, columns: slice, s: Tensor, u: Tensor) -> None:
+        """The sum ``d`` of the columns that the teacher's ids leave, from their own maximum."""
+        row, _, column = topk.note_logits(rows, columns, s)
+        u.copy_(s)[row, column] = -torch.inf
+        move = self.rest.shift_(rows, columns, u, u)
+        self.rest.add(rows, move, tempered_exp(u, self.temperature, out=u))
 
     def _add_untempered(
         self, rows: slice, columns: slice, s: Tensor, u: Tensor, move: Tensor
@@ -223,9 +219,11 @@ class RowStatistics:
         student, teacher, objective = self.student, self.teacher, self.task.objective
         saved = SavedRows(student.maximum, student.total, self.total_1)
         if self.topk is not None:
-            value, total, topk = self.topk.compare(objective, student.maximum, student.total)
+            value, topk = self.topk.compare(
+                objective, student.maximum, self.rest.maximum, self.rest.total
+            )
             return value, saved._replace(
-                total=total, topk_inside=topk.inside, topk_outside=topk.outside
+                rest_maximum=self.rest.maximum, topk_inside=topk.inside, topk_outside=topk.outside
             )
         if teacher is None:
             return torch.zeros_like(self.total_1), saved

@@ -1,7 +1,9 @@
 """Rows of a teacher that is known at K ids only: k + 1 outcomes, the ids and everything else.
 
-The student's share of everything else comes from its own sum over the columns outside K. Taking
-``1 - sum_K q`` instead would cancel: in fp32 it is 11 % off at 1e-6.
+The student's share of everything else comes from its own sum over the columns outside K, relative
+to their own maximum. Taking ``1 - sum_K q`` instead would cancel: in fp32 it is 11 % off at 1e-6.
+And a sum relative to the row's maximum underflows where the student is sure of an id: at e^-104 the
+divergence would be infinite.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ Positions = tuple[Tensor, Tensor, Tensor]
 
 
 class TopKGradient(NamedTuple):
-    """``dD/dz``: ``inside`` in the columns of K, ``q_v * outside`` in the others."""
+    """``dD/dz``: ``inside`` in the columns of K, ``outside * exp((s - rest_maximum) / T)`` in the
+    others, relative to the largest of these."""
 
     inside: Tensor  # [n, K]
     outside: Tensor  # [n]
@@ -57,27 +60,27 @@ class TopKRows:
         return self.ids.gather(1, best).squeeze(1)
 
     def compare(
-        self, objective: Objective, maximum: Tensor, rest: Tensor
-    ) -> tuple[Tensor, Tensor, TopKGradient]:
-        """Return the bare divergence, the student's total at T, and the gradient.
+        self, objective: Objective, maximum: Tensor, rest_maximum: Tensor, rest: Tensor
+    ) -> tuple[Tensor, TopKGradient]:
+        """Return the bare divergence and its gradient.
 
-        ``rest`` is the student's ``sum exp((s - maximum) / T)`` over the columns outside K.
+        ``maximum`` is the student's over all columns, ``rest_maximum`` the one over those outside
+        K, and ``rest`` the sum of ``exp((s - rest_maximum) / T)`` over these.
         """
         at_ids = (self.logits - maximum[:, None]) / objective.temperature
         at_ids = at_ids.where(self.present, -torch.inf)
-        total = rest + at_ids.exp().sum(1)
-        log_q = torch.cat((at_ids, rest.log()[:, None]), 1) - total.log()[:, None]
+        below = (rest_maximum - maximum) / objective.temperature
+        total = rest * below.exp() + at_ids.exp().sum(1)
+        log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1) - total.log()[:, None]
         log_p, log_p_rest = teacher_outcomes(self.log_probs, self.tail, self.vocab)
         log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
         f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
 
         q, expectation = log_q.exp(), h.sum(1, keepdim=True)
-        slope = torch.where(q[:, -1] > 0, h[:, -1] / q[:, -1], 0)
-        gradient = TopKGradient(
-            (h - q * expectation)[:, :-1].contiguous(), slope - expectation[:, 0]
-        )
+        outside = (h[:, -1] / rest).where(rest > 0, 0) - expectation[:, 0] * below.exp() / total
+        inside = (h - q * expectation)[:, :-1].contiguous()
         value = f.sum(1).where(total.isfinite() & ~self.poisoned, torch.nan)
-        return value, total, gradient
+        return value, TopKGradient(inside, outside)
 
 
 def teacher_outcomes(

@@ -78,6 +78,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "41": ("another order of rows after a resumption", ("trainer",)),
     "42": ("a checkpoint that is half there, or a rename onto a full directory", ("trainer",)),
     "43": ("an update with a gradient of NaN beside a finite loss", ("trainer",)),
+    "44": ("a top-k teacher's rest that underflows where the student is sure of an id", BOTH),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

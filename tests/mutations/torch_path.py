@@ -524,4 +524,20 @@ MUTATIONS = [
         ),
         error="ZeroDivisionError",
     ),
+    Mutation(
+        "44",
+        "what a top-k teacher's ids leave is summed from the row's maximum",
+        edit(
+            STATISTICS,
+            "objective, student.maximum, self.rest.maximum, self.rest.total",
+            "objective, student.maximum, student.maximum, self.rest.total"
+            " * ((self.rest.maximum - student.maximum) / self.temperature).exp()",
+        ),
+        tests(
+            "sad_kernels/test_topk.py",
+            "test_a_rest_that_underflows_beside_the_ids[1.0-torch]",
+            "test_a_rest_that_underflows_beside_the_ids[2.0-torch]",
+            "test_a_student_that_is_sure[0.5-forward_kl-bucket-torch]",
+        ),
+    ),
 ]

@@ -591,6 +591,17 @@ MUTATIONS = [
         regressions("test_rows_lie_on_the_first_axis_of_every_grid"),
     ),
     Mutation(
+        "44",
+        "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
+        edit(ROWS, "m_t_new = tl.maximum(m_t, tl.max(t, 0))", "m_t_new = m_new"),
+        tests(
+            "sad_kernels/test_topk.py",
+            "test_a_rest_that_underflows_beside_the_ids[1.0-triton]",
+            "test_a_rest_that_underflows_beside_the_ids[2.0-triton]",
+            "test_a_student_that_is_sure[0.5-forward_kl-bucket-triton]",
+        ),
+    ),
+    Mutation(
         "24",
         "a scalar keeps the precision in which a compiler hands it over",
         edit(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import ALL, IMPLS, IN_FLOAT64, SLOW, assert_value, bound, dtypes_of, epsilon, judge
 from problems import plain
-from sad_kernels import DistillOutput, Head, Objective, TeacherLogits, TeacherTopK
+from sad_kernels import DistillOutput, Head, Objective, TeacherLogits, TeacherTopK, reference
 from sad_kernels.objective import DIVERGENCES, Divergence, Tail
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -72,6 +72,21 @@ def test_zero_tail_is_biased_by_its_own_name(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("T", [1.0, 2.0])
+def test_a_rest_that_underflows_beside_the_ids(impl: str, T: float) -> None:
+    """``q_r = 2 e^-200``, which is 0 in fp32, and ``log q_r = ln 2 - 200``, which is not: the
+    divergence is finite, and each of the two others gets half of the bucket's pull."""
+    s = T * torch.tensor([[200.0, 0.0, 0.0]])
+    s.requires_grad_()
+    teacher = TeacherTopK(torch.tensor([[0]]), torch.tensor([[0.75]]).log())
+    out = distilled(impl, s, teacher, T=T)
+    kd = 0.75 * math.log(0.75) + 0.25 * (math.log(0.25) + 200 - LN2)
+    assert_value(out.kd, T**2 * kd, scale=T**2 * 200)
+    (grad,) = torch.autograd.grad(out.loss, s)
+    assert_value(grad, [[T / 4, -T / 8, -T / 8]], scale=T)
+
+
+@pytest.mark.parametrize("impl", ALL)
 def test_padding_is_no_outcome(impl: str) -> None:
     """-inf marks it, and its id may be anything, one that is in use included."""
     t = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
@@ -110,6 +125,31 @@ def test_against_the_oracle(op: str, divergence: Divergence, tail: Tail, impl: s
                 z_loss=1e-3,
             )
             judge(problem, bound(impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("divergence", "tail"), BOTH_TAILS)
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_a_student_that_is_sure(
+    divergence: Divergence, tail: Tail, ce_weight: float, impl: str
+) -> None:
+    """Of the ids, of the rest, or of one id among many; the other shares underflow in fp32."""
+    s, t, y = 3 * torch.randn(8, 97), 3 * torch.randn(8, 97), torch.randint(97, (8,))
+    ids = t.topk(5).indices
+    s[0:2].scatter_add_(1, ids[0:2], torch.full((2, 5), 150.0))
+    s[2:4].scatter_add_(1, ids[2:4], torch.full((2, 5), -150.0))
+    s[4:6].scatter_add_(1, ids[4:6, :1], torch.full((2, 1), 150.0))
+    objective = Objective(ce_weight=ce_weight, z_loss=1e-3, divergence=divergence, beta=0.3)
+
+    def outputs(ops: Any, s: Tensor) -> tuple[Tensor, Tensor]:
+        s = s.clone().requires_grad_()
+        loss = ops.distill_loss(s, y, top(t, 5, tail=tail), objective).loss
+        return loss.detach(), torch.autograd.grad(loss, s)[0]
+
+    loss, grad = outputs(bound(impl), s)
+    exact, exact_grad = outputs(reference, s.double())
+    assert_value(loss, exact, scale=200.0)
+    assert_value(grad, exact_grad, scale=200.0 / 8)
 
 
 @pytest.mark.parametrize("impl", ALL)

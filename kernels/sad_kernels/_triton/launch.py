@@ -64,8 +64,8 @@ class Tile(NamedTuple):
 def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     """The one place where tiles are chosen.
 
-    ``pressure`` counts what occupies registers: each tensor read, a softcap, the ids of a top-k
-    teacher, a divergence that needs logarithms. With more than one of these ``statistics`` is
+    ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
+    needs logarithms, and two for a top-k teacher: its ids, and the tile without them. With more than one of these ``statistics`` is
     fastest in programs of one warp, which exchange maxima without waiting for each other. Of the
     other kernels' tiles these are among the fastest, within 2 %, and the ones that spill nowhere.
     Times are in ``bench/LOG.md`` and come from ``python -m bench tiles``; what each kernel takes on
@@ -263,7 +263,7 @@ def gradient(
 def _pressure(student: Logits, dense: Logits, teacher: Logits | TopK | None) -> int:
     """What ``choose_tile`` counts, but for the logarithms of a divergence."""
     capped = student.softcap is not None or dense.softcap is not None
-    return 1 + capped + (teacher is not None)
+    return 1 + capped + (2 if isinstance(teacher, TopK) else teacher is not None)
 
 
 def _numbers(task: Task) -> tuple[float, ...]:

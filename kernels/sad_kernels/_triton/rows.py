@@ -53,13 +53,13 @@ TOP_K = tl.constexpr(2)
 
 # Partial sums, [PARTIALS, segments, N]
 MAXIMUM = tl.constexpr(0)
-TOTAL = tl.constexpr(1)  # d at T; beside a TOP_K teacher without its ids
+TOTAL = tl.constexpr(1)  # d at T; not beside a TOP_K teacher
 TOTAL_1 = tl.constexpr(2)  # d at 1
 PLAIN = tl.constexpr(3)  # S
 WEIGHTED = tl.constexpr(4)  # E
 BEST = tl.constexpr(5)  # argmax; exact in fp32 below 2^24
-TEACHER_MAXIMUM = tl.constexpr(6)
-TEACHER_TOTAL = tl.constexpr(7)
+TEACHER_MAXIMUM = tl.constexpr(6)  # beside a TOP_K teacher of the student's columns without ids:
+TEACHER_TOTAL = tl.constexpr(7)  # they need a maximum of their own, or underflow beside an id
 TEACHER_BEST = tl.constexpr(8)
 CROSS = tl.constexpr(9)  # A
 PARTIALS = 10
@@ -82,9 +82,9 @@ def to_fp32(x):
 
 @triton.jit
 def without_ids(x, columns, ids, first, last):
-    """``x``, 0 in the columns that are among ``ids[first:last]``."""
+    """``x``, -inf in the columns that are among ``ids[first:last]``."""
     for k in range(first, last):
-        x = tl.where(columns == tl.load(ids + k), 0.0, x)
+        x = tl.where(columns == tl.load(ids + k), float("-inf"), x)
     return x
 
 
@@ -157,6 +157,13 @@ def add_tile(
         d_t = d_t * tl.exp2(move_t * heat) + by_lane(hot_t, LANES, VECTOR)
         m_t = m_t_new
 
+    if TEACHER == TOP_K:
+        t = without_ids(s, columns, ids, first_id, last_id)
+        m_t_new = tl.maximum(m_t, tl.max(t, 0))
+        hot_t = tl.exp2((t - m_t_new) * heat)
+        d_t = d_t * tl.exp2((m_t - m_t_new) * heat) + by_lane(hot_t, LANES, VECTOR)
+        m_t = m_t_new
+
     if CLASSES:
         rate_hot, rate = exponentials(move, heat, HEAT)
         if SMOOTH:
@@ -169,9 +176,8 @@ def add_tile(
         d_1 = d_1 * rate + by_lane(cold, LANES, VECTOR)
     else:
         rate_hot = tl.exp2(move * heat)
-    if TEACHER == TOP_K:
-        hot = without_ids(hot, columns, ids, first_id, last_id)
-    d = d * rate_hot + by_lane(hot, LANES, VECTOR)
+    if TEACHER != TOP_K:
+        d = d * rate_hot + by_lane(hot, LANES, VECTOR)
     return m_new, d, d_1, S, E, best, m_t, d_t, best_t, A
 
 
@@ -262,7 +268,8 @@ def statistics_kernel(
     step = tl.num_programs(1).to(tl.int64) * N  # from one kind of partial sum to the next
     out = partials_ptr + segment.to(tl.int64) * N + row
     tl.store(out + MAXIMUM * step, m)
-    tl.store(out + TOTAL * step, tl.sum(d, 0))
+    if TEACHER != TOP_K:
+        tl.store(out + TOTAL * step, tl.sum(d, 0))
     if CLASSES:
         tl.store(out + TOTAL_1 * step, tl.sum(d_1, 0))
         if SMOOTH:
@@ -271,9 +278,10 @@ def statistics_kernel(
             tl.store(out + WEIGHTED * step, tl.sum(E, 0))
     if DIAGNOSTICS:
         tl.store(out + BEST * step, best + first)
-    if TEACHER == DENSE:
+    if TEACHER != NO_TEACHER:
         tl.store(out + TEACHER_MAXIMUM * step, m_t)
         tl.store(out + TEACHER_TOTAL * step, tl.sum(d_t, 0))
+    if TEACHER == DENSE:
         tl.store(out + CROSS * step, tl.sum(A, 0))
         if DIAGNOSTICS:
             tl.store(out + TEACHER_BEST * step, best_t + first)
@@ -319,7 +327,9 @@ def merge_kernel(
     of = partials_ptr + rows
     for segment in range(num_segments):
         m_b = tl.load(of + MAXIMUM * step, mask=counts, other=LOWEST)
-        d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
+        d_b = zero
+        if TEACHER != TOP_K:
+            d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
         m_new = tl.maximum(m, m_b)
         move, move_b = m - m_new, m_b - m_new
         rate_hot, rate = exponentials(move, heat, HEAT)
@@ -327,11 +337,12 @@ def merge_kernel(
         if DIAGNOSTICS:
             best_b = tl.load(of + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
-        if TEACHER == DENSE:
+        if TEACHER != NO_TEACHER:
             m_t_b = tl.load(of + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
             d_t_b = tl.load(of + TEACHER_TOTAL * step, mask=counts, other=0.0)
             m_t_new = tl.maximum(m_t, m_t_b)
             move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
+        if TEACHER == DENSE:
             if DIAGNOSTICS:
                 best_t_b = tl.load(of + TEACHER_BEST * step, mask=counts, other=0.0)
                 best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
@@ -342,6 +353,7 @@ def merge_kernel(
             if DIVERGENCE == REVERSE_KL:
                 A = carried(d, A, move, move_t, heat)
                 A += carried(d_b, A_b, move_b, move_t_b, heat)
+        if TEACHER != NO_TEACHER:
             d_t = d_t * tl.exp2(move_t * heat) + d_t_b * tl.exp2(move_t_b * heat)
             m_t = m_t_new
         if CLASSES:
@@ -376,23 +388,22 @@ def merge_kernel(
             z, ids, s_bias, to_fp32(s_scale), to_fp32(s_cap), usable, True, S_BIAS, S_SCALE, S_CAP
         )
         hot = tl.where(usable, (z - m[:, None]) * heat, float("-inf"))
-        total = d + tl.sum(tl.exp2(hot), 1)
+        below = (m_t - m) * heat
+        total = d_t * tl.exp2(below) + tl.sum(tl.exp2(hot), 1)
         log_total = tl.log2(total)
         log_q = hot - log_total[:, None]
         f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
         log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
-        log_q_rest = tl.log2(d) - log_total
+        log_q_rest = below + tl.log2(d_t) - log_total
         f_rest, h_rest = divergence_terms(log_q_rest, log_rest, beta, DIVERGENCE)
         expectation = tl.sum(h, 1) + h_rest
-        q_rest = tl.exp2(log_q_rest)
         inside = h - tl.exp2(log_q) * expectation[:, None]
-        outside = tl.where(q_rest > 0, h_rest / q_rest, 0.0) - expectation
+        outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(below) / total
         tl.store(inside_ptr + at, inside, mask=given)
         tl.store(outside_ptr + rows, outside, mask=counts)
         kd = tl.sum(f, 1) + f_rest + 0 * total  # NaN and inf of a total poison the row
         kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
-        d = total
-    if TEACHER == DENSE:
+    if TEACHER != NO_TEACHER:
         tl.store(saved + SAVED_TEACHER_MAXIMUM * N, m_t, mask=counts)
         tl.store(saved + SAVED_TEACHER_TOTAL * N, d_t, mask=counts)
     tl.store(saved + MAXIMUM * N, m, mask=counts)
@@ -549,9 +560,13 @@ def gradient_tile(
 
     It grows with the upstream gradient, of which a factor of the logits is a part.
     """
+    g = tl.zeros([BLOCK], tl.float32)
+    if TEACHER == TOP_K:
+        g = tl.exp2((s - m_t) * heat) * outside
+        for k in range(first_id, last_id):
+            g = tl.where(columns == tl.load(ids + k), kd * tl.load(inside + k), g)
     x = s - m
     hot, cold = exponentials(x, heat, HEAT)
-    g = tl.zeros([BLOCK], tl.float32)
     if TEACHER == DENSE:
         if DIVERGENCE == FORWARD_KL:
             g = hot * (kd / d) - tl.exp2((t - m_t) * heat) * (kd / d_t)
@@ -560,10 +575,6 @@ def gradient_tile(
             log_p = (t - m_t) * heat - log_d_t
             _, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
             g = (h - tl.exp2(log_q) * expectation) * kd
-    if TEACHER == TOP_K:
-        g = hot * (kd * outside / d)
-        for k in range(first_id, last_id):
-            g = tl.where(columns == tl.load(ids + k), kd * tl.load(inside + k), g)
     if HAS_CE:
         g += cold * q_1_factor - smooth_share
         if (label >= start) & (label < start + BLOCK):
@@ -631,7 +642,8 @@ def gradient_kernel(
         expectation = tl.load(saved + EXPECTATION * N)
     if TEACHER == TOP_K:
         ids, inside, bounds = ids_ptr + row * K, inside_ptr + row * K, bounds_ptr + row * num_bounds
-        outside = tl.load(outside_ptr + row)
+        m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
+        outside = kd * tl.load(outside_ptr + row)
     q_1_factor, smooth_share, label_share = zero, zero, zero
     if HAS_CE:
         d_1 = tl.load(saved + TOTAL_1 * N)
