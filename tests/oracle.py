@@ -307,8 +307,8 @@ def is_measurable(problem: Problem) -> bool:
         }
         near = replace(problem, leaves=leaves)
         oracle, yardstick = measure_oracle(near), measure(near, reference)
-        for name in ("loss", "dhidden", "dweight", "dbias"):
-            if name in oracle and oracle[name].any():
+        for name in oracle.keys() - COUNTS:
+            if oracle[name].any():
                 x, o = (_one_row_per_unit(name, each[name]) for each in (yardstick, oracle))
                 scale = problem.scales.get(name, problem.magnitude * float(o.abs().max()))
                 if not (_row_errors(x, o) <= _band(o, scale, x.dtype) / 4).all():
