@@ -65,11 +65,12 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
-    needs logarithms, and two for a top-k teacher: its ids, and the tile without them. With more than one of these ``statistics`` is
-    fastest in programs of one warp, which exchange maxima without waiting for each other. Of the
-    other kernels' tiles these are among the fastest, within 2 %, and the ones that spill nowhere.
-    Times are in ``bench/LOG.md`` and come from ``python -m bench tiles``; what each kernel takes on
-    sm_80 to sm_120 and gfx942 is in ``tests/contracts/budgets.json``.
+    needs logarithms, and two for a top-k teacher: its ids, and the tile without them. With more
+    than one of these ``statistics`` is fastest in programs of one warp, which exchange maxima
+    without waiting for each other. Of the other kernels' tiles these are among the fastest, within
+    2 %, and the ones that spill nowhere. Times are in ``bench/LOG.md`` and come from ``python -m
+    bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in
+    ``tests/contracts/budgets.json``.
     """
     match kernel:
         case "statistics":
