@@ -10,6 +10,9 @@ python -m bench overhead        what the trainer adds to a step
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
                                 ten minutes)
 python -m bench tiles           candidates for the row kernels' tiles, on a GPU
+python -m bench faults          what goes wrong in others, run here and now, and ours beside it
+python -m bench end_to_end      sad distill against other trainers: tokens/s, memory, final quality
+python -m bench curves          memory, time and error against tokens, vocabulary and chunks
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NAMED = ("loss", "overhead", "quickstart", "tiles")
+NAMED = ("loss", "overhead", "quickstart", "tiles", "faults", "end_to_end", "curves")
 
 
 def main(words: Sequence[str]) -> int:
