@@ -4,6 +4,8 @@ python -m bench                 every kernel against every peer, on this machine
 python -m bench --quick         the most telling of it, in 100 seconds
 python -m bench CASE...         some of it: ce kd/jsd linear_kd ema; a name before / means all
 python -m bench --compare OLD.json NEW.json     what got slower; exit status 1 if anything did
+python -m bench --readme        rewrite the tables of README.md and bench/README.md, and the plots,
+                                from what is committed under bench/results
 
 python -m bench loss            time and memory of linear_distill_loss against naive autograd
 python -m bench overhead        what the trainer adds to a step
@@ -41,6 +43,11 @@ def main(words: Sequence[str]) -> int:
             return compare.report(*options.compare)
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
+    if options.readme:
+        from bench import readme
+
+        print("\n".join(f"-> {path}" for path in readme.rewrite()) or "all tables are current")
+        return 0
     named = [case for case in options.cases if case in NAMED]
     if named:
         if len(options.cases) > 1:
@@ -64,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--out", type=Path, help="where the JSON goes; default: a name in bench/results")
     add("--no-graphs", action="store_true", help="try no CUDA graphs")
+    add("--readme", action="store_true", help="rewrite tables and plots from committed results")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     add("--part", action="store_true", help=argparse.SUPPRESS)  # of a run in several processes
     return parser

@@ -46,43 +46,43 @@ def _order(row: Row) -> tuple[int, float]:
 
 
 def _floor(row: Row) -> str:
-    return _number(row.get("ratio_gemm") or row.get("ratio_copy"), 2)
+    return number(row.get("ratio_gemm") or row.get("ratio_copy"), 2)
 
 
 def _full(row: Row) -> str:
     if not row.get("ms"):
         return "-"
     low, middle, high = row["ms"]["full"]
-    return f"{_number(middle, 3)} ({_number(low, 3)}-{_number(high, 3)})"
+    return f"{number(middle, 3)} ({number(low, 3)}-{number(high, 3)})"
 
 
 def _part(name: str) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         values = (row.get("ms") or {}).get(name)
-        return _number(values[1] if values else None, 3)
+        return number(values[1] if values else None, 3)
 
     return show
 
 
 def _field(name: str, digits: int) -> Callable[[Row], str]:
-    return lambda row: _number(row.get(name), digits)
+    return lambda row: number(row.get(name), digits)
 
 
 def _graph(row: Row) -> str:
     """Milliseconds of a replay, or why there is none in a word; the JSON has the sentence."""
     reason = row.get("graph_reason", "")
     if not reason or "graphs" in reason:
-        return _number(row.get("graph_ms"), 3)
+        return number(row.get("graph_ms"), 3)
     return "waits" if reason.startswith("waits") else "fails"
 
 
 def _rate(row: Row) -> str:
     if "tflop_s" in row:
-        return f"{_number(row['tflop_s'], 3)} TFLOP/s"
-    return f"{_number(row['gb_s'], 3)} GB/s" if "gb_s" in row else "-"
+        return f"{number(row['tflop_s'], 3)} TFLOP/s"
+    return f"{number(row['gb_s'], 3)} GB/s" if "gb_s" in row else "-"
 
 
-def _errors(row: Row) -> str:
+def errors(row: Row) -> str:
     """Relative, of the loss and of each gradient."""
     found = {k: v for k, v in (row.get("err") or {}).items() if k != "loss"}
     return " ".join(f"{k.removesuffix('_relative')} {_percent(v)}" for k, v in found.items()) or "-"
@@ -104,12 +104,12 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("MiB", _field("peak_mib", 4)),
     ("RSS MiB", _field("rss_mib", 4)),
     ("gradients", _field("gradient_mib", 4)),
-    ("errors", _errors),
+    ("errors", errors),
     ("status", lambda row: row["status"]),
 )
 
 
-def _number(value: float | str | None, digits: int) -> str:
+def number(value: float | str | None, digits: int) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):  # not a number

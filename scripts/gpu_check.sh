@@ -5,6 +5,7 @@
 #   TEST_SECONDS=...    for the tests, which run side by side (default 240)
 #   BENCH_SECONDS=...   for the benchmark, which then has the machine to itself (default 200)
 #   COMMIT=...          what the results belong to, in a copy whose git does not know
+#   FAKE=1              without a GPU: the same steps on a tiny set, to see that everything runs
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUTDIR}" && cd "$1" && pwd)" || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -12,13 +13,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python="${PYTHON:-.venv/bin/python}"
 if ! command -v "$python" >/dev/null; then python=python3; fi
 unset TRITON_INTERPRET # the kernels are compiled here
+which_tests="triton" fake=()
+if [ -n "${FAKE:-}" ]; then
+    export TRITON_INTERPRET=1
+    which_tests="triton and cross_entropy_by_hand" fake=(--fake)
+fi
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 TRITON_DEFAULT_FP_FUSION=1
 TRITON_CACHE_DIR="$(mktemp -d)"
 export TRITON_CACHE_DIR
 trap 'rm -rf "$TRITON_CACHE_DIR"' EXIT
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ -z "${FAKE:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: gpu_check.sh must run where torch sees a GPU, got none with $python" >&2
     exit 1
 fi
@@ -50,9 +56,10 @@ fi
 rm -f "$out"/*.step "$out"/*.xml
 tests="${TEST_SECONDS:-240}" seconds="${BENCH_SECONDS:-200}"
 pytest gpu "$tests" tests/sad_kernels/test_gpu.py &
-pytest kernels "$tests" -k triton tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py \
+pytest kernels "$tests" -k "$which_tests" tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py \
     "${processes[@]}" &
 wait
 # Alone on the machine, because it measures.
-step bench "$((seconds + 40))" "$python" -m bench --quick --seconds "$seconds" --out "$out/bench.json"
+step bench "$((seconds + 40))" "$python" -m bench --quick ${fake[@]+"${fake[@]}"} --seconds "$seconds" \
+    --out "$out/bench.json"
 "$python" tests/gpu_report.py "$out"

@@ -1,0 +1,194 @@
+"""The tables in README.md and bench/README.md, written from the JSON under results/ alone.
+
+``python -m bench --readme`` rewrites what stands between ``<!-- name:begin -->`` and
+``<!-- name:end -->``, and the plots; a test compares what stands there with the JSON, so a number
+that was edited by hand, or left behind by a new measurement, fails it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench import table, targets
+from bench.record import RESULTS
+
+Json = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+BLOCK = re.compile(r"(<!-- (?P<name>\w+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
+KERNELS = {"gpu": targets.LINEAR, "cpu": "cpu.json"}
+"""The kernel benchmark's records that are shown."""
+
+
+def rewrite() -> list[Path]:
+    """Bring every document up to date; return those that changed."""
+    changed = []
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = rendered(before)
+        if after != before:
+            path.write_text(after)
+            changed.append(path)
+    return changed
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every block as the JSON has it. ``KeyError`` for a name that is no block's."""
+
+    def block(found: re.Match[str]) -> str:
+        lines = SECTIONS[found["name"]](results)
+        return "\n".join([found[1].rstrip("\n"), *lines, found[3]])
+
+    return BLOCK.sub(block, text)
+
+
+def read(results: Path, name: str) -> Json:
+    return json.loads((results / name).read_text())
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+def quickstart(results: Path) -> list[str]:
+    result = read(results, "quickstart.json")
+    lines = [
+        "| held-out text, mean of three seeds (lowest to highest) | parameters | perplexity "
+        "| KL to the teacher | same top token as the teacher |",
+        "|-|-|-|-|-|",
+    ]
+    for row in result["table"]:
+        cells = [row["name"], f"{row['parameters'] / 1e6:.1f} M"]
+        cells.append(_mean(row["perplexity"], "{:.1f}"))
+        cells.append(_mean(row.get("kl"), "{:.2f}"))
+        cells.append(_mean(row.get("agreement"), "{:.1f}", 100, " %"))
+        lines.append(_line(cells))
+    minutes, gib = max(result["seconds"]) / 60, result["peak_rss_mib"] / 1024
+    return [
+        *lines,
+        "",
+        "`python -m bench quickstart` measures this (`bench/results/quickstart.json`): both",
+        "students start from the same weights and see the same batches for 400 steps. A run took",
+        f"at most {minutes:.1f} minutes and {gib:.1f} GiB on {result['machine']['threads']} cores.",
+    ]
+
+
+def loss(results: Path) -> list[str]:
+    result = read(results, "loss.json")
+    rounds = result["rounds"]
+    lines = [
+        "| | the lines above it | this | ratio of times, median (range) of "
+        f"{rounds} rounds | memory beyond inputs | this |",
+        "|-|-|-|-|-|-|",
+    ]
+    for row in result["rows"]:
+        naive, ours = (statistics.median(row["seconds"][way]) for way in ("naive", "ours"))
+        low, high = row["time_ratio_range"]
+        ratio = f"{row['time_ratio']:.2f} ({low:.2f} to {high:.2f})"
+        memory = [f"{row['extra_bytes'][way] / 2**20:,.0f} MiB" for way in ("naive", "ours")]
+        lines.append(_line([row["dtype"], f"{naive:.2f} s", f"{ours:.2f} s", ratio, *memory]))
+    return [
+        *lines,
+        "",
+        "`python -m bench loss` measures this (`bench/results/loss.json`), both in turn in one",
+        "process. In bf16 the naive loss multiplies in bf16 and rounds its logits; this one keeps",
+        "fp32 results, which a CPU's bf16 products cannot give.",
+    ]
+
+
+def of_kernels(which: str, cases: Callable[[Json], bool]) -> Callable[[Path], list[str]]:
+    """The kernel benchmark's rows of some cases, a table for each."""
+
+    def block(results: Path) -> list[str]:
+        record = read(results, KERNELS[which])
+        rows = [row for row in record["rows"] if cases(row)]
+        lines = [_measured(record, KERNELS[which])]
+        for title, of_case in groupby(rows, key=table.title_of):
+            lines += ["", f"**{title}**", "", *kernel_table(list(of_case))]
+        return [*lines, ""]
+
+    return block
+
+
+def kernel_table(rows: list[Json]) -> list[str]:
+    """Ours first, then the fastest; a time whose result is wrong is struck out; the absent last."""
+    of_products = any(row.get("ratio_gemm") for row in rows)
+    unit = "bare products" if of_products else "copy of the bytes"
+    lines = [f"| | ms | over the {unit} | MiB beyond the inputs | errors |", "|-|-|-|-|-|"]
+    timed = [row for row in rows if row.get("ms")]
+    for row in sorted(timed, key=lambda r: (r["peer"] != "ours", r["ms"]["full"][1])):
+        ms, ratio = table.number(row["ms"]["full"][1], 3), _ratio(row)
+        if row["status"] == "wrong":
+            ms, ratio = f"~~{ms}~~ wrong", f"~~{ratio}~~"
+        peer = f"**{row['peer']}**" if row["peer"] == "ours" else row["peer"]
+        memory = table.number(row.get("peak_mib"), 4)
+        lines.append(_line([peer, ms, ratio, memory, table.errors(row)]))
+    absent: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.get("ms"):
+            absent.setdefault(_reason(row), []).append(row["peer"])
+    return [*lines, *(_absent(absent) if absent else [])]
+
+
+def _absent(reasons: dict[str, list[str]]) -> list[str]:
+    return ["", "Not here: " + "; ".join(f"{', '.join(p)} ({why})" for why, p in reasons.items())]
+
+
+def _reason(row: Json) -> str:
+    failed = "fails: " if row["status"] == "failed" else ""
+    return failed + (row["reason"] or "no time").rstrip(".")
+
+
+def _ratio(row: Json) -> str:
+    return table.number(row.get("ratio_gemm") or row.get("ratio_copy"), 3) + "x"
+
+
+def _measured(record: Json, file: str) -> str:
+    machine, run, versions = record["machine"], record["run"], record["versions"]
+    gpu = machine["gpu"]
+    where = gpu or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{where}, torch {versions['torch']}"
+        + (f", triton {versions['triton']}" if gpu else "")
+        + f", {run['utc'][:10]}, commit {run['commit'][:8]}: `{run['command']}`"
+        + f" (`bench/results/{file}`). Forward and backward."
+    )
+
+
+def _mean(values: Json | None, form: str, factor: float = 1.0, unit: str = "") -> str:
+    """The mean, and the range of the seeds if they differ."""
+    if values is None:
+        return "-"
+    mean, low, high = (
+        form.format(factor * x)
+        for x in (values["mean"], min(values["seeds"]), max(values["seeds"]))
+    )
+    return f"{mean}{unit}" if low == high else f"{mean}{unit} ({low} to {high})"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _is_linear(row: Json) -> bool:
+    return row["case"].startswith("linear")
+
+
+def _is_joint_fp32(row: Json) -> bool:
+    return row["case"] in ("linear_ce", "linear_kd/joint") and row["dtype"] == "float32"
+
+
+SECTIONS: dict[str, Callable[[Path], list[str]]] = {
+    "quickstart": quickstart,
+    "loss": loss,
+    "targets": targets.table,
+    "gpu": of_kernels("gpu", _is_linear),
+    "cpu": of_kernels("cpu", lambda row: True),
+    "cpu_short": of_kernels("cpu", _is_joint_fp32),
+}
