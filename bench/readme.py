@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import table, targets
+from bench import end_to_end, faults, table, targets
 from bench.record import RESULTS
 
 Json = dict[str, Any]
@@ -23,13 +23,25 @@ Json = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"(<!-- (?P<name>\w+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
+PLOTS = RESULTS / "plots"
+PLOT_NAMES = {
+    "memory_tokens": "memory against tokens",
+    "memory_vocab": "memory against the vocabulary",
+    "time_rows": "time against tokens",
+    "error_chunks": "error against the number of chunks",
+    "largest_batch": "largest batch that fits a memory limit",
+}
 KERNELS = {"gpu": targets.LINEAR, "cpu": "cpu.json"}
 """The kernel benchmark's records that are shown."""
 
 
 def rewrite() -> list[Path]:
-    """Bring every document up to date; return those that changed."""
-    changed = []
+    """Draw the plots, and bring every document up to date; return what was written."""
+    from bench import plots  # with matplotlib, which the tables do without
+
+    changed = plots.draw(read(RESULTS, "curves.json"), None, PLOTS)
+    for which, name in KERNELS.items():
+        changed += plots.draw(None, read(RESULTS, name), PLOTS / which)
     for path in DOCUMENTS:
         before = path.read_text()
         after = rendered(before)
@@ -51,6 +63,18 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
 def read(results: Path, name: str) -> Json:
     return json.loads((results / name).read_text())
+
+
+def text_of(source: str) -> Callable[[Path], list[str]]:
+    """What a measurement's own module says of its JSON."""
+    of = {"faults": faults.table, "end_to_end": end_to_end.table}[source]
+
+    def block(results: Path) -> list[str]:
+        result = read(results, f"{source}.json")
+        about = _measured(result, f"{source}.json", f"python -m bench {source}")
+        return [about, "", *of(result), ""]
+
+    return block
 
 
 # --- Blocks ---------------------------------------------------------------------------------------
@@ -108,7 +132,8 @@ def of_kernels(which: str, cases: Callable[[Json], bool]) -> Callable[[Path], li
     def block(results: Path) -> list[str]:
         record = read(results, KERNELS[which])
         rows = [row for row in record["rows"] if cases(row)]
-        lines = [_measured(record, KERNELS[which])]
+        about = _measured(record, KERNELS[which], record["run"]["command"])
+        lines = [f"{about} Forward and backward."]
         for title, of_case in groupby(rows, key=table.title_of):
             lines += ["", f"**{title}**", "", *kernel_table(list(of_case))]
         return [*lines, ""]
@@ -149,15 +174,23 @@ def _ratio(row: Json) -> str:
     return table.number(row.get("ratio_gemm") or row.get("ratio_copy"), 3) + "x"
 
 
-def _measured(record: Json, file: str) -> str:
+def curves(results: Path) -> list[str]:
+    """The plots, with what they show in words."""
+    result = read(results, "curves.json")
+    lines = [_measured(result, "curves.json", "python -m bench curves"), ""]
+    for name in dict.fromkeys(curve["name"] for curve in result["curves"]):
+        lines += [f"![{PLOT_NAMES[name]}](results/plots/{name}.png)", ""]
+    return lines
+
+
+def _measured(record: Json, file: str, command: str) -> str:
     machine, run, versions = record["machine"], record["run"], record["versions"]
     gpu = machine["gpu"]
     where = gpu or f"{machine['cpu']}, {machine['threads']} threads"
     return (
         f"{where}, torch {versions['torch']}"
         + (f", triton {versions['triton']}" if gpu else "")
-        + f", {run['utc'][:10]}, commit {run['commit'][:8]}: `{run['command']}`"
-        + f" (`bench/results/{file}`). Forward and backward."
+        + f", {run['utc'][:10]}, commit {run['commit'][:8]}: `{command}` (`bench/results/{file}`)."
     )
 
 
@@ -188,6 +221,9 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "quickstart": quickstart,
     "loss": loss,
     "targets": targets.table,
+    "faults": text_of("faults"),
+    "end_to_end": text_of("end_to_end"),
+    "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
     "cpu": of_kernels("cpu", lambda row: True),
     "cpu_short": of_kernels("cpu", _is_joint_fp32),
