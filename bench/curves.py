@@ -16,6 +16,7 @@ between both is ``2 ** -halvings`` of that between two of ``batches``.
 A curve is one quantity of one case: ``name`` (what shares it shares a figure), ``case``, ``dtype``,
 ``at`` (the sizes that stay), ``x`` in ``x_unit``, ``y`` in ``unit``, and ``series``, one for every
 peer. A point is ``[x, y, low, high]``, or ``{x, reason}``; a series without any has a ``reason``.
+``notes`` say what an exception ended.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Setup:
 CPU = Setup(
     shape=Shape(256, 32768, 128, 256),
     tokens=(64, 128, 256, 512, 1024),
-    vocabularies=(8192, 16384, 32768, 65536, 131072),
+    vocabularies=(4096, 8192, 16384, 32768, 65536),
     dtype="float32",
     chunked=Shape(1024, 8192, 128, 256),
     limited=Shape(0, 16384, 64, 128),

@@ -101,11 +101,10 @@ def _noise(rows: list[Run]) -> list[str]:
     if not scored:
         return []
     apart = max(quality["kl_apart"] for quality in scored)
+    text = f"In one round the held-out KL of each trainer is that of {OURS} to {apart:.1e}"
     noise = max(max(quality["kl_rounds"]) - min(quality["kl_rounds"]) for quality in scored)
-    return [
-        f"In one round the held-out KL of the trainers differs from that of {OURS} by at most "
-        f"{apart:.1e}; from round to round, each with its seed, it differs by up to {noise:.1e}."
-    ]
+    several = len(scored[0]["kl_rounds"]) > 1
+    return [text + (f"; with other seeds, in other rounds, to {noise:.1e}." if several else ".")]
 
 
 def _row(name: str, runs: dict[str, list[Run]]) -> Run:
