@@ -31,7 +31,7 @@ PLOT_NAMES = {
     "error_chunks": "error against the number of chunks",
     "largest_batch": "largest batch that fits a memory limit",
 }
-KERNELS = {"gpu": targets.LINEAR, "cpu": "cpu.json"}
+KERNELS = {"gpu": targets.LINEAR}
 """The kernel benchmark's records that are shown."""
 
 
@@ -213,10 +213,6 @@ def _is_linear(row: Json) -> bool:
     return row["case"].startswith("linear")
 
 
-def _is_joint_fp32(row: Json) -> bool:
-    return row["case"] in ("linear_ce", "linear_kd/joint") and row["dtype"] == "float32"
-
-
 SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "quickstart": quickstart,
     "loss": loss,
@@ -225,6 +221,4 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "end_to_end": text_of("end_to_end"),
     "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
-    "cpu": of_kernels("cpu", lambda row: True),
-    "cpu_short": of_kernels("cpu", _is_joint_fp32),
 }
