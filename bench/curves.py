@@ -43,7 +43,7 @@ from bench import check, kernels, oracle
 from bench.cases import LossCase
 from bench.entry import Effort, Entry
 from bench.inputs import Hidden, draw
-from bench.measure import _measured as fill
+from bench.measure import fill
 from bench.peers import Peer, Unable, for_case, liger, torch_linear
 from bench.timing import MIB, Device, one_line, percentiles
 

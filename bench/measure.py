@@ -32,7 +32,7 @@ def measure(
     try:
         if effort.left() < 0:
             raise Unable("no time was left")
-        loss, gemm = _measured(case, entries, device, effort)
+        loss, gemm = fill(case, entries, device, effort)
     except Lost:
         raise
     except Exception as error:  # peers' own do not get here
@@ -48,7 +48,7 @@ def measure(
     return rows, floors.gemm_floors(case, gemm.full) if isinstance(case, LossCase) else []
 
 
-def _measured(
+def fill(
     case: Case, entries: list[Entry], device: Device, effort: Effort
 ) -> tuple[float | None, Gemm]:
     """Fill the entries; return the true loss and the bare products' times."""
