@@ -341,7 +341,8 @@ def measure(problem: Problem, ops: Any, leaves: Mapping[str, Tensor] | None = No
 
 
 class _NormProducts(torch.autograd.Function):
-    """``h W^T + b``, whose backward sums the p-th powers of absolute values."""
+    """``h W^T + b``, whose backward sums the p-th powers of absolute values. Where it sums over
+    rows, equal rows of ``h`` count as one of their sum: their gradients are rounded alike."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, p: int) -> Tensor:
@@ -351,8 +352,12 @@ class _NormProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _, group, copies = ctx.saved_tensors[0].unique(
+            dim=0, return_inverse=True, return_counts=True
+        )
+        alike = (copies[group] ** (ctx.p - 1))[:, None]
         g, hidden, weight = (x.abs() ** ctx.p for x in (g, *ctx.saved_tensors))
-        return g @ weight, g.T @ hidden, g.sum(0), None
+        return g @ weight, (g * alike).T @ hidden, (g * alike).sum(0), None
 
 
 def rounding_of_products(problem: Problem) -> Outputs:
@@ -361,9 +366,9 @@ def rounding_of_products(problem: Problem) -> Outputs:
     Matrix products on a GPU take factors of one dtype. 16-bit hidden states therefore meet a 16-bit
     ``g``, of which every number is off by ``u |g|`` at most, ``u`` the unit roundoff. So a number
     of ``g^T h`` is off by ``u sum |g h|`` at most, and since the roundings do not know of each
-    other, by no more than twice ``u sqrt(sum (g h)^2)`` in practice; likewise ``g W`` and the
-    column sums of g. A row that cancels has a bound of its own, and a second rounding, of a sum or
-    of the logits, still shows.
+    other, by no more than twice ``u sqrt(sum (g h)^2)`` in practice (m equal rows are rounded
+    alike: they are m times one term); likewise ``g W`` and the column sums of g. A row that cancels
+    has a bound of its own, and a second rounding, of a sum or of the logits, still shows.
     """
     hidden = problem.leaves.get("hidden")
     if hidden is None or hidden.dtype.itemsize != 2:
