@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +49,13 @@ class Batch(NamedTuple):
     input_ids: Tensor  # int64 [B, L]
     labels: Tensor  # int64 [B, L]; -100 where the document ends, and on padding
     position_ids: Tensor  # int64 [B, L]; from 0 at the start of a row and of a document
-    num_targets: int  # labels that are not -100
-    target_bytes: int  # length of their text in UTF-8
+    lengths: Tensor  # int64 [B]; what follows in a row is padding
+    units: Units
+    target_bytes: int  # length of the targets' text in UTF-8
+
+    @property
+    def num_targets(self) -> int:
+        return self.units.targets
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -58,14 +63,35 @@ class Batch(NamedTuple):
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
+            lengths=self.lengths.to(device),
         )
+
+
+class Units(NamedTuple):
+    """What losses are divided by, counted on the host before any forward pass.
+
+    A *segment* is what a row holds of one document. Its first position is a token that every other
+    one may attend to and many do for want of anything better: it is no unit of a structural loss.
+    """
+
+    targets: int  # labels that are not -100
+    tokens: int  # positions that are no padding and not the first of their segment
+    sequences: int  # segments with such a token
+    max_segments: int = 1  # in one row
+
+
+def total(units: Iterable[Units]) -> Units:
+    """The units of several batches together."""
+    targets, tokens, sequences, most = zip(*units, strict=True)
+    return Units(sum(targets), sum(tokens), sum(sequences), max(most))
 
 
 class PackedRows:
     """Rows in a folder of the cache; the token stream stays on disk, mapped into memory.
 
-    ``num_targets`` and ``target_bytes`` are int64 arrays with one entry per row. Whoever trains on
-    the rows checks ``max_token_id`` against the model's embedding.
+    ``num_targets``, ``num_segments``, ``num_sequences`` and ``target_bytes`` are int64 arrays with
+    one entry per row. Whoever trains on the rows checks ``max_token_id`` against the model's
+    embedding.
 
     Raises ``ValueError``, ``KeyError`` or ``OSError`` if the folder is not as it was written.
     """
@@ -88,6 +114,14 @@ class PackedRows:
             np.searchsorted(last_tokens, self._starts + self._lengths)
             - np.searchsorted(last_tokens, self._starts)
         )
+        ends = self._starts + self._lengths
+        cuts = np.unique(np.concatenate([self._documents, self._starts, ends]))
+        sizes = np.diff(cuts, append=len(self._tokens))
+        rows = np.searchsorted(self._starts, cuts, side="right") - 1
+        in_row = (rows >= 0) & (cuts < ends[rows])  # not: the last token of a document, on its own
+        rows, sizes = rows[in_row], sizes[in_row]
+        self.num_segments = np.bincount(rows, minlength=len(self))
+        self.num_sequences = np.bincount(rows[sizes > 1], minlength=len(self))
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -99,6 +133,17 @@ class PackedRows:
     @property
     def num_tokens(self) -> int:
         return len(self._tokens)
+
+    def units(self, row_numbers: Sequence[int] | np.ndarray) -> Units:
+        """What a batch of these rows will hold; nothing is read for it."""
+        rows = np.asarray(row_numbers, dtype=np.int64)
+        segments = self.num_segments[rows]
+        return Units(
+            targets=int(self.num_targets[rows].sum()),
+            tokens=int((self._lengths[rows] - segments).sum()),
+            sequences=int(self.num_sequences[rows].sum()),
+            max_segments=int(segments.max(initial=1)),
+        )
 
     def batch(self, row_numbers: Sequence[int] | np.ndarray) -> Batch:
         """The rows of these numbers, in their order."""
@@ -117,7 +162,8 @@ class PackedRows:
             input_ids=torch.from_numpy(self._tokens[at].astype(np.int64)),
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(positions),
-            num_targets=int(self.num_targets[rows].sum()),
+            lengths=torch.from_numpy(self._lengths[rows].astype(np.int64)),
+            units=self.units(rows),
             target_bytes=int(self.target_bytes[rows].sum()),
         )
 

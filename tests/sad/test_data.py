@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad import data, packing
 from sad.config import DataConfig, DistillConfig
-from sad.data import IGNORE_INDEX, Batch, PackedRows, load_rows, pack_documents, row_order
+from sad.data import IGNORE_INDEX, Batch, PackedRows, load_rows, pack_documents, row_order, total
 from sad.documents import Document
 from sad.errors import OutputError, UnfitError
 from sad.split import DocumentSet
@@ -178,6 +178,17 @@ class TestAnyRows:
             assert batch.position_ids[row].max() < max_length
             assert rows.num_targets[row] == (batch.labels[row] != IGNORE_INDEX).sum()
 
+            assert batch.lengths[row] == n
+            sizes = segment_sizes(positions)
+            units = rows.units([row])
+            assert units == (
+                rows.num_targets[row],
+                sum(size - 1 for size in sizes),
+                sum(size > 1 for size in sizes),
+                len(sizes),
+            )
+        assert batch.units == total(rows.units([row]) for row in range(len(rows)))
+
     @given(texts=texts, max_length=st.integers(1, 9))
     def test_every_token_but_the_first_of_a_document_is_a_target_once(
         self,
@@ -226,6 +237,12 @@ class TestAnyRows:
             targets = labels[labels > EOS].tolist()
             tokens = tiny_tokenizer().convert_ids_to_tokens(targets)
             assert rows.target_bytes[row] == sum(map(len, tokens))
+
+
+def segment_sizes(positions: list[int]) -> list[int]:
+    """Lengths of the runs that begin at position 0."""
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    return [end - start for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]
 
 
 def rows_by_definition(

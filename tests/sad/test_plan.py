@@ -12,7 +12,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 
 from sad.config import DistillConfig
-from sad.data import Batch
+from sad.data import Batch, Units
 from sad.distillation import FrozenTeacher, StudentWithLoss
 from sad.errors import UnfitError, UsageError
 from sad.heads import Backbone
@@ -164,7 +164,8 @@ def packed_batch(config: DistillConfig, seed: int) -> Batch:
     labels = ids.roll(-1, dims=1)
     labels[:, 39::40] = -100
     positions = (torch.arange(shape[1]) % 40).repeat(shape[0], 1)
-    return Batch(ids, labels, positions, int((labels != -100).sum()), 1)
+    units = Units(int((labels != -100).sum()), int((positions > 0).sum()), shape[0])
+    return Batch(ids, labels, positions, torch.full(shape[:1], shape[1]), units, 1)
 
 
 def measured_peak(config: DistillConfig) -> int:

@@ -26,7 +26,7 @@ import sad.checkpoint
 from sad import files
 from sad.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sad.config import DistillConfig
-from sad.data import Batch
+from sad.data import Batch, Units
 from sad.distillation import build_student
 from sad.errors import CheckpointError, DivergedError, StoppedError, UnfitError, UsageError
 from sad.evaluate import evaluate_run
@@ -494,7 +494,8 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
                 rows.input_ids[part],
                 rows.labels[part],
                 rows.position_ids[part],
-                int(lengths[part].sum()),
+                lengths[part],
+                Units(int(lengths[part].sum()), 0, 0),
                 0,
             )
             teacher = TeacherHidden(hidden[part], head)
