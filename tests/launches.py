@@ -218,6 +218,7 @@ def run_rows(
     smoothing: float = 0.1,
     label_dtype: torch.dtype | None = torch.int64,
     per_row: bool = False,
+    teacher_share: float = 1.0,
 ) -> None:
     """Losses and gradient of rows of logits."""
     rows, vocab = len(student.x), LAYOUTS[layout][1]
@@ -228,6 +229,7 @@ def run_rows(
         z_loss=1e-4 if ce else 0.0,
         temperature=temperature,
         divergence=divergence,
+        teacher_share=teacher_share,
     )
     task = Task(objective, vocab, ignore_index=-100, classes=ce, diagnostics=diagnostics)
     labels = None if label_dtype is None else torch.empty(rows, dtype=label_dtype)
@@ -345,6 +347,9 @@ def distill_cases() -> Iterator[Case]:
         name = f"jsd, {SHORT[student]} and {SHORT[teacher]}"
         call = distill(student, teacher, "aligned", divergence="jsd", temperature=2.7)
         yield Case(name, call)
+    for divergence, layout in (("forward_kl", "aligned"), ("jsd", "odd limit")):
+        call = distill(BF16, BF16, layout, divergence=divergence, teacher_share=0.4)
+        yield Case(f"{divergence} to a mixture, bf16, {layout}", call, divergence == "forward_kl")
 
 
 def top_k_cases() -> Iterator[Case]:
@@ -375,6 +380,8 @@ def linear_cases() -> Iterator[Case]:
                 )
                 common = out is BF16 and divergence == ("jsd" if finish else "forward_kl")
                 yield Case(f"{divergence}, {how}", call, common)
+    call = linear(BF16, "aligned", teacher=True, teacher_share=0.4)
+    yield Case("forward_kl to a mixture, bf16", call)
 
 
 def ema_cases() -> Iterator[Case]:

@@ -61,7 +61,7 @@ PLAIN: Options = {
 
 def plain(op: str, dtype: torch.dtype, **options: Any) -> Problem:
     """One call of ``op`` with ordinary options but for those given."""
-    unknown = options.keys() - PLAIN.keys()
+    unknown = options.keys() - PLAIN.keys() - {"teacher_share"}
     assert not unknown, unknown
     build = {
         "cross_entropy": cross_entropy_problem,
@@ -328,8 +328,11 @@ def linear_distill_loss_problem(o: Options, dtype: torch.dtype) -> Problem:
 
 
 def _computed(o: Options, t: Tensor | None) -> float:
-    """The magnitude of the teacher's logits, where they are computed from hidden states."""
-    return max(1.0, float(t.abs().max())) if t is not None and o["teacher"] == "hidden" else 1.0
+    """The magnitude of the teacher's logits where they are computed, from hidden states or as a
+    mixture with the student's."""
+    if t is None or (o["teacher"] != "hidden" and o.get("teacher_share", 1.0) == 1.0):
+        return 1.0
+    return max(1.0, float(t.where(t.isfinite(), 0).abs().max()))
 
 
 def capped(z: Tensor, softcap: float | None) -> Tensor:
@@ -356,6 +359,7 @@ def _joint_objective(o: Options, finite: bool) -> Objective:
         scale_t2=o["scale_t2"],
         divergence=divergence,
         beta=o["beta"],
+        teacher_share=o.get("teacher_share", 1.0),
     )
 
 

@@ -102,6 +102,11 @@ def require_objective(objective: object, teacher: object) -> Objective:
             "pass a teacher, or an objective with kd_weight=0"
         )
     if isinstance(teacher, TeacherTopK):
+        if objective.teacher_share != 1:
+            raise ValueError(
+                "teacher_share must be 1 for a TeacherTopK, whose logits are not known, got "
+                f"{objective.teacher_share}; pass TeacherHidden or TeacherLogits"
+            )
         if teacher.tail == "zero" and objective.divergence == "reverse_kl":
             raise ValueError(
                 "divergence must not be reverse_kl for a teacher with tail='zero', got reverse_kl; "

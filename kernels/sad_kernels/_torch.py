@@ -167,6 +167,7 @@ class _Problem:
     def tiles(self, with_teacher: bool = True) -> Iterator[Tile]:
         """Read every tile once: slices of the vocabulary outside, rows inside."""
         n, V, shape = len(self.zeros), self.call.task.vocab, self.call.shape
+        share = self.call.task.objective.teacher_share
         teacher = self.teacher if with_teacher else None
         scratch = self.zeros.new_empty(min(n, shape.rows) * min(V, shape.columns))
         for columns in cut(V, shape.columns):
@@ -176,6 +177,8 @@ class _Problem:
             for rows in cut(n, shape.rows):
                 s = self.student.tile(rows)
                 t = None if teacher is None else teacher.tile(rows)
+                if t is not None and share != 1:  # the target lies between both
+                    t = t.mul_(share).add_(s, alpha=1 - share)
                 yield rows, columns, s, t, scratch[: s.numel()].view(s.shape)
             self.student.close()
 

@@ -47,6 +47,10 @@ class Objective:
 
     ``beta`` is read by the last three only and must lie strictly between 0 and 1 there: the two KLs
     are asked for by name, not as limits. For the skews it is DistiLLM's alpha (arXiv 2402.03898).
+    With ``teacher_share = u`` below 1 the teacher's logits are replaced by ``(1 - u) sg(s) + u t``:
+    a target between student and teacher, through which no gradient flows (TAID, arXiv 2501.16937).
+    It must lie in (0, 1], and a sparse teacher, whose logits are not known, takes 1 only.
+
     CE and the z-loss are taken at temperature 1. The z-loss (PaLM, arXiv 2204.02311) is not
     multiplied by ``ce_weight``.
 
@@ -61,6 +65,7 @@ class Objective:
     scale_t2: bool = True
     divergence: Divergence = "forward_kl"
     beta: float = 0.5
+    teacher_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("ce_weight", "kd_weight", "z_loss"):
@@ -88,6 +93,15 @@ class Objective:
             )
         else:
             _require_number("beta", self.beta, "be a finite number")
+
+        _require_number(
+            "teacher_share",
+            self.teacher_share,
+            "lie in (0, 1]",
+            above=0.0,
+            high=1.0,
+            remedy="1 is the teacher itself; for no divergence set kd_weight=0",
+        )
 
     @property
     def kd_scale(self) -> float:
@@ -231,7 +245,7 @@ class DistillOutput(NamedTuple):
     z: Tensor  # [] sum of lse^2
     num_tokens: Tensor  # [] valid rows
     correct: Tensor  # [] rows whose student argmax is the label
-    agree: Tensor  # [] rows whose student argmax is the teacher's
+    agree: Tensor  # [] rows whose student argmax is the teacher's, or that of their mixture
     entropy: Tensor  # [] nats, of the student at temperature 1
 
 
@@ -292,11 +306,13 @@ def _require_number(
     low: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    high: float | None = None,
     remedy: str = "pass a value in that range",
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must {expectation}, got {value!r}; pass a Python number")
     out = (low is not None and value < low) or (above is not None and value <= above)
+    out = out or (high is not None and value > high)
     finite = -math.inf < value < math.inf  # not math.isfinite, which torch.compile cannot trace
     if not finite or out or (below is not None and value >= below):
         raise ValueError(f"{name} must {expectation}, got {value!r}; {remedy}")

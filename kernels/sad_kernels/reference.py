@@ -231,6 +231,11 @@ def _kd(
     T, V = objective.temperature, s.shape[-1]
     log_q = (s / T).log_softmax(-1)
     if isinstance(teacher, TeacherTopK):
+        if objective.teacher_share != 1:
+            raise ValueError(
+                f"teacher_share must be 1 for a sparse teacher, got {objective.teacher_share}; "
+                "its logits are not known"
+            )
         if teacher.tail == "zero" and objective.divergence == "reverse_kl":
             raise ValueError(
                 "tail must be 'bucket' for reverse_kl, got 'zero'; the reverse KL to a teacher "
@@ -247,6 +252,9 @@ def _kd(
             t = _logits(_rows(teacher.hidden, keep), teacher.head, V, dtype)
         else:
             t = _rows(teacher.logits, keep)[:, :V].to(_math_dtype(s, teacher.logits))
+        u = objective.teacher_share
+        if u != 1:  # TAID: a target between both, through which no gradient flows
+            t = (1 - u) * s.detach() + u * t
         log_p, choice = (t / T).log_softmax(-1), t.argmax(-1)
     value = _divergence(objective.divergence, log_p, log_q, objective.beta)
     return objective.kd_scale * value, choice

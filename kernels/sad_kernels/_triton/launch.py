@@ -161,7 +161,7 @@ def forward(
     if N == 0:
         return result
     kind, flags, dense = _teacher(task, student, labels, teacher)
-    objective, numbers = task.objective, _numbers(task)
+    objective, numbers, share = task.objective, _numbers(task), float(task.objective.teacher_share)
     mixture = kind == rows.DENSE.value and objective.divergence in MIXTURES
     flags |= {"CLASSES": task.classes, "DIAGNOSTICS": task.diagnostics}
     flags |= {"SMOOTH": task.classes and objective.label_smoothing > 0}
@@ -174,10 +174,10 @@ def forward(
     y = partials if labels is None else labels.contiguous()
     with on_device(x.device):
         rows.statistics_kernel[(N, segments)](
-            *student.arguments, *dense.arguments,
+            *student.arguments, *dense.arguments, share,
             ids, bounds, K, num_bounds, y, task.ignore_index, partials, N, V, numbers[0],
-            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x), **flags, **dense.flags("T"),
-            num_warps=shape.warps, enable_fp_fusion=True,
+            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x), **flags,
+            **_target_flags(task, dense), num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     terms = partials
@@ -209,16 +209,16 @@ def _terms(
     task: Task, student: Logits, teacher: Logits, y: Tensor, saved: Tensor, flags: dict[str, object]
 ) -> Tensor:
     N, V = len(student.x), task.vocab
-    heat, _, beta, *_ = _numbers(task)
+    (heat, _, beta, *_), share = _numbers(task), float(task.objective.teacher_share)
     shape = choose_tile("terms", V, 2)
     segments = ceil_div(V, shape.segment)
     terms = saved.new_empty(2, segments, N)
     wanted = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
     rows.terms_kernel[(N, segments)](
-        *student.arguments, *teacher.arguments, y, task.ignore_index,
+        *student.arguments, *teacher.arguments, share, y, task.ignore_index,
         saved, terms, N, V, heat, beta,
         BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x),
-        **{name: flags[name] for name in wanted}, **teacher.flags("T"),
+        **{name: flags[name] for name in wanted}, **_target_flags(task, teacher),
         num_warps=shape.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return terms
@@ -237,7 +237,7 @@ def gradient(
     N, V = len(student.x), task.vocab
     if N == 0:
         return
-    objective, numbers = task.objective, _numbers(task)
+    objective, numbers, share = task.objective, _numbers(task), float(task.objective.teacher_share)
     if objective.kd_weight == 0:
         teacher = None
     _, flags, dense = _teacher(task, student, labels, teacher)
@@ -251,12 +251,12 @@ def gradient(
     flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
     with on_device(student.x.device):
         rows.gradient_kernel[(N, ceil_div(width, shape.segment))](
-            *student.arguments, *dense.arguments,
+            *student.arguments, *dense.arguments, share,
             ids, bounds, saved.inside, saved.outside, K, num_bounds, y, task.ignore_index,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
             out, out.stride(0), N, V, width,
             *numbers,
-            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **dense.flags("T"),
+            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **_target_flags(task, dense),
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -293,6 +293,10 @@ def _teacher(
     }
     dense = teacher if isinstance(teacher, Logits) else student
     return kind.value, flags | student.flags("S"), dense
+
+
+def _target_flags(task: Task, teacher: Logits) -> dict[str, bool]:
+    return teacher.flags("T") | {"T_MIXED": task.objective.teacher_share != 1}
 
 
 def _ids(

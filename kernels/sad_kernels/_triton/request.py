@@ -32,7 +32,7 @@ def pack(request: Request) -> Packed:
     caps = request.softcap or 0.0, request.teacher_softcap or 0.0
     numbers = (
         o.ce_weight, o.kd_weight, o.label_smoothing, o.z_loss, o.temperature, o.beta,
-        request.scale, request.teacher_scale, *caps,
+        o.teacher_share, request.scale, request.teacher_scale, *caps,
     )  # fmt: skip
     words = f"{o.divergence} {o.scale_t2} {task.classes} {task.diagnostics}"
     return [task.vocab, task.ignore_index], [float(x) for x in numbers], words
@@ -45,6 +45,7 @@ def unpack(integers: Sequence[int], numbers: Sequence[float], words: str) -> Req
 @lru_cache(maxsize=64)
 def _unpack(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -> Request:
     ce_weight, kd_weight, label_smoothing, z_loss, temperature, beta, *rest = numbers
+    teacher_share, *rest = rest
     scale, teacher_scale, softcap, teacher_softcap = rest
     divergence, *flags = words.split(" ")
     scale_t2, classes, diagnostics = (flag == "True" for flag in flags)
@@ -56,6 +57,7 @@ def _unpack(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -
         z_loss=z_loss,
         temperature=temperature,
         beta=beta,
+        teacher_share=teacher_share,
         **how,
     )
     vocab, ignore_index = integers

@@ -44,6 +44,7 @@ from sad_kernels._triton.tile import (
     exponentials,
     finish,
     load_logits,
+    load_target,
 )
 
 # Teachers
@@ -184,7 +185,7 @@ def add_tile(
 @triton.jit
 def statistics_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_cap,
-    t_ptr, t_stride, t_bias, t_scale, t_cap,
+    t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
     ids_ptr, bounds_ptr, K, num_bounds,
     labels_ptr, ignore_index,
     partials_ptr, N, V, heat,
@@ -200,7 +201,7 @@ def statistics_kernel(
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
-    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_MIXED: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of one row over one segment of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
@@ -210,7 +211,7 @@ def statistics_kernel(
             return
     heat = to_fp32(heat)
     s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
-    t_scale, t_cap = to_fp32(t_scale), to_fp32(t_cap)
+    t_scale, t_cap, t_share = to_fp32(t_scale), to_fp32(t_cap), to_fp32(t_share)
     s_row = s_ptr + row * s_stride
     t_row = s_row
     if TEACHER == DENSE:
@@ -235,9 +236,10 @@ def statistics_kernel(
         s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
         t = s
         if TEACHER == DENSE:
-            t, _ = load_logits(
-                t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP
-            )
+            t = load_target(
+                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+                False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+            )  # fmt: skip
         if TEACHER == TOP_K:
             b = bounds + start // BLOCK
             first_id, last_id = tl.load(b), tl.load(b + 1)
@@ -252,9 +254,10 @@ def statistics_kernel(
         s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
         t = s
         if TEACHER == DENSE:
-            t, _ = load_logits(
-                t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP
-            )
+            t = load_target(
+                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+                True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+            )  # fmt: skip
         if TEACHER == TOP_K:
             b = bounds + whole // BLOCK
             first_id, last_id = tl.load(b), tl.load(b + 1)
@@ -489,7 +492,7 @@ def sum_terms(
 @triton.jit
 def terms_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_cap,
-    t_ptr, t_stride, t_bias, t_scale, t_cap,
+    t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
     labels_ptr, ignore_index,
     saved_ptr, terms_ptr, N, V, heat, beta,
     BLOCK: tl.constexpr,
@@ -499,7 +502,7 @@ def terms_kernel(
     HAS_LABELS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
-    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_MIXED: tl.constexpr,
 ):  # fmt: skip
     """Value and expectation of a mixture's divergence over one segment: [2, segments, N]."""
     row = tl.program_id(0).to(tl.int64)
@@ -509,7 +512,7 @@ def terms_kernel(
             return
     heat, beta = to_fp32(heat), to_fp32(beta)
     s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
-    t_scale, t_cap = to_fp32(t_scale), to_fp32(t_cap)
+    t_scale, t_cap, t_share = to_fp32(t_scale), to_fp32(t_cap), to_fp32(t_share)
     s_row = s_ptr + row * s_stride
     t_row = t_ptr + row * t_stride
     saved = saved_ptr + row
@@ -526,14 +529,20 @@ def terms_kernel(
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
-        t, _ = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP)
+        t = load_target(
+            s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+            False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+        )  # fmt: skip
         f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
         value += f
         expectation += h
     if whole < last:
         columns = whole + tl.arange(0, BLOCK)
         s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
-        t, _ = load_logits(t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP)
+        t = load_target(
+            s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+            True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+        )  # fmt: skip
         f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
         value += f
         expectation += h
@@ -587,7 +596,7 @@ def gradient_tile(
 @triton.jit
 def gradient_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_cap,
-    t_ptr, t_stride, t_bias, t_scale, t_cap,
+    t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
     ids_ptr, bounds_ptr, inside_ptr, outside_ptr, K, num_bounds,
     labels_ptr, ignore_index,
     saved_ptr, upstream_ptr, upstream_stride,
@@ -601,7 +610,7 @@ def gradient_kernel(
     TEACHER: tl.constexpr,  # NO_TEACHER also where its weight is 0
     DIVERGENCE: tl.constexpr,
     S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
-    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_MIXED: tl.constexpr,
 ):  # fmt: skip
     """One row over one segment of ``width``: the gradient up to V, zeros from there on."""
     row = tl.program_id(0).to(tl.int64)
@@ -620,7 +629,7 @@ def gradient_kernel(
 
     heat, beta = to_fp32(heat), to_fp32(beta)
     s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
-    t_scale, t_cap = to_fp32(t_scale), to_fp32(t_cap)
+    t_scale, t_cap, t_share = to_fp32(t_scale), to_fp32(t_cap), to_fp32(t_share)
     s_row = s_ptr + row * s_stride
     t_row = s_row
     saved = saved_ptr + row
@@ -663,9 +672,10 @@ def gradient_kernel(
         )
         t = s
         if TEACHER == DENSE:
-            t, _ = load_logits(
-                t_row, columns, V, t_bias, t_scale, t_cap, False, T_BIAS, T_SCALE, T_CAP
-            )
+            t = load_target(
+                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+                False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+            )  # fmt: skip
         if TEACHER == TOP_K:
             b = bounds + start // BLOCK
             first_id, last_id = tl.load(b), tl.load(b + 1)
@@ -686,9 +696,10 @@ def gradient_kernel(
             )
             t = s
             if TEACHER == DENSE:
-                t, _ = load_logits(
-                    t_row, columns, V, t_bias, t_scale, t_cap, True, T_BIAS, T_SCALE, T_CAP
-                )
+                t = load_target(
+                    s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+                    True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+                )  # fmt: skip
             if TEACHER == TOP_K:
                 b = bounds + start // BLOCK
                 first_id, last_id = tl.load(b), tl.load(b + 1)

@@ -123,6 +123,22 @@ def load_logits(
 
 
 @triton.jit
+def load_target(
+    s, row, columns, V, bias, scale, cap, share,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
+    MIXED: tl.constexpr,
+):  # fmt: skip
+    """What the student's logits ``s`` are compared with: the teacher's, or a mixture of both.
+
+    The mixture is an explicit fma, so that every kernel gets the same bits.
+    """
+    t, _ = load_logits(row, columns, V, bias, scale, cap, MASKED, HAS_BIAS, HAS_SCALE, HAS_CAP)
+    if MIXED:
+        t = tl.fma(t, share + tl.zeros_like(t), s * (1 - share))
+    return t
+
+
+@triton.jit
 def exponentials(x, heat, HEAT: tl.constexpr):
     """``exp(x / T)`` and ``exp(x)`` of x <= 0, with ``heat = log2(e) / T``."""
     hot = tl.exp2(x * heat)
