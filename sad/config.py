@@ -13,64 +13,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 import torch
 import yaml
 from sad_kernels.objective import Divergence, Objective
 
-from sad.errors import UsageError
-from sad.fields import Mismatch, convert, field_types
+from sad.checks import (
+    BELOW_ONE,
+    FRACTION,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT,
+    ConfigError,
+    Range,
+    convert_and_check,
+    require,
+)
+from sad.fields import field_types
+from sad.sections import CADENCE, DataConfig
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DistillConfig",
+    "config_hash",
+    "config_to_dict",
+    "config_to_yaml",
+    "flatten",
+    "trajectory_changes",
+]
 
 SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "triton", "torch"]
-
-CADENCE = {"cadence": True}
-"""Metadata of keys that may differ between a run and its resumption: they say when, where and with
-whose permission, and move no weight. Every other key decides the trajectory, and so does a key that
-only changes rounding, such as ``impl``: a resumed run promises the same bits."""
-
-
-class ConfigError(UsageError):
-    """A value that does not fit; ``key`` is dotted, so that a reader can add file and line."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the text comes from and how it becomes rows of tokens."""
-
-    train: tuple[str, ...] = ()
-    """Files (.txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set, or
-    `python-stdlib`: the source of the standard library of the Python that runs this."""
-    eval: tuple[str, ...] = ()
-    """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
-    eval_fraction: float = 0.05
-    """Share of the documents held out for evaluation, chosen by a hash of each document's name."""
-    text_field: str = "text"
-    """The field that holds the text in .jsonl, .parquet and `datasets` records."""
-    document_separator: str | None = None
-    """Splits a .txt file into documents; without it each file is one document."""
-    dataset_config: str | None = None
-    """Configuration name of a `datasets` data set."""
-    dataset_split: str = "train"
-    """Split of a `datasets` data set named in `train`."""
-    dataset_eval_split: str = "validation"
-    """Split of a `datasets` data set named in `eval`."""
-    max_documents: int | None = None
-    """Use only this many documents of `data.train`, chosen by the hash of their names."""
-    cache_dir: str | None = field(default=None, metadata=CADENCE)
-    """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
-
-    def __post_init__(self) -> None:
-        _convert_fields(self, prefix="data.")
-        _check_ranges(self, prefix="data.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +214,7 @@ class DistillConfig:
     """Show tracebacks for every error."""
 
     def __post_init__(self) -> None:
-        _convert_fields(self)
-        _check_ranges(self)
+        convert_and_check(self, _RANGES)
         _check_models(self)
         _check_objective(self)
         _check_schedule(self)
@@ -297,9 +275,17 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _trajectory(config: DistillConfig) -> dict[str, Any]:
-    cadence = {f.name for f in fields(DistillConfig) if f.metadata == CADENCE}
-    cadence |= {f"data.{f.name}" for f in fields(DataConfig) if f.metadata == CADENCE}
+    cadence = set(_cadence_keys(DistillConfig))
     return {k: v for k, v in flatten(config_to_dict(config)).items() if k not in cadence}
+
+
+def _cadence_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    types = field_types(cls)
+    for f in fields(cls):
+        if is_dataclass(types[f.name]):
+            yield from _cadence_keys(types[f.name], f"{prefix}{f.name}.")
+        elif f.metadata == CADENCE:
+            yield prefix + f.name
 
 
 def _trajectory_defaults() -> dict[str, Any]:
@@ -307,58 +293,40 @@ def _trajectory_defaults() -> dict[str, Any]:
     return {key: value for key, value in defaults.items() if key not in ("student", "teacher")}
 
 
-class _Range(NamedTuple):
-    expectation: str
-    holds: Callable[[Any], bool]
-
-
-_POSITIVE_INT = _Range("be at least 1", lambda v: v >= 1)
-_NOT_NEGATIVE = _Range("be at least 0", lambda v: v >= 0)
-_POSITIVE = _Range("be above 0", lambda v: v > 0)
-_FRACTION = _Range("lie in [0, 1]", lambda v: 0 <= v <= 1)
-_BELOW_ONE = _Range("lie in [0, 1)", lambda v: 0 <= v < 1)
-_NOT_EMPTY = _Range("not be empty", lambda v: v.strip() != "")
-
 _RANGES = {
-    "data.eval_fraction": _BELOW_ONE,
-    "data.text_field": _NOT_EMPTY,
-    "data.dataset_split": _NOT_EMPTY,
-    "data.dataset_eval_split": _NOT_EMPTY,
-    "data.document_separator": _Range("not be empty", lambda v: v != ""),
-    "data.max_documents": _POSITIVE_INT,
-    "student": _NOT_EMPTY,
-    "teacher": _NOT_EMPTY,
-    "tokenizer": _NOT_EMPTY,
-    "output_dir": _NOT_EMPTY,
-    "max_length": _POSITIVE_INT,
-    "chunk_bytes": _POSITIVE_INT,
-    "num_train_epochs": _POSITIVE,
-    "max_steps": _Range("be -1 or at least 1", lambda v: v == -1 or v >= 1),
-    "per_device_train_batch_size": _POSITIVE_INT,
-    "per_device_eval_batch_size": _POSITIVE_INT,
-    "max_eval_rows": _POSITIVE_INT,
-    "gradient_accumulation_steps": _POSITIVE_INT,
-    "learning_rate": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "adam_beta1": _BELOW_ONE,
-    "adam_beta2": _BELOW_ONE,
-    "adam_epsilon": _POSITIVE,
-    "max_grad_norm": _NOT_NEGATIVE,
-    "warmup_steps": _Range(
+    "student": NOT_EMPTY,
+    "teacher": NOT_EMPTY,
+    "tokenizer": NOT_EMPTY,
+    "output_dir": NOT_EMPTY,
+    "max_length": POSITIVE_INT,
+    "chunk_bytes": POSITIVE_INT,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range("be -1 or at least 1", lambda v: v == -1 or v >= 1),
+    "per_device_train_batch_size": POSITIVE_INT,
+    "per_device_eval_batch_size": POSITIVE_INT,
+    "max_eval_rows": POSITIVE_INT,
+    "gradient_accumulation_steps": POSITIVE_INT,
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "warmup_steps": Range(
         "be a whole number of steps, or a fraction below 1",
         lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
     ),
-    "warmup_batches": _NOT_NEGATIVE,
-    "warmup_ratio": _FRACTION,
-    "min_lr_ratio": _FRACTION,
-    "decay_ratio": _FRACTION,
-    "max_nonfinite_steps": _POSITIVE_INT,
-    "ema_decay": _BELOW_ONE,
-    "seed": _Range("lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
-    "logging_steps": _POSITIVE_INT,
-    "eval_steps": _POSITIVE_INT,
-    "save_steps": _POSITIVE_INT,
-    "save_total_limit": _Range("be at least 2", lambda v: v >= 2),
+    "warmup_batches": NOT_NEGATIVE,
+    "warmup_ratio": FRACTION,
+    "min_lr_ratio": FRACTION,
+    "decay_ratio": FRACTION,
+    "max_nonfinite_steps": POSITIVE_INT,
+    "ema_decay": BELOW_ONE,
+    "seed": Range("lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
+    "logging_steps": POSITIVE_INT,
+    "eval_steps": POSITIVE_INT,
+    "save_steps": POSITIVE_INT,
+    "save_total_limit": Range("be at least 2", lambda v: v >= 2),
 }
 """Key -> what its value must satisfy, unless it is None. ``Objective`` checks its own."""
 
@@ -366,28 +334,8 @@ _METRICS = ("nll", "perplexity", "bits_per_byte", "kl")
 """The figures of an evaluation of which less is better."""
 
 
-def _convert_fields(config: Any, prefix: str = "") -> None:
-    for name, hint in field_types(type(config)).items():
-        value = getattr(config, name)
-        try:
-            object.__setattr__(config, name, convert(hint, value))
-        except Mismatch as error:
-            key = prefix + name
-            message = f"{key} must {error.expectation}, got {value!r}; {error.remedy}"
-            raise ConfigError(key, message) from None
-
-
-def _check_ranges(config: Any, prefix: str = "") -> None:
-    for name in field_types(type(config)):
-        key, value = prefix + name, getattr(config, name)
-        if key in _RANGES and value is not None:
-            expectation, holds = _RANGES[key]
-            remedy = "choose such a value, or leave the key out for its default"
-            _require(key, expectation, value, remedy, holds=holds(value))
-
-
 def _check_models(config: DistillConfig) -> None:
-    _require(
+    require(
         "teacher",
         "be given unless kd_weight is 0",
         config.teacher,
@@ -397,11 +345,11 @@ def _check_models(config: DistillConfig) -> None:
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
-        _require(key, "be a device", name, remedy, holds=known)
+        require(key, "be a device", name, remedy, holds=known)
 
 
 def _check_objective(config: DistillConfig) -> None:
-    _require(
+    require(
         "kd_weight",
         "be at most 1 unless ce_weight is given",
         config.kd_weight,
@@ -412,7 +360,7 @@ def _check_objective(config: DistillConfig) -> None:
         objective = config.objective()
     except (TypeError, ValueError) as error:  # the message opens with the name of the key
         raise ConfigError(str(error).split()[0], str(error)) from None
-    _require(
+    require(
         "kd_weight",
         "be above 0 when ce_weight is 0",
         config.kd_weight,
@@ -432,14 +380,14 @@ def _check_schedule(config: DistillConfig) -> None:
 
 
 def _check_precision(config: DistillConfig) -> None:
-    _require(
+    require(
         "fp16",
         "be false when bf16 is true",
         config.fp16,
         "choose one compute dtype",
         holds=not (config.bf16 and config.fp16),
     )
-    _require(
+    require(
         "fp16",
         "be false with param_dtype bfloat16",
         config.fp16,
@@ -454,18 +402,13 @@ def _check_metric(config: DistillConfig) -> None:
     prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
     names = [name for name in _METRICS if name != "kl" or config.teacher is not None]
     choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
-    _require(
+    require(
         "metric_for_best_model",
         f"be one of {', '.join(choices)}",
         config.metric_for_best_model,
         "choose one of these, of which the smallest wins",
         holds=config.metric_for_best_model in choices,
     )
-
-
-def _require(key: str, expectation: str, value: object, remedy: str, *, holds: bool) -> None:
-    if not holds:
-        raise ConfigError(key, f"{key} must {expectation}, got {value!r}; {remedy}")
 
 
 def _is_device(name: str) -> bool:

@@ -1,6 +1,6 @@
 """The text of ``sad distill --help``: every key with its type, its default and its docstring.
 
-The docstrings are read from the source of ``sad.config``, where each stands under its field.
+The docstrings are read from the source of the schema, where each stands under its field.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import ast
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
-from sad import config as schema
-from sad.config import DataConfig, DistillConfig
+from sad.config import DistillConfig
 from sad.fields import field_types, without_none
 
 WIDTH = 96
@@ -28,8 +27,9 @@ def keys_help() -> str:
     for item in fields(DistillConfig):
         if item.name in headings:
             blocks.append(f"{headings[item.name]}:")
-        if item.name == "data":
-            blocks += [_entry(DataConfig, inner, "data.") for inner in fields(DataConfig)]
+        section = field_types(DistillConfig)[item.name]
+        if is_dataclass(section) and isinstance(section, type):
+            blocks += [_entry(section, inner, f"{item.name}.") for inner in fields(section)]
         else:
             blocks.append(_entry(DistillConfig, item, ""))
     return "\n".join(blocks)
@@ -55,10 +55,9 @@ def field_headings(cls: type) -> dict[str, str]:
 
 
 def _class_node(cls: type) -> ast.ClassDef:
-    module = ast.parse(inspect.getsource(schema))
-    return next(
-        node for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__
-    )
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    return node
 
 
 def _entry(cls: type, item: Field[Any], prefix: str) -> str:
