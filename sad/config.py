@@ -34,7 +34,22 @@ from sad.checks import (
     require,
 )
 from sad.fields import field_types
-from sad.sections import CADENCE, DataConfig
+from sad.sections import (
+    CADENCE,
+    AttentionConfig,
+    ContrastiveConfig,
+    CurriculumConfig,
+    DataConfig,
+    FeatureConfig,
+    LayerwiseConfig,
+    RelationsConfig,
+    RouterConfig,
+    RoutingConfig,
+    TAIDConfig,
+)
+
+STRUCTURAL = ("feature", "attention", "relations", "layerwise", "contrastive", "router")
+"""Losses that look inside both models. Each is a section with a ``weight``."""
 
 __all__ = [
     "ConfigError",
@@ -119,6 +134,17 @@ class DistillConfig:
     """Which implementation of the kernels."""
     use_curriculum: bool = True
     """Phase the structural losses in: see `sad.curriculum`."""
+    projector_lr_ratio: float = 1.0
+    """Learning rate of the projectors of structural losses, relative to `learning_rate`."""
+    feature: FeatureConfig = field(default_factory=FeatureConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
+    layerwise: LayerwiseConfig = field(default_factory=LayerwiseConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    taid: TAIDConfig = field(default_factory=TAIDConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     baseline: bool = False
     """Also train the same student without the teacher, on the same batches for as many steps, and
     add it to the result table."""
@@ -217,11 +243,18 @@ class DistillConfig:
         convert_and_check(self, _RANGES)
         _check_models(self)
         _check_objective(self)
+        _check_structure(self)
         _check_schedule(self)
         _check_precision(self)
         _check_metric(self)
 
-    def objective(self, *, kd_weight: float | None = None) -> Objective:
+    @property
+    def structural_weights(self) -> dict[str, float]:
+        """Loss -> its full weight, of the structural losses that are on."""
+        weights = {name: getattr(self, name).weight for name in STRUCTURAL}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """What is minimised while the divergence has the weight ``kd_weight`` (default: the
         configured one). The weight of the cross-entropy does not follow it."""
         return Objective(
@@ -233,6 +266,7 @@ class DistillConfig:
             scale_t2=self.scale_t2,
             divergence=self.divergence,
             beta=self.beta,
+            teacher_share=teacher_share,
         )
 
 
@@ -307,6 +341,7 @@ _RANGES = {
     "max_eval_rows": POSITIVE_INT,
     "gradient_accumulation_steps": POSITIVE_INT,
     "learning_rate": NOT_NEGATIVE,
+    "projector_lr_ratio": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": BELOW_ONE,
     "adam_beta2": BELOW_ONE,
@@ -342,6 +377,14 @@ def _check_models(config: DistillConfig) -> None:
         "name a model, or set kd_weight: 0 to train on the text alone",
         holds=config.teacher is not None or config.kd_weight == 0,
     )
+    for name in config.structural_weights:
+        require(
+            "teacher",
+            f"be given for {name}.weight above 0",
+            config.teacher,
+            f"name a model, or set {name}.weight: 0",
+            holds=config.teacher is not None,
+        )
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
@@ -367,6 +410,21 @@ def _check_objective(config: DistillConfig) -> None:
         "with both at 0 there is nothing to learn",
         holds=objective.ce_weight > 0 or objective.kd_weight > 0,
     )
+
+
+def _check_structure(config: DistillConfig) -> None:
+    """What needs the divergence from the teacher is refused without it."""
+    for key, on in (
+        ("taid.enabled", config.taid.enabled),
+        ("routing.mode", config.routing.mode != "teacher"),
+    ):
+        require(
+            "kd_weight",
+            f"be above 0 with {key}",
+            config.kd_weight,
+            f"raise it, or leave {key} out",
+            holds=not on or config.kd_weight > 0,
+        )
 
 
 def _check_schedule(config: DistillConfig) -> None:

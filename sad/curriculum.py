@@ -4,17 +4,22 @@ With ``x = min(1, step / total_steps)``, each weight is its full value times
 
     kd                        1
     feature, attention        clamp((x - 0.3) / 0.3, 0, 1)
-    router                    as feature
+    relations, router         as feature
     layerwise, contrastive    clamp((x - 0.6) / 0.4, 0, 1)
 
 so the student first learns what the teacher says, then how its layers arrive at it. Cross-entropy
 is on throughout and not in this table. A weight of 0 means that the term need not be computed.
+
+Any loss can have a schedule of its own instead: points ``(x, factor)``, joined by straight lines,
+constant before the first and after the last. Of two points at one ``x`` the later holds from there
+on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 RAMPS: dict[str, tuple[float, float] | None] = {
@@ -24,8 +29,11 @@ RAMPS: dict[str, tuple[float, float] | None] = {
     "router": (0.3, 0.6),
     "layerwise": (0.6, 1.0),
     "contrastive": (0.6, 1.0),
+    "relations": (0.3, 0.6),
 }
 """Where each loss begins to be phased in and where it is fully on, as shares of training."""
+
+Points = Sequence[Sequence[float]]
 
 
 class Curriculum:
@@ -34,13 +42,22 @@ class Curriculum:
     The clock is the number of micro-batches consumed, of ``total_steps`` planned. Read it once per
     window, at its first micro-batch, so that a window has one objective.
 
-    Raises ``ValueError`` for a loss that has no phase, for a weight that is negative or not finite
-    and for ``total_steps`` below 1; ``TypeError`` for other types.
+    ``schedules`` replace the phases of the losses that they name.
+
+    Raises ``ValueError`` for a loss that has no phase, for a weight that is negative or not finite,
+    for points whose ``x`` do not rise from 0 to 1 at most and for ``total_steps`` below 1;
+    ``TypeError`` for other types.
     """
 
-    def __init__(self, weights: Mapping[str, float], total_steps: int) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        total_steps: int,
+        schedules: Mapping[str, Points] | None = None,
+    ) -> None:
         self._full = _checked_weights(weights)
         self.total_steps = _checked_total(total_steps)
+        self._schedules = _checked_schedules(schedules or {})
 
     def weights(self, step: int | None = None) -> dict[str, float]:
         """The weights after ``step`` micro-batches; ``None`` gives the full ones."""
@@ -49,24 +66,65 @@ class Curriculum:
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}; count micro-batches from 0")
         x = min(1.0, step / self.total_steps)
-        return {name: full * _share(name, x) for name, full in self._full.items()}
+        return {name: full * self._share(name, x) for name, full in self._full.items()}
+
+    def _share(self, name: str, x: float) -> float:
+        points = self._schedules.get(name)
+        return _phase(name, x) if points is None else _interpolated(points, x)
 
     def state_dict(self) -> dict[str, Any]:
-        """Full weights and length: the position is the trainer's micro-batch counter."""
-        return {"weights": dict(self._full), "total_steps": self.total_steps}
+        """Full weights, length, schedules: the position is the trainer's micro-batch counter."""
+        schedules = {name: [list(p) for p in points] for name, points in self._schedules.items()}
+        weights = dict(self._full)
+        return {"weights": weights, "total_steps": self.total_steps, "schedules": schedules}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the weights and the length of ``state``, checked as in the constructor."""
+        """Take over weights, length and schedules of ``state``, checked as in the constructor."""
         full, total_steps = _checked_weights(state["weights"]), _checked_total(state["total_steps"])
-        self._full, self.total_steps = full, total_steps
+        schedules = _checked_schedules(state.get("schedules", {}))
+        self._full, self.total_steps, self._schedules = full, total_steps, schedules
 
 
-def _share(name: str, x: float) -> float:
+def _phase(name: str, x: float) -> float:
     ramp = RAMPS[name]
     if ramp is None:
         return 1.0
     start, end = ramp
     return min(1.0, max(0.0, (x - start) / (end - start)))
+
+
+def _interpolated(points: tuple[tuple[float, float], ...], x: float) -> float:
+    before, after = points[0], points[-1]
+    if x < before[0]:
+        return before[1]
+    for before, after in pairwise(points):
+        if before[0] <= x < after[0]:
+            share = (x - before[0]) / (after[0] - before[0])
+            return before[1] + share * (after[1] - before[1])
+    return points[-1][1]
+
+
+def _checked_schedules(
+    schedules: Mapping[str, Points],
+) -> dict[str, tuple[tuple[float, float], ...]]:
+    for name, points in schedules.items():
+        if name not in RAMPS:
+            raise ValueError(
+                f"curriculum schedules must be of {', '.join(RAMPS)}, got {name!r}; "
+                "cross-entropy is always on and has no place here"
+            )
+        pairs = [tuple(point) for point in points]
+        fits = bool(pairs) and all(len(pair) == 2 for pair in pairs)
+        xs = [pair[0] for pair in pairs] if fits else []
+        rising = all(a <= b for a, b in pairwise([0.0, *xs, 1.0]))
+        if not (fits and rising and all(math.isfinite(f) and f >= 0 for _, f in pairs)):
+            raise ValueError(
+                f"the schedule of {name} must be points (x, factor) with x rising from 0 to 1 at "
+                f"most and factors >= 0, got {points}; for example [[0, 0], [0.5, 1]]"
+            )
+    return {
+        name: tuple((float(x), float(f)) for x, f in points) for name, points in schedules.items()
+    }
 
 
 def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from sad_kernels import Objective
 
 from sad.config import (
     CADENCE,
+    STRUCTURAL,
     DataConfig,
     DistillConfig,
+    FeatureConfig,
     config_hash,
     config_to_dict,
     config_to_yaml,
@@ -21,7 +23,7 @@ from sad.config import (
 )
 from sad.configfile import load_config
 from sad.errors import UsageError
-from sad.fields import leaf_types
+from sad.fields import field_types, leaf_types
 from sad.keyshelp import field_docs, keys_help
 from sad.recipes import recipe_names
 from sad.unknown_keys import EXPLAINED, RENAMED, about_unknown_key
@@ -322,10 +324,55 @@ def test_a_key_newer_than_the_checkpoint_had_its_default() -> None:
 
 def test_every_key_has_a_docstring_and_stands_in_the_help() -> None:
     text = keys_help()
-    for cls, prefix in ((DistillConfig, ""), (DataConfig, "data.")):
-        docs = field_docs(cls)
+    sections = {n: hint for n, hint in field_types(DistillConfig).items() if is_dataclass(hint)}
+    assert {"data", *STRUCTURAL} < sections.keys()
+    for name, cls in {"": DistillConfig, **sections}.items():
+        docs, prefix = field_docs(cls), f"{name}." if name else ""
         for item in fields(cls):
-            assert item.name == "data" or len(docs[item.name]) > 10, item.name
-            assert item.name == "data" or f"  --{prefix}{item.name} " in text, item.name
+            if prefix or item.name not in sections:
+                assert len(docs[item.name]) > 10, item.name
+                assert f"  --{prefix}{item.name} " in text, item.name
             assert not item.metadata or item.metadata == CADENCE
     assert "Optimizer and schedule:\n  --learning_rate NUMBER  [5e-05]" in text
+
+
+def test_sections_of_structural_losses(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "student: s\nteacher: t\nfeature: {weight: 0.1}\nlayerwise:\n  layers: [[0, 1], [-1, -1]]\n"
+        "curriculum:\n  feature: [[0, 0], [0.5, 1e-1]]\n"
+    )
+    config = load_config(path, ["--layerwise.weight", "5e-2", "--taid.enabled", "true"])
+    assert config.structural_weights == {"feature": 0.1, "layerwise": 0.05}
+    assert config.layerwise.layers == ((0, 1), (-1, -1))
+    assert config.curriculum.schedules() == {"feature": ((0.0, 0.0), (0.5, 0.1))}
+    assert config.taid.enabled and config.objective(teacher_share=0.5).teacher_share == 0.5
+    assert load_config(write(tmp_path, config_to_yaml(config), "saved.yaml")) == config
+    assert config_hash(config) != config_hash(replace(config, feature=FeatureConfig(weight=0.2)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"feature": {"weight": -1}}, "feature.weight must be at least 0, got -1.0"),
+        ({"feature": {"distance": "mse"}}, "feature.distance must be one of cosine, relative_mse"),
+        ({"layerwise": {"layers": [[1, 2, 3]]}}, "layerwise.layers must be pairs"),
+        ({"attention": {"layers": []}}, "attention.layers must be pairs"),
+        ({"curriculum": {"kd": [[0.5, 1], [0.2, 1]]}}, "curriculum.kd must be points"),
+        ({"curriculum": {"kd": [[0, -1]]}}, "curriculum.kd must be points"),
+        ({"taid": {"start": 0}}, r"taid.start must lie in \(0, 1\], got 0.0"),
+        ({"taid": {"start": 0.9, "end": 0.5}}, "taid.start must be at most taid.end, got 0.9"),
+        ({"routing": {"explore": 2}}, r"routing.explore must lie in \[0, 1\], got 2.0"),
+        (
+            {"kd_weight": 0, "taid": {"enabled": True}},
+            "kd_weight must be above 0 with taid.enabled, got 0",
+        ),
+        (
+            {"teacher": None, "kd_weight": 0, "feature": {"weight": 0.1}},
+            "teacher must be given for feature.weight above 0, got None",
+        ),
+    ],
+)
+def test_structural_values_that_cannot_be_meant(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DistillConfig(**({"student": "s", "teacher": "t"} | keys))

@@ -97,3 +97,34 @@ def test_bad_lengths_are_refused(total) -> None:
 def test_negative_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         Curriculum({"kd": 1.0}, 10).weights(-1)
+
+
+def test_schedules_of_ones_own() -> None:
+    schedules = {"kd": [[0, 1], [0.5, 0.2]], "layerwise": [[0.25, 0], [0.25, 1], [1, 0]]}
+    curriculum = Curriculum(FULL, 100, schedules)
+    kd = [curriculum.weights(step)["kd"] / FULL["kd"] for step in (0, 25, 50, 80, 100)]
+    assert kd == pytest.approx([1, 0.6, 0.2, 0.2, 0.2])
+    layerwise = [
+        curriculum.weights(step)["layerwise"] / FULL["layerwise"] for step in (0, 24, 25, 62.5, 100)
+    ]
+    assert layerwise == pytest.approx([0, 0, 1, 0.5, 0]), "a jump holds from its point on"
+    assert curriculum.weights(50)["feature"] == pytest.approx(FULL["feature"] * 2 / 3)
+    assert curriculum.weights() == FULL
+    again = Curriculum(FULL, 7)
+    again.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
+    assert [again.weights(s) for s in range(101)] == [curriculum.weights(s) for s in range(101)]
+
+
+def test_a_ramp_as_points_is_the_same_to_the_bit() -> None:
+    points = {"feature": [[0.3, 0], [0.6, 1]]}
+    ramp, drawn = Curriculum(FULL, 12_345), Curriculum(FULL, 12_345, points)
+    for step in range(0, 12_346, 5):
+        assert ramp.weights(step)["feature"] == drawn.weights(step)["feature"]
+
+
+@pytest.mark.parametrize("points", [[], [[0.5, 1], [0.4, 1]], [[0, -1]], [[2, 1]], [[0, 1, 2]]])
+def test_schedules_that_are_none(points: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="the schedule of kd must be points"):
+        Curriculum(FULL, 10, {"kd": points})
+    with pytest.raises(ValueError, match="curriculum schedules must be of"):
+        Curriculum(FULL, 10, {"ce": [[0, 1]]})
