@@ -14,6 +14,8 @@ python -m bench quickstart      what distillation gains in the quickstart, over 
 python -m bench tiles           candidates for the row kernels' tiles, on a GPU
 python -m bench faults          what goes wrong in others, run here and now, and ours beside it
 python -m bench end_to_end      sad distill against other trainers: tokens/s, memory, final quality
+python -m bench ablation        what each structural loss is worth, over three seeds (half an hour)
+python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
 """
 
@@ -30,7 +32,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NAMED = ("loss", "overhead", "quickstart", "tiles", "faults", "end_to_end", "curves")
+NAMED = (
+    "loss",
+    "overhead",
+    "quickstart",
+    "tiles",
+    "faults",
+    "end_to_end",
+    "curves",
+    "ablation",
+    "structure",
+)
 
 
 def main(words: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import end_to_end, faults, table, targets
+from bench import ablation, end_to_end, faults, structure, table, targets
 from bench.record import RESULTS
 
 Json = dict[str, Any]
@@ -65,14 +65,22 @@ def read(results: Path, name: str) -> Json:
     return json.loads((results / name).read_text())
 
 
-def text_of(source: str) -> Callable[[Path], list[str]]:
-    """What a measurement's own module says of its JSON."""
-    of = {"faults": faults.table, "end_to_end": end_to_end.table}[source]
+TABLES: dict[str, Callable[[Json], list[str]]] = {
+    "ablation": ablation.table,
+    "end_to_end": end_to_end.table,
+    "faults": faults.table,
+    "structure": structure.table,
+}
+
+
+def text_of(source: str, file: str | None = None) -> Callable[[Path], list[str]]:
+    """What a measurement's own module says of its JSON, by default the one of its name."""
+    name = file or f"{source}.json"
 
     def block(results: Path) -> list[str]:
-        result = read(results, f"{source}.json")
-        about = _measured(result, f"{source}.json", f"python -m bench {source}")
-        return [about, "", *of(result), ""]
+        result = read(results, name)
+        about = _measured(result, name, f"python -m bench {source}")
+        return [about, "", *TABLES[source](result), ""]
 
     return block
 
@@ -219,6 +227,8 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "targets": targets.table,
     "faults": text_of("faults"),
     "end_to_end": text_of("end_to_end"),
+    "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
+    "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
 }

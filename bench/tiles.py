@@ -43,6 +43,7 @@ LOSSES = (
     Loss("joint T=1", Objective(**JOINT), "dense", True, 2, 3),
     Loss("joint T=2", Objective(**JOINT, temperature=2.0), "dense", True, 2, 3),
     Loss("joint T=2.7", Objective(**JOINT, temperature=2.7), "dense", True, 2, 3),
+    Loss("mixed T=2", Objective(**JOINT, temperature=2.0, teacher_share=0.4), "dense", True, 2, 3),
     Loss("jsd", Objective(divergence="jsd", temperature=2.0), "dense", False, 4, 3),
     Loss("skew", Objective(divergence="skew_reverse_kl", temperature=2.0), "dense", False, 4, 3),
     Loss("top_k", Objective(**JOINT, temperature=2.0), "top_k", True, 1, 2),

@@ -59,6 +59,7 @@ __all__ = [
     "config_to_dict",
     "config_to_yaml",
     "flatten",
+    "text_alone",
     "trajectory_changes",
 ]
 
@@ -268,6 +269,13 @@ class DistillConfig:
             beta=self.beta,
             teacher_share=teacher_share,
         )
+
+
+def text_alone() -> dict[str, Any]:
+    """The keys, for ``dataclasses.replace``, of the same run without anything of the teacher's."""
+    sections = (*STRUCTURAL, "curriculum", "taid", "routing")
+    types = field_types(DistillConfig)
+    return {"kd_weight": 0.0, "ce_weight": 1.0} | {name: types[name]() for name in sections}
 
 
 def config_to_dict(config: DistillConfig) -> dict[str, Any]:

@@ -6,19 +6,25 @@ when parameters are sharded: nothing outside ever touches a piece of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from sad_kernels import DistillOutput, Head, Objective, TeacherHidden, linear_distill_loss
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sad.capture import Capture, Captured
 from sad.config import DistillConfig
 from sad.data import Batch
+from sad.losses.relations import Projections
 from sad.models import split_head, with_valid_vocab
 from sad.precision import Precision
+
+Targets = TeacherHidden | Sequence[TeacherHidden] | None
+"""One teacher's answer, several, or none."""
 
 ContextFactory = Callable[[], AbstractContextManager[object]]
 
@@ -49,27 +55,60 @@ class StudentWithLoss(nn.Module):
         self.impl = impl
 
     def forward(
-        self, batch: Batch, teacher: TeacherHidden | None, objective: Objective, num_items: int
+        self, batch: Batch, teacher: Targets, objective: Objective, num_items: int
     ) -> DistillOutput:
         """The objective's weighted sum over the batch's targets divided by ``num_items``.
 
         ``num_items`` is the number of targets in the whole accumulation window: adding the
         gradients of its micro-batches then gives the gradient of their mean over tokens.
         """
+        return self.loss(self.hidden(batch), batch, teacher, objective, num_items)
+
+    def hidden(self, batch: Batch) -> Tensor:  # [B, L, D]
+        """Final hidden states, in the dtype that the loss computes in."""
         # Split on each call: a parameter that was replaced or unsharded meanwhile is the one used.
-        backbone, head = split_head(self.model)
+        backbone, _ = split_head(self.model)
         with self.autocast():
             hidden = backbone(batch.input_ids, batch.position_ids)
-        return linear_distill_loss(
-            # Autocast leaves the residual stream of Llama-like models in fp32.
-            hidden.to(self.compute_dtype),
-            with_valid_vocab(head, self.valid_vocab),
-            batch.labels,
-            teacher,
-            objective,
-            num_items=num_items,
-            chunk_bytes=self.chunk_bytes,
-            impl=self.impl,
+        # Autocast leaves the residual stream of Llama-like models in fp32.
+        return hidden.to(self.compute_dtype)
+
+    def loss(
+        self,
+        hidden: Tensor,  # [B, L, D]
+        batch: Batch,
+        teacher: Targets,
+        objective: Objective,
+        num_items: int,
+    ) -> DistillOutput:
+        """What ``forward`` returns, from hidden states that are there already.
+
+        With several targets the divergence, ``kd`` and ``agree`` are means over them.
+        """
+        _, head = split_head(self.model)
+        head = with_valid_vocab(head, self.valid_vocab)
+
+        def against(target: TeacherHidden | None, objective: Objective) -> DistillOutput:
+            return linear_distill_loss(
+                hidden,
+                head,
+                batch.labels,
+                target,
+                objective,
+                num_items=num_items,
+                chunk_bytes=self.chunk_bytes,
+                impl=self.impl,
+            )
+
+        if teacher is None or isinstance(teacher, TeacherHidden):
+            return against(teacher, objective)
+        first = replace(objective, kd_weight=objective.kd_weight / len(teacher))
+        rest = replace(first, ce_weight=0.0, z_loss=0.0)  # these do not depend on the target
+        outs = [against(target, rest if i else first) for i, target in enumerate(teacher)]
+        return outs[0]._replace(
+            loss=torch.stack([out.loss for out in outs]).sum(),
+            kd=torch.stack([out.kd for out in outs]).mean(),
+            agree=torch.stack([out.agree for out in outs]).mean(),
         )
 
 
@@ -89,6 +128,17 @@ def build_student(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
+
+
+class Seen(NamedTuple):
+    """A teacher's answers to a batch, one or several, and what was captured inside of it."""
+
+    targets: tuple[TeacherHidden, ...]
+    captured: Captured
+
+    @property
+    def teacher(self) -> TeacherHidden | tuple[TeacherHidden, ...]:
+        return self.targets[0] if len(self.targets) == 1 else self.targets
 
 
 class FrozenTeacher:
@@ -112,3 +162,27 @@ class FrozenTeacher:
         there = batch.to(self._layers_device)
         hidden = self._backbone(there.input_ids, there.position_ids)
         return TeacherHidden(hidden.to(self.device), self._head)
+
+    def observe(self, batch: Batch, capture: Capture | None = None) -> Seen:
+        """The same, with a look inside: ``capture`` is one of this model."""
+        if capture is None:
+            return Seen((self(batch),), Captured())
+        with capture.armed() as captured:
+            target = self(batch)
+        return Seen((target,), _moved(captured, self.device))
+
+
+def _moved(captured: Captured, device: torch.device) -> Captured:
+    """On the student's device; what is there stays where it is."""
+    return Captured(
+        hidden={i: x.to(device) for i, x in captured.hidden.items()},
+        attention={
+            i: x._replace(query=x.query.to(device), key=x.key.to(device))
+            for i, x in captured.attention.items()
+        },
+        projections={
+            i: Projections(*(part.to(device) for part in x))
+            for i, x in captured.projections.items()
+        },
+        routers={i: x.to(device) for i, x in captured.routers.items()},
+    )

@@ -26,6 +26,7 @@ from sad.materials import gather
 from sad.models import load_student
 from sad.precision import Precision
 from sad.rundir import RunDirectory
+from sad.structure import Structure, StructuredStudent, Terms
 
 Variants = Mapping[str, Callable[[], AbstractContextManager[object]]]
 """Prefix of the metrics -> context under which the student has the weights to score."""
@@ -44,27 +45,65 @@ def evaluate_student(
     teacher: FrozenTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
+    structure: Structure | None = None,
 ) -> dict[str, float]:
     """Score the student under each variant of its weights, running the teacher once for all.
 
     Returns ``<prefix>/nll`` (nats per target), ``perplexity = exp(nll)``, ``kl`` (forward KL to the
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
-    teacher's, the label), ``entropy`` (nats) and ``bits_per_byte``. Without a teacher there is no
-    ``kl`` and no ``agreement``. Training mode and random generators are left as they were.
+    teacher's, the label), ``entropy`` (nats) and ``bits_per_byte``; with a ``structure`` each of
+    its terms under its name, unweighted, per unit. Without a teacher there is no ``kl`` and no
+    ``agreement``. Training mode, queues and random generators are left as they were.
     """
     scores = {prefix: _Scores() for prefix in variants}
-    objective = SCORING_ALONE if teacher is None else SCORING
-    with probing(student):
+    if structure is None or teacher is None:
+        root, scored = student, _score_logits(student, teacher)
+    else:
+        root = StructuredStudent(student, structure)
+        scored = _score_structure(root, teacher)
+    with probing(root):
         for batch in batches:
-            target = None if teacher is None else teacher(batch)
-            for prefix, weights in variants.items():
-                with weights():
-                    out = student(batch, target, objective, num_items=max(batch.num_targets, 1))
+            for prefix, (out, terms) in scored(batch, variants):
                 scores[prefix].add(out, batch)
+                scores[prefix].add_terms(terms)
     metrics: dict[str, float] = {}
     for prefix, score in scores.items():
         metrics |= score.metrics(prefix, against_teacher=teacher is not None)
     return metrics
+
+
+Scored = Iterator[tuple[str, tuple[DistillOutput, Terms]]]
+
+
+def _score_logits(
+    student: StudentWithLoss, teacher: FrozenTeacher | None
+) -> Callable[[Batch, Variants], Scored]:
+    objective = SCORING_ALONE if teacher is None else SCORING
+
+    def score(batch: Batch, variants: Variants) -> Scored:
+        target = None if teacher is None else teacher(batch)
+        for prefix, weights in variants.items():
+            with weights():
+                out = student(batch, target, objective, num_items=max(batch.num_targets, 1))
+            yield prefix, (out, {})
+
+    return score
+
+
+def _score_structure(
+    student: StructuredStudent, teacher: FrozenTeacher
+) -> Callable[[Batch, Variants], Scored]:
+    every = dict.fromkeys(student.structure.losses, 1.0)
+    capture = student.structure.teacher_capture(tuple(every))
+
+    def score(batch: Batch, variants: Variants) -> Scored:
+        seen = teacher.observe(batch, capture)
+        for prefix, weights in variants.items():
+            with weights():
+                result = student(batch, seen, SCORING, every, batch.units)
+            yield prefix, (result.distill, result.terms)
+
+    return score
 
 
 @torch.no_grad()
@@ -122,12 +161,18 @@ class _Scores:
     def __init__(self) -> None:
         self.sums: Tensor | None = None  # [6]
         self.bytes = 0
+        self.terms: dict[str, tuple[Tensor, int]] = {}
 
     def add(self, out: DistillOutput, batch: Batch) -> None:
         parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)
         sums = torch.stack([part.double() for part in parts])
         self.sums = sums if self.sums is None else self.sums + sums
         self.bytes += batch.target_bytes
+
+    def add_terms(self, terms: Terms) -> None:
+        for name, term in terms.items():
+            value, count = self.terms.get(name, (0.0, 0))
+            self.terms[name] = (value + term.sum.double(), count + term.count)
 
     def metrics(self, prefix: str, *, against_teacher: bool) -> dict[str, float]:
         if self.sums is None:
@@ -143,4 +188,7 @@ class _Scores:
         }
         if against_teacher:
             result |= {"kl": kd / targets, "agreement": agree / targets}
+        result |= {
+            name: float(value) / max(count, 1) for name, (value, count) in self.terms.items()
+        }
         return {f"{prefix}/{name}": value for name, value in result.items()}

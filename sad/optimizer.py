@@ -8,6 +8,7 @@ waits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,18 @@ from torch.optim import Adam, AdamW, Optimizer
 from sad.config import DistillConfig
 
 
-def build_adamw(config: DistillConfig, parameters: Mapping[str, Tensor]) -> AdamW:
-    """Fused AdamW over named parameters; matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if members
-    ]
+def build_adamw(
+    config: DistillConfig,
+    parameters: Mapping[str, Tensor],
+    projectors: Mapping[str, Tensor] | None = None,
+) -> AdamW:
+    """Fused AdamW over named parameters; matrices decay, vectors (norms, biases) do not.
+
+    ``projectors`` are trained beside them at ``projector_lr_ratio`` times their learning rate.
+    """
+    own = config.learning_rate * config.projector_lr_ratio
+    groups = _groups(config, parameters, config.learning_rate)
+    groups += _groups(config, projectors or {}, own)
     return AdamW(
         groups,
         lr=config.learning_rate,
@@ -33,6 +37,18 @@ def build_adamw(config: DistillConfig, parameters: Mapping[str, Tensor]) -> Adam
         eps=config.adam_epsilon,
         fused=True,
     )
+
+
+def _groups(
+    config: DistillConfig, parameters: Mapping[str, Tensor], lr: float
+) -> list[dict[str, Any]]:
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    vectors = [p for p in parameters.values() if p.ndim < 2]
+    return [
+        {"params": members, "weight_decay": decay, "lr": lr}
+        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if members
+    ]
 
 
 @torch.no_grad()

@@ -77,6 +77,12 @@ class MasterWeights:
             parameter.grad = None
 
 
+def structure_parameters(structure: nn.Module | None) -> dict[str, Tensor]:
+    """Name -> parameter of what structural losses train, apart from any name of a model."""
+    named = () if structure is None else structure.named_parameters()
+    return {f"structure/{name}": parameter for name, parameter in named}
+
+
 class Precision:
     """Everything in a run that depends on its number formats: one object, one set of choices.
 
@@ -102,8 +108,9 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def build_optimizer(self, model: nn.Module) -> AdamW:
-        """AdamW over the trainable parameters of ``model``, or over their fp32 masters.
+    def build_optimizer(self, model: nn.Module, structure: nn.Module | None = None) -> AdamW:
+        """AdamW over the trainable parameters of ``model``, or over their fp32 masters, and over
+        those of ``structure``, which are fp32, under names of their own.
 
         Raises ``UsageError`` for float16 parameters: their gradients underflow, and a GradScaler
         cannot unscale them.
@@ -117,8 +124,12 @@ class Precision:
                 )
         if self.param_dtype == torch.bfloat16 and self.config.master_weights:
             self.masters = MasterWeights(trainable)
-        self._parameters = dict(trainable) if self.masters is None else self.masters.tensors
-        return build_adamw(self.config, self._parameters)
+        trained: dict[str, Tensor] = dict(trainable)
+        if self.masters is not None:
+            trained = self.masters.tensors
+        projectors = structure_parameters(structure)
+        self._parameters = trained | projectors
+        return build_adamw(self.config, trained, projectors)
 
     def build_ema(self, model: nn.Module) -> ModelEMA:
         """The moving average of ``model``; with masters, of these."""
@@ -127,7 +138,7 @@ class Precision:
 
     @property
     def optimizer_parameters(self) -> dict[str, Tensor]:
-        """What the optimizer trains, by the names of the model's parameters."""
+        """What the optimizer trains, by the names of the model's and the structure's parameters."""
         return self._parameters
 
     def backward(self, loss: Tensor) -> None:

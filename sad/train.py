@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sad.checkpoint import Checkpoint
-from sad.config import DistillConfig
+from sad.config import DistillConfig, text_alone
 from sad.distillation import build_student
 from sad.errors import OutputError, SadError, StoppedError
 from sad.evaluate import ResultRow, evaluate_teacher, result_row
@@ -36,6 +36,7 @@ from sad.rundir import RunDirectory
 from sad.selfcheck import check_model, self_check
 from sad.signals import StopSignals
 from sad.space import require_space
+from sad.structure import Structure
 from sad.training import MakeScheduler, Trainer
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
@@ -112,6 +113,7 @@ def _distill(
         results.append(result_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
 
     if config.baseline:
+        _require_structure(config, materials)  # the baseline takes its time, and has none
         results.append(_train_baseline(config, run_dir, materials, signals, make_scheduler))
 
     name = "student, distilled" if config.kd_weight else "student"
@@ -139,8 +141,7 @@ def _train_baseline(
     """
     alone = replace(
         config,
-        kd_weight=0.0,
-        ce_weight=1.0,
+        **text_alone(),
         baseline=False,
         output_dir=str(run_dir.baseline),
         resume_from_checkpoint=config.resume_from_checkpoint and "auto",
@@ -171,6 +172,7 @@ def _train(
     seed_everything(config)
     precision = Precision(config, materials.device)
     student = build_student(config, load_student(config), materials.valid_vocab, precision)
+    structure = build_structure(config, student.model, materials, precision.compute_dtype)
     checks = self_check(
         student.model,
         None if materials.teacher is None else materials.teacher.model,
@@ -182,7 +184,7 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    trainer = Trainer(config, student, materials, precision, run_dir, make_scheduler)
+    trainer = Trainer(config, student, materials, precision, run_dir, make_scheduler, structure)
     with RunLog(
         run_dir.path,
         total_batches=trainer.horizon.micro_batches,
@@ -215,6 +217,21 @@ def _train(
         log.message(f"memory: {memory_line(plan(config).total, materials.rss_before, memory)}")
         log.end({"micro_step": trainer.counters.micro_step, **memory})
     return trainer
+
+
+def build_structure(
+    config: DistillConfig, model: PreTrainedModel, materials: Materials, dtype: torch.dtype
+) -> Structure | None:
+    """The structural losses that ``config`` asks for, if any."""
+    if not config.structural_weights or materials.teacher is None:
+        return None
+    return Structure(config, model, materials.teacher.model, dtype)
+
+
+def _require_structure(config: DistillConfig, materials: Materials) -> None:
+    """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
+    if config.structural_weights:
+        build_structure(config, load_student(config), materials, torch.float32)
 
 
 def _student_row(name: str, trainer: Trainer) -> ResultRow:

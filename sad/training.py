@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sad_kernels import DistillOutput, Objective
+from sad_kernels import Objective
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,16 +29,17 @@ from sad.accumulate import GradientAccumulator
 from sad.checkpoint import Checkpoint, save_checkpoint
 from sad.config import DistillConfig
 from sad.curriculum import Curriculum
-from sad.data import row_order
+from sad.data import Batch, Units, row_order, total
 from sad.distillation import StudentWithLoss
 from sad.errors import CheckpointError, DivergedError, StoppedError
 from sad.evaluate import evaluate_student
 from sad.identity import require_same_run
 from sad.log import RunLog, memory_now
+from sad.losses.adaptive import TAIDSchedule
 from sad.materials import Materials
-from sad.precision import Precision
+from sad.precision import Precision, structure_parameters
 from sad.rundir import RunDirectory
-from sad.schedule import Horizon, build_scheduler, check_foreign_scheduler, step_scheduler
+from sad.schedule import Horizon, Window, build_scheduler, check_foreign_scheduler, step_scheduler
 from sad.signals import StopSignals
 from sad.state import (
     gradient_tensors,
@@ -51,6 +52,8 @@ from sad.state import (
     optimizer_state,
     rng_state,
 )
+from sad.structure import Structure, Structured, StructuredStudent
+from sad.teaching import build_teaching
 
 OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """What the configuration says of an optimizer's group; its ``lr`` follows from the scheduler."""
@@ -93,14 +96,17 @@ class Trainer:
         precision: Precision,
         run_dir: RunDirectory,
         make_scheduler: MakeScheduler | None = None,
+        structure: Structure | None = None,
     ) -> None:
         self.config = config
         self.student = student
+        self.structure = structure
+        self.structured = None if structure is None else StructuredStudent(student, structure)
         self.materials = materials
         self.precision = precision
         self.run_dir = run_dir
         self.identity = materials.identity(config)
-        self.teacher = materials.teacher
+        self.teaching = build_teaching(config, materials.teacher, materials.valid_vocab)
         self.train_rows = materials.train_rows
         self.device = materials.device
 
@@ -113,7 +119,7 @@ class Trainer:
         )
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
-        self.optimizer = precision.build_optimizer(student.model)
+        self.optimizer = precision.build_optimizer(student.model, structure)
         if make_scheduler is None:
             self.scheduler: LRScheduler = build_scheduler(self.optimizer, config, self.horizon)
         else:
@@ -121,9 +127,19 @@ class Trainer:
             check_foreign_scheduler(self.scheduler, self.horizon, config.scheduler_unit)
         self.ema = precision.build_ema(student.model) if config.use_ema else None
         self.accumulator = GradientAccumulator(config.gradient_accumulation_steps)
-        self.curriculum = Curriculum({"kd": config.kd_weight}, self.horizon.micro_batches)
+        self.curriculum = Curriculum(
+            {"kd": config.kd_weight} | config.structural_weights,
+            self.horizon.micro_batches,
+            config.curriculum.schedules(),
+        )
+        self.taid = _taid(config)
         self.counters = Counters()
         self.sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
+        # Of the structural terms: sums on the device, units on the host.
+        self.term_names = () if structure is None else structure.names
+        self.term_sums = torch.zeros(len(self.term_names), dtype=torch.float64, device=self.device)
+        self.term_counts = [0] * len(self.term_names)
+        self.window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         # Updates skipped for a non-finite gradient: in all, in a row just now, in a row at most.
         self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._lr = 0.0
@@ -165,17 +181,17 @@ class Trainer:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
         window = self.horizon.window(counters.micro_step)
+        units = self._units(window)
         if not accumulator.pending:
-            first, size = window.first_micro_step, window.size
-            targets = sum(self._targets(i) for i in range(first, first + size))
-            accumulator.open_window(size, targets)
+            accumulator.open_window(window.size, units.targets)
+            if self.teaching is not None:
+                self.teaching.prepare(lambda: self._batches(window), self.student, units)
 
-        batch = self.train_rows.batch(self._rows(counters.micro_step)).to(self.device)
-        objective = self.objective(window.first_micro_step)
-        target = self.teacher(batch) if self.teacher and objective.kd_weight else None
-        out = self.student(batch, target, objective, num_items=max(accumulator.num_items, 1))
-        self.precision.backward(out.loss)
-        self._add_to_sums(out, accumulator.num_items)
+        batch = self._batch(counters.micro_step)
+        weights = self.weights(window.first_micro_step)
+        result = self._forward(batch, weights, units)
+        self.precision.backward(result.loss)
+        self._add_to_sums(result, accumulator.num_items)
 
         closes = accumulator.should_step()
         if closes:
@@ -187,10 +203,29 @@ class Trainer:
         counters.tokens += batch.num_targets
         return closes
 
-    def objective(self, micro_step: int) -> Objective:
-        """What the window that begins at ``micro_step`` minimises: one objective for all of it."""
-        weights = self.curriculum.weights(micro_step if self.config.use_curriculum else None)
-        return self.config.objective(kd_weight=weights["kd"])
+    def _forward(self, batch: Batch, weights: dict[str, float], units: Units) -> Structured:
+        """The loss of a micro-batch, its share of the window's."""
+        objective = self.objective(weights)
+        names = () if self.structure is None else self.structure.active(weights)
+        if self.structure is None or self.structured is None or not names:
+            teacher = None
+            if self.teaching is not None and objective.kd_weight:
+                teacher = self.teaching.observe(batch).teacher
+            out = self.student(batch, teacher, objective, num_items=max(units.targets, 1))
+            return Structured(out.loss, out, {})
+        assert self.teaching is not None
+        seen = self.teaching.observe(batch, self.structure.teacher_capture(names))
+        return self.structured(batch, seen, objective, weights, units)
+
+    def weights(self, micro_step: int) -> dict[str, float]:
+        """Of the divergence and the structural losses, in the window that begins at
+        ``micro_step``."""
+        return self.curriculum.weights(micro_step if self.config.use_curriculum else None)
+
+    def objective(self, weights: dict[str, float]) -> Objective:
+        """What a window with these weights minimises on logits: one objective for all of it."""
+        share = 1.0 if self.taid is None else self.taid.value
+        return self.config.objective(kd_weight=weights["kd"], teacher_share=share)
 
     def _close_window(self, *, empty: bool) -> None:
         """Unscale, clip, check, update, average, clear: all without waiting for the device."""
@@ -207,6 +242,10 @@ class Trainer:
             )
         self.precision.zero_grad(self.optimizer)
         self.counters.global_step += 1
+        if self.taid is not None:
+            progress = (self.counters.micro_step + 1) / self.horizon.micro_batches
+            self.taid.update(float(self.window_loss), progress)  # waits for the device
+        self.window_loss.zero_()
 
     # Once in a while
 
@@ -217,13 +256,16 @@ class Trainer:
         if self.ema is not None:
             variants["eval_ema"] = self.ema.swapped
         batches = self.materials.eval_batches(config)
-        metrics = evaluate_student(self.student, self.teacher, batches, variants)
-        objective = self.objective(min(counters.micro_step, self.horizon.micro_batches - 1))
+        teacher = self.materials.teacher
+        with nullcontext() if self.teaching is None else self.teaching.scoring():
+            metrics = evaluate_student(self.student, teacher, batches, variants, self.structure)
+        weights = self.weights(min(counters.micro_step, self.horizon.micro_batches - 1))
+        parts = {"nll": self.config.objective().ce_weight, "kl": weights["kd"]}
+        if self.structure is not None:
+            parts |= self.structure.weights(weights)
         for prefix in variants:
-            kl = metrics.get(f"{prefix}/kl", 0.0)
-            metrics[f"{prefix}/loss"] = (
-                objective.ce_weight * metrics[f"{prefix}/nll"] + objective.kd_weight * kl
-            )
+            values = {name: metrics.get(f"{prefix}/{name}", 0.0) for name in parts}
+            metrics[f"{prefix}/loss"] = sum(w * values[name] for name, w in parts.items())
         counters.metrics, counters.evaluated_at = metrics, counters.micro_step
         log.evaluation(self._position() | metrics)
 
@@ -279,6 +321,7 @@ class Trainer:
         """Everything that decides how training goes on, as plain values and named tensors."""
         optimizer, moments = optimizer_state(self.optimizer, self.precision.optimizer_parameters)
         rng, generators = rng_state()
+        teaching, gates = ({}, {}) if self.teaching is None else self.teaching.state_dict()
         ema = None if self.ema is None else self.ema.state_dict()
         shadow = {} if ema is None else ema.pop("shadow")
         state = {
@@ -291,6 +334,10 @@ class Trainer:
             "ema": ema,
             "rng": rng,
             "sums": self.sums.tolist(),
+            "terms": {"sums": self.term_sums.tolist(), "counts": list(self.term_counts)},
+            "window_loss": float(self.window_loss),
+            "teaching": teaching,
+            "taid": None if self.taid is None else self.taid.state_dict(),
             "skipped": self.skipped.tolist(),
             **self.accumulator.state_dict(),
         }
@@ -300,7 +347,9 @@ class Trainer:
             "masters": {} if masters is None else masters.separate,
             "optimizer": moments,
             "ema": shadow,
-            "grads": gradient_tensors(dict(self.student.model.named_parameters())),
+            "teaching": gates,
+            "structure": {} if self.structure is None else model_tensors(self.structure),
+            "grads": gradient_tensors(self._trained()),
             "rng": generators,
         }
         return state, tensors
@@ -316,6 +365,10 @@ class Trainer:
         configured = [{key: group[key] for key in OPTIONS} for group in self.optimizer.param_groups]
         decay = None if self.ema is None else (self.ema.decay, self.ema.warmup)
         load_model(self.student.model, tensors["model"])
+        if self.structure is not None:
+            load_tensors(model_tensors(self.structure), tensors["structure"], "structure")
+        if self.teaching is not None:
+            self.teaching.load_state_dict(state["teaching"], tensors["teaching"])
         if self.precision.masters is not None:
             load_tensors(self.precision.masters.separate, tensors["masters"], "master")
         load_optimizer(
@@ -337,7 +390,13 @@ class Trainer:
         else:
             self.curriculum.load_state_dict(state["curriculum"])
         self.accumulator.load_state_dict(state)
-        load_gradients(dict(self.student.model.named_parameters()), tensors["grads"])
+        load_gradients(self._trained(), tensors["grads"])
+        if self.taid is not None and state["taid"] is not None:
+            self.taid.load_state_dict(state["taid"])
+        self.window_loss.fill_(state["window_loss"])
+        if len(state["terms"]["counts"]) == len(self.term_counts):  # else the losses changed
+            self.term_sums.copy_(torch.tensor(state["terms"]["sums"], dtype=torch.float64))
+            self.term_counts = list(state["terms"]["counts"])
         self.counters = Counters(**state["counters"])
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.skipped.copy_(torch.tensor(state["skipped"]))
@@ -355,8 +414,22 @@ class Trainer:
         size = self.config.per_device_train_batch_size
         return self._order[1][batch * size : (batch + 1) * size]
 
-    def _targets(self, micro_step: int) -> int:
-        return int(self.train_rows.num_targets[self._rows(micro_step)].sum())
+    def _batch(self, micro_step: int) -> Batch:
+        return self.train_rows.batch(self._rows(micro_step)).to(self.device)
+
+    def _batches(self, window: Window) -> Iterator[Batch]:
+        for step in range(window.first_micro_step, window.first_micro_step + window.size):
+            yield self._batch(step)
+
+    def _units(self, window: Window) -> Units:
+        """What all micro-batches of a window hold: a pure function of its position."""
+        steps = range(window.first_micro_step, window.first_micro_step + window.size)
+        return total(self.train_rows.units(self._rows(step)) for step in steps)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Every parameter that collects gradients, by its name in checkpoints."""
+        ours: dict[str, Tensor] = dict(self.student.model.named_parameters())
+        return ours | structure_parameters(self.structure)
 
     def _every(self, steps: int | None) -> bool:
         last = self.counters.micro_step == self.horizon.micro_batches
@@ -373,27 +446,42 @@ class Trainer:
             "epoch": epoch + batch / self.horizon.batches_per_epoch,
         }
 
-    def _add_to_sums(self, out: DistillOutput, num_items: int) -> None:
+    def _add_to_sums(self, result: Structured, num_items: int) -> None:
+        out = result.distill
         loss = out.loss.detach() * num_items
         parts = (loss, out.ce, out.kd, out.z, out.num_tokens, out.correct, out.agree)
         self.sums += torch.stack([part.double() for part in parts])
+        self.window_loss += out.loss.detach()
+        for i, name in enumerate(self.term_names):
+            if name in result.terms:
+                term = result.terms[name]
+                self.term_sums[i] += term.sum.detach()
+                self.term_counts[i] += term.count
 
     def log_progress(self, log: RunLog, clock: Clock) -> None:
         """One record, and the only place where the loop waits for the device."""
         loss, ce, kd, z, targets, correct, agree = self.sums.tolist()
         skipped, _, longest = self.skipped.tolist()
         window = self.horizon.window(self.counters.micro_step - 1)
-        objective = self.objective(window.first_micro_step)
+        weights = self.weights(window.first_micro_step)
+        objective = self.objective(weights)
+        shown = _weights(objective)
         per_target = 1 / targets if targets else math.nan
+        terms, structural = self._terms(), 0.0
+        if self.structure is not None:
+            of_terms = self.structure.weights(weights)
+            structural = sum(w * terms[name] for name, w in of_terms.items() if name in terms)
+            shown |= of_terms
         record = self._position() | {
             "tokens": self.counters.tokens,
-            "loss": loss * per_target,
+            "loss": loss * per_target + structural,
             "ce": ce * per_target,
             "kd": kd * per_target,
             "z": z * per_target,
             "accuracy": correct * per_target,
             "agreement": agree * per_target,
-            "weights": _weights(objective),
+            **terms,
+            "weights": shown,
             "lr": self._lr,
             "grad_norm": float(self._grad_norm),
             "loss_scale": self.precision.loss_scale,
@@ -401,17 +489,27 @@ class Trainer:
             "tokens_per_second": clock.rate(self.counters.tokens),
             **memory_now(self.device),
         }
+        if self.taid is not None:
+            record["teacher_share"] = self.taid.value
         if self.ema is not None:
             record |= {"num_updates": self.ema.num_updates, "ema_decay": self.ema.effective_decay}
         log.train(record)
         self.sums.zero_()
+        self.term_sums.zero_()
+        self.term_counts = [0] * len(self.term_names)
         self.skipped[2] = self.skipped[1]
         if longest >= self.config.max_nonfinite_steps:
+            values = {"ce": ce * per_target, "kd": kd * per_target} | terms
             raise DivergedError(
                 f"gradients must be finite, got {longest} updates in a row whose gradient was not "
-                f"(ce {ce * per_target:.4g}, kd {kd * per_target:.4g} per target); "
+                f"({', '.join(f'{name} {value:.4g}' for name, value in values.items())}); "
                 "lower learning_rate, lengthen the warm-up, or train in bf16 or fp32"
             )
+
+    def _terms(self) -> dict[str, float]:
+        """The mean of each structural term since the last log line, over its own units."""
+        sums = zip(self.term_names, self.term_sums.tolist(), self.term_counts, strict=True)
+        return {name: value / count for name, value, count in sums if count}
 
     @property
     def metric_for_best(self) -> str:
@@ -439,6 +537,13 @@ class Clock:
             yield
         finally:
             self._since += time.perf_counter() - begin
+
+
+def _taid(config: DistillConfig) -> TAIDSchedule | None:
+    section = config.taid
+    if not section.enabled:
+        return None
+    return TAIDSchedule(section.start, section.end, section.alpha, section.beta)
 
 
 def _weights(objective: Objective) -> dict[str, float]:

@@ -23,7 +23,7 @@ from bench.peers.base import Unable, attribute, module
 from bench.rss import _kib
 from bench.timing import MIB, one_line
 from sad.data import IGNORE_INDEX, Batch
-from sad.distillation import StudentWithLoss, build_student
+from sad.distillation import StudentWithLoss, Targets, build_student
 from sad.log import RunLog
 from sad.precision import Precision
 from sad.rundir import RunDirectory
@@ -137,9 +137,9 @@ class NaiveStudent(StudentWithLoss):
     """Sad's student with a loss written by hand. It counts no hits, and pays for none."""
 
     def forward(
-        self, batch: Batch, teacher: TeacherHidden | None, objective: Objective, num_items: int
+        self, batch: Batch, teacher: Targets, objective: Objective, num_items: int
     ) -> DistillOutput:
-        assert teacher is not None
+        assert isinstance(teacher, TeacherHidden)
         ids, positions = batch.input_ids, batch.position_ids
         logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
         teacher_logits = teacher.head(teacher.hidden)

@@ -1,19 +1,51 @@
-"""Loss terms beyond the kernels: each returns a sum and the count it is divided by."""
+"""Structural losses: what a student can learn from inside its teacher.
 
-from __future__ import annotations
+Each is a function of tensors that returns a ``LossTerm``, a sum and the count it is divided by.
+Which positions count is said by a ``Layout`` (``sad.losses.layout``); how a run takes the tensors
+out of models, and what it trains beside the student, is in ``sad.structure``.
+"""
 
-from typing import NamedTuple
+from sad.losses.adaptive import TAIDSchedule, adaptive_kl
+from sad.losses.attention import (
+    AttentionInputs,
+    LearnedHeadMap,
+    attention_loss,
+    head_map,
+    project_heads,
+)
+from sad.losses.contrastive import TeacherQueue, contrastive_loss, mean_pool
+from sad.losses.feature import feature_loss
+from sad.losses.layerwise import check_layer_map, layer_pairs, layerwise_loss
+from sad.losses.layout import Layout, layout_of
+from sad.losses.projector import make_projector
+from sad.losses.relations import Projections, relation_heads, relation_loss
+from sad.losses.router import balance_loss, gate_variation, router_loss, router_z_loss
+from sad.losses.term import LossTerm
 
-from torch import Tensor
-
-
-class LossTerm(NamedTuple):
-    """A differentiable sum over a micro-batch and the number of units in it.
-
-    The trainer adds sums and counts over the whole accumulation window before it divides, so the
-    gradient does not depend on how the window was split.
-    """
-
-    sum: Tensor  # [] differentiable
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Targets, tokens or sequences in it, known before the forward pass."""
+__all__ = [
+    "AttentionInputs",
+    "Layout",
+    "LearnedHeadMap",
+    "LossTerm",
+    "Projections",
+    "TAIDSchedule",
+    "TeacherQueue",
+    "adaptive_kl",
+    "attention_loss",
+    "balance_loss",
+    "check_layer_map",
+    "contrastive_loss",
+    "feature_loss",
+    "gate_variation",
+    "head_map",
+    "layer_pairs",
+    "layerwise_loss",
+    "layout_of",
+    "make_projector",
+    "mean_pool",
+    "project_heads",
+    "relation_heads",
+    "relation_loss",
+    "router_loss",
+    "router_z_loss",
+]

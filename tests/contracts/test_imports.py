@@ -23,6 +23,7 @@ TORCH_ONLY = frozenset({"torch", "sad_kernels"}) | sys.stdlib_module_names
 """What ``sad_kernels`` may import anywhere; the package ``_triton`` adds triton."""
 
 REQUIRED = TORCH_ONLY | {
+    "einops",
     "numpy",
     "psutil",
     "sad",

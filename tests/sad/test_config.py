@@ -374,5 +374,6 @@ def test_sections_of_structural_losses(tmp_path: Path) -> None:
     ],
 )
 def test_structural_values_that_cannot_be_meant(keys: dict[str, Any], message: str) -> None:
+    models: dict[str, Any] = {"student": "s", "teacher": "t"}
     with pytest.raises(UsageError, match=message):
-        DistillConfig(**({"student": "s", "teacher": "t"} | keys))
+        DistillConfig(**(models | keys))

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from faulty_disk import tree
+from runs import assert_same_bits, everything, make_trainer, run_log
 from tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from sad.distillation import build_student
 from sad.errors import CheckpointError, DivergedError, StoppedError, UnfitError, UsageError
 from sad.evaluate import evaluate_run
 from sad.log import RunLog, read_log
-from sad.materials import Materials, gather, seed_everything
+from sad.materials import Materials, gather
 from sad.models import load_student
 from sad.precision import Precision, Update
 from sad.rundir import RunDirectory
@@ -80,38 +81,6 @@ def make_config(
     make_config_in: Callable[..., DistillConfig], tmp_path: Path
 ) -> Callable[..., DistillConfig]:
     return functools.partial(make_config_in, tmp_path)
-
-
-def make_trainer(config: DistillConfig, materials: Materials | None = None) -> Trainer:
-    """A trainer as ``distill`` builds it, with fresh objects and seeds."""
-    materials = materials or gather(config)
-    seed_everything(config)
-    precision = Precision(config, materials.device)
-    model = load_student(config)
-    student = build_student(config, model, materials.valid_vocab, precision)
-    return Trainer(config, student, materials, precision, RunDirectory(config.output_dir))
-
-
-def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
-    return RunLog(config.output_dir, total_batches=trainer.horizon.micro_batches)
-
-
-def everything(trainer: Trainer) -> dict[str, Any]:
-    """The whole state, copied: plain values, and tensors by group and name."""
-    state, tensors = trainer.capture()
-    named = {
-        f"{g}/{n}": t.detach().clone() for g, group in tensors.items() for n, t in group.items()
-    }
-    return {"state": state, **named}
-
-
-def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        same = (
-            torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
-        )
-        assert same, f"{name} differs"
 
 
 # Resumption

@@ -1,0 +1,159 @@
+"""Attention transfer: the student's attention maps follow the teacher's, row by row.
+
+A map is ``A = softmax(scaling * q k^T + mask)``, rebuilt from queries and keys; the mask is ours
+(``visible``): causal, within the document, no padding, within the layer's window. The teacher's
+heads are mixed into as many as the student has, by a matrix P [h_s, h_t] whose rows are
+distributions and which acts on the head axis only, so that rows of A' are distributions too:
+
+    A'[s] = sum_t P[s, t] A_t[t],        L = sum over rows of mean_s KL(A'[s] || A_s[s])
+
+The gradient by the student's scores is ``(A_s - A') / h_s`` per row. Sources: attention transfer in
+MiniLM (arXiv 2002.10957) and TinyBERT (arXiv 1909.10351).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, wide
+from sad.losses.layout import Layout, visible
+from sad.losses.term import LossTerm
+
+START_LOGIT = 4.0
+"""By how much a learned head map starts in favour of the fixed one."""
+
+SPREAD_WEIGHT = 0.1
+"""Weight of the penalty that keeps a learned head map from leaving teacher heads unread."""
+
+
+class AttentionInputs(NamedTuple):
+    """What one layer's attention maps are made of: H query heads, H_kv divides H."""
+
+    query: Tensor  # [B, H, L, d], after rotary embedding
+    key: Tensor  # [B, H_kv, L, d], after rotary embedding
+    scaling: float
+    window: int | None  # how many positions a query sees, itself included; None is all of them
+    softcap: float | None  # scores become softcap * tanh(scores / softcap)
+
+
+# Head maps
+
+
+def head_map(student_heads: int, teacher_heads: int) -> Tensor:
+    """P fp32 [h_s, h_t]: neighbouring teacher heads shared out to student heads, rows sum to 1.
+
+    Teacher head t serves student head ``floor(t h_s / h_t)``; with fewer teacher heads, student
+    head s reads teacher head ``floor(s h_t / h_s)``.
+    """
+    serves = torch.zeros(student_heads, teacher_heads)
+    if teacher_heads >= student_heads:
+        teacher = torch.arange(teacher_heads)
+        serves[teacher * student_heads // teacher_heads, teacher] = 1.0
+    else:
+        student = torch.arange(student_heads)
+        serves[student, student * teacher_heads // student_heads] = 1.0
+    return serves / serves.sum(1, keepdim=True)
+
+
+class LearnedHeadMap(nn.Module):
+    """P = softmax of trainable logits [h_s, h_t] over teacher heads; starts near ``head_map``.
+
+    It stands on the teacher's side of the loss: mixing keeps A' in the hull of real maps, but the
+    loss alone would drift to whatever heads are easiest. Add ``regularizer()`` to it.
+    """
+
+    def __init__(self, student_heads: int, teacher_heads: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(START_LOGIT * (head_map(student_heads, teacher_heads) > 0))
+
+    def forward(self) -> Tensor:
+        """P [h_s, h_t], rows sum to 1."""
+        return self.logits.softmax(dim=-1)
+
+    def regularizer(self) -> Tensor:
+        """``0.1 (h_t sum_t c_t^2 - 1)`` with ``c_t = mean_s P[s, t]``, []; 0 if all c_t are equal.
+
+        A penalty per optimizer step, not per token.
+        """
+        column = self().mean(0)
+        return SPREAD_WEIGHT * (len(column) * column.square().sum() - 1)
+
+
+def project_heads(
+    maps: Tensor,  # [B, h_t, s1, s2]
+    P: Tensor,  # [h_s, h_t]
+) -> Tensor:
+    """Mix heads, and nothing else: [B, h_s, s1, s2]; commutes with permutations of s1 and s2."""
+    with no_autocast(maps):
+        mixed = rearrange(maps, "b h s1 s2 -> b s1 s2 h") @ P.to(maps.dtype).T
+    return rearrange(mixed, "b s1 s2 h -> b h s1 s2")
+
+
+# Maps and loss
+
+
+def attention_maps(inputs: AttentionInputs, layout: Layout, rows: slice) -> Tensor:
+    """Log-probabilities of the query rows ``rows`` over all keys, [B, H, rows, L].
+
+    fp32 (float64 if the inputs are); -inf where a query may not look. Rows and keys of padding are
+    zeros before any product, so what they held reaches neither a value nor a gradient.
+    """
+    padding = ~layout.real[:, None, :, None]
+    query = wide(inputs.query[:, :, rows].masked_fill(padding[:, :, rows], 0.0))
+    key = wide(inputs.key.masked_fill(padding, 0.0))
+    # Query heads that share a key head become rows of one product: keys are not repeated.
+    group = query.shape[1] // key.shape[1]
+    query = rearrange(query, "b (kv group) rows d -> b kv (group rows) d", group=group)
+    with no_autocast(key):
+        scores = (inputs.scaling * query) @ key.mT
+    scores = rearrange(scores, "b kv (group rows) l -> b (kv group) rows l", group=group)
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    seen = visible(layout, rows, inputs.window)[:, None]
+    return scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+
+
+def attention_loss(
+    student: AttentionInputs,
+    teacher: AttentionInputs,
+    layout: Layout,
+    P: Tensor,  # [h_s, h_t]
+    block: int = 256,
+) -> LossTerm:
+    """Sum over query rows of the mean over student heads of ``KL(A' || A_s)``; unit: tokens.
+
+    Memory beyond the inputs: the student's in fp32 and, made again in backward, a few tensors
+    [B, h, block, L] a side. P may require a gradient. Raises ``ValueError`` for layers whose
+    windows differ (their rows are distributions over different keys), for a P of another shape and
+    for a teacher that requires a gradient.
+    """
+    require_no_grad(teacher.query, teacher.key)
+    if student.window != teacher.window:
+        raise ValueError(
+            "layers paired for attention transfer must have the same window, got "
+            f"{student.window} in the student and {teacher.window} in the teacher; pair layers "
+            "of one kind"
+        )
+    heads = student.query.shape[1], teacher.query.shape[1]
+    if P.shape != heads:
+        raise ValueError(
+            f"the head map must be [student heads, teacher heads] = {list(heads)}, got "
+            f"{list(P.shape)}; make it with head_map or LearnedHeadMap"
+        )
+
+    # Widened here: in the blocks, their gradients would be added up in 16 bits.
+    student = student._replace(query=wide(student.query), key=wide(student.key))
+    P = wide(P)
+
+    def student_rows(rows: slice) -> Tensor:
+        return attention_maps(student, layout, rows)
+
+    def teacher_rows(rows: slice) -> tuple[Tensor, Tensor]:
+        mixed = project_heads(attention_maps(teacher, layout, rows).exp(), P)
+        return mixed, torch.where(mixed == 0, 1.0, mixed).log()
+
+    return LossTerm(sum_of_row_kl(student_rows, teacher_rows, layout, block), layout.units.tokens)

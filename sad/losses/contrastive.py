@@ -1,0 +1,143 @@
+"""Contrastive loss: a student's sequence is told apart from others by its teacher's view of it.
+
+Each sequence is the mean of its tokens' states after the final norm, the student's then projected;
+z are those vectors divided by their norms. Symmetric InfoNCE in nats, targets on the diagonal:
+
+    L = (CE(z_s [z_t; queue]^T / tau) + CE(z_t z_s^T / tau)) / 2
+
+The queue holds earlier embeddings of the teacher, which is frozen: they never go stale, and no
+momentum encoder is needed. What else is in the micro-batch decides how hard a sequence is, so this
+sum does depend on how a window is split. Sources: CPC (arXiv 1807.03748), CRD (arXiv 1910.10699).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sad.losses._rows import no_autocast, require_no_grad, unit, wide
+from sad.losses.layout import Layout
+from sad.losses.term import LossTerm
+
+
+class ContrastiveResult(NamedTuple):
+    """The term, and what its value has to be read with; both latter detached."""
+
+    term: LossTerm  # unit: sequences
+    accuracy: Tensor  # [] share of sequences whose own teacher embedding is the nearest
+    chance: Tensor  # [] nats per sequence if all candidates look alike
+
+
+class TeacherQueue(nn.Module):
+    """First in, first out: the last ``size`` teacher embeddings, fp32 unit vectors of ``width``.
+
+    All state is in buffers: ``embeddings`` [size, width], ``position`` where the next one goes,
+    ``filled`` how many there are.
+    """
+
+    embeddings: Tensor
+    position: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", torch.zeros(size, width))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(
+        self,
+        z: Tensor,  # [S, width]
+        valid: Tensor,  # bool [S]
+    ) -> None:
+        """Put the valid rows in, in their order, over the oldest; call it after the loss.
+
+        Of more than ``size`` rows the last ``size`` stay. Nothing waits for the device.
+        """
+        size = len(self.embeddings)
+        rank = valid.cumsum(0)  # [S] from 1
+        count = rank[-1:].sum()
+        stays = valid & (rank > count - size)
+        slot = torch.where(stays, (self.position + rank - 1) % size, size)
+        spare = torch.cat([self.embeddings, self.embeddings.new_zeros(1, z.shape[1])])
+        spare[slot] = unit(wide(z)).to(spare.dtype)  # the others all fall into the spare slot
+        self.embeddings.copy_(spare[:size])
+        self.position.copy_((self.position + count) % size)
+        self.filled.copy_((self.filled + count).clamp_max(size))
+
+    def negatives(self) -> tuple[Tensor, Tensor]:
+        """Embeddings [size, width], and which of them are filled, bool [size]."""
+        slots = torch.arange(len(self.embeddings), device=self.embeddings.device)
+        return self.embeddings, slots < self.filled
+
+
+def mean_pool(
+    hidden: Tensor,  # [B, L, D]
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """The mean over each segment's tokens, [B, K, D], and which segments have one, bool [B, K].
+
+    K is ``layout.units.max_segments``. A segment without tokens has zeros. Other positions may hold
+    anything; the first of a segment is one of them, whose norm would dominate the mean.
+    """
+    segments = torch.arange(layout.units.max_segments, device=hidden.device)
+    member = (layout.segment[:, None, :] == segments[:, None]) & layout.tokens[:, None, :]
+    tokens = wide(hidden.masked_fill(~layout.tokens[..., None], 0.0))
+    with no_autocast(hidden):
+        sums = member.to(tokens.dtype) @ tokens  # a product: adding by index is not repeatable
+    count = member.sum(-1)  # [B, K]
+    return sums / count.clamp_min(1)[..., None], count > 0
+
+
+def contrastive_loss(
+    student_z: Tensor,  # [S, D], pooled and projected
+    teacher_z: Tensor,  # [S, D], pooled
+    valid: Tensor,  # bool [S]
+    queue: TeacherQueue | None,
+    *,
+    count: int,
+    temperature: float = 0.07,
+    others: Tensor | None = None,  # [M, D]
+) -> ContrastiveResult:
+    """Sum over valid rows of L; ``count`` is their number, ``layout.units.sequences``.
+
+    ``others`` are pooled teacher embeddings of other ranks, further negatives for the student; rows
+    of zeros among them, ``mean_pool``'s segments without tokens, are left out. ``chance`` is
+    ``(log(number of teacher embeddings) + log(count)) / 2``. At one sequence without a queue there
+    is nothing to tell apart: loss and gradient are 0. Memory: [S, S + size + M] and [S, S] in fp32.
+    Raises ``ValueError`` for a teacher that requires a gradient.
+    """
+    require_no_grad(teacher_z, *(() if others is None else (others,)))
+    z_s, z_t = (unit(wide(z).masked_fill(~valid[:, None], 0.0)) for z in (student_z, teacher_z))
+    candidates, known = [z_t], [valid]
+    if queue is not None:
+        embeddings, filled = queue.negatives()
+        candidates.append(embeddings.to(z_t.dtype))
+        known.append(filled)
+    if others is not None:
+        candidates.append(unit(wide(others)).to(z_t.dtype))
+        known.append((others != 0).any(-1))
+    teachers, exists = torch.cat(candidates), torch.cat(known)
+    with no_autocast(z_s):
+        to_teachers = z_s @ teachers.T / temperature  # [S, S + size + M]
+        to_students = z_t @ z_s.T / temperature  # [S, S]
+
+    target = torch.arange(len(valid), device=valid.device)
+    own = target[:, None] == torch.arange(len(exists), device=valid.device)
+    # A row keeps its own column even where it is no sequence: no softmax is over nothing.
+    to_teachers = to_teachers.masked_fill(~(exists | own), -torch.inf)
+    to_students = to_students.masked_fill(~(valid | own[:, : len(valid)]), -torch.inf)
+    both = F.cross_entropy(to_teachers, target, reduction="none") + F.cross_entropy(
+        to_students, target, reduction="none"
+    )
+    nearest = to_teachers.detach().argmax(-1) == target
+    chance = exists.sum().clamp_min(1).log() + valid.sum().clamp_min(1).log()
+    return ContrastiveResult(
+        LossTerm(torch.where(valid, both, 0.0).sum() / 2, count),
+        (nearest & valid).sum() / max(1, count),
+        chance / 2,
+    )

@@ -1,0 +1,64 @@
+"""Feature loss: the student's projected hidden states point, or lie, where the teacher's do.
+
+Per token, y the student's projected state and h the teacher's, D elements each:
+
+    cosine        1 - cos(y, h), computed as |y/|y| - h/|h||^2 / 2, which loses no digits near 0
+    relative_mse  mean (y - h)^2 / mean h^2
+
+The mean square of the difference of RMS-normalised vectors is 2 (1 - cos), hence no third kind. A
+plain mean square would follow the few channels that are hundreds of times larger than the others
+(massive activations, arXiv 2402.17762). Sources: FitNets (arXiv 1412.6550), DistilBERT (arXiv
+1910.01108).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sad.losses._rows import require_no_grad, unit, wide
+from sad.losses.layout import Layout
+from sad.losses.term import LossTerm
+
+Distance = Literal["cosine", "relative_mse"]
+
+
+def distances(
+    student: Tensor,  # [..., D]
+    teacher: Tensor,  # [..., D]
+    kind: Distance,
+) -> Tensor:
+    """The distance of each pair of vectors, [...], fp32 (float64 if an input is).
+
+    A vector of zeros has no direction: its cosine distance to another is 0, to any other vector
+    1/2. A teacher of zeros has no scale: ``relative_mse`` is then the mean square of the student.
+    Raises ``ValueError`` for a teacher that requires a gradient.
+    """
+    require_no_grad(teacher)
+    student, teacher = wide(student), wide(teacher)
+    if kind == "cosine":
+        return (unit(student) - unit(teacher)).square().sum(-1) / 2
+    # Divided by the largest element, a square neither overflows nor vanishes.
+    largest = teacher.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest)
+    power = (teacher / scale).square().mean(-1)
+    error = ((student - teacher) / scale).square().mean(-1)
+    return error / torch.where(power == 0, 1.0, power)
+
+
+def feature_loss(
+    student: Tensor,  # [B, L, D], projected
+    teacher: Tensor,  # [B, L, D]
+    layout: Layout,
+    kind: Distance = "cosine",
+) -> LossTerm:
+    """Sum over tokens of ``distances``; unit: tokens.
+
+    Other positions may hold anything. Memory: a few tensors [B, L, D] in fp32. Raises what
+    ``distances`` raises.
+    """
+    other = ~layout.tokens[..., None]  # zeros on both sides there: their distance is 0
+    per_token = distances(student.masked_fill(other, 0.0), teacher.masked_fill(other, 0.0), kind)
+    return LossTerm(per_token.sum(), layout.units.tokens)

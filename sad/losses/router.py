@@ -1,0 +1,132 @@
+"""Losses on the gates of mixture-of-experts layers, over all E experts of a layer, chosen or not.
+
+    router_loss     KL(g_t || g_s), the student's gate follows the teacher's
+    balance_loss    E sum_e f_e P_e (Switch, arXiv 2101.03961): f_e tokens sent to e per token,
+                    P_e the mean gate; top_k where all are alike, and its gradient evens P out
+    router_z_loss   (logsumexp of the router's logits)^2 (ST-MoE, arXiv 2202.08906)
+    gate_variation  var / mean^2 of the experts' total gates (arXiv 1701.06538)
+
+All are means over layers and leave out positions that do not count, whatever those hold. Matching
+gates means something only if the student's experts descend from the teacher's, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, assert_never
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sad.losses._rows import require_no_grad, row_kl, wide
+from sad.losses.layout import Layout
+from sad.losses.term import LossTerm
+
+GateKind = Literal["softmax", "sigmoid"]
+
+
+def gates(
+    logits: Tensor,  # [..., E]
+    kind: GateKind,
+) -> Tensor:
+    """A distribution over experts, [..., E], fp32 at least; sigmoid scores divided by their sum."""
+    return _log_gates(logits, kind).exp()
+
+
+def router_loss(
+    student_logits: Sequence[Tensor],  # of [B L, E]
+    teacher_logits: Sequence[Tensor],  # of [B L, E]
+    layout: Layout,
+    student_kind: GateKind,
+    teacher_kind: GateKind,
+) -> LossTerm:
+    """Sum over tokens of the mean over layers of ``KL(g_t || g_s)``; unit: tokens.
+
+    Raises ``ValueError`` for layers with different numbers of experts and for a teacher that
+    requires a gradient.
+    """
+    require_no_grad(*teacher_logits)
+    tokens = layout.tokens.flatten()
+    sums = []
+    for student, teacher in zip(student_logits, teacher_logits, strict=True):
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                "the student's router must choose among as many experts as the teacher's, got "
+                f"{student.shape[-1]} and {teacher.shape[-1]}; map layers with equal numbers"
+            )
+        log_q = _log_gates(_only(tokens, student), student_kind)
+        log_p = _log_gates(_only(tokens, teacher), teacher_kind)
+        sums.append(torch.where(tokens, row_kl(log_p.exp(), log_p, log_q), 0.0).sum())
+    return LossTerm(torch.stack(sums).mean(), layout.units.tokens)
+
+
+def balance_loss(
+    logits: Sequence[Tensor],  # of [B L, E]
+    layout: Layout,
+    top_k: int,
+    kind: GateKind = "softmax",
+) -> LossTerm:
+    """``E sum_e f_e P_e``, mean over layers, times the number of tokens; unit: tokens.
+
+    A function of the micro-batch as a whole: after division by the window's tokens it is the mean
+    of the micro-batches' values by their tokens, and depends on how the window is split. Tokens
+    count as sent to the k largest gates, without groups or selection biases. No gradient passes
+    through f; with ``top_k = E`` the value is E and there is none at all.
+    """
+    tokens, count = layout.tokens.flatten(), layout.units.tokens
+    values = []
+    for layer in logits:
+        g = gates(_only(tokens, layer), kind)
+        chosen = torch.zeros_like(g).scatter(-1, g.topk(top_k, dim=-1).indices, 1.0)
+        f, P = (_sum_over(tokens, x) / max(1, count) for x in (chosen, g))
+        values.append(g.shape[-1] * (f * P).sum())
+    return LossTerm(torch.stack(values).mean() * count, count)
+
+
+def router_z_loss(
+    logits: Sequence[Tensor],  # of [B L, E]
+    layout: Layout,
+) -> LossTerm:
+    """Sum over tokens of the mean over layers of ``logsumexp(logits)^2``; unit: tokens."""
+    tokens = layout.tokens.flatten()
+    squares = torch.stack([wide(_only(tokens, x)).logsumexp(-1).square() for x in logits])
+    return LossTerm(torch.where(tokens, squares.mean(0), 0.0).sum(), layout.units.tokens)
+
+
+def gate_variation(
+    gates: Sequence[Tensor],  # of [N, E], probabilities
+    mask: Tensor,  # bool [N]
+) -> Tensor:
+    """Squared coefficient of variation of the experts' gates summed over tokens, mean over layers.
+
+    ``var / mean^2`` with the variance of a population (divided by E): 0 where all experts carry
+    the same, E - 1 where one carries all. Works with all experts active, where ``balance_loss`` is
+    constant. A function of the micro-batch as a whole, not a sum over tokens; without tokens 0.
+    """
+    values = []
+    for layer in gates:
+        load = _sum_over(mask, wide(layer))
+        mean = load.mean()
+        values.append((load - mean).square().mean() / torch.where(mean == 0, 1.0, mean).square())
+    return torch.stack(values).mean()
+
+
+def _log_gates(logits: Tensor, kind: GateKind) -> Tensor:
+    match kind:
+        case "softmax":
+            return wide(logits).log_softmax(-1)
+        case "sigmoid":  # log of s / sum(s): the softmax of log s
+            return F.logsigmoid(wide(logits)).log_softmax(-1)
+        case _:
+            assert_never(kind)
+
+
+def _only(tokens: Tensor, values: Tensor) -> Tensor:
+    """Zeros in the rows [N, E] that do not count: they may hold NaN."""
+    return values.masked_fill(~tokens[:, None], 0.0)
+
+
+def _sum_over(tokens: Tensor, values: Tensor) -> Tensor:
+    """[N, E] -> [E]."""
+    return torch.where(tokens[:, None], values, 0.0).sum(0)

@@ -1,0 +1,52 @@
+"""Trainers as ``distill`` builds them, and whether two of them are in the same state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sad.config import DistillConfig
+from sad.distillation import build_student
+from sad.log import RunLog
+from sad.materials import Materials, gather, seed_everything
+from sad.models import load_student
+from sad.precision import Precision
+from sad.rundir import RunDirectory
+from sad.train import build_structure
+from sad.training import Trainer
+
+
+def make_trainer(config: DistillConfig, materials: Materials | None = None) -> Trainer:
+    """A trainer as ``distill`` builds it, with fresh objects and seeds."""
+    materials = materials or gather(config)
+    seed_everything(config)
+    precision = Precision(config, materials.device)
+    model = load_student(config)
+    student = build_student(config, model, materials.valid_vocab, precision)
+    structure = build_structure(config, model, materials, precision.compute_dtype)
+    run_dir = RunDirectory(config.output_dir)
+    return Trainer(config, student, materials, precision, run_dir, structure=structure)
+
+
+def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
+    return RunLog(config.output_dir, total_batches=trainer.horizon.micro_batches)
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """The whole state, copied: plain values, and tensors by group and name."""
+    state, tensors = trainer.capture()
+    named = {
+        f"{g}/{n}": t.detach().clone() for g, group in tensors.items() for n, t in group.items()
+    }
+    return {"state": state, **named}
+
+
+def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        same = (
+            torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
+        )
+        assert same, f"{name} differs"
