@@ -40,9 +40,6 @@ LOSSES = {
     "layerwise": ("--layerwise.weight", "0.05"),
     "contrastive": ("--contrastive.weight", "0.05"),
 }
-TEN_FOLD = {
-    f"{name} x 10": (key, f"{10 * float(weight):g}") for name, (key, weight) in LOSSES.items()
-}
 ROUTING = ("--routing.learning_rate", "1e-3", "--routing.mode")
 
 
@@ -58,11 +55,14 @@ def arms(moe_teacher: str, moe_student: str) -> list[Arm]:
     moe = ("--teacher", moe_teacher)
     cut = (*moe, "--student", moe_student, "--student_init", "pretrained")
     every = tuple(word for words in LOSSES.values() for word in words)
+    tenfold = tuple(
+        word for key, weight in LOSSES.values() for word in (key, f"{10 * float(weight):g}")
+    )
     return [
         Arm("dense teacher", "KD alone", ()),
         *(Arm("dense teacher", f"+ {name}", words) for name, words in LOSSES.items()),
         Arm("dense teacher", "+ all five", every),
-        *(Arm("dense teacher", f"+ {name}", words) for name, words in TEN_FOLD.items()),
+        Arm("dense teacher", "+ all five, ten times the weights", tenfold),
         Arm("dense teacher", "TAID", ("--taid.enabled", "true")),
         Arm("MoE teacher", "KD alone", moe),
         Arm("MoE teacher", "student-aware routing", (*moe, *ROUTING, "student_aware")),

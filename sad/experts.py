@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sad.errors import UnfitError
+from sad.losses._rows import wide
 from sad.losses.router import GateKind
 
 GATES: dict[str, GateKind] = {
@@ -168,17 +169,17 @@ def router_logits(router: nn.Module, output: Any) -> Tensor:  # [tokens, E]
     parts = output if isinstance(output, tuple) else (output,)
     num_experts = _gate_weight(router).shape[0]
     tables = {i: part for i, part in enumerate(parts) if isinstance(part, Tensor) and part.ndim > 1}
-    wide = [
+    found = [
         i for i, t in tables.items() if t.dtype.is_floating_point and t.shape[-1] == num_experts
     ]
-    if not wide:
+    if not found:
         raise UnfitError(
             f"a router must return logits for its {num_experts} experts, got none from "
             f"{type(router).__name__}; use a version of transformers that sad.experts was tested "
             "with"
         )
     ids = next((i for i, t in tables.items() if not t.dtype.is_floating_point), -1)
-    return tables[max(wide, key=lambda i: abs(i - ids))].reshape(-1, num_experts)
+    return tables[max(found, key=lambda i: abs(i - ids))].reshape(-1, num_experts)
 
 
 @contextmanager
@@ -221,7 +222,7 @@ def expert_weights(
     block: MoeBlock,
     logits: Tensor,  # [N, E]
     ids: Tensor,  # int64 [N, k]
-) -> Tensor:  # [N, k], fp32
+) -> Tensor:  # [N, k], fp32 at least
     """The weights with which the chosen experts' outputs are added up.
 
     ``softmax`` over the chosen; for sigmoid gates the scores, divided by the sum of the chosen
@@ -229,7 +230,7 @@ def expert_weights(
     those with ``norm_topk_prob: false`` (OLMoE, Qwen 2 MoE), whose weights add up to less than 1
     as long as not all experts are chosen: here they add up to 1 for any choice.
     """
-    chosen = logits.float().gather(-1, ids)
+    chosen = wide(logits).gather(-1, ids)
     if block.kind == "softmax":
         return chosen.softmax(-1)
     scores = chosen.sigmoid()
@@ -265,33 +266,36 @@ def choosing_experts(blocks: Mapping[int, MoeBlock], choose: Choose) -> Iterator
     """Within, ``choose`` decides from the logits which experts see a token, with which weights.
 
     Raises ``UnfitError`` for a family in ``READ_ONLY``, and in a forward pass if experts are called
-    in a way that is not known.
+    in a way that is not known, or not at all.
     """
     with reading_routers(blocks) as logits, ExitStack() as hooks:
 
-        def replace(block: MoeBlock) -> Callable[..., Any]:
+        def replace(block: MoeBlock, called: list[bool]) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 ids, weights = _routing(block, args)
                 new_ids, new_weights = choose(block, logits.pop(block.layer))
+                called.append(True)
                 new = {id(ids): new_ids, id(weights): new_weights.to(weights.dtype)}
                 return tuple(new.get(id(arg), arg) for arg in args)
 
             return hook
 
-        def regroup(block: MoeBlock) -> Callable[..., Any]:
-            def hook(_: nn.Module, args: tuple[Tensor], output: Any) -> tuple[Any, ...]:
+        def regroup(block: MoeBlock, called: list[bool]) -> Callable[..., Any]:
+            def hook(_: nn.Module, args: tuple[Tensor], __: Any) -> tuple[Any, ...]:
                 scores = logits.pop(block.layer)
                 ids, weights = choose(block, scores)
+                called.append(True)
                 return *_grouped(ids, weights.type_as(args[0]), block.num_experts), scores
 
             return hook
 
         for block in blocks.values():
             require_callable(block)
+            called = _require_calls(block, "the chosen experts", hooks)
             if block.experts is None:
-                handle = block.router.register_forward_hook(regroup(block))
+                handle = block.router.register_forward_hook(regroup(block, called))
             else:
-                handle = block.experts.register_forward_pre_hook(replace(block))
+                handle = block.experts.register_forward_pre_hook(replace(block, called))
             hooks.callback(handle.remove)
         yield
 
@@ -318,7 +322,7 @@ def _switch(owner: nn.Module, num_experts: int, restore: ExitStack) -> None:
 
 def _require_width(block: MoeBlock, restore: ExitStack) -> None:
     """Refuse forward passes in which fewer than E experts see a token."""
-    called: list[bool] = []
+    called = _require_calls(block, f"all {block.num_experts} experts", restore)
 
     def check_ids(_: nn.Module, args: tuple[Any, ...]) -> None:
         called.append(_routing(block, args)[0].shape[-1] == block.num_experts)
@@ -328,22 +332,29 @@ def _require_width(block: MoeBlock, restore: ExitStack) -> None:
         sizes = next(part for part in output if isinstance(part, list))
         called.append(sizes == [tokens] * block.num_experts)
 
+    if block.experts is None:
+        handle = block.router.register_forward_hook(check_sizes)
+    else:
+        handle = block.experts.register_forward_pre_hook(check_ids)
+    restore.callback(handle.remove)
+
+
+def _require_calls(block: MoeBlock, who: str, restore: ExitStack) -> list[bool]:
+    """Refuse a block's output unless the list returned holds True, and nothing else, by then."""
+    called: list[bool] = []
+
     def conclude(*_: Any) -> None:
         fits = bool(called) and all(called)
         called.clear()
         if not fits:
             raise UnfitError(
-                f"all {block.num_experts} experts of layer {block.layer} must see every token, got "
-                f"fewer in a block of model_type {block.model_type!r}; use a version of "
-                f"transformers that sad.experts was tested with, and one of {', '.join(SUPPORTED)}"
+                f"{who} of layer {block.layer} must see every token, got a block of model_type "
+                f"{block.model_type!r} that calls fewer; use a version of transformers that "
+                f"sad.experts was tested with, and one of {', '.join(SUPPORTED)}"
             )
 
-    if block.experts is None:
-        handles = [block.router.register_forward_hook(check_sizes)]
-    else:
-        handles = [block.experts.register_forward_pre_hook(check_ids)]
-    for handle in (*handles, block.block.register_forward_hook(conclude)):
-        restore.callback(handle.remove)
+    restore.callback(block.block.register_forward_hook(conclude).remove)
+    return called
 
 
 def _routing(block: MoeBlock, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ def run_header(
         ("length", describe(config, horizon)),
         ("batch", _batch_line(config)),
         ("objective", _objective_line(config)),
+        *((("routing", config.routing.mode),) if config.routing.mode != "teacher" else ()),
         ("precision", _precision_line(precision)),
     ]
     if checks:
@@ -105,9 +106,12 @@ def _objective_line(config: DistillConfig) -> str:
         parts.append(f"{objective.ce_weight:g} CE{smoothed}")
     if objective.kd_weight:
         at = f" at T = {objective.temperature:g}"
-        parts.append(f"{objective.kd_weight:g} {objective.divergence}{at}")
+        taid = f" to a mixture, {config.taid.start:g} to {config.taid.end:g} teacher"
+        target = taid if config.taid.enabled else ""
+        parts.append(f"{objective.kd_weight:g} {objective.divergence}{target}{at}")
     if z_loss:
         parts.append(f"{z_loss:g} lse^2")
+    parts += [f"{weight:g} {name}" for name, weight in config.structural_weights.items()]
     return " + ".join(parts) or "nothing"
 
 

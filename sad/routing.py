@@ -42,6 +42,7 @@ from sad.experts import (
     require_moe,
 )
 from sad.heads import split_head, with_valid_vocab
+from sad.losses._rows import wide
 from sad.losses.layout import layout_of
 from sad.losses.router import gate_variation, gates
 from sad.optimizer import clip_gradients, guarded_step
@@ -300,7 +301,7 @@ def _draw(
     where = {"generator": generator, "device": generator.device}
     times = torch.empty(logits.shape, device=generator.device).exponential_(generator=generator)
     drawn = torch.rand((len(logits), 1), **where) < probability
-    logits = logits.float()
+    logits = wide(logits)
     correction = getattr(block.router, "e_score_correction_bias", None)
     preference = logits if correction is None else logits.sigmoid() + correction
     arrival = gates(logits, block.kind).log() - times.to(logits.device).log()

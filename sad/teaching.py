@@ -27,7 +27,7 @@ from sad.capture import Capture
 from sad.config import DistillConfig
 from sad.data import Batch, Units
 from sad.distillation import FrozenTeacher, Seen, StudentWithLoss
-from sad.experts import all_experts, require_moe
+from sad.experts import all_experts, require_callable, require_moe
 from sad.heads import probing, split_head, with_valid_vocab
 from sad.routing import StudentAwareRouter, augmented
 
@@ -77,6 +77,8 @@ class StudentAwareTeaching(Teaching):
     def prepare(
         self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, units: Units
     ) -> None:
+        if not units.targets:  # momentum and the balance would move the gates all the same
+            return
         _, head = split_head(student.model)
         head = with_valid_vocab(head, student.valid_vocab)
         for batch in batches():
@@ -105,7 +107,8 @@ class AugmentedTeaching(Teaching):
 
     def __init__(self, config: DistillConfig, teacher: FrozenTeacher) -> None:
         super().__init__(teacher)
-        require_moe(teacher.model, "routing.mode knowledge_augmentation")
+        for block in require_moe(teacher.model, "routing.mode knowledge_augmentation").values():
+            require_callable(block)
         self.passes, self.explore = config.routing.passes, config.routing.explore
         self.generator = torch.Generator().manual_seed(config.seed)
 

@@ -269,6 +269,9 @@ def test_all_experts_are_those_of_a_model_configured_so(family: str) -> None:
     with all_experts(model) as blocks:
         inside = run(model)
         assert all(block.top_k == NUM_EXPERTS for block in blocks.values())
+        with all_experts(model):  # a trainer within a trainer
+            assert torch.equal(run(model), inside)
+        assert torch.equal(run(model), inside)
     torch.testing.assert_close(inside, run(configured), rtol=0, atol=0)
     assert not torch.allclose(inside, before)
     assert torch.equal(run(model), before) and count_hooks(model) == 0
@@ -302,6 +305,9 @@ def test_a_block_that_ignores_the_switch_is_refused(
     monkeypatch.setattr(type(block.block), "forward", lambda _, x: x)  # nobody is called at all
     with all_experts(model), pytest.raises(UnfitError, match="all 8 experts of layer"):
         run(model)
+    with choosing_experts({1: block}, lambda *_: (IDS, IDS)):
+        with pytest.raises(UnfitError, match="the chosen experts of layer 1"):
+            run(model)
     assert count_hooks(model) == 0
 
 

@@ -22,6 +22,7 @@ from sad.config import STRUCTURAL, DistillConfig
 from sad.errors import SadError, UnfitError
 from sad.evaluate import evaluate_run
 from sad.log import read_log
+from sad.rundir import RunDirectory
 from sad.sections import RoutingConfig
 from sad.structure import Structure
 from sad.train import distill
@@ -228,6 +229,8 @@ def test_whole_run(make_config: Make) -> None:
     result = distill(config)
     names = {*DENSE, "head_map"}
     records = read_log(config.output_dir)
+    header = dict(RunDirectory(config.output_dir).read_run()["header"])
+    assert header["objective"].endswith(" + ".join(f"0.3 {name}" for name in DENSE))
     trained = [r for r in records if r["kind"] == "train"]
     assert all(names <= r.keys() and names <= r["weights"].keys() for r in trained)
     for record in trained:
