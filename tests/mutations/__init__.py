@@ -79,6 +79,11 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "42": ("a checkpoint that is half there, or a rename onto a full directory", ("trainer",)),
     "43": ("an update with a gradient of NaN beside a finite loss", ("trainer",)),
     "44": ("a top-k teacher's rest that underflows where the student is sure of an id", BOTH),
+    "45": ("a mixture of student and teacher with the shares exchanged", BOTH),
+    "46": ("attention maps soft-maxed twice", ("trainer",)),
+    "47": ("structural losses averaged over micro-batches", ("trainer",)),
+    "48": ("what structural losses and gates have learned, lost at a stop", ("trainer",)),
+    "49": ("losses of weight 0 that are computed", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

@@ -540,4 +540,17 @@ MUTATIONS = [
             "test_a_student_that_is_sure[0.5-forward_kl-bucket-torch]",
         ),
     ),
+    Mutation(
+        "45",
+        "student and teacher are mixed the other way round",
+        edit(
+            TORCH,
+            "t = t.mul_(share).add_(s, alpha=1 - share)",
+            "t = t.mul_(1 - share).add_(s, alpha=share)",
+        ),
+        tests(
+            "sad_kernels/test_teacher_share.py",
+            "test_no_gradient_flows_through_the_target[forward_kl-torch]",
+        ),
+    ),
 ]

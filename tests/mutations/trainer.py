@@ -21,6 +21,10 @@ def training(*names: str) -> tuple[str, ...]:
     return tests("sad/test_training.py", *names)
 
 
+def structural(*names: str) -> tuple[str, ...]:
+    return tests("sad/test_structure.py", *names)
+
+
 ANY_STOP = training("test_a_stop_after_any_micro_batch_changes_no_bit")
 ANY_SPLIT = training("test_one_micro_batch_or_eight_give_one_gradient")
 LAST_GRADIENT = training(
@@ -35,7 +39,7 @@ MUTATIONS = [
         "each micro-batch is divided by its own targets",
         edit(
             TRAINING,
-            "num_items=max(accumulator.num_items, 1)",
+            "num_items=max(units.targets, 1)",
             "num_items=max(batch.num_targets, 1)",
         ),
         ANY_SPLIT,
@@ -45,8 +49,8 @@ MUTATIONS = [
         "gradients are averaged over the micro-batches of a window once more",
         edit(
             TRAINING,
-            "self.precision.backward(out.loss)",
-            "self.precision.backward(out.loss / accumulator.size)",
+            "self.precision.backward(result.loss)",
+            "self.precision.backward(result.loss / accumulator.size)",
         ),
         ANY_SPLIT,
     ),
@@ -61,8 +65,10 @@ MUTATIONS = [
         "a short last window is divided as if it were whole",
         edit(
             TRAINING,
-            "accumulator.open_window(size, targets)",
-            "accumulator.open_window(size, targets * accumulator.accumulation_steps // size)",
+            "        units = self._units(window)\n",
+            "        units = self._units(window)\n"
+            "        whole = units.targets * accumulator.accumulation_steps // window.size\n"
+            "        units = units._replace(targets=whole)\n",
         ),
         ANY_SPLIT,
     ),
@@ -273,8 +279,7 @@ MUTATIONS = [
         "gradients of an unfinished window are lost",
         edit(
             TRAINING,
-            "        load_gradients(dict(self.student.model.named_parameters()), "
-            'tensors["grads"])\n',
+            '        load_gradients(self._trained(), tensors["grads"])\n',
             "",
         ),
         ANY_STOP,
@@ -411,6 +416,60 @@ MUTATIONS = [
             "sad/test_optimizer.py",
             "test_a_skipped_update_changes_no_bit[fused AdamW-nan]",
             "test_a_skipped_update_changes_no_bit[fused AdamW-inf]",
+        ),
+    ),
+    Mutation(
+        "46",
+        "attention maps are soft-maxed twice",
+        edit(
+            "sad/losses/attention.py",
+            "return scores.masked_fill(~seen, -torch.inf).log_softmax(-1)",
+            "return scores.masked_fill(~seen, -torch.inf).softmax(-1).log_softmax(-1)",
+        ),
+        tests(
+            "sad/losses/test_attention.py", "test_rows_of_maps_are_distributions_over_visible_keys"
+        ),
+    ),
+    Mutation(
+        "47",
+        "a structural term is divided by the units of its micro-batch",
+        edit(
+            "sad/structure.py",
+            "count = max(getattr(units, structure.unit_of(name)), 1)",
+            "count = max(getattr(batch.units, structure.unit_of(name)), 1)",
+        ),
+        structural("test_the_split_of_a_window_does_not_matter"),
+    ),
+    Mutation(
+        "48",
+        "projectors and queues are saved and not restored",
+        edit(
+            TRAINING,
+            'load_tensors(model_tensors(self.structure), tensors["structure"], "structure")\n',
+            "pass\n",
+        ),
+        structural("test_a_stop_after_any_micro_batch_changes_no_bit"),
+    ),
+    Mutation(
+        "48",
+        "the teacher's gates start anew after a stop",
+        edit(
+            TRAINING,
+            '            self.teaching.load_state_dict(state["teaching"], tensors["teaching"])\n',
+            "            pass\n",
+        ),
+        structural("test_routing_survives_a_stop[student_aware]"),
+    ),
+    Mutation(
+        "49",
+        "a structural loss of weight 0 is computed all the same",
+        edit(
+            "sad/structure.py",
+            "return tuple(name for name in self.losses if of_losses.get(name, 0.0) > 0)",
+            "return tuple(self.losses)",
+        ),
+        structural(
+            "test_a_loss_that_is_off_is_not_computed", "test_without_weights_nothing_is_kept"
         ),
     ),
 ]

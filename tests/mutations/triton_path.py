@@ -612,4 +612,17 @@ MUTATIONS = [
         compiled("kl_div"),
         says="must not compute in fp64",
     ),
+    Mutation(
+        "45",
+        "in the kernel student and teacher are mixed the other way round",
+        edit(
+            TILE,
+            "t = tl.fma(t, share + tl.zeros_like(t), s * (1 - share))",
+            "t = tl.fma(s, share + tl.zeros_like(t), t * (1 - share))",
+        ),
+        tests(
+            "sad_kernels/test_teacher_share.py",
+            "test_no_gradient_flows_through_the_target[forward_kl-triton]",
+        ),
+    ),
 ]

@@ -361,8 +361,9 @@ def test_experts_must_be_equally_many(moe_config: Make, tmp_path: Path) -> None:
 
 
 def stop_anywhere(config: DistillConfig) -> list[dict[str, Any]]:
-    """Stop after each micro-batch and go on in new objects, the teacher's too; return the states
-    passed through."""
+    """Stop after each of two windows' micro-batches and go on in new objects, the teacher's too;
+    return the states passed through."""
+    config = replace(config, max_steps=2)
     whole = make_trainer(config)
     steps = whole.horizon.micro_batches
     ends: list[dict[str, Any]] = []
