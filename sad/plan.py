@@ -10,7 +10,8 @@ activations are alive, and the gradients of the window's earlier micro-batches. 
 step the activations are gone, but all gradients are there. The plan itemises the worse of the two.
 
 Not counted: what an allocator rounds up or cannot reuse, libraries (a CUDA context takes about
-0.5 GiB), and the teacher's activations, which are gone before the student's begin.
+0.5 GiB), the teacher's activations, which are gone before the student's begin, and structural
+losses (their projectors, and the states that they capture: see bench/README.md).
 """
 
 from __future__ import annotations

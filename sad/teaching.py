@@ -99,7 +99,8 @@ class StudentAwareTeaching(Teaching):
         return {"optimizer": state["optimizer"]}, state["tensors"]
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.router.load_state_dict({**state, "tensors": tensors})
+        if state:  # none: routing was another, and the configuration was allowed to change
+            self.router.load_state_dict({**state, "tensors": tensors})
 
 
 class AugmentedTeaching(Teaching):
@@ -124,7 +125,8 @@ class AugmentedTeaching(Teaching):
         return {}, {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.generator.set_state(tensors["generator"].clone())
+        if "generator" in tensors:
+            self.generator.set_state(tensors["generator"].clone())
 
 
 def build_teaching(

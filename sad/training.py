@@ -228,7 +228,8 @@ class Trainer:
         return self.config.objective(kd_weight=weights["kd"], teacher_share=share)
 
     def _close_window(self, *, empty: bool) -> None:
-        """Unscale, clip, check, update, average, clear: all without waiting for the device."""
+        """Unscale, clip, check, update, average, clear. Only TAID waits for the device: its
+        share of the teacher follows the loss."""
         self._lr = self.optimizer.param_groups[0]["lr"]
         if not empty:  # a zero gradient would still apply decay and momentum
             update = self.precision.step(self.optimizer, self.config.max_grad_norm)
@@ -366,9 +367,9 @@ class Trainer:
         decay = None if self.ema is None else (self.ema.decay, self.ema.warmup)
         load_model(self.student.model, tensors["model"])
         if self.structure is not None:
-            load_tensors(model_tensors(self.structure), tensors["structure"], "structure")
+            load_tensors(model_tensors(self.structure), tensors.get("structure", {}), "structure")
         if self.teaching is not None:
-            self.teaching.load_state_dict(state["teaching"], tensors["teaching"])
+            self.teaching.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))
         if self.precision.masters is not None:
             load_tensors(self.precision.masters.separate, tensors["masters"], "master")
         load_optimizer(
@@ -391,12 +392,13 @@ class Trainer:
             self.curriculum.load_state_dict(state["curriculum"])
         self.accumulator.load_state_dict(state)
         load_gradients(self._trained(), tensors["grads"])
-        if self.taid is not None and state["taid"] is not None:
+        if self.taid is not None and state.get("taid") is not None:
             self.taid.load_state_dict(state["taid"])
-        self.window_loss.fill_(state["window_loss"])
-        if len(state["terms"]["counts"]) == len(self.term_counts):  # else the losses changed
-            self.term_sums.copy_(torch.tensor(state["terms"]["sums"], dtype=torch.float64))
-            self.term_counts = list(state["terms"]["counts"])
+        self.window_loss.fill_(state.get("window_loss", 0.0))
+        terms = state.get("terms", {"sums": [], "counts": []})  # none before there were any
+        if len(terms["counts"]) == len(self.term_counts):  # else the losses have changed
+            self.term_sums.copy_(torch.tensor(terms["sums"], dtype=torch.float64))
+            self.term_counts = list(terms["counts"])
         self.counters = Counters(**state["counters"])
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self.skipped.copy_(torch.tensor(state["skipped"]))

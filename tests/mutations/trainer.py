@@ -445,8 +445,8 @@ MUTATIONS = [
         "projectors and queues are saved and not restored",
         edit(
             TRAINING,
-            'load_tensors(model_tensors(self.structure), tensors["structure"], "structure")\n',
-            "pass\n",
+            'load_tensors(model_tensors(self.structure), tensors.get("structure", {}), "structure")',
+            "pass",
         ),
         structural("test_a_stop_after_any_micro_batch_changes_no_bit"),
     ),
@@ -455,8 +455,8 @@ MUTATIONS = [
         "the teacher's gates start anew after a stop",
         edit(
             TRAINING,
-            '            self.teaching.load_state_dict(state["teaching"], tensors["teaching"])\n',
-            "            pass\n",
+            'self.teaching.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))',
+            "pass",
         ),
         structural("test_routing_survives_a_stop[student_aware]"),
     ),
