@@ -31,7 +31,7 @@ PLOT_NAMES = {
     "error_chunks": "error against the number of chunks",
     "largest_batch": "largest batch that fits a memory limit",
 }
-KERNELS = {"gpu": targets.LINEAR}
+KERNELS = {"gpu": targets.LINEAR, "cpu": "2026-11-26-cpu-66375f99-kernels.json"}
 """The kernel benchmark's records that are shown."""
 
 
@@ -40,8 +40,7 @@ def rewrite() -> list[Path]:
     from bench import plots  # with matplotlib, which the tables do without
 
     changed = plots.draw(read(RESULTS, "curves.json"), None, PLOTS)
-    for which, name in KERNELS.items():
-        changed += plots.draw(None, read(RESULTS, name), PLOTS / which)
+    changed += plots.draw(None, read(RESULTS, KERNELS["gpu"]), PLOTS / "gpu")
     for path in DOCUMENTS:
         before = path.read_text()
         after = rendered(before)
@@ -227,8 +226,10 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "targets": targets.table,
     "faults": text_of("faults"),
     "end_to_end": text_of("end_to_end"),
+    "end_to_end": text_of("end_to_end"),
     "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
+    "cpu": of_kernels("cpu", lambda row: True),
 }

@@ -413,10 +413,10 @@ def _check_objective(config: DistillConfig) -> None:
         raise ConfigError(str(error).split()[0], str(error)) from None
     require(
         "kd_weight",
-        "be above 0 when ce_weight is 0",
+        "be above 0 when ce_weight and all structural weights are 0",
         config.kd_weight,
-        "with both at 0 there is nothing to learn",
-        holds=objective.ce_weight > 0 or objective.kd_weight > 0,
+        "with all of them at 0 there is nothing to learn",
+        holds=bool(objective.ce_weight or objective.kd_weight or config.structural_weights),
     )
 
 

@@ -38,7 +38,8 @@ def run_header(
         ("student", _model_line(config.student, student)),
     ]
     if teacher is not None:
-        role = "" if config.kd_weight else ", for evaluation only"
+        teaches = config.kd_weight or config.structural_weights
+        role = "" if teaches else ", for evaluation only"
         lines.append(("teacher", _model_line(config.teacher or "", teacher) + role))
     lines += [
         ("vocabulary", f"{vocabulary:,} ids"),

@@ -116,7 +116,8 @@ def _distill(
         _require_structure(config, materials)  # the baseline takes its time, and has none
         results.append(_train_baseline(config, run_dir, materials, signals, make_scheduler))
 
-    name = "student, distilled" if config.kd_weight else "student"
+    distilled = config.kd_weight or config.structural_weights
+    name = "student, distilled" if distilled else "student"
     trainer = _train(config, run_dir, checkpoint, materials, signals, make_scheduler, name=name)
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics

@@ -180,7 +180,10 @@ REFUSED_VALUES = [
     ("{divergence: jsd, beta: 1}", "beta must lie strictly between 0 and 1, got 1.0"),
     ("kd_weight: -0.1", "kd_weight must be a finite number >= 0, got -0.1"),
     ("kd_weight: 1.5", "kd_weight must be at most 1 unless ce_weight is given, got 1.5"),
-    ("{kd_weight: 0, ce_weight: 0}", "kd_weight must be above 0 when ce_weight is 0, got 0.0"),
+    (
+        "{kd_weight: 0, ce_weight: 0}",
+        "kd_weight must be above 0 when ce_weight and all structural weights are 0, got 0.0",
+    ),
     ("teacher: null", "teacher must be given unless kd_weight is 0, got None"),
     ("{bf16: true, fp16: true}", "fp16 must be false when bf16 is true, got True"),
     ("{fp16: true, param_dtype: bfloat16}", "fp16 must be false with param_dtype bfloat16"),
@@ -346,6 +349,8 @@ def test_sections_of_structural_losses(tmp_path: Path) -> None:
     assert config.structural_weights == {"feature": 0.1, "layerwise": 0.05}
     assert config.layerwise.layers == ((0, 1), (-1, -1))
     assert config.curriculum.schedules() == {"feature": ((0.0, 0.0), (0.5, 0.1))}
+    inside_only: dict[str, Any] = {"ce_weight": 0, "kd_weight": 0, "feature": {"weight": 1}}
+    assert DistillConfig(student="s", teacher="t", **inside_only).structural_weights
     assert config.taid.enabled and config.objective(teacher_share=0.5).teacher_share == 0.5
     assert load_config(write(tmp_path, config_to_yaml(config), "saved.yaml")) == config
     assert config_hash(config) != config_hash(replace(config, feature=FeatureConfig(weight=0.2)))
