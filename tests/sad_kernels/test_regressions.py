@@ -906,6 +906,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "scale_t2": False,
         "divergence": "jsd",
         "beta": 0.2,
+        "teacher_share": 0.3,
     },
     "Head": {
         "weight": torch.ones(33, 8) * torch.arange(33)[:, None] / 33,
