@@ -226,7 +226,6 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "targets": targets.table,
     "faults": text_of("faults"),
     "end_to_end": text_of("end_to_end"),
-    "end_to_end": text_of("end_to_end"),
     "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "curves": curves,
