@@ -18,7 +18,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -194,7 +194,9 @@ def _train_panels(
         return _Panel(name, "training", title, unit, shown, resumed_at=run.resumed_at, **options)
 
     losses = _loss_lines(run, baseline)
-    yield panel("loss", "Training loss and its parts", "nats per target", losses)
+    plain = _weights(run.train).keys() <= {"ce", "kd", "z"}
+    unit = "nats per target" if plain else "per target, token or sequence"
+    yield panel("loss", "Training loss and its parts", unit, losses)
 
     rate = [_line(run.train, "lr", "learning rate", "student")]
     yield panel("learning_rate", "Learning rate", "learning rate", rate, from_zero=True)
@@ -223,7 +225,11 @@ def _loss_lines(run: History, baseline: History | None) -> list[_Line]:
     shown = [n for n in names if n == "ce" or not weights or any(weights[n].values())]
     # The loss is wider than its parts: with a single part both coincide.
     lines = [replace(_line(run.train, "loss", "loss", "ink"), width=2.6)]
-    lines += [_line(run.train, n, _term(n), c) for n, c in zip(shown, cycle(COLOURS))]
+    looks = product(DASHES, COLOURS)  # more parts than colours: the next dash
+    lines += [
+        _line(run.train, name, _term(name), colour, dash)
+        for name, (dash, colour) in zip(shown, looks, strict=False)
+    ]
     if baseline is not None:
         lines.append(_line(baseline.train, "ce", "CE, text alone", "baseline", DASHES[1]))
     return lines

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sad import plots
 from sad.errors import OutputError, UsageError
 from sad.log import RunLog
 from sad.report import format_results, verdict, write_report
@@ -240,7 +241,7 @@ def test_every_quantity_has_a_plot_with_units(finished: tuple[Path, str]) -> Non
         "KL to the teacher": "nats per target",
         "Top-1 agreement with the teacher": "% of targets",
         "Top-1 accuracy": "% of targets",
-        "Training loss and its parts": "nats per target",
+        "Training loss and its parts": "per target, token or sequence",
         "Learning rate": "learning rate",
         "Weights of the loss terms": "weight",
         "Gradient norm": "norm before clipping",
@@ -259,6 +260,15 @@ def test_every_quantity_has_a_plot_with_units(finished: tuple[Path, str]) -> Non
     assert len(names) == 10 and {"loss.png", "eval_nll.png"} <= names
     for path in (run_dir / "plots").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_parts_of_the_loss_can_be_told_apart() -> None:
+    """However many there are: colours are fewer."""
+    names = ["ce", *(f"part {i}" for i in range(9))]
+    record = {"micro_step": 1, "loss": 1.0, "weights": dict.fromkeys(names, 1)}
+    history = plots.History([record | dict.fromkeys(names, 1.0)], [])
+    lines = plots._loss_lines(history, None)
+    assert len({(line.colour, str(line.dash)) for line in lines}) == len(lines) == 11
 
 
 def test_plots_follow_the_colours_of_the_page(finished: tuple[Path, str]) -> None:
