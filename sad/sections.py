@@ -64,8 +64,8 @@ class DataConfig:
         convert_and_check(self, DATA_RANGES, "data.")
 
 
-# Structural losses. A weight of 0, the default, computes and keeps nothing. The ablation in
-# README.md says what each was worth on small models.
+# Structural losses. A weight of 0, the default, computes and keeps nothing. `python -m bench
+# ablation` measures what each is worth on small models.
 
 Distance = Literal["cosine", "relative_mse"]
 Pairs = tuple[tuple[int, ...], ...]
