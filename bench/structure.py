@@ -111,7 +111,7 @@ def _step(
             return _backward(model, out.loss)
 
         return plain
-    structure = Structure(config, model, teacher_model, student.compute_dtype)
+    structure = Structure(config, model, teacher_model)
     root, capture = StructuredStudent(student, structure), structure.teacher_capture(tuple(weights))
 
     def structured() -> Tensor:

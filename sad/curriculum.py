@@ -93,6 +93,14 @@ def _phase(name: str, x: float) -> float:
     return min(1.0, max(0.0, (x - start) / (end - start)))
 
 
+def is_schedule(points: Points) -> bool:
+    """Whether these are points (x, factor) with x rising from 0 to 1 at most and factors >= 0."""
+    if not points or any(len(point) != 2 for point in points):
+        return False
+    rising = all(a <= b for a, b in pairwise([0.0, *(x for x, _ in points), 1.0]))
+    return rising and all(math.isfinite(factor) and factor >= 0 for _, factor in points)
+
+
 def _interpolated(points: tuple[tuple[float, float], ...], x: float) -> float:
     before, after = points[0], points[-1]
     if x < before[0]:
@@ -113,11 +121,7 @@ def _checked_schedules(
                 f"curriculum schedules must be of {', '.join(RAMPS)}, got {name!r}; "
                 "cross-entropy is always on and has no place here"
             )
-        pairs = [tuple(point) for point in points]
-        fits = bool(pairs) and all(len(pair) == 2 for pair in pairs)
-        xs = [pair[0] for pair in pairs] if fits else []
-        rising = all(a <= b for a, b in pairwise([0.0, *xs, 1.0]))
-        if not (fits and rising and all(math.isfinite(f) and f >= 0 for _, f in pairs)):
+        if not is_schedule(points):
             raise ValueError(
                 f"the schedule of {name} must be points (x, factor) with x rising from 0 to 1 at "
                 f"most and factors >= 0, got {points}; for example [[0, 0], [0.5, 1]]"

@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -78,12 +78,6 @@ class Units(NamedTuple):
     tokens: int  # positions that are no padding and not the first of their segment
     sequences: int  # segments with such a token
     max_segments: int = 1  # in one row
-
-
-def total(units: Iterable[Units]) -> Units:
-    """The units of several batches together."""
-    targets, tokens, sequences, most = zip(*units, strict=True)
-    return Units(sum(targets), sum(tokens), sum(sequences), max(most))
 
 
 class PackedRows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 from sad.checks import (
@@ -17,6 +16,7 @@ from sad.checks import (
     convert_and_check,
     require,
 )
+from sad.curriculum import is_schedule
 from sad.fields import field_types
 
 CADENCE = {"cadence": True}
@@ -211,7 +211,7 @@ class CurriculumConfig:
                 "factors of at least 0",
                 points,
                 "write them in the file, for example [[0, 0], [0.3, 0], [0.6, 1]]",
-                holds=points is None or _is_schedule(points),
+                holds=points is None or is_schedule(points),
             )
 
     def schedules(self) -> dict[str, Any]:
@@ -284,11 +284,3 @@ def _check_pairs(pairs: Pairs, key: str) -> None:
         "write them in the file, for example [[-1, -1]]",
         holds=len(pairs) > 0 and all(len(pair) == 2 for pair in pairs),
     )
-
-
-def _is_schedule(points: Points) -> bool:
-    if not points or any(len(point) != 2 for point in points):
-        return False
-    shares = [share for share, _ in points]
-    rising = all(a <= b for a, b in pairwise(shares))
-    return rising and shares[0] >= 0 and shares[-1] <= 1 and all(f >= 0 for _, f in points)

@@ -51,8 +51,10 @@ class View(NamedTuple):
 
 
 class StructuralLoss(nn.Module):
-    """One of them. ``unit`` is what its sum is divided by."""
+    """One of them. ``name`` is its section in the configuration and its term, ``unit`` what its sum
+    is divided by."""
 
+    name: str
     unit = "tokens"
     student_sites = Sites()
     teacher_sites = Sites()
@@ -62,14 +64,13 @@ class StructuralLoss(nn.Module):
 
     def weights(self, weight: float) -> dict[str, float]:
         """The weight of each term while the loss has ``weight``."""
-        raise NotImplementedError
-
-    def remember(self, view: View) -> None:
-        """Keep what later micro-batches need of this one. Called in training only."""
+        return {self.name: weight}
 
 
 class FeatureLoss(StructuralLoss):
     """Last hidden states."""
+
+    name = "feature"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
@@ -80,12 +81,11 @@ class FeatureLoss(StructuralLoss):
         y = projected(self.projector, view.student_hidden)
         return {"feature": feature_loss(y, view.teacher_hidden, view.layout, self.distance)}
 
-    def weights(self, weight: float) -> dict[str, float]:
-        return {"feature": weight}
-
 
 class LayerwiseLoss(StructuralLoss):
     """Outputs of paired decoder layers."""
+
+    name = "layerwise"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
@@ -103,8 +103,9 @@ class LayerwiseLoss(StructuralLoss):
         self.pair_weights: PairWeights = section.pair_weights
         widths = width_of(student), width_of(teacher)
         self.projectors = nn.ModuleList(make_projector(*widths) for _ in self.pairs)
-        self.student_sites = Sites(hidden=tuple(s for s, _ in self.pairs))
-        self.teacher_sites = Sites(hidden=tuple(t for _, t in self.pairs))
+        self.student_sites, self.teacher_sites = (
+            Sites(hidden=layers) for layers in zip(*self.pairs, strict=True)
+        )
 
     def forward(self, view: View) -> Terms:
         students = [
@@ -115,20 +116,20 @@ class LayerwiseLoss(StructuralLoss):
         term = layerwise_loss(students, teachers, view.layout, self.distance, self.pair_weights)
         return {"layerwise": term}
 
-    def weights(self, weight: float) -> dict[str, float]:
-        return {"layerwise": weight}
-
 
 class AttentionLoss(StructuralLoss):
     """Attention maps of paired layers; the mean over pairs."""
+
+    name = "attention"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
         section = config.attention
         self.pairs = resolved(section.layers, "attention", student, teacher)
         self.block = section.query_block
-        self.student_sites = Sites(attention=tuple(s for s, _ in self.pairs))
-        self.teacher_sites = Sites(attention=tuple(t for _, t in self.pairs))
+        self.student_sites, self.teacher_sites = (
+            Sites(attention=layers) for layers in zip(*self.pairs, strict=True)
+        )
         heads = heads_of(student), heads_of(teacher)
         self.learned = section.head_map == "learned"
         self.maps = nn.ModuleList(LearnedHeadMap(*heads) for _ in self.pairs if self.learned)
@@ -155,12 +156,15 @@ class AttentionLoss(StructuralLoss):
 class RelationLoss(StructuralLoss):
     """Relations among queries, keys and values of paired layers; the mean over pairs."""
 
+    name = "relations"
+
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
         self.pairs = resolved(config.relations.layers, "relations", student, teacher)
         self.block = config.relations.query_block
-        self.student_sites = Sites(projections=tuple(s for s, _ in self.pairs))
-        self.teacher_sites = Sites(projections=tuple(t for _, t in self.pairs))
+        self.student_sites, self.teacher_sites = (
+            Sites(projections=layers) for layers in zip(*self.pairs, strict=True)
+        )
 
     def forward(self, view: View) -> Terms:
         terms = [
@@ -171,13 +175,11 @@ class RelationLoss(StructuralLoss):
         ]
         return {"relations": mean_of(terms)}
 
-    def weights(self, weight: float) -> dict[str, float]:
-        return {"relations": weight}
-
 
 class ContrastiveLoss(StructuralLoss):
     """Pooled segments, told apart from those of this micro-batch and of a queue."""
 
+    name = "contrastive"
     unit = "sequences"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
@@ -198,19 +200,15 @@ class ContrastiveLoss(StructuralLoss):
             count=view.layout.units.sequences,
             temperature=self.temperature,
         )
-        return {"contrastive": result.term}
-
-    def weights(self, weight: float) -> dict[str, float]:
-        return {"contrastive": weight}
-
-    def remember(self, view: View) -> None:
-        if self.queue is not None:
-            teacher, valid = mean_pool(view.teacher_hidden, view.layout)
+        if self.training and self.queue is not None:  # the loss holds a copy of what was in it
             self.queue.enqueue(teacher.flatten(0, 1), valid.flatten())
+        return {"contrastive": result.term}
 
 
 class RouterLoss(StructuralLoss):
     """Gates of paired mixture-of-experts layers, and what keeps the student's from collapsing."""
+
+    name = "router"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
@@ -239,8 +237,9 @@ class RouterLoss(StructuralLoss):
             "router_balance": section.balance_weight / section.weight,
             "router_z": section.z_weight / section.weight,
         }
-        self.student_sites = Sites(routers=tuple(s for s, _ in self.pairs))
-        self.teacher_sites = Sites(routers=tuple(t for _, t in self.pairs))
+        self.student_sites, self.teacher_sites = (
+            Sites(routers=layers) for layers in zip(*self.pairs, strict=True)
+        )
 
     def forward(self, view: View) -> Terms:
         ours = [view.student.routers[s] for s, _ in self.pairs]
@@ -258,12 +257,15 @@ class RouterLoss(StructuralLoss):
 
 
 LOSSES: dict[str, type[Any]] = {
-    "feature": FeatureLoss,
-    "attention": AttentionLoss,
-    "relations": RelationLoss,
-    "layerwise": LayerwiseLoss,
-    "contrastive": ContrastiveLoss,
-    "router": RouterLoss,
+    loss.name: loss
+    for loss in (
+        FeatureLoss,
+        AttentionLoss,
+        RelationLoss,
+        LayerwiseLoss,
+        ContrastiveLoss,
+        RouterLoss,
+    )
 }
 """By the name of their section in the configuration."""
 
@@ -280,11 +282,9 @@ class Structure(nn.Module):
         config: DistillConfig,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.models = [student, teacher]  # a list: their parameters are not ours
-        self.compute_dtype = compute_dtype
         with torch.random.fork_rng(devices=[]):  # a student with them starts as one without
             torch.manual_seed(config.seed)
             self.losses = nn.ModuleDict(
@@ -319,16 +319,6 @@ class Structure(nn.Module):
     def student_capture(self, names: Sequence[str]) -> Capture:
         return self._capture(tuple(names))[0]
 
-    def view(self, hidden: Tensor, captured: Captured, seen: Seen, batch: Batch) -> View:
-        """``hidden`` and ``captured`` of the student, cast as its loss gets them."""
-        return View(
-            hidden.to(self.compute_dtype),
-            seen.targets[0].hidden,
-            captured,
-            seen.captured,
-            layout_of(batch),
-        )
-
     def terms(self, names: Iterable[str], view: View) -> Terms:
         """The terms of these losses: sums over the micro-batch, and their counts."""
         terms: Terms = {}
@@ -339,11 +329,6 @@ class Structure(nn.Module):
     def unit_of(self, term: str) -> str:
         """``tokens`` or ``sequences``."""
         return next(loss.unit for loss in self._all() if term in loss.weights(1.0))
-
-    @torch.no_grad()
-    def remember(self, names: Iterable[str], view: View) -> None:
-        for name in names:
-            self._loss(name).remember(view)
 
     def _loss(self, name: str) -> StructuralLoss:
         return cast(StructuralLoss, self.losses[name])
@@ -400,14 +385,12 @@ class StructuredStudent(nn.Module):
             hidden = self.student.hidden(batch)
         teacher = seen.teacher if objective.kd_weight else None
         out = self.student.loss(hidden, batch, teacher, objective, max(units.targets, 1))
-        view = structure.view(hidden, captured, seen, batch)
+        view = View(hidden, seen.targets[0].hidden, captured, seen.captured, layout_of(batch))
         terms = structure.terms(names, view)
         loss = out.loss
         for name, weight in structure.weights(weights).items():
             count = max(getattr(units, structure.unit_of(name)), 1)
             loss = loss + weight * (terms[name].sum / count)
-        if self.training:
-            structure.remember(names, view)
         return Structured(loss, out, terms)
 
 

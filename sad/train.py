@@ -173,7 +173,7 @@ def _train(
     seed_everything(config)
     precision = Precision(config, materials.device)
     student = build_student(config, load_student(config), materials.valid_vocab, precision)
-    structure = build_structure(config, student.model, materials, precision.compute_dtype)
+    structure = build_structure(config, student.model, materials)
     checks = self_check(
         student.model,
         None if materials.teacher is None else materials.teacher.model,
@@ -221,18 +221,18 @@ def _train(
 
 
 def build_structure(
-    config: DistillConfig, model: PreTrainedModel, materials: Materials, dtype: torch.dtype
+    config: DistillConfig, model: PreTrainedModel, materials: Materials
 ) -> Structure | None:
     """The structural losses that ``config`` asks for, if any."""
     if not config.structural_weights or materials.teacher is None:
         return None
-    return Structure(config, model, materials.teacher.model, dtype)
+    return Structure(config, model, materials.teacher.model)
 
 
 def _require_structure(config: DistillConfig, materials: Materials) -> None:
     """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
     if config.structural_weights:
-        build_structure(config, load_student(config), materials, torch.float32)
+        build_structure(config, load_student(config), materials)
 
 
 def _student_row(name: str, trainer: Trainer) -> ResultRow:

@@ -29,7 +29,7 @@ from sad.accumulate import GradientAccumulator
 from sad.checkpoint import Checkpoint, save_checkpoint
 from sad.config import DistillConfig
 from sad.curriculum import Curriculum
-from sad.data import Batch, Units, row_order, total
+from sad.data import Batch, Units, row_order
 from sad.distillation import StudentWithLoss
 from sad.errors import CheckpointError, DivergedError, StoppedError
 from sad.evaluate import evaluate_student
@@ -426,7 +426,7 @@ class Trainer:
     def _units(self, window: Window) -> Units:
         """What all micro-batches of a window hold: a pure function of its position."""
         steps = range(window.first_micro_step, window.first_micro_step + window.size)
-        return total(self.train_rows.units(self._rows(step)) for step in steps)
+        return self.train_rows.units(np.concatenate([self._rows(step) for step in steps]))
 
     def _trained(self) -> dict[str, Tensor]:
         """Every parameter that collects gradients, by its name in checkpoints."""

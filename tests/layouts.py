@@ -7,7 +7,7 @@ helpers judge functions of tensors that return one number, by value and by gradi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ ROWS = ((3, 5), (4,), (1, 2, 3))
 LENGTH = 8
 
 Loss = Callable[..., Tensor]
+
+
+def total(units: Iterable[Units]) -> Units:
+    """The units of several batches together."""
+    targets, tokens, sequences, most = zip(*units, strict=True)
+    return Units(sum(targets), sum(tokens), sum(sequences), max(most))
 
 
 def spans(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int, int, int]]:

@@ -25,7 +25,7 @@ def make_trainer(config: DistillConfig, materials: Materials | None = None) -> T
     precision = Precision(config, materials.device)
     model = load_student(config)
     student = build_student(config, model, materials.valid_vocab, precision)
-    structure = build_structure(config, model, materials, precision.compute_dtype)
+    structure = build_structure(config, model, materials)
     run_dir = RunDirectory(config.output_dir)
     return Trainer(config, student, materials, precision, run_dir, structure=structure)
 

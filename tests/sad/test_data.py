@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import total
 from tiny import tiny_tokenizer, write_texts
 from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad import data, packing
 from sad.config import DataConfig, DistillConfig
-from sad.data import IGNORE_INDEX, Batch, PackedRows, load_rows, pack_documents, row_order, total
+from sad.data import IGNORE_INDEX, Batch, PackedRows, load_rows, pack_documents, row_order
 from sad.documents import Document
 from sad.errors import OutputError, UnfitError
 from sad.split import DocumentSet

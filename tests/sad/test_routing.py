@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import total
 from sad_kernels import Head
 from tiny import tiny_llama
 from tiny_moe import NUM_EXPERTS, TOP_K, tiny_moe
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sad import routing
-from sad.data import Batch, Units, total
+from sad.data import Batch, Units
 from sad.errors import CheckpointError, UnfitError, UsageError
 from sad.experts import all_experts, moe_layers
 from sad.heads import split_head

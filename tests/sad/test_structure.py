@@ -119,7 +119,6 @@ def test_the_split_of_a_window_does_not_matter(
         teacher.model.double()
         teacher._head = replace(teacher._head, weight=teacher._head.weight.double())
         trainer.structure.double()
-        trainer.structure.compute_dtype = torch.float64
         monkeypatch.setattr(trainer, "_close_window", lambda *, empty: None)
         for _ in range(steps):
             trainer.micro_batch()

@@ -44,8 +44,7 @@ def unpack(integers: Sequence[int], numbers: Sequence[float], words: str) -> Req
 
 @lru_cache(maxsize=64)
 def _unpack(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -> Request:
-    ce_weight, kd_weight, label_smoothing, z_loss, temperature, beta, *rest = numbers
-    teacher_share, *rest = rest
+    ce_weight, kd_weight, label_smoothing, z_loss, temperature, beta, teacher_share, *rest = numbers
     scale, teacher_scale, softcap, teacher_softcap = rest
     divergence, *flags = words.split(" ")
     scale_t2, classes, diagnostics = (flag == "True" for flag in flags)
