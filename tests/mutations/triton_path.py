@@ -593,12 +593,22 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
-        edit(ROWS, "m_t_new = tl.maximum(m_t, tl.max(t, 0))", "m_t_new = m_new"),
+        edit(ROWS, "m_t_new = tl.maximum(m_t, top_rest)", "m_t_new = m_new"),
         tests(
             "sad_kernels/test_topk.py",
             "test_a_rest_that_underflows_beside_the_ids[1.0-triton]",
             "test_a_rest_that_underflows_beside_the_ids[2.0-triton]",
             "test_a_student_that_is_sure[0.5-forward_kl-bucket-triton]",
+        ),
+    ),
+    Mutation(
+        "44",
+        "in the kernel segments without a top-k teacher's ids are carried by the row's maximum",
+        edit(ROWS, "moved, moved_b = move_t, move_t_b", "moved, moved_b = move, move_b"),
+        tests(
+            "sad_kernels/test_topk.py",
+            "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.0-triton]",
+            "test_what_labels_teach_knows_nothing_of_the_ids[2.7-0.1-triton]",
         ),
     ),
     Mutation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,6 +151,34 @@ def test_a_student_that_is_sure(
     exact, exact_grad = outputs(reference, s.double())
     assert_value(loss, exact, scale=200.0)
     assert_value(grad, exact_grad, scale=200.0 / 8)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("T", [1.0, 2.0, 2.7])
+def test_what_labels_teach_knows_nothing_of_the_ids(T: float, smoothing: float, impl: str) -> None:
+    """Wherever they are: one of a program's columns or all of them; far above the rest or far
+    below, where either share underflows, or near; on the label; on logits of -inf."""
+    s, y = 3 * torch.randn(5, 160), torch.tensor([0, 64, 65, 66, 127])
+    ids = torch.tensor([3, *range(64, 128)]).expand(5, -1)
+    s[0, [3, 64]] = torch.tensor([10.0, 12.0])
+    s[1, 64:128] += 150
+    s[2, 64:128] -= 150
+    s[3, 64] += 150
+    if smoothing == 0:
+        s[4, :127] = -INF
+    objective = Objective(ce_weight=1, z_loss=1e-3, label_smoothing=smoothing, temperature=T)
+
+    def outputs(ops: Any, s: Tensor, teacher: Any) -> DistillOutput:
+        weights = replace(objective, kd_weight=float(teacher is not None))
+        return ops.distill_loss(s, y, teacher, weights)
+
+    teacher = TeacherTopK(ids, torch.full((5, 65), 1 / 130).log())
+    ours = outputs(bound(impl), s, teacher)
+    exact = outputs(reference, s.double(), None)
+    for part, scale in {"ce": 5 * 150.0, "z": 5 * 150.0**2, "entropy": 5 * 10.0}.items():
+        assert_value(getattr(ours, part), getattr(exact, part), scale=scale)
+    assert float(ours.correct) == float(exact.correct)
 
 
 @pytest.mark.parametrize("impl", ALL)

@@ -26,6 +26,10 @@ The maxima belong to the whole program. The sums do not: each thread ("lane") ad
 loaded, and the lanes are added at the end of a segment, so that a tile costs one exchange between
 threads for each maximum and none for a sum.
 
+Beside a top-k teacher only the columns without an id are exponentiated here, relative to a maximum
+of their own: what is outside the ids then comes without cancellation, and does not underflow beside
+an id that stands far above it. ``merge``, which reads the K logits anyway, adds those to the sums.
+
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
 in ``gradient``, where they write zeros without reading.
 """
@@ -59,8 +63,8 @@ TOTAL_1 = tl.constexpr(2)  # d at 1
 PLAIN = tl.constexpr(3)  # S
 WEIGHTED = tl.constexpr(4)  # E
 BEST = tl.constexpr(5)  # argmax; exact in fp32 below 2^24
-TEACHER_MAXIMUM = tl.constexpr(6)  # beside a TOP_K teacher of the student's columns without ids:
-TEACHER_TOTAL = tl.constexpr(7)  # they need a maximum of their own, or underflow beside an id
+TEACHER_MAXIMUM = tl.constexpr(6)  # beside a TOP_K teacher, the student's where no id is
+TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
 CROSS = tl.constexpr(9)  # A
 PARTIALS = 10
@@ -140,7 +144,17 @@ def add_tile(
     m_new = tl.maximum(m, top)
     move = m - m_new
     x = s - m_new
-    hot, cold = exponentials(x, heat, HEAT)
+    heated, moved = x, move  # what the exponentials are taken of
+    if TEACHER == TOP_K:
+        rest, top_rest = s, top
+        if first_id < last_id:  # few tiles hold an id
+            rest = without_ids(s, columns, ids, first_id, last_id)
+            top_rest = tl.max(rest, 0)
+        m_t_new = tl.maximum(m_t, top_rest)
+        heated, moved = rest - m_t_new, m_t - m_t_new
+        m_t = m_t_new
+    hot, cold = exponentials(heated, heat, HEAT)
+    rate_hot, rate = exponentials(moved, heat, HEAT)
 
     if TEACHER == DENSE:
         top_t = tl.max(t, 0)
@@ -158,26 +172,19 @@ def add_tile(
         d_t = d_t * tl.exp2(move_t * heat) + by_lane(hot_t, LANES, VECTOR)
         m_t = m_t_new
 
-    if TEACHER == TOP_K:
-        t = without_ids(s, columns, ids, first_id, last_id)
-        m_t_new = tl.maximum(m_t, tl.max(t, 0))
-        hot_t = tl.exp2((t - m_t_new) * heat)
-        d_t = d_t * tl.exp2((m_t - m_t_new) * heat) + by_lane(hot_t, LANES, VECTOR)
-        m_t = m_t_new
-
     if CLASSES:
-        rate_hot, rate = exponentials(move, heat, HEAT)
         if SMOOTH:
             plain = x
             if MASKED:
                 plain = tl.where(inside, x, 0.0)
             S += (start // LANES) * move + by_lane(plain, LANES, VECTOR)
         if DIAGNOSTICS:
-            E = (E + d_1 * move) * rate + by_lane(product(cold, x), LANES, VECTOR)
+            E = (E + d_1 * moved) * rate
+            E += by_lane(cold * tl.maximum(heated, LOWEST), LANES, VECTOR)  # 0 * -inf is 0
         d_1 = d_1 * rate + by_lane(cold, LANES, VECTOR)
+    if TEACHER == TOP_K:
+        d_t = d_t * rate_hot + by_lane(hot, LANES, VECTOR)
     else:
-        rate_hot = tl.exp2(move * heat)
-    if TEACHER != TOP_K:
         d = d * rate_hot + by_lane(hot, LANES, VECTOR)
     return m_new, d, d_1, S, E, best, m_t, d_t, best_t, A
 
@@ -335,8 +342,6 @@ def merge_kernel(
             d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
         m_new = tl.maximum(m, m_b)
         move, move_b = m - m_new, m_b - m_new
-        rate_hot, rate = exponentials(move, heat, HEAT)
-        rate_hot_b, rate_b = exponentials(move_b, heat, HEAT)
         if DIAGNOSTICS:
             best_b = tl.load(of + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
@@ -345,6 +350,11 @@ def merge_kernel(
             d_t_b = tl.load(of + TEACHER_TOTAL * step, mask=counts, other=0.0)
             m_t_new = tl.maximum(m_t, m_t_b)
             move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
+        moved, moved_b = move, move_b  # of what the student's exponentials are relative to
+        if TEACHER == TOP_K:
+            moved, moved_b = move_t, move_t_b
+        rate_hot, rate = exponentials(moved, heat, HEAT)
+        rate_hot_b, rate_b = exponentials(moved_b, heat, HEAT)
         if TEACHER == DENSE:
             if DIAGNOSTICS:
                 best_t_b = tl.load(of + TEACHER_BEST * step, mask=counts, other=0.0)
@@ -368,7 +378,7 @@ def merge_kernel(
                 S = (S + before * move) + (S_b + here * move_b)
             if DIAGNOSTICS:
                 E_b = tl.load(of + WEIGHTED * step, mask=counts, other=0.0)
-                E = (E + d_1 * move) * rate + (E_b + d_1_b * move_b) * rate_b
+                E = (E + d_1 * moved) * rate + (E_b + d_1_b * moved_b) * rate_b
             d_1 = d_1 * rate + d_1_b * rate_b
         d = d * rate_hot + d_b * rate_hot_b
         m = m_new
@@ -390,7 +400,15 @@ def merge_kernel(
         z, _ = finish(
             z, ids, s_bias, to_fp32(s_scale), to_fp32(s_cap), usable, True, S_BIAS, S_SCALE, S_CAP
         )
-        hot = tl.where(usable, (z - m[:, None]) * heat, float("-inf"))
+        x = tl.where(usable, z - m[:, None], float("-inf"))
+        if CLASSES:  # so far without the columns of the ids
+            rest_below = m_t - m
+            cold = tl.exp2(tl.where(repeated, float("-inf"), x) * LOG2_E)
+            if DIAGNOSTICS:
+                E = (E + d_1 * rest_below) * tl.exp2(rest_below * LOG2_E)
+                E += tl.sum(product(cold, x), 1)
+            d_1 = d_1 * tl.exp2(rest_below * LOG2_E) + tl.sum(cold, 1)
+        hot = x * heat
         below = (m_t - m) * heat
         total = d_t * tl.exp2(below) + tl.sum(tl.exp2(hot), 1)
         log_total = tl.log2(total)
