@@ -17,6 +17,9 @@ python -m bench end_to_end      sad distill against other trainers: tokens/s, me
 python -m bench ablation        what each structural loss is worth, over three seeds (half an hour)
 python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
+python -m bench ceilings        what the card can do: copies, products by rows per call, averages
+python -m bench counters        what the row kernels wait for, by hardware counters (needs ncu)
+python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 """
 
 from __future__ import annotations
@@ -42,6 +45,9 @@ NAMED = (
     "curves",
     "ablation",
     "structure",
+    "ceilings",
+    "counters",
+    "batches",
 )
 
 

@@ -7,7 +7,8 @@ what was chosen and why. Launchers are called without autograd, so that no host 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,19 +46,27 @@ LOSSES = (
     Loss("joint T=2.7", Objective(**JOINT, temperature=2.7), "dense", True, 2, 3),
     Loss("mixed T=2", Objective(**JOINT, temperature=2.0, teacher_share=0.4), "dense", True, 2, 3),
     Loss("jsd", Objective(divergence="jsd", temperature=2.0), "dense", False, 4, 3),
-    Loss("skew", Objective(divergence="skew_reverse_kl", temperature=2.0), "dense", False, 4, 3),
+    *(
+        Loss(name, Objective(divergence=name, temperature=2.0), "dense", False, 4, 3)
+        for name in ("skew_forward_kl", "skew_reverse_kl")
+    ),
     Loss("top_k", Objective(**JOINT, temperature=2.0), "top_k", True, 1, 2),
 )
 
 
-def measure(rounds: int = 8) -> dict[str, Any]:
-    """``rows``: loss, kernel, tile (None: what the table says), ms, and the ratio to the floor."""
+def measure(rounds: int = 8, swept: Collection[str] | None = None) -> dict[str, Any]:
+    """``rows``: loss, kernel, tile (None: what the table says), ms, and the ratio to the floor.
+
+    Of losses that are not in ``swept`` (default: all are) only the table's tiles are measured.
+    """
     if not torch.cuda.is_available():
         raise SystemExit("error: the case tiles must find a GPU, got none; run it where one is")
     device = Gpu()
     rate = floors.copy_floor(device, "start").rate / 1e3  # bytes per ms
     rows = [
-        row for dtype in (torch.bfloat16, torch.float32) for row in _rows(device, dtype, rounds)
+        row
+        for dtype in (torch.bfloat16, torch.float32)
+        for row in _rows(device, dtype, rounds, swept)
     ]
     for row in rows:
         row["ratio_copy"] = row["ms"] / (row.pop("bytes") / rate)
@@ -66,41 +75,55 @@ def measure(rounds: int = 8) -> dict[str, Any]:
     return {"case": "tiles", "shape": {"N": N, "V": V, "K": K}, "copy": rate * 1e3, "rows": rows}
 
 
-def _rows(device: Device, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, Any]]:
+Calls = tuple[Callable[[], Any], Callable[[Any], None]]
+
+
+def calls(device: torch.device, dtype: torch.dtype) -> Callable[[Loss], Calls]:
+    """Of each loss the launchers without autograd: forward, and the gradient of what it returns."""
     from sad_kernels._triton import launch
 
     n = N if dtype == torch.bfloat16 else N // 4  # fp32: the slabs of a linear loss
-    x, t = (torch.empty(n, V, dtype=dtype, device=device.device).normal_(std=3) for _ in range(2))
-    out = torch.empty(n, V, dtype=torch.bfloat16, device=device.device)
-    y = torch.randint(V, (n,), device=device.device)
-    upstream = torch.ones(1, device=device.device)
-    log_probs, ids = torch.randn(n, K, device=device.device).log_softmax(1) - 0.1, _ids(n, device)
+    x, t = (torch.empty(n, V, dtype=dtype, device=device).normal_(std=3) for _ in range(2))
+    out = torch.empty(n, V, dtype=torch.bfloat16, device=device)
+    y = torch.randint(V, (n,), device=device)
+    upstream = torch.ones(1, device=device)
+    log_probs, ids = torch.randn(n, K, device=device).log_softmax(1) - 0.1, _ids(n, device)
     teachers = {
         "dense": launch.Logits(t),
         "top_k": launch.TopK.prepare(ids, log_probs, "bucket", V),
         None: None,
     }
     student = launch.Logits(x)
-    for loss in LOSSES:
+
+    def of(loss: Loss) -> Calls:
         teacher = teachers[loss.teacher]
         ce = loss.joint or loss.teacher is None
         task = Task(loss.objective, V, -100, classes=ce, diagnostics=loss.joint)
+        return (
+            lambda: launch.forward(task, student, y, teacher),
+            lambda saved: launch.gradient(task, student, y, teacher, saved, upstream, out),
+        )
 
-        def forward(task: Task = task, teacher: Any = teacher) -> Any:
-            return launch.forward(task, student, y, teacher)
+    return of
 
+
+def _rows(
+    device: Device, dtype: torch.dtype, rounds: int, swept: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    of = calls(device.device, dtype)
+    logits = (N if dtype == torch.bfloat16 else N // 4) * V  # of one side
+    read, written = logits * dtype.itemsize, logits * torch.bfloat16.itemsize
+    for loss in LOSSES:
+        forward, gradient = of(loss)
         saved = forward()
-
-        def gradient(task: Task = task, teacher: Any = teacher, saved: Any = saved) -> None:
-            launch.gradient(task, student, y, teacher, saved, upstream, out)
-
-        sides = loss.backward - 1
-        swept: list[Any] = [("statistics", STATISTICS, forward, loss.forward * x.nbytes)]
+        kernels: list[Any] = [("statistics", STATISTICS, forward, loss.forward * read)]
         if loss.forward == 4:
-            swept.append(("terms", TERMS, forward, loss.forward * x.nbytes))
-        swept.append(("gradient", GRADIENT, gradient, sides * x.nbytes + out.nbytes))
-        for kernel, tiles, call, size in swept:
-            for tile, ms in _times(device, kernel, tiles, call, rounds):
+            kernels.append(("terms", TERMS, forward, loss.forward * read))
+        backward = partial(gradient, saved)
+        kernels.append(("gradient", GRADIENT, backward, (loss.backward - 1) * read + written))
+        for kernel, tiles, call, size in kernels:
+            sweep = tiles if swept is None or loss.name in swept else ()
+            for tile, ms in _times(device, kernel, sweep, call, rounds):
                 yield {
                     "loss": loss.name, "dtype": str(dtype).removeprefix("torch."),
                     "kernel": kernel, "tile": tile, "ms": ms, "bytes": size,
@@ -129,7 +152,7 @@ def _only(kernel: str, shape: Any, table: Callable[..., Any]) -> Callable[..., A
     return lambda name, *how: shape if name == kernel else table(name, *how)
 
 
-def _ids(n: int, device: Device) -> Tensor:
+def _ids(n: int, device: torch.device) -> Tensor:
     """[n, K], distinct in each row."""
-    rows = [torch.randperm(V, device=device.device)[:K] for _ in range(16)]
+    rows = [torch.randperm(V, device=device)[:K] for _ in range(16)]
     return torch.stack(rows).repeat(-(-n // 16), 1)[:n]

@@ -24,7 +24,7 @@ def test_every_kernel_is_swept_and_the_table_is_put_back(monkeypatch: pytest.Mon
     rows = list(tiles._rows(Cpu(), torch.float32, rounds=1))
     assert launch.choose_tile is table
     swept = {(row["loss"], row["kernel"]) for row in rows}
-    mixtures = {"jsd", "skew"}
+    mixtures = {"jsd", "skew_forward_kl", "skew_reverse_kl"}
     assert swept == {
         (loss.name, kernel)
         for loss in tiles.LOSSES
@@ -32,3 +32,17 @@ def test_every_kernel_is_swept_and_the_table_is_put_back(monkeypatch: pytest.Mon
     }
     assert {str(row["tile"]) for row in rows} == {"None", "[32, 64, 1]"}
     assert all(row["bytes"] > 0 and row["ms"] > 0 for row in rows)
+
+
+def test_of_a_loss_that_is_not_swept_only_the_table_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("launches CPU tensors, which only the interpreter takes")
+    for name, value in {"N": 4, "V": 96, "K": 3, "SEGMENTS": (64,)}.items():
+        monkeypatch.setattr(tiles, name, value)
+    for name in ("STATISTICS", "GRADIENT", "TERMS"):
+        monkeypatch.setattr(tiles, name, ((32, 1),))
+    rows = list(tiles._rows(Cpu(), torch.float32, rounds=1, swept={"kl"}))
+    assert {row["loss"] for row in rows if row["tile"]} == {"kl"}
+    assert {row["loss"] for row in rows} == {loss.name for loss in tiles.LOSSES}

@@ -43,3 +43,23 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 1
     assert "must run where torch sees a GPU" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
+def test_what_the_sanitizer_runs_launches_every_kernel(tmp_path: Path) -> None:
+    """By a stand-in for compute-sanitizer, which runs its command without looking."""
+    stand_in = tmp_path / "compute-sanitizer"
+    stand_in.write_text('#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do\n    case "$1" in\n'
+                        '    --tool | --target-processes | --kernel-name | --error-exitcode) '
+                        'shift 2 ;;\n    *) exit 3 ;;\n    esac\ndone\nexec "$@"\n')  # fmt: skip
+    stand_in.chmod(0o755)
+    script, out = SCRIPT.with_name("gpu_sanitize.sh"), tmp_path / "out"
+    words = {"PYTHON": sys.executable, "TOOLS": "memcheck", "FAKE": "1"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", script, out], env=os.environ | words | path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for log in ("compile", "memcheck"):
+        assert "losses with their gradients" in (out / f"sanitize-{log}.log").read_text()
