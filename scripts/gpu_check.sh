@@ -4,6 +4,7 @@
 #   PYTHON=...          interpreter with torch, triton and pytest (default: .venv's, else python3)
 #   TEST_SECONDS=...    for the tests, which run side by side (default 240)
 #   BENCH_SECONDS=...   for the benchmark, which then has the machine to itself (default 200)
+#   STEPS=...           some of: gpu kernels bench (default: all)
 #   COMMIT=...          what the results belong to, in a copy whose git does not know
 #   FAKE=1              without a GPU: the same steps on a tiny set, to see that everything runs
 set -uo pipefail
@@ -29,9 +30,11 @@ if [ -z "${FAKE:-}" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.c
     exit 1
 fi
 
+wanted() { [[ " ${STEPS:-gpu kernels bench} " == *" $1 "* ]]; }
 step() { # step NAME SECONDS COMMAND...: its output to NAME.log, its time and exit status to NAME.step
     local name="$1" limit="$2" start="$SECONDS" status
     shift 2
+    wanted "$name" || return 0
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
     tail -n 15 "$out/$name.log"
