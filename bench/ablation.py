@@ -32,6 +32,7 @@ Json = dict[str, Any]
 SEEDS = (0, 1, 2)
 METRICS = ("perplexity", "kl", "agreement")
 KEPT_LAYERS = (0, -1)  # of the mixture, in the student cut from it
+REHEARSED = ("--max_steps", "1", "--warmup_steps", "0", "--max_eval_rows", "2")
 
 LOSSES = {
     "feature": ("--feature.weight", "0.1"),
@@ -54,6 +55,7 @@ class Arm(NamedTuple):
 def arms(moe_teacher: str, moe_student: str) -> list[Arm]:
     moe = ("--teacher", moe_teacher)
     cut = (*moe, "--student", moe_student, "--student_init", "pretrained")
+    router = ("--router.weight", "0.1", "--router.layers", "[[0, 0], [-1, -1]]")
     every = tuple(word for words in LOSSES.values() for word in words)
     tenfold = tuple(
         word for key, weight in LOSSES.values() for word in (key, f"{10 * float(weight):g}")
@@ -68,7 +70,7 @@ def arms(moe_teacher: str, moe_student: str) -> list[Arm]:
         Arm("MoE teacher", "student-aware routing", (*moe, *ROUTING, "student_aware")),
         Arm("MoE teacher", "knowledge augmentation", (*moe, *ROUTING, "knowledge_augmentation")),
         Arm("MoE teacher, MoE student", "KD alone", cut),
-        Arm("MoE teacher, MoE student", "+ router", (*cut, "--router.weight", "0.1")),
+        Arm("MoE teacher, MoE student", "+ router", (*cut, *router)),
     ]
 
 
@@ -77,14 +79,19 @@ def measure(
     run: Callable[[Arm, int, Path], Json] | None = None,
     teach: Callable[[Path], tuple[str, str]] | None = None,
 ) -> Json:
-    """All arms over all seeds; ``run`` makes one run and ``teach`` the mixture and its student."""
+    """All arms over all seeds; ``run`` makes one run and ``teach`` the mixture and its student.
+
+    Each arm is rehearsed for a step first: what cannot start shall fail in minutes.
+    """
     run, teach = run or run_apart, teach or make_models
     with tempfile.TemporaryDirectory() as folder:
         moe_teacher, moe_student = teach(Path(folder))
         chosen = arms(moe_teacher, moe_student)
+        rehearsals = [arm._replace(words=(*arm.words, *REHEARSED)) for arm in chosen]
         jobs = [(arm, seed) for seed in seeds for arm in chosen]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            results = list(pool.map(lambda job: run(job[0], job[1], Path(folder)), jobs))
+            for some in ([(arm, -1) for arm in rehearsals], jobs):
+                results = list(pool.map(lambda job: run(job[0], job[1], Path(folder)), some))
     scores = dict(zip(jobs, results, strict=True))
     rows = []
     for arm in chosen:
@@ -136,7 +143,7 @@ def _changes(values: Sequence[float], digits: int) -> str:
 def run_apart(arm: Arm, seed: int, folder: Path) -> Json:
     """One run and its scores, in a process with one thread."""
     name = re.sub(r"\W+", "-", f"{arm.group} {arm.name} {seed}")
-    words = ["--output_dir", str(folder / name), "--seed", str(seed)]
+    words = ["--output_dir", str(folder / name), "--seed", str(abs(seed))]
     return _python("bench.ablation", [*arm.words, *words])
 
 
@@ -159,7 +166,7 @@ def _python(module: str, words: list[str]) -> Any:
     if done.returncode:
         raise RuntimeError(f"a run must finish, got {done.stderr[-2000:]} for {words}")
     result = json.loads(done.stdout.splitlines()[-1])
-    print(" ".join(words), json.dumps(result)[:200], flush=True)
+    print(" ".join(words), json.dumps(result), flush=True)
     return result
 
 
