@@ -6,6 +6,7 @@ Python number, a list for a tuple, or a mapping for a nested dataclass.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import types
@@ -53,13 +54,27 @@ def convert(hint: Any, value: Any) -> Any:
         null = value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)
         return None if null else convert(without_none(hint), value)
     if origin is tuple:
+        inner = get_args(hint)[0]
+        if get_origin(inner) is tuple:
+            value = _written_out(value)
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(convert(get_args(hint)[0], item) for item in items)
+        return tuple(convert(inner, item) for item in items)
     if origin is Literal:
         return _choice(get_args(hint), value)
     if is_dataclass(hint) and isinstance(hint, type):
         return _section(hint, value)
     return _SCALARS[hint](value)
+
+
+def _written_out(value: Any) -> Any:
+    """Lists of lists as a command line gives them: one word, ``[[0, 0], [-1, -1]]``."""
+    word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if not isinstance(word, str):
+        return value
+    try:
+        return json.loads(word)
+    except json.JSONDecodeError:
+        raise Mismatch("be a list of lists", "write it such as [[0, 0], [-1, -1]]") from None
 
 
 def without_none(hint: Any) -> Any:

@@ -210,7 +210,7 @@ class CurriculumConfig:
                 "be points [share of training, factor] with shares rising from 0 to 1 at most and "
                 "factors of at least 0",
                 points,
-                "write them in the file, for example [[0, 0], [0.3, 0], [0.6, 1]]",
+                "for example [[0, 0], [0.3, 0], [0.6, 1]]",
                 holds=points is None or is_schedule(points),
             )
 
@@ -281,6 +281,6 @@ def _check_pairs(pairs: Pairs, key: str) -> None:
         key,
         "be pairs [student layer, teacher layer]",
         pairs,
-        "write them in the file, for example [[-1, -1]]",
+        "for example [[0, 0], [-1, -1]]",
         holds=len(pairs) > 0 and all(len(pair) == 2 for pair in pairs),
     )

@@ -349,6 +349,13 @@ def test_sections_of_structural_losses(tmp_path: Path) -> None:
     assert config.structural_weights == {"feature": 0.1, "layerwise": 0.05}
     assert config.layerwise.layers == ((0, 1), (-1, -1))
     assert config.curriculum.schedules() == {"feature": ((0.0, 0.0), (0.5, 0.1))}
+    words = ["--layerwise.layers", "[[1, 2], [-1, -1]]", "--curriculum.kd", "[[0, 0], [1, 0.5]]"]
+    config = load_config(path, words)
+    assert config.layerwise.layers == ((1, 2), (-1, -1))
+    assert config.curriculum.kd == ((0.0, 0.0), (1.0, 0.5))
+    with pytest.raises(UsageError, match=r"must be a list of lists, got '0 1'"):
+        load_config(path, ["--layerwise.layers", "0 1"])
+    config = load_config(path, ["--layerwise.weight", "5e-2", "--taid.enabled", "true"])
     inside_only: dict[str, Any] = {"ce_weight": 0, "kd_weight": 0, "feature": {"weight": 1}}
     assert DistillConfig(student="s", teacher="t", **inside_only).structural_weights
     assert config.taid.enabled and config.objective(teacher_share=0.5).teacher_share == 0.5
