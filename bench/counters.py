@@ -59,6 +59,32 @@ def measure() -> Json:
     return {"case": "counters", "shape": {"N": N, "V": V}, "rows": named}
 
 
+def table(result: Json) -> list[str]:
+    """Markdown: a line for each launch that takes time."""
+    lines = [
+        "| | kernel | ms | GB read | hits in the L2 | instructions per column | issue slots used "
+        "| exponential units | warps resident | registers |",
+        "|-|-|-|-|-|-|-|-|-|-|",
+    ]
+    loss = ""
+    for row in result["rows"]:
+        if row["kernel"] == "merge_kernel":
+            continue
+        first, loss = row["loss"] != loss, row["loss"]
+        cells = [
+            loss if first else "",
+            row["kernel"].removesuffix("_kernel"),
+            f"{row['ms']:.2f}",
+            f"{row['read_gb']:.2f}",
+            f"{row['l2_hit_percent']:.1f} %",
+            f"{row['instructions_per_column']:.1f}",
+            *(f"{row[f'{name}_percent']:.0f} %" for name in ("issue", "xu", "warps")),
+            f"{row['registers']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def parsed(text: str) -> list[Json]:
     """The launches in ``ncu``'s table, whose second line holds units; other lines are the run's."""
     lines = [line for line in text.splitlines() if line.startswith('"')]

@@ -15,7 +15,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, end_to_end, faults, structure, table, targets
+from bench import (
+    ablation,
+    batches,
+    ceilings,
+    counters,
+    end_to_end,
+    faults,
+    structure,
+    table,
+    targets,
+)
 from bench.record import RESULTS
 
 Json = dict[str, Any]
@@ -66,6 +76,9 @@ def read(results: Path, name: str) -> Json:
 
 TABLES: dict[str, Callable[[Json], list[str]]] = {
     "ablation": ablation.table,
+    "batches": batches.table,
+    "ceilings": ceilings.table,
+    "counters": counters.table,
     "end_to_end": end_to_end.table,
     "faults": faults.table,
     "structure": structure.table,

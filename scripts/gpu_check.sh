@@ -44,10 +44,10 @@ step() { # step NAME SECONDS COMMAND...: its output to NAME.log, its time and ex
 pytest() { # pytest NAME SECONDS ARGUMENT...
     local name="$1" limit="$2"
     shift 2
-    # -v, so that a run which is cut off tells what it did;
+    # -v and at_once, so that a run which is cut off tells what it did, and what failed why;
     # no:benchmark, because that plugin, where installed, warns of parallel runs: an error here;
     # xunit1, because only that format may hold what tests measured
-    step "$name" "$limit" "$python" -m pytest -v --junit-xml="$out/$name.xml" \
+    step "$name" "$limit" "$python" -m pytest -v -p at_once --junit-xml="$out/$name.xml" \
         -o junit_family=xunit1 -p no:cacheprovider -p no:benchmark "$@"
 }
 processes=()

@@ -26,12 +26,13 @@ from sad_kernels import (
     linear_distill_loss,
 )
 from sad_kernels._dispatch import INTERPRETED
-from sad_kernels.objective import DIVERGENCES
+from sad_kernels.objective import Divergence
 from torch import Tensor
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, D, K = 5, 24, 7
-SIZES = (131,) if INTERPRETED else (131, 33000)  # one segment, and two
+DIVERGENCES: tuple[Divergence, ...] = ("forward_kl", "skew_reverse_kl")  # one pass, and two
+V = 131 if INTERPRETED else 33001  # two segments on a GPU
 JOINT = Objective(ce_weight=0.5, kd_weight=0.5, label_smoothing=0.1, z_loss=1e-3, temperature=2.7)
 
 
@@ -39,7 +40,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def calls(V: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
     """A name, a loss, and what it is differentiated by."""
     wide, t = noise(N, V + 3, dtype=dtype), noise(N, V, dtype=dtype)
     x = wide[:, 1 : V + 1].requires_grad_()  # rows begin anywhere
@@ -65,7 +66,7 @@ def calls(V: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor
             return linear_distill_loss(h, head, y, hidden, objective).loss
 
         def alone(objective: Objective = objective) -> Tensor:
-            return kl_div(x, t, divergence=objective.divergence, labels=y)
+            return kl_div(x, t, divergence=objective.divergence, labels=y, temperature=2.0)
 
         yield f"kd {divergence}", alone, [x]
         yield f"joint {divergence}", lambda f=from_logits, d=dense: f(d), [x]
@@ -85,12 +86,10 @@ def averages() -> None:
 def main() -> None:
     torch.manual_seed(0)
     done = 0
-    for V in SIZES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for name, loss, leaves in calls(V, dtype):
-                gradients = torch.autograd.grad(loss(), leaves)
-                assert all(g.isfinite().all() for g in gradients), name
-                done += 1
+    for name, loss, leaves in calls(torch.bfloat16):
+        gradients = torch.autograd.grad(loss(), leaves)
+        assert all(g.isfinite().all() for g in gradients), name
+        done += 1
     averages()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

@@ -31,6 +31,16 @@ def test_products_are_cut_into_rows() -> None:
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_linear_losses_are_measured_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "SHAPES", ((16, 32),))
+    monkeypatch.setattr(ceilings, "CHUNKS", (4000, 8000))
+    for kind in ("ce", "joint"):
+        rows = list(ceilings._chunks(Cpu(), kind, calls=1))
+        assert [row["chunk_bytes"] for row in rows] == [4000, 8000]
+        assert all(row["ratio"] > 0 and row["peak_mib"] > 0 for row in rows)
+
+
 def test_averages_are_swept_and_the_block_is_put_back() -> None:
     before = ema.BLOCK, ema.NUM_WARPS, ema._is_aligned
     rows = list(ceilings._ema(Cpu(), rate=1e9, calls=1))

@@ -50,7 +50,7 @@ def test_what_the_sanitizer_runs_launches_every_kernel(tmp_path: Path) -> None:
     """By a stand-in for compute-sanitizer, which runs its command without looking."""
     stand_in = tmp_path / "compute-sanitizer"
     stand_in.write_text('#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do\n    case "$1" in\n'
-                        '    --tool | --target-processes | --kernel-name | --error-exitcode) '
+                        '    --tool | --target-processes | --error-exitcode) '
                         'shift 2 ;;\n    *) exit 3 ;;\n    esac\ndone\nexec "$@"\n')  # fmt: skip
     stand_in.chmod(0o755)
     script, out = SCRIPT.with_name("gpu_sanitize.sh"), tmp_path / "out"

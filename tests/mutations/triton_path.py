@@ -350,8 +350,8 @@ MUTATIONS = [
         "the kernel leaves out the last columns where there is no whole tile before them",
         edit(
             ROWS,
-            "(last - first) // BLOCK * BLOCK\n    first_id, last_id = 0, 0\n",
-            "(last - first) // BLOCK * BLOCK\n    first_id, last_id = 0, 0\n"
+            "(last - first) // BLOCK * BLOCK\n    id, next_id = 0, 0\n",
+            "(last - first) // BLOCK * BLOCK\n    id, next_id = 0, 0\n"
             "    last = tl.where(whole > 0, last, 0)\n",
         ),
         regressions(
@@ -365,12 +365,10 @@ MUTATIONS = [
         "in the kernel the mixture is formed from probabilities that underflow",
         edit(
             TILE,
-            "        h = (share * -LN_2) * (q * log_mix)\n"
-            "        f = (beta * LN_2) * (q * ratio * (gap - log_mix)) + h\n",
+            "        return q, q * ratio * (gap - log_mix), q * log_mix",
             "        q, p = tl.exp2(a), tl.exp2(b)\n"
             "        log_m = tl.log2(share * q + (1 - share) * p)\n"
-            "        h = share * LN_2 * (q * (a - log_m))\n"
-            "        f = beta * LN_2 * (p * (b - log_m)) + h\n",
+            "        return q, p * (b - log_m), q * (log_m - a)",
         ),
         regressions(
             "test_probabilities_that_underflow[jsd-kl_div-triton]",
@@ -382,8 +380,8 @@ MUTATIONS = [
         "in the kernel the teacher's log-probabilities keep 16 bits",
         edit(
             ROWS,
-            "    log_p = (t - m_t) * heat - log_d_t\n    f, h",
-            "    log_p = ((t - m_t) * heat - log_d_t).to(tl.bfloat16).to(tl.float32)\n    f, h",
+            "    log_p = (t - m_t) * heat - log_d_t\n    _, u",
+            "    log_p = ((t - m_t) * heat - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
         ),
         regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-triton]"),
     ),
@@ -468,7 +466,7 @@ MUTATIONS = [
         "an impossible token counts in what is carried from tile to tile",
         edit(
             ROWS,
-            "return tl.where(weights > 0, weights * x, 0.0)",
+            "return weights * tl.where(weights > 0, x, 0.0)",
             "return weights * x",
         ),
         regressions(
@@ -593,7 +591,12 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
-        edit(ROWS, "m_t_new = tl.maximum(m_t, top_rest)", "m_t_new = m_new"),
+        edit(
+            ROWS,
+            "relative_to_maximum(rest, m, LANES, VECTOR, True, SMOOTH)",
+            "relative_to_maximum(s, m, LANES, VECTOR, True, SMOOTH)\n"
+            "            x = tl.where(in_lanes(rest, LANES, VECTOR) == LEFT_OUT, LEFT_OUT, x)",
+        ),
         tests(
             "sad_kernels/test_topk.py",
             "test_a_rest_that_underflows_beside_the_ids[1.0-triton]",
@@ -603,11 +606,25 @@ MUTATIONS = [
     ),
     Mutation(
         "44",
-        "in the kernel segments without a top-k teacher's ids are carried by the row's maximum",
-        edit(ROWS, "moved, moved_b = move_t, move_t_b", "moved, moved_b = move, move_b"),
+        "in the kernel columns without an id keep their own maximum beside those with one",
+        edit(ROWS, "d_1 = d_1 * rate + tl.sum(cold, 1)", "d_1 = d_1 + tl.sum(cold, 1)"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.0-triton]",
+            "test_what_labels_teach_knows_nothing_of_the_ids[2.7-0.1-triton]",
+        ),
+    ),
+    Mutation(
+        "44",
+        "in the kernel a top-k teacher's ids count twice in the mean logit",
+        edit(
+            ROWS,
+            "number = lane_sum(tl.where(s == LEFT_OUT, 0.0, 1.0))",
+            "number = lane_sum(tl.where(s == LEFT_OUT, 1.0, 1.0))",
+        ),
+        tests(
+            "sad_kernels/test_topk.py",
+            "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.1-triton]",
             "test_what_labels_teach_knows_nothing_of_the_ids[2.7-0.1-triton]",
         ),
     ),

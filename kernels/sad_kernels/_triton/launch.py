@@ -23,7 +23,6 @@ SEGMENT = 32768
 
 MERGE_NUMBERS = 128  # rows, or rows times ids, that one program of ``merge`` holds
 
-ABSENT = 2**31 - 1  # the id of padding: no column, and last in order
 
 DIVERGENCES: dict[Divergence, int] = {
     "forward_kl": tile.FORWARD_KL.value,
@@ -48,13 +47,13 @@ class Tile(NamedTuple):
     segment: int
     warps: int
 
-    def lanes(self, logits: Tensor) -> dict[str, int]:
+    def lanes(self, *logits: Tensor) -> dict[str, int]:
         """Columns that a thread loads at once, and the threads that hold different ones.
 
-        As Triton lays out a tile, so that a lane's sum stays within a thread; a number that is off
-        costs speed, never correctness.
+        As Triton lays out the tiles of all that is read, so that a lane's sum stays within a thread
+        and equal logits of two dtypes are summed in the same order.
         """
-        vector = min(self.block, VECTOR_BYTES // logits.element_size())
+        vector = min(self.block, VECTOR_BYTES // min(x.element_size() for x in logits))
         return {
             "VECTOR": vector,
             "LANES": min(self.block // vector, THREADS_PER_WARP * self.warps),
@@ -65,16 +64,15 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
-    needs logarithms, and two for a top-k teacher: its ids, and the tile without them. With more
-    than one of these ``statistics`` is fastest in programs of one warp, which exchange maxima
-    without waiting for each other. Of the other kernels' tiles these are among the fastest, within
-    2 %, and the ones that spill nowhere. Times are in ``bench/LOG.md`` and come from ``python -m
+    needs logarithms, and two for a top-k teacher: its ids, and the tile without them. These tiles
+    are the fastest on an H200, or within 2 % of it, and spill nowhere; with two tensors only small
+    programs keep enough of them resident. Times are in ``bench/LOG.md`` and come from ``python -m
     bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in
     ``tests/contracts/budgets.json``.
     """
     match kernel:
         case "statistics":
-            block, warps = (8192, 8) if pressure == 1 else (512, 1)
+            block, warps = (2048, 4) if pressure == 1 else (512, 1)
         case "gradient":
             block, warps = {1: (2048, 8), 2: (2048, 4)}.get(pressure, (1024, 4))
         case _:  # terms
@@ -110,7 +108,7 @@ class Logits:
 class TopK:
     """A teacher's ids in ascending order, and its log-probabilities there and everywhere else."""
 
-    ids: Tensor  # [N, K] int32; ABSENT is padding
+    ids: Tensor  # [N, K] int32; rows.ABSENT is padding
     log_p: Tensor  # [N, K]
     log_rest: Tensor  # [N]
     best: Tensor  # [N] int64
@@ -121,16 +119,10 @@ class TopK:
         log_p = log_probs.float()
         best = ids.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1).long()
         present = log_p != -torch.inf
-        ids = ids.long().clamp(-1, ABSENT - 1).where(present, ABSENT)
+        ids = ids.long().clamp(-1, rows.ABSENT.value - 1).where(present, rows.ABSENT.value)
         ids, order = ids.sort(dim=1, stable=True)
         log_p, log_rest = teacher_outcomes(log_p.gather(1, order), tail, vocab)
         return cls(ids.int(), log_p, log_rest, best)
-
-    def bounds(self, vocab: int, block: int) -> Tensor:  # [N, tiles + 1] int32
-        """For each tile the first of its ids."""
-        starts = torch.arange(0, vocab + block, block, dtype=torch.int32, device=self.ids.device)
-        starts = starts.expand(len(self.ids), -1).contiguous()
-        return torch.searchsorted(self.ids, starts, out_int32=True)
 
 
 class Forward(NamedTuple):
@@ -170,13 +162,13 @@ def forward(
     shape = choose_tile("statistics", V, pressure)
     segments = ceil_div(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
-    ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, partials)
+    ids, K = (partials, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
     y = partials if labels is None else labels.contiguous()
     with on_device(x.device):
         rows.statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments, share,
-            ids, bounds, K, num_bounds, y, task.ignore_index, partials, N, V, numbers[0],
-            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x), **flags,
+            ids, K, y, task.ignore_index, partials, N, V, numbers[0],
+            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, dense.x), **flags,
             **_target_flags(task, dense), num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -217,7 +209,7 @@ def _terms(
     rows.terms_kernel[(N, segments)](
         *student.arguments, *teacher.arguments, share, y, task.ignore_index,
         saved, terms, N, V, heat, beta,
-        BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x),
+        BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x, teacher.x),
         **{name: flags[name] for name in wanted}, **_target_flags(task, teacher),
         num_warps=shape.warps, enable_fp_fusion=True,
     )  # fmt: skip
@@ -245,14 +237,14 @@ def gradient(
     pressure = _pressure(student, dense, teacher) + logarithms
     shape = choose_tile("gradient", V, pressure)
     top_k = teacher if isinstance(teacher, TopK) else None
-    ids, bounds, K, num_bounds = _ids(top_k, V, shape.block, saved.saved)
+    ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
     y = saved.saved if labels is None else labels.contiguous()
     width = out.shape[1]
     flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
     with on_device(student.x.device):
         rows.gradient_kernel[(N, ceil_div(width, shape.segment))](
             *student.arguments, *dense.arguments, share,
-            ids, bounds, saved.inside, saved.outside, K, num_bounds, y, task.ignore_index,
+            ids, saved.inside, saved.outside, K, y, task.ignore_index,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
             out, out.stride(0), N, V, width,
             *numbers,
@@ -297,15 +289,6 @@ def _teacher(
 
 def _target_flags(task: Task, teacher: Logits) -> dict[str, bool]:
     return teacher.flags("T") | {"T_MIXED": task.objective.teacher_share != 1}
-
-
-def _ids(
-    top_k: TopK | None, vocab: int, block: int, nothing: Tensor
-) -> tuple[Tensor, Tensor, int, int]:
-    if top_k is None:
-        return nothing, nothing, 0, 0
-    bounds = top_k.bounds(vocab, block)
-    return top_k.ids, bounds, top_k.ids.shape[1], bounds.shape[1]
 
 
 # Triton's own take 20 microseconds each: they serve inside kernels too.

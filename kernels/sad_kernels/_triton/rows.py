@@ -22,13 +22,13 @@ E = sum e^x x         (E + d move) r                   entropy         log d - E
 A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
 ====================  ===============================  ====================================
 
-The maxima belong to the whole program. The sums do not: each thread ("lane") adds up what it has
-loaded, and the lanes are added at the end of a segment, so that a tile costs one exchange between
-threads for each maximum and none for a sum.
+Maxima and sums belong to a thread ("lane"), which takes those of what it has loaded, and the lanes
+are put together at the end of a segment: a tile costs no exchange between threads at all. Of an
+argmax a lane keeps the tile alone, which is read once more in the end.
 
-Beside a top-k teacher only the columns without an id are exponentiated here, relative to a maximum
-of their own: what is outside the ids then comes without cancellation, and does not underflow beside
-an id that stands far above it. ``merge``, which reads the K logits anyway, adds those to the sums.
+Beside a top-k teacher ``statistics`` knows only the columns without an id: what is outside the ids
+then comes without cancellation, and does not underflow beside an id that stands far above it.
+``merge``, which reads the K logits anyway, adds them to every sum.
 
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
 in ``gradient``, where they write zeros without reading.
@@ -44,12 +44,22 @@ from sad_kernels._triton.tile import (
     LOG2_E,
     LOWEST,
     REVERSE_KL,
+    SKEW_FORWARD_KL,
     divergence_terms,
     exponentials,
     finish,
     load_logits,
     load_target,
+    mixture_parts,
+    of_parts,
 )
+
+LEFT_OUT = tl.constexpr(-1.2345679e34)
+"""In place of the logit of a column that is not to be counted: e^LEFT_OUT is 0, and no logit of 16
+bits, nor one that a model has made, is this number."""
+
+ABSENT = tl.constexpr(2**31 - 1)  # the id of padding: no column, and last in order
+ID_CHUNK = tl.constexpr(128)  # ids looked at together
 
 # Teachers
 NO_TEACHER = tl.constexpr(0)
@@ -58,15 +68,16 @@ TOP_K = tl.constexpr(2)
 
 # Partial sums, [PARTIALS, segments, N]
 MAXIMUM = tl.constexpr(0)
-TOTAL = tl.constexpr(1)  # d at T; not beside a TOP_K teacher
+TOTAL = tl.constexpr(1)  # d at T
 TOTAL_1 = tl.constexpr(2)  # d at 1
 PLAIN = tl.constexpr(3)  # S
 WEIGHTED = tl.constexpr(4)  # E
 BEST = tl.constexpr(5)  # argmax; exact in fp32 below 2^24
-TEACHER_MAXIMUM = tl.constexpr(6)  # beside a TOP_K teacher, the student's where no id is
+TEACHER_MAXIMUM = tl.constexpr(6)
 TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
 CROSS = tl.constexpr(9)  # A
+COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher
 PARTIALS = 10
 
 # What the gradient needs, [SAVED, N], in the numbering above for the first three
@@ -86,11 +97,28 @@ def to_fp32(x):
 
 
 @triton.jit
-def without_ids(x, columns, ids, first, last):
-    """``x``, -inf in the columns that are among ``ids[first:last]``."""
-    for k in range(first, last):
-        x = tl.where(columns == tl.load(ids + k), float("-inf"), x)
-    return x
+def first_id_at(ids, K, column):
+    """Where in the K ascending ``ids`` those of ``column`` and of later columns begin."""
+    at = 0
+    for k in range(0, K, ID_CHUNK):
+        some = k + tl.arange(0, ID_CHUNK)
+        at += tl.sum((tl.load(ids + some, mask=some < K, other=ABSENT) < column).to(tl.int32), 0)
+    return at
+
+
+@triton.jit
+def id_at(ids, K, at):
+    return tl.load(ids + at, mask=at < K, other=ABSENT)
+
+
+@triton.jit
+def without_ids(x, columns, ids, K, at, next_id, end):
+    """``x``, LEFT_OUT in the columns of the ids below ``end``; where the next id is, and which."""
+    while next_id < end:
+        x = tl.where(columns == next_id, LEFT_OUT, x)
+        at += 1
+        next_id = id_at(ids, K, at)
+    return x, at, next_id
 
 
 @triton.jit
@@ -101,15 +129,32 @@ def carried(total, cross, move, other_move, heat):
 
 
 @triton.jit
-def by_lane(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """[BLOCK] -> [LANES]: a thread's sum of the columns that it has loaded, VECTOR at a time."""
-    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR]), 2), 0)
+def in_lanes(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """[BLOCK] -> [tile's rows, LANES, VECTOR]: as threads have loaded it, VECTOR at a time."""
+    return tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR])
+
+
+@triton.jit
+def lane_sum(x):
+    """Over what each thread has: [rows, LANES, VECTOR] -> [LANES]."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def lane_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def over_lanes(x):
+    """[LANES] -> [1, LANES, 1]"""
+    return x[None, :, None]
 
 
 @triton.jit
 def product(weights, x):
     """0 where the weight is 0, whatever it multiplies."""
-    return tl.where(weights > 0, weights * x, 0.0)
+    return weights * tl.where(weights > 0, x, 0.0)
 
 
 @triton.jit
@@ -119,13 +164,32 @@ def first_at(x, top, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def relative_to_maximum(
+    s, m, LANES: tl.constexpr, VECTOR: tl.constexpr, PARTLY: tl.constexpr, SMOOTH: tl.constexpr
+):  # fmt: skip
+    """The lanes' maxima, here and so far; the tile [rows, LANES, VECTOR] relative to the latter,
+    its sum, and the number of its columns. PARTLY: some may be left out."""
+    s = in_lanes(s, LANES, VECTOR)
+    top = lane_max(s)
+    m_new = tl.maximum(m, top)
+    x = s - over_lanes(m_new)
+    plain = tl.zeros_like(m)
+    number = plain + s.shape[0] * VECTOR
+    if SMOOTH:
+        if PARTLY:
+            plain = lane_sum(tl.where(s == LEFT_OUT, 0.0, x))
+            number = lane_sum(tl.where(s == LEFT_OUT, 0.0, 1.0))
+        else:
+            plain = lane_sum(x)
+    return top, m_new, x, plain, number
+
+
+@triton.jit
 def add_tile(
-    s, t, columns, inside,  # tiles: logits of both sides; which columns; are they in the vocabulary
-    start, ids, first_id, last_id,
-    m, d, d_1, S, E, best,
+    s, t, columns, start, ids, K, id, next_id, end,
+    m, d, d_1, S, count, E, best,
     m_t, d_t, best_t, A,
     heat,
-    BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     HEAT: tl.constexpr,
@@ -136,64 +200,60 @@ def add_tile(
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """All running sums of a row, each [LANES], after one more tile."""
-    top = tl.max(s, 0)
-    if DIAGNOSTICS:
-        if top > m:  # few tiles raise the maximum; ties stay to the left
-            best = start + first_at(s, top, BLOCK)
-    m_new = tl.maximum(m, top)
-    move = m - m_new
-    x = s - m_new
-    heated, moved = x, move  # what the exponentials are taken of
+    """Maxima, the tiles that hold them, and all sums of a row, by lane, after one more tile."""
     if TEACHER == TOP_K:
-        rest, top_rest = s, top
-        if first_id < last_id:  # few tiles hold an id
-            rest = without_ids(s, columns, ids, first_id, last_id)
-            top_rest = tl.max(rest, 0)
-        m_t_new = tl.maximum(m_t, top_rest)
-        heated, moved = rest - m_t_new, m_t - m_t_new
-        m_t = m_t_new
-    hot, cold = exponentials(heated, heat, HEAT)
-    rate_hot, rate = exponentials(moved, heat, HEAT)
+        if next_id < end:  # few tiles hold an id
+            rest, id, next_id = without_ids(s, columns, ids, K, id, next_id, end)
+            top, m_new, x, plain, number = relative_to_maximum(rest, m, LANES, VECTOR, True, SMOOTH)
+        else:
+            top, m_new, x, plain, number = relative_to_maximum(s, m, LANES, VECTOR, MASKED, SMOOTH)
+    else:
+        top, m_new, x, plain, number = relative_to_maximum(s, m, LANES, VECTOR, MASKED, SMOOTH)
+    if DIAGNOSTICS:
+        best = tl.where(top > m, start, best)  # ties stay to the left
+    move = m - m_new
+    hot, cold = exponentials(x, heat, HEAT)
+    rate_hot, rate = exponentials(move, heat, HEAT)
 
     if TEACHER == DENSE:
-        top_t = tl.max(t, 0)
+        t = in_lanes(t, LANES, VECTOR)
+        top_t = lane_max(t)
         if DIAGNOSTICS:
-            if top_t > m_t:
-                best_t = start + first_at(t, top_t, BLOCK)
+            best_t = tl.where(top_t > m_t, start, best_t)
         m_t_new = tl.maximum(m_t, top_t)
         move_t = m_t - m_t_new
-        y = t - m_t_new
+        y = t - over_lanes(m_t_new)
         hot_t = tl.exp2(y * heat)
         if DIVERGENCE == FORWARD_KL:
-            A = carried(d_t, A, move_t, move, heat) + by_lane(product(hot_t, y - x), LANES, VECTOR)
+            A = carried(d_t, A, move_t, move, heat) + lane_sum(product(hot_t, y - x))
         if DIVERGENCE == REVERSE_KL:
-            A = carried(d, A, move, move_t, heat) + by_lane(product(hot, x - y), LANES, VECTOR)
-        d_t = d_t * tl.exp2(move_t * heat) + by_lane(hot_t, LANES, VECTOR)
+            A = carried(d, A, move, move_t, heat) + lane_sum(product(hot, x - y))
+        d_t = d_t * tl.exp2(move_t * heat) + lane_sum(hot_t)
         m_t = m_t_new
 
     if CLASSES:
         if SMOOTH:
-            plain = x
-            if MASKED:
-                plain = tl.where(inside, x, 0.0)
-            S += (start // LANES) * move + by_lane(plain, LANES, VECTOR)
+            S += count * move + plain
+            count += number
         if DIAGNOSTICS:
-            E = (E + d_1 * moved) * rate
-            E += by_lane(cold * tl.maximum(heated, LOWEST), LANES, VECTOR)  # 0 * -inf is 0
-        d_1 = d_1 * rate + by_lane(cold, LANES, VECTOR)
-    if TEACHER == TOP_K:
-        d_t = d_t * rate_hot + by_lane(hot, LANES, VECTOR)
-    else:
-        d = d * rate_hot + by_lane(hot, LANES, VECTOR)
-    return m_new, d, d_1, S, E, best, m_t, d_t, best_t, A
+            E = (E + d_1 * move) * rate
+            E += lane_sum(cold * tl.maximum(x, LOWEST))  # 0 * -inf is 0
+        d_1 = d_1 * rate + lane_sum(cold)
+    d = d * rate_hot + lane_sum(hot)
+    return id, next_id, m_new, d, d_1, S, count, E, best, m_t, d_t, best_t, A
+
+
+@triton.jit
+def first_tile(m, best, top):
+    """The tile that holds the maximum ``top`` of all lanes, the first if there are several."""
+    return tl.min(tl.where(m == top, best, 0x7FFFFFFF), 0)
 
 
 @triton.jit
 def statistics_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_cap,
     t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
-    ids_ptr, bounds_ptr, K, num_bounds,
+    ids_ptr, K,
     labels_ptr, ignore_index,
     partials_ptr, N, V, heat,
     BLOCK: tl.constexpr,  # a multiple of LANES * VECTOR
@@ -224,20 +284,21 @@ def statistics_kernel(
     if TEACHER == DENSE:
         t_row = t_ptr + row * t_stride
     ids = ids_ptr
-    bounds = bounds_ptr
     if TEACHER == TOP_K:
         ids = ids_ptr + row * K
-        bounds = bounds_ptr + row * num_bounds
 
-    zero = tl.full((), 0, tl.float32)
-    m, m_t = zero + LOWEST, zero + LOWEST
-    best, best_t = zero, zero
     none = tl.zeros([LANES], tl.float32)
-    d, d_1, S, E, A, d_t = none, none, none, none, none, none
+    m, m_t = none + LOWEST, none + LOWEST
+    d, d_1, S, count, E, A, d_t = none, none, none, none, none, none, none
+    best = tl.zeros([LANES], tl.int32)
+    best_t = best
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
-    first_id, last_id = 0, 0
+    id, next_id = 0, 0
+    if TEACHER == TOP_K:
+        id = first_id_at(ids, K, first)
+        next_id = id_at(ids, K, id)
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
@@ -247,14 +308,10 @@ def statistics_kernel(
                 s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
                 False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
             )  # fmt: skip
-        if TEACHER == TOP_K:
-            b = bounds + start // BLOCK
-            first_id, last_id = tl.load(b), tl.load(b + 1)
-        m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
-            s, t, columns, columns, start - first, ids, first_id, last_id,
-            m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
-            BLOCK, LANES, VECTOR,
-            HEAT, False, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+        id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_tile(
+            s, t, columns, start - first, ids, K, id, next_id, start + BLOCK,
+            m, d, d_1, S, count, E, best, m_t, d_t, best_t, A, heat,
+            LANES, VECTOR, HEAT, False, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
         )  # fmt: skip
     if whole < last:
         columns = whole + tl.arange(0, BLOCK)
@@ -265,36 +322,60 @@ def statistics_kernel(
                 s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
                 True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
             )  # fmt: skip
-        if TEACHER == TOP_K:
-            b = bounds + whole // BLOCK
-            first_id, last_id = tl.load(b), tl.load(b + 1)
-        m, d, d_1, S, E, best, m_t, d_t, best_t, A = add_tile(
-            s, t, columns, columns < V, whole - first, ids, first_id, last_id,
-            m, d, d_1, S, E, best, m_t, d_t, best_t, A, heat,
-            BLOCK, LANES, VECTOR,
-            HEAT, True, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+        s = tl.where(columns < V, s, LEFT_OUT)
+        id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_tile(
+            s, t, columns, whole - first, ids, K, id, next_id, whole + BLOCK,
+            m, d, d_1, S, count, E, best, m_t, d_t, best_t, A, heat,
+            LANES, VECTOR, HEAT, True, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
         )  # fmt: skip
 
+    # Lanes to one, as tiles before.
+    top = tl.max(m, 0)
+    move = m - top
+    rate_hot, rate = exponentials(move, heat, HEAT)
     step = tl.num_programs(1).to(tl.int64) * N  # from one kind of partial sum to the next
     out = partials_ptr + segment.to(tl.int64) * N + row
-    tl.store(out + MAXIMUM * step, m)
-    if TEACHER != TOP_K:
-        tl.store(out + TOTAL * step, tl.sum(d, 0))
+    tl.store(out + MAXIMUM * step, top)
+    tl.store(out + TOTAL * step, tl.sum(d * rate_hot, 0))
     if CLASSES:
-        tl.store(out + TOTAL_1 * step, tl.sum(d_1, 0))
+        tl.store(out + TOTAL_1 * step, tl.sum(d_1 * rate, 0))
         if SMOOTH:
-            tl.store(out + PLAIN * step, tl.sum(S, 0))
+            tl.store(out + PLAIN * step, tl.sum(S + count * move, 0))
+            if TEACHER == TOP_K:
+                tl.store(out + COUNT * step, tl.sum(count, 0))
         if DIAGNOSTICS:
-            tl.store(out + WEIGHTED * step, tl.sum(E, 0))
+            tl.store(out + WEIGHTED * step, tl.sum((E + d_1 * move) * rate, 0))
     if DIAGNOSTICS:
-        tl.store(out + BEST * step, best + first)
-    if TEACHER != NO_TEACHER:
-        tl.store(out + TEACHER_MAXIMUM * step, m_t)
-        tl.store(out + TEACHER_TOTAL * step, tl.sum(d_t, 0))
+        start = first + first_tile(m, best, top)
+        columns = start + tl.arange(0, BLOCK)
+        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
+        if TEACHER == TOP_K:
+            id = first_id_at(ids, K, start)
+            next_id = id_at(ids, K, id)
+            s, _, _ = without_ids(s, columns, ids, K, id, next_id, start + BLOCK)
+        tl.store(out + BEST * step, start + first_at(s, tl.max(s, 0), BLOCK))
     if TEACHER == DENSE:
-        tl.store(out + CROSS * step, tl.sum(A, 0))
+        top_t = tl.max(m_t, 0)
+        move_t = m_t - top_t
+        tl.store(out + TEACHER_MAXIMUM * step, top_t)
+        tl.store(out + TEACHER_TOTAL * step, tl.sum(d_t * tl.exp2(move_t * heat), 0))
+        if DIVERGENCE == FORWARD_KL:
+            tl.store(out + CROSS * step, tl.sum(carried(d_t, A, move_t, move, heat), 0))
+        if DIVERGENCE == REVERSE_KL:
+            tl.store(out + CROSS * step, tl.sum(carried(d, A, move, move_t, heat), 0))
         if DIAGNOSTICS:
-            tl.store(out + TEACHER_BEST * step, best_t + first)
+            start = first + first_tile(m_t, best_t, top_t)
+            columns = start + tl.arange(0, BLOCK)
+            s = tl.zeros([BLOCK], tl.float32)
+            if T_MIXED:
+                s, _ = load_logits(
+                    s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP
+                )
+            t = load_target(
+                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+                True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+            )  # fmt: skip
+            tl.store(out + TEACHER_BEST * step, start + first_at(t, tl.max(t, 0), BLOCK))
 
 
 @triton.jit
@@ -332,53 +413,50 @@ def merge_kernel(
     step = tl.full((), num_segments, tl.int64) * N
 
     m, m_t = zero + LOWEST, zero + LOWEST
-    d, d_1, S, E, A, d_t = zero, zero, zero, zero, zero, zero
+    d, d_1, S, count, E, A, d_t = zero, zero, zero, zero, zero, zero, zero
     best, best_t = zero, zero
     of = partials_ptr + rows
     for segment in range(num_segments):
         m_b = tl.load(of + MAXIMUM * step, mask=counts, other=LOWEST)
-        d_b = zero
-        if TEACHER != TOP_K:
-            d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
+        d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
         m_new = tl.maximum(m, m_b)
         move, move_b = m - m_new, m_b - m_new
+        rate_hot, rate = exponentials(move, heat, HEAT)
+        rate_hot_b, rate_b = exponentials(move_b, heat, HEAT)
         if DIAGNOSTICS:
             best_b = tl.load(of + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
-        if TEACHER != NO_TEACHER:
+        if TEACHER == DENSE:
             m_t_b = tl.load(of + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
             d_t_b = tl.load(of + TEACHER_TOTAL * step, mask=counts, other=0.0)
             m_t_new = tl.maximum(m_t, m_t_b)
             move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
-        moved, moved_b = move, move_b  # of what the student's exponentials are relative to
-        if TEACHER == TOP_K:
-            moved, moved_b = move_t, move_t_b
-        rate_hot, rate = exponentials(moved, heat, HEAT)
-        rate_hot_b, rate_b = exponentials(moved_b, heat, HEAT)
-        if TEACHER == DENSE:
             if DIAGNOSTICS:
                 best_t_b = tl.load(of + TEACHER_BEST * step, mask=counts, other=0.0)
                 best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
-            A_b = tl.load(of + CROSS * step, mask=counts, other=0.0)
+            A_b = zero
+            if (DIVERGENCE == FORWARD_KL) | (DIVERGENCE == REVERSE_KL):
+                A_b = tl.load(of + CROSS * step, mask=counts, other=0.0)
             if DIVERGENCE == FORWARD_KL:
                 A = carried(d_t, A, move_t, move, heat)
                 A += carried(d_t_b, A_b, move_t_b, move_b, heat)
             if DIVERGENCE == REVERSE_KL:
                 A = carried(d, A, move, move_t, heat)
                 A += carried(d_b, A_b, move_b, move_t_b, heat)
-        if TEACHER != NO_TEACHER:
             d_t = d_t * tl.exp2(move_t * heat) + d_t_b * tl.exp2(move_t_b * heat)
             m_t = m_t_new
         if CLASSES:
             d_1_b = tl.load(of + TOTAL_1 * step, mask=counts, other=0.0)
             if SMOOTH:
                 S_b = tl.load(of + PLAIN * step, mask=counts, other=0.0)
-                before = segment * segment_length
-                here = tl.minimum(segment_length, V - before)
-                S = (S + before * move) + (S_b + here * move_b)
+                here = zero + tl.minimum(segment_length, V - segment * segment_length)
+                if TEACHER == TOP_K:
+                    here = tl.load(of + COUNT * step, mask=counts, other=0.0)
+                S = (S + count * move) + (S_b + here * move_b)
+                count += here
             if DIAGNOSTICS:
                 E_b = tl.load(of + WEIGHTED * step, mask=counts, other=0.0)
-                E = (E + d_1 * moved) * rate + (E_b + d_1_b * moved_b) * rate_b
+                E = (E + d_1 * move) * rate + (E_b + d_1_b * move_b) * rate_b
             d_1 = d_1 * rate + d_1_b * rate_b
         d = d * rate_hot + d_b * rate_hot_b
         m = m_new
@@ -400,17 +478,27 @@ def merge_kernel(
         z, _ = finish(
             z, ids, s_bias, to_fp32(s_scale), to_fp32(s_cap), usable, True, S_BIAS, S_SCALE, S_CAP
         )
-        x = tl.where(usable, z - m[:, None], float("-inf"))
-        if CLASSES:  # so far without the columns of the ids
-            rest_below = m_t - m
-            cold = tl.exp2(tl.where(repeated, float("-inf"), x) * LOG2_E)
-            if DIAGNOSTICS:
-                E = (E + d_1 * rest_below) * tl.exp2(rest_below * LOG2_E)
-                E += tl.sum(product(cold, x), 1)
-            d_1 = d_1 * tl.exp2(rest_below * LOG2_E) + tl.sum(cold, 1)
-        hot = x * heat
-        below = (m_t - m) * heat
+        z = tl.where(usable, z, float("-inf"))
+        top_z = tl.max(z, 1)
+        if DIAGNOSTICS:
+            best_id = tl.min(tl.where(z == top_z[:, None], ids, 0x7FFFFFFF), 1).to(tl.float32)
+            first_of_both = tl.minimum(best, best_id)
+            best = tl.where(top_z > m, best_id, tl.where(top_z == m, first_of_both, best))
+        m_t, d_t = m, d  # of the columns without ids; from here on the others are in
+        m = tl.maximum(m_t, top_z)
+        move = m_t - m
+        x = z - m[:, None]
+        hot, below = x * heat, move * heat
         total = d_t * tl.exp2(below) + tl.sum(tl.exp2(hot), 1)
+        if CLASSES:
+            once = usable & ~repeated
+            x = tl.where(once, x, float("-inf"))
+            cold, rate = tl.exp2(x * LOG2_E), tl.exp2(move * LOG2_E)
+            if SMOOTH:
+                S += count * move + tl.sum(tl.where(once, x, 0.0), 1)
+            if DIAGNOSTICS:
+                E = (E + d_1 * move) * rate + tl.sum(product(cold, x), 1)
+            d_1 = d_1 * rate + tl.sum(cold, 1)
         log_total = tl.log2(total)
         log_q = hot - log_total[:, None]
         f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
@@ -497,14 +585,14 @@ def merge_kernel(
 
 
 @triton.jit
-def sum_terms(
+def sum_parts(
     s, t, log_d, log_d_t, m, m_t, heat, beta,
     LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     log_q = (s - m) * heat - log_d
     log_p = (t - m_t) * heat - log_d_t
-    f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
-    return by_lane(f, LANES, VECTOR), by_lane(h, LANES, VECTOR)
+    _, u, v = mixture_parts(log_q, log_p, beta, DIVERGENCE, True)
+    return lane_sum(in_lanes(u, LANES, VECTOR)), lane_sum(in_lanes(v, LANES, VECTOR))
 
 
 @triton.jit
@@ -539,8 +627,8 @@ def terms_kernel(
     log_d = tl.log2(tl.load(saved + TOTAL * N))
     log_d_t = tl.log2(tl.load(saved + SAVED_TEACHER_TOTAL * N))
 
-    value = tl.zeros([LANES], tl.float32)
-    expectation = tl.zeros([LANES], tl.float32)
+    u_sum = tl.zeros([LANES], tl.float32)
+    v_sum = tl.zeros([LANES], tl.float32)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
@@ -551,9 +639,9 @@ def terms_kernel(
             s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
             False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
         )  # fmt: skip
-        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
-        value += f
-        expectation += h
+        u, v = sum_parts(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
+        u_sum += u
+        v_sum += v
     if whole < last:
         columns = whole + tl.arange(0, BLOCK)
         s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
@@ -561,12 +649,13 @@ def terms_kernel(
             s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
             True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
         )  # fmt: skip
-        f, h = sum_terms(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
-        value += f
-        expectation += h
+        u, v = sum_parts(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
+        u_sum += u
+        v_sum += v
     out = terms_ptr + segment.to(tl.int64) * N + row
-    tl.store(out, tl.sum(value, 0))
-    tl.store(out + tl.num_programs(1).to(tl.int64) * N, tl.sum(expectation, 0))
+    value, expectation = of_parts(tl.sum(u_sum, 0), tl.sum(v_sum, 0), beta, DIVERGENCE)
+    tl.store(out, value)
+    tl.store(out + tl.num_programs(1).to(tl.int64) * N, expectation)
 
 
 @triton.jit
@@ -574,7 +663,7 @@ def gradient_tile(
     s, slope, t, start, columns, label,
     m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
     q_1_factor, smooth_share, label_share, kd,
-    ids, inside, first_id, last_id,
+    ids, inside, K, id, next_id,
     heat, beta,
     BLOCK: tl.constexpr,
     HEAT: tl.constexpr,
@@ -590,8 +679,10 @@ def gradient_tile(
     g = tl.zeros([BLOCK], tl.float32)
     if TEACHER == TOP_K:
         g = tl.exp2((s - m_t) * heat) * outside
-        for k in range(first_id, last_id):
-            g = tl.where(columns == tl.load(ids + k), kd * tl.load(inside + k), g)
+        while next_id < start + BLOCK:
+            g = tl.where(columns == next_id, kd * tl.load(inside + id), g)
+            id += 1
+            next_id = id_at(ids, K, id)
     x = s - m
     hot, cold = exponentials(x, heat, HEAT)
     if TEACHER == DENSE:
@@ -600,22 +691,29 @@ def gradient_tile(
         else:
             log_q = x * heat - log_d
             log_p = (t - m_t) * heat - log_d_t
-            _, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
-            g = (h - tl.exp2(log_q) * expectation) * kd
+            if DIVERGENCE == REVERSE_KL:
+                q = tl.exp2(log_q)
+                _, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
+            else:
+                q, u, v = mixture_parts(
+                    log_q, log_p, beta, DIVERGENCE, DIVERGENCE != SKEW_FORWARD_KL
+                )
+                _, h = of_parts(u, v, beta, DIVERGENCE)
+            g = (h - q * expectation) * kd
     if HAS_CE:
         g += cold * q_1_factor - smooth_share
         if (label >= start) & (label < start + BLOCK):
             g = tl.where(columns == label, g - label_share, g)
     if HAS_CAP:
         g *= slope
-    return g
+    return g, id, next_id
 
 
 @triton.jit
 def gradient_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_cap,
     t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
-    ids_ptr, bounds_ptr, inside_ptr, outside_ptr, K, num_bounds,
+    ids_ptr, inside_ptr, outside_ptr, K,
     labels_ptr, ignore_index,
     saved_ptr, upstream_ptr, upstream_stride,
     g_ptr, g_stride, N, V, width,
@@ -660,7 +758,8 @@ def gradient_kernel(
     zero = tl.full((), 0, tl.float32)
     m_t, d_t, expectation, outside = zero, zero, zero, zero
     log_d, log_d_t = zero, zero
-    ids, inside, bounds = ids_ptr, inside_ptr, bounds_ptr
+    ids, inside = ids_ptr, inside_ptr
+    id, next_id = 0, 0
     if TEACHER == DENSE:
         t_row = t_ptr + row * t_stride
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
@@ -668,7 +767,9 @@ def gradient_kernel(
         log_d, log_d_t = tl.log2(d), tl.log2(d_t)
         expectation = tl.load(saved + EXPECTATION * N)
     if TEACHER == TOP_K:
-        ids, inside, bounds = ids_ptr + row * K, inside_ptr + row * K, bounds_ptr + row * num_bounds
+        ids, inside = ids_ptr + row * K, inside_ptr + row * K
+        id = first_id_at(ids, K, first)
+        next_id = id_at(ids, K, id)
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
         outside = kd * tl.load(outside_ptr + row)
     q_1_factor, smooth_share, label_share = zero, zero, zero
@@ -682,7 +783,6 @@ def gradient_kernel(
 
     stop = tl.minimum(last, V)
     whole = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
-    first_id, last_id = 0, 0
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s, slope = load_logits(
@@ -694,13 +794,10 @@ def gradient_kernel(
                 s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
                 False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
             )  # fmt: skip
-        if TEACHER == TOP_K:
-            b = bounds + start // BLOCK
-            first_id, last_id = tl.load(b), tl.load(b + 1)
-        g = gradient_tile(
+        g, id, next_id = gradient_tile(
             s, slope, t, start, columns, label,
             m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
-            q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
+            q_1_factor, smooth_share, label_share, kd, ids, inside, K, id, next_id,
             heat, beta,
             BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
         )  # fmt: skip
@@ -718,13 +815,10 @@ def gradient_kernel(
                     s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
                     True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
                 )  # fmt: skip
-            if TEACHER == TOP_K:
-                b = bounds + start // BLOCK
-                first_id, last_id = tl.load(b), tl.load(b + 1)
-            g = gradient_tile(
+            g, id, next_id = gradient_tile(
                 s, slope, t, start, columns, label,
                 m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
-                q_1_factor, smooth_share, label_share, kd, ids, inside, first_id, last_id,
+                q_1_factor, smooth_share, label_share, kd, ids, inside, K, id, next_id,
                 heat, beta,
                 BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
             )  # fmt: skip

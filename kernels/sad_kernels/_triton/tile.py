@@ -150,6 +150,48 @@ def exponentials(x, heat, HEAT: tl.constexpr):
 
 
 @triton.jit
+def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
+    """Of a mixture's divergence, from ``a = log2 q`` and ``b = log2 p``: q, and the two products
+    that ``of_parts`` makes ``f`` and ``h`` of; of their sums it makes the sums.
+
+    Relative to q, with the gap bounded: a share below 2^-60 of the other adds nothing, and what is
+    left neither overflows nor takes p along when q underflows. No branch and no comparison, which
+    cost these kernels more than exponentials do. A ratio to m is an exponential where its logarithm
+    is there (HAS_LOG): a division takes six instructions.
+    """
+    q_log = tl.maximum(tl.maximum(a, b - FAR), NOTHING)  # finite, so that no -inf meets another
+    gap = tl.maximum(b - q_log, -FAR)
+    share = beta if DIVERGENCE == SKEW_REVERSE_KL else 1 - beta  # of q in the mixture
+    ratio = tl.exp2(gap)
+    mix = share + (1 - share) * ratio  # m/q
+    log_mix = fast_log2(mix)
+    q = tl.exp2(q_log)
+    if DIVERGENCE == JSD:
+        return q, q * ratio * (gap - log_mix), q * log_mix  # p log2 p/m, q log2 m/q
+    elif DIVERGENCE == SKEW_FORWARD_KL:
+        p = q * ratio
+        over_m = q * tl.exp2(gap - log_mix) if HAS_LOG else p / mix
+        return q, p * (gap - log_mix), over_m  # p log2 p/m, pq/m
+    else:
+        return q, q * log_mix, q * tl.exp2(-log_mix)  # q log2 m/q, qq/m
+
+
+@triton.jit
+def of_parts(u, v, beta, DIVERGENCE: tl.constexpr):
+    """``f`` and ``h`` of ``_divergence.py``, in nats, from what ``mixture_parts`` returns."""
+    if DIVERGENCE == JSD:
+        h = (1 - beta) * -LN_2 * v
+        f = beta * LN_2 * u + h
+    elif DIVERGENCE == SKEW_FORWARD_KL:
+        f = u * LN_2
+        h = (beta - 1) * v
+    else:
+        f = u * -LN_2
+        h = f - beta * v
+    return f, h
+
+
+@triton.jit
 def divergence_terms(a, b, beta, DIVERGENCE: tl.constexpr):
     """``f`` and ``h`` of ``_divergence.py``, in nats, from ``a = log2 q`` and ``b = log2 p``.
 
@@ -158,30 +200,10 @@ def divergence_terms(a, b, beta, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == FORWARD_KL:
         p = tl.exp2(b)
         return tl.where(p > 0, p * (b - a), 0.0) * LN_2, -p
-    if DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == REVERSE_KL:
         q = tl.exp2(a)
         f = tl.where(q > 0, q * (a - b), 0.0) * LN_2
         return f, f
-
-    # Relative to q, with the gap bounded: a share below 2^-60 of the other adds nothing, and what
-    # is left neither overflows nor takes p along when q underflows. No branch and no comparison,
-    # which cost these kernels more than exponentials do.
-    a, b = tl.maximum(a, NOTHING), tl.maximum(b, NOTHING)
-    q_log, p_log = tl.maximum(a, b - FAR), tl.maximum(b, a - FAR)
-    gap = p_log - q_log
-    share = beta if DIVERGENCE == SKEW_REVERSE_KL else 1 - beta  # of q in the mixture
-    ratio = tl.exp2(gap)
-    mix = share + (1 - share) * ratio  # m/q
-    log_mix = fast_log2(mix)
-    q = tl.exp2(q_log)
-    if DIVERGENCE == JSD:
-        h = (share * -LN_2) * (q * log_mix)
-        f = (beta * LN_2) * (q * ratio * (gap - log_mix)) + h
-    elif DIVERGENCE == SKEW_FORWARD_KL:
-        p = q * ratio
-        f = p * (gap - log_mix) * LN_2
-        h = -share * (p / mix)  # pq/m
     else:
-        f = q * log_mix * -LN_2
-        h = f - share * (q / mix)  # qq/m
-    return f, h
+        _, u, v = mixture_parts(a, b, beta, DIVERGENCE, True)
+        return of_parts(u, v, beta, DIVERGENCE)
