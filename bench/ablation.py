@@ -10,7 +10,9 @@ Three groups: a dense teacher; a mixture of experts that teaches the same dense 
 mixture of experts whose own first and last layers are the student, so that its routers have
 something to follow. The mixture is trained first, by the recipe ``quickstart-moe-teacher``.
 
-Runs use one thread each and go side by side: this measures what is learned, not how fast.
+Runs use one thread each and go side by side: this measures what is learned, not how fast. What has
+been measured is kept in a folder of the commit until all is, so that a measurement which was
+interrupted goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,22 +79,25 @@ def arms(moe_teacher: str, moe_student: str) -> list[Arm]:
 
 def measure(
     seeds: Sequence[int] = SEEDS,
-    run: Callable[[Arm, int, Path], Json] | None = None,
+    run: Callable[[Arm, int | None, Path], Json] | None = None,
     teach: Callable[[Path], tuple[str, str]] | None = None,
+    folder: Path | None = None,
 ) -> Json:
     """All arms over all seeds; ``run`` makes one run and ``teach`` the mixture and its student.
 
     Each arm is rehearsed for a step first: what cannot start shall fail in minutes.
     """
     run, teach = run or run_apart, teach or make_models
-    with tempfile.TemporaryDirectory() as folder:
-        moe_teacher, moe_student = teach(Path(folder))
-        chosen = arms(moe_teacher, moe_student)
-        rehearsals = [arm._replace(words=(*arm.words, *REHEARSED)) for arm in chosen]
-        jobs = [(arm, seed) for seed in seeds for arm in chosen]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for some in ([(arm, -1) for arm in rehearsals], jobs):
-                results = list(pool.map(lambda job: run(job[0], job[1], Path(folder)), some))
+    folder = folder or Path(tempfile.gettempdir()) / f"sad-ablation-{_commit()}"
+    folder.mkdir(exist_ok=True)
+    moe_teacher, moe_student = teach(folder)
+    chosen = arms(moe_teacher, moe_student)
+    rehearsals = [arm._replace(words=(*arm.words, *REHEARSED)) for arm in chosen]
+    jobs = [(arm, seed) for seed in seeds for arm in chosen]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for some in ([(arm, None) for arm in rehearsals], jobs):
+            results = list(pool.map(lambda job: run(job[0], job[1], folder), some))
+    shutil.rmtree(folder)
     scores = dict(zip(jobs, results, strict=True))
     rows = []
     for arm in chosen:
@@ -140,17 +146,37 @@ def _changes(values: Sequence[float], digits: int) -> str:
     return f"**{text}**" if same else text
 
 
-def run_apart(arm: Arm, seed: int, folder: Path) -> Json:
-    """One run and its scores, in a process with one thread."""
-    name = re.sub(r"\W+", "-", f"{arm.group} {arm.name} {seed}")
-    words = ["--output_dir", str(folder / name), "--seed", str(abs(seed))]
-    return _python("bench.ablation", [*arm.words, *words])
+def run_apart(arm: Arm, seed: int | None, folder: Path) -> Json:
+    """One run and its scores, in a process with one thread, or what it gave before.
+
+    ``seed`` is None for a rehearsal.
+    """
+    name = re.sub(r"\W+", "-", f"{arm.group} {arm.name} {'rehearsal' if seed is None else seed}")
+    kept = folder / f"{name}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was interrupted
+    words = ["--output_dir", str(folder / name), "--seed", str(seed or 0)]
+    result = _python("bench.ablation", [*arm.words, *words])
+    kept.write_text(json.dumps(result))
+    return result
+
+
+def _commit() -> str:
+    from bench import record
+
+    return record.run("")["commit"][:8] or "nocommit"
 
 
 def make_models(folder: Path) -> tuple[str, str]:
     """The trained mixture of experts, and a student of some of its layers."""
-    teacher, student = folder / "moe-teacher", folder / "moe-student"
-    made, cut = _python("bench.ablation", ["--make", str(teacher), str(student)])
+    kept = folder / "models.json"
+    if not kept.exists():
+        teacher, student = folder / "moe-teacher", folder / "moe-student"
+        shutil.rmtree(teacher, ignore_errors=True)
+        made = _python("bench.ablation", ["--make", str(teacher), str(student)])
+        kept.write_text(json.dumps(made))
+    made, cut = json.loads(kept.read_text())
     return made, cut
 
 

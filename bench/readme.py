@@ -241,6 +241,8 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "end_to_end": text_of("end_to_end"),
     "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
+    "counters": text_of("counters", targets.COUNTERS),
+    "ceilings": text_of("ceilings", targets.CEILINGS),
     "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
     "cpu": of_kernels("cpu", lambda row: True),
