@@ -101,11 +101,12 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
     """
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with quiet_libraries(), _explained(role, name, config.attn_implementation):
+    attention = _attention(config, role, name, model_config)
+    with quiet_libraries(), _explained(role, name, attention):
         return AutoModelForCausalLM.from_config(
             model_config,
             dtype=dtype,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=attention,
             trust_remote_code=trust,
         )
 
@@ -146,12 +147,13 @@ def _random_student(config: DistillConfig) -> PreTrainedModel:
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
-    with quiet_libraries(), _explained(role, name, config.attn_implementation):
+    attention = _attention(config, role, name, model_config)
+    with quiet_libraries(), _explained(role, name, attention):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
             dtype=dtype,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=attention,
             trust_remote_code=trust,
             output_loading_info=True,
         )
@@ -202,6 +204,29 @@ def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
     return name, trust
 
 
+def _attention(
+    config: DistillConfig, role: Role, name: str, model_config: PreTrainedConfig
+) -> str | None:
+    """The attention to ask for; None leaves the choice to transformers.
+
+    It is not left where scores are capped: before 5.23 transformers chose sdpa there, or took it,
+    and went on without the cap.
+    """
+    chosen = config.attn_implementation
+    if not getattr(model_config, "attn_logit_softcapping", None):
+        return chosen
+    if chosen == "sdpa":
+        raise _no_such_attention(role, name, chosen)
+    return chosen or "eager"
+
+
+def _no_such_attention(role: Role, name: str, attention: str) -> UsageError:
+    return UsageError(
+        f"attn_implementation must be one that the {role} {name} has, got {attention}; "
+        "leave the key out, or set attn_implementation: eager"
+    )
+
+
 @contextmanager
 def _explained(role: Role, name: str, attention: str | None = None) -> Iterator[None]:
     """Turn what transformers raises about a model into one line."""
@@ -229,10 +254,7 @@ def _refusal(role: Role, name: str, attention: str | None, error: Exception) -> 
             f"its own; read that code, then set trust_remote_code_{role}: true"
         )
     if attention is not None and "attn_implementation" in message:
-        return UsageError(
-            f"attn_implementation must be one that the {role} {name} has, got {attention}; "
-            "leave the key out, or set attn_implementation: eager"
-        )
+        return _no_such_attention(role, name, attention)
     return UnfitError(
         f"{role} must be a model that transformers can build, got {name} ({one_line(error)}); "
         "check its files and its family"

@@ -223,7 +223,8 @@ def test_an_attention_that_does_not_exist(saved: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "chosen"), [("gemma2", "eager"), ("bloom", "eager"), ("llama", "sdpa")]
+    ("family", "chosen"),
+    [("gemma2", "eager"), ("vaultgemma", "eager"), ("bloom", "eager"), ("llama", "sdpa")],
 )
 def test_by_default_each_family_has_the_attention_that_suits_it(
     family: str, chosen: str, tmp_path: Path
@@ -236,8 +237,9 @@ def test_by_default_each_family_has_the_attention_that_suits_it(
         assert model.config._attn_implementation == chosen
 
 
-def test_an_attention_that_the_family_does_not_have(tmp_path: Path) -> None:
-    tiny_family("gemma2").save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
+def test_an_attention_that_the_family_does_not_have(family: str, tmp_path: Path) -> None:
+    tiny_family(family).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="got sdpa; leave the key out") as caught:
         load_teacher(config_for(str(tmp_path), attn_implementation="sdpa"))
     assert "\n" not in str(caught.value)
