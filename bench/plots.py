@@ -30,6 +30,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, offset_copy
 
+from bench import table
 from sad.plots import DASHES, STYLE
 from sad.theme import LIGHT
 
@@ -117,7 +118,7 @@ def draw(curves: Json | None, record: Json | None, folder: Path) -> list[Path]:
 def figures(curves: Json | None, record: Json | None) -> dict[str, Figure]:
     found: dict[str, Figure | None] = {}
     curves, record = curves or {}, record or {}
-    rows = [r for r in record.get("rows") or () if ROW <= set(r)]
+    rows, _ = table.measured(r for r in record.get("rows") or () if ROW <= set(r))
     with matplotlib.rc_context(STYLE):
         by_name: dict[str, list[Json]] = {}
         for curve in curves.get("curves") or ():

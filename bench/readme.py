@@ -41,7 +41,11 @@ PLOT_NAMES = {
     "error_chunks": "error against the number of chunks",
     "largest_batch": "largest batch that fits a memory limit",
 }
-KERNELS = {"gpu": targets.LINEAR, "cpu": "2026-11-26-cpu-66375f99-kernels.json"}
+KERNELS = {
+    "gpu": targets.LINEAR,
+    "gpu before": targets.LINEAR_BEFORE,
+    "cpu": "2026-11-26-cpu-66375f99-kernels.json",
+}
 """The kernel benchmark's records that are shown."""
 
 
@@ -151,11 +155,13 @@ def of_kernels(which: str, cases: Callable[[Json], bool]) -> Callable[[Path], li
 
     def block(results: Path) -> list[str]:
         record = read(results, KERNELS[which])
-        rows = [row for row in record["rows"] if cases(row)]
+        rows, others = table.measured(row for row in record["rows"] if cases(row))
         about = _measured(record, KERNELS[which], record["run"]["command"])
         lines = [f"{about} Forward and backward."]
         for title, of_case in groupby(rows, key=table.title_of):
             lines += ["", f"**{title}**", "", *kernel_table(list(of_case))]
+        if others:
+            lines += ["", f"No time was left for {'; '.join(others)}."]
         return [*lines, ""]
 
     return block
@@ -233,6 +239,10 @@ def _is_linear(row: Json) -> bool:
     return row["case"].startswith("linear")
 
 
+def _is_joint(row: Json) -> bool:
+    return row["case"] == "linear_kd/joint"
+
+
 SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "quickstart": quickstart,
     "loss": loss,
@@ -245,5 +255,6 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "ceilings": text_of("ceilings", targets.CEILINGS),
     "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
+    "gpu_joint": of_kernels("gpu before", _is_joint),
     "cpu": of_kernels("cpu", lambda row: True),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -27,6 +27,16 @@ def lines(record: Row) -> Iterator[str]:
     yield from (f"note: {note}" for note in record.get("notes", []))
 
 
+def measured(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
+    """The rows of cases of which anybody has a time, and the titles of the other cases."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(title_of(row), []).append(row)
+    timed = {title for title, of in cases.items() if any(row.get("ms") for row in of)}
+    kept = [row for title, of in cases.items() if title in timed for row in of]
+    return kept, [title for title in cases if title not in timed]
+
+
 def title_of(row: Row) -> str:
     sizes = " ".join(f"{name}={value:,}" for name, value in row["shape"].items())
     more = []
@@ -34,7 +44,7 @@ def title_of(row: Row) -> str:
         more.append(f"{row['ignored']:.0%} ignored")
     if row.get("upstream", 0.125) != 0.125:
         more.append(f"upstream {row['upstream']:g}")
-    if row["options"].get("kl", 0.1) != 0.1:
+    if row.get("options", {}).get("kl", 0.1) != 0.1:
         more.append(f"KL about {row['options']['kl']:g}")
     return ", ".join([f"{row['case']}: {sizes}", row["dtype"], *more])
 
