@@ -250,6 +250,7 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "faults": text_of("faults"),
     "end_to_end": text_of("end_to_end"),
     "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
+    "ablation": text_of("ablation"),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "counters": text_of("counters", targets.COUNTERS),
     "ceilings": text_of("ceilings", targets.CEILINGS),
