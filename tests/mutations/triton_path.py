@@ -325,7 +325,8 @@ MUTATIONS = [
         edit(
             ROWS,
             "    s_row = s_ptr + row * s_stride\n    t_row = s_row\n    if TEACHER == DENSE:",
-            "    s_row = s_ptr + row * V\n    t_row = s_row\n    if TEACHER == DENSE:",
+            "    s_row = s_ptr + row * tl.minimum(s_stride, V)\n    t_row = s_row\n"
+            "    if TEACHER == DENSE:",
         ),
         regressions(
             "test_layouts_are_only_layouts[cross_entropy-triton]",
@@ -338,7 +339,7 @@ MUTATIONS = [
         edit(
             ROWS,
             "        t_row = t_ptr + row * t_stride\n    ids = ids_ptr\n",
-            "        t_row = t_ptr + row * V\n    ids = ids_ptr\n",
+            "        t_row = t_ptr + row * tl.minimum(t_stride, V)\n    ids = ids_ptr\n",
         ),
         regressions(
             "test_layouts_are_only_layouts[kl_div-triton]",
@@ -406,8 +407,13 @@ MUTATIONS = [
         "in the kernel beta is the student's share",
         edit(
             TILE,
-            "    if DIVERGENCE == FORWARD_KL:\n        p = tl.exp2(b)\n",
-            "    beta = 1 - beta\n    if DIVERGENCE == FORWARD_KL:\n        p = tl.exp2(b)\n",
+            "    q_log = tl.maximum(tl.maximum(a",
+            "    beta = 1 - beta\n    q_log = tl.maximum(tl.maximum(a",
+        )
+        + edit(
+            TILE,
+            "    if DIVERGENCE == JSD:\n        h = ",
+            "    beta = 1 - beta\n    if DIVERGENCE == JSD:\n        h = ",
         ),
         regressions("test_beta_is_the_teachers_share[triton]"),
     ),

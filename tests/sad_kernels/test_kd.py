@@ -10,7 +10,14 @@ import torch
 from cases import DISTILL_LOSS, KL_DIV, Options, crossed
 from oracle import ALL, IMPLS, IN_FLOAT64, assert_value, bound, judge
 from problems import distill_loss_problem, kl_div_problem, plain
-from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, reference
+from sad_kernels import (
+    Head,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    reference,
+)
 from sad_kernels.objective import DIVERGENCES, MIXTURES, Divergence
 from torch.autograd import gradcheck
 
@@ -217,3 +224,19 @@ def test_refusals(impl: str) -> None:
         for beta in (0.0, 1.0):
             with pytest.raises(ValueError, match="by name"):
                 ops.kl_div(s, t, divergence=divergence, beta=beta)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("side", ["student", "teacher", "student beside ids"])
+def test_a_row_of_nothing_but_nan_poisons_itself_alone(side: str, impl: str) -> None:
+    """It has no maximum, so no tile that holds it: one was read at an address of nobody's."""
+    s, t, y = torch.randn(3, 97), torch.randn(3, 97), torch.tensor([1, 2, 3])
+    (t if side == "teacher" else s)[1] = math.nan
+    s.requires_grad_()
+    teacher: Any = TeacherLogits(t)
+    if side == "student beside ids":
+        teacher = TeacherTopK(torch.arange(4).expand(3, 4), torch.full((3, 4), -3.0))
+    out = bound(impl).distill_loss(s, y, teacher, Objective(ce_weight=0.5, label_smoothing=0.1))
+    assert out.loss.isnan() and out.kd.isnan()
+    (grad,) = torch.autograd.grad(out.loss, s)
+    assert grad[[0, 2]].isfinite().all()

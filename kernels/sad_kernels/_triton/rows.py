@@ -246,7 +246,9 @@ def add_tile(
 @triton.jit
 def first_tile(m, best, top):
     """The tile that holds the maximum ``top`` of all lanes, the first if there are several."""
-    return tl.min(tl.where(m == top, best, 0x7FFFFFFF), 0)
+    none = 0x7FFFFFFF
+    found = tl.min(tl.where(m == top, best, none), 0)
+    return tl.where(found == none, 0, found)  # NaN is nobody's maximum
 
 
 @triton.jit
