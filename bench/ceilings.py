@@ -20,7 +20,7 @@ from sad_kernels import Head, Objective, TeacherHidden
 from torch.profiler import ProfilerActivity, profile
 
 from bench import floors
-from bench.timing import MIB, Device, Gpu, Step, loss_step
+from bench.timing import MIB, Device, Gpu, Step, launched_ms, loss_step
 
 Json = dict[str, Any]
 
@@ -87,11 +87,6 @@ def table(result: Json) -> list[str]:
 
 def _ms(device: Device, call: Callable[[], Any], calls: int) -> float:
     return statistics.median(t.full for t in device.time(Step(call), calls + 2)[2:])
-
-
-def _graph_ms(device: Device, call: Callable[[], Any], calls: int) -> float:
-    """Without the host's time, which for hundreds of tensors is that of the kernel."""
-    return device.graph(Step(call), calls) if isinstance(device, Gpu) else _ms(device, call, calls)
 
 
 def _noise(device: Device, *shape: int) -> torch.Tensor:
@@ -227,7 +222,7 @@ def _ema(device: Device, rate: float, calls: int) -> Iterator[Json]:
                 ("update", 10, lambda: sad_kernels.ema_update_(shadows, params, 0.999)),
                 ("swap", 12, lambda: sad_kernels.ema_swap_(shadows, params)),
             ):
-                ms = _graph_ms(device, call, calls)
+                ms = launched_ms(device, call, calls)
                 floor = size * each * TENSORS / rate * 1e3
                 yield {"what": name, "block": block, "hint": hint, "ms": ms, "ratio": ms / floor}
     finally:

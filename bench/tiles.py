@@ -6,7 +6,6 @@ what was chosen and why. Launchers are called without autograd, so that no host 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from sad_kernels._task import Task
 from torch import Tensor
 
 from bench import floors
-from bench.timing import Device, Gpu, Step
+from bench.timing import Device, Gpu, launched_ms
 
 N, V, K = 8192, 128256, 64
 SEGMENTS = (32768, 131072)
@@ -142,16 +141,9 @@ def _times(
         for shape in (None, *shapes):
             chosen = table if shape is None else _only(kernel, shape, table)
             launch.choose_tile = chosen
-            yield None if shape is None else list(shape), _ms(device, call, rounds)
+            yield None if shape is None else list(shape), launched_ms(device, call, rounds)
     finally:
         launch.choose_tile = table
-
-
-def _ms(device: Device, call: Callable[[], Any], rounds: int) -> float:
-    """In a graph: what the host takes to launch a few kernels is longer than some of them."""
-    if isinstance(device, Gpu):
-        return device.graph(Step(call), rounds)
-    return statistics.median(t.full for t in device.time(Step(call), rounds))
 
 
 def _only(kernel: str, shape: Any, table: Callable[..., Any]) -> Callable[..., Any]:

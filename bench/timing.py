@@ -212,6 +212,13 @@ class Gpu:
 Device = Cpu | Gpu
 
 
+def launched_ms(device: Device, call: Callable[[], Any], calls: int) -> float:
+    """The median call without the host's time, in a graph; on a CPU the median call."""
+    if isinstance(device, Gpu):
+        return device.graph(Step(call), calls)
+    return statistics.median(t.full for t in device.time(Step(call), calls))
+
+
 def host_us(device: Device, step: Step, calls: int = 20) -> float:
     """Microseconds that the host takes to queue a call, or on a CPU to do it."""
     for _ in range(3):

@@ -36,21 +36,21 @@ V = 131 if INTERPRETED else 33001  # two segments on a GPU
 JOINT = Objective(ce_weight=0.5, kd_weight=0.5, label_smoothing=0.1, z_loss=1e-3, temperature=2.7)
 
 
-def noise(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE).bfloat16()
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
+def calls() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
     """A name, a loss, and what it is differentiated by."""
-    wide, t = noise(N, V + 3, dtype=dtype), noise(N, V, dtype=dtype)
+    wide, t = noise(N, V + 3), noise(N, V)
     x = wide[:, 1 : V + 1].requires_grad_()  # rows begin anywhere
     y = torch.randint(V, (N,), device=DEVICE)
     y[0], y[-1] = -100, V - 1
     log_probs = torch.randn(N, K, device=DEVICE).log_softmax(1) - 0.1
     ids = torch.linspace(0, V - 1, K, device=DEVICE).long().flip(0).expand(N, K)
-    h, w = noise(N, D, dtype=dtype).requires_grad_(), noise(V, D, dtype=dtype).requires_grad_()
-    ht, wt = noise(N, D, dtype=dtype), noise(V, D, dtype=dtype)
-    bias = noise(V, dtype=dtype).requires_grad_()
+    h, w = noise(N, D).requires_grad_(), noise(V, D).requires_grad_()
+    ht, wt = noise(N, D), noise(V, D)
+    bias = noise(V).requires_grad_()
     yield "ce", lambda: cross_entropy(x, y, label_smoothing=0.1, z_loss=1e-3, softcap=30.0), [x]
     yield "linear ce", lambda: linear_cross_entropy(h, w, y, bias=bias), [h, w, bias]
     head = Head(w, bias, softcap=30.0, logit_scale=0.5)
@@ -86,7 +86,7 @@ def averages() -> None:
 def main() -> None:
     torch.manual_seed(0)
     done = 0
-    for name, loss, leaves in calls(torch.bfloat16):
+    for name, loss, leaves in calls():
         gradients = torch.autograd.grad(loss(), leaves)
         assert all(g.isfinite().all() for g in gradients), name
         done += 1

@@ -13,13 +13,17 @@ from bench import tiles
 from bench.timing import Cpu
 
 
-def test_every_kernel_is_swept_and_the_table_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("launches CPU tensors, which only the interpreter takes")
     for name, value in {"N": 4, "V": 96, "K": 3, "SEGMENTS": (64,)}.items():
         monkeypatch.setattr(tiles, name, value)
     for name in ("STATISTICS", "GRADIENT", "TERMS"):
         monkeypatch.setattr(tiles, name, ((32, 1),))
+
+
+def test_every_kernel_is_swept_and_the_table_is_put_back() -> None:
     table = launch.choose_tile
     rows = list(tiles._rows(Cpu(), torch.float32, rounds=1))
     assert launch.choose_tile is table
@@ -34,15 +38,7 @@ def test_every_kernel_is_swept_and_the_table_is_put_back(monkeypatch: pytest.Mon
     assert all(row["bytes"] > 0 and row["ms"] > 0 for row in rows)
 
 
-def test_of_a_loss_that_is_not_swept_only_the_table_is_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("launches CPU tensors, which only the interpreter takes")
-    for name, value in {"N": 4, "V": 96, "K": 3, "SEGMENTS": (64,)}.items():
-        monkeypatch.setattr(tiles, name, value)
-    for name in ("STATISTICS", "GRADIENT", "TERMS"):
-        monkeypatch.setattr(tiles, name, ((32, 1),))
+def test_of_a_loss_that_is_not_swept_only_the_table_is_measured() -> None:
     rows = list(tiles._rows(Cpu(), torch.float32, rounds=1, swept={"kl"}))
     assert {row["loss"] for row in rows if row["tile"]} == {"kl"}
     assert {row["loss"] for row in rows} == {loss.name for loss in tiles.LOSSES}

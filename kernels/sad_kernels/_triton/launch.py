@@ -23,7 +23,6 @@ SEGMENT = 32768
 
 MERGE_NUMBERS = 128  # rows, or rows times ids, that one program of ``merge`` holds
 
-
 DIVERGENCES: dict[Divergence, int] = {
     "forward_kl": tile.FORWARD_KL.value,
     "reverse_kl": tile.REVERSE_KL.value,
@@ -65,8 +64,8 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
     needs logarithms, and two for a top-k teacher: its ids, and the tile without them. These tiles
-    are the fastest on an H200, or within 2 % of it, and spill nowhere; with two tensors only small
-    programs keep enough of them resident. Times are in ``bench/LOG.md`` and come from ``python -m
+    are the fastest on an H200, or within 2 % of it, and spill in no loop; with two tensors only
+    small programs keep enough resident. Times are in ``bench/LOG.md`` and come from ``python -m
     bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in
     ``tests/contracts/budgets.json``.
     """
