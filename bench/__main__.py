@@ -20,6 +20,8 @@ python -m bench curves          memory, time and error against tokens, vocabular
 python -m bench ceilings        what the card can do: copies, products by rows per call, averages
 python -m bench counters        what the row kernels wait for, by hardware counters (needs ncu)
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
+
+Of end_to_end and batches the JSON is written after every run, as far as they have come.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ NAMED = (
     "counters",
     "batches",
 )
+GROWING = {"end_to_end": ("rounds", "only"), "batches": ("limits", "only")}
+"""Cases that hand over what they have after every run, and the options that they take."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -67,10 +71,11 @@ def main(words: Sequence[str]) -> int:
         print("\n".join(f"-> {path}" for path in readme.rewrite()) or "all tables are current")
         return 0
     named = [case for case in options.cases if case in NAMED]
+    if named and len(options.cases) > 1:
+        sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
+    asked = _asked(named[0] if named else None, options)
     if named:
-        if len(options.cases) > 1:
-            sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
-        _measure_named(named[0])
+        _measure_named(named[0], asked, options.out)
         return 0
     with tempfile.TemporaryDirectory() as caches:
         _choose_environment(caches)
@@ -88,11 +93,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", nargs="+", default=(), metavar="PEER", help="only these, even in quick sets")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--out", type=Path, help="where the JSON goes; default: a name in bench/results")
+    add("--rounds", type=int, help="of end_to_end; default: 3")
+    add("--only", type=_listed, metavar="A,B", help="of end_to_end, batches: ours, naive, ...")
+    add("--limits", type=_whole, metavar="A,B", help="GiB, of batches; default: 24,48,80")
     add("--no-graphs", action="store_true", help="try no CUDA graphs")
     add("--readme", action="store_true", help="rewrite tables and plots from committed results")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     add("--part", action="store_true", help=argparse.SUPPRESS)  # of a run in several processes
     return parser
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _whole(text: str) -> list[int]:
+    try:
+        return [int(word) for word in _listed(text)]
+    except ValueError:
+        message = f"must be whole numbers, got {text!r}; write them like 24,48"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _asked(case: str | None, options: Any) -> dict[str, Any]:
+    """The options that only ``GROWING`` cases take, as far as they are given."""
+    names = dict.fromkeys(name for taken in GROWING.values() for name in taken)
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in GROWING.get(case or "", ()):
+            cases = " or ".join(case for case, taken in GROWING.items() if name in taken)
+            got = case or " ".join(options.cases) or "no case"
+            sys.exit(f"error: --{name} must come with {cases}, got {got}; leave it out")
+    return given
 
 
 def _choose_environment(caches: str) -> None:
@@ -170,20 +203,41 @@ def _passed_on(options: Any) -> list[str]:
     return words + (["--peers", *options.peers] if options.peers else [])
 
 
-def _measure_named(case: str) -> None:
+def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:
     import torch
 
     from bench import record
     from sad.versions import library_versions
 
-    result = importlib.import_module(f"bench.{case}").measure()
-    machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    about = {"schema": 1, "run": record.run(f"python -m bench {case}"), "machine": machine}
-    path = record.RESULTS / f"{case}.json"
-    record.RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(about | {"versions": library_versions()} | result, indent=1) + "\n")
+    module = importlib.import_module(f"bench.{case}")
+    path = out or record.RESULTS / f"{case}.json"
+
+    def keep(result: dict[str, Any]) -> None:
+        machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        about = {"schema": 1, "run": record.run(_command(case, asked)), "machine": machine}
+        about["versions"] = library_versions()
+        _replace(path, json.dumps(about | result, indent=1) + "\n")
+
+    result = module.measure(**asked, keep=keep) if case in GROWING else module.measure()
+    keep(result)
     print(json.dumps(result, indent=1))
     print(f"-> {path}")
+
+
+def _command(case: str, asked: dict[str, Any]) -> str:
+    words = [f"python -m bench {case}"]
+    for name, value in asked.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"--{name} {text}")
+    return " ".join(words)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all: a run that is killed leaves what it had before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,28 @@
 
 The limit is torch's own, ``torch.cuda.set_per_process_memory_fraction``: what its allocator may
 reserve, fragments included; what CUDA itself takes comes on top. A batch fits if two steps finish,
-the second with the optimizer's state in place. Sizes are looked for around the one that two
-measured peaks predict. Each trainer has a process of its own; nothing is timed.
+the second with the optimizer's state in place; one row more was tried and does not. Sizes are
+looked for around the one that the peaks measured so far predict. Each trainer has a process of its
+own; nothing is timed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.end_to_end.task import GPU, Setup
-from bench.end_to_end.trainers import CONTENDERS, NAIVE, OURS, attempt
+from bench.end_to_end.trainers import NAIVE, OURS, attempt, named
 from bench.timing import MIB
 
 Json = dict[str, Any]
@@ -32,35 +36,81 @@ GIB = 1 << 30
 def measure(
     setup: Setup = GPU,
     limits: Sequence[int] = LIMITS,
-    run: Callable[[Setup, str, Sequence[int]], list[Json]] | None = None,
+    run: Callable[[Setup, str, Sequence[int]], Iterable[Json]] | None = None,
+    *,
+    only: Sequence[str] = (),
+    keep: Callable[[Json], None] = lambda _: None,
 ) -> Json:
-    """Rows of ``setup.length`` tokens per trainer and limit; ``run`` searches for one trainer."""
-    if run is None and not torch.cuda.is_available():
+    """Rows of ``setup.length`` tokens per trainer and limit, smallest first.
+
+    ``only`` names trainers by their words. ``run`` searches for one trainer, limit by limit; after
+    each, ``keep`` gets the result so far.
+    """
+    names, limits = named(only, TRAINERS), sorted(set(limits))
+    if limits[0] < 1:
+        raise SystemExit(f"error: --limits must be at least 1 GiB, got {limits[0]}; ask for more")
+    if run is None:
+        _check_card(limits[-1])
+    rows: list[Json] = []
+    result = {"case": "batches", "setup": asdict(setup), "limits": limits}
+    result |= {"contenders": names, "rows": rows}
+    for name in names:
+        row: Json = {"contender": name, "reason": None, "batches": []}
+        rows.append(row)
+        try:
+            for found in (run or _apart)(setup, name, limits):
+                row["batches"].append(found)
+                keep(result)
+        except RuntimeError as error:
+            row["reason"] = str(error)
+            keep(result)
+    return result
+
+
+def _check_card(limit: int) -> None:
+    if not torch.cuda.is_available():
         raise SystemExit("error: the case batches must find a GPU, got none; run it where one is")
-    run = run or _apart
-    rows = [{"contender": name, "batches": run(setup, name, limits)} for name in TRAINERS]
-    return {"case": "batches", "setup": asdict(setup), "limits": list(limits), "rows": rows}
+    there = torch.cuda.get_device_properties(0).total_memory / GIB
+    if limit > there:
+        raise SystemExit(
+            f"error: --limits must be at most the card's {there:.1f} GiB, got {limit}; "
+            "choose smaller ones"
+        )
 
 
 def table(result: Json) -> list[str]:
-    """Markdown: rows that fit, and how many times those of the naive loss."""
-    naive = next(row for row in result["rows"] if row["contender"] == NAIVE)["batches"]
-    head = "".join(f" {limit} GiB |" for limit in result["limits"])
+    """Markdown: rows that fit, and how many times those of the naive loss; what is missing, why."""
+    found = {
+        row["contender"]: {batch["limit"]: batch["rows"] for batch in row["batches"]}
+        for row in result["rows"]
+    }
+    limits, naive = result["limits"], found.get(NAIVE, {})
+    head = "".join(f" {limit} GiB |" for limit in limits)
     lines = [f"| rows of {result['setup']['length']} tokens in |{head}"]
-    lines.append("|---|" + "---:|" * len(result["limits"]))
-    for row in result["rows"]:
-        cells = []
-        for batch, of_naive in zip(row["batches"], naive, strict=True):
-            n, base = batch["rows"], of_naive["rows"]
-            cells.append(f"{n} ({n / base:.1f}x)" if n and base else str(n) if n else "none")
-        lines.append(f"| {row['contender']} | " + " | ".join(cells) + " |")
-    return lines
+    lines.append("|---|" + "---:|" * len(limits))
+    for name, rows in found.items():
+        if rows:
+            cells = [_cell(rows.get(limit), naive.get(limit)) for limit in limits]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    why = [f"{row['contender']}: {row['reason']}." for row in result["rows"] if row["reason"]]
+    gaps = [name for name in result["contenders"] if len(found.get(name, ())) < len(limits)]
+    notes = [f"Not all limits were searched for {'; '.join(gaps)}."] if gaps else []
+    return [*lines, "", *notes, *why] if notes or why else lines
 
 
-def largest(fits: Callable[[int], bool], guess: int) -> int:
-    """The most for which ``fits`` holds, if it holds up to there; asked near ``guess`` first."""
-    low, high, step = 0, None, 1  # low fits, high does not
-    at = max(guess, 1)
+def _cell(rows: int | None, naive: int | None) -> str:
+    if rows is None:
+        return "-"
+    return f"{rows} ({rows / naive:.1f}x)" if rows and naive else str(rows or "none")
+
+
+def largest(fits: Callable[[int], bool], guess: int, low: int = 0) -> int:
+    """The most for which ``fits`` holds, if it holds up to there; asked near ``guess`` first.
+
+    It is known to hold for ``low``, and not asked there.
+    """
+    high, step = None, 1  # low fits, high does not
+    known, at = low, max(guess, low + 1)
     while high is None or high - low > 1:
         if fits(at):
             low = at
@@ -68,7 +118,7 @@ def largest(fits: Callable[[int], bool], guess: int) -> int:
             high = at
         if high is None:
             at = low + step
-        elif low == 0 and high - step > 0:
+        elif low == known and high - step > low:
             at = high - step
         else:
             at = (low + high) // 2
@@ -76,32 +126,56 @@ def largest(fits: Callable[[int], bool], guess: int) -> int:
     return low
 
 
-def search(peak_of: Callable[[int, int | None], float | None], limits: Sequence[int]) -> list[Json]:
-    """``peak_of(rows, limit)`` is the peak in MiB of two steps, or None if they do not fit."""
-    one, three = peak_of(1, None), peak_of(3, None)
-    assert one is not None and three is not None, "three rows must fit the whole card"
-    each = (three - one) / 2
-    found = []
-    for limit in limits:
-        peaks: dict[int, float] = {}
+def search(
+    peak_of: Callable[[int, int | None], float | None], limits: Sequence[int]
+) -> Iterator[Json]:
+    """Limit by limit, from the smallest, what fits it.
 
-        def fits(rows: int, limit: int = limit, peaks: dict[int, float] = peaks) -> bool:
-            peak = peak_of(rows, limit)
-            if peak is not None:
-                peaks[rows] = peak
-            return peak is not None
+    ``peak_of(rows, limit)`` is the peak in MiB of two steps, or None if they do not fit. Of a limit
+    the peak reaches a share, fragments take the rest; the share of one is the guess for the next.
+    """
+    peaks: dict[int, float] = {}
 
-        rows = largest(fits, 1 + int((limit * GIB / MIB - one) / each))
-        found.append({"limit": limit, "rows": rows, "peak_mib": peaks.get(rows)})
-    return found
+    def fits(rows: int, limit: int | None) -> bool:
+        peak = peak_of(rows, limit)
+        if peak is not None:
+            peaks[rows] = peak
+        return peak is not None
+
+    assert fits(1, None) and fits(3, None), "three rows must fit the whole card"
+    rows, share = 0, 1.0
+    for limit in sorted(limits):
+        whole = limit * GIB / MIB
+        none, each = _line(peaks)
+        guess = int((share * whole - none) / each)
+        rows = largest(partial(fits, limit=limit), guess, rows)
+        none, each = _line(peaks)
+        if rows:
+            share = min(
+                max(share, (none + each * rows) / whole), (none + each * (rows + 1)) / whole
+            )
+        yield {"limit": limit, "rows": rows, "peak_mib": peaks[rows] if rows else None}
 
 
-def _apart(setup: Setup, name: str, limits: Sequence[int]) -> list[Json]:
+def _line(peaks: dict[int, float]) -> tuple[float, float]:
+    """The peak of no rows and what each row adds, by the fewest rows measured and the most."""
+    few, many = min(peaks), max(peaks)
+    each = (peaks[many] - peaks[few]) / (many - few)
+    return peaks[few] - each * few, each
+
+
+def _apart(setup: Setup, name: str, limits: Sequence[int]) -> Iterator[Json]:
+    """``search`` in a process of its own. ``RuntimeError`` with its last words if it fails."""
     words = [sys.executable, "-m", "bench.batches", json.dumps(asdict(setup)), name]
-    done = subprocess.run([*words, *map(str, limits)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"error: the search must finish, got {done.stderr[-800:]} of {name}")
-    return json.loads(done.stdout.splitlines()[-1])
+    words += map(str, limits)
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            yield from map(json.loads, process.stdout)
+        if process.returncode:
+            errors.seek(0)
+            last = "".join(errors.read().splitlines()[-1:])
+            raise RuntimeError(f"its process ended with {process.returncode}: {last[:200]}")
 
 
 def _peak_of(setup: Setup, name: str, rows: int, limit: int | None) -> float | None:
@@ -118,10 +192,11 @@ def _peak_of(setup: Setup, name: str, rows: int, limit: int | None) -> float | N
 
 
 def _main(setup: str, name: str, *limits: str) -> None:
-    assert name in CONTENDERS, name
-    of = Setup(**json.loads(setup))
-    found = search(lambda rows, limit: _peak_of(of, name, rows, limit), [int(x) for x in limits])
-    print(json.dumps(found))
+    """Prints a line of JSON for each limit; what trainers print goes elsewhere."""
+    of, lines = Setup(**json.loads(setup)), sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        for found in search(partial(_peak_of, of, name), [int(limit) for limit in limits]):
+            print(json.dumps(found), file=lines, flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def text_of(source: str, file: str | None = None) -> Callable[[Path], list[str]]
 
     def block(results: Path) -> list[str]:
         result = read(results, name)
-        about = _measured(result, name, f"python -m bench {source}")
+        about = _measured(result, name, result["run"]["command"])
         return [about, "", *TABLES[source](result), ""]
 
     return block

@@ -27,6 +27,9 @@ Each run has a process of its own; every second round takes the contenders in re
 what the process holds at most from its first step on: resident memory on a CPU, with libraries, and
 what torch has allocated on a GPU. ``start_mib`` is what it held just before. Tokens are all that
 the student reads, whether they have a target or not.
+
+A result that was cut off, or lacks a run that failed, has the same fields: medians and lists are of
+the rounds that finished. Of ``contenders``, those that it did not come to have no row.
 """
 
 from __future__ import annotations
@@ -36,15 +39,16 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from bench.end_to_end.task import CPU, GPU, Setup, distill_config
-from bench.end_to_end.trainers import CONTENDERS, NAIVE, OURS, Run
+from bench.end_to_end.trainers import CONTENDERS, NAIVE, Run, named
 
 __all__ = ["measure", "table"]
 
@@ -55,35 +59,57 @@ SETTINGS = (
 
 
 def measure(
-    setup: Setup | None = None, run: Callable[[Setup, str, int], Run] | None = None
+    setup: Setup | None = None,
+    run: Callable[[Setup, str, int], Run] | None = None,
+    *,
+    rounds: int | None = None,
+    only: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """All rounds of all contenders; ``run`` makes one run, by default in a process of its own."""
+    """All rounds of all contenders, or of those that ``only`` names by their words.
+
+    ``run`` makes one run, by default in a process of its own; after each, ``keep`` gets the result
+    so far.
+    """
     setup, run = setup or (GPU if torch.cuda.is_available() else CPU), run or run_apart
-    runs: dict[str, list[Run]] = {name: [] for name in CONTENDERS}
+    setup = setup if rounds is None else replace(setup, rounds=rounds)
+    if setup.rounds < 1:
+        raise SystemExit(f"error: --rounds must be at least 1, got {setup.rounds}; ask for more")
+    names = named(only)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     for round_ in range(setup.rounds):
-        for name in reversed(CONTENDERS) if round_ % 2 else CONTENDERS:
+        for name in reversed(names) if round_ % 2 else names:
             skipped = runs[name] and runs[name][-1]["status"] == "skipped"  # it would be again
             runs[name].append(runs[name][-1] if skipped else run(setup, name, round_))
+            keep(_result(setup, runs))
+    return _result(setup, runs)
+
+
+def _result(setup: Setup, runs: dict[str, list[Run]]) -> dict[str, Any]:
     config = distill_config(setup, seed=0)
     about = {
         "settings": {key: getattr(config, key) for key in SETTINGS} | vars(config.objective()),
         "packages": {name: _version(name) for name in ("transformers", "accelerate", "trl")},
     }
-    rows = [_row(name, runs) for name in CONTENDERS]
-    return {"case": "end to end", "setup": asdict(setup) | about, "rows": rows}
+    return {
+        "case": "end to end",
+        "setup": asdict(setup) | about,
+        "contenders": list(runs),
+        "rows": [_row(name, runs) for name in runs if runs[name]],
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result in Markdown; below it how large the noise is, and why some did not run."""
+    """The result in Markdown; below it how large the noise is, what is incomplete, and why."""
     rows = {row["contender"]: row for row in result["rows"]}
-    naive = rows[NAIVE]["tokens_per_s"]
+    naive = rows[NAIVE]["tokens_per_s"] if NAIVE in rows else None
     lines = [
         "| trainer | tokens/s (naive loss = 1) | peak MiB (before the first step) "
         "| held-out KL, NLL |",
         "|---|---:|---:|---:|",
     ]
     for name, row in rows.items():
-        if row["status"] != "ok":
+        if row["tokens_per_s"] is None:
             lines.append(f"| {name} | {row['status']} | - | - |")
             continue
         ratio = f" ({row['tokens_per_s'] / naive:.2f})" if naive else ""
@@ -92,45 +118,66 @@ def table(result: dict[str, Any]) -> list[str]:
         scores = "-" if kl is None else f"{kl:.4f}, {nll:.4f}"
         lines.append(f"| {name} | {row['tokens_per_s']:,.0f}{ratio} | {memory} | {scores} |")
     missing = [f"{n}: {row['reason']}." for n, row in rows.items() if row["status"] != "ok"]
-    notes = [*_noise(list(rows.values())), *missing]
+    notes = [*_noise(list(rows.values())), *_incomplete(result), *missing]
     return [*lines, "", *notes] if notes else lines
 
 
 def _noise(rows: list[Run]) -> list[str]:
     scored = [row["quality"] for row in rows if row["quality"].get("kl") is not None]
-    if not scored:
+    if len(scored) < 2:
         return []
-    apart = max(quality["kl_apart"] for quality in scored)
-    text = f"In one round the held-out KL of each trainer is that of {OURS} to {apart:.1e}"
+    first, apart = rows[0]["contender"], max(quality["kl_apart"] for quality in scored)
+    text = f"In one round the held-out KL of each trainer is that of {first} to {apart:.1e}"
     noise = max(max(quality["kl_rounds"]) - min(quality["kl_rounds"]) for quality in scored)
-    several = len(scored[0]["kl_rounds"]) > 1
+    several = any(len(quality["kl_rounds"]) > 1 for quality in scored)
     return [text + (f"; with other seeds, in other rounds, to {noise:.1e}." if several else ".")]
 
 
+def _incomplete(result: dict[str, Any]) -> list[str]:
+    """How many rounds each contender's numbers are of, unless all are of as many as were asked."""
+    rows, asked = {row["contender"]: row for row in result["rows"]}, result["setup"]["rounds"]
+    done = {
+        name: len(rows[name].get("tokens_per_s_rounds", ())) if name in rows else 0
+        for name in result.get("contenders", rows)
+        if name not in rows or rows[name]["status"] != "skipped"
+    }
+    if set(done.values()) <= {asked}:
+        return []
+    counts = "; ".join(f"{name}: {count}" for name, count in done.items())
+    return [f"Of {asked} rounds there are: {counts}."]
+
+
 def _row(name: str, runs: dict[str, list[Run]]) -> Run:
-    """What the rounds of a contender come to: medians, every round's numbers, or the reason."""
-    rounds, ours = runs[name], runs[OURS]
+    """What the rounds of a contender come to: medians, every round's numbers, and why one failed.
+
+    The first contender's runs, usually ours, are what the others' are compared with.
+    """
+    first = next(iter(runs))
+    rounds, ours = runs[name], runs[first][: len(runs[name])]
     row = {"contender": name, "what": CONTENDERS[name].what, "status": "ok", "reason": None}
     numbers = ("tokens_per_s", "peak_mib", "start_mib")
     row |= {key: None for key in numbers} | {"quality": {"kl": None, "nll": None}}
     bad = next((run for run in rounds if run["status"] != "ok"), None)
     if bad is not None:
-        return row | {"status": bad["status"], "reason": bad["reason"]}
-    pairs = list(zip(rounds, ours, strict=True))
+        row |= {"status": bad["status"], "reason": bad["reason"]}
+    both = zip_longest(rounds, ours, fillvalue={})
+    pairs = [(run, our) for run, our in both if run["status"] == "ok"]
+    if not pairs:
+        return row
     if any(run["witness"] != our.get("witness", run["witness"]) for run, our in pairs):
-        return row | {"status": "failed", "reason": f"read other tokens than {OURS}"}
+        return row | {"status": "failed", "reason": f"read other tokens than {first}"}
     for key in numbers:
-        values = [run[key] for run in rounds]
+        values = [run[key] for run, _ in pairs]
         row |= {key: statistics.median(values), f"{key}_rounds": values}
     quality: Run = {
-        "loss_first": statistics.median(run["losses"][0] for run in rounds),
-        "loss_last": statistics.median(run["losses"][-1] for run in rounds),
-        "losses_rounds": [run["losses"] for run in rounds],
+        "loss_first": statistics.median(run["losses"][0] for run, _ in pairs),
+        "loss_last": statistics.median(run["losses"][-1] for run, _ in pairs),
+        "losses_rounds": [run["losses"] for run, _ in pairs],
         "kl": None,
         "nll": None,
     }
     for key in ("kl", "nll", "teacher_nll"):
-        values = [run[key] for run in rounds if key in run]
+        values = [run[key] for run, _ in pairs if key in run]
         if values:
             quality |= {key: statistics.median(values), f"{key}_rounds": values}
             quality[f"{key}_apart"] = max(abs(a[key] - b.get(key, a[key])) for a, b in pairs)

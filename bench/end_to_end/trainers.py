@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,20 +288,41 @@ def _arguments(task: Task, folder: str) -> dict[str, Any]:
 
 
 class Contender(NamedTuple):
+    word: str  # for a command line
     what: str
     train: Callable[[Task, Watch, str], None]
 
 
 CONTENDERS = {
-    OURS: Contender("The loop of `sad distill`: the loss from hidden states and heads.", sad_fused),
-    NAIVE: Contender("The same loop with the loss of both models' whole logits.", sad_naive),
+    OURS: Contender(
+        "ours", "The loop of `sad distill`: the loss from hidden states and heads.", sad_fused
+    ),
+    NAIVE: Contender(
+        "naive", "The same loop with the loss of both models' whole logits.", sad_naive
+    ),
     "transformers.Trainer": Contender(
-        "A subclass whose `compute_loss` takes that naive loss of whole logits.", recipe
+        "transformers",
+        "A subclass whose `compute_loss` takes that naive loss of whole logits.",
+        recipe,
     ),
     "trl GKDTrainer": Contender(
+        "gkd",
         "Off-policy with forward KL, in the dtype of the logits; a subclass adds the cross-entropy "
         "that it lacks.",
         trl_gkd,
     ),
-    "trl DistillationTrainer": Contender("TRL's trainer of its stable part.", trl_distillation),
+    "trl DistillationTrainer": Contender(
+        "distillation", "TRL's trainer of its stable part.", trl_distillation
+    ),
 }
+
+
+def named(words: Sequence[str], among: Sequence[str] = tuple(CONTENDERS)) -> list[str]:
+    """Those of ``among`` that the words stand for, in its order; without words all."""
+    known = {CONTENDERS[name].word: name for name in among}
+    for word in words:
+        if word not in known:
+            raise SystemExit(
+                f"error: --only must be some of {', '.join(known)}, got {word!r}; choose of these"
+            )
+    return [name for word, name in known.items() if not words or word in words]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from sad_kernels import Head, Objective, TeacherHidden, linear_distill_loss
 from transformers import AutoModelForCausalLM
 
+from bench.__main__ import main
 from bench.end_to_end import measure, run_apart, table, trainers
 from bench.end_to_end.task import (
     GPU,
@@ -210,6 +212,107 @@ def test_a_failure_keeps_its_row_and_reason(
     lines = table(result)
     assert f"| {NAIVE} | failed | - | - |" in lines
     assert f"{NAIVE}: RuntimeError: no memory left." in lines
+
+
+def test_a_measurement_that_is_cut_off_leaves_what_it_had(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second round, which goes from the last to the first: of two trainers it has both."""
+    path, words = tmp_path / "folder" / "result.json", ["ours", "naive", "transformers"]
+
+    def run(setup: Setup, name: str, seed: int) -> Run:
+        if (name, seed) == (OURS, 1):
+            raise KeyboardInterrupt
+        return measured.runs[NAIVE if name == "transformers.Trainer" else name, seed]
+
+    monkeypatch.setattr("bench.end_to_end.CPU", TINY)
+    monkeypatch.setattr("bench.end_to_end.run_apart", run)
+    asked = ["--rounds", "2", "--only", ",".join(words), "--out", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["end_to_end", *asked])
+    result = json.loads(path.read_text())
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+    assert result["run"]["command"] == f"python -m bench end_to_end {' '.join(asked[:4])}"
+    assert result["schema"] == 1 and result["machine"] and result["versions"]
+    assert result["setup"]["rounds"] == 2
+    assert result["contenders"] == [OURS, NAIVE, "transformers.Trainer"]
+    ours, *others = result["rows"]
+    assert ours["tokens_per_s_rounds"] == [measured.runs[OURS, 0]["tokens_per_s"]]
+    assert ours["tokens_per_s"] == ours["tokens_per_s_rounds"][0]
+    assert [len(row["quality"]["kl_rounds"]) for row in others] == [2, 2]
+    assert table(result)[2].startswith(f"| {OURS} | {ours['tokens_per_s']:,.0f} (")
+    done = f"{OURS}: 1; {NAIVE}: 2; transformers.Trainer: 2"
+    assert f"Of 2 rounds there are: {done}." in table(result)
+
+
+def test_every_result_on_the_way_has_a_table(measured: Measured) -> None:
+    kept: list[Run] = []
+
+    def run(setup: Setup, name: str, seed: int) -> Run:
+        return measured.runs.get((name, seed), measured.runs[name, 0])
+
+    last = measure(TINY, run, keep=lambda result: kept.append(json.loads(json.dumps(result))))
+    assert len(kept) == TINY.rounds * len(CONTENDERS)
+    assert kept[-1] == json.loads(json.dumps(last))
+    assert not any(line.startswith("Of ") for line in table(last))
+    for i, result in enumerate(kept[:-1], 1):
+        names = list(CONTENDERS)[:i]
+        assert [row["contender"] for row in result["rows"]] == names
+        lines = table(result)
+        assert [line.split(" | ")[0] for line in lines[2 : 2 + len(names)]] == [
+            f"| {name}" for name in names
+        ]
+
+
+def test_a_contender_that_fails_in_a_later_round_keeps_the_first(measured: Measured) -> None:
+    def run(setup: Setup, name: str, seed: int) -> Run:
+        if (name, seed) == (NAIVE, 1):
+            return {"status": "failed", "reason": "its process ended with -9: "}
+        return measured.runs[name, seed]
+
+    result = measure(TINY, run, only=("ours", "naive"))
+    row = result["rows"][1]
+    assert row["status"] == "failed"
+    assert row["tokens_per_s_rounds"] == [measured.runs[NAIVE, 0]["tokens_per_s"]]
+    lines = table(result)
+    assert lines[3].startswith(f"| {NAIVE} | {row['tokens_per_s']:,.0f} (1.00) |")
+    assert f"Of 2 rounds there are: {OURS}: 2; {NAIVE}: 1." in lines
+    assert f"{NAIVE}: its process ended with -9: ." in lines
+
+
+def test_some_contenders_without_ours(measured: Measured) -> None:
+    def run(setup: Setup, name: str, seed: int) -> Run:
+        other = {"witness": "other"} if name == "transformers.Trainer" else {}
+        return measured.runs[NAIVE, seed] | other
+
+    result = measure(TINY, run, only=("transformers", "naive"), rounds=1)
+    assert result["setup"]["rounds"] == 1
+    assert [row["status"] for row in result["rows"]] == ["ok", "failed"]
+    assert result["rows"][1]["reason"] == f"read other tokens than {NAIVE}"
+    alone = measure(TINY, run, only=("transformers",), rounds=1)
+    assert len(table(alone)) == 3 and "(1.00)" not in table(alone)[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["end_to_end", "--only", "ours,theirs"], "--only must be some of ours, naive, .*'theirs'"),
+        (["end_to_end", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["end_to_end", "--limits", "24"], "--limits must come with batches, got end_to_end"),
+        (["batches", "--rounds", "2"], "--rounds must come with end_to_end, got batches"),
+        (["loss", "--only", "ours"], "--only must come with end_to_end or batches, got loss"),
+        (["ce", "--rounds", "2"], "--rounds must come with end_to_end, got ce; leave it out"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        main(words)
+
+
+def test_limits_are_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["batches", "--limits", "24,all"])
+    assert "must be whole numbers, got '24,all'; write them like 24,48" in capsys.readouterr().err
 
 
 def test_the_table(measured: Measured) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import readme, targets
+from bench.end_to_end.trainers import OURS
 from bench.record import RESULTS
 
 
@@ -40,6 +41,22 @@ def test_a_result_that_moves_moves_the_table(tmp_path: Path) -> None:
     text = readme.DOCUMENTS[0].read_text()
     changed = readme.rendered(text, results)
     assert "| 0.97 (" in changed and "| 0.97 (" not in text
+
+
+def test_a_table_of_batches_takes_an_entry_and_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"utc": "2026-11-26T19:07:34+00:00", "commit": "cb757926"}
+    run |= {"command": "python -m bench batches --limits 24"}
+    about = {"run": run, "machine": {"gpu": "A GPU"}, "versions": {"torch": "2", "triton": "3"}}
+    rows = [{"contender": OURS, "reason": None, "batches": [{"limit": 24, "rows": 6}]}]
+    setup = {"setup": {"length": 1024}, "limits": [24], "contenders": [OURS], "rows": rows}
+    (tmp_path / "some.json").write_text(json.dumps(about | setup))
+    monkeypatch.setitem(readme.SECTIONS, "batches", readme.text_of("batches", "some.json"))
+    text = readme.rendered("<!-- batches:begin -->\n<!-- batches:end -->\n", tmp_path)
+    assert "`python -m bench batches --limits 24` (`bench/results/some.json`)" in text
+    assert f"| {OURS} | 6 |\n" in text
+    assert readme.rendered(text, tmp_path) == text
 
 
 def test_an_unknown_block_is_refused() -> None:
