@@ -19,7 +19,7 @@ from bench import floors
 from bench.timing import Device, Gpu, launched_ms
 
 N, V, K = 8192, 128256, 64
-SEGMENTS = (32768, 131072)
+SEGMENTS = (16384, 32768)
 STATISTICS = ((256, 1), (512, 1), (1024, 2), (2048, 4), (4096, 8), (8192, 8))
 GRADIENT = ((512, 1), (1024, 4), (2048, 8), (4096, 8), (8192, 8))
 TERMS = ((512, 1), (1024, 4), (2048, 4), (2048, 8))
@@ -147,7 +147,7 @@ def _times(
 
 
 def _only(kernel: str, shape: Any, table: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda name, *how: shape if name == kernel else table(name, *how)
+    return lambda name, *how, **more: shape if name == kernel else table(name, *how, **more)
 
 
 def _ids(n: int, device: torch.device) -> Tensor:

@@ -71,10 +71,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from sad_kernels._triton import launch
 
-    def choose(kernel: str, vocab: int, pressure: int) -> launch.Tile:
-        return launch.Tile(32, 64, 1) if vocab <= 1024 else launch.Tile(1 << 16, 1 << 17, 1)
+    def choose(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> launch.Tile:
+        if vocab <= 1024:
+            return launch.Tile(32, 64, 1)  # two pieces, as on a GPU
+        return launch.Tile(1 << 16, 1 << 17, 1 << 12)  # one
 
     monkeypatch.setattr(launch, "choose_tile", choose)
+    monkeypatch.setattr(launch, "THREADS_PER_WARP", 2)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,7 +29,7 @@ import triton
 from machine_code import access_widths, double_arithmetic, resources, row_products
 from sad_kernels._task import Task
 from sad_kernels._tiles import pitch
-from sad_kernels._triton import ema, launch, scale
+from sad_kernels._triton import ema, launch, reduce, scale
 from sad_kernels.ema import Extent
 from sad_kernels.objective import Divergence, Objective
 from torch import Tensor
@@ -411,6 +411,17 @@ def scale_cases() -> Iterator[Case]:
             yield Case(name, call, out is BF16 and source is FP32)
 
 
+def reduce_cases() -> Iterator[Case]:
+    """Means alone, and with the sums of parts; the items of a window may be integers."""
+    for parts, labelled, dtype in ((0, True, None), (0, False, None), (6, True, torch.int64)):
+        y = torch.empty(N, dtype=torch.int64) if labelled else None
+        items = None if dtype is None else torch.empty((), dtype=dtype)
+        call = functools.partial(
+            reduce.reduced, torch.empty(N), torch.empty(parts, N), y, -100, items
+        )
+        yield Case(f"{parts} parts, {'labels' if labelled else 'all rows'}", call, True)
+
+
 def planted_cases() -> Iterator[Case]:
     """Faults that the checks must see."""
     x = logits(BF16, "odd limit")
@@ -437,6 +448,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear": linear_cases,
     "ema": ema_cases,
     "scale": scale_cases,
+    "reduce": reduce_cases,
     "planted": planted_cases,
 }
 

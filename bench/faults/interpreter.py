@@ -31,7 +31,8 @@ def widen_tiles() -> None:
     """Our kernels in few tiles: interpreted, each costs the same whatever its width."""
     from sad_kernels._triton import launch
 
-    def choose(kernel: str, vocab: int, pressure: int) -> launch.Tile:
-        return launch.Tile(min(32768, launch.power_of_2(vocab)), 1 << 17, 1)
+    def choose(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> launch.Tile:
+        block = min(32768, launch.power_of_2(vocab))
+        return launch.Tile(block, 1 << 17, block)  # with as many warps, not cut into pieces
 
     launch.choose_tile = choose

@@ -35,7 +35,7 @@ from sad_kernels._torch import Side, row_losses
 from sad_kernels.objective import Objective
 
 if HAS_TRITON:
-    from sad_kernels._triton.logits import losses_of_logits
+    from sad_kernels._triton.logits import losses_of_logits, mean_of_logits
 
 
 def cross_entropy(
@@ -81,7 +81,10 @@ def cross_entropy(
     leading = Leading(logits)
     y = leading.flat(labels)
     if resolve_impl(impl, logits, labels) == "triton":
-        rows = losses_of_logits(task, leading.rows(logits), softcap, y, None, leading)
+        request = task, leading.rows(logits), softcap, y, None, leading
+        if reduction == "mean":
+            return mean_of_logits(*request)[0]
+        rows = losses_of_logits(*request)
     else:
         student = Side(leading.rows(logits), how=Finish(softcap=softcap))
         rows = row_losses(task, student, y, None, shape=logit_tiles(vocab))

@@ -31,6 +31,7 @@ Sources: Hinton et al. 1503.02531, MiniLLM 2306.08543, GKD 2306.13649, DistiLLM 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sad_kernels import _check
@@ -49,7 +50,7 @@ from sad_kernels.objective import (
 )
 
 if HAS_TRITON:
-    from sad_kernels._triton.logits import losses_of_logits
+    from sad_kernels._triton.logits import losses_of_logits, mean_of_logits
 
 
 def kl_div(
@@ -100,8 +101,13 @@ def kl_div(
     task = Task(objective, vocab, ignore_index, classes=False, diagnostics=False)
     leading = Leading(student_logits)
     y = leading.flat(labels)
-    impl = resolve_impl(impl, student_logits, teacher_logits)
-    rows = _rows(task, student_logits, y, teacher, leading, impl)
+    if resolve_impl(impl, student_logits, teacher_logits) == "triton":
+        request = task, leading.rows(student_logits), None, y, teacher, leading
+        if reduction == "mean":
+            return mean_of_logits(*request)[0]
+        rows = losses_of_logits(*request)
+    else:
+        rows = _rows(task, student_logits, y, teacher, leading)
     num_tokens = count_valid(y, ignore_index, student_logits)
     return reduce_rows(rows.loss, num_tokens, reduction, leading)
 
@@ -151,8 +157,15 @@ def distill_loss(
     task = Task(objective, vocab, ignore_index, classes=True, diagnostics=True)
     leading = Leading(student_logits)
     y = leading.flat(labels)
-    impl = resolve_impl(impl, student_logits, labels, *dense_tensors(teacher))
-    rows = _rows(task, student_logits, y, teacher, leading, impl)
+    if resolve_impl(impl, student_logits, labels, *dense_tensors(teacher)) == "triton":
+        x = leading.rows(student_logits)
+        items = num_items
+        if isinstance(items, int):
+            items = torch.full((), items, dtype=torch.float32, device=x.device)
+        loss, sums = mean_of_logits(task, x, None, y, teacher, leading, items)
+        num_tokens, ce, kd, z, correct, agree, entropy = sums.unbind()
+        return DistillOutput(loss, ce, kd, z, num_tokens, correct, agree, entropy)
+    rows = _rows(task, student_logits, y, teacher, leading)
     num_tokens = count_valid(y, ignore_index, student_logits)
     loss = rows.loss.sum() / divisor(num_tokens, num_items)
     return distill_output(loss, rows, num_tokens)
@@ -164,9 +177,6 @@ def _rows(
     labels: Tensor | None,
     teacher: Teacher | None,
     leading: Leading,
-    impl: str,
 ) -> RowResults:
-    if impl == "triton":
-        return losses_of_logits(task, leading.rows(logits), None, labels, teacher, leading)
     student, other = Side(leading.rows(logits)), teacher_side(teacher, leading)
     return row_losses(task, student, labels, other, shape=logit_tiles(task.vocab))

@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUDGETS = HERE / "budgets.json"
 
-FAMILIES = ("cross_entropy", "kl_div", "distill_loss", "top_k", "linear", "ema", "scale")
+FAMILIES = ("cross_entropy", "kl_div", "distill_loss", "top_k", "linear", "ema", "scale", "reduce")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SHORT = ("sm_90", "gfx942")  # what the default run compiles for: one of each vendor
 

@@ -10,6 +10,7 @@ CHUNKS = TRITON + "chunks.py"
 LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
+REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
 SCALE = TRITON + "scale.py"
 TILE = TRITON + "tile.py"
@@ -68,9 +69,15 @@ MUTATIONS = [
         "the kernel's gradient is made for an upstream of 1, rounded, and scaled afterwards",
         edit(
             LOGITS,
-            "return row_gradient(*inputs, *tensors[len(inputs) :], upstream), *nothing",
-            "g = row_gradient(*inputs, *tensors[len(inputs) :], torch.ones_like(upstream))\n"
+            "return row_gradient(*inputs, *saved, upstream), *nothing",
+            "g = row_gradient(*inputs, *saved, torch.ones_like(upstream))\n"
             "    return (g * upstream[:, None]).to(g.dtype), *nothing",
+        )
+        + edit(
+            LOGITS,
+            "return row_gradient(*inputs, *saved, share), *nothing",
+            "g = row_gradient(*inputs, *saved, torch.ones_like(share))\n"
+            "    return (g * share).to(g.dtype), *nothing",
         ),
         regressions(
             "test_the_gradient_is_rounded_once[0.03-dtype1-cross_entropy-triton]",
@@ -98,7 +105,8 @@ MUTATIONS = [
             LOGITS,
             "return RowResults(loss, *parts.detach())",
             "return RowResults(loss.to(logits.dtype), *parts.detach())",
-        ),
+        )
+        + edit(LOGITS, "return mean, sums.detach()", "return mean.to(logits.dtype), sums.detach()"),
         regressions(
             "test_losses_are_float32[dtype1-cross_entropy-triton]",
             "test_losses_are_float32[dtype1-kl_div-triton]",
@@ -114,6 +122,33 @@ MUTATIONS = [
             ".to(tl.bfloat16).to(tl.float32)",
         ),
         regressions("test_no_probability_exceeds_one[dtype0-triton]"),
+    ),
+    # --- Means -----------------------------------------------------------------------------------
+    Mutation(
+        "15",
+        "the kernel of the mean counts ignored rows",
+        edit(REDUCE, "(label != ignore_index).to(tl.int32)", "(rows < N).to(tl.int32)"),
+        regressions("test_ignored_rows_are_as_good_as_absent[-100-cross_entropy-triton]"),
+    ),
+    Mutation(
+        "14",
+        "the kernel of the mean divides each micro-batch by its own number of tokens",
+        edit(REDUCE, "items = tl.load(items_ptr).to(tl.float32)", "items = number"),
+        tests("sad_kernels/test_reduce.py", "test_triton_sums_of_rows[7.0-6-7]"),
+    ),
+    Mutation(
+        "25",
+        "without gradients the kernel's mean is over all rows, not over those that count",
+        edit(
+            LOGITS,
+            "row_mean(*arguments, items)",
+            "row_mean(*arguments, items if logits.requires_grad else logits.new_tensor(1.0 * "
+            "len(logits)))",
+        ),
+        regressions(
+            "test_evaluation_is_training_without_gradients[cross_entropy-triton]",
+            "test_evaluation_is_training_without_gradients[kl_div-triton]",
+        ),
     ),
     # --- Upstream gradients ----------------------------------------------------------------------
     Mutation(
@@ -351,9 +386,8 @@ MUTATIONS = [
         "the kernel leaves out the last columns where there is no whole tile before them",
         edit(
             ROWS,
-            "(last - first) // BLOCK * BLOCK\n    id, next_id = 0, 0\n",
-            "(last - first) // BLOCK * BLOCK\n    id, next_id = 0, 0\n"
-            "    last = tl.where(whole > 0, last, 0)\n",
+            "(last - first) // STEP * STEP\n",
+            "(last - first) // STEP * STEP\n    last = tl.where(whole > 0, last, 0)\n",
         ),
         regressions(
             "test_small_vocabularies[2-cross_entropy-triton]",
@@ -599,9 +633,13 @@ MUTATIONS = [
         "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
         edit(
             ROWS,
-            "relative_to_maximum(rest, m, LANES, VECTOR, True, SMOOTH)",
-            "relative_to_maximum(s, m, LANES, VECTOR, True, SMOOTH)\n"
-            "            x = tl.where(in_lanes(rest, LANES, VECTOR) == LEFT_OUT, LEFT_OUT, x)",
+            "        s, gone, id, next_id = without_ids(s, at, ",
+            "        every = s\n        s, gone, id, next_id = without_ids(s, at, ",
+        )
+        + edit(
+            ROWS,
+            "    top = lane_max(s)\n",
+            "    top = lane_max(in_lanes(every, LANES, VECTOR) if HAS_IDS else s)\n",
         ),
         tests(
             "sad_kernels/test_topk.py",
@@ -623,11 +661,7 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel a top-k teacher's ids count twice in the mean logit",
-        edit(
-            ROWS,
-            "number = lane_sum(tl.where(s == LEFT_OUT, 0.0, 1.0))",
-            "number = lane_sum(tl.where(s == LEFT_OUT, 1.0, 1.0))",
-        ),
+        edit(ROWS, "number -= gone", "number -= 0 * gone"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.1-triton]",

@@ -14,7 +14,7 @@ from torch import Tensor
 from traffic import Traffic, counted_traffic, needs_interpreter
 
 N, V = 5, 203  # tiles and segments with a tail
-ARGMAX = 3 * 32 + 11  # columns of a row read once more: a tile of each of its four segments
+ARGMAX = 3 * 32 + 11  # columns of a row read once more: at most a tile of each of four segments
 MIXTURES = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 pytestmark = needs_interpreter
@@ -22,6 +22,11 @@ pytestmark = needs_interpreter
 
 def logits(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(N, V).to(dtype)
+
+
+def is_argmax(size: int, x: Tensor, rows: int = N) -> bool:
+    """Whether so many bytes are what the argmaxes of ``x`` may read again: tiles, or their ends."""
+    return 0 < size <= rows * ARGMAX * x.element_size()
 
 
 def backward(loss: Tensor, x: Tensor) -> tuple[Traffic, Tensor]:
@@ -59,8 +64,8 @@ def test_the_joint_loss_costs_two_argmaxes_more() -> None:
     objective = Objective(ce_weight=0.5, label_smoothing=0.1, temperature=3.0)
     with counted_traffic() as forward:
         loss = distill_loss(s, y, TeacherLogits(t), objective, impl="triton").loss
-    assert forward.read_from(s) == s.nbytes + N * (1 + ARGMAX) * s.element_size()
-    assert forward.read_from(t) == t.nbytes + N * ARGMAX * t.element_size()
+    assert is_argmax(forward.read_from(s) - s.nbytes - N * s.element_size(), s)
+    assert is_argmax(forward.read_from(t) - t.nbytes, t)
     traffic, gradient = backward(loss, s)
     assert traffic.read_from(s) == traffic.read_from(t) == s.nbytes
     assert traffic.written_to(gradient) == s.nbytes
@@ -72,7 +77,7 @@ def test_a_top_k_teacher_costs_its_ids() -> None:
     objective = Objective(ce_weight=0.5)
     with counted_traffic() as forward:
         loss = distill_loss(s, y, TeacherTopK(ids, log_probs), objective, impl="triton").loss
-    assert forward.read_from(s) == s.nbytes + N * (1 + 4 + ARGMAX) * s.element_size()
+    assert is_argmax(forward.read_from(s) - s.nbytes - N * (1 + 4) * s.element_size(), s)
     traffic, gradient = backward(loss, s)
     assert traffic.read_from(s) == s.nbytes
     assert traffic.written_to(gradient) == s.nbytes
@@ -91,8 +96,8 @@ def test_slabs_of_a_linear_loss_are_read_twice_and_written_once(divergence: str)
         forward = launch.forward(task, student, y, teacher)
         launch.gradient(task, student, y, teacher, forward, torch.ones(1), g)
     readings = 3 if divergence == "jsd" else 2
-    assert traffic.read_from(s) == readings * s.nbytes + N * (1 + ARGMAX) * s.element_size()
-    assert traffic.read_from(t) == readings * t.nbytes + N * ARGMAX * t.element_size()
+    assert is_argmax(traffic.read_from(s) - readings * s.nbytes - N * s.element_size(), s)
+    assert is_argmax(traffic.read_from(t) - readings * t.nbytes, t)
     assert traffic.written_to(g) == g.nbytes
 
 
@@ -102,7 +107,7 @@ def test_ignored_rows_are_not_read() -> None:
     with counted_traffic() as forward:
         loss = distill_loss(s, y, TeacherLogits(t), Objective(ce_weight=0.5), impl="triton").loss
     row = V * s.element_size()
-    assert forward.read_from(t) == 2 * (row + ARGMAX * t.element_size())
+    assert is_argmax(forward.read_from(t) - 2 * row, t, rows=2)
     traffic, gradient = backward(loss, s)
     assert traffic.read_from(s) == 2 * row
     assert traffic.written_to(gradient) == gradient.nbytes

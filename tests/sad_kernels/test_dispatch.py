@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import sad_kernels
@@ -100,9 +101,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     seen: list[str] = []
     choose = launch.choose_tile
 
-    def note(kernel: str, vocab: int, tensors: int) -> launch.Tile:
+    def note(kernel: str, *how: Any, **more: Any) -> launch.Tile:
         seen.append(kernel)
-        return choose(kernel, vocab, tensors)
+        return choose(kernel, *how, **more)
 
     monkeypatch.setattr(launch, "choose_tile", note)
     return lambda: seen

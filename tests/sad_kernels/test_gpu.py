@@ -519,7 +519,7 @@ def peak_beyond(step: Step) -> int:
 
 
 def test_memory_of_losses_of_logits(record_property: Any) -> None:
-    """The gradient, and some numbers per row and 32768 columns."""
+    """The gradient, and some numbers per row and 16384 columns."""
     N, V = 4096, 128256
     logits, teacher, y = noise(N, V), noise(N, V), some_labels(N, V)
     logits.requires_grad_()

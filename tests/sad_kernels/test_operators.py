@@ -101,6 +101,16 @@ def test_row_losses_are_registered(layout: str, kind: str) -> None:
 
 @registered
 @every_layout
+@pytest.mark.parametrize("given", [False, True])
+def test_row_means_are_registered(layout: str, kind: str, given: bool) -> None:
+    arguments = row_arguments(layout, kind)
+    arguments[0].requires_grad_()
+    items = torch.tensor(7.0) if given else None
+    torch.library.opcheck(torch.ops.sad_kernels.row_mean, (*arguments, items))
+
+
+@registered
+@every_layout
 def test_row_gradients_are_registered(layout: str, kind: str) -> None:
     arguments = row_arguments(layout, kind)
     rows, _, *saved = logits.row_losses(*arguments)

@@ -18,8 +18,8 @@ from sad_kernels._topk import teacher_outcomes
 from sad_kernels._triton import rows, tile
 from sad_kernels.objective import MIXTURES, Divergence, Tail
 
-SEGMENT = 32768
-"""Columns that one program sums up. 256 rows of 128256 columns make 1024 programs."""
+SEGMENT = 16384
+"""Columns that one program sums up. 256 rows of 128256 columns make 2048 programs."""
 
 MERGE_NUMBERS = 128  # rows, or rows times ids, that one program of ``merge`` holds
 
@@ -59,14 +59,16 @@ class Tile(NamedTuple):
         }
 
 
-def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
+def choose_tile(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> Tile:
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
-    needs logarithms, and two for a top-k teacher: its ids, and the tile without them. These tiles
-    are the fastest on an H200, or within 2 % of it, and spill in no loop; with two tensors only
-    small programs keep enough resident. Times are in ``bench/LOG.md`` and come from ``python -m
-    bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in
+    needs logarithms, and two for a top-k teacher. ``ids``: those of such a teacher are looked for,
+    which is worth twice the columns per program; for a gradient, which has no sums to put together,
+    their number makes no difference. These tiles are the fastest on an H200 with 8192 rows, or
+    within 2 % of it, a quarter faster than larger segments with 256, and spill in no loop; with two
+    tensors only small programs keep enough resident. Times are in ``bench/LOG.md`` and come from
+    ``python -m bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in
     ``tests/contracts/budgets.json``.
     """
     match kernel:
@@ -78,7 +80,8 @@ def choose_tile(kernel: str, vocab: int, pressure: int) -> Tile:
             block, warps = 2048, 4
     block = min(block, max(128, power_of_2(vocab)))
     most = block // (8 * THREADS_PER_WARP)  # 16 bytes of 16-bit logits per thread
-    return Tile(block, SEGMENT, warps=max(1, min(warps, most)))
+    segment = 2 * SEGMENT if ids or kernel == "gradient" else SEGMENT
+    return Tile(block, segment, warps=max(1, min(warps, most)))
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def forward(
     flags |= {"SMOOTH": task.classes and objective.label_smoothing > 0}
 
     pressure = _pressure(student, dense, teacher)
-    shape = choose_tile("statistics", V, pressure)
+    shape = choose_tile("statistics", V, pressure, ids=top_k is not None)
     segments = ceil_div(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, K = (partials, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
@@ -185,7 +188,8 @@ def forward(
             result.loss, result.parts, result.saved, result.inside, result.outside,
             *numbers,
             ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_TERMS=mixture and final,
-            **flags, num_warps=4, enable_fp_fusion=True,
+            **flags, num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
+            enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(x.device):

@@ -1,8 +1,10 @@
 """Operators for losses of logits that are there: what torch differentiates, compiles and traces.
 
-``row_losses`` returns row losses together with the few numbers per row that ``row_gradient`` needs,
-which reads the logits again and takes the true upstream gradient: right for any reduction, for
-``retain_graph`` and under activation checkpointing, and the caller's logits stay as they are.
+``row_losses`` returns row losses, ``row_mean`` their mean, which is all that most callers want: one
+operator, because each costs the host more time than a kernel of few rows takes. Both return the few
+numbers per row that ``row_gradient`` needs, which reads the logits again and takes the true
+upstream gradient: right for any reduction, for ``retain_graph`` and under activation checkpointing,
+and the caller's logits stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, TopK
+from sad_kernels._triton.reduce import reduced
 from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS, SAVED
 from sad_kernels.objective import (
@@ -38,6 +41,35 @@ def losses_of_logits(
     leading: Leading,
 ) -> RowResults:
     """Every row's loss, differentiable by the logits, and its parts, detached."""
+    loss, parts, *_ = row_losses(*_arguments(task, logits, softcap, labels, teacher, leading))
+    return RowResults(loss, *parts.detach())
+
+
+def mean_of_logits(
+    task: Task,
+    logits: Tensor,
+    softcap: float | None,
+    labels: Tensor | None,
+    teacher: Teacher | None,
+    leading: Leading,
+    items: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum of row losses / max(items, 1)``, differentiable, and detached [1 + PARTS]: the rows
+    that count, which are the items unless given, and with diagnostics the sums of the parts."""
+    arguments = _arguments(task, logits, softcap, labels, teacher, leading)
+    mean, sums, *_ = row_mean(*arguments, items)
+    return mean, sums.detach()
+
+
+def _arguments(
+    task: Task,
+    logits: Tensor,
+    softcap: float | None,
+    labels: Tensor | None,
+    teacher: Teacher | None,
+    leading: Leading,
+) -> tuple[Any, ...]:
+    """What all operators take first."""
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
     match teacher:
@@ -47,9 +79,7 @@ def losses_of_logits(
             t_logits = head_logits(leading.rows(hidden), head, task.vocab)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, leading, task.vocab)
-    request = Request(task, softcap=softcap)
-    loss, parts, *_ = row_losses(logits, labels, t_logits, *top_k, *pack(request))
-    return RowResults(loss, *parts.detach())
+    return logits, labels, t_logits, *top_k, *pack(Request(task, softcap=softcap))
 
 
 TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -95,6 +125,10 @@ def row_losses(
 
 @row_losses.register_fake
 def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
+    return _fake_rows(student, ids)
+
+
+def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
     N = student.shape[0]  # not len(), which compiles anew for every N
     rows = student.new_empty(N, dtype=torch.float32)
     K = 0 if ids is None else ids.shape[1]
@@ -117,6 +151,50 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     out_dims = (0, 1, 1, 0, 0)  # where each output has its rows
     parted = (x.unflatten(d, (B, x.shape[d] // B)) for x, d in zip(outputs, out_dims, strict=True))
     return tuple(parted), out_dims
+
+
+@torch.library.custom_op("sad_kernels::row_mean", mutates_args=())
+def row_mean(
+    student: Tensor,
+    labels: Tensor | None,
+    teacher: Tensor | None,
+    ids: Tensor | None,
+    log_p: Tensor | None,
+    log_rest: Tensor | None,
+    best: Tensor | None,
+    integers: Sequence[int],
+    numbers: Sequence[float],
+    words: str,
+    items: Tensor | None,  # []
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses' sum over the items [], the sums of ``reduced``, and what the gradient needs."""
+    request = unpack(integers, numbers, words)
+    task, x = request.task, columns_adjacent(student, request.softcap)
+    rows = launch.forward(task, x, labels, teacher_of(teacher, ids, log_p, log_rest, best))
+    parts = rows.parts if task.diagnostics else rows.parts[:0]
+    mean, divisor, sums = reduced(rows.loss, parts, labels, task.ignore_index, items)
+    return mean, sums, divisor, rows.saved, rows.inside, rows.outside
+
+
+@row_mean.register_fake
+def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *rest: Any) -> Any:
+    loss, _, *saved = _fake_rows(student, ids)
+    sums = loss.new_empty(1 + PARTS if unpack(*rest[-4:-1]).task.diagnostics else 1)
+    return loss.new_empty(()), sums, loss.new_empty(()), *saved
+
+
+@row_mean.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """One after the other: each has its own rows to count."""
+
+    def of(x: Any, dim: int | None, b: int) -> Any:
+        return x.select(dim, b) if isinstance(x, Tensor) and dim is not None else x
+
+    each = [
+        row_mean(*(of(x, dim, b) for x, dim in zip(inputs, in_dims, strict=True)))
+        for b in range(info.batch_size)
+    ]
+    return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * 6
 
 
 @torch.library.custom_op("sad_kernels::row_gradient", mutates_args=())
@@ -162,13 +240,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """The operator's inputs, and its outputs from the third on."""
+    tensors, count = ctx.saved_tensors, len(ctx.plain)
     inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
+    return inputs, tensors[count:]
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, saved = _saved(ctx)
     nothing = [None] * (len(inputs) - 1)
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
-    return row_gradient(*inputs, *tensors[len(inputs) :], upstream), *nothing
+    return row_gradient(*inputs, *saved, upstream), *nothing
+
+
+def _backward_of_mean(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    (*inputs, _items), (divisor, *saved) = _saved(ctx)
+    nothing = [None] * len(inputs)
+    if upstream is None or not ctx.needs_input_grad[0]:
+        return None, *nothing
+    share = (upstream / divisor).reshape(1)  # of every row
+    return row_gradient(*inputs, *saved, share), *nothing
 
 
 def no_second_backward(*_: Any) -> None:
@@ -179,6 +272,7 @@ def no_second_backward(*_: Any) -> None:
 
 
 row_losses.register_autograd(_backward, setup_context=_setup_context)
+row_mean.register_autograd(_backward_of_mean, setup_context=_setup_context)
 row_gradient.register_autograd(no_second_backward)
 
 

@@ -23,11 +23,13 @@ A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - lo
 ====================  ===============================  ====================================
 
 Maxima and sums belong to a thread ("lane"), which takes those of what it has loaded, and the lanes
-are put together at the end of a segment: a tile costs no exchange between threads at all. Of an
-argmax a lane keeps the tile alone, which is read once more in the end.
+are put together at the end of a segment: a tile costs no exchange between threads at all. What all
+lanes load at once is a *piece*; a tile is one or a few. Of an argmax a lane keeps where its tile
+begins, which is read once more in the end.
 
 Beside a top-k teacher ``statistics`` knows only the columns without an id: what is outside the ids
 then comes without cancellation, and does not underflow beside an id that stands far above it.
+Tiles end before the next id and only pieces are compared with ids: most columns cost nothing more.
 ``merge``, which reads the K logits anyway, adds them to every sum.
 
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
@@ -112,13 +114,20 @@ def id_at(ids, K, at):
 
 
 @triton.jit
-def without_ids(x, columns, ids, K, at, next_id, end):
-    """``x``, LEFT_OUT in the columns of the ids below ``end``; where the next id is, and which."""
-    while next_id < end:
+def without_ids(x, start, ids, K, at, next_id, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """``x``, LEFT_OUT in the columns of ids, and how many these are by lane; where the next id is,
+    and which."""
+    columns = start + tl.arange(0, x.shape[0])
+    gone = tl.zeros([LANES], tl.float32)
+    before = -1
+    while next_id < start + x.shape[0]:
         x = tl.where(columns == next_id, LEFT_OUT, x)
+        lane = tl.where(next_id == before, -1, (next_id - start) // VECTOR % LANES)
+        gone += (tl.arange(0, LANES) == lane).to(tl.float32)
+        before = next_id
         at += 1
         next_id = id_at(ids, K, at)
-    return x, at, next_id
+    return x, gone, at, next_id
 
 
 @triton.jit
@@ -158,59 +167,60 @@ def product(weights, x):
 
 
 @triton.jit
-def first_at(x, top, BLOCK: tl.constexpr):
-    """The first column of a tile that has its maximum, exact in fp32."""
-    return tl.min(tl.where(x == top, tl.arange(0, BLOCK), BLOCK), 0).to(tl.float32)
+def first_best(x, start, column, seen, BLOCK: tl.constexpr):
+    """The first column, exact in fp32, of the largest ``seen``, after a tile ``x`` at ``start``."""
+    top = tl.max(x, 0)
+    here = start + tl.min(tl.where(x == top, tl.arange(0, BLOCK), BLOCK), 0)
+    return tl.where(top > seen, here.to(tl.float32), column), tl.maximum(seen, top)
 
 
 @triton.jit
-def relative_to_maximum(
-    s, m, LANES: tl.constexpr, VECTOR: tl.constexpr, PARTLY: tl.constexpr, SMOOTH: tl.constexpr
-):  # fmt: skip
-    """The lanes' maxima, here and so far; the tile [rows, LANES, VECTOR] relative to the latter,
-    its sum, and the number of its columns. PARTLY: some may be left out."""
-    s = in_lanes(s, LANES, VECTOR)
-    top = lane_max(s)
-    m_new = tl.maximum(m, top)
-    x = s - over_lanes(m_new)
-    plain = tl.zeros_like(m)
-    number = plain + s.shape[0] * VECTOR
-    if SMOOTH:
-        if PARTLY:
-            plain = lane_sum(tl.where(s == LEFT_OUT, 0.0, x))
-            number = lane_sum(tl.where(s == LEFT_OUT, 0.0, 1.0))
-        else:
-            plain = lane_sum(x)
-    return top, m_new, x, plain, number
-
-
-@triton.jit
-def add_tile(
-    s, t, columns, start, ids, K, id, next_id, end,
+def add_columns(
+    s_row, s_bias, s_scale, s_cap,
+    t_row, t_bias, t_scale, t_cap, t_share,
+    at, first, V,
+    ids, K, id, next_id,
     m, d, d_1, S, count, E, best,
     m_t, d_t, best_t, A,
     heat,
+    SIZE: tl.constexpr,  # a tile or a piece
+    MASKED: tl.constexpr,  # some may lie past V
+    HAS_IDS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     HEAT: tl.constexpr,
-    MASKED: tl.constexpr,
     CLASSES: tl.constexpr,
     SMOOTH: tl.constexpr,
     DIAGNOSTICS: tl.constexpr,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
+    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Maxima, the tiles that hold them, and all sums of a row, by lane, after one more tile."""
-    if TEACHER == TOP_K:
-        if next_id < end:  # few tiles hold an id
-            rest, id, next_id = without_ids(s, columns, ids, K, id, next_id, end)
-            top, m_new, x, plain, number = relative_to_maximum(rest, m, LANES, VECTOR, True, SMOOTH)
-        else:
-            top, m_new, x, plain, number = relative_to_maximum(s, m, LANES, VECTOR, MASKED, SMOOTH)
-    else:
-        top, m_new, x, plain, number = relative_to_maximum(s, m, LANES, VECTOR, MASKED, SMOOTH)
+    """What a row has by lane, sums, maxima and where these are, after SIZE more columns at ``at``;
+    before it, where the next id is, and which."""
+    columns = at + tl.arange(0, SIZE)
+    s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, MASKED, S_BIAS, S_SCALE, S_CAP)
+    t = s
+    if TEACHER == DENSE:
+        t = load_target(
+            s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
+            MASKED, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+        )  # fmt: skip
+    number = tl.full([LANES], SIZE // LANES, tl.float32)
+    if MASKED:
+        s = tl.where(columns < V, s, LEFT_OUT)
+        number = lane_sum(in_lanes((columns < V).to(tl.float32), LANES, VECTOR))
+    if HAS_IDS:
+        s, gone, id, next_id = without_ids(s, at, ids, K, id, next_id, LANES, VECTOR)
+        number -= gone
+
+    s = in_lanes(s, LANES, VECTOR)
+    top = lane_max(s)
+    m_new = tl.maximum(m, top)
+    x = s - over_lanes(m_new)
     if DIAGNOSTICS:
-        best = tl.where(top > m, start, best)  # ties stay to the left
+        best = tl.where(top > m, at - first, best)  # ties stay to the left
     move = m - m_new
     hot, cold = exponentials(x, heat, HEAT)
     rate_hot, rate = exponentials(move, heat, HEAT)
@@ -219,7 +229,7 @@ def add_tile(
         t = in_lanes(t, LANES, VECTOR)
         top_t = lane_max(t)
         if DIAGNOSTICS:
-            best_t = tl.where(top_t > m_t, start, best_t)
+            best_t = tl.where(top_t > m_t, at - first, best_t)
         m_t_new = tl.maximum(m_t, top_t)
         move_t = m_t - m_t_new
         y = t - over_lanes(m_t_new)
@@ -233,7 +243,8 @@ def add_tile(
 
     if CLASSES:
         if SMOOTH:
-            S += count * move + plain
+            present = tl.where(s == LEFT_OUT, 0.0, x) if MASKED or HAS_IDS else x
+            S += count * move + lane_sum(present)
             count += number
         if DIAGNOSTICS:
             E = (E + d_1 * move) * rate
@@ -258,7 +269,7 @@ def statistics_kernel(
     ids_ptr, K,
     labels_ptr, ignore_index,
     partials_ptr, N, V, heat,
-    BLOCK: tl.constexpr,  # a multiple of LANES * VECTOR
+    BLOCK: tl.constexpr,  # a multiple of a piece
     SEGMENT: tl.constexpr,  # a multiple of BLOCK
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -296,39 +307,48 @@ def statistics_kernel(
     best_t = best
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
-    whole = first + (last - first) // BLOCK * BLOCK
+    PIECE: tl.constexpr = LANES * VECTOR
     id, next_id = 0, 0
     if TEACHER == TOP_K:
         id = first_id_at(ids, K, first)
         next_id = id_at(ids, K, id)
-    for start in range(first, whole, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
-        t = s
-        if TEACHER == DENSE:
-            t = load_target(
-                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
-                False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+    STEP: tl.constexpr = PIECE if TEACHER == TOP_K else BLOCK
+    whole = first + (last - first) // STEP * STEP
+    start = first
+    while start < whole:  # once, or beside a top-k teacher once for every piece that has ids
+        stop, end = whole, whole
+        if TEACHER == TOP_K:
+            stop = first + (tl.minimum(next_id, whole) - first) // PIECE * PIECE
+            end = tl.minimum(stop + PIECE, whole)
+        stop = start + (stop - start) // BLOCK * BLOCK
+        for at in range(start, stop, BLOCK):
+            id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_columns(
+                s_row, s_bias, s_scale, s_cap, t_row, t_bias, t_scale, t_cap, t_share,
+                at, first, V, ids, K, id, next_id,
+                m, d, d_1, S, count, E, best, m_t, d_t, best_t, A, heat,
+                BLOCK, False, False,
+                LANES, VECTOR, HEAT, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+                S_BIAS, S_SCALE, S_CAP, T_BIAS, T_SCALE, T_CAP, T_MIXED,
             )  # fmt: skip
-        id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_tile(
-            s, t, columns, start - first, ids, K, id, next_id, start + BLOCK,
+        if TEACHER == TOP_K:
+            for at in range(stop, end, PIECE):
+                id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_columns(
+                    s_row, s_bias, s_scale, s_cap, t_row, t_bias, t_scale, t_cap, t_share,
+                    at, first, V, ids, K, id, next_id,
+                    m, d, d_1, S, count, E, best, m_t, d_t, best_t, A, heat,
+                    PIECE, False, True,
+                    LANES, VECTOR, HEAT, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+                    S_BIAS, S_SCALE, S_CAP, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+                )  # fmt: skip
+        start = end
+    for at in range(whole, last, PIECE):
+        id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_columns(
+            s_row, s_bias, s_scale, s_cap, t_row, t_bias, t_scale, t_cap, t_share,
+            at, first, V, ids, K, id, next_id,
             m, d, d_1, S, count, E, best, m_t, d_t, best_t, A, heat,
-            LANES, VECTOR, HEAT, False, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
-        )  # fmt: skip
-    if whole < last:
-        columns = whole + tl.arange(0, BLOCK)
-        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
-        t = s
-        if TEACHER == DENSE:
-            t = load_target(
-                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
-                True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
-            )  # fmt: skip
-        s = tl.where(columns < V, s, LEFT_OUT)
-        id, next_id, m, d, d_1, S, count, E, best, m_t, d_t, best_t, A = add_tile(
-            s, t, columns, whole - first, ids, K, id, next_id, whole + BLOCK,
-            m, d, d_1, S, count, E, best, m_t, d_t, best_t, A, heat,
-            LANES, VECTOR, HEAT, True, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+            PIECE, True, TEACHER == TOP_K,
+            LANES, VECTOR, HEAT, CLASSES, SMOOTH, DIAGNOSTICS, TEACHER, DIVERGENCE,
+            S_BIAS, S_SCALE, S_CAP, T_BIAS, T_SCALE, T_CAP, T_MIXED,
         )  # fmt: skip
 
     # Lanes to one, as tiles before.
@@ -347,15 +367,16 @@ def statistics_kernel(
                 tl.store(out + COUNT * step, tl.sum(count, 0))
         if DIAGNOSTICS:
             tl.store(out + WEIGHTED * step, tl.sum((E + d_1 * move) * rate, 0))
-    if DIAGNOSTICS:
+    if DIAGNOSTICS:  # an id beside it that is as large changes nothing: merge knows of it
         start = first + first_tile(m, best, top)
-        columns = start + tl.arange(0, BLOCK)
-        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
-        if TEACHER == TOP_K:
-            id = first_id_at(ids, K, start)
-            next_id = id_at(ids, K, id)
-            s, _, _ = without_ids(s, columns, ids, K, id, next_id, start + BLOCK)
-        tl.store(out + BEST * step, start + first_at(s, tl.max(s, 0), BLOCK))
+        column, seen = start.to(tl.float32), tl.full((), float("-inf"), tl.float32)
+        for at in range(start, tl.minimum(start + BLOCK, last), PIECE):
+            columns = at + tl.arange(0, PIECE)
+            s, _ = load_logits(
+                s_row, columns, last, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP
+            )
+            column, seen = first_best(s, at, column, seen, PIECE)
+        tl.store(out + BEST * step, column)
     if TEACHER == DENSE:
         top_t = tl.max(m_t, 0)
         move_t = m_t - top_t
@@ -367,17 +388,20 @@ def statistics_kernel(
             tl.store(out + CROSS * step, tl.sum(carried(d, A, move, move_t, heat), 0))
         if DIAGNOSTICS:
             start = first + first_tile(m_t, best_t, top_t)
-            columns = start + tl.arange(0, BLOCK)
-            s = tl.zeros([BLOCK], tl.float32)
-            if T_MIXED:
-                s, _ = load_logits(
-                    s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP
-                )
-            t = load_target(
-                s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
-                True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
-            )  # fmt: skip
-            tl.store(out + TEACHER_BEST * step, start + first_at(t, tl.max(t, 0), BLOCK))
+            column, seen = start.to(tl.float32), tl.full((), float("-inf"), tl.float32)
+            for at in range(start, tl.minimum(start + BLOCK, last), PIECE):
+                columns = at + tl.arange(0, PIECE)
+                s = tl.zeros([PIECE], tl.float32)
+                if T_MIXED:
+                    s, _ = load_logits(
+                        s_row, columns, last, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP
+                    )
+                t = load_target(
+                    s, t_row, columns, last, t_bias, t_scale, t_cap, t_share,
+                    True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+                )  # fmt: skip
+                column, seen = first_best(t, at, column, seen, PIECE)
+            tl.store(out + TEACHER_BEST * step, column)
 
 
 @triton.jit
