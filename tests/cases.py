@@ -270,7 +270,9 @@ def draw_head(
     y = torch.randint(V, (N,), generator=generator)
     match distribution:
         case "offset30" if D > 1:  # alone it would leave a gradient of nothing but rounding
-            weight[:, -1], hidden[:, -1] = 30.0, 1.0
+            # Neither would 30 times 1: by this column dhidden is 0, a sum of terms as large as the
+            # column, and it is measured by what its other columns are.
+            weight[:, -1], hidden[:, -1] = 3.0, 10.0
         case "randn1" | "same" | "near" | "offset30":
             pass
         case "randn5" | "randn30":
