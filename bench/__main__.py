@@ -151,7 +151,7 @@ def _measure_kernels(options: Any, start: float, words: Sequence[str]) -> int:
         names = " ".join((*cases.NAMES, *NAMED))
         sys.exit(f"error: CASE must be one of {names}, got {unknown[0]}; choose one of these")
     seconds = options.seconds or (90.0 if options.quick else 1e9)
-    command = " ".join(["python -m bench", *words])
+    command = " ".join(["python -m bench", *_without_out(words)])
     if _several_processes(options):
         names = dict.fromkeys(c.name for c in cases.chosen(cases.full(), options.cases))
         result, path = {"rows": [], "notes": []}, Path()
@@ -201,6 +201,15 @@ def _several_processes(options: Any) -> bool:
 def _passed_on(options: Any) -> list[str]:
     words = ["--no-graphs"] if options.no_graphs else []
     return words + (["--peers", *options.peers] if options.peers else [])
+
+
+def _without_out(words: Sequence[str]) -> list[str]:
+    """Where a result goes is no part of what it is."""
+    kept = [word for word in words if not word.startswith("--out=")]
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
 
 
 def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:

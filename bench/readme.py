@@ -43,7 +43,7 @@ PLOT_NAMES = {
 }
 KERNELS = {
     "gpu": targets.LINEAR,
-    "gpu before": targets.LINEAR_BEFORE,
+    "gpu logits": targets.LOGITS,
     "cpu": "2026-11-26-cpu-66375f99-kernels.json",
 }
 """The kernel benchmark's records that are shown."""
@@ -239,10 +239,6 @@ def _is_linear(row: Json) -> bool:
     return row["case"].startswith("linear")
 
 
-def _is_joint(row: Json) -> bool:
-    return row["case"] == "linear_kd/joint"
-
-
 SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "quickstart": quickstart,
     "loss": loss,
@@ -250,12 +246,14 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "faults": text_of("faults"),
     "end_to_end": text_of("end_to_end"),
     "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
+    "end_to_end_gkd": text_of("end_to_end", targets.END_TO_END_GKD),
+    "batches": text_of("batches", targets.BATCHES),
     "ablation": text_of("ablation"),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "counters": text_of("counters", targets.COUNTERS),
     "ceilings": text_of("ceilings", targets.CEILINGS),
     "curves": curves,
     "gpu": of_kernels("gpu", _is_linear),
-    "gpu_joint": of_kernels("gpu before", _is_joint),
+    "gpu_logits": of_kernels("gpu logits", lambda row: not _is_linear(row)),
     "cpu": of_kernels("cpu", lambda row: True),
 }

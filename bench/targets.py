@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 
-TILES = "2026-11-26-nvidia-h200-12c902ba-tiles.json"
-CEILINGS = "2026-11-26-nvidia-h200-12c902ba-ceilings.json"
-COUNTERS = "2026-11-26-nvidia-h200-12c902ba-counters.json"
-LINEAR = "2026-11-26-nvidia-h200-12c902ba-quick.json"
-LINEAR_BEFORE = "2026-11-26-nvidia-h100-80gb-hbm3-84afa542-quick.json"  # of what is not in it
-END_TO_END_GPU = "2026-11-26-nvidia-h100-80gb-hbm3-cb757926-end-to-end.json"
+TILES = "2026-11-27-nvidia-h200-7b5919f1-tiles.json"
+CEILINGS = "2026-11-27-nvidia-h200-7b5919f1-ceilings.json"
+COUNTERS = "2026-11-27-nvidia-h200-7b5919f1-counters.json"
+LINEAR = "2026-11-27-nvidia-h200-d4aee6fb-quick.json"
+LOGITS = "2026-11-26-nvidia-h200-12c902ba-quick.json"  # losses of logits beside their peers
+BATCHES = "2026-11-27-nvidia-h200-7b5919f1-batches.json"
+END_TO_END_GPU = "2026-11-27-nvidia-h200-d4aee6fb-end-to-end.json"
+END_TO_END_GKD = "2026-11-26-nvidia-h100-80gb-hbm3-cb757926-end-to-end.json"  # TRL's trainer too
 STRUCTURE_GPU = "2026-11-26-nvidia-h100-80gb-hbm3-14fd661f-structure.json"
 NAMES = {
     "ce": "cross-entropy",
@@ -46,18 +48,22 @@ ROWS = {  # forward and backward limits, times the bytes that must be moved
     "skew_reverse_kl": (1.20, 1.15),
     "top_k": (1.25, 1.25),
 }
-PRODUCTS = {  # both directions, times the bare products
+WIDTH = 4096  # D_s
+PRODUCTS = {  # both directions, times the bare products, at this width
     "linear_ce": ("linear CE", 1.12),
     "linear_kd/forward_kl": ("linear forward KL", 1.15),
     "linear_kd/joint": ("linear CE + KL", 1.15),
+    "linear_kd/jsd": ("linear JSD", 1.15),
 }
 WHY = {
-    "top_k": "75 registers leave 23 warps per multiprocessor, which fill three quarters of the "
-    "issue slots; 0.04 ms more are `merge`, which reads the K logits one by one",
+    "top_k": "{columns:.1f} instructions per column, where CE + KL takes {alone:.1f} a side, in "
+    "{issue:.0f} % of the issue slots; `merge` takes {merge:.0f} % more",
     "linear": "fp32 logits go through memory three times beside the products, and fp32 sums of "
-    "dweight once per chunk: with `chunk_bytes` of 2 GiB it takes {less:.0f} % less",
-    "rows": "six small kernels count the labels and take the mean, beside three that do the work; "
-    "an eager call waits for the host, 20 times as long",
+    "dweight once per chunk: with `chunk_bytes` of 2 GiB it takes {less:.0f} % less, in {mib:,.0f} "
+    "MiB beyond inputs and gradients",
+    "peers": "the host takes longer than the kernels, and shows: in a CUDA graph {graph:.2f}",
+    "rows": "programs of few rows wait for memory one after the other, beside {others:.0f} "
+    "microseconds of other kernels; an eager call waits for the host, {eager:.0f} times as long",
     "bf16": "a CPU has no bf16 product with an fp32 result, and bf16 logits are refused",
 }
 
@@ -85,11 +91,10 @@ class Target(NamedTuple):
 def targets(results: Path) -> Iterator[Target]:
     """All of them, from the files in ``results``."""
     ceilings = _read(results / CEILINGS)
-    yield from _rows(_read(results / TILES))
+    yield from _rows(_read(results / TILES), _read(results / COUNTERS))
     yield from _few_rows_and_ema(ceilings)
-    yield from _linear(_read(results / LINEAR), LINEAR, ceilings)
-    before = _read(results / LINEAR_BEFORE)
-    yield from _linear(before, LINEAR_BEFORE, ceilings, ("linear_kd/joint",))
+    yield from _logits(_read(results / LOGITS))
+    yield from _linear(_read(results / LINEAR), ceilings)
     yield from _torch_path(_read(results / "loss.json"), _read(results / "overhead.json"))
 
 
@@ -97,7 +102,7 @@ def _read(path: Path) -> Json:
     return json.loads(path.read_text())
 
 
-def _rows(record: Json) -> Iterator[Target]:
+def _rows(record: Json, counters: Json) -> Iterator[Target]:
     """Launchers alone: ``statistics`` is the forward pass, with ``terms`` in it for a mixture."""
     ratios = {
         (row["loss"], row["kernel"]): row["ratio_copy"]
@@ -108,45 +113,85 @@ def _rows(record: Json) -> Iterator[Target]:
         for kernel, name, limit in zip(
             ("statistics", "gradient"), ("forward", "backward"), limits, strict=True
         ):
-            why = WHY.get(loss, "")
+            why = _why_top_k(counters) if loss == "top_k" else ""
             yield Target(f"{NAMES[loss]}, {name}", limit, ratios[loss, kernel], TILES, why)
+
+
+def _why_top_k(counters: Json) -> str:
+    seen = {(row["loss"], row["kernel"].removesuffix("_kernel")): row for row in counters["rows"]}
+    top_k, merge = seen["top_k", "statistics"], seen["top_k", "merge"]
+    return WHY["top_k"].format(
+        columns=top_k["instructions_per_column"],
+        alone=seen["joint T=2", "statistics"]["instructions_per_column"] / 2,
+        issue=top_k["issue_percent"],
+        merge=100 * merge["ms"] / top_k["ms"],
+    )
 
 
 def _few_rows_and_ema(record: Json) -> Iterator[Target]:
     for row in record["few_rows"]:
         what = f"{NAMES[row['loss']]}, {row['rows']} rows, both directions in a CUDA graph"
-        yield Target(what, 1.5, row["ratio"], CEILINGS, WHY["rows"])
+        work = ("statistics_kernel", "gradient_kernel")
+        why = WHY["rows"].format(
+            others=sum(k["us"] for k in row["kernels"] if k["kernel"] not in work),
+            eager=row["eager_ms"] / row["graph_ms"],
+        )
+        yield Target(what, 1.5, row["ratio"], CEILINGS, why)
     for row in record["ema"]:
         if row["block"] is None and row["hint"]:
             what = f"EMA {row['what']}, 10^9 bf16 parameters"
             yield Target(what, 1.10, row["ratio"], CEILINGS)
 
 
-def _linear(
-    record: Json,
-    source: str,
-    ceilings: Json,
-    cases: tuple[str, ...] = ("linear_ce", "linear_kd/forward_kl"),
-) -> Iterator[Target]:
-    rows = [r for r in record["rows"] if r["status"] == "ok" and "ms" in r]
-    ms = {(row["loss"], row["chunk_bytes"]): row["ms"] for row in ceilings["chunks"]}
-    for case in cases:
-        name, limit = PRODUCTS[case]
-        of_case = {r["peer"]: r for r in rows if r["case"] == case}
+def _logits(record: Json) -> Iterator[Target]:
+    """Eager calls of 8192 rows beside those of the fastest peer."""
+    for case, name in (("ce", "cross-entropy"), ("kd/forward_kl", "forward KL")):
+        rows = {r["peer"]: r for r in record["rows"] if r["case"] == case and r["status"] == "ok"}
+        ours = rows.pop("ours")
+        fastest = min(rows, key=lambda peer: rows[peer]["ms"]["full"][1])
+        ratio = ours["ms"]["full"][1] / rows[fastest]["ms"]["full"][1]
+        graphs = ours.get("graph_ms"), rows[fastest].get("graph_ms")
+        why = WHY["peers"].format(graph=graphs[0] / graphs[1]) if all(graphs) else ""
+        yield Target(f"{name}, over the fastest peer ({fastest})", 1.0, ratio, LOGITS, why)
+
+
+def _linear(record: Json, ceilings: Json) -> Iterator[Target]:
+    """Over the bare products where the heads are as wide as the targets are for; over every peer
+    at every shape."""
+    for (case, D), of_case in _by_shape(record).items():
+        name, limit = PRODUCTS.get(case, (case, None))
         ours = of_case.pop("ours")
-        loss = "ce" if case == "linear_ce" else "joint"
-        why = WHY["linear"].format(less=100 * (1 - ms[loss, 1 << 31] / ms[loss, 1 << 30]))
-        yield Target(f"{name}, over its bare products", limit, ours["ratio_gemm"], source, why)
+        gradients = ours["gradient_mib"]
+        if limit is not None and D == WIDTH:
+            why = _why_linear(ceilings, "ce" if case == "linear_ce" else "joint", gradients)
+            what = f"{name}, over its bare products"
+            yield Target(what, limit, ours["ratio_gemm"], LINEAR, why)
+            what = f"{name}, GiB beyond inputs and gradients"
+            yield Target(what, 4.0, (ours["peak_mib"] - gradients) / 1024, LINEAR)
+        if not of_case:
+            continue
         fastest = min(of_case, key=lambda peer: of_case[peer]["ms"]["full"][1])
         ratio = ours["ms"]["full"][1] / of_case[fastest]["ms"]["full"][1]
         dweight = of_case[fastest]["err"]["dweight"] / ours["err"]["dweight"]
         why = f"{fastest} keeps 16-bit logits, and its dweight is {dweight:.1f} times as far off"
-        yield Target(f"{name}, over the fastest peer ({fastest})", 1.0, ratio, source, why)
-        shape = ours["shape"]
-        allowed = 1024 + 4 * shape["V"] * shape["D_s"] / 2**20  # chunk_bytes, fp32 sums of dweight
-        extra = ours["peak_mib"] - ours["gradient_mib"]
-        what = f"{name}, memory over chunk_bytes and fp32 sums of dweight"
-        yield Target(what, 1.0, extra / allowed, source)
+        what = f"{name}, D_s = {D}, over the fastest peer ({fastest})"
+        yield Target(what, 1.0, ratio, LINEAR, why)
+
+
+def _by_shape(record: Json) -> dict[tuple[str, int], dict[str, Json]]:
+    """Case and D_s -> peer -> its row, of those that gave a right result."""
+    found: dict[tuple[str, int], dict[str, Json]] = {}
+    for row in record["rows"]:
+        if row["status"] == "ok" and "ms" in row and row["case"].startswith("linear"):
+            found.setdefault((row["case"], row["shape"]["D_s"]), {})[row["peer"]] = row
+    return found
+
+
+def _why_linear(ceilings: Json, loss: str, gradients: float) -> str:
+    of_bytes = {row["chunk_bytes"]: row for row in ceilings["chunks"] if row["loss"] == loss}
+    default, twice = of_bytes[1 << 30], of_bytes[1 << 31]
+    less = 100 * (1 - twice["ms"] / default["ms"])
+    return WHY["linear"].format(less=less, mib=twice["peak_mib"] - gradients)
 
 
 def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
