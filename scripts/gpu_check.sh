@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, in under nine minutes. Installs nothing; JSON goes to OUTDIR.
 #   scripts/gpu_check.sh OUTDIR
 #   PYTHON=...          interpreter with torch, triton and pytest (default: .venv's, else python3)
-#   TEST_SECONDS=...    for the tests, which run side by side (default 240)
+#   TEST_SECONDS=...    for the tests, which run side by side (default 280)
 #   BENCH_SECONDS=...   for the benchmark, which then has the machine to itself (default 200)
 #   STEPS=...           some of: gpu kernels bench (default: all)
 #   COMMIT=...          what the results belong to, in a copy whose git does not know
@@ -57,7 +57,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 
 rm -f "$out"/*.step "$out"/*.xml
-tests="${TEST_SECONDS:-240}" seconds="${BENCH_SECONDS:-200}"
+tests="${TEST_SECONDS:-280}" seconds="${BENCH_SECONDS:-200}"
 pytest gpu "$tests" tests/sad_kernels/test_gpu.py &
 pytest kernels "$tests" -k "$which_tests" tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py \
     "${processes[@]}" &

@@ -73,8 +73,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def choose(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> launch.Tile:
         if vocab <= 1024:
-            return launch.Tile(32, 64, 1)  # two pieces, as on a GPU
-        return launch.Tile(1 << 16, 1 << 17, 1 << 12)  # one
+            return launch.Tile(32, 64, 1)  # two pieces of 16 bits, four of fp32
+        return launch.Tile(1 << 16, 1 << 17, 1 << 12)  # one or two
 
     monkeypatch.setattr(launch, "choose_tile", choose)
     monkeypatch.setattr(launch, "THREADS_PER_WARP", 2)

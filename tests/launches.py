@@ -30,6 +30,7 @@ from machine_code import access_widths, double_arithmetic, resources, row_produc
 from sad_kernels._task import Task
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale
+from sad_kernels._triton.rows import PARTS
 from sad_kernels.ema import Extent
 from sad_kernels.objective import Divergence, Objective
 from torch import Tensor
@@ -412,14 +413,14 @@ def scale_cases() -> Iterator[Case]:
 
 
 def reduce_cases() -> Iterator[Case]:
-    """Means alone, and with the sums of parts; the items of a window may be integers."""
-    for parts, labelled, dtype in ((0, True, None), (0, False, None), (6, True, torch.int64)):
+    """The items of a window may be integers."""
+    for labelled, dtype in ((True, None), (False, None), (True, torch.int64)):
         y = torch.empty(N, dtype=torch.int64) if labelled else None
         items = None if dtype is None else torch.empty((), dtype=dtype)
-        call = functools.partial(
-            reduce.reduced, torch.empty(N), torch.empty(parts, N), y, -100, items
-        )
-        yield Case(f"{parts} parts, {'labels' if labelled else 'all rows'}", call, True)
+        loss, parts = torch.empty(N), torch.empty(PARTS, N)
+        call = functools.partial(reduce.reduced, loss, parts, y, -100, items)
+        name = f"{'labels' if labelled else 'all rows'}{'' if dtype is None else ', items given'}"
+        yield Case(name, call, True)
 
 
 def planted_cases() -> Iterator[Case]:

@@ -81,10 +81,10 @@ def cross_entropy(
     leading = Leading(logits)
     y = leading.flat(labels)
     if resolve_impl(impl, logits, labels) == "triton":
-        request = task, leading.rows(logits), softcap, y, None, leading
+        rows_of = task, leading.rows(logits), softcap, y, None, leading
         if reduction == "mean":
-            return mean_of_logits(*request)[0]
-        rows = losses_of_logits(*request)
+            return mean_of_logits(*rows_of).loss
+        rows = losses_of_logits(*rows_of)
     else:
         student = Side(leading.rows(logits), how=Finish(softcap=softcap))
         rows = row_losses(task, student, y, None, shape=logit_tiles(vocab))

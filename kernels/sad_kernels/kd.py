@@ -102,10 +102,10 @@ def kl_div(
     leading = Leading(student_logits)
     y = leading.flat(labels)
     if resolve_impl(impl, student_logits, teacher_logits) == "triton":
-        request = task, leading.rows(student_logits), None, y, teacher, leading
+        rows_of = task, leading.rows(student_logits), None, y, teacher, leading
         if reduction == "mean":
-            return mean_of_logits(*request)[0]
-        rows = losses_of_logits(*request)
+            return mean_of_logits(*rows_of).loss
+        rows = losses_of_logits(*rows_of)
     else:
         rows = _rows(task, student_logits, y, teacher, leading)
     num_tokens = count_valid(y, ignore_index, student_logits)
@@ -158,13 +158,10 @@ def distill_loss(
     leading = Leading(student_logits)
     y = leading.flat(labels)
     if resolve_impl(impl, student_logits, labels, *dense_tensors(teacher)) == "triton":
-        x = leading.rows(student_logits)
-        items = num_items
+        x, items = leading.rows(student_logits), num_items
         if isinstance(items, int):
             items = torch.full((), items, dtype=torch.float32, device=x.device)
-        loss, sums = mean_of_logits(task, x, None, y, teacher, leading, items)
-        num_tokens, ce, kd, z, correct, agree, entropy = sums.unbind()
-        return DistillOutput(loss, ce, kd, z, num_tokens, correct, agree, entropy)
+        return mean_of_logits(task, x, None, y, teacher, leading, items)
     rows = _rows(task, student_logits, y, teacher, leading)
     num_tokens = count_valid(y, ignore_index, student_logits)
     loss = rows.loss.sum() / divisor(num_tokens, num_items)

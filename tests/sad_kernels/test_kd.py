@@ -240,3 +240,37 @@ def test_a_row_of_nothing_but_nan_poisons_itself_alone(side: str, impl: str) -> 
     assert out.loss.isnan() and out.kd.isnan()
     (grad,) = torch.autograd.grad(out.loss, s)
     assert grad[[0, 2]].isfinite().all()
+
+
+# --- What a result is made of --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_a_running_number_of_items_may_change_until_backward(impl: str) -> None:
+    """Of a window whose micro-batches are differentiated together."""
+    s, t, y = torch.randn(4, 40, requires_grad=True), torch.randn(4, 40), torch.arange(4)
+    running, gradients = torch.tensor(4), []
+    for change in (False, True):
+        out = bound(impl).distill_loss(s, y, TeacherLogits(t), Objective(), num_items=running)
+        if change:
+            running += 3
+        gradients.append(torch.autograd.grad(out.loss, s)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("impl", ALL)
+def test_the_fields_of_a_result_are_tensors_of_their_own(impl: str) -> None:
+    """One may be added to in place, by numbers with a gradient too, without the others' notice."""
+    s, t, y = torch.randn(4, 40, requires_grad=True), torch.randn(4, 40), torch.arange(4)
+    out = bound(impl).distill_loss(s, y, TeacherLogits(t), Objective(ce_weight=0.5))
+    before, weight = [x.item() for x in out], torch.ones((), requires_grad=True)
+    weighted = weight * out.ce
+    total, other = out.kd, out.num_tokens
+    total += out.loss
+    other += 1
+    (total + weighted).backward()
+    assert weight.grad == before[1] and s.grad is not None
+    changed = [x.item() for x in out]
+    assert [a != b for a, b in zip(changed, before, strict=True)] == [
+        name in ("kd", "num_tokens") for name in out._fields
+    ]

@@ -276,6 +276,34 @@ def test_a_foreign_id_poisons_its_own_row(foreign: int, tail: Tail, impl: str) -
 
 
 @pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("V", [2, 5, 33, 65])
+def test_a_foreign_id_leaves_what_labels_teach_alone(V: int, impl: str) -> None:
+    """It may lie in a piece that the vocabulary cuts short, and is no column to miss there."""
+    s, y = torch.randn(3, V), torch.tensor([0, 1, V - 1])
+    ids = torch.tensor([[0, V], [1, V + 3], [0, V]])
+    teacher = TeacherTopK(ids, torch.tensor([0.5, 0.2]).log().expand(3, -1))
+    objective = Objective(ce_weight=1, kd_weight=0, label_smoothing=0.1)
+    ours = bound(impl).distill_loss(s, y, teacher, objective)
+    exact = reference.distill_loss(s.double(), y, None, objective)
+    assert_value(ours.loss, exact.loss, scale=10.0)
+    assert_value(ours.ce, exact.ce, scale=30.0)
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("tail", ["bucket", "zero"])
+def test_a_log_probability_that_is_no_number_poisons_its_own_row(tail: Tail, impl: str) -> None:
+    s, teacher = torch.randn(4, 50, requires_grad=True), top(torch.randn(4, 50), 3, tail=tail)
+    log_probs = teacher.log_probs.clone()
+    log_probs[2, 1] = math.nan
+    poisoned = distilled(impl, s, TeacherTopK(teacher.ids, log_probs, tail))
+    assert poisoned.loss.isnan() and poisoned.kd.isnan()
+    others = torch.arange(4) != 2
+    assert (
+        distilled(impl, s[others], TeacherTopK(teacher.ids[others], log_probs[others], tail)).kd > 0
+    )
+
+
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("tail", ["bucket", "zero"])
 @pytest.mark.parametrize("places", [(0, 1), (0, 3), (2, 3)])
 def test_a_repeated_id_poisons_its_own_row(places: tuple[int, int], tail: Tail, impl: str) -> None:

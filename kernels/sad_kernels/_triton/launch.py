@@ -63,9 +63,9 @@ def choose_tile(kernel: str, vocab: int, pressure: int, *, ids: bool = False) ->
     """The one place where tiles are chosen.
 
     ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
-    needs logarithms, and two for a top-k teacher. ``ids``: those of such a teacher are looked for,
-    which is worth twice the columns per program; for a gradient, which has no sums to put together,
-    their number makes no difference. These tiles are the fastest on an H200 with 8192 rows, or
+    needs logarithms, and two for a top-k teacher. With ``ids`` of such a teacher to look for a
+    program takes twice the columns, as it does for a gradient, which is written and not summed, so
+    that few programs are as good as many. These tiles are the fastest on an H200 with 8192 rows, or
     within 2 % of it, a quarter faster than larger segments with 256, and spill in no loop; with two
     tensors only small programs keep enough resident. Times are in ``bench/LOG.md`` and come from
     ``python -m bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in

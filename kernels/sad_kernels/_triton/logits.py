@@ -20,10 +20,11 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, TopK
-from sad_kernels._triton.reduce import reduced
+from sad_kernels._triton.reduce import Reduced, reduced
 from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS, SAVED
 from sad_kernels.objective import (
+    DistillOutput,
     Head,
     Teacher,
     TeacherHidden,
@@ -53,12 +54,13 @@ def mean_of_logits(
     teacher: Teacher | None,
     leading: Leading,
     items: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``sum of row losses / max(items, 1)``, differentiable, and detached [1 + PARTS]: the rows
-    that count, which are the items unless given, and with diagnostics the sums of the parts."""
+) -> DistillOutput:
+    """``loss``: sum of row losses / max(items, 1), differentiable. Items are the rows that count,
+    unless given. The other fields are detached, and sums over all rows."""
     arguments = _arguments(task, logits, softcap, labels, teacher, leading)
-    mean, sums, *_ = row_mean(*arguments, items)
-    return mean, sums.detach()
+    loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*arguments, items)
+    sums = (x.detach() for x in (ce, kd, z, num_tokens, correct, agree, entropy))
+    return DistillOutput(loss, *sums)
 
 
 def _arguments(
@@ -166,35 +168,35 @@ def row_mean(
     numbers: Sequence[float],
     words: str,
     items: Tensor | None,  # []
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses' sum over the items [], the sums of ``reduced``, and what the gradient needs."""
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """What ``reduced`` makes of the rows, the divisor last; and what the gradient needs of them."""
     request = unpack(integers, numbers, words)
     task, x = request.task, columns_adjacent(student, request.softcap)
     rows = launch.forward(task, x, labels, teacher_of(teacher, ids, log_p, log_rest, best))
-    parts = rows.parts if task.diagnostics else rows.parts[:0]
-    mean, divisor, sums = reduced(rows.loss, parts, labels, task.ignore_index, items)
-    return mean, sums, divisor, rows.saved, rows.inside, rows.outside
+    mean, divisor, *sums = reduced(rows.loss, rows.parts, labels, task.ignore_index, items)
+    return mean, *sums, divisor, rows.saved, rows.inside, rows.outside  # pyright: ignore
 
 
 @row_mean.register_fake
-def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *rest: Any) -> Any:
-    loss, _, *saved = _fake_rows(student, ids)
-    sums = loss.new_empty(1 + PARTS if unpack(*rest[-4:-1]).task.diagnostics else 1)
-    return loss.new_empty(()), sums, loss.new_empty(()), *saved
+def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
+    loss, _parts, *saved = _fake_rows(student, ids)
+    return *(loss.new_empty(()) for _ in Reduced._fields), *saved
 
 
 @row_mean.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     """One after the other: each has its own rows to count."""
 
-    def of(x: Any, dim: int | None, b: int) -> Any:
-        return x.select(dim, b) if isinstance(x, Tensor) and dim is not None else x
+    def each(x: Any, dim: int | None) -> Sequence[Any]:
+        batched = isinstance(x, Tensor) and dim is not None
+        return x.unbind(dim) if batched else [x] * info.batch_size
 
-    each = [
-        row_mean(*(of(x, dim, b) for x, dim in zip(inputs, in_dims, strict=True)))
-        for b in range(info.batch_size)
-    ]
-    return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * 6
+    rows = zip(*(each(x, dim) for x, dim in zip(inputs, in_dims, strict=True)), strict=True)
+    outputs = [row_mean(*one) for one in rows]
+    stacked = tuple(map(torch.stack, zip(*outputs, strict=True)))
+    return stacked, (0,) * len(stacked)
 
 
 @torch.library.custom_op("sad_kernels::row_gradient", mutates_args=())
@@ -230,6 +232,14 @@ def _(student: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output[2:])
+
+
+def _setup_context_of_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs[:-1], output[-4:])  # the items may change until backward
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     tensors, plain = [], []
     for value in inputs:
         tensor = isinstance(value, Tensor)
@@ -237,11 +247,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         plain.append(None if tensor else value)
     ctx.plain = plain
     ctx.set_materialize_grads(False)  # of outputs that nobody differentiates
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, *saved)
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    """The operator's inputs, and its outputs from the third on."""
+    """What ``_save`` was given."""
     tensors, count = ctx.saved_tensors, len(ctx.plain)
     inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
     return inputs, tensors[count:]
@@ -256,8 +266,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | N
 
 
 def _backward_of_mean(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (*inputs, _items), (divisor, *saved) = _saved(ctx)
-    nothing = [None] * len(inputs)
+    inputs, (divisor, *saved) = _saved(ctx)
+    nothing = [None] * len(inputs)  # one more are the items
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     share = (upstream / divisor).reshape(1)  # of every row
@@ -272,7 +282,7 @@ def no_second_backward(*_: Any) -> None:
 
 
 row_losses.register_autograd(_backward, setup_context=_setup_context)
-row_mean.register_autograd(_backward_of_mean, setup_context=_setup_context)
+row_mean.register_autograd(_backward_of_mean, setup_context=_setup_context_of_mean)
 row_gradient.register_autograd(no_second_backward)
 
 

@@ -1,6 +1,6 @@
-"""Rows to what a caller gets: the loss, the count and the sums of the parts, in one launch.
+"""Rows to what a caller gets: their mean, how many count, and the sums of their parts.
 
-In torch these are a dozen kernels, each of which takes longer to start than to run.
+One launch in place of torch's dozen, each of which takes longer to start than to run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sad_kernels._triton.launch import on_device
-from sad_kernels._triton.rows import to_fp32
+from sad_kernels._triton.rows import PARTS, to_fp32
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -20,8 +20,9 @@ NUM_WARPS = 4
 
 @triton.jit
 def reduce_kernel(
-    loss_ptr, parts_ptr, labels_ptr, ignore_index, items_ptr,
-    mean_ptr, divisor_ptr, sums_ptr, N,
+    loss_ptr, parts_ptr, labels_ptr, ignore_index, items_ptr, N,
+    mean_ptr, divisor_ptr, num_tokens_ptr,
+    ce_ptr, kd_ptr, z_ptr, correct_ptr, agree_ptr, entropy_ptr,
     BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_ITEMS: tl.constexpr,
 ):  # fmt: skip
     """The first program: ``sum(loss) / max(items, 1)``. The others: a part's sum each."""
@@ -38,41 +39,52 @@ def reduce_kernel(
             label = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
             count += (label != ignore_index).to(tl.int32)
     total = tl.sum(total, 0)
-    if part > 0:
-        tl.store(sums_ptr + part, total)
-    else:
-        number = to_fp32(N)
+    if part == 0:
+        num_tokens = to_fp32(N)
         if HAS_LABELS:
-            number = tl.sum(count, 0).to(tl.float32)
-        items = number
+            num_tokens = tl.sum(count, 0).to(tl.float32)
+        divisor = num_tokens
         if HAS_ITEMS:
-            items = tl.load(items_ptr).to(tl.float32)
-        items = tl.where(items < 1, 1.0, items)
-        tl.store(mean_ptr, total / items)
-        tl.store(divisor_ptr, items)
-        tl.store(sums_ptr, number)
+            divisor = tl.load(items_ptr).to(tl.float32)
+        divisor = tl.where(divisor < 1, 1.0, divisor)
+        tl.store(mean_ptr, total / divisor)
+        tl.store(divisor_ptr, divisor)
+        tl.store(num_tokens_ptr, num_tokens)
+    tl.store(ce_ptr, total, mask=part == 1)
+    tl.store(kd_ptr, total, mask=part == 2)
+    tl.store(z_ptr, total, mask=part == 3)
+    tl.store(correct_ptr, total, mask=part == 4)
+    tl.store(agree_ptr, total, mask=part == 5)
+    tl.store(entropy_ptr, total, mask=part == 6)
 
 
 class Reduced(NamedTuple):
-    mean: Tensor  # [] sum of the losses over the divisor
-    divisor: Tensor  # [] at least 1
-    sums: Tensor  # [1 + P] rows that count, parts
+    """Tensors of their own, 0-d and in fp32: callers add to them in place."""
+
+    mean: Tensor  # the losses' sum over the divisor
+    divisor: Tensor  # at least 1
+    num_tokens: Tensor  # rows that count
+    ce: Tensor  # sums, as all that follow
+    kd: Tensor
+    z: Tensor
+    correct: Tensor
+    agree: Tensor
+    entropy: Tensor
 
 
 def reduced(
-    loss: Tensor,  # [N]
-    parts: Tensor,  # [P, N]
+    loss: Tensor,  # [N], 0 in rows that do not count
+    parts: Tensor,  # [PARTS, N]
     labels: Tensor | None,  # [N]; None: all rows count
     ignore_index: int,
     items: Tensor | None = None,  # [], of any dtype; None: the rows that count
 ) -> Reduced:
-    N, P = len(loss), len(parts)
-    result = Reduced(loss.new_empty(()), loss.new_empty(()), loss.new_empty(1 + P))
+    result = Reduced(*(loss.new_empty(()) for _ in Reduced._fields))
     y = loss if labels is None else labels.contiguous()
     with on_device(loss.device):
-        reduce_kernel[(1 + P,)](
+        reduce_kernel[(1 + PARTS,)](
             loss.contiguous(), parts.contiguous(), y, ignore_index,
-            loss if items is None else items, *result, N,
+            loss if items is None else items, len(loss), *result,
             BLOCK=BLOCK, HAS_LABELS=labels is not None, HAS_ITEMS=items is not None,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip

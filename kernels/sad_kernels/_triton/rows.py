@@ -27,9 +27,9 @@ are put together at the end of a segment: a tile costs no exchange between threa
 lanes load at once is a *piece*; a tile is one or a few. Of an argmax a lane keeps where its tile
 begins, which is read once more in the end.
 
-Beside a top-k teacher ``statistics`` knows only the columns without an id: what is outside the ids
-then comes without cancellation, and does not underflow beside an id that stands far above it.
-Tiles end before the next id and only pieces are compared with ids: most columns cost nothing more.
+Beside a top-k teacher ``statistics`` sums up the columns without an id alone: what is outside the
+ids then comes without cancellation, and does not underflow beside an id that stands far above it.
+Tiles end before the next id, and only pieces are compared with ids: most columns cost as ever.
 ``merge``, which reads the K logits anyway, adds them to every sum.
 
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
@@ -74,7 +74,7 @@ TOTAL = tl.constexpr(1)  # d at T
 TOTAL_1 = tl.constexpr(2)  # d at 1
 PLAIN = tl.constexpr(3)  # S
 WEIGHTED = tl.constexpr(4)  # E
-BEST = tl.constexpr(5)  # argmax; exact in fp32 below 2^24
+BEST = tl.constexpr(5)  # argmax, or near it an id that is no smaller; exact in fp32 below 2^24
 TEACHER_MAXIMUM = tl.constexpr(6)
 TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
@@ -114,15 +114,15 @@ def id_at(ids, K, at):
 
 
 @triton.jit
-def without_ids(x, start, ids, K, at, next_id, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """``x``, LEFT_OUT in the columns of ids, and how many these are by lane; where the next id is,
-    and which."""
-    columns = start + tl.arange(0, x.shape[0])
+def without_ids(x, start, end, ids, K, at, next_id, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A piece ``x``, LEFT_OUT in the columns of ids below ``end``, and how many these are by lane;
+    where the next id is, and which."""
+    columns = start + tl.arange(0, LANES * VECTOR)
     gone = tl.zeros([LANES], tl.float32)
     before = -1
-    while next_id < start + x.shape[0]:
+    while next_id < end:
         x = tl.where(columns == next_id, LEFT_OUT, x)
-        lane = tl.where(next_id == before, -1, (next_id - start) // VECTOR % LANES)
+        lane = tl.where(next_id == before, -1, (next_id - start) // VECTOR)  # once if repeated
         gone += (tl.arange(0, LANES) == lane).to(tl.float32)
         before = next_id
         at += 1
@@ -167,10 +167,10 @@ def product(weights, x):
 
 
 @triton.jit
-def first_best(x, start, column, seen, BLOCK: tl.constexpr):
-    """The first column, exact in fp32, of the largest ``seen``, after a tile ``x`` at ``start``."""
+def first_best(x, start, column, seen, SIZE: tl.constexpr):
+    """The first column, exact in fp32, of the largest ``seen``, after the piece at ``start``."""
     top = tl.max(x, 0)
-    here = start + tl.min(tl.where(x == top, tl.arange(0, BLOCK), BLOCK), 0)
+    here = start + tl.min(tl.where(x == top, tl.arange(0, SIZE), SIZE), 0)
     return tl.where(top > seen, here.to(tl.float32), column), tl.maximum(seen, top)
 
 
@@ -185,7 +185,7 @@ def add_columns(
     heat,
     SIZE: tl.constexpr,  # a tile or a piece
     MASKED: tl.constexpr,  # some may lie past V
-    HAS_IDS: tl.constexpr,
+    HAS_IDS: tl.constexpr,  # those of a top-k teacher may be in this piece
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     HEAT: tl.constexpr,
@@ -212,7 +212,8 @@ def add_columns(
         s = tl.where(columns < V, s, LEFT_OUT)
         number = lane_sum(in_lanes((columns < V).to(tl.float32), LANES, VECTOR))
     if HAS_IDS:
-        s, gone, id, next_id = without_ids(s, at, ids, K, id, next_id, LANES, VECTOR)
+        end = tl.minimum(at + SIZE, V)  # an id past it is no column that could be missing
+        s, gone, id, next_id = without_ids(s, at, end, ids, K, id, next_id, LANES, VECTOR)
         number -= gone
 
     s = in_lanes(s, LANES, VECTOR)
@@ -367,7 +368,7 @@ def statistics_kernel(
                 tl.store(out + COUNT * step, tl.sum(count, 0))
         if DIAGNOSTICS:
             tl.store(out + WEIGHTED * step, tl.sum((E + d_1 * move) * rate, 0))
-    if DIAGNOSTICS:  # an id beside it that is as large changes nothing: merge knows of it
+    if DIAGNOSTICS:  # of all columns: where an id is no smaller, merge takes the best id
         start = first + first_tile(m, best, top)
         column, seen = start.to(tl.float32), tl.full((), float("-inf"), tl.float32)
         for at in range(start, tl.minimum(start + BLOCK, last), PIECE):
@@ -507,6 +508,7 @@ def merge_kernel(
         z = tl.where(usable, z, float("-inf"))
         top_z = tl.max(z, 1)
         if DIAGNOSTICS:
+            # Where an id is above all other columns, ``best`` may be any id, and is not looked at.
             best_id = tl.min(tl.where(z == top_z[:, None], ids, 0x7FFFFFFF), 1).to(tl.float32)
             first_of_both = tl.minimum(best, best_id)
             best = tl.where(top_z > m, best_id, tl.where(top_z == m, first_of_both, best))
@@ -536,7 +538,9 @@ def merge_kernel(
         outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(below) / total
         tl.store(inside_ptr + at, inside, mask=given)
         tl.store(outside_ptr + rows, outside, mask=counts)
-        kd = tl.sum(f, 1) + f_rest + 0 * total  # NaN and inf of a total poison the row
+        given_p = tl.where(present, log_p, 0.0)
+        # NaN and inf of a total, and NaN of the teacher, poison the row.
+        kd = tl.sum(f, 1) + f_rest + 0 * total + 0 * tl.sum(given_p, 1)
         kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
     if TEACHER != NO_TEACHER:
         tl.store(saved + SAVED_TEACHER_MAXIMUM * N, m_t, mask=counts)
