@@ -216,6 +216,7 @@ def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:
     import torch
 
     from bench import record
+    from sad.files import write_atomic
     from sad.versions import library_versions
 
     module = importlib.import_module(f"bench.{case}")
@@ -225,7 +226,8 @@ def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:
         machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         about = {"schema": 1, "run": record.run(_command(case, asked)), "machine": machine}
         about["versions"] = library_versions()
-        _replace(path, json.dumps(about | result, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(about | result, indent=1) + "\n")
 
     result = module.measure(**asked, keep=keep) if case in GROWING else module.measure()
     keep(result)
@@ -239,14 +241,6 @@ def _command(case: str, asked: dict[str, Any]) -> str:
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         words.append(f"--{name} {text}")
     return " ".join(words)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all: a run that is killed leaves what it had before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 if __name__ == "__main__":
