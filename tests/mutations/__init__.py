@@ -84,6 +84,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "47": ("structural losses averaged over micro-batches", ("trainer",)),
     "48": ("what structural losses and gates have learned, lost at a stop", ("trainer",)),
     "49": ("losses of weight 0 that are computed", ("trainer",)),
+    "50": ("a call that goes past whoever listens to torch's operators", ("triton",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

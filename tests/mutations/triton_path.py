@@ -10,6 +10,7 @@ CHUNKS = TRITON + "chunks.py"
 LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
+OPERATOR = TRITON + "operator.py"
 REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
 SCALE = TRITON + "scale.py"
@@ -695,5 +696,16 @@ MUTATIONS = [
             "sad_kernels/test_teacher_share.py",
             "test_no_gradient_flows_through_the_target[forward_kl-triton]",
         ),
+    ),
+    Mutation(
+        "50",
+        "a loss goes past the dispatch modes that want to see it",
+        edit(OPERATOR, " or torch._C._len_torch_dispatch_stack() > 0", ""),
+        tests(
+            "sad_kernels/test_operators.py",
+            "test_a_dispatch_mode_sees_operators[mean-cross_entropy]",
+            "test_a_dispatch_mode_sees_operators[none-linear_cross_entropy]",
+        ),
+        error="IndexError",
     ),
 ]

@@ -14,12 +14,16 @@ from problems import plain
 from sad_kernels import Objective
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
 from sad_kernels._task import Task
-from sad_kernels._triton import launch, logits
+from sad_kernels._triton import launch, linear, logits, operator
 from sad_kernels._triton.request import Packed, Request, pack
 
 N, V, D, K = 5, 40, 6, 3
@@ -234,6 +238,7 @@ def problem_and_loss(op: str, **options: Any) -> tuple[dict[str, Tensor], list[T
     return leaves, [leaves[name] for name in problem.wrt], loss
 
 
+@pytest.mark.usefixtures("route")
 @every_op
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(op: str, use_reentrant: bool) -> None:
@@ -246,6 +251,7 @@ def test_activation_checkpointing(op: str, use_reentrant: bool) -> None:
             assert x.grad is not None and torch.equal(x.grad, expected)
 
 
+@pytest.mark.usefixtures("route")
 @every_op
 def test_without_gradients_there_is_no_gradient_work(
     op: str, monkeypatch: pytest.MonkeyPatch
@@ -268,6 +274,7 @@ def test_without_gradients_there_is_no_gradient_work(
         launched.clear()
 
 
+@pytest.mark.usefixtures("route")
 @every_op
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_second_derivative_is_refused(op: str, reduction: str) -> None:
@@ -277,6 +284,7 @@ def test_a_second_derivative_is_refused(op: str, reduction: str) -> None:
         torch.autograd.grad([g.square().sum() for g in gradients], wrt)
 
 
+@pytest.mark.usefixtures("route")
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(op: str, dtype: torch.dtype) -> None:
@@ -292,6 +300,101 @@ def test_autocast_changes_nothing(op: str, dtype: torch.dtype) -> None:
         assert value.dtype == torch.float32
         assert all(g.dtype == x.dtype for g, x in zip(gradients, wrt, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(results[0], autocast, strict=True))
+
+
+# --- By name, or past torch's machinery ----------------------------------------------------------
+
+
+OPERATORS = (
+    logits.row_losses, logits.row_mean, logits.row_gradient,
+    linear.linear_loss, linear.scaled_gradient, linear.linear_rows, linear.linear_rows_gradient,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["alone", "by name"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of calling an operator, each with the other one closed."""
+    by_name = request.param == "by name"
+    if by_name:
+        monkeypatch.setattr(operator, "autograd_is_alone", lambda inputs: False)
+
+    def closed(*_: Any) -> None:
+        raise AssertionError("the wrong way to call an operator")
+
+    for each in OPERATORS:
+        if by_name:
+            monkeypatch.setattr(each.differentiable, "apply", closed)
+        else:
+            monkeypatch.setattr(each, "registered", closed)
+
+
+@every_op
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_both_ways_of_calling_give_the_same_bits(
+    op: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves, wrt, loss = problem_and_loss(op, ignore="some", reduction=reduction)
+    results = []
+    for by_name in (False, True):
+        with monkeypatch.context() as patch:
+            if by_name:
+                patch.setattr(operator, "autograd_is_alone", lambda inputs: False)
+            value = loss(*leaves.values())
+            gradients = torch.autograd.grad(value, wrt, torch.tensor(0.3))
+            results.append((value.detach(), *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Names(TorchDispatchMode):
+    """The operators of this package that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "sad_kernels":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@every_op
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_dispatch_mode_sees_operators(op: str, reduction: str) -> None:
+    """Counters of FLOP, selective checkpointing and profilers of memory are such modes."""
+    leaves, wrt, loss = problem_and_loss(op, reduction=reduction)
+    with Names() as names:
+        torch.autograd.grad(loss(*leaves.values()), wrt)
+    forward = {"mean": "linear_loss", "none": "linear_rows"}[reduction]
+    backward = {"mean": "scaled_gradient", "none": "linear_rows_gradient"}[reduction]
+    if op in ON_LOGITS:
+        whole = op == "distill_loss" or reduction == "mean"
+        forward, backward = "row_mean" if whole else "row_losses", "row_gradient"
+    elif op == "linear_distill_loss":
+        forward, backward = "linear_loss", "scaled_gradient"
+    assert names.seen[0] == forward and set(names.seen[1:]) == {backward}
+
+
+@pytest.mark.parametrize("op", ON_LOGITS)
+def test_tracers_find_operators(op: str) -> None:
+    leaves, _, loss = problem_and_loss(op)
+    graph = make_fx(loss)(*leaves.values())
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert "sad_kernels.row_mean.default" in targets
+    with FakeTensorMode(allow_non_fake_inputs=True):  # no kernel can run: shapes are all there is
+        fake = loss(*leaves.values())
+    assert fake.shape == () and type(fake) is not Tensor
+
+
+def test_a_subclass_of_tensor_is_not_looked_through() -> None:
+    """Its ``__torch_dispatch__`` decides what an operator does to it; it has no address."""
+    x = TwoTensor(torch.randn(N, V), torch.randn(N, V))
+    y = torch.randint(V, (N,))
+    loss: Any = sad_kernels.cross_entropy(x, y, impl="triton")
+    for ours, each in ((loss.a, x.a), (loss.b, x.b)):
+        assert torch.equal(ours, sad_kernels.cross_entropy(each, y, impl="triton"))
 
 
 # --- vmap ----------------------------------------------------------------------------------------

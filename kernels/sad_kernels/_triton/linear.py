@@ -32,6 +32,7 @@ from sad_kernels._triton.logits import (
     teacher_of,
     top_k_tensors,
 )
+from sad_kernels._triton.operator import Operator
 from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.scale import scaled
@@ -111,7 +112,7 @@ def _arguments(
     return (hidden, head.weight, head.bias, labels, t_hidden, t_weight, t_bias, *top_k), request
 
 
-@torch.library.custom_op("sad_kernels::linear_loss", mutates_args=())
+@Operator
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
@@ -178,7 +179,7 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
     return *out, *[None] * (ctx.num_inputs - 3)
 
 
-@torch.library.custom_op("sad_kernels::scaled_gradient", mutates_args=())
+@Operator
 def scaled_gradient(
     gradient: Tensor, factor: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -195,7 +196,7 @@ scaled_gradient.register_autograd(no_second_backward)
 linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-@torch.library.custom_op("sad_kernels::linear_rows", mutates_args=())
+@Operator
 def linear_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
@@ -219,7 +220,7 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return rows, rows.new_empty(PARTS, N)
 
 
-@torch.library.custom_op("sad_kernels::linear_rows_gradient", mutates_args=())
+@Operator
 def linear_rows_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
     t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,

@@ -20,6 +20,7 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, TopK
+from sad_kernels._triton.operator import Operator
 from sad_kernels._triton.reduce import Reduced, reduced
 from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS, SAVED
@@ -104,7 +105,7 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
     return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-@torch.library.custom_op("sad_kernels::row_losses", mutates_args=())
+@Operator
 def row_losses(
     student: Tensor,  # [N, >= V]
     labels: Tensor | None,  # [N]
@@ -155,7 +156,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     return tuple(parted), out_dims
 
 
-@torch.library.custom_op("sad_kernels::row_mean", mutates_args=())
+@Operator
 def row_mean(
     student: Tensor,
     labels: Tensor | None,
@@ -199,7 +200,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     return stacked, (0,) * len(stacked)
 
 
-@torch.library.custom_op("sad_kernels::row_gradient", mutates_args=())
+@Operator
 def row_gradient(
     student: Tensor,
     labels: Tensor | None,
