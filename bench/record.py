@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from bench.peers import PACKAGES
+from sad.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 QUERY = {
@@ -118,9 +119,7 @@ def path_for(record: dict[str, Any]) -> Path:
 def write(record: dict[str, Any], path: Path) -> None:
     """Whole or not at all: a run that is killed leaves what it had before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(_plain(record), indent=1) + "\n")
-    draft.replace(path)
+    write_atomic(path, json.dumps(_plain(record), indent=1) + "\n")
 
 
 def cpu_name() -> str:

@@ -26,13 +26,8 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import Result, Side, Wanted
 from sad_kernels._triton.launch import Logits, TopK
-from sad_kernels._triton.logits import (
-    TopKTensors,
-    no_second_backward,
-    teacher_of,
-    top_k_tensors,
-)
-from sad_kernels._triton.operator import Operator
+from sad_kernels._triton.logits import TopKTensors, teacher_of, top_k_tensors
+from sad_kernels._triton.operator import Operator, no_second_backward, save_call, saved_call
 from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.scale import scaled
@@ -256,15 +251,13 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+    save_call(ctx, inputs)
 
 
 def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    inputs, _saved = saved_call(ctx)
     if upstream is None:
-        return (None,) * len(ctx.plain)
-    inputs = [t if t is not None else p for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+        return (None,) * len(inputs)
     wanted = list(ctx.needs_input_grad[:3])
     gradients = linear_rows_gradient(*inputs, wanted, upstream)
     out = [g if want else None for g, want in zip(gradients, wanted, strict=True)]

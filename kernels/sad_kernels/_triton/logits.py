@@ -20,7 +20,7 @@ from sad_kernels._task import RowResults, Task
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, TopK
-from sad_kernels._triton.operator import Operator
+from sad_kernels._triton.operator import Operator, no_second_backward, save_call, saved_call
 from sad_kernels._triton.reduce import Reduced, reduced
 from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS, SAVED
@@ -233,33 +233,15 @@ def _(student: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output[2:])
+    save_call(ctx, inputs, output[2:])
 
 
 def _setup_context_of_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs[:-1], output[-4:])  # the items may change until backward
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
-    tensors, plain = [], []
-    for value in inputs:
-        tensor = isinstance(value, Tensor)
-        tensors.append(value if tensor else None)
-        plain.append(None if tensor else value)
-    ctx.plain = plain
-    ctx.set_materialize_grads(False)  # of outputs that nobody differentiates
-    ctx.save_for_backward(*tensors, *saved)
-
-
-def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    """What ``_save`` was given."""
-    tensors, count = ctx.saved_tensors, len(ctx.plain)
-    inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
-    return inputs, tensors[count:]
+    save_call(ctx, inputs[:-1], output[-4:])  # the items may change until backward
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, saved = _saved(ctx)
+    inputs, saved = saved_call(ctx)
     nothing = [None] * (len(inputs) - 1)
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
@@ -267,19 +249,12 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | N
 
 
 def _backward_of_mean(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, (divisor, *saved) = _saved(ctx)
+    inputs, (divisor, *saved) = saved_call(ctx)
     nothing = [None] * len(inputs)  # one more are the items
     if upstream is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     share = (upstream / divisor).reshape(1)  # of every row
     return row_gradient(*inputs, *saved, share), *nothing
-
-
-def no_second_backward(*_: Any) -> None:
-    raise RuntimeError(
-        "the gradient of a loss must not be differentiated again, got a second backward through "
-        "it; use impl='torch' and no create_graph, or sad_kernels.reference"
-    )
 
 
 row_losses.register_autograd(_backward, setup_context=_setup_context)

@@ -51,6 +51,33 @@ class Operator:
         return self.registered(*inputs)
 
 
+def no_second_backward(*_: Any) -> None:
+    """What an operator that is itself a gradient registers as its backward."""
+    raise RuntimeError(
+        "the gradient of a loss must not be differentiated again, got a second backward through "
+        "it; use impl='torch' and no create_graph, or sad_kernels.reference"
+    )
+
+
+def save_call(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...] = ()) -> None:
+    """Keep for backward what an operator got, tensors or not, and some of what it returned."""
+    tensors, plain = [], []
+    for value in inputs:
+        tensor = isinstance(value, Tensor)
+        tensors.append(value if tensor else None)
+        plain.append(None if tensor else value)
+    ctx.plain = plain
+    ctx.set_materialize_grads(False)  # of outputs that nobody differentiates
+    ctx.save_for_backward(*tensors, *outputs)
+
+
+def saved_call(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """What ``save_call`` was given."""
+    tensors, count = ctx.saved_tensors, len(ctx.plain)
+    inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
+    return inputs, tensors[count:]
+
+
 def autograd_is_alone(inputs: tuple[Any, ...]) -> bool:
     """Nothing compiles, traces or transforms this call, and all tensors are plain ones."""
     if torch.compiler.is_compiling():
