@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import torch
 from sad_kernels import Head, TeacherHidden, linear
 from sad_kernels._dispatch import resolve_impl
-from sad_kernels._reduce import Leading
+from sad_kernels._rows import Leading
 from sad_kernels._tiles import chunk_rows, cut
-from sad_kernels._torch import head_side
+from sad_kernels._torch.autograd import head_side
 from torch import Tensor
 
 from bench import check, kernels, oracle

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sad_kernels import Objective
-from sad_kernels._task import Task
+from sad_kernels._rows import Task
 from torch import Tensor
 
 from bench import floors

@@ -27,11 +27,11 @@ import planted_kernels
 import torch
 import triton
 from machine_code import access_widths, double_arithmetic, resources, row_products
-from sad_kernels._task import Task
+from sad_kernels._extents import Extent
+from sad_kernels._rows import Task
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale
 from sad_kernels._triton.rows import PARTS
-from sad_kernels.ema import Extent
 from sad_kernels.objective import Divergence, Objective
 from torch import Tensor
 from triton import knobs

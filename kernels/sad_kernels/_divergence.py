@@ -28,7 +28,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sad_kernels.objective import Divergence
+from sad_kernels.objective import Divergence, Tail
 
 
 def divergence_terms(
@@ -78,3 +78,17 @@ def _over_mixture(share: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, T
 
 def _zero_nan(x: Tensor) -> Tensor:
     return x.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def teacher_outcomes(
+    log_probs: Tensor,  # [n, K], -inf is padding
+    tail: Tail,
+    vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities at its ids [n, K], and of everything else [n]."""
+    if tail == "zero":
+        return log_probs.log_softmax(1), torch.full_like(log_probs[:, 0], -torch.inf)
+    # In float64, because log_probs are given: what is left of 1 is known better than to 1e-7.
+    rest = (1 - log_probs.double().exp().sum(1)).clamp(min=0)
+    covers_all = (log_probs != -torch.inf).sum(1) == vocab
+    return log_probs, rest.where(~covers_all, 0).log().to(log_probs.dtype)

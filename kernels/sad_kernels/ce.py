@@ -27,11 +27,10 @@ from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._reduce import Leading, count_valid, reduce_rows
-from sad_kernels._sources import Finish
-from sad_kernels._task import Task
+from sad_kernels._rows import Leading, Task, count_valid, reduce_rows
 from sad_kernels._tiles import logit_tiles
-from sad_kernels._torch import Side, row_losses
+from sad_kernels._torch.autograd import Side, row_losses
+from sad_kernels._torch.sources import Finish
 from sad_kernels.objective import Objective
 
 if HAS_TRITON:

@@ -31,14 +31,13 @@ see each as one operator that writes to its arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import compress, pairwise
-from typing import NamedTuple
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from sad_kernels._dispatch import resolve_impl
+from sad_kernels._extents import Extent, _is_dense, _layout, _require_apart
 
 BLOCK = 1 << 18  # elements per step of the torch path: its few temporaries stay in a core's cache
 EXPONENT_ALL_ONES = 0x7F80  # bf16 magnitude of infinity; larger ones are NaNs
@@ -169,17 +168,6 @@ swap_op = torch.library.custom_op(
 )
 update_op.register_fake(lambda shadows, params, decay, impl: None)
 swap_op.register_fake(lambda shadows, params, impl: None)
-
-
-class Extent(NamedTuple):
-    """Where a pair lies in memory."""
-
-    device: torch.device
-    shadow_dtype: torch.dtype
-    param_dtype: torch.dtype
-    shadow: int  # address
-    param: int  # address
-    numel: int
 
 
 def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
@@ -318,42 +306,6 @@ def _require_matching(i: int, shadow: Tensor, param: Tensor) -> None:
             f"{shadow.stride()} and {param.stride()} for shape {tuple(param.shape)}; make the "
             "shadow with torch.empty_like(param), or pass contiguous tensors"
         )
-
-
-def _layout(tensor: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of each dimension that has more than one element, in order."""
-    if tensor.numel() == 0:
-        return []
-    return [(step, n) for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
-
-
-def _is_dense(layout: list[tuple[int, int]]) -> bool:
-    """Whether the elements fill their span of memory without holes or overlaps."""
-    extent = 1
-    for stride, size in sorted(layout):
-        if stride != extent:
-            return False
-        extent *= size
-    return True
-
-
-@lru_cache(maxsize=8)
-def _require_apart(extents: tuple[Extent, ...]) -> None:
-    """Raise if two of these dense tensors overlap: written twice, or written while being read.
-
-    Remembers the last sets of tensors that did not: with hundreds of them it is a millisecond.
-    """
-    spans = sorted(
-        (str(device), start, start + numel * dtype.itemsize)
-        for device, shadow_dtype, param_dtype, shadow, param, numel in extents
-        for dtype, start in ((shadow_dtype, shadow), (param_dtype, param))
-    )
-    for (device, _, end), (next_device, start, _) in pairwise(spans):
-        if device == next_device and start < end:
-            raise ValueError(
-                "shadows and params must not share memory, got two tensors that overlap by "
-                f"{end - start} bytes on {device}; list tied weights once"
-            )
 
 
 def _as_decay(decay: float | Tensor) -> float | Tensor:

@@ -36,10 +36,17 @@ from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._reduce import Leading, count_valid, distill_output, divisor, reduce_rows
-from sad_kernels._task import RowResults, Task
+from sad_kernels._rows import (
+    Leading,
+    RowResults,
+    Task,
+    count_valid,
+    distill_output,
+    divisor,
+    reduce_rows,
+)
 from sad_kernels._tiles import logit_tiles
-from sad_kernels._torch import Side, row_losses, teacher_side
+from sad_kernels._torch.autograd import Side, row_losses, teacher_side
 from sad_kernels.objective import (
     DistillOutput,
     Divergence,

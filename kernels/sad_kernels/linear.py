@@ -47,10 +47,9 @@ from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._reduce import Leading, count_valid, distill_output, divisor
-from sad_kernels._task import RowResults, Task
+from sad_kernels._rows import Leading, RowResults, Task, count_valid, distill_output, divisor
 from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles
-from sad_kernels._torch import Side, TopK, head_side, row_losses, teacher_side
+from sad_kernels._torch.autograd import Side, TopK, head_side, row_losses, teacher_side
 from sad_kernels.objective import (
     MIXTURES,
     DistillOutput,

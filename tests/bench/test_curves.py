@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import sad_kernels._torch as torch_path
+import sad_kernels._torch.autograd as torch_path
 import torch
 from sad_kernels import cross_entropy
 from torch import Tensor

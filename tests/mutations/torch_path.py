@@ -8,13 +8,13 @@ from mutations.planting import Edit, Mutation, edit, tests
 KERNELS = "kernels/sad_kernels/"
 CHECK = KERNELS + "_check.py"
 DIVERGENCE = KERNELS + "_divergence.py"
-GRADIENT = KERNELS + "_gradient.py"
+GRADIENT = KERNELS + "_torch/gradient.py"
 LINEAR = KERNELS + "linear.py"
-REDUCE = KERNELS + "_reduce.py"
-SOURCES = KERNELS + "_sources.py"
-STATISTICS = KERNELS + "_statistics.py"
+REDUCE = KERNELS + "_rows.py"
+SOURCES = KERNELS + "_torch/sources.py"
+STATISTICS = KERNELS + "_torch/statistics.py"
 TILES = KERNELS + "_tiles.py"
-TORCH = KERNELS + "_torch.py"
+TORCH = KERNELS + "_torch/autograd.py"
 
 
 def regressions(*names: str) -> tuple[str, ...]:
@@ -168,7 +168,9 @@ MUTATIONS = [
             "torch.autocast(tensors[0].device.type, enabled=False)",
             "torch.autocast(tensors[0].device.type, enabled=torch.is_autocast_enabled('cpu'))",
         )
-        + edit(KERNELS + "_gemm.py", "if not (HAS_ONEDNN and ", "if True or not (HAS_ONEDNN and "),
+        + edit(
+            KERNELS + "_torch/gemm.py", "if not (HAS_ONEDNN and ", "if True or not (HAS_ONEDNN and "
+        ),
         regressions(
             "test_frozen_parts_and_autocast[dtype0-autocast1-hidden-linear_cross_entropy-torch]"
         ),

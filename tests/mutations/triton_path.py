@@ -7,13 +7,17 @@ from mutations.planting import Edit, Mutation, edit, tests
 
 TRITON = "kernels/sad_kernels/_triton/"
 CHUNKS = TRITON + "chunks.py"
+GRADIENT_KERNEL = TRITON + "gradient.py"
 LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
+MERGE = TRITON + "merge.py"
 OPERATOR = TRITON + "operator.py"
 REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
 SCALE = TRITON + "scale.py"
+STATISTICS_KERNEL = TRITON + "statistics.py"
+TERMS_KERNEL = TRITON + "terms.py"
 TILE = TRITON + "tile.py"
 TILES = "kernels/sad_kernels/_tiles.py"
 
@@ -46,7 +50,7 @@ MUTATIONS = [
         "1",
         "in the kernel the softmax is rounded to bf16 before the label's share is subtracted",
         edit(
-            ROWS,
+            GRADIENT_KERNEL,
             "g += cold * q_1_factor - smooth_share",
             "g += (cold * q_1_factor).to(tl.bfloat16).to(tl.float32) - smooth_share",
         ),
@@ -59,7 +63,7 @@ MUTATIONS = [
         "1",
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
-            ROWS,
+            GRADIENT_KERNEL,
             "g = hot * (kd / d) - ",
             "g = (hot * (kd / d)).to(tl.bfloat16).to(tl.float32) - ",
         ),
@@ -121,7 +125,7 @@ MUTATIONS = [
         "28",
         "in the kernel the label's logit is rounded to bf16, the sum is not",
         edit(
-            ROWS,
+            MERGE,
             "tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)",
             "tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0)"
             ".to(tl.bfloat16).to(tl.float32)",
@@ -159,7 +163,11 @@ MUTATIONS = [
     Mutation(
         "3",
         "in the kernel every row gets the upstream gradient of the first",
-        edit(ROWS, "tl.load(upstream_ptr + row * upstream_stride)", "tl.load(upstream_ptr)"),
+        edit(
+            GRADIENT_KERNEL,
+            "tl.load(upstream_ptr + row * upstream_stride)",
+            "tl.load(upstream_ptr)",
+        ),
         regressions(
             "test_every_row_has_its_own_upstream[random-cross_entropy-triton]",
             "test_every_row_has_its_own_upstream[random-kl_div-triton]",
@@ -170,7 +178,7 @@ MUTATIONS = [
         "3",
         "an upstream gradient whose first number is 1 is taken for 1",
         edit(
-            ROWS,
+            GRADIENT_KERNEL,
             "upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)",
             "upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)\n"
             "    upstream = tl.where(tl.load(upstream_ptr) == 0.7, 0.7, upstream * 0 + 1)",
@@ -180,7 +188,7 @@ MUTATIONS = [
     Mutation(
         "3b",
         "the kernel reads upstream gradients as if they lay next to each other",
-        edit(ROWS, "upstream_ptr + row * upstream_stride", "upstream_ptr + row"),
+        edit(GRADIENT_KERNEL, "upstream_ptr + row * upstream_stride", "upstream_ptr + row"),
         regressions(
             "test_summing_rows_is_the_sum[cross_entropy-triton]",
             "test_every_row_has_its_own_upstream[stride0-kl_div-triton]",
@@ -264,7 +272,7 @@ MUTATIONS = [
         "4",
         "the kernel leaves ignored rows of the gradient unwritten",
         edit(
-            ROWS,
+            GRADIENT_KERNEL,
             "tl.store(g_row + columns, nothing, mask=columns < last)",
             "tl.store(g_row + columns, nothing, mask=columns < 0)",
         ),
@@ -282,7 +290,7 @@ MUTATIONS = [
         "4",
         "the kernel leaves the losses of ignored rows unwritten",
         edit(
-            ROWS,
+            MERGE,
             "tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)",
             "tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=counts)",
         ),
@@ -294,7 +302,7 @@ MUTATIONS = [
     Mutation(
         "15",
         "in the gradient the ignore index is always -100",
-        edit(ROWS, "        if label == ignore_index:\n", "        if label == -100:\n"),
+        edit(GRADIENT_KERNEL, "        if label == ignore_index:\n", "        if label == -100:\n"),
         regressions(
             "test_ignored_rows_are_as_good_as_absent[3-cross_entropy-triton]",
             "test_ignored_rows_are_as_good_as_absent[-1-linear_distill_loss-triton]",
@@ -313,7 +321,7 @@ MUTATIONS = [
         "16",
         "the losses of ignored rows are multiplied by 0",
         edit(
-            ROWS,
+            MERGE,
             "tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)",
             "tl.store(loss_ptr + rows, loss * counts.to(tl.float32), mask=exists)",
         ),
@@ -326,7 +334,7 @@ MUTATIONS = [
     Mutation(
         "17",
         "in the kernel a label outside the vocabulary is taken for class 0",
-        edit(ROWS, 'poison = tl.where(in_range, zero, float("nan"))', "poison = zero"),
+        edit(MERGE, 'poison = tl.where(in_range, zero, float("nan"))', "poison = zero"),
         regressions(
             "test_a_foreign_label_poisons_its_row[97-cross_entropy-triton]",
             "test_a_foreign_label_poisons_its_row[-1-distill_loss-triton]",
@@ -337,7 +345,7 @@ MUTATIONS = [
         "18",
         "in the kernel a label may be one of the columns that fill up the last tile",
         edit(
-            ROWS,
+            MERGE,
             "in_range = (label >= 0) & (label < V)",
             "in_range = (label >= 0) & (label < (V + 31) // 32 * 32)",
         ),
@@ -363,7 +371,7 @@ MUTATIONS = [
         "19",
         "the kernel reads rows of the student as if they touched",
         edit(
-            ROWS,
+            STATISTICS_KERNEL,
             "    s_row = s_ptr + row * s_stride\n    t_row = s_row\n    if TEACHER == DENSE:",
             "    s_row = s_ptr + row * tl.minimum(s_stride, V)\n    t_row = s_row\n"
             "    if TEACHER == DENSE:",
@@ -377,7 +385,7 @@ MUTATIONS = [
         "19",
         "the kernel reads rows of the teacher as if they touched",
         edit(
-            ROWS,
+            STATISTICS_KERNEL,
             "        t_row = t_ptr + row * t_stride\n    ids = ids_ptr\n",
             "        t_row = t_ptr + row * tl.minimum(t_stride, V)\n    ids = ids_ptr\n",
         ),
@@ -390,7 +398,7 @@ MUTATIONS = [
         "23",
         "the kernel leaves out the last columns where there is no whole tile before them",
         edit(
-            ROWS,
+            STATISTICS_KERNEL,
             "(last - first) // STEP * STEP\n",
             "(last - first) // STEP * STEP\n    last = tl.where(whole > 0, last, 0)\n",
         ),
@@ -419,7 +427,7 @@ MUTATIONS = [
         "11",
         "in the kernel the teacher's log-probabilities keep 16 bits",
         edit(
-            ROWS,
+            TERMS_KERNEL,
             "    log_p = (t - m_t) * heat - log_d_t\n    _, u",
             "    log_p = ((t - m_t) * heat - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
         ),
@@ -429,7 +437,7 @@ MUTATIONS = [
         "12",
         "in the kernel the CE is halved on its way into the loss",
         edit(
-            ROWS,
+            MERGE,
             "tl.where(ce_weight > 0, ce_weight * ce, 0.0)",
             "tl.where(ce_weight > 0, 0.5 * ce_weight * ce, 0.0)",
         ),
@@ -494,7 +502,7 @@ MUTATIONS = [
     Mutation(
         "30",
         "the kernel writes a gradient for columns past the vocabulary",
-        edit(ROWS, "            g = tl.where(columns < V, g, 0.0)\n", ""),
+        edit(GRADIENT_KERNEL, "            g = tl.where(columns < V, g, 0.0)\n", ""),
         regressions("test_padding_is_no_probability[0.0-triton]"),
     ),
     Mutation(
@@ -572,31 +580,33 @@ MUTATIONS = [
     Mutation(
         "8",
         "rows are 32-bit offsets where sums are formed",
-        edit(ROWS, f"{STATISTICS}.to(tl.int64)\n", f"{STATISTICS}\n"),
+        edit(STATISTICS_KERNEL, f"{STATISTICS}.to(tl.int64)\n", f"{STATISTICS}\n"),
         far_apart("forward_kl") + far_apart("jsd"),
     ),
     Mutation(
         "8",
         "rows are 32-bit offsets where the terms of a mixture are formed",
-        edit(ROWS, f"{TERMS}.to(tl.int64)\n", f"{TERMS}\n"),
+        edit(TERMS_KERNEL, f"{TERMS}.to(tl.int64)\n", f"{TERMS}\n"),
         far_apart("jsd"),
     ),
     Mutation(
         "8",
         "rows are 32-bit offsets where gradients are formed",
-        edit(ROWS, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
+        edit(GRADIENT_KERNEL, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
         far_apart("forward_kl") + far_apart("jsd"),
     ),
     Mutation(
         "8",
         "rows are 32-bit offsets where the label's logit is read",
-        edit(ROWS, "rows = tl.program_id(0).to(tl.int64) * ROWS", "rows = tl.program_id(0) * ROWS"),
+        edit(
+            MERGE, "rows = tl.program_id(0).to(tl.int64) * ROWS", "rows = tl.program_id(0) * ROWS"
+        ),
         far_apart("forward_kl") + far_apart("jsd"),
     ),
     Mutation(
         "8",
         "rows are 32-bit offsets in what is compiled for a GPU",
-        edit(ROWS, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
+        edit(GRADIENT_KERNEL, f"{GRADIENT}.to(tl.int64)\n", f"{GRADIENT}\n"),
         compiled("cross_entropy"),
         says="must multiply the row index in 64 bits",
     ),
@@ -637,12 +647,12 @@ MUTATIONS = [
         "44",
         "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
         edit(
-            ROWS,
+            STATISTICS_KERNEL,
             "        s, gone, id, next_id = without_ids(s, at, ",
             "        every = s\n        s, gone, id, next_id = without_ids(s, at, ",
         )
         + edit(
-            ROWS,
+            STATISTICS_KERNEL,
             "    top = lane_max(s)\n",
             "    top = lane_max(in_lanes(every, LANES, VECTOR) if HAS_IDS else s)\n",
         ),
@@ -656,7 +666,7 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel columns without an id keep their own maximum beside those with one",
-        edit(ROWS, "d_1 = d_1 * rate + tl.sum(cold, 1)", "d_1 = d_1 + tl.sum(cold, 1)"),
+        edit(MERGE, "d_1 = d_1 * rate + tl.sum(cold, 1)", "d_1 = d_1 + tl.sum(cold, 1)"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.0-triton]",
@@ -666,7 +676,7 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel a top-k teacher's ids count twice in the mean logit",
-        edit(ROWS, "number -= gone", "number -= 0 * gone"),
+        edit(STATISTICS_KERNEL, "number -= gone", "number -= 0 * gone"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.1-triton]",
@@ -677,7 +687,7 @@ MUTATIONS = [
         "24",
         "a scalar keeps the precision in which a compiler hands it over",
         edit(
-            ROWS,
+            MERGE,
             "heat, temperature, beta = to_fp32(heat), to_fp32(temperature), to_fp32(beta)",
             "heat, beta = to_fp32(heat), to_fp32(beta)",
         ),

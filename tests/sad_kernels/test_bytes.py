@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from sad_kernels import Objective, TeacherLogits, TeacherTopK, cross_entropy, distill_loss, kl_div
-from sad_kernels._task import Task
+from sad_kernels._rows import Task
 from torch import Tensor
 from traffic import Traffic, counted_traffic, needs_interpreter
 

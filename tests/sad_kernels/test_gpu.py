@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -41,7 +43,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sad_kernels._task import Task
+from sad_kernels._rows import Task
 from sad_kernels._triton import launch
 
 pytestmark = [
@@ -555,13 +557,17 @@ def test_memory_of_linear_distill_loss(dtype: torch.dtype, record_property: Any)
 
 
 def test_launched_kernels_spill_nothing() -> None:
-    from sad_kernels._triton import ema, rows, scale
+    from sad_kernels import _triton
 
+    modules = [
+        import_module(f"sad_kernels._triton.{module.name}")
+        for module in iter_modules(_triton.__path__)
+    ]
     for step in Inputs(N=300).steps().values():
         step()
     found = {
         f"{name} {key}": kernel.n_spills
-        for module in (ema, rows, scale)
+        for module in modules
         for name, function in vars(module).items()
         for caches in getattr(function, "device_caches", {}).values()
         for key, kernel in caches[0].items()

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from sad_kernels._task import Task
+from sad_kernels._rows import Task
 from sad_kernels._triton import launch, linear, logits, operator
-from sad_kernels._triton.request import Packed, Request, pack
+from sad_kernels._triton.operator import Packed, Request, pack
 
 N, V, D, K = 5, 40, 6, 3
 

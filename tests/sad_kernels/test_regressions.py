@@ -859,12 +859,13 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
 
     https://github.com/linkedin/Liger-Kernel/pull/1294
     """
-    from sad_kernels._task import Task
-    from sad_kernels._triton import launch, rows, scale
+    from sad_kernels._rows import Task
+    from sad_kernels._triton import launch, scale
 
-    kernels = {name: Grids() for name in vars(rows) if name.endswith("_kernel")}
+    kernels = {name: Grids() for name in vars(launch) if name.endswith("_kernel")}
+    assert len(kernels) == 4
     for name, grids in kernels.items():
-        monkeypatch.setattr(rows, name, grids)
+        monkeypatch.setattr(launch, name, grids)
     kernels["scaled_kernel"] = Grids()
     monkeypatch.setattr(scale, "scaled_kernel", kernels["scaled_kernel"])
     monkeypatch.setattr(scale, "BLOCK", 1)

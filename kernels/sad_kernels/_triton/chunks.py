@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._task import Task
+from sad_kernels._rows import Task
 from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, pitch
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times

@@ -29,7 +29,7 @@ from triton import knobs
 from sad_kernels._triton.launch import on_device
 
 if TYPE_CHECKING:
-    from sad_kernels.ema import Extent
+    from sad_kernels._extents import Extent
 
 BLOCK = 4096  # elements per program; 16 per thread leave registers for five programs per SM, sm_90
 NUM_WARPS = 8

@@ -13,9 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._task import Task
-from sad_kernels._topk import teacher_outcomes
+from sad_kernels._divergence import teacher_outcomes
+from sad_kernels._rows import Task
 from sad_kernels._triton import rows, tile
+from sad_kernels._triton.gradient import gradient_kernel
+from sad_kernels._triton.merge import merge_kernel
+from sad_kernels._triton.statistics import statistics_kernel
+from sad_kernels._triton.terms import terms_kernel
 from sad_kernels.objective import MIXTURES, Divergence, Tail
 
 SEGMENT = 16384
@@ -167,7 +171,7 @@ def forward(
     ids, K = (partials, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
     y = partials if labels is None else labels.contiguous()
     with on_device(x.device):
-        rows.statistics_kernel[(N, segments)](
+        statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments, share,
             ids, K, y, task.ignore_index, partials, N, V, numbers[0],
             BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, dense.x), **flags,
@@ -182,7 +186,7 @@ def forward(
         log_p, log_rest, best = (
             (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
         )
-        rows.merge_kernel[(ceil_div(N, rows_at_a_time),)](
+        merge_kernel[(ceil_div(N, rows_at_a_time),)](
             partials, terms, segments, shape.segment, N, V, *student.arguments,
             ids, log_p, log_rest, best, K, y, task.ignore_index,
             result.loss, result.parts, result.saved, result.inside, result.outside,
@@ -209,7 +213,7 @@ def _terms(
     segments = ceil_div(V, shape.segment)
     terms = saved.new_empty(2, segments, N)
     wanted = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
-    rows.terms_kernel[(N, segments)](
+    terms_kernel[(N, segments)](
         *student.arguments, *teacher.arguments, share, y, task.ignore_index,
         saved, terms, N, V, heat, beta,
         BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x, teacher.x),
@@ -245,7 +249,7 @@ def gradient(
     width = out.shape[1]
     flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
     with on_device(student.x.device):
-        rows.gradient_kernel[(N, ceil_div(width, shape.segment))](
+        gradient_kernel[(N, ceil_div(width, shape.segment))](
             *student.arguments, *dense.arguments, share,
             ids, saved.inside, saved.outside, K, y, task.ignore_index,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,

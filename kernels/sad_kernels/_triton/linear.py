@@ -21,14 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sad_kernels._reduce import Leading
-from sad_kernels._task import RowResults, Task
+from sad_kernels._rows import Leading, RowResults, Task
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import Result, Side, Wanted
 from sad_kernels._triton.launch import Logits, TopK
 from sad_kernels._triton.logits import TopKTensors, teacher_of, top_k_tensors
-from sad_kernels._triton.operator import Operator, no_second_backward, save_call, saved_call
-from sad_kernels._triton.request import Request, pack, unpack
+from sad_kernels._triton.operator import (
+    Operator,
+    Request,
+    no_second_backward,
+    pack,
+    save_call,
+    saved_call,
+    unpack,
+)
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.scale import scaled
 from sad_kernels.objective import (

@@ -15,14 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sad_kernels._reduce import Leading
-from sad_kernels._task import RowResults, Task
+from sad_kernels._rows import Leading, RowResults, Task
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, TopK
-from sad_kernels._triton.operator import Operator, no_second_backward, save_call, saved_call
+from sad_kernels._triton.operator import (
+    Operator,
+    Request,
+    no_second_backward,
+    pack,
+    save_call,
+    saved_call,
+    unpack,
+)
 from sad_kernels._triton.reduce import Reduced, reduced
-from sad_kernels._triton.request import Request, pack, unpack
 from sad_kernels._triton.rows import PARTS, SAVED
 from sad_kernels.objective import (
     DistillOutput,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from sad_kernels._task import RowResults
-from sad_kernels.objective import DistillOutput
+from sad_kernels.objective import DistillOutput, Objective
 
 
 class Leading:
@@ -74,3 +75,25 @@ def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> Distil
         agree=rows.agree.sum(),
         entropy=rows.entropy.sum(),
     )
+
+
+class Task(NamedTuple):
+    """What is asked of the rows, without any tensor."""
+
+    objective: Objective
+    vocab: int
+    ignore_index: int
+    classes: bool  # labels name classes, so there is a CE; in kl_div they only say which rows count
+    diagnostics: bool  # entropy, correct, agree
+
+
+class RowResults(NamedTuple):
+    """One number per row. ``loss`` is the weighted sum of the three that follow."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    z: Tensor
+    correct: Tensor
+    agree: Tensor
+    entropy: Tensor

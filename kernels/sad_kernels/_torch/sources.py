@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._gemm import product
+from sad_kernels._torch.gemm import product
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

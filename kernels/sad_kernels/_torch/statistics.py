@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
-from sad_kernels._task import RowResults, Task
-from sad_kernels._topk import TopKRows
+from sad_kernels._rows import RowResults, Task
+from sad_kernels._torch.topk import TopKRows
 from sad_kernels.objective import MIXTURES
 
 LOWEST = -1e30

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
-from sad_kernels._statistics import SavedRows, log_softmax_, tempered_exp
-from sad_kernels._task import Task
-from sad_kernels._topk import TopKRows
+from sad_kernels._rows import Task
+from sad_kernels._torch.statistics import SavedRows, log_softmax_, tempered_exp
+from sad_kernels._torch.topk import TopKRows
 
 
 class RowGradient:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sad_kernels._gradient import RowGradient
-from sad_kernels._reduce import Leading
-from sad_kernels._sources import Finish, HeadSource, LogitSource, Source
-from sad_kernels._statistics import RowStatistics, SavedRows
-from sad_kernels._task import RowResults, Task
+from sad_kernels._rows import Leading, RowResults, Task
 from sad_kernels._tiles import TileShape, cut
-from sad_kernels._topk import TopKRows
+from sad_kernels._torch.gradient import RowGradient
+from sad_kernels._torch.sources import Finish, HeadSource, LogitSource, Source
+from sad_kernels._torch.statistics import RowStatistics, SavedRows
+from sad_kernels._torch.topk import TopKRows
 from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
 
 Tile = tuple[slice, slice, Tensor, Tensor | None, Tensor]  # rows, columns, s, t, scratch

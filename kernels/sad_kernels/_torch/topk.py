@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import divergence_terms
+from sad_kernels._divergence import divergence_terms, teacher_outcomes
 from sad_kernels.objective import Objective, Tail
 
 Positions = tuple[Tensor, Tensor, Tensor]
@@ -81,17 +81,3 @@ class TopKRows:
         inside = (h - q * expectation)[:, :-1].contiguous()
         value = f.sum(1).where(total.isfinite() & ~self.poisoned, torch.nan)
         return value, TopKGradient(inside, outside)
-
-
-def teacher_outcomes(
-    log_probs: Tensor,  # [n, K], -inf is padding
-    tail: Tail,
-    vocab: int,
-) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probabilities at its ids [n, K], and of everything else [n]."""
-    if tail == "zero":
-        return log_probs.log_softmax(1), torch.full_like(log_probs[:, 0], -torch.inf)
-    # In float64, because log_probs are given: what is left of 1 is known better than to 1e-7.
-    rest = (1 - log_probs.double().exp().sum(1)).clamp(min=0)
-    covers_all = (log_probs != -torch.inf).sum(1) == vocab
-    return log_probs, rest.where(~covers_all, 0).log().to(log_probs.dtype)
