@@ -37,20 +37,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-NAMED = (
-    "loss",
-    "overhead",
-    "quickstart",
-    "tiles",
-    "faults",
-    "end_to_end",
-    "curves",
-    "ablation",
-    "structure",
-    "ceilings",
-    "counters",
-    "batches",
-)
+NAMED = {
+    "loss": "bench.kernels.linear_loss",
+    "overhead": "bench.training.overhead",
+    "quickstart": "bench.training.quickstart",
+    "tiles": "bench.kernels.tiles",
+    "faults": "bench.faults",
+    "end_to_end": "bench.training.end_to_end",
+    "curves": "bench.kernels.curves",
+    "ablation": "bench.training.ablation",
+    "structure": "bench.training.structural_cost",
+    "ceilings": "bench.kernels.ceilings",
+    "counters": "bench.kernels.counters",
+    "batches": "bench.training.batches",
+}
+"""Cases with a module of their own, whose ``measure`` gives what is kept."""
+
 GROWING = {"end_to_end": ("rounds", "only"), "batches": ("limits", "only")}
 """Cases that hand over what they have after every run, and the options that they take."""
 
@@ -59,14 +61,14 @@ def main(words: Sequence[str]) -> int:
     start = time.monotonic()
     options = _parser().parse_args(words)
     if options.compare:
-        from bench import compare
+        from bench.report import compare
 
         try:
             return compare.report(*options.compare)
         except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
     if options.readme:
-        from bench import readme
+        from bench.report import readme
 
         print("\n".join(f"-> {path}" for path in readme.rewrite()) or "all tables are current")
         return 0
@@ -141,8 +143,11 @@ def _choose_environment(caches: str) -> None:
 
 
 def _measure_kernels(options: Any, start: float, words: Sequence[str]) -> int:
-    from bench import apart, cases, kernels, record
-    from bench.entry import Effort
+    from bench import record
+    from bench.kernels import apart
+    from bench.kernels import run as kernels
+    from bench.kernels.entry import Effort
+    from bench.problems import cases
 
     unknown = [
         c for c in options.cases if not any(f"{n}/".startswith(f"{c}/") for n in cases.NAMES)
@@ -216,10 +221,10 @@ def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:
     import torch
 
     from bench import record
-    from sad.files import write_atomic
-    from sad.versions import library_versions
+    from sad.checkpoint.atomic_files import write_atomic
+    from sad.environment import library_versions
 
-    module = importlib.import_module(f"bench.{case}")
+    module = importlib.import_module(NAMED[case])
     path = out or record.RESULTS / f"{case}.json"
 
     def keep(result: dict[str, Any]) -> None:

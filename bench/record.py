@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from bench.peers import PACKAGES
-from sad.files import write_atomic
+from sad.checkpoint.atomic_files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 QUERY = {

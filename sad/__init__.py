@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sad_kernels import __version__
 
-    from sad.config import DistillConfig
-    from sad.configfile import load_config
-    from sad.train import RunResult, distill
+    from sad.config.load import load_config
+    from sad.config.schema import DistillConfig
+    from sad.training.run import RunResult, distill
 
 __all__ = ["DistillConfig", "RunResult", "__version__", "distill", "load_config"]
 
 _HOME = {
-    "DistillConfig": "sad.config",
-    "RunResult": "sad.train",
+    "DistillConfig": "sad.config.schema",
+    "RunResult": "sad.training.run",
     "__version__": "sad_kernels",
-    "distill": "sad.train",
-    "load_config": "sad.configfile",
+    "distill": "sad.training.run",
+    "load_config": "sad.config.load",
 }
 _SUBMODULES = frozenset(
     {"accumulate", "checkpoint", "config", "curriculum", "ema", "errors", "losses", "models"}

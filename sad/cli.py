@@ -60,15 +60,15 @@ def _run(words: Sequence[str], args: argparse.Namespace) -> int:
 def _distill(args: argparse.Namespace) -> int:
     config = _load(args)
 
-    from sad.train import distill
+    from sad.training.run import distill
 
     distill(config)
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from sad.evaluate import evaluate_run
-    from sad.report import format_results
+    from sad.report.page import format_results
+    from sad.training.rescore import evaluate_run
 
     print(format_results(evaluate_run(args.run_dir)))
     return 0
@@ -77,7 +77,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     config = _load(args)
 
-    from sad.plan import format_plan, plan
+    from sad.models.memory_plan import format_plan, plan
 
     print(format_plan(plan(config)))
     return 0
@@ -90,7 +90,7 @@ def _selftest(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from sad.configfile import load_config
+    from sad.config.load import load_config
 
     config = load_config(args.config, args.overrides)
     args.debug |= config.debug
@@ -163,7 +163,7 @@ class _ConfigurationHelp(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from sad.keyshelp import keys_help
+        from sad.config.help import keys_help
 
         print(f"usage: {parser.prog} RECIPE|FILE.yaml [--key value ...]\n{OVERRIDES}")
         print(f"{_recipes()}\n\n{keys_help()}")
@@ -177,7 +177,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from sad.versions import library_versions
+        from sad.environment import library_versions
 
         print(", ".join(f"{name} {version}" for name, version in library_versions().items()))
         parser.exit()

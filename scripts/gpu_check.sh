@@ -47,7 +47,7 @@ pytest() { # pytest NAME SECONDS ARGUMENT...
     # -v and at_once, so that a run which is cut off tells what it did, and what failed why;
     # no:benchmark, because that plugin, where installed, warns of parallel runs: an error here;
     # xunit1, because only that format may hold what tests measured
-    step "$name" "$limit" "$python" -m pytest -v -p at_once --junit-xml="$out/$name.xml" \
+    step "$name" "$limit" "$python" -m pytest -v -p support.at_once --junit-xml="$out/$name.xml" \
         -o junit_family=xunit1 -p no:cacheprovider -p no:benchmark "$@"
 }
 processes=()
@@ -65,4 +65,4 @@ wait
 # Alone on the machine, because it measures.
 step bench "$((seconds + 40))" "$python" -m bench --quick ${fake[@]+"${fake[@]}"} --seconds "$seconds" \
     --out "$out/bench.json"
-"$python" tests/gpu_report.py "$out"
+"$python" tests/support/gpu_report.py "$out"

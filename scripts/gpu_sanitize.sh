@@ -34,9 +34,9 @@ run() { # run NAME COMMAND...
     echo "== $name: exit status $status after $((SECONDS - start)) s"
     if [ "$status" -ne 0 ]; then failed=1; fi
 }
-run compile "$python" tests/every_kernel.py
+run compile "$python" tests/support/every_kernel.py
 for tool in ${TOOLS:-memcheck racecheck initcheck}; do
     run "$tool" compute-sanitizer --tool "$tool" --target-processes application-only \
-        --error-exitcode 9 "$python" tests/every_kernel.py
+        --error-exitcode 9 "$python" tests/support/every_kernel.py
 done
 exit "$failed"

@@ -105,7 +105,7 @@ def kernels_on_the_gpu() -> Iterator[None]:
     if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
         yield
         return
-    import on_gpu
+    from support import on_gpu
 
     with pytest.MonkeyPatch.context() as patch:
         on_gpu.take_cpu_tensors(patch)

@@ -15,8 +15,8 @@ from sad_kernels import reference
 
 from bench.faults.calls import Call
 from bench.faults.problem import DEVICE, Loss, Problem
+from bench.kernels.timing import one_line
 from bench.peers.base import Unable
-from bench.timing import one_line
 
 Row = dict[str, Any]
 Values = list[float]

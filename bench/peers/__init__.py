@@ -6,9 +6,9 @@ why; it never gets an easier problem.
 
 from __future__ import annotations
 
-from bench.cases import Case, EmaCase
 from bench.peers import eager, ema, liger, others, ours, torch_linear, trl
 from bench.peers.base import Peer, Unable
+from bench.problems.cases import Case, EmaCase
 
 LOGITS: tuple[Peer, ...] = (
     *ours.LOGITS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.inputs import IGNORED, Hidden, Logits
+from bench.problems.inputs import IGNORED, Hidden, Logits
 
 
 class Unable(Exception):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from sad_kernels import Objective
 from torch import Tensor
 
-from bench.inputs import IGNORED, Hidden, Logits
 from bench.peers.base import Peer, Unable
+from bench.problems.inputs import IGNORED, Hidden, Logits
 
 
 def ce(z: Tensor, labels: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.inputs import Parameters
 from bench.peers.base import Average, Peer, Unable, module
+from bench.problems.inputs import Parameters
 
 lists: Any = torch  # whose stubs leave out names with an underscore
 

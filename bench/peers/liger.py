@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import Hidden, Logits
 from bench.peers.base import Peer, Unable, beta_of, kept_rows, module, only
+from bench.problems.inputs import Hidden, Logits
 
 PACKAGE = "liger-kernel"
 

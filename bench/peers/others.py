@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.inputs import Hidden, Logits
 from bench.peers.base import Peer, Unable, kept_rows, module, only
+from bench.problems.inputs import Hidden, Logits
 
 CCE, QUACK, FLA = "cut-cross-entropy", "quack-kernels", "flash-linear-attention"
 

@@ -9,8 +9,8 @@ from sad_kernels import Head, TeacherHidden, TeacherLogits, TeacherTopK
 from sad_kernels.objective import Teacher
 from torch import Tensor
 
-from bench.inputs import Hidden, Logits, Parameters
 from bench.peers.base import Average, Peer
+from bench.problems.inputs import Hidden, Logits, Parameters
 
 
 def of_logits(problem: Logits) -> Callable[[], Tensor]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.inputs import Hidden
 from bench.peers.base import Peer, attribute, only
+from bench.problems.inputs import Hidden
 
 
 def of_hidden(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bench.inputs import Hidden, Logits
 from bench.peers.base import Peer, Unable, beta_of, kept_rows, module, only
+from bench.problems.inputs import Hidden, Logits
 
 PACKAGE = "trl"
 

@@ -2,25 +2,18 @@
 
 Each is a function of tensors that returns a ``LossTerm``, a sum and the count it is divided by.
 Which positions count is said by a ``Layout`` (``sad.losses.layout``); how a run takes the tensors
-out of models, and what it trains beside the student, is in ``sad.structure``.
+out of models, and what it trains beside the student, is in ``sad.losses.structural``.
 """
 
-from sad.losses.adaptive import TAIDSchedule, adaptive_kl
-from sad.losses.attention import (
-    AttentionInputs,
-    LearnedHeadMap,
-    attention_loss,
-    head_map,
-    project_heads,
-)
+from sad.losses.attention import LearnedHeadMap, attention_loss, head_map, project_heads
+from sad.losses.base import AttentionInputs, LossTerm, Projections, make_projector
 from sad.losses.contrastive import TeacherQueue, contrastive_loss, mean_pool
 from sad.losses.feature import feature_loss
 from sad.losses.layerwise import check_layer_map, layer_pairs, layerwise_loss
 from sad.losses.layout import Layout, layout_of
-from sad.losses.projector import make_projector
-from sad.losses.relations import Projections, relation_heads, relation_loss
+from sad.losses.relations import relation_heads, relation_loss
 from sad.losses.router import balance_loss, gate_variation, router_loss, router_z_loss
-from sad.losses.term import LossTerm
+from sad.losses.taid import TAIDSchedule, adaptive_kl
 
 __all__ = [
     "AttentionInputs",

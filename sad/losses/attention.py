@@ -13,31 +13,33 @@ MiniLM (arXiv 2002.10957) and TinyBERT (arXiv 1909.10351).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
 from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, wide
+from sad.losses.base import (
+    AttentionInputs,
+    LossTerm,
+    Sites,
+    StructuralLoss,
+    Terms,
+    View,
+    heads_of,
+    mean_of,
+    resolved,
+)
 from sad.losses.layout import Layout, visible
-from sad.losses.term import LossTerm
 
 START_LOGIT = 4.0
 """By how much a learned head map starts in favour of the fixed one."""
 
 SPREAD_WEIGHT = 0.1
 """Weight of the penalty that keeps a learned head map from leaving teacher heads unread."""
-
-
-class AttentionInputs(NamedTuple):
-    """What one layer's attention maps are made of: H query heads, H_kv divides H."""
-
-    query: Tensor  # [B, H, L, d], after rotary embedding
-    key: Tensor  # [B, H_kv, L, d], after rotary embedding
-    scaling: float
-    window: int | None  # how many positions a query sees, itself included; None is all of them
-    softcap: float | None  # scores become softcap * tanh(scores / softcap)
 
 
 # Head maps
@@ -157,3 +159,39 @@ def attention_loss(
         return mixed, torch.where(mixed == 0, 1.0, mixed).log()
 
     return LossTerm(sum_of_row_kl(student_rows, teacher_rows, layout, block), layout.units.tokens)
+
+
+class AttentionLoss(StructuralLoss):
+    """Attention maps of paired layers; the mean over pairs."""
+
+    name = "attention"
+
+    def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        section = config.attention
+        self.pairs = resolved(section.layers, "attention", student, teacher)
+        self.block = section.query_block
+        self.student_sites, self.teacher_sites = (
+            Sites(attention=layers) for layers in zip(*self.pairs, strict=True)
+        )
+        heads = heads_of(student), heads_of(teacher)
+        self.learned = section.head_map == "learned"
+        self.maps = nn.ModuleList(LearnedHeadMap(*heads) for _ in self.pairs if self.learned)
+        self.register_buffer("fixed", head_map(*heads), persistent=False)
+
+    def forward(self, view: View) -> Terms:
+        terms, regular = [], []
+        for i, (s, t) in enumerate(self.pairs):
+            P = cast(Tensor, self.maps[i]() if self.learned else self.fixed)
+            inputs = view.student.attention[s], view.teacher.attention[t]
+            terms.append(attention_loss(*inputs, view.layout, P, self.block))
+            if self.learned:
+                regular.append(cast(LearnedHeadMap, self.maps[i]).regularizer())
+        result = {"attention": mean_of(terms)}
+        if self.learned:  # one number per step: times the tokens, it is that after the division
+            count = view.layout.units.tokens
+            result["head_map"] = LossTerm(torch.stack(regular).mean() * count, count)
+        return result
+
+    def weights(self, weight: float) -> dict[str, float]:
+        return {"attention": weight} | ({"head_map": weight} if self.learned else {})

@@ -17,10 +17,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
 from sad.losses._rows import no_autocast, require_no_grad, unit, wide
+from sad.losses.base import (
+    LossTerm,
+    StructuralLoss,
+    Terms,
+    View,
+    make_projector,
+    projected,
+    width_of,
+)
 from sad.losses.layout import Layout
-from sad.losses.term import LossTerm
 
 
 class ContrastiveResult(NamedTuple):
@@ -141,3 +151,32 @@ def contrastive_loss(
         (nearest & valid).sum() / max(1, count),
         chance / 2,
     )
+
+
+class ContrastiveLoss(StructuralLoss):
+    """Pooled segments, told apart from those of this micro-batch and of a queue."""
+
+    name = "contrastive"
+    unit = "sequences"
+
+    def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        self.temperature = config.contrastive.temperature
+        self.projector = make_projector(width_of(student), width_of(teacher))
+        size = config.contrastive.queue_size
+        self.queue = TeacherQueue(size, width_of(teacher)) if size else None
+
+    def forward(self, view: View) -> Terms:
+        pooled, valid = mean_pool(view.student_hidden, view.layout)
+        teacher, _ = mean_pool(view.teacher_hidden, view.layout)
+        result = contrastive_loss(
+            projected(self.projector, pooled).flatten(0, 1),
+            teacher.flatten(0, 1),
+            valid.flatten(),
+            self.queue,
+            count=view.layout.units.sequences,
+            temperature=self.temperature,
+        )
+        if self.training and self.queue is not None:  # the loss holds a copy of what was in it
+            self.queue.enqueue(teacher.flatten(0, 1), valid.flatten())
+        return {"contrastive": result.term}

@@ -17,10 +17,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
 from sad.losses._rows import require_no_grad, unit, wide
+from sad.losses.base import (
+    LossTerm,
+    StructuralLoss,
+    Terms,
+    View,
+    make_projector,
+    projected,
+    width_of,
+)
 from sad.losses.layout import Layout
-from sad.losses.term import LossTerm
 
 Distance = Literal["cosine", "relative_mse"]
 
@@ -62,3 +72,18 @@ def feature_loss(
     other = ~layout.tokens[..., None]  # zeros on both sides there: their distance is 0
     per_token = distances(student.masked_fill(other, 0.0), teacher.masked_fill(other, 0.0), kind)
     return LossTerm(per_token.sum(), layout.units.tokens)
+
+
+class FeatureLoss(StructuralLoss):
+    """Last hidden states."""
+
+    name = "feature"
+
+    def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        self.distance: Distance = config.feature.distance
+        self.projector = make_projector(width_of(student), width_of(teacher))
+
+    def forward(self, view: View) -> Terms:
+        y = projected(self.projector, view.student_hidden)
+        return {"feature": feature_loss(y, view.teacher_hidden, view.layout, self.distance)}

@@ -15,12 +15,26 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
+from sad.errors import UnfitError
 from sad.losses._rows import wide
+from sad.losses.base import (
+    LossTerm,
+    Sites,
+    StructuralLoss,
+    Terms,
+    View,
+    make_projector,
+    projected,
+    resolved,
+    width_of,
+)
 from sad.losses.feature import Distance, feature_loss
 from sad.losses.layout import Layout
-from sad.losses.term import LossTerm
+from sad.models.heads import decoder_layers
 
 PairWeights = Literal["uniform", "adaptive"]
 
@@ -117,3 +131,38 @@ def _climbs(side: Sequence[int]) -> bool:
 
 def _text(pairs: Sequence[tuple[int, int]]) -> str:
     return " ".join(f"({student}, {teacher})" for student, teacher in pairs) or "none"
+
+
+class LayerwiseLoss(StructuralLoss):
+    """Outputs of paired decoder layers."""
+
+    name = "layerwise"
+
+    def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        section = config.layerwise
+        depths = len(decoder_layers(student)), len(decoder_layers(teacher))
+        if section.layers is None:
+            self.pairs = layer_pairs(*depths, section.num_pairs)
+        else:
+            self.pairs = resolved(section.layers, "layerwise", student, teacher)
+            try:
+                check_layer_map(self.pairs, *depths)
+            except ValueError as error:
+                raise UnfitError(f"layerwise.layers: {error}") from None
+        self.distance: Distance = section.distance
+        self.pair_weights: PairWeights = section.pair_weights
+        widths = width_of(student), width_of(teacher)
+        self.projectors = nn.ModuleList(make_projector(*widths) for _ in self.pairs)
+        self.student_sites, self.teacher_sites = (
+            Sites(hidden=layers) for layers in zip(*self.pairs, strict=True)
+        )
+
+    def forward(self, view: View) -> Terms:
+        students = [
+            projected(projector, view.student.hidden[layer])
+            for projector, (layer, _) in zip(self.projectors, self.pairs, strict=True)
+        ]
+        teachers = [view.teacher.hidden[layer] for _, layer in self.pairs]
+        term = layerwise_loss(students, teachers, view.layout, self.distance, self.pair_weights)
+        return {"layerwise": term}

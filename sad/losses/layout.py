@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad.data import Batch, Units
+from sad.data.batch import Batch, Units
 
 
 class Layout(NamedTuple):

@@ -13,25 +13,28 @@ rotated heads would separate rotary pairs and make R depend on absolute position
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from einops import rearrange
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
 from sad.losses._rows import require_no_grad, sum_of_row_kl, wide
-from sad.losses.attention import AttentionInputs, attention_maps
+from sad.losses.attention import attention_maps
+from sad.losses.base import (
+    AttentionInputs,
+    LossTerm,
+    Projections,
+    Sites,
+    StructuralLoss,
+    Terms,
+    View,
+    mean_of,
+    resolved,
+)
 from sad.losses.layout import Layout
-from sad.losses.term import LossTerm
 
 MIN_HEAD_WIDTH = 16
-
-
-class Projections(NamedTuple):
-    """A layer's projections, heads concatenated, before rotary embedding (after q and k norm)."""
-
-    query: Tensor  # [B, L, H d]
-    key: Tensor  # [B, L, H_kv d]
-    value: Tensor  # [B, L, H_kv d]
 
 
 def relation_heads(student_width: int, teacher_width: int) -> int:
@@ -82,3 +85,26 @@ def _relation(x: Tensor, heads: int) -> AttentionInputs:
     """R as an attention map: X [B, L, W] attends to itself with ``heads`` heads."""
     x = rearrange(x, "b l (heads d) -> b heads l d", heads=heads)
     return AttentionInputs(x, x, scaling=x.shape[-1] ** -0.5, window=None, softcap=None)
+
+
+class RelationLoss(StructuralLoss):
+    """Relations among queries, keys and values of paired layers; the mean over pairs."""
+
+    name = "relations"
+
+    def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        self.pairs = resolved(config.relations.layers, "relations", student, teacher)
+        self.block = config.relations.query_block
+        self.student_sites, self.teacher_sites = (
+            Sites(projections=layers) for layers in zip(*self.pairs, strict=True)
+        )
+
+    def forward(self, view: View) -> Terms:
+        terms = [
+            relation_loss(
+                view.student.projections[s], view.teacher.projections[t], view.layout, self.block
+            )
+            for s, t in self.pairs
+        ]
+        return {"relations": mean_of(terms)}

@@ -12,18 +12,27 @@ gates means something only if the student's experts descend from the teacher's, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, assert_never
+from collections.abc import Mapping, Sequence
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
+from sad.errors import UnfitError
 from sad.losses._rows import require_no_grad, row_kl, wide
+from sad.losses.base import (
+    LossTerm,
+    Sites,
+    StructuralLoss,
+    Terms,
+    View,
+    resolved,
+)
 from sad.losses.layout import Layout
-from sad.losses.term import LossTerm
-
-GateKind = Literal["softmax", "sigmoid"]
+from sad.models.experts import GateKind, MoeBlock, require_moe
 
 
 def gates(
@@ -130,3 +139,63 @@ def _only(tokens: Tensor, values: Tensor) -> Tensor:
 def _sum_over(tokens: Tensor, values: Tensor) -> Tensor:
     """[N, E] -> [E]."""
     return torch.where(tokens[:, None], values, 0.0).sum(0)
+
+
+class RouterLoss(StructuralLoss):
+    """Gates of paired mixture-of-experts layers, and what keeps the student's from collapsing."""
+
+    name = "router"
+
+    def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
+        super().__init__()
+        section = config.router
+        ours, theirs = (require_moe(m, "router.weight") for m in (student, teacher))
+        if section.layers is not None:
+            self.pairs = resolved(section.layers, "router", student, teacher)
+        elif len(ours) == len(theirs):
+            self.pairs = tuple(zip(ours, theirs, strict=True))
+        else:
+            raise UnfitError(
+                "router.layers must be given where student and teacher differ in their numbers of "
+                f"layers with experts, got {len(ours)} and {len(theirs)}; pair them"
+            )
+        self.student_blocks = [_block(ours, s, student) for s, _ in self.pairs]
+        self.teacher_blocks = [_block(theirs, t, teacher) for _, t in self.pairs]
+        for s, t in zip(self.student_blocks, self.teacher_blocks, strict=True):
+            if s.num_experts != t.num_experts:
+                raise UnfitError(
+                    "router.weight must be 0 unless paired layers have equally many experts, got "
+                    f"{s.num_experts} in student layer {s.layer} and {t.num_experts} in teacher "
+                    f"layer {t.layer}; turn it off or pair others"
+                )
+        self.factors = {
+            "router": 1.0,
+            "router_balance": section.balance_weight / section.weight,
+            "router_z": section.z_weight / section.weight,
+        }
+        self.student_sites, self.teacher_sites = (
+            Sites(routers=layers) for layers in zip(*self.pairs, strict=True)
+        )
+
+    def forward(self, view: View) -> Terms:
+        ours = [view.student.routers[s] for s, _ in self.pairs]
+        theirs = [view.teacher.routers[t] for _, t in self.pairs]
+        student, teacher = self.student_blocks[0], self.teacher_blocks[0]
+        terms = {"router": router_loss(ours, theirs, view.layout, student.kind, teacher.kind)}
+        if self.factors["router_balance"]:
+            terms["router_balance"] = balance_loss(ours, view.layout, student.top_k, student.kind)
+        if self.factors["router_z"]:
+            terms["router_z"] = router_z_loss(ours, view.layout)
+        return terms
+
+    def weights(self, weight: float) -> dict[str, float]:
+        return {name: weight * factor for name, factor in self.factors.items() if factor}
+
+
+def _block(blocks: Mapping[int, MoeBlock], layer: int, model: PreTrainedModel) -> MoeBlock:
+    if layer not in blocks:
+        raise UnfitError(
+            f"router.layers must name layers with experts, got {layer} of {type(model).__name__}, "
+            f"which has them in {', '.join(map(str, blocks))}; choose one of these"
+        )
+    return blocks[layer]

@@ -1,7 +1,7 @@
 """Every kernel compiles for real GPUs, well, and no worse than before: shown without a GPU.
 
-``tests/launches.py`` records what the launchers launch and compiles it for five targets, in a
-process of its own, because interpreted kernels cannot be compiled. Held here are, for each launch
+``tests/support/launches.py`` records what the launchers launch and compiles it for five targets, in
+a process of its own, because interpreted kernels cannot be compiled. Held here are, for each launch
 and target:
 
 * nothing is spilled, registers and shared memory grow by at most a tenth over ``budgets.json``
@@ -79,12 +79,13 @@ def gating_version() -> str:
 
 
 def launches(*arguments: str) -> Any:
-    """What ``tests/launches.py`` prints, from an environment without settings of Triton."""
+    """What ``tests/support/launches.py`` prints, from an environment without settings of Triton."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     with tempfile.TemporaryDirectory() as cache_dir:
         environment |= {"TRITON_CACHE_DIR": cache_dir, "TRITON_DEFAULT_FP_FUSION": "1"}
+        environment["PYTHONPATH"] = str(ROOT / "tests")
         done = subprocess.run(
-            [sys.executable, ROOT / "tests" / "launches.py", *arguments],
+            [sys.executable, ROOT / "tests" / "support" / "launches.py", *arguments],
             env=environment,
             capture_output=True,
             text=True,
@@ -160,7 +161,7 @@ def streams(report: Report) -> dict[str, dict[str, int]]:
 
 def check(reports: Reports) -> None:
     """Fail with everything that is wrong; with another Triton, report what may be."""
-    assert reports, "launches must be recorded, got none; look at tests/launches.py"
+    assert reports, "launches must be recorded, got none; look at tests/support/launches.py"
     wrong, slow = [], []
     for name, by_target in reports.items():
         budget = budgets().get(name, {})

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sad.config import STRUCTURAL
-from sad.configfile import load_config
+from sad.config.load import load_config
+from sad.config.schema import STRUCTURAL
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutations.planting import Mutation, edit, tests
 
 REFERENCE = "kernels/sad_kernels/reference.py"
-ORACLE = "tests/oracle.py"
+ORACLE = "tests/support/oracle.py"
 
 
 def mathematics(*names: str) -> tuple[str, ...]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from mutations.planting import Mutation, edit, tests
 
 ACCUMULATE = "sad/accumulate.py"
-CHECKPOINT = "sad/checkpoint.py"
+CHECKPOINT = "sad/checkpoint/store.py"
 EMA = "sad/ema.py"
-EVALUATE = "sad/evaluate.py"
-FILES = "sad/files.py"
-OPTIMIZER = "sad/optimizer.py"
-PRECISION = "sad/precision.py"
-SCHEDULE = "sad/schedule.py"
+EVALUATE = "sad/training/evaluate.py"
+FILES = "sad/checkpoint/atomic_files.py"
+OPTIMIZER = "sad/optim/optimizer.py"
+PRECISION = "sad/optim/precision.py"
+SCHEDULE = "sad/optim/schedule.py"
 SELFTEST = "sad/selftest.py"
-STATE = "sad/state.py"
-TRAINING = "sad/training.py"
+STATE = "sad/checkpoint/state.py"
+TRAINING = "sad/training/trainer.py"
 
 
 def training(*names: str) -> tuple[str, ...]:
-    return tests("sad/test_training.py", *names)
+    return tests("sad/training/test_trainer.py", *names)
 
 
 def structural(*names: str) -> tuple[str, ...]:
-    return tests("sad/test_structure.py", *names)
+    return tests("sad/losses/test_structural.py", *names)
 
 
 ANY_STOP = training("test_a_stop_after_any_micro_batch_changes_no_bit")
@@ -57,7 +57,11 @@ MUTATIONS = [
     Mutation(
         "14",
         "the student divides by the targets of its batch, whatever it is told",
-        edit("sad/distillation.py", "num_items=num_items,", "num_items=max(batch.num_targets, 1),"),
+        edit(
+            "sad/training/student.py",
+            "num_items=num_items,",
+            "num_items=max(batch.num_targets, 1),",
+        ),
         training("test_every_split_of_a_batch_gives_the_same_gradient"),
     ),
     Mutation(
@@ -91,14 +95,14 @@ MUTATIONS = [
         "38",
         "the last window is planned as large as the others",
         edit(SCHEDULE, "min(self.accumulation_steps, left)", "self.accumulation_steps"),
-        tests("sad/test_schedule.py", "test_100_batches_by_8_are_13_windows"),
+        tests("sad/optim/test_schedule.py", "test_100_batches_by_8_are_13_windows"),
     ),
     # --- Evaluation ------------------------------------------------------------------------------
     Mutation(
         "25",
         "evaluation averages the means of its batches",
         edit(
-            EVALUATE,
+            "sad/training/meters.py",
             "parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)",
             "parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)\n"
             "        parts = [part / out.num_tokens for part in parts]",
@@ -108,7 +112,7 @@ MUTATIONS = [
     Mutation(
         "25",
         "evaluation runs with dropout",
-        edit("sad/heads.py", "    model.eval()\n    try:\n", "    try:\n"),
+        edit("sad/models/heads.py", "    model.eval()\n    try:\n", "    try:\n"),
         training("test_evaluation_gives_the_figures_of_training"),
     ),
     Mutation(
@@ -234,7 +238,7 @@ MUTATIONS = [
         "a schedule in micro-batches ends after as many of them as there are windows",
         edit(SCHEDULE, "length = horizon.micro_batches", "length = horizon.windows"),
         tests(
-            "sad/test_schedule.py",
+            "sad/optim/test_schedule.py",
             "test_100_batches_are_100_scheduler_steps[linear-8-()]",
             "test_100_batches_are_100_scheduler_steps[cosine-8-()]",
         ),
@@ -244,7 +248,8 @@ MUTATIONS = [
         "a warm-up given in windows is counted in micro-batches",
         edit(SCHEDULE, "int(steps) * horizon.accumulation_steps", "int(steps)"),
         tests(
-            "sad/test_schedule.py", "test_warmup_is_held_in_micro_batches[{'warmup_steps': 3}-24]"
+            "sad/optim/test_schedule.py",
+            "test_warmup_is_held_in_micro_batches[{'warmup_steps': 3}-24]",
         ),
     ),
     Mutation(
@@ -298,9 +303,11 @@ MUTATIONS = [
         "41",
         "a row may come twice in an epoch",
         edit(
-            "sad/data.py", 'return np.argsort(z, kind="stable")', "return (z % np.uint64(num_rows))"
+            "sad/data/rows.py",
+            'return np.argsort(z, kind="stable")',
+            "return (z % np.uint64(num_rows))",
         ),
-        tests("sad/test_data.py", "TestRowOrder::test_each_row_once_per_epoch[1000]"),
+        tests("sad/data/test_rows.py", "TestRowOrder::test_each_row_once_per_epoch[1000]"),
     ),
     # --- Files -----------------------------------------------------------------------------------
     Mutation(
@@ -311,7 +318,9 @@ MUTATIONS = [
             "        OPERATIONS.rename(final, aside)\n    try:\n",
             "        pass\n    try:\n",
         ),
-        tests("sad/test_checkpoint.py", "test_an_equal_checkpoint_is_kept_and_another_replaced"),
+        tests(
+            "sad/checkpoint/test_store.py", "test_an_equal_checkpoint_is_kept_and_another_replaced"
+        ),
         error="CheckpointError",
     ),
     Mutation(
@@ -323,7 +332,7 @@ MUTATIONS = [
             "        remove_tree(final)\n    try:\n",
         ),
         tests(
-            "sad/test_checkpoint.py",
+            "sad/checkpoint/test_store.py",
             "test_no_fault_costs_a_complete_checkpoint[ENOSPC-True-again]",
             "test_no_fault_costs_a_complete_checkpoint[exit before-False-again]",
         ),
@@ -340,7 +349,7 @@ MUTATIONS = [
             "    except OSError:\n",
         ),
         tests(
-            "sad/test_checkpoint.py",
+            "sad/checkpoint/test_store.py",
             "test_no_fault_costs_a_complete_checkpoint[exit before-False-first]",
             "test_no_fault_costs_a_complete_checkpoint[EIO-False-third]",
         ),
@@ -356,7 +365,7 @@ MUTATIONS = [
             "        if not _same(tmp, target):\n",
         ),
         tests(
-            "sad/test_checkpoint.py",
+            "sad/checkpoint/test_store.py",
             "test_no_fault_costs_a_complete_checkpoint[ENOSPC-False-third]",
         ),
     ),
@@ -370,11 +379,14 @@ MUTATIONS = [
         )
         + edit(FILES, "    sync_tree(tmp)\n", ""),
         tests(
-            "sad/test_checkpoint.py",
+            "sad/checkpoint/test_store.py",
             "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[first]",
             "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[again]",
         )
-        + tests("sad/test_files.py", "test_write_atomic_survives_a_power_cut_at_any_moment"),
+        + tests(
+            "sad/checkpoint/test_atomic_files.py",
+            "test_write_atomic_survives_a_power_cut_at_any_moment",
+        ),
     ),
     Mutation(
         "42",
@@ -385,7 +397,7 @@ MUTATIONS = [
             "    if aside",
         ),
         tests(
-            "sad/test_checkpoint.py",
+            "sad/checkpoint/test_store.py",
             "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[third]",
             "test_a_power_cut_at_any_moment_leaves_the_old_or_the_new[again]",
         ),
@@ -396,7 +408,7 @@ MUTATIONS = [
         "an update is applied whatever its gradient is",
         edit(PRECISION, "ok = norm.isfinite()", "ok = torch.ones_like(norm, dtype=torch.bool)"),
         tests(
-            "sad/test_precision.py",
+            "sad/optim/test_precision.py",
             "test_a_step_with_a_bad_gradient_leaves_every_bit[fp32-True-nan]",
             "test_a_step_with_a_bad_gradient_leaves_every_bit[bf16-False-inf]",
         )
@@ -413,7 +425,7 @@ MUTATIONS = [
         "a fused optimizer is not told of a bad gradient",
         edit(OPTIMIZER, '"found_inf": (~ok).float()', '"found_inf": torch.zeros_like(ok).float()'),
         tests(
-            "sad/test_optimizer.py",
+            "sad/optim/test_optimizer.py",
             "test_a_skipped_update_changes_no_bit[fused AdamW-nan]",
             "test_a_skipped_update_changes_no_bit[fused AdamW-inf]",
         ),
@@ -436,7 +448,7 @@ MUTATIONS = [
         "47",
         "a structural term is divided by the units of its micro-batch",
         edit(
-            "sad/structure.py",
+            "sad/training/student.py",
             "count = max(getattr(units, structure.unit_of(name)), 1)",
             "count = max(getattr(batch.units, structure.unit_of(name)), 1)",
         ),
@@ -466,7 +478,7 @@ MUTATIONS = [
         "49",
         "a structural loss of weight 0 is computed all the same",
         edit(
-            "sad/structure.py",
+            "sad/losses/structural.py",
             "return tuple(name for name in self.losses if of_losses.get(name, 0.0) > 0)",
             "return tuple(self.losses)",
         ),

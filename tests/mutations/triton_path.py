@@ -627,16 +627,16 @@ MUTATIONS = [
         (
             Edit(
                 LAUNCH,
-                "rows.statistics_kernel[(N, segments)](",
-                "rows.statistics_kernel[(segments, N)](",
+                "statistics_kernel[(N, segments)](",
+                "statistics_kernel[(segments, N)](",
             ),
             Edit(
-                ROWS,
+                STATISTICS_KERNEL,
                 f"{STATISTICS}.to(tl.int64)\n    segment = tl.program_id(1)\n",
                 f"{STATISTICS[:-3]}(1).to(tl.int64)\n    segment = tl.program_id(0)\n",
             ),
             Edit(
-                ROWS,
+                STATISTICS_KERNEL,
                 "    step = tl.num_programs(1).to(tl.int64) * N  # from",
                 "    step = tl.num_programs(0).to(tl.int64) * N  # from",
             ),

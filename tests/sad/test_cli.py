@@ -17,7 +17,7 @@ import torch
 
 from sad import errors
 from sad.cli import main
-from sad.config import DistillConfig
+from sad.config.schema import DistillConfig
 
 
 @pytest.fixture
@@ -48,21 +48,23 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 def test_distill_gets_the_configuration(recipe: str, replace_module: Any) -> None:
     seen: list[DistillConfig] = []
-    replace_module("sad.train", distill=seen.append)
+    replace_module("sad.training.run", distill=seen.append)
     assert main(["distill", recipe, "--seed", "5", "--data.train=x"]) == 0
     (config,) = seen
     assert (config.student, config.seed, config.data.train) == ("s", 5, ("x",))
 
 
 def test_eval_prints_the_table_of_the_run(replace_module: Any, capsys: Any) -> None:
-    replace_module("sad.evaluate", evaluate_run=lambda run_dir: [{"name": run_dir}])
-    replace_module("sad.report", format_results=lambda rows: f"table of {rows[0]['name']}")
+    replace_module("sad.training.rescore", evaluate_run=lambda run_dir: [{"name": run_dir}])
+    replace_module("sad.report.page", format_results=lambda rows: f"table of {rows[0]['name']}")
     assert main(["eval", "runs/one"]) == 0
     assert capsys.readouterr().out == "table of runs/one\n"
 
 
 def test_plan_prints_what_the_planner_says(recipe: str, replace_module: Any, capsys: Any) -> None:
-    replace_module("sad.plan", plan=lambda config: config.seed, format_plan="seed {}".format)
+    replace_module(
+        "sad.models.memory_plan", plan=lambda config: config.seed, format_plan="seed {}".format
+    )
     assert main(["plan", recipe, "--seed", "3"]) == 0
     assert capsys.readouterr().out == "seed 3\n"
 
@@ -91,7 +93,7 @@ def test_known_errors_are_one_line_and_their_code(
     replace_module: Any,
     capsys: Any,
 ) -> None:
-    replace_module("sad.train", distill=raising(error))
+    replace_module("sad.training.run", distill=raising(error))
     assert main(["distill", recipe]) == code
     captured = capsys.readouterr().err
     assert captured.startswith(f"sad: error: {start}")
@@ -99,7 +101,7 @@ def test_known_errors_are_one_line_and_their_code(
 
 
 def test_a_bug_is_code_1_with_a_traceback(recipe: str, replace_module: Any, capsys: Any) -> None:
-    replace_module("sad.train", distill=raising(RuntimeError("broken")))
+    replace_module("sad.training.run", distill=raising(RuntimeError("broken")))
     assert main(["distill", recipe]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("sad: error: this is a bug in sad, got RuntimeError: broken;")
@@ -112,7 +114,7 @@ def test_a_bug_is_code_1_with_a_traceback(recipe: str, replace_module: Any, caps
 def test_debug_shows_the_traceback_of_a_known_error(
     words: list[str], recipe: str, replace_module: Any, capsys: Any
 ) -> None:
-    replace_module("sad.train", distill=raising(errors.UnfitError("x")))
+    replace_module("sad.training.run", distill=raising(errors.UnfitError("x")))
     assert main(["distill", recipe, *words]) == 65
     assert "Traceback" in capsys.readouterr().err
 
@@ -125,7 +127,7 @@ def test_debug_shows_where_a_configuration_fails(recipe: str, capsys: Any) -> No
 def test_debug_in_the_file_counts_too(recipe: str, replace_module: Any, capsys: Any) -> None:
     with open(recipe, "a") as file:
         file.write("debug: true\n")
-    replace_module("sad.train", distill=raising(errors.UnfitError("x")))
+    replace_module("sad.training.run", distill=raising(errors.UnfitError("x")))
     assert main(["distill", recipe]) == 65
     assert "Traceback" in capsys.readouterr().err
 
@@ -201,9 +203,9 @@ def test_interrupt_before_the_loop(tmp_path: Path) -> None:
     script = (
         "import signal, sys, time, types\nfrom sad.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "train = types.ModuleType('sad.train')\n"
+        "train = types.ModuleType('sad.training.run')\n"
         "def distill(config):\n    print('loading', flush=True)\n    time.sleep(60)\n"
-        "train.distill = distill\nsys.modules['sad.train'] = train\n"
+        "train.distill = distill\nsys.modules['sad.training.run'] = train\n"
         "sys.exit(main(['distill', 'quickstart']))\n"
     )
     with subprocess.Popen(

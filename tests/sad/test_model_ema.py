@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from oracle import assert_ema_within
-from tiny import tiny_llama
+from support.oracle import assert_ema_within
+from support.tiny import tiny_llama
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.optimizer import _global_optimizer_pre_hooks

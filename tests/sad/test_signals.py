@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from sad.signals import STOP_SIGNALS, StopSignals
+from sad.environment import STOP_SIGNALS, StopSignals
 
 BY_NAME = pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 
@@ -76,7 +76,7 @@ def test_outside_the_main_thread_nothing_happens() -> None:
 
 PROGRAM = """
 import atexit, time
-from sad.signals import StopSignals
+from sad.environment import StopSignals
 
 atexit.register(print, "cleaned up", flush=True)
 with StopSignals() as signals:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from sad_kernels import Objective, TeacherLogits, TeacherTopK, cross_entropy, distill_loss, kl_div
 from sad_kernels._rows import Task
+from support.traffic import Traffic, counted_traffic, needs_interpreter
 from torch import Tensor
-from traffic import Traffic, counted_traffic, needs_interpreter
 
 N, V = 5, 203  # tiles and segments with a tail
 SEGMENT, BLOCK = 64, 32

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CROSS_ENTROPY, Options, crossed
-from oracle import ALL, IMPLS, IN_FLOAT64, assert_value, bound, judge
-from problems import cross_entropy_problem, plain
+from support.cases import CROSS_ENTROPY, Options, crossed
+from support.oracle import ALL, IMPLS, IN_FLOAT64, assert_value, bound, judge
+from support.problems import cross_entropy_problem, plain
 from torch import Tensor
 from torch.autograd import gradcheck
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import IMPLS, assert_ema_within
 from sad_kernels import _dispatch, ema, ema_swap_, ema_update_, reference
 from sad_kernels._triton import ema as triton_ema
+from support.oracle import IMPLS, assert_ema_within
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import IMPLS, assert_ema_within
 from sad_kernels import ema, ema_swap_, ema_update_, reference
 from sad_kernels._extents import Extent
 from sad_kernels._triton import ema as triton_ema
+from support.oracle import IMPLS, assert_ema_within
+from support.traffic import counted_traffic, needs_interpreter
 from torch import Tensor
 from torch.library import opcheck
-from traffic import counted_traffic, needs_interpreter
 
 impls = pytest.mark.parametrize("impl", IMPLS)
 

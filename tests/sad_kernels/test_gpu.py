@@ -14,15 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
-    Outputs,
-    Problem,
-    assert_ema_within,
-    bound,
-    judge,
-    judge_outputs,
-    scales_of,
-)
 from sad_kernels import (
     DistillOutput,
     Head,
@@ -38,6 +29,15 @@ from sad_kernels import (
     kl_div,
     linear_cross_entropy,
     linear_distill_loss,
+)
+from support.oracle import (
+    Outputs,
+    Problem,
+    assert_ema_within,
+    bound,
+    judge,
+    judge_outputs,
+    scales_of,
 )
 from torch import Tensor
 

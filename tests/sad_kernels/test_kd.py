@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DISTILL_LOSS, KL_DIV, Options, crossed
-from oracle import ALL, IMPLS, IN_FLOAT64, assert_value, bound, judge
-from problems import distill_loss_problem, kl_div_problem, plain
 from sad_kernels import (
     Head,
     Objective,
@@ -19,6 +16,9 @@ from sad_kernels import (
     reference,
 )
 from sad_kernels.objective import DIVERGENCES, MIXTURES, Divergence
+from support.cases import DISTILL_LOSS, KL_DIV, Options, crossed
+from support.oracle import ALL, IMPLS, IN_FLOAT64, assert_value, bound, judge
+from support.problems import distill_loss_problem, kl_div_problem, plain
 from torch.autograd import gradcheck
 
 INF = math.inf

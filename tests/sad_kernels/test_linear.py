@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LINEAR_CROSS_ENTROPY, LINEAR_DISTILL_LOSS, Options, crossed
-from oracle import ALL, IMPLS, IN_FLOAT64, SLOW, assert_value, bound, judge
-from problems import linear_cross_entropy_problem, linear_distill_loss_problem, plain
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits
 from sad_kernels.objective import DIVERGENCES, Divergence
+from support.cases import LINEAR_CROSS_ENTROPY, LINEAR_DISTILL_LOSS, Options, crossed
+from support.oracle import ALL, IMPLS, IN_FLOAT64, SLOW, assert_value, bound, judge
+from support.problems import linear_cross_entropy_problem, linear_distill_loss_problem, plain
 from torch.autograd import gradcheck
 
 LN3, LN4 = math.log(3), math.log(4)

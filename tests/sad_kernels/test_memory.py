@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
-from oracle import IMPLS
 from sad_kernels import (
     Head,
     Objective,
@@ -23,6 +21,8 @@ from sad_kernels import (
     linear_cross_entropy,
     linear_distill_loss,
 )
+from support.allocations import peak_bytes
+from support.oracle import IMPLS
 from torch import Tensor
 
 A, B, B_PER_ID = 1.25, 256, 64  # the constants of linear.py's docstring

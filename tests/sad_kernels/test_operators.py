@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import sad_kernels
 import torch
-from oracle import bound, judge, measure
-from problems import plain
 from sad_kernels import Objective
+from support.oracle import bound, judge, measure
+from support.problems import plain
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode

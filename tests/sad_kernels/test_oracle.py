@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from sad_kernels import Head, TeacherLogits, reference
+from support.oracle import (
     Outputs,
     Problem,
     assert_ema_within,
@@ -25,8 +26,7 @@ from oracle import (
     rounding_of_products,
     ulp,
 )
-from problems import plain
-from sad_kernels import Head, TeacherLogits, reference
+from support.problems import plain
 from torch import Tensor
 
 DISTRIBUTIONS = ("randn1", "randn30", "peaked", "offset1e4", "zipf", "spread300")

@@ -10,10 +10,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from cases import place
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, reference
+from sad_kernels.objective import DIVERGENCES, Divergence
+from support.cases import place
+from support.oracle import (
     IMPLS,
     SLOW,
     assert_value,
@@ -24,9 +26,7 @@ from oracle import (
     judge,
     scales_of,
 )
-from problems import plain
-from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, reference
-from sad_kernels.objective import DIVERGENCES, Divergence
+from support.problems import plain
 from torch import Tensor
 
 EXAMPLES = {impl: 6 if impl in SLOW else 25 for impl in IMPLS}

@@ -15,8 +15,6 @@ from typing import get_args
 
 import pytest
 import torch
-from oracle import assert_value, assert_within
-from problems import PLAIN, plain
 from sad_kernels import (
     Head,
     Objective,
@@ -27,6 +25,8 @@ from sad_kernels import (
 )
 from sad_kernels.objective import DIVERGENCES, Divergence, Tail
 from sad_kernels.reference import Reduction
+from support.oracle import assert_value, assert_within
+from support.problems import PLAIN, plain
 from torch import Tensor
 from torch.autograd import gradcheck
 

@@ -21,19 +21,6 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from allocations import peak_bytes
-from oracle import (
-    IMPLS,
-    SLOW,
-    assert_value,
-    assert_zero,
-    bound,
-    dtypes_of,
-    judge,
-    measure,
-    measure_oracle,
-)
-from problems import plain
 from sad_kernels import (
     DistillOutput,
     Head,
@@ -44,6 +31,19 @@ from sad_kernels import (
     reference,
 )
 from sad_kernels.objective import DIVERGENCES, Divergence
+from support.allocations import peak_bytes
+from support.oracle import (
+    IMPLS,
+    SLOW,
+    assert_value,
+    assert_zero,
+    bound,
+    dtypes_of,
+    judge,
+    measure,
+    measure_oracle,
+)
+from support.problems import plain
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf

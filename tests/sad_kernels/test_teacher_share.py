@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import ALL, IMPLS, SLOW, assert_value, bound, dtypes_of, judge
-from problems import plain
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, TeacherTopK
 from sad_kernels.objective import DIVERGENCES, Divergence
+from support.oracle import ALL, IMPLS, SLOW, assert_value, bound, dtypes_of, judge
+from support.problems import plain
 
 OPS = ("distill_loss", "linear_distill_loss")
 

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import ALL, IMPLS, IN_FLOAT64, SLOW, assert_value, bound, dtypes_of, epsilon, judge
-from problems import plain
 from sad_kernels import DistillOutput, Head, Objective, TeacherLogits, TeacherTopK, reference
 from sad_kernels.objective import DIVERGENCES, Divergence, Tail
+from support.oracle import (
+    ALL,
+    IMPLS,
+    IN_FLOAT64,
+    SLOW,
+    assert_value,
+    bound,
+    dtypes_of,
+    epsilon,
+    judge,
+)
+from support.problems import plain
 from torch import Tensor
 from torch.autograd import gradcheck
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from traffic import counted_traffic, needs_interpreter
+from support.traffic import counted_traffic, needs_interpreter
 
 pytestmark = needs_interpreter
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
-from layouts import (
+from support.allocations import peak_bytes
+from support.layouts import (
     LENGTH,
     ROWS,
     assert_close,
@@ -23,13 +23,13 @@ from layouts import (
 from torch import Tensor
 
 from sad.losses.attention import (
-    AttentionInputs,
     LearnedHeadMap,
     attention_loss,
     attention_maps,
     head_map,
     project_heads,
 )
+from sad.losses.base import AttentionInputs
 from sad.losses.layout import Layout
 
 LAYOUT = make_layout()

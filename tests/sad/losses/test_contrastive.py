@@ -7,7 +7,7 @@ from collections import deque
 
 import pytest
 import torch
-from layouts import (
+from support.layouts import (
     LENGTH,
     ROWS,
     assert_close,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from layouts import (
+from support.layouts import (
     LENGTH,
     ROWS,
     assert_close,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from layouts import (
+from support.layouts import (
     LENGTH,
     ROWS,
     assert_close,
@@ -19,8 +19,9 @@ from layouts import (
 )
 from torch import Tensor
 
+from sad.losses.base import Projections
 from sad.losses.layout import Layout
-from sad.losses.relations import Projections, relation_heads, relation_loss
+from sad.losses.relations import relation_heads, relation_loss
 
 LAYOUT = make_layout()
 STUDENT, TEACHER, HEADS = (96, 64, 64), (128, 32, 32), (4, 2, 2)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from layouts import (
+from support.layouts import (
     LENGTH,
     ROWS,
     assert_close,
@@ -21,14 +21,8 @@ from layouts import (
 from torch import Tensor
 
 from sad.losses.layout import Layout
-from sad.losses.router import (
-    GateKind,
-    balance_loss,
-    gate_variation,
-    gates,
-    router_loss,
-    router_z_loss,
-)
+from sad.losses.router import balance_loss, gate_variation, gates, router_loss, router_z_loss
+from sad.models.experts import GateKind
 
 LAYOUT = make_layout()
 EXPERTS, LAYERS = 5, 2

@@ -1,0 +1,1 @@
+"""Losses and averages beside their peers: time, memory, error."""

@@ -1,0 +1,121 @@
+"""The kernel benchmark: cases, peers and floors of one run, and the file that keeps them.
+
+What has been measured is written after every case: a run that is stopped, or whose GPU is lost,
+leaves what it had.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record, table
+from bench.kernels import floors, measure
+from bench.kernels.entry import Effort
+from bench.kernels.timing import Cpu, Device, Gpu, Lost, one_line
+from bench.problems.cases import Case, EmaCase
+
+Record = dict[str, Any]
+
+
+def run(
+    chosen: Sequence[Case], device: Device, effort: Effort, command: str, path: Path | None
+) -> tuple[Record, Path]:
+    """Measure and write. A GPU that is lost ends it, with a note."""
+    settings = {
+        "rounds": effort.rounds,
+        "calls": effort.calls,
+        "liger": os.environ.get("LIGER_KERNEL_BACKEND"),
+    }
+    result: Record = {
+        "schema": 1,
+        "run": record.run(command),
+        "machine": record.machine(device.device),
+        "versions": record.versions(),
+        "settings": settings,
+        "floors": [],
+        "rows": [],
+        "notes": [],
+    }
+    path = path or record.path_for(result)
+    before, load = record.gpu_state(device.device), os.getloadavg()[0]
+    try:
+        _measure_all(chosen, device, effort, result, path)
+    except Lost as error:
+        result["notes"].append(f"the GPU was lost, and with it all that was to come: {error}")
+    result["machine"] |= record.states(before, record.gpu_state(device.device))
+    result["machine"]["load"] = [load, os.getloadavg()[0]]
+    record.write(result, path)
+    return result, path
+
+
+def _measure_all(
+    chosen: Sequence[Case], device: Device, effort: Effort, result: Record, path: Path
+) -> None:
+    start = floors.copy_floor(device, "start")
+    result["floors"].append(start.record)
+    done: list[Case] = []
+    for case in chosen:
+        case = _fitting(case, device)
+        rows, own_floors = measure.measure(case, device, effort, start.rate)
+        done.append(case)
+        result["rows"] += rows
+        result["floors"] += [floor.record for floor in own_floors]
+        result["notes"] += _drifted(own_floors)
+        record.write(result, path)
+        gc.freeze()  # what peers imported need not be searched for tensors again
+        print(_summary(rows, effort), flush=True)
+    measure.add_host_times(result["rows"], done, device, effort)
+    try:
+        end = floors.copy_floor(device, "end")
+    except RuntimeError as error:
+        raise Lost(one_line(error)) from error
+    result["floors"].append(end.record)
+    result["notes"] += _drifted([start, end])
+
+
+def conclude(result: Record, path: Path, show: bool) -> int:
+    """Print; 0, or 1 if a result of ours is wrong or missing, or the GPU was lost."""
+    if show:
+        print("\n".join(table.lines(result)))
+        print(f"-> {path}")
+    bad = [r for r in result["rows"] if r["peer"] == "ours" and r["status"] in ("wrong", "failed")]
+    return int(bool(bad) or any("was lost" in note for note in result["notes"]))
+
+
+def device_for(name: str | None, threads: int = 2) -> Device:
+    if name == "cuda" or (name is None and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda must find a GPU, got none; leave the option out")
+        return Gpu()
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    return Cpu()
+
+
+def _fitting(case: Case, device: Device) -> Case:
+    if not isinstance(case, EmaCase) or device.device.type != "cuda":
+        return case
+    device.free()
+    return case.scaled(torch.cuda.mem_get_info()[0])
+
+
+def _drifted(found: list[floors.Floor]) -> list[str]:
+    if not found or abs(floors.drift(found)) <= floors.DRIFT:
+        return []
+    shape = " ".join(f"{name}={value}" for name, value in found[0].shape.items())
+    return [f"the {found[0].kind} floor ({shape}) drifted by {floors.drift(found):+.1%}"]
+
+
+def _summary(rows: list[Record], effort: Effort) -> str:
+    counts = (
+        (sum(row["status"] == status for row in rows), status)
+        for status in ("ok", "wrong", "failed", "skipped")
+    )
+    said = ", ".join(f"{count} {status}" for count, status in counts if count)
+    left = f"; {effort.left():.0f} s left" if effort.left() < 1e6 else ""
+    return f"{table.title_of(rows[0])}: {said}{left}"

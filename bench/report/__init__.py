@@ -1,0 +1,1 @@
+"""Tables, plots and targets, written from committed results alone."""

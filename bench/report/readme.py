@@ -1,0 +1,253 @@
+"""The tables in README.md and bench/README.md, written from the JSON under results/ alone.
+
+``python -m bench --readme`` rewrites what stands between ``<!-- name:begin -->`` and
+``<!-- name:end -->``, and the plots; a test compares what stands there with the JSON, so a number
+that was edited by hand, or left behind by a new measurement, fails it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench import faults, table
+from bench.kernels import ceilings, counters
+from bench.record import RESULTS
+from bench.report import targets
+from bench.training import ablation, batches, end_to_end
+from bench.training import structural_cost as structure
+
+Json = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+BLOCK = re.compile(r"(<!-- (?P<name>\w+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
+PLOTS = RESULTS / "plots"
+PLOT_NAMES = {
+    "memory_tokens": "memory against tokens",
+    "memory_vocab": "memory against the vocabulary",
+    "time_rows": "time against tokens",
+    "error_chunks": "error against the number of chunks",
+    "largest_batch": "largest batch that fits a memory limit",
+}
+KERNELS = {
+    "gpu": targets.LINEAR,
+    "gpu logits": targets.LOGITS,
+    "cpu": "2026-11-26-cpu-66375f99-kernels.json",
+}
+"""The kernel benchmark's records that are shown."""
+
+
+def rewrite() -> list[Path]:
+    """Draw the plots, and bring every document up to date; return what was written."""
+    from bench.report import plots
+
+    changed = plots.draw(read(RESULTS, "curves.json"), None, PLOTS)
+    changed += plots.draw(None, read(RESULTS, KERNELS["gpu"]), PLOTS / "gpu")
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = rendered(before)
+        if after != before:
+            path.write_text(after)
+            changed.append(path)
+    return changed
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every block as the JSON has it. ``KeyError`` for a name that is no block's."""
+
+    def block(found: re.Match[str]) -> str:
+        lines = SECTIONS[found["name"]](results)
+        return "\n".join([found[1].rstrip("\n"), *lines, found[3]])
+
+    return BLOCK.sub(block, text)
+
+
+def read(results: Path, name: str) -> Json:
+    return json.loads((results / name).read_text())
+
+
+TABLES: dict[str, Callable[[Json], list[str]]] = {
+    "ablation": ablation.table,
+    "batches": batches.table,
+    "ceilings": ceilings.table,
+    "counters": counters.table,
+    "end_to_end": end_to_end.table,
+    "faults": faults.table,
+    "structure": structure.table,
+}
+
+
+def text_of(source: str, file: str | None = None) -> Callable[[Path], list[str]]:
+    """What a measurement's own module says of its JSON, by default the one of its name."""
+    name = file or f"{source}.json"
+
+    def block(results: Path) -> list[str]:
+        result = read(results, name)
+        about = _measured(result, name, result["run"]["command"])
+        return [about, "", *TABLES[source](result), ""]
+
+    return block
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+def quickstart(results: Path) -> list[str]:
+    result = read(results, "quickstart.json")
+    lines = [
+        "| held-out text, mean of three seeds (lowest to highest) | parameters | perplexity "
+        "| KL to the teacher | same top token as the teacher |",
+        "|-|-|-|-|-|",
+    ]
+    for row in result["table"]:
+        cells = [row["name"], f"{row['parameters'] / 1e6:.1f} M"]
+        cells.append(_mean(row["perplexity"], "{:.1f}"))
+        cells.append(_mean(row.get("kl"), "{:.2f}"))
+        cells.append(_mean(row.get("agreement"), "{:.1f}", 100, " %"))
+        lines.append(_line(cells))
+    minutes, gib = max(result["seconds"]) / 60, result["peak_rss_mib"] / 1024
+    return [
+        *lines,
+        "",
+        "`python -m bench quickstart` measures this (`bench/results/quickstart.json`): both",
+        "students start from the same weights and see the same batches for 400 steps. A run took",
+        f"at most {minutes:.1f} minutes and {gib:.1f} GiB on {result['machine']['threads']} cores.",
+    ]
+
+
+def loss(results: Path) -> list[str]:
+    result = read(results, "loss.json")
+    rounds = result["rounds"]
+    lines = [
+        "| | the lines above it | this | ratio of times, median (range) of "
+        f"{rounds} rounds | memory beyond inputs | this |",
+        "|-|-|-|-|-|-|",
+    ]
+    for row in result["rows"]:
+        naive, ours = (statistics.median(row["seconds"][way]) for way in ("naive", "ours"))
+        low, high = row["time_ratio_range"]
+        ratio = f"{row['time_ratio']:.2f} ({low:.2f} to {high:.2f})"
+        memory = [f"{row['extra_bytes'][way] / 2**20:,.0f} MiB" for way in ("naive", "ours")]
+        lines.append(_line([row["dtype"], f"{naive:.2f} s", f"{ours:.2f} s", ratio, *memory]))
+    return [
+        *lines,
+        "",
+        "`python -m bench loss` measures this (`bench/results/loss.json`), both in turn in one",
+        "process. In bf16 the naive loss multiplies in bf16 and rounds its logits; this one keeps",
+        "fp32 results, which a CPU's bf16 products cannot give.",
+    ]
+
+
+def of_kernels(which: str, cases: Callable[[Json], bool]) -> Callable[[Path], list[str]]:
+    """The kernel benchmark's rows of some cases, a table for each."""
+
+    def block(results: Path) -> list[str]:
+        record = read(results, KERNELS[which])
+        rows, others = table.measured(row for row in record["rows"] if cases(row))
+        about = _measured(record, KERNELS[which], record["run"]["command"])
+        lines = [f"{about} Forward and backward."]
+        for title, of_case in groupby(rows, key=table.title_of):
+            lines += ["", f"**{title}**", "", *kernel_table(list(of_case))]
+        if others:
+            lines += ["", f"No time was left for {'; '.join(others)}."]
+        return [*lines, ""]
+
+    return block
+
+
+def kernel_table(rows: list[Json]) -> list[str]:
+    """Ours first, then the fastest; a time whose result is wrong is struck out; the absent last."""
+    of_products = any(row.get("ratio_gemm") for row in rows)
+    unit = "bare products" if of_products else "copy of the bytes"
+    lines = [f"| | ms | over the {unit} | MiB beyond the inputs | errors |", "|-|-|-|-|-|"]
+    timed = [row for row in rows if row.get("ms")]
+    for row in sorted(timed, key=lambda r: (r["peer"] != "ours", r["ms"]["full"][1])):
+        ms, ratio = table.number(row["ms"]["full"][1], 3), _ratio(row)
+        if row["status"] == "wrong":
+            ms, ratio = f"~~{ms}~~ wrong", f"~~{ratio}~~"
+        peer = f"**{row['peer']}**" if row["peer"] == "ours" else row["peer"]
+        memory = table.number(row.get("peak_mib"), 4)
+        lines.append(_line([peer, ms, ratio, memory, table.errors(row)]))
+    absent: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.get("ms"):
+            absent.setdefault(_reason(row), []).append(row["peer"])
+    return [*lines, *(_absent(absent) if absent else [])]
+
+
+def _absent(reasons: dict[str, list[str]]) -> list[str]:
+    return ["", "Not here: " + "; ".join(f"{', '.join(p)} ({why})" for why, p in reasons.items())]
+
+
+def _reason(row: Json) -> str:
+    failed = "fails: " if row["status"] == "failed" else ""
+    return failed + (row["reason"] or "no time").rstrip(".")
+
+
+def _ratio(row: Json) -> str:
+    return table.number(row.get("ratio_gemm") or row.get("ratio_copy"), 3) + "x"
+
+
+def curves(results: Path) -> list[str]:
+    """The plots, with what they show in words."""
+    result = read(results, "curves.json")
+    lines = [_measured(result, "curves.json", "python -m bench curves"), ""]
+    for name in dict.fromkeys(curve["name"] for curve in result["curves"]):
+        lines += [f"![{PLOT_NAMES[name]}](results/plots/{name}.png)", ""]
+    return lines
+
+
+def _measured(record: Json, file: str, command: str) -> str:
+    machine, run, versions = record["machine"], record["run"], record["versions"]
+    gpu = machine["gpu"]
+    where = gpu or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{where}, torch {versions['torch']}"
+        + (f", triton {versions['triton']}" if gpu else "")
+        + f", {run['utc'][:10]}, commit {run['commit'][:8]}: `{command}` (`bench/results/{file}`)."
+    )
+
+
+def _mean(values: Json | None, form: str, factor: float = 1.0, unit: str = "") -> str:
+    """The mean, and the range of the seeds if they differ."""
+    if values is None:
+        return "-"
+    mean, low, high = (
+        form.format(factor * x)
+        for x in (values["mean"], min(values["seeds"]), max(values["seeds"]))
+    )
+    return f"{mean}{unit}" if low == high else f"{mean}{unit} ({low} to {high})"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _is_linear(row: Json) -> bool:
+    return row["case"].startswith("linear")
+
+
+SECTIONS: dict[str, Callable[[Path], list[str]]] = {
+    "quickstart": quickstart,
+    "loss": loss,
+    "targets": targets.table,
+    "faults": text_of("faults"),
+    "end_to_end": text_of("end_to_end"),
+    "end_to_end_gpu": text_of("end_to_end", targets.END_TO_END_GPU),
+    "end_to_end_gkd": text_of("end_to_end", targets.END_TO_END_GKD),
+    "batches": text_of("batches", targets.BATCHES),
+    "ablation": text_of("ablation"),
+    "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
+    "counters": text_of("counters", targets.COUNTERS),
+    "ceilings": text_of("ceilings", targets.CEILINGS),
+    "curves": curves,
+    "gpu": of_kernels("gpu", _is_linear),
+    "gpu_logits": of_kernels("gpu logits", lambda row: not _is_linear(row)),
+    "cpu": of_kernels("cpu", lambda row: True),
+}

@@ -1,0 +1,329 @@
+"""The contenders: each trains a task's student its own way, under the same watch."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from sad_kernels import DistillOutput, Objective, TeacherHidden
+from torch import Tensor
+
+from bench.kernels.rss import _kib
+from bench.kernels.timing import MIB, one_line
+from bench.peers.base import Unable, attribute, module
+from bench.training.task import Setup, Task, prepare, quality
+from sad.checkpoint.run_directory import RunDirectory
+from sad.data.batch import IGNORE_INDEX, Batch
+from sad.optim.precision import Precision
+from sad.report.log import RunLog
+from sad.training.meters import Clock
+from sad.training.student import StudentWithLoss, Targets, build_student
+from sad.training.trainer import Trainer
+
+OURS, NAIVE = "sad distill", "sad distill, naive loss"
+
+Run = dict[str, Any]
+
+
+def attempt(setup: Setup, name: str, seed: int) -> Run:
+    """One run of one contender; what keeps it from running is its result, with ``reason``."""
+    try:
+        task = prepare(setup, seed)
+        watch = Watch(task)
+        with tempfile.TemporaryDirectory() as folder:
+            CONTENDERS[name].train(task, watch, folder)
+        scores = quality(task) if setup.eval_rows else {}
+        return {"status": "ok", "reason": None} | watch.result() | scores
+    except Unable as error:
+        return {"status": "skipped", "reason": str(error)}
+    except Exception as error:  # whatever a foreign trainer may raise
+        return {"status": "failed", "reason": one_line(error)}
+
+
+class Watch:
+    """Clock, memory and witness of a run. A contender calls ``begin`` before its first step and
+    ``step`` after each of them, and leaves the step's loss in ``losses``."""
+
+    def __init__(self, task: Task) -> None:
+        self.setup = task.setup
+        self.losses: list[Tensor] = []
+        self._read: list[Tensor] = []
+        self._times: list[float] = []
+        self._steps = 0
+        self._start = self._peak = 0.0
+        embedding = task.student.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda _, inputs: self._witness(*inputs))
+
+    def _witness(self, ids: Tensor) -> None:
+        if self._steps < self.setup.warmup + self.setup.steps:  # later ones are held out
+            self._read.append(ids[:, : self.setup.length].clone())
+
+    def begin(self) -> None:
+        gc.collect()
+        if self.setup.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated() / MIB
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # see bench.kernels.rss
+            self._start = _kib("VmRSS") / 1024
+
+    def step(self) -> None:
+        self._steps += 1
+        if self._steps not in (self.setup.warmup, self.setup.warmup + self.setup.steps):
+            return
+        if self.setup.device == "cuda":
+            torch.cuda.synchronize()
+            self._peak = torch.cuda.max_memory_allocated() / MIB
+        else:
+            self._peak = _kib("VmHWM") / 1024
+        self._times.append(time.perf_counter())
+
+    def result(self) -> Run:
+        """``witness`` is a digest of the tokens that the student read, step by step."""
+        setup = self.setup
+        begin, end = self._times
+        read = torch.cat(self._read).cpu().numpy()
+        return {
+            "tokens_per_s": setup.steps * setup.rows * setup.length / (end - begin),
+            "start_mib": self._start,
+            "peak_mib": self._peak,
+            "losses": [float(loss) for loss in self.losses],
+            "witness": hashlib.sha256(read.tobytes()).hexdigest()[:16],
+        }
+
+
+# Sad's loop
+
+
+def sad_fused(task: Task, watch: Watch, folder: str) -> None:
+    precision = Precision(task.config, task.materials.device)
+    student = build_student(task.config, task.student, task.setup.vocab, precision)
+    _sad(task, watch, folder, student, precision)
+
+
+def sad_naive(task: Task, watch: Watch, folder: str) -> None:
+    precision = Precision(task.config, task.materials.device)
+    _sad(task, watch, folder, NaiveStudent(task.student, task.setup.vocab), precision)
+
+
+def _sad(
+    task: Task, watch: Watch, folder: str, student: StudentWithLoss, precision: Precision
+) -> None:
+    """``Trainer.train`` up to its final evaluation."""
+    trainer = Trainer(task.config, student, task.materials, precision, RunDirectory(folder))
+    student.train()
+    student.register_forward_hook(lambda *call: watch.losses.append(call[-1].loss.detach()))
+    with RunLog(folder, total_batches=trainer.horizon.micro_batches, stream=sys.stderr) as log:
+        clock = Clock(trainer.counters.tokens)
+        watch.begin()
+        while trainer.counters.micro_step < trainer.horizon.micro_batches:
+            trainer.micro_batch()
+            log.advance()
+            if trainer.counters.global_step % task.config.logging_steps == 0:
+                trainer.log_progress(log, clock)
+            watch.step()
+
+
+class NaiveStudent(StudentWithLoss):
+    """Sad's student with a loss written by hand. It counts no hits, and pays for none."""
+
+    def forward(
+        self, batch: Batch, teacher: Targets, objective: Objective, num_items: int
+    ) -> DistillOutput:
+        assert isinstance(teacher, TeacherHidden)
+        ids, positions = batch.input_ids, batch.position_ids
+        logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        teacher_logits = teacher.head(teacher.hidden)
+        ce, kd, count = naive_sums(logits, teacher_logits, batch.labels, objective.temperature)
+        loss = (objective.ce_weight * ce + objective.kd_weight * kd) / num_items
+        none = torch.zeros_like(ce)
+        return DistillOutput(loss, ce.detach(), kd.detach(), none, count, none, none, none)
+
+
+def naive_sums(
+    logits: Tensor,  # [B, L, V]
+    teacher_logits: Tensor,  # [B, L, V]
+    labels: Tensor,  # [B, L]
+    T: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy and forward KL of the tokens with a label, in fp32, and their number.
+
+    Tokens without one are masked in the sum over tokens: to select the others copies all logits.
+    """
+    keep = labels != IGNORE_INDEX
+    logits, teacher_logits = logits.float(), teacher_logits.float()
+    ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    log_q, log_p = F.log_softmax(logits / T, -1), F.log_softmax(teacher_logits / T, -1)
+    per_token = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # [B, L]
+    return ce, (per_token * keep).sum() * T**2, keep.sum()
+
+
+# Trainers of transformers and TRL
+
+
+class Steps(transformers.TrainerCallback):
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.watch.step()
+
+
+class RecipeTrainer(transformers.Trainer):
+    """The usual recipe: teacher under ``no_grad``, softmax of both in fp32, a weighted sum."""
+
+    def __init__(self, task: Task, watch: Watch, **options: Any) -> None:
+        super().__init__(model=task.student, **options)
+        self.teacher, self.objective, self.watch = task.teacher, task.config.objective(), watch
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ids, labels, objective = inputs["input_ids"], inputs["shift_labels"], self.objective
+        with torch.no_grad():
+            teacher_logits = self.teacher(input_ids=ids).logits
+        logits = model(input_ids=ids).logits
+        ce, kd, count = naive_sums(logits, teacher_logits, labels, objective.temperature)
+        loss = (objective.ce_weight * ce + objective.kd_weight * kd) / count
+        self.watch.losses.append(loss.detach())
+        return loss
+
+
+def recipe(task: Task, watch: Watch, folder: str) -> None:
+    module("accelerate", "accelerate")
+    batch = task.materials.train_rows.batch(task.order)
+    rows: Any = [
+        {"input_ids": ids, "shift_labels": labels}
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+    ]
+    arguments = transformers.TrainingArguments(**_arguments(task, folder))
+    trainer = RecipeTrainer(
+        task, watch, args=arguments, train_dataset=rows, **_handed_over(task, watch)
+    )
+    watch.begin()
+    trainer.train()
+
+
+def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
+    """It shifts labels by itself, so rows have one token more here: any, as its logits go."""
+    with warnings.catch_warnings(action="ignore"):  # experimental; old names of arguments
+        gkd = module("trl.experimental.gkd", "trl")
+        arguments = gkd.GKDConfig(
+            lmbda=0.0,  # learn from the text
+            beta=0.0,  # forward KL
+            gradient_checkpointing=False,
+            **_arguments(task, folder),
+        )
+    objective = task.config.objective()
+
+    class WithCrossEntropy(gkd.GKDTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **options: Any) -> Any:
+            items = options["num_items_in_batch"]
+            kd, outputs = super().compute_loss(model, inputs, True, items)
+            labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+            ce = F.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten())
+            loss = objective.ce_weight * ce + objective.kd_weight * kd
+            watch.losses.append(loss.detach())
+            return loss
+
+    batch = task.materials.train_rows.batch(task.order)
+    ids = F.pad(batch.input_ids, (0, 1))
+    rows = {
+        "input_ids": ids.tolist(),
+        "attention_mask": torch.ones_like(ids).tolist(),  # padding comes last, where it is not seen
+        "labels": F.pad(batch.labels, (1, 0), value=IGNORE_INDEX).tolist(),
+    }
+    trainer = WithCrossEntropy(
+        model=task.student,
+        teacher_model=task.teacher,
+        args=arguments,
+        train_dataset=module("datasets", "datasets").Dataset.from_dict(rows),
+        processing_class=task.materials.tokenizer,
+        **_handed_over(task, watch),
+    )
+    watch.begin()
+    trainer.train()
+
+
+def trl_distillation(task: Task, watch: Watch, folder: str) -> None:
+    attribute(module("trl", "trl"), "DistillationTrainer", "trl")
+    raise Unable("learns only from texts that the student writes, and cannot be given these rows")
+
+
+def _handed_over(task: Task, watch: Watch) -> dict[str, Any]:
+    return {
+        "data_collator": transformers.default_data_collator,
+        "optimizers": task.optimizers(),
+        "callbacks": [Steps(watch)],
+    }
+
+
+def _arguments(task: Task, folder: str) -> dict[str, Any]:
+    """Of ``TrainingArguments``; parameters have the dtype that is computed in."""
+    return {
+        "output_dir": folder,
+        "max_steps": task.config.max_steps,
+        "per_device_train_batch_size": task.setup.rows,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": task.config.max_grad_norm,
+        "logging_steps": task.config.logging_steps,
+        "bf16": False,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": task.setup.device == "cuda",
+        "use_cpu": task.setup.device == "cpu",
+        "seed": task.config.seed,
+    }
+
+
+class Contender(NamedTuple):
+    word: str  # for a command line
+    what: str
+    train: Callable[[Task, Watch, str], None]
+
+
+CONTENDERS = {
+    OURS: Contender(
+        "ours", "The loop of `sad distill`: the loss from hidden states and heads.", sad_fused
+    ),
+    NAIVE: Contender(
+        "naive", "The same loop with the loss of both models' whole logits.", sad_naive
+    ),
+    "transformers.Trainer": Contender(
+        "transformers",
+        "A subclass whose `compute_loss` takes that naive loss of whole logits.",
+        recipe,
+    ),
+    "trl GKDTrainer": Contender(
+        "gkd",
+        "Off-policy with forward KL, in the dtype of the logits; a subclass adds the cross-entropy "
+        "that it lacks.",
+        trl_gkd,
+    ),
+    "trl DistillationTrainer": Contender(
+        "distillation", "TRL's trainer of its stable part.", trl_distillation
+    ),
+}
+
+
+def named(words: Sequence[str], among: Sequence[str] = tuple(CONTENDERS)) -> list[str]:
+    """Those of ``among`` that the words stand for, in its order; without words all."""
+    known = {CONTENDERS[name].word: name for name in among}
+    for word in words:
+        if word not in known:
+            raise SystemExit(
+                f"error: --only must be some of {', '.join(known)}, got {word!r}; choose of these"
+            )
+    return [name for word, name in known.items() if not words or word in words]

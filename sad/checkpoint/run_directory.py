@@ -1,0 +1,149 @@
+"""A run's directory: claimed once, resumed only on request, and honest about how the run ended.
+
+::
+
+    RUN_DIR/  config.yaml  run.json  status.json  log.jsonl  report.html  plots/  best/  final/
+      checkpoints/batch-000012345/        (see ``sad.checkpoint``)
+      baseline/                           a run directory of its own, with ``baseline: true``
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sad.checkpoint.atomic_files import probe_writable, publish_directory, write_atomic
+from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, sweep_stale
+from sad.config.identity import require_same_config
+from sad.config.schema import DistillConfig, config_to_yaml
+from sad.environment import quiet_libraries
+from sad.errors import OutputError, UsageError
+from sad.models.heads import output_embedding
+
+
+class RunDirectory:
+    """Paths of one run, and the few files that are written whole."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.best = self.path / "best"
+        self.final = self.path / "final"
+        self.baseline = self.path / "baseline"
+
+    @property
+    def used(self) -> bool:
+        """Whether it holds results. A run that failed before it trained has left none."""
+        results = ("log.jsonl", "checkpoints", "best", "final", "baseline")
+        if any((self.path / name).exists() for name in results):
+            return True
+        return (self.path / "config.yaml").exists() and self.read_status().get("state") != "failed"
+
+    def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
+        """Make the directory this run's own; return the checkpoint to resume from, if any.
+
+        Raises ``UsageError`` for a directory that holds a run nobody asked to resume, for a
+        checkpoint that is not there or of another configuration, and ``OutputError`` for a
+        directory that cannot be written. A run that is refused here leaves what is there alone.
+        """
+        wanted = config.resume_from_checkpoint
+        if self.used and wanted is None:
+            raise UsageError(
+                f"output_dir must be new, got {self.path}, which holds another run; choose another "
+                "--output_dir, or continue that run with --resume_from_checkpoint auto"
+            )
+        probe_writable(self.path)
+        sweep_stale(self.path)
+        checkpoint = self._checkpoint(wanted, report)
+        if checkpoint is not None:
+            require_same_config(checkpoint.state["identity"], config)
+        write_atomic(self.path / "config.yaml", config_to_yaml(config))
+        return checkpoint
+
+    def _checkpoint(self, wanted: str | None, report: Callable[[str], None]) -> Checkpoint | None:
+        if wanted is None:
+            return None
+        if wanted == "auto":
+            return load_latest(self.path, report=report)
+        path = Path(wanted)
+        if not path.is_dir():
+            raise UsageError(
+                f"resume_from_checkpoint must be 'auto' or a checkpoint's directory, got {wanted}, "
+                "which does not exist; look under RUN_DIR/checkpoints"
+            )
+        return load_checkpoint(path)
+
+    def write_status(
+        self, state: str, *, code: int = 0, message: str = "", checkpoint: str | None = None
+    ) -> None:
+        """Say how the run stands. ``state`` is running, finished, stopped or failed.
+
+        ``checkpoint`` names the newest one; without it the one that was last named stays.
+        """
+        checkpoint = checkpoint or self.read_status().get("checkpoint")
+        record = {"state": state, "code": code, "message": message, "checkpoint": checkpoint}
+        write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
+
+    def read_status(self) -> dict[str, Any]:
+        return _read_json(self.path / "status.json")
+
+    def write_run(self, record: dict[str, Any]) -> None:
+        write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+
+    def read_run(self) -> dict[str, Any]:
+        return _read_json(self.path / "run.json")
+
+    def export(
+        self,
+        target: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        valid_vocab: int,
+        facts: dict[str, Any],
+    ) -> None:
+        """Publish the weights that ``model`` holds right now, whole or not at all.
+
+        Ids past ``valid_vocab`` were never trained, so generation is told to suppress them.
+        ``facts`` (metric, value, kind of weights, position) become ``sad.json``.
+        """
+        tmp = target.parent / f".tmp-{target.name}"
+        shutil.rmtree(tmp, ignore_errors=True)
+        width = output_embedding(model).weight.shape[0]
+        suppressed = list(range(valid_vocab, width)) or None
+        generation = model.generation_config
+        before = (model.config.use_cache, generation.suppress_tokens)
+        model.config.use_cache, generation.suppress_tokens = True, suppressed
+        try:
+            with quiet_libraries(), _rust_disk_errors():
+                model.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp)
+            (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
+            publish_directory(tmp, target)
+        except OSError as error:
+            raise OutputError(
+                f"{target} must be writable, got {error}; free space or choose another --output_dir"
+            ) from error
+        finally:
+            model.config.use_cache, generation.suppress_tokens = before
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextmanager
+def _rust_disk_errors() -> Iterator[None]:
+    """safetensors and tokenizers write files in Rust: a full disk is no ``OSError`` there."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(str(error)) from error
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,17 @@
+"""The configuration of a run: keys, types, ranges, files and command line."""
+
+from sad.config.identity import config_hash, trajectory_changes
+from sad.config.schema import DistillConfig, config_to_dict, config_to_yaml, text_alone
+from sad.config.sections import DataConfig
+from sad.config.values import ConfigError
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DistillConfig",
+    "config_hash",
+    "config_to_dict",
+    "config_to_yaml",
+    "text_alone",
+    "trajectory_changes",
+]

@@ -1,0 +1,195 @@
+"""The text of ``sad distill --help``: every key with its type, its default and its docstring.
+
+The docstrings are read from the source of the schema, where each stands under its field.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+import textwrap
+from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin
+
+from sad.config.schema import DistillConfig
+from sad.config.values import field_types, leaf_types, without_none
+
+WIDTH = 96
+TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
+
+
+def keys_help() -> str:
+    """One entry per key, under the headings that the schema's source gives them."""
+    headings = field_headings(DistillConfig)
+    blocks: list[str] = []
+    for item in fields(DistillConfig):
+        if item.name in headings:
+            blocks.append(f"{headings[item.name]}:")
+        section = field_types(DistillConfig)[item.name]
+        if is_dataclass(section) and isinstance(section, type):
+            blocks += [_entry(section, inner, f"{item.name}.") for inner in fields(section)]
+        else:
+            blocks.append(_entry(DistillConfig, item, ""))
+    return "\n".join(blocks)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Field -> the docstring under it, on one line."""
+    docs: dict[str, str] = {}
+    for statement, following in pairwise(_class_node(cls).body):
+        match statement, following:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def field_headings(cls: type) -> dict[str, str]:
+    """First field of each group -> the comment line above it, which is the group's heading."""
+    source = inspect.getsource(cls)
+    return {name: title for title, name in re.findall(r"^    # (.+)\n    (\w+):", source, re.M)}
+
+
+def _class_node(cls: type) -> ast.ClassDef:
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    return node
+
+
+def _entry(cls: type, item: Field[Any], prefix: str) -> str:
+    words = f"  --{prefix}{item.name} {_type_word(field_types(cls)[item.name])}"
+    if item.default not in (MISSING, None, ()):
+        words += f"  [{str(item.default).lower() if item.type == 'bool' else item.default}]"
+    elif item.default is MISSING:
+        words += "  [required]"
+    indent = " " * 6
+    doc = field_docs(cls)[item.name]
+    return f"{words}\n{textwrap.fill(doc, WIDTH, initial_indent=indent, subsequent_indent=indent)}"
+
+
+def _type_word(hint: Any) -> str:
+    inner = without_none(hint)
+    if get_origin(inner) is Literal:
+        return "|".join(get_args(inner))
+    if get_origin(inner) is tuple:
+        return f"{_type_word(get_args(inner)[0])} ..."
+    return TYPE_WORDS[inner]
+
+
+def about_unknown_key(key: str) -> str:
+    """One sentence about a key that does not exist, as helpful as we can make it."""
+    known = leaf_types(DistillConfig)
+    if any(name.startswith(f"{key}.") for name in known):
+        inner = [name for name in known if name.startswith(f"{key}.")]
+        return f"{key} must be a section, got a value; set one of its keys: {', '.join(inner)}"
+    plain = key.replace("-", "_")
+    short = plain.rpartition(".")[2]
+    if plain in known or short in known:
+        return f"unknown key {key!r}; did you mean {plain if plain in known else short!r}?"
+    for name in (plain, short):
+        if name in RENAMED:
+            return f"unknown key {key!r}; here it is {RENAMED[name]!r}"
+        if name in EXPLAINED:
+            return f"unknown key {key!r}; {EXPLAINED[name]}"
+    tails = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(plain, known, 1) or difflib.get_close_matches(short, tails, 1)
+    if near:
+        return f"unknown key {key!r}; did you mean {tails.get(near[0], near[0])!r}?"
+    return f"unknown key {key!r}; `sad distill --help` lists all keys"
+
+
+RENAMED = {
+    # transformers
+    "label_smoothing_factor": "label_smoothing",
+    "lr": "learning_rate",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "dataset_text_field": "data.text_field",
+    "train_file": "data.train",
+    "validation_file": "data.eval",
+    "max_train_samples": "data.max_documents",
+    "max_eval_samples": "max_eval_rows",
+    # TRL
+    "model_name_or_path": "student",
+    "student_model_name_or_path": "student",
+    "teacher_model_name_or_path": "teacher",
+    # DistillKit, torchtune, NeMo and others
+    "model": "student",
+    "student_model": "student",
+    "teacher_model": "teacher",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "sequence_len": "max_length",
+    "sequence_length": "max_length",
+    "seq_length": "max_length",
+    "block_size": "max_length",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "scheduler": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type",
+    "clip_grad_norm": "max_grad_norm",
+    "gradient_clip_val": "max_grad_norm",
+    "kd_temperature": "temperature",
+    "ema": "use_ema",
+    "resume": "resume_from_checkpoint",
+}
+"""Keys of other libraries that have the same meaning here under another name."""
+
+
+_DIRECTION = "divergence: forward_kl, reverse_kl, jsd, skew_forward_kl or skew_reverse_kl names it"
+
+
+_16_BITS = "bf16: true or fp16: true computes in 16 bits, param_dtype stores them"
+
+
+_CADENCE = "eval_steps and save_steps say how often; without them it is done at the end"
+
+
+EXPLAINED = {
+    # transformers
+    "load_best_model_at_end": "the best weights are always kept, in RUN_DIR/best",
+    "greater_is_better": "the smallest metric_for_best_model wins",
+    "optim": "the optimizer is AdamW",
+    "eval_strategy": _CADENCE,
+    "evaluation_strategy": _CADENCE,
+    "save_strategy": _CADENCE,
+    "use_cpu": "write device: cpu",
+    "no_cuda": "write device: cpu",
+    "trust_remote_code": "there is one per model: trust_remote_code_student and _teacher",
+    "dtype": _16_BITS,
+    "torch_dtype": _16_BITS,
+    "global_batch_size": (
+        "it is per_device_train_batch_size x gradient_accumulation_steps: set these two"
+    ),
+    # TRL
+    "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
+    "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
+    # DistillKit
+    "loss_functions": (
+        "a weight is ce_weight or kd_weight here, and is not divided by their sum; "
+        "a function is divergence"
+    ),
+    "function": _DIRECTION,
+    "loss_type": _DIRECTION,
+    "kd_loss": _DIRECTION,
+    "alpha": "as the weight of the teacher it is kd_weight, as a skew it is beta",
+    # torchtune, NeMo
+    "kd_ratio": "for kd_ratio: r write ce_weight: 1 - r and kd_weight: r",
+    "sym_kd_ratio": (
+        "it weighs two KLs, its 1 being forward: choose divergence forward_kl or reverse_kl"
+    ),
+    # KDFlow, DistiLLM
+    "jsd_beta": "there the student's share is meant: write divergence: jsd and beta: 1 - jsd_beta",
+    "lam": "with JSD write beta: 1 - lam, with a skew beta: lam",
+}
+"""Keys of other libraries that have no single counterpart here, and what to write instead."""

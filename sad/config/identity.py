@@ -1,0 +1,108 @@
+"""What makes a resumed run the same run, and the refusal of one that would take another course."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from sad.config.schema import DistillConfig, config_to_dict
+from sad.config.sections import CADENCE
+from sad.config.values import (
+    field_types,
+)
+from sad.errors import UsageError
+
+
+def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
+    """Refuse another configuration than the one in the checkpoint's identity ``old``.
+
+    It needs neither text nor models, so it can be asked before anything is loaded or written.
+    """
+    _refuse(_config_changes(old, config), config)
+
+
+def require_same_run(
+    old: dict[str, Any], new: dict[str, Any], config: DistillConfig, warn: Callable[[str], None]
+) -> bool:
+    """Refuse to resume what would not be the same run; return whether changes were allowed.
+
+    Configuration keys that decide the trajectory, the packed rows and the tokenizer must be equal;
+    versions of libraries may differ, with a warning.
+    """
+    changes = _config_changes(old, config) + [
+        f"{key}: {old[key][:12]} -> {new[key][:12]}"
+        for key in ("train_rows", "eval_rows", "tokenizer")
+        if old[key] != new[key]
+    ]
+    _refuse(changes, config)
+    if changes:
+        warn(f"resuming with changes: {'; '.join(changes)}")
+    if old["versions"] != new["versions"]:
+        differing = [k for k, v in new["versions"].items() if old["versions"].get(k) != v]
+        warn(f"the run began with other versions of {', '.join(differing)}: not bit for bit")
+    return bool(changes)
+
+
+def _config_changes(old: dict[str, Any], config: DistillConfig) -> list[str]:
+    return [
+        f"{key}: {before!r} -> {after!r}"
+        for key, before, after in trajectory_changes(old["config"], config)
+    ]
+
+
+def _refuse(changes: list[str], config: DistillConfig) -> None:
+    if changes and not config.allow_config_change:
+        raise UsageError(
+            f"a resumed run must keep what decides its course, got {'; '.join(changes)}; restore "
+            "these, or pass --allow_config_change true"
+        )
+
+
+def config_hash(config: DistillConfig) -> str:
+    """SHA-256 of the keys that decide the trajectory: equal for a run and its resumption."""
+    return hashlib.sha256(json.dumps(_trajectory(config), sort_keys=True).encode()).hexdigest()
+
+
+def trajectory_changes(old: dict[str, Any], new: DistillConfig) -> list[tuple[str, Any, Any]]:
+    """The keys that decide the trajectory and differ: (dotted key, old value, new value).
+
+    ``old`` is a ``config_to_dict`` of the past. A key it does not have yet counts as having had its
+    default: that is how the run behaved before the key existed.
+    """
+    before = _trajectory_defaults() | flatten(old)
+    return [
+        (key, before[key], value)
+        for key, value in _trajectory(new).items()
+        if key not in before or before[key] != value
+    ]
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"data": {"train": x}}`` as ``{"data.train": x}``."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat |= {prefix + name: value} if inner is None else inner
+    return flat
+
+
+def _trajectory(config: DistillConfig) -> dict[str, Any]:
+    cadence = set(_cadence_keys(DistillConfig))
+    return {k: v for k, v in flatten(config_to_dict(config)).items() if k not in cadence}
+
+
+def _cadence_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    types = field_types(cls)
+    for f in fields(cls):
+        if is_dataclass(types[f.name]):
+            yield from _cadence_keys(types[f.name], f"{prefix}{f.name}.")
+        elif f.metadata == CADENCE:
+            yield prefix + f.name
+
+
+def _trajectory_defaults() -> dict[str, Any]:
+    defaults = _trajectory(DistillConfig(student="-", teacher="-"))
+    return {key: value for key, value in defaults.items() if key not in ("student", "teacher")}

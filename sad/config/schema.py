@@ -1,0 +1,424 @@
+"""The configuration: frozen dataclasses that are schema, YAML file and command line at once.
+
+Names that users know from ``transformers.TrainingArguments`` are reused where the meaning is the
+same. Suffixes tell the unit: ``_steps`` counts optimizer steps, ``_batches`` micro-batches,
+``_ratio`` is a fraction of training.
+
+Whatever builds a configuration, its values are converted and checked here, so that everything that
+costs time (loading weights, reading text) comes after. ``sad.config.load`` reads files and the
+command line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+import yaml
+from sad_kernels.objective import Divergence, Objective
+
+from sad.config.sections import (
+    CADENCE,
+    AttentionConfig,
+    ContrastiveConfig,
+    CurriculumConfig,
+    DataConfig,
+    FeatureConfig,
+    LayerwiseConfig,
+    RelationsConfig,
+    RouterConfig,
+    RoutingConfig,
+    TAIDConfig,
+)
+from sad.config.values import (
+    BELOW_ONE,
+    FRACTION,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT,
+    ConfigError,
+    Range,
+    convert_and_check,
+    field_types,
+    require,
+)
+
+STRUCTURAL = ("feature", "attention", "relations", "layerwise", "contrastive", "router")
+"""Losses that look inside both models. Each is a section with a ``weight``."""
+
+SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Impl = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Everything that decides a run. The resolved configuration is saved with the run and in every
+    checkpoint.
+
+    Values are converted to the types of their fields (``"1e-4"`` to a float, a text to a tuple of
+    one) and checked. Raises ``UsageError`` for a wrong type, a value out of range, or keys that
+    contradict each other.
+    """
+
+    # Models
+    student: str
+    """Hugging Face id or local path of the student, or with `student_init: random` of its
+    configuration."""
+    teacher: str | None = None
+    """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
+    tokenizer: str | None = None
+    """Hugging Face id or local path of the tokenizer. Default: the student's own."""
+    student_init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the student from its configuration alone, with weights drawn from `seed`."""
+    teacher_dtype: DtypeName | None = None
+    """Dtype of the frozen teacher. Default: the compute dtype."""
+    device: str = field(default="auto", metadata=CADENCE)
+    """`auto` takes CUDA where there is one, else the CPU."""
+    teacher_device: str | None = field(default=None, metadata=CADENCE)
+    """Device of the teacher's layers (its head stays with the student). Default: `device`."""
+    attn_implementation: str | None = None
+    """Attention of both models, as in transformers: `sdpa`, `eager` ... Default: what transformers
+    chooses for each family, which is `sdpa` where the family has it."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in backward instead of keeping them."""
+    trust_remote_code_student: bool = field(default=False, metadata=CADENCE)
+    """Run code that comes with the student's repository."""
+    trust_remote_code_teacher: bool = field(default=False, metadata=CADENCE)
+    """Run code that comes with the teacher's repository."""
+
+    # Data
+    data: DataConfig = field(default_factory=DataConfig)
+    max_length: int = 1024
+    """Tokens per row."""
+    packing: bool = True
+    """Several documents per row, each blind to the others. `false`: one document per row,
+    right-padded."""
+
+    # Objective
+    ce_weight: float | None = None
+    """Weight of the cross-entropy against the text. Default: `1 - kd_weight`."""
+    kd_weight: float = 0.7
+    """Weight of the divergence from the teacher."""
+    temperature: float = 2.0
+    """Softens both distributions in the divergence."""
+    scale_t2: bool = True
+    """Multiply the divergence by temperature^2, which keeps its gradient's size."""
+    divergence: Divergence = "forward_kl"
+    """Which divergence; see `sad_kernels.Objective`."""
+    beta: float = 0.5
+    """Mixture weight of jsd and the skew divergences."""
+    label_smoothing: float = 0.1
+    """Mass spread over all classes in the training cross-entropy. Evaluation uses none."""
+    z_loss: float = 0.0
+    """Weight of lse^2."""
+    chunk_bytes: int | None = None
+    """Memory budget of the loss. Default: that of `sad_kernels`."""
+    impl: Impl = "auto"
+    """Which implementation of the kernels."""
+    use_curriculum: bool = True
+    """Phase the structural losses in: see `sad.curriculum`."""
+    projector_lr_ratio: float = 1.0
+    """Learning rate of the projectors of structural losses, relative to `learning_rate`."""
+    feature: FeatureConfig = field(default_factory=FeatureConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    relations: RelationsConfig = field(default_factory=RelationsConfig)
+    layerwise: LayerwiseConfig = field(default_factory=LayerwiseConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    taid: TAIDConfig = field(default_factory=TAIDConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    baseline: bool = False
+    """Also train the same student without the teacher, on the same batches for as many steps, and
+    add it to the result table."""
+
+    # Length
+    num_train_epochs: float = 1.0
+    """Passes over the data, if `max_steps` is not given."""
+    max_steps: int = -1
+    """Optimizer steps; positive values override `num_train_epochs`."""
+    per_device_train_batch_size: int = 8
+    """Rows per micro-batch."""
+    per_device_eval_batch_size: int = field(default=8, metadata=CADENCE)
+    """Rows per evaluation batch."""
+    max_eval_rows: int | None = field(default=None, metadata=CADENCE)
+    """Evaluate on at most this many held-out rows."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+
+    # Optimizer and schedule
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """Global norm the gradient is clipped to; 0 turns clipping off."""
+    lr_scheduler_type: SchedulerName = "linear"
+    """Shape of the schedule after warm-up."""
+    scheduler_unit: Literal["batch", "optimizer_step"] = "batch"
+    """When the scheduler steps: once per micro-batch, or once per optimizer step."""
+    warmup_steps: float = 0
+    """Warm-up in optimizer steps; below 1: as a fraction of training, as in transformers 5."""
+    warmup_batches: int = 0
+    """Warm-up in micro-batches."""
+    warmup_ratio: float = 0.0
+    """Warm-up as a fraction of training."""
+    min_lr_ratio: float = 0.0
+    """Floor of the schedule, relative to the peak."""
+    decay_ratio: float = 0.2
+    """Length of the final decay of `wsd`, as a fraction of training."""
+
+    # Precision
+    bf16: bool = False
+    """Compute in bfloat16 (autocast over fp32 parameters, unless `param_dtype` says otherwise)."""
+    fp16: bool = False
+    """Compute in float16 with a GradScaler."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the student's parameters."""
+    master_weights: bool = True
+    """With bfloat16 parameters: keep fp32 masters that the optimizer updates."""
+    max_nonfinite_steps: int = 3
+    """So many updates in a row with a non-finite gradient stop the run."""
+
+    # EMA
+    use_ema: bool = True
+    """Keep an exponential moving average of the student, evaluate it, export it if it is better."""
+    ema_decay: float = 0.9999
+    """Decay of the average."""
+    ema_warmup: bool = True
+    """Lower the decay in the first updates: min(ema_decay, (1 + n) / (10 + n))."""
+
+    # Run
+    output_dir: str = field(default="runs/sad", metadata=CADENCE)
+    """The run's directory."""
+    seed: int = 42
+    """Seed of initialisation, order and dropout."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms on GPUs, at some cost."""
+    resume_from_checkpoint: str | None = field(default=None, metadata=CADENCE)
+    """`auto`, or the path of a checkpoint."""
+    allow_config_change: bool = field(default=False, metadata=CADENCE)
+    """Resume although keys that decide the trajectory have changed."""
+    logging_steps: int = field(default=10, metadata=CADENCE)
+    """Log every so many optimizer steps."""
+    eval_steps: int | None = field(default=None, metadata=CADENCE)
+    """Evaluate every so many optimizer steps. Default: at the end only."""
+    save_steps: int | None = field(default=None, metadata=CADENCE)
+    """Save every so many optimizer steps. Default: at the end of each epoch only."""
+    save_total_limit: int = field(default=2, metadata=CADENCE)
+    """Checkpoints kept (at least 2: one to fall back to)."""
+    metric_for_best_model: str | None = field(default=None, metadata=CADENCE)
+    """Smallest wins. Default: `eval_ema/nll`, else `eval/nll`."""
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(
+        default=(), metadata=CADENCE
+    )
+    """Trackers to send the log to besides `log.jsonl`."""
+    debug: bool = field(default=False, metadata=CADENCE)
+    """Show tracebacks for every error."""
+
+    def __post_init__(self) -> None:
+        convert_and_check(self, _RANGES)
+        _check_models(self)
+        _check_objective(self)
+        _check_structure(self)
+        _check_schedule(self)
+        _check_precision(self)
+        _check_metric(self)
+
+    @property
+    def structural_weights(self) -> dict[str, float]:
+        """Loss -> its full weight, of the structural losses that are on."""
+        weights = {name: getattr(self, name).weight for name in STRUCTURAL}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
+        """What is minimised while the divergence has the weight ``kd_weight`` (default: the
+        configured one). The weight of the cross-entropy does not follow it."""
+        return Objective(
+            ce_weight=1 - self.kd_weight if self.ce_weight is None else self.ce_weight,
+            kd_weight=self.kd_weight if kd_weight is None else kd_weight,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            temperature=self.temperature,
+            scale_t2=self.scale_t2,
+            divergence=self.divergence,
+            beta=self.beta,
+            teacher_share=teacher_share,
+        )
+
+
+def text_alone() -> dict[str, Any]:
+    """The keys, for ``dataclasses.replace``, of the same run without anything of the teacher's."""
+    sections = (*STRUCTURAL, "curriculum", "taid", "routing")
+    types = field_types(DistillConfig)
+    return {"kd_weight": 0.0, "ce_weight": 1.0} | {name: types[name]() for name in sections}
+
+
+def config_to_dict(config: DistillConfig) -> dict[str, Any]:
+    """The configuration as JSON knows it: nested dicts, lists for tuples."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def config_to_yaml(config: DistillConfig) -> str:
+    """The resolved configuration as YAML that loads to an equal one."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+_RANGES = {
+    "student": NOT_EMPTY,
+    "teacher": NOT_EMPTY,
+    "tokenizer": NOT_EMPTY,
+    "output_dir": NOT_EMPTY,
+    "max_length": POSITIVE_INT,
+    "chunk_bytes": POSITIVE_INT,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range("be -1 or at least 1", lambda v: v == -1 or v >= 1),
+    "per_device_train_batch_size": POSITIVE_INT,
+    "per_device_eval_batch_size": POSITIVE_INT,
+    "max_eval_rows": POSITIVE_INT,
+    "gradient_accumulation_steps": POSITIVE_INT,
+    "learning_rate": NOT_NEGATIVE,
+    "projector_lr_ratio": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "warmup_steps": Range(
+        "be a whole number of steps, or a fraction below 1",
+        lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
+    ),
+    "warmup_batches": NOT_NEGATIVE,
+    "warmup_ratio": FRACTION,
+    "min_lr_ratio": FRACTION,
+    "decay_ratio": FRACTION,
+    "max_nonfinite_steps": POSITIVE_INT,
+    "ema_decay": BELOW_ONE,
+    "seed": Range("lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
+    "logging_steps": POSITIVE_INT,
+    "eval_steps": POSITIVE_INT,
+    "save_steps": POSITIVE_INT,
+    "save_total_limit": Range("be at least 2", lambda v: v >= 2),
+}
+"""Key -> what its value must satisfy, unless it is None. ``Objective`` checks its own."""
+
+_METRICS = ("nll", "perplexity", "bits_per_byte", "kl")
+"""The figures of an evaluation of which less is better."""
+
+
+def _check_models(config: DistillConfig) -> None:
+    require(
+        "teacher",
+        "be given unless kd_weight is 0",
+        config.teacher,
+        "name a model, or set kd_weight: 0 to train on the text alone",
+        holds=config.teacher is not None or config.kd_weight == 0,
+    )
+    for name in config.structural_weights:
+        require(
+            "teacher",
+            f"be given for {name}.weight above 0",
+            config.teacher,
+            f"name a model, or set {name}.weight: 0",
+            holds=config.teacher is not None,
+        )
+    for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
+        remedy = "write auto, cpu, cuda or one such as cuda:1"
+        known = name is None or (key == "device" and name == "auto") or _is_device(name)
+        require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_objective(config: DistillConfig) -> None:
+    require(
+        "kd_weight",
+        "be at most 1 unless ce_weight is given",
+        config.kd_weight,
+        "the default of ce_weight, 1 - kd_weight, would be negative",
+        holds=config.ce_weight is not None or config.kd_weight <= 1,
+    )
+    try:
+        objective = config.objective()
+    except (TypeError, ValueError) as error:  # the message opens with the name of the key
+        raise ConfigError(str(error).split()[0], str(error)) from None
+    require(
+        "kd_weight",
+        "be above 0 when ce_weight and all structural weights are 0",
+        config.kd_weight,
+        "with all of them at 0 there is nothing to learn",
+        holds=bool(objective.ce_weight or objective.kd_weight or config.structural_weights),
+    )
+
+
+def _check_structure(config: DistillConfig) -> None:
+    """What needs the divergence from the teacher is refused without it."""
+    for key, on in (
+        ("taid.enabled", config.taid.enabled),
+        ("routing.mode", config.routing.mode != "teacher"),
+    ):
+        require(
+            "kd_weight",
+            f"be above 0 with {key}",
+            config.kd_weight,
+            f"raise it, or leave {key} out",
+            holds=not on or config.kd_weight > 0,
+        )
+
+
+def _check_schedule(config: DistillConfig) -> None:
+    keys = ("warmup_steps", "warmup_batches", "warmup_ratio")
+    given = [key for key in keys if getattr(config, key)]
+    if len(given) > 1:
+        values = " and ".join(f"{key}={getattr(config, key)}" for key in given)
+        raise ConfigError(
+            given[1], f"warm-up must be given once, got {values}; keep the one in the unit you mean"
+        )
+
+
+def _check_precision(config: DistillConfig) -> None:
+    require(
+        "fp16",
+        "be false when bf16 is true",
+        config.fp16,
+        "choose one compute dtype",
+        holds=not (config.bf16 and config.fp16),
+    )
+    require(
+        "fp16",
+        "be false with param_dtype bfloat16",
+        config.fp16,
+        "bfloat16 parameters compute in bfloat16",
+        holds=not (config.fp16 and config.param_dtype == "bfloat16"),
+    )
+
+
+def _check_metric(config: DistillConfig) -> None:
+    if config.metric_for_best_model is None:
+        return
+    prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
+    names = [name for name in _METRICS if name != "kl" or config.teacher is not None]
+    choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
+    require(
+        "metric_for_best_model",
+        f"be one of {', '.join(choices)}",
+        config.metric_for_best_model,
+        "choose one of these, of which the smallest wins",
+        holds=config.metric_for_best_model in choices,
+    )
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,204 @@
+"""Plain values into the types of dataclass fields, wherever they come from.
+
+A value may be a text (from the command line; also YAML's ``1e-4``, which PyYAML reads as one), a
+Python number, a list for a tuple, or a mapping for a nested dataclass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from sad.errors import UsageError
+
+NULL_WORDS = frozenset({"null", "none"})
+
+
+class Mismatch(Exception):
+    """A value that does not fit a type: what the value must be, and what to do about it."""
+
+    def __init__(self, expectation: str, remedy: str) -> None:
+        super().__init__(expectation)
+        self.expectation = expectation
+        self.remedy = remedy
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> resolved type of each field, in order."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+@cache
+def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field that is not itself a dataclass, nested ones included."""
+    leaves: dict[str, Any] = {}
+    for name, hint in field_types(cls).items():
+        nested = is_dataclass(hint) and isinstance(hint, type)
+        leaves |= leaf_types(hint, f"{prefix}{name}.") if nested else {prefix + name: hint}
+    return leaves
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """``value`` as an instance of ``hint``; raises ``Mismatch`` if it is no such thing."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        null = value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)
+        return None if null else convert(without_none(hint), value)
+    if origin is tuple:
+        inner = get_args(hint)[0]
+        if get_origin(inner) is tuple:
+            value = _written_out(value)
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(convert(inner, item) for item in items)
+    if origin is Literal:
+        return _choice(get_args(hint), value)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _section(hint, value)
+    return _SCALARS[hint](value)
+
+
+def _written_out(value: Any) -> Any:
+    """Lists of lists as a command line gives them: one word, ``[[0, 0], [-1, -1]]``."""
+    word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    if not isinstance(word, str):
+        return value
+    try:
+        return json.loads(word)
+    except json.JSONDecodeError:
+        raise Mismatch("be a list of lists", "write it such as [[0, 0], [-1, -1]]") from None
+
+
+def without_none(hint: Any) -> Any:
+    """``X`` of ``X | None``; any other type as it is."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    (inner,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
+    return inner
+
+
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
+    if value not in choices:
+        raise Mismatch(f"be one of {', '.join(choices)}", "choose one of these")
+    return value
+
+
+def _section(cls: type, value: Any) -> Any:
+    if isinstance(value, cls):
+        return value
+    names = field_types(cls)
+    if not isinstance(value, Mapping) or not names.keys() >= value.keys():
+        raise Mismatch(f"be a section with keys among {', '.join(names)}", "set one of these keys")
+    return cls(**value)
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if not isinstance(value, bool):
+        raise Mismatch("be true or false", "write one of the two")
+    return value
+
+
+def _to_float(value: Any) -> float:
+    number = _number(value)
+    if number is None or not math.isfinite(number):
+        raise Mismatch("be a finite number", "write one such as 0.5 or 1e-4")
+    return float(number)
+
+
+def _to_int(value: Any) -> int:
+    number = _number(value)
+    if number is None or not math.isfinite(number) or number != int(number):
+        raise Mismatch("be a whole number", "write one such as 8")
+    return int(number)
+
+
+def _to_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Mismatch("be a text", "write one, in quotes if it looks like a number")
+    return value
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, str):
+        for parse in (int, float):
+            try:
+                return parse(value)
+            except ValueError:
+                continue
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+}
+
+
+class ConfigError(UsageError):
+    """A value that does not fit; ``key`` is dotted, so that a reader can add file and line."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Range(NamedTuple):
+    expectation: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE_INT = Range("be at least 1", lambda v: v >= 1)
+
+
+NOT_NEGATIVE = Range("be at least 0", lambda v: v >= 0)
+
+
+POSITIVE = Range("be above 0", lambda v: v > 0)
+
+
+FRACTION = Range("lie in [0, 1]", lambda v: 0 <= v <= 1)
+
+
+BELOW_ONE = Range("lie in [0, 1)", lambda v: 0 <= v < 1)
+
+
+NOT_EMPTY = Range("not be empty", lambda v: v.strip() != "")
+
+
+def convert_and_check(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> None:
+    """Convert every field of a dataclass to its type, and hold each to its range, if it has one.
+
+    ``prefix`` is the name of a section with its dot. Raises ``ConfigError``.
+    """
+    for name, hint in field_types(type(config)).items():
+        key, value = prefix + name, getattr(config, name)
+        try:
+            value = convert(hint, value)
+        except Mismatch as error:
+            message = f"{key} must {error.expectation}, got {value!r}; {error.remedy}"
+            raise ConfigError(key, message) from None
+        object.__setattr__(config, name, value)
+        if name in ranges and value is not None:
+            remedy = "choose such a value, or leave the key out for its default"
+            require(key, ranges[name].expectation, value, remedy, holds=ranges[name].holds(value))
+
+
+def require(key: str, expectation: str, value: object, remedy: str, *, holds: bool) -> None:
+    if not holds:
+        raise ConfigError(key, f"{key} must {expectation}, got {value!r}; {remedy}")

@@ -1,0 +1,1 @@
+"""Text to packed rows of tokens: reading, splitting, tokenizing, packing, batching."""

@@ -1,0 +1,236 @@
+"""Rows of tokens become batches, in an order that is a pure function of seed, epoch and position.
+
+Rows are packed once (``sad.data.packing`` says how) and kept in a cache, in a folder whose name is
+a fingerprint of everything that decides their content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sad.checkpoint.atomic_files import TEMPORARY, describe
+from sad.config.schema import DistillConfig
+from sad.data.batch import IGNORE_INDEX, Batch, Units
+from sad.data.packing import (
+    DOCUMENTS,
+    TARGET_BYTES,
+    TOKENS,
+    cut_rows,
+    fingerprint_rows,
+    read_index,
+    write_rows,
+)
+from sad.data.split import DocumentSet, split_documents
+from sad.errors import OutputError
+
+_WEEK = 7 * 24 * 3600.0
+
+logger = logging.getLogger(__name__)
+
+
+class PackedRows:
+    """Rows in a folder of the cache; the token stream stays on disk, mapped into memory.
+
+    ``num_targets``, ``num_segments``, ``num_sequences`` and ``target_bytes`` are int64 arrays with
+    one entry per row. Whoever trains on the rows checks ``max_token_id`` against the model's
+    embedding.
+
+    Raises ``ValueError``, ``KeyError`` or ``OSError`` if the folder is not as it was written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = read_index(folder)
+        self.fingerprint: str = index["fingerprint"]
+        self.max_length: int = index["max_length"]
+        self.max_token_id: int = index["max_token_id"]
+        self.target_bytes = np.fromfile(folder / TARGET_BYTES, dtype="<i8")
+        self._tokens = np.memmap(folder / TOKENS, dtype=index["token_dtype"], mode="r")
+        self._documents = np.fromfile(folder / DOCUMENTS, dtype="<i8")  # where each begins
+        self._ends = np.append(self._documents[1:], len(self._tokens))
+        self._starts, self._lengths = cut_rows(
+            self._documents, len(self._tokens), self.max_length, packing=index["packing"]
+        )
+        # Of the inputs of a row only those that end a document have no target.
+        last_tokens = self._ends - 1
+        self.num_targets = self._lengths - (
+            np.searchsorted(last_tokens, self._starts + self._lengths)
+            - np.searchsorted(last_tokens, self._starts)
+        )
+        ends = self._starts + self._lengths
+        cuts = np.unique(np.concatenate([self._documents, self._starts, ends]))
+        sizes = np.diff(cuts, append=len(self._tokens))
+        rows = np.searchsorted(self._starts, cuts, side="right") - 1
+        in_row = (rows >= 0) & (cuts < ends[rows])  # not: the last token of a document, on its own
+        rows, sizes = rows[in_row], sizes[in_row]
+        self.num_segments = np.bincount(rows, minlength=len(self))
+        self.num_sequences = np.bincount(rows[sizes > 1], minlength=len(self))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def units(self, row_numbers: Sequence[int] | np.ndarray) -> Units:
+        """What a batch of these rows will hold; nothing is read for it."""
+        rows = np.asarray(row_numbers, dtype=np.int64)
+        segments = self.num_segments[rows]
+        return Units(
+            targets=int(self.num_targets[rows].sum()),
+            tokens=int((self._lengths[rows] - segments).sum()),
+            sequences=int(self.num_sequences[rows].sum()),
+            max_segments=int(segments.max(initial=1)),
+        )
+
+    def batch(self, row_numbers: Sequence[int] | np.ndarray) -> Batch:
+        """The rows of these numbers, in their order."""
+        rows = np.asarray(row_numbers, dtype=np.int64)
+        start = self._starts[rows][:, None]  # [B, 1]
+        length = self._lengths[rows][:, None]  # [B, 1]
+        column = np.arange(self.max_length)  # [L]
+        # Padding repeats the last input of its row. It has no target, and what comes before it
+        # cannot see it, so neither its tokens nor its positions matter: positions run on.
+        at = start + np.minimum(column, length - 1)  # [B, L], positions in the stream
+        document = np.searchsorted(self._documents, at, side="right") - 1
+        has_target = (column < length) & (at + 1 < self._ends[document])
+        labels = np.where(has_target, self._tokens[at + 1].astype(np.int64), IGNORE_INDEX)
+        positions = column - (np.maximum(self._documents[document], start) - start)
+        return Batch(
+            input_ids=torch.from_numpy(self._tokens[at].astype(np.int64)),
+            labels=torch.from_numpy(labels),
+            position_ids=torch.from_numpy(positions),
+            lengths=torch.from_numpy(self._lengths[rows].astype(np.int64)),
+            units=self.units(rows),
+            target_bytes=int(self.target_bytes[rows].sum()),
+        )
+
+
+def row_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """The order of the rows in an epoch, int64 [num_rows]: a pure function of its arguments.
+
+    Row ``i`` sorts by output ``i`` of the SplitMix64 generator (Steele, Lea, Flood: Fast splittable
+    pseudorandom number generators, 2014) whose state is a BLAKE2b hash of seed and epoch. Nothing
+    but 64-bit arithmetic is involved, so no library's next version changes the order. The outputs
+    are distinct: each row comes once per epoch.
+    """
+    key = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
+    state = np.frombuffer(key, dtype="<u8")  # [1]: array arithmetic wraps around silently
+    z = state + np.arange(1, num_rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return np.argsort(z, kind="stable").astype(np.int64)
+
+
+def load_rows(
+    config: DistillConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[PackedRows, PackedRows]:
+    """Training rows and held-out rows; raises what reading and ``pack_documents`` raise."""
+    cache = _cache_directory(config.data.cache_dir)
+    train, held_out = (
+        pack_documents(
+            documents,
+            tokenizer,
+            max_length=config.max_length,
+            packing=config.packing,
+            cache_dir=cache,
+        )
+        for documents in split_documents(config.data)
+    )
+    return train, held_out
+
+
+def pack_documents(
+    documents: DocumentSet,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    packing: bool,
+    cache_dir: Path,
+) -> PackedRows:
+    """Rows of these documents, from the cache if they are there and undamaged.
+
+    Raises ``UnfitError`` if the tokenizer has no end-of-text token or the documents give no tokens,
+    and ``OutputError`` if the cache cannot be written.
+    """
+    name = fingerprint_rows(documents, tokenizer, max_length, packing=packing)
+    folder = cache_dir / f"rows-{name}"
+    rows = _from_cache(folder)
+    if rows is not None:
+        return rows
+
+    tmp = cache_dir / f"{TEMPORARY}rows-{secrets.token_hex(8)}"
+    try:
+        tmp.mkdir(parents=True)
+        _sweep(cache_dir)
+        write_rows(tmp, name, documents, tokenizer, max_length, packing=packing)
+        return _publish(tmp, folder)
+    except OSError as error:
+        raise OutputError(
+            f"data.cache_dir must be writable, got {describe(error)} in {cache_dir}; free space, "
+            "or choose another data.cache_dir"
+        ) from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+# The cache
+
+
+def _cache_directory(configured: str | None) -> Path:
+    path = configured or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sad")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OutputError(
+            f"data.cache_dir must be a directory, got {path} for a user without a home; set it"
+        ) from error
+
+
+def _from_cache(folder: Path) -> PackedRows | None:
+    """Rows that are whole; what is damaged is removed."""
+    if not folder.exists():
+        return None
+    try:
+        return PackedRows(folder)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("packed rows are damaged and made again: %s (%s)", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _publish(tmp: Path, folder: Path) -> PackedRows:
+    """Give finished rows their name. Nothing forces them to disk: damage is found when reading."""
+    try:
+        tmp.rename(folder)
+    except OSError:
+        rows = _from_cache(folder)  # of another process that was faster
+        if rows is None:
+            raise
+        return rows
+    return PackedRows(folder)
+
+
+def _sweep(cache_dir: Path) -> None:
+    """Remove what processes left behind that were killed while they packed."""
+    for path in cache_dir.glob(f"{TEMPORARY}rows-*"):
+        with suppress(FileNotFoundError):  # another process has just finished or swept it
+            if time.time() - path.stat().st_mtime > _WEEK:
+                shutil.rmtree(path, ignore_errors=True)

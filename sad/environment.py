@@ -1,0 +1,178 @@
+"""The process and its machine: devices, memory in use, seeds, versions, signals, quiet libraries.
+
+The first signal that asks a run to stop is a request, the second an order. Whoever runs jobs on
+borrowed machines gets SIGTERM or SIGUSR1 some seconds before the machine goes away; whoever sits at
+a terminal presses Ctrl-C. The trainer looks at ``StopSignals.requested`` after each micro-batch,
+saves its state and leaves. A second signal does not wait for that.
+
+What needs torch or transformers imports it when called: ``sad --version`` waits for neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from sad.errors import UsageError, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("student-aware-distillation", "torch", "triton", "transformers", "tokenizers", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """Package -> installed version, and Python's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+HUB = logging.getLogger("huggingface_hub")
+"""It announces each of its attempts to reach the network; the last one fails with an error."""
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back progress bars of transformers, and all that it and the Hub's client log below
+    errors."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_level = HUB.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    HUB.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        HUB.setLevel(hub_level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Catches SIGTERM, SIGINT and SIGUSR1 while its block runs.
+
+    >>> with StopSignals() as signals:
+    ...     signals.requested is None
+    True
+
+    The second signal, whichever it is, ends the process at once with ``128 + n``: nothing is
+    flushed and no ``finally`` runs. Handlers that were there before come back at the end of the
+    block. Only the main thread may set handlers, so in any other this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """Name of the first signal, such as ``SIGTERM``; None as long as nobody asked."""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {
+                number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS
+            }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be named.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            os._exit(128 + number)
+        self.requested = signal.Signals(number).name
+
+
+def memory_now(device: torch.device | str | int | None = None) -> dict[str, int]:
+    """Memory in use, in bytes.
+
+    ``rss_bytes`` is the resident memory of this process, ``rss_peak_bytes`` its highest so far
+    (Linux only). Once CUDA is in use, for ``device``: ``cuda_used_bytes`` of ``cuda_total_bytes``
+    by all processes, ``cuda_peak_bytes`` the highest sum of this process's tensors, and
+    ``cuda_reserved_bytes`` what its allocator holds.
+    """
+    import torch
+
+    memory = {"rss_bytes": psutil.Process().memory_info().rss} | _peak_rss()
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info(device)
+        memory |= {
+            "cuda_used_bytes": total - free,
+            "cuda_total_bytes": total,
+            "cuda_peak_bytes": torch.cuda.max_memory_allocated(device),
+            "cuda_reserved_bytes": torch.cuda.memory_reserved(device),
+        }
+    return memory
+
+
+def _peak_rss() -> dict[str, int]:
+    """The kernel's high-water mark; that of ``getrusage`` is inherited from the parent process."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return {}
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return {"rss_peak_bytes": 1024 * int(line.split()[1])}
+    return {}
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; ``UsageError`` for a device not here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            f"device must be one that this machine has, got {name} ({one_line(error)}); "
+            "use auto or cpu"
+        ) from error
+    return device
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Start every global generator from ``seed``; ``deterministic`` also picks the kernels of torch
+    whose sums have one order, or raises where there is none."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

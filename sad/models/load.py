@@ -1,0 +1,246 @@
+"""Loading teacher and student; how they are taken apart is in ``sad.models.heads``.
+
+Whatever goes wrong with a model that a user named ends as one line: ``UsageError`` if there is no
+such model, ``UnfitError`` if there is one but it cannot do the job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from sad.config.schema import DistillConfig
+from sad.environment import quiet_libraries, resolve_device
+from sad.errors import SadError, UnfitError, UsageError, one_line
+from sad.models.heads import Backbone, split_head, with_valid_vocab
+
+__all__ = [
+    "Backbone",
+    "build_model",
+    "compute_dtype",
+    "enable_checkpointing",
+    "load_student",
+    "load_teacher",
+    "read_model_config",
+    "resolve_device",
+    "split_head",
+    "teacher_dtype",
+    "with_valid_vocab",
+]
+
+Role = Literal["student", "teacher"]
+
+
+def load_student(config: DistillConfig) -> PreTrainedModel:
+    """The student in ``param_dtype`` on ``device``, in training mode and without a cache.
+
+    With ``student_init: random`` only its configuration is read, and the weights are drawn from
+    ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes.
+    Gradient checkpointing is non-reentrant. The global random state is left as it was.
+
+    Raises ``UsageError`` if there is no such model or device, ``UnfitError`` if the model is not
+    causal or its weights are incomplete or damaged.
+    """
+    device, dtype = resolve_device(config.device), getattr(torch, config.param_dtype)
+    if config.student_init == "random":
+        model: Any = _random_student(config).to(dtype)
+    else:
+        model = _pretrained_model(config, "student", dtype)
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model.to(device).train()
+
+
+def load_teacher(config: DistillConfig) -> PreTrainedModel:
+    """The teacher in its own dtype on ``teacher_device``: frozen, in eval mode, without a cache.
+
+    Raises like ``load_student``.
+    """
+    device = resolve_device(config.teacher_device or config.device)
+    model: Any = _pretrained_model(config, "teacher", teacher_dtype(config))
+    model.config.use_cache = False
+    return model.to(device).requires_grad_(False).eval()
+
+
+def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
+    """What transformers knows of the student or the teacher without reading its weights.
+
+    Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
+    """
+    name, trust = _name_and_trust(config, role)
+    with quiet_libraries(), _explained(role, name):
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    own_code = getattr(model_config, "auto_map", None) or {}
+    known = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
+    if not known or getattr(model_config, "is_encoder_decoder", False):
+        raise UnfitError(
+            f"{role} must be a causal language model, got {name} (model_type "
+            f"{model_config.model_type!r}); choose a decoder-only model"
+        )
+    return model_config
+
+
+def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture alone, its weights drawn at random on the device that is current.
+
+    Raises like ``read_model_config``.
+    """
+    name, trust = _name_and_trust(config, role)
+    model_config = read_model_config(config, role)
+    attention = _attention(config, role, name, model_config)
+    with quiet_libraries(), _explained(role, name, attention):
+        return AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust,
+        )
+
+
+def compute_dtype(config: DistillConfig) -> torch.dtype:
+    """The dtype of the student's matrix products."""
+    if config.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else getattr(torch, config.param_dtype)
+
+
+def teacher_dtype(config: DistillConfig) -> torch.dtype:
+    """The dtype of the teacher's weights and products."""
+    return getattr(torch, config.teacher_dtype) if config.teacher_dtype else compute_dtype(config)
+
+
+def _random_student(config: DistillConfig) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_model(config, "student", torch.float32)
+
+
+def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
+    name, trust = _name_and_trust(config, role)
+    model_config = read_model_config(config, role)
+    attention = _attention(config, role, name, model_config)
+    with quiet_libraries(), _explained(role, name, attention):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise UnfitError(
+            f"{role} must come with all weights of {type(model).__name__}, got {name} without "
+            f"{len(missing)} of them (first {missing[0]!r}); choose a model that was saved as a "
+            "causal language model"
+        )
+    return model
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward (non-reentrant); ``UsageError`` if the model cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"gradient_checkpointing must be false for {type(model).__name__}, which does not "
+            "support it, got true; turn it off"
+        )
+    # Newer versions of transformers know it by another name, and warn at the old one.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
+    """The local path or hub id of a model, and whether its own code may run."""
+    if role == "student":
+        name, trust = config.student, config.trust_remote_code_student
+    else:
+        name, trust = config.teacher, config.trust_remote_code_teacher
+    if not name:
+        raise UsageError(f"{role} must be a folder or a Hugging Face id, got none; set `{role}`")
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return str(path.resolve()), trust
+    if path.exists():
+        raise UsageError(
+            f"{role} must be a folder with a saved model, got {name}, which holds no config.json; "
+            "save one there with save_pretrained, or name another"
+        )
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(
+            f"{role} must be a folder that exists or a Hugging Face id, got {name}; check the path "
+            f"(seen from {os.getcwd()})"
+        )
+    return name, trust
+
+
+def _attention(
+    config: DistillConfig, role: Role, name: str, model_config: PreTrainedConfig
+) -> str | None:
+    """The attention to ask for; None leaves the choice to transformers.
+
+    It is not left where scores are capped: before 5.23 transformers chose sdpa there, or took it,
+    and went on without the cap.
+    """
+    chosen = config.attn_implementation
+    if not getattr(model_config, "attn_logit_softcapping", None):
+        return chosen
+    if chosen == "sdpa":
+        raise _no_such_attention(role, name, chosen)
+    return chosen or "eager"
+
+
+def _no_such_attention(role: Role, name: str, attention: str) -> UsageError:
+    return UsageError(
+        f"attn_implementation must be one that the {role} {name} has, got {attention}; "
+        "leave the key out, or set attn_implementation: eager"
+    )
+
+
+@contextmanager
+def _explained(role: Role, name: str, attention: str | None = None) -> Iterator[None]:
+    """Turn what transformers raises about a model into one line."""
+    try:
+        yield
+    except OSError as error:  # no such model, no network, no permission, nothing in the folder
+        raise UsageError(
+            f"{role} must be a folder with a saved model, or a Hugging Face id that can be "
+            f"fetched, got {name} ({one_line(error)}); check the name and the network"
+        ) from error
+    except ImportError as error:
+        raise UsageError(
+            f"{role} must run with what is installed, got {name} ({one_line(error)}); install what "
+            "is missing, or choose another attn_implementation"
+        ) from error
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _refusal(role, name, attention, error) from error
+
+
+def _refusal(role: Role, name: str, attention: str | None, error: Exception) -> SadError:
+    message = str(error)
+    if "trust_remote_code" in message:
+        return UsageError(
+            f"{role} must be a model that transformers knows, got {name}, which comes with code of "
+            f"its own; read that code, then set trust_remote_code_{role}: true"
+        )
+    if attention is not None and "attn_implementation" in message:
+        return _no_such_attention(role, name, attention)
+    return UnfitError(
+        f"{role} must be a model that transformers can build, got {name} ({one_line(error)}); "
+        "check its files and its family"
+    )

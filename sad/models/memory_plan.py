@@ -1,0 +1,291 @@
+"""How much memory a run will need, from configurations alone: no weight is loaded.
+
+Weights, gradients and the optimizer's states are arithmetic on parameter counts, exact to the
+byte. The student's activations come from its own forward pass over fake tensors, which have shapes
+and storages but no data: what autograd asks to keep is added up, each storage once. The need of
+the loss follows from the size of its tiles.
+
+Memory peaks at one of two moments. When a micro-batch turns from forward to backward, all of its
+activations are alive, and the gradients of the window's earlier micro-batches. At the optimizer
+step the activations are gone, but all gradients are there. The plan itemises the worse of the two.
+
+Not counted: what an allocator rounds up or cannot reuse, libraries (a CUDA context takes about
+0.5 GiB), the teacher's activations, which are gone before the student's begin, and structural
+losses (their projectors, and the states that they capture: see bench/README.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from sad_kernels._dispatch import HAS_TRITON, TRITON_DEVICES
+from sad_kernels._tiles import (
+    DEFAULT_CHUNK_BYTES,
+    HEAD_ROWS,
+    TRITON_CHUNK_BYTES,
+    chunk_rows,
+    pitch,
+)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from sad.config.schema import DistillConfig
+from sad.environment import resolve_device
+from sad.models.heads import Backbone, output_embedding
+from sad.models.load import build_model, compute_dtype, enable_checkpointing, teacher_dtype
+
+Item = tuple[str, int]
+"""What takes memory, and how many bytes."""
+
+FP32 = 4
+"""Bytes of a number in fp32."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The predicted peak on the training device."""
+
+    device: str
+    moment: str
+    """When the peak is reached."""
+    items: tuple[Item, ...]
+    """What is alive then."""
+    elsewhere: tuple[Item, ...]
+    """What lies on the teacher's own device, if it has one."""
+    full_logits: int
+    """Bytes of the logits of both models for one micro-batch, which never exist whole."""
+
+    @property
+    def total(self) -> int:
+        """The peak in bytes: the sum of ``items``."""
+        return _sum(self.items)
+
+
+def plan(config: DistillConfig) -> MemoryPlan:
+    """Predict the peak memory of a run. Random states are left as they are.
+
+    Rows are taken to be packed; with ``packing: false`` attention may need a little less. Raises
+    what loading the models raises, as far as their configurations can tell.
+    """
+    device = resolve_device(config.device)
+    with torch.device("meta"):
+        student = build_model(config, "student", _param_dtype(config))
+        teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
+
+    here, elsewhere = _teacher_weights(config, teacher)
+    always = student_states(config, student) + here
+    gradients = [("gradients", gradient_bytes(config, student.parameters()))]
+    turning = _forward_items(config, device, student, teacher)
+    if config.gradient_accumulation_steps > 1:
+        turning += gradients
+    at_turn = _sum(turning) > _sum(gradients)
+    return MemoryPlan(
+        device=str(device),
+        moment="between forward and backward" if at_turn else "at the optimizer step",
+        items=tuple(always + (turning if at_turn else gradients)),
+        elsewhere=tuple(elsewhere),
+        full_logits=_full_logits(config, student, teacher),
+    )
+
+
+def format_plan(plan: MemoryPlan) -> str:
+    """The plan as a table for a terminal."""
+    lines = [f"memory on {plan.device}, {plan.moment}"]
+    lines += [_line(label, size) for label, size in plan.items]
+    lines += [_line("predicted peak", plan.total)]
+    if plan.elsewhere:
+        lines += ["on the teacher's device"]
+        lines += [_line(label, size) for label, size in plan.elsewhere]
+    lines += ["for contrast", _line("full logits, never held", plan.full_logits)]
+    return "\n".join(lines)
+
+
+def _line(label: str, size: int) -> str:
+    return f"  {label:<42}{size / 2**20:>12,.1f} MiB"
+
+
+# Weights and what the optimizer adds to them
+
+
+def student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
+    """What is alive from the first update on, and is saved in every checkpoint."""
+    count = sum(p.numel() for p in student.parameters())
+    items = [(f"student weights, {config.param_dtype}", weight_bytes(student))]
+    if _has_masters(config):
+        items.append(("master weights, float32", FP32 * count))
+    items.append(("AdamW moments", 2 * _optimized_itemsize(config) * count))
+    if config.use_ema:
+        items.append(("EMA, float32", FP32 * count))
+    return items
+
+
+def gradient_bytes(config: DistillConfig, parameters: Iterable[Tensor]) -> int:
+    return _optimized_itemsize(config) * sum(p.numel() for p in parameters)
+
+
+def _teacher_weights(
+    config: DistillConfig, teacher: PreTrainedModel | None
+) -> tuple[list[Item], list[Item]]:
+    """On the training device, and elsewhere. The head is copied to where the student is."""
+    if teacher is None:
+        return [], []
+    dtype = str(teacher_dtype(config)).removeprefix("torch.")
+    weights = (f"teacher weights, {dtype}", weight_bytes(teacher))
+    if resolve_device(config.teacher_device or config.device) == resolve_device(config.device):
+        return [weights], []
+    return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
+
+
+# One micro-batch
+
+
+def _forward_items(
+    config: DistillConfig,
+    device: torch.device,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+) -> list[Item]:
+    """What is alive when backward has been through the loss, but not yet through a layer."""
+    tokens = _tokens(config)
+    head = output_embedding(student)
+    heads = [head] if teacher is None else [head, output_embedding(teacher)]
+    chunked = HAS_TRITON and device.type in TRITON_DEVICES
+    tiles = ("loss: tiles of logits", (_slab_bytes if chunked else _tile_bytes)(config, heads))
+    width = head.in_features * 2  # in fp32: the hidden states and their gradient
+    items = [("student activations", _activation_bytes(config, device))]
+    if config.gradient_checkpointing:
+        # Backward recomputes a layer after the loss has freed its tiles.
+        whole = _activation_bytes(config, device, checkpointing=False)
+        depth = student.config.get_text_config().num_hidden_layers
+        tiles = max(tiles, ("one layer's activations, recomputed", whole // depth), key=_size)
+    if teacher is not None:
+        teacher_width = output_embedding(teacher).in_features
+        size = tokens * teacher_width * teacher_dtype(config).itemsize
+        items.append(("teacher hidden states", size))
+        width += teacher_width
+    items += [
+        tiles,
+        ("loss: hidden states and their gradient", tokens * width * FP32),
+        ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
+    ]
+    if chunked:
+        items.append(("loss: fp32 sum of that gradient", FP32 * head.weight.numel()))
+    return items
+
+
+def _slab_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:
+    """The Triton path's chunks of rows: fp32 logits of each side, and the student's gradient."""
+    budget = TRITON_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
+    vocab, tokens = heads[0].out_features, _tokens(config)
+    itemsize = compute_dtype(config).itemsize
+    rows = chunk_rows(vocab, len(heads), itemsize, budget)
+    slabs = FP32 * len(heads) * min(rows.forward, tokens)
+    return pitch(vocab) * (slabs + itemsize * min(rows.gradient, tokens))
+
+
+def _tile_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:
+    """Tiles of logits and one of scratch; slices of the heads, and of the first one's gradient.
+
+    The budget caps how many columns are held; a small vocabulary does not exhaust it.
+    """
+    budget = DEFAULT_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
+    student, *_ = heads
+    tiles = (len(heads) + 1) * min(_tokens(config), HEAD_ROWS)
+    slices = sum(head.in_features for head in heads) + student.in_features
+    return min(budget, (tiles + slices) * student.out_features * FP32)
+
+
+def _activation_bytes(
+    config: DistillConfig, device: torch.device, *, checkpointing: bool | None = None
+) -> int:
+    """What autograd keeps of the student's layers, parameters aside.
+
+    Grouped products of experts have no fake form but in bf16: such models are measured in bf16
+    and the result, scaled by the width of their numbers, is an upper estimate.
+    """
+    dtype, cast = _param_dtype(config), compute_dtype(config)
+    if checkpointing is None:
+        checkpointing = config.gradient_checkpointing
+    try:
+        return _kept_bytes(config, device, dtype, cast, checkpointing)
+    except RuntimeError:
+        kept = _kept_bytes(config, device, torch.bfloat16, torch.bfloat16, checkpointing)
+        return kept * dtype.itemsize // torch.bfloat16.itemsize
+
+
+def _kept_bytes(
+    config: DistillConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    cast: torch.dtype,
+    checkpointing: bool,
+) -> int:
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    with FakeTensorMode():
+        with torch.device(device):
+            model = build_model(config, "student", dtype).train()
+            rows = config.per_device_train_batch_size, config.max_length
+            ids, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+        if checkpointing:
+            enable_checkpointing(model)
+        autocast = torch.autocast(device.type, cast) if cast != dtype else nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            Backbone(model)(ids, positions)
+        for tensor in (*model.parameters(), *model.buffers()):
+            kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _full_logits(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> int:
+    per_token = output_embedding(student).out_features * compute_dtype(config).itemsize
+    if teacher is not None:
+        per_token += output_embedding(teacher).out_features * teacher_dtype(config).itemsize
+    return _tokens(config) * per_token
+
+
+# Sizes
+
+
+def _tokens(config: DistillConfig) -> int:
+    return config.per_device_train_batch_size * config.max_length
+
+
+def _param_dtype(config: DistillConfig) -> torch.dtype:
+    return getattr(torch, config.param_dtype)
+
+
+def _has_masters(config: DistillConfig) -> bool:
+    return config.param_dtype == "bfloat16" and config.master_weights
+
+
+def _optimized_itemsize(config: DistillConfig) -> int:
+    """Moments and gradients have the dtype of what the optimizer trains: the masters, if any."""
+    return FP32 if _has_masters(config) else _param_dtype(config).itemsize
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return _tensor_bytes(model.parameters()) + _tensor_bytes(model.buffers())
+
+
+def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _sum(items: Iterable[Item]) -> int:
+    return sum(size for _, size in items)
+
+
+def _size(item: Item) -> int:
+    return item[1]

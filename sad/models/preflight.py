@@ -1,0 +1,251 @@
+"""The start-up self-check: models and loss prove what training assumes of them.
+
+Of each model, in eval mode and in the dtype of its weights:
+
+* It takes rows of the length that it will get. A table of positions may be shorter.
+* ``causality``: hidden states are finite and do not depend on later tokens.
+* ``head``: ``Head(hidden)`` reproduces the model's own logits. This catches the softcaps, scales
+  and biases of families that the tables of ``sad.models.heads`` do not know, or no longer know.
+* ``packing``, where rows hold several documents: document B after document A gives what B gives
+  alone. Positions that restart achieve that in most families; in OPT, BLOOM, GPT-OSS, Falcon and
+  all recurrent ones B still sees A.
+
+Then ``loss`` and ``loss_gradient``: what training computes for a few targets, against the
+definitions in ``sad_kernels.reference``, evaluated in float64.
+
+Whoever fails is refused. There is no slower path to fall back to: its numbers would differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from sad_kernels import (
+    Head,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    linear_distill_loss,
+    reference,
+)
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sad.errors import UnfitError, is_out_of_memory, one_line
+from sad.models.heads import (
+    Backbone,
+    isolation_tolerance,
+    probing,
+    relative_error,
+    require_causal,
+    require_head,
+    rounding_tolerance,
+    split_head,
+    with_valid_vocab,
+)
+
+POSITIONS = 64
+"""Tokens that a model is probed with, at most."""
+
+TARGETS = 16
+"""Targets whose loss is compared, at most."""
+
+SLICE = 4096
+"""Rows of a head that are upcast to float64 at a time."""
+
+
+def self_check(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    input_ids: Tensor,  # [B, L]
+    objective: Objective,
+    *,
+    valid_vocab: int,
+    packing: bool,
+    compute_dtype: torch.dtype = torch.float32,
+    chunk_bytes: int | None = None,
+    impl: str = "auto",
+) -> dict[str, float]:
+    """Check both models and the loss on the first row of a batch; return the relative errors.
+
+    Their names are ``student/causality``, ``student/head``, ``student/packing``, the same of the
+    teacher, ``loss`` and ``loss_gradient``. Weights, gradients, training modes and random states
+    are left as they are, to the bit. The models may be on different devices.
+
+    Raises ``UnfitError`` that names what failed, by how much and what to do.
+    """
+    errors = _prefixed("student", check_model(student, input_ids, packing=packing))
+    row = probe_row(input_ids)
+    hidden, head = _hidden_and_head(student, row, valid_vocab)
+    target = None
+    if teacher is not None:
+        errors |= _prefixed("teacher", check_model(teacher, input_ids, packing=packing))
+        teacher_hidden, teacher_head = _hidden_and_head(teacher, row, valid_vocab)
+        target = TeacherHidden(
+            teacher_hidden.to(hidden.device), _moved(teacher_head, hidden.device)
+        )
+    labels = row[0, 1 : 1 + TARGETS].to(hidden.device)
+    return errors | check_loss(
+        hidden.to(compute_dtype), head, labels, target, objective, chunk_bytes, impl
+    )
+
+
+def check_model(model: PreTrainedModel, input_ids: Tensor, *, packing: bool) -> dict[str, float]:
+    """The errors ``causality``, ``head`` and, for packed rows, ``packing``, on a batch [B, L]."""
+    backbone, head = split_head(model)
+    row = probe_row(input_ids).to(head.weight.device)
+    with probing(model):
+        require_length(model, backbone, input_ids[:1].to(row.device))
+        errors = {
+            "causality": require_causal(model, backbone, row),
+            "head": require_head(model, backbone, head, row),
+        }
+        if packing:
+            errors["packing"] = require_isolation(model, backbone, row)
+    return errors
+
+
+def probe_row(input_ids: Tensor) -> Tensor:
+    """The beginning of a batch's first row, [1, l] with l from 4 to ``POSITIONS``."""
+    return input_ids[:1].repeat(1, 4)[:, : max(4, min(POSITIONS, input_ids.shape[1]))]
+
+
+def require_length(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> None:
+    """``UnfitError`` if the model cannot run a row [1, L] at all, for it is too long.
+
+    Families that compute positions run rows of any length, with or without sense. Those with a
+    table of them fail, on a GPU in a way that leaves no process to go on with. A row within the
+    ``max_position_embeddings`` that the model declares needs no trial.
+    """
+    length = row.shape[1]
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if declared is not None and length <= declared:
+        return
+    try:
+        backbone(row, torch.arange(length, device=row.device)[None]).sum().item()
+    except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnfitError(
+            f"max_length must be at most what {type(model).__name__} can run "
+            f"(max_position_embeddings {declared}), got {length} ({one_line(error)}); lower it"
+        ) from error
+
+
+def require_isolation(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> float:
+    """How much the second half of a packed row [1, L] depends on the first, another document.
+
+    Returns the relative difference from its hidden states alone; ``UnfitError`` past
+    ``isolation_tolerance``.
+    """
+    length = row.shape[1]
+    half = length // 2
+    restarting = torch.cat([torch.arange(half), torch.arange(length - half)])[None].to(row.device)
+    alone = backbone(row[:, half:], restarting[:, half:])
+    error = relative_error(backbone(row, restarting)[:, half:], alone)
+    tolerance = isolation_tolerance(alone.dtype)
+    if not error <= tolerance:
+        raise UnfitError(
+            f"{type(model).__name__} must keep the documents packed into one row apart, got a "
+            f"relative change of {error:.1e} by the document before (tolerance {tolerance:.0e}); "
+            "set packing: false"
+        )
+    return error
+
+
+def check_loss(
+    hidden: Tensor,  # [n, D]
+    head: Head,
+    labels: Tensor,  # [n]
+    teacher: TeacherHidden | None,
+    objective: Objective,
+    chunk_bytes: int | None = None,
+    impl: str = "auto",
+) -> dict[str, float]:
+    """The errors ``loss`` and ``loss_gradient`` (by ``hidden``) against float64 definitions.
+
+    The loss's error is relative to itself or to 1 nat, the gradient's to its largest entry or to
+    what one wrong token of probability 1 contributes: near equal models have hardly a gradient.
+    Raises ``UnfitError`` past 1e-5, in 16 bits past twice their rounding.
+    """
+    hidden = hidden.detach().requires_grad_()
+    out = linear_distill_loss(
+        hidden, head, labels, teacher, objective, chunk_bytes=chunk_bytes, impl=impl
+    )
+    (gradient,) = torch.autograd.grad(out.loss, hidden)
+    true_loss, true_gradient = _reference_loss(hidden.detach(), head, labels, teacher, objective)
+
+    one_token = float(head.weight.abs().max()) * abs(head.logit_scale) / len(labels)
+    size = max(float(true_gradient.abs().max()), one_token)
+    errors = {
+        "loss": float((out.loss.detach().double() - true_loss).abs())
+        / max(1.0, float(true_loss.abs())),
+        "loss_gradient": float((gradient.double() - true_gradient).abs().max()) / size,
+    }
+    tolerance = rounding_tolerance(hidden.dtype)
+    for name, error in errors.items():
+        if not error <= tolerance:
+            raise UnfitError(
+                f"linear_distill_loss must agree with its definition, got a relative error of "
+                f"{error:.1e} in {name} (tolerance {tolerance:.0e}, impl {impl!r}, {hidden.dtype} "
+                f"on {hidden.device}); try impl: torch, and report this"
+            )
+    return errors
+
+
+def _prefixed(role: str, errors: dict[str, float]) -> dict[str, float]:
+    return {f"{role}/{name}": error for name, error in errors.items()}
+
+
+def _hidden_and_head(model: PreTrainedModel, row: Tensor, valid_vocab: int) -> tuple[Tensor, Head]:
+    """Final hidden states [n, D] of a row's first targets, and the detached head."""
+    backbone, head = split_head(model)
+    device = head.weight.device
+    with probing(model):
+        hidden = backbone(row.to(device))[0, :-1][:TARGETS]
+    return hidden, _moved(with_valid_vocab(head, valid_vocab), device)
+
+
+def _moved(head: Head, device: torch.device) -> Head:
+    bias = None if head.bias is None else head.bias.detach().to(device)
+    return replace(head, weight=head.weight.detach().to(device), bias=bias)
+
+
+# The definition, in float64, without a copy of the head in float64
+
+
+def _reference_loss(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    teacher: TeacherHidden | None,
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by ``hidden`` [n, D]."""
+    logits = _exact_logits(hidden, head).requires_grad_()
+    known = None
+    if teacher is not None:
+        known = TeacherLogits(_exact_logits(teacher.hidden, teacher.head))
+    loss = reference.distill_loss(logits, labels, known, objective).loss
+    (by_logits,) = torch.autograd.grad(loss, logits)
+    leaf = hidden.double().requires_grad_()
+    for columns, part in _slices(head):
+        part(leaf).backward(by_logits[:, columns])
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+def _exact_logits(hidden: Tensor, head: Head) -> Tensor:  # [n, V]
+    with torch.no_grad():
+        return torch.cat([part(hidden.double()) for _, part in _slices(head)], dim=-1)
+
+
+def _slices(head: Head) -> Iterator[tuple[slice, Head]]:
+    """The head in float64, a few rows at a time."""
+    for start in range(0, head.vocab_size, SLICE):
+        columns = slice(start, min(start + SLICE, head.vocab_size))
+        bias = None if head.bias is None else head.bias[columns].double()
+        weight = head.weight[columns].double()
+        yield columns, replace(head, weight=weight, bias=bias, valid_vocab=None)

@@ -1,0 +1,1 @@
+"""Optimizer, number formats and learning-rate schedule."""

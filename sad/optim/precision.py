@@ -1,0 +1,188 @@
+"""Number formats of a run: of the parameters, of the computation, and of what is accumulated.
+
+====================================  ============  ====================  ======================
+configuration                         parameters    computation           bytes per parameter
+====================================  ============  ====================  ======================
+neither ``bf16`` nor ``fp16``         fp32          fp32                  16
+``bf16`` or ``fp16``                  fp32          autocast; with fp16   16
+                                                    a GradScaler
+``param_dtype: bfloat16``,            bf16          bf16; fp32 masters    18
+``master_weights: true``                            and gradients
+``param_dtype: bfloat16``,            bf16          bf16                  8
+``master_weights: false``
+====================================  ============  ====================  ======================
+
+(parameters, gradients and AdamW's moments; an EMA adds 4). The last form loses small updates: an
+update below half a bf16 step of its weight, which is 1/256 to 1/512 of it, does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import AdamW, Optimizer
+
+from sad.config.schema import DistillConfig
+from sad.ema import ModelEMA
+from sad.errors import UsageError
+from sad.optim.optimizer import build_adamw, clip_gradients, guarded_step
+
+
+class Update(NamedTuple):
+    """What became of one optimizer step. Everything stays on the device."""
+
+    norm: Tensor  # [] of the whole gradient, before clipping
+    ok: Tensor  # [] bool: finite, so the update was applied
+    skipped: Tensor  # [] bool: not applied, and no loss scale that was too high explains it
+
+
+class MasterWeights:
+    """fp32 copies of bf16 parameters, which the optimizer trains in their place.
+
+    Gradients add up in fp32 too: over 64 micro-batches, adding in bf16 errs by 0.8 %. A parameter
+    of another dtype is its own master.
+
+    ``tensors`` names what the optimizer trains, ``separate`` those of them that are copies. These
+    are the truth, and the model's parameters are their rounded images.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._rounded = {n: p for n, p in parameters.items() if p.dtype == torch.bfloat16}
+        self.separate: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach().float()) for name, p in self._rounded.items()
+        }
+        self.tensors: dict[str, Tensor] = {**parameters, **self.separate}
+        for parameter in self._rounded.values():
+            parameter.grad_dtype = torch.float32
+
+    def take_gradients(self) -> None:
+        """Move the gradients of the model to the masters, for the optimizer to find."""
+        for name, parameter in self._rounded.items():
+            self.separate[name].grad, parameter.grad = parameter.grad, None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the model."""
+        for name, parameter in self._rounded.items():
+            parameter.copy_(self.separate[name])
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the model; the optimizer drops those of the masters."""
+        for parameter in self._rounded.values():
+            parameter.grad = None
+
+
+def structure_parameters(structure: nn.Module | None) -> dict[str, Tensor]:
+    """Name -> parameter of what structural losses train, apart from any name of a model."""
+    named = () if structure is None else structure.named_parameters()
+    return {f"structure/{name}": parameter for name, parameter in named}
+
+
+class Precision:
+    """Everything in a run that depends on its number formats: one object, one set of choices.
+
+    Make the optimizer with ``build_optimizer`` before the EMA with ``build_ema``. Then, for every
+    micro-batch, the forward pass under ``autocast()`` and ``backward(loss)``; at the end of a
+    window ``step`` and ``zero_grad``.
+    """
+
+    def __init__(self, config: DistillConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.param_dtype: torch.dtype = getattr(torch, config.param_dtype)
+        self.compute_dtype = self.param_dtype
+        if self.param_dtype == torch.float32 and (config.bf16 or config.fp16):
+            self.compute_dtype = torch.bfloat16 if config.bf16 else torch.float16
+        self.scaler = GradScaler(self.device.type, enabled=self.compute_dtype == torch.float16)
+        self.masters: MasterWeights | None = None
+        self._parameters: dict[str, Tensor] = {}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """For the forward pass: matrix products in the compute dtype, over fp32 parameters."""
+        if self.compute_dtype == self.param_dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def build_optimizer(self, model: nn.Module, structure: nn.Module | None = None) -> AdamW:
+        """AdamW over the trainable parameters of ``model``, or over their fp32 masters, and over
+        those of ``structure``, which are fp32, under names of their own.
+
+        Raises ``UsageError`` for float16 parameters: their gradients underflow, and a GradScaler
+        cannot unscale them.
+        """
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in trainable.items():
+            if parameter.dtype == torch.float16:
+                raise UsageError(
+                    f"trainable parameters must be float32 or bfloat16, got float16 for {name}; "
+                    "use param_dtype: float32 with fp16: true"
+                )
+        if self.param_dtype == torch.bfloat16 and self.config.master_weights:
+            self.masters = MasterWeights(trainable)
+        trained: dict[str, Tensor] = dict(trainable)
+        if self.masters is not None:
+            trained = self.masters.tensors
+        projectors = structure_parameters(structure)
+        self._parameters = trained | projectors
+        return build_adamw(self.config, trained, projectors)
+
+    def build_ema(self, model: nn.Module) -> ModelEMA:
+        """The moving average of ``model``; with masters, of these."""
+        masters = None if self.masters is None else self.masters.separate
+        return ModelEMA(model, self.config.ema_decay, self.config.ema_warmup, masters=masters)
+
+    @property
+    def optimizer_parameters(self) -> dict[str, Tensor]:
+        """What the optimizer trains, by the names of the model's and the structure's parameters."""
+        return self._parameters
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, in fp16 times the loss scale."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer, max_grad_norm: float) -> Update:
+        """Close a window: unscale, clip, check, and update if the gradient is finite.
+
+        Does not wait for the device if the optimizer is a fused AdamW. A gradient that overflowed
+        because the loss scale was too high is no fault of the run: the scale is lowered, and
+        ``skipped`` stays false until it has fallen below 1.
+        """
+        if self.masters is not None:
+            self.masters.take_gradients()
+        self.scaler.unscale_(optimizer)
+        norm = clip_gradients(self._parameters.values(), max_grad_norm)
+        ok = norm.isfinite()
+        guarded_step(optimizer, ok)
+        self.scaler.update()
+        if self.masters is not None:
+            self.masters.publish()
+        return Update(norm, ok, skipped=~ok & self._scale_is_no_excuse(norm))
+
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        """Drop every gradient of the window."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.masters is not None:
+            self.masters.zero_grad()
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss in fp16, else 1. Waits for the device."""
+        return self.scaler.get_scale()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The GradScaler's scale and its counters; empty without fp16."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the loss scale of ``state``."""
+        self.scaler.load_state_dict(state)
+
+    def _scale_is_no_excuse(self, norm: Tensor) -> Tensor:
+        if not self.scaler.is_enabled():
+            return torch.ones_like(norm, dtype=torch.bool)
+        return self.scaler.scale(torch.ones_like(norm)) < 1.0

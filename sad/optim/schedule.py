@@ -1,0 +1,254 @@
+"""How long a run is, and the learning rate at every point of it.
+
+Lengths are integers: rows, micro-batches, windows (one window is one optimizer step). The learning
+rate is a pure function of the point of training, stepped once per *micro-batch* unless
+``scheduler_unit: optimizer_step`` asks for once per window, with its horizon in the same unit. A
+horizon in the wrong unit is silent and ruinous: with 100 micro-batches, windows of 8 and a horizon
+of 13, a linear schedule is at zero after the second update. So the trainer builds the scheduler
+itself, and one that is passed in is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
+
+from sad.config.schema import DistillConfig, SchedulerName
+from sad.errors import UsageError
+
+SchedulerUnit = Literal["batch", "optimizer_step"]
+
+
+class Window(NamedTuple):
+    """The micro-batches of one optimizer step."""
+
+    epoch: int
+    batch_in_epoch: int  # of its first micro-batch
+    first_micro_step: int  # the same, counted from the start of the run
+    size: int  # micro-batches
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The planned length of a run, and where each micro-batch lies in it.
+
+    An epoch has ``ceil(num_rows / batch_size)`` micro-batches; ``accumulation_steps`` of them make
+    a window. Windows never cross the end of an epoch or of the run: the last one there has
+    the micro-batches that are left. A positive ``max_steps`` counts windows and overrides
+    ``num_train_epochs``, which may be fractional and is read as the decimal number it is written
+    as: 0.1 of 10 micro-batches is 1.
+
+    Raises ``UsageError`` for a length that is not positive.
+    """
+
+    num_rows: int
+    batch_size: int
+    accumulation_steps: int
+    num_train_epochs: float
+    max_steps: int = -1
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "batch_size", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(
+                    f"{name} must be at least 1, got {getattr(self, name)}; there is nothing to do"
+                )
+        epochs = self.num_train_epochs
+        if self.max_steps <= 0 and not (math.isfinite(epochs) and epochs > 0):
+            raise UsageError(
+                f"num_train_epochs must be a finite number > 0, got {epochs}; or give max_steps"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of one pass over the rows."""
+        return _ceil_div(self.num_rows, self.batch_size)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+        return _ceil_div(self.batches_per_epoch, self.accumulation_steps)
+
+    @property
+    def micro_batches(self) -> int:
+        """Planned micro-batches of the run."""
+        if self.max_steps > 0:
+            epochs, windows = divmod(self.max_steps, self.windows_per_epoch)
+            return epochs * self.batches_per_epoch + windows * self.accumulation_steps
+        return math.ceil(_as_written(self.num_train_epochs) * self.batches_per_epoch)
+
+    @property
+    def windows(self) -> int:
+        """Planned optimizer steps of the run."""
+        epochs, batches = divmod(self.micro_batches, self.batches_per_epoch)
+        return epochs * self.windows_per_epoch + _ceil_div(batches, self.accumulation_steps)
+
+    def window(self, micro_step: int) -> Window:
+        """The window that contains micro-batch ``micro_step``, counted from 0."""
+        _require_inside(micro_step, self.micro_batches - 1)
+        epoch, batch = divmod(micro_step, self.batches_per_epoch)
+        done = batch % self.accumulation_steps
+        first = micro_step - done
+        left = min(self.batches_per_epoch - (batch - done), self.micro_batches - first)
+        return Window(epoch, batch - done, first, min(self.accumulation_steps, left))
+
+    def position(self, micro_step: int) -> tuple[int, int]:
+        """Epoch and batch within it, once ``micro_step`` micro-batches have been consumed."""
+        _require_inside(micro_step, self.micro_batches)
+        return divmod(micro_step, self.batches_per_epoch)
+
+
+def warmup_batches(config: DistillConfig, horizon: Horizon) -> int:
+    """The length of the warm-up in micro-batches.
+
+    ``warmup_steps`` counts optimizer steps, or is a fraction of training if it is below 1;
+    ``warmup_batches`` counts micro-batches; ``warmup_ratio`` is a fraction. A configuration has at
+    most one of them. Fractions round up.
+    """
+    steps, ratio = config.warmup_steps, config.warmup_ratio
+    if 0 < steps < 1:
+        steps, ratio = 0, steps
+    if ratio:
+        return math.ceil(_as_written(ratio) * horizon.micro_batches)
+    return config.warmup_batches + int(steps) * horizon.accumulation_steps
+
+
+def lr_factor(
+    name: SchedulerName,
+    t: int,
+    horizon: int,
+    *,
+    warmup: float = 0,
+    min_lr_ratio: float = 0.0,
+    decay_ratio: float = 0.2,
+) -> float:
+    """The learning rate after ``t`` of ``horizon`` steps, as a share of its peak.
+
+    ``t / warmup`` up to ``warmup``. Then ``f + (1 - f) g`` with ``f = min_lr_ratio`` and, ``x``
+    being the share of the steps after the warm-up that is still to come,
+
+        linear      g = x
+        cosine      g = (1 - cos(pi x)) / 2
+        wsd         g = 1, then linear to 0 over the last ``decay_ratio`` of all steps
+        constant    g = 1
+
+    so that all but ``constant`` end at ``f`` and stay there. wsd is warm-up, stable, decay
+    (MiniCPM, arXiv 2404.06395). All steps are in one unit, micro-batches or windows; only their
+    ratios matter.
+    """
+    if t < warmup:
+        return t / warmup
+    left = max(0, horizon - t)
+    x = left / (horizon - warmup) if left else 0.0
+    if name == "linear":
+        shape = x
+    elif name == "cosine":
+        shape = 0.5 * (1.0 - math.cos(math.pi * x))
+    elif name == "wsd":
+        shape = 1.0 if left / horizon >= decay_ratio else left / horizon / decay_ratio
+    else:
+        shape = 1.0
+    return min_lr_ratio + (1.0 - min_lr_ratio) * shape
+
+
+def build_scheduler(optimizer: Optimizer, config: DistillConfig, horizon: Horizon) -> LambdaLR:
+    """The scheduler of ``config``, to be stepped once per ``scheduler_unit``.
+
+    Build the optimizer, then the scheduler; load the optimizer's state, then the scheduler's. Built
+    after loading, it would overwrite the learning rate that was loaded.
+    """
+    warmup = warmup_batches(config, horizon)
+    if config.scheduler_unit == "optimizer_step":
+        length, warmup = horizon.windows, warmup / horizon.accumulation_steps
+    else:
+        length = horizon.micro_batches
+
+    def factor(t: int) -> float:
+        return lr_factor(
+            config.lr_scheduler_type,
+            t,
+            length,
+            warmup=warmup,
+            min_lr_ratio=config.min_lr_ratio,
+            decay_ratio=config.decay_ratio,
+        )
+
+    return LambdaLR(optimizer, factor)
+
+
+def step_scheduler(scheduler: LRScheduler) -> None:
+    """``scheduler.step()``, after the optimizer's step and whether or not that was skipped.
+
+    torch expects an optimizer step before the first scheduler step. With gradient accumulation the
+    scheduler rightly goes first, so that warning, and no other, is silenced on the first step.
+    """
+    if scheduler.last_epoch > 0:
+        scheduler.step()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before"
+        )
+        scheduler.step()
+
+
+def check_foreign_scheduler(
+    scheduler: Any, horizon: Horizon, unit: SchedulerUnit = "batch"
+) -> None:
+    """Refuse a scheduler made elsewhere that cannot be stepped as this trainer steps.
+
+    Raises ``UsageError`` for ``ReduceLROnPlateau``, which waits for a metric, and for a
+    ``OneCycleLR`` or ``CosineAnnealingLR`` that ends before the run: the first would raise there,
+    the second climb again.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UsageError(
+            "the scheduler must be a function of the step, got ReduceLROnPlateau; "
+            "use lr_scheduler_type: constant, or wsd"
+        )
+    needed = horizon.micro_batches if unit == "batch" else horizon.windows
+    lengths = {OneCycleLR: "total_steps", CosineAnnealingLR: "T_max"}
+    for kind, attribute in lengths.items():
+        if isinstance(scheduler, kind) and getattr(scheduler, attribute) < needed:
+            raise UsageError(
+                f"{kind.__name__}.{attribute} must be at least {needed}, got "
+                f"{getattr(scheduler, attribute)}; it is stepped once per {unit}, to the run's end"
+            )
+
+
+def describe(config: DistillConfig, horizon: Horizon) -> str:
+    """The run's length: ``12,000 micro-batches = 1,500 windows, warm-up 400 = 50``."""
+    warmup = warmup_batches(config, horizon)
+    warmup_windows = f"{warmup / horizon.accumulation_steps:,.2f}".removesuffix(".00")
+    return (
+        f"{horizon.micro_batches:,} micro-batches = {horizon.windows:,} windows, "
+        f"warm-up {warmup:,} = {warmup_windows}"
+    )
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _as_written(x: float) -> Fraction:
+    """The decimal number that a float was written as: 1/10 for 0.1, not its binary neighbour."""
+    return Fraction(repr(float(x)))
+
+
+def _require_inside(micro_step: int, last: int) -> None:
+    if not 0 <= micro_step <= last:
+        raise ValueError(
+            f"micro_step must lie in [0, {last}], got {micro_step}; the run is not longer than that"
+        )

@@ -1,0 +1,133 @@
+"""The first thing a run shows: what it is about to do, for a person to check before leaving."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sad.config.identity import config_hash
+from sad.config.schema import DistillConfig
+from sad.data.rows import PackedRows
+from sad.environment import library_versions
+from sad.models.memory_plan import plan
+from sad.optim.precision import Precision
+from sad.optim.schedule import Horizon, describe
+
+Line = tuple[str, str]
+
+
+def run_header(
+    name: str,
+    config: DistillConfig,
+    *,
+    horizon: Horizon,
+    precision: Precision,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    vocabulary: int,
+    train_rows: PackedRows,
+    eval_rows: PackedRows,
+    checks: dict[str, float],
+    checkpoint: Path | None,
+) -> list[Line]:
+    """Labels and texts, in the order they are read."""
+    lines = [
+        ("run", f"{name} -> {config.output_dir}"),
+        ("student", _model_line(config.student, student)),
+    ]
+    if teacher is not None:
+        teaches = config.kd_weight or config.structural_weights
+        role = "" if teaches else ", for evaluation only"
+        lines.append(("teacher", _model_line(config.teacher or "", teacher) + role))
+    lines += [
+        ("vocabulary", f"{vocabulary:,} ids"),
+        ("text", _text_line(train_rows) + f"; held out {_text_line(eval_rows)}"),
+        ("length", describe(config, horizon)),
+        ("batch", _batch_line(config)),
+        ("objective", _objective_line(config)),
+        *((("routing", config.routing.mode),) if config.routing.mode != "teacher" else ()),
+        ("precision", _precision_line(precision)),
+    ]
+    if checks:
+        lines.append(("self-check", ", ".join(f"{k} {v:.1e}" for k, v in checks.items())))
+    lines += [
+        ("memory", f"{plan(config).total / 2**20:,.0f} MiB predicted at peak"),
+        ("machine", _machine_line(precision.device)),
+        ("versions", ", ".join(f"{k} {v}" for k, v in library_versions().items())),
+        ("config", config_hash(config)[:12]),
+    ]
+    if checkpoint is not None:
+        lines.append(("resumed", f"from {checkpoint}"))
+    return lines
+
+
+def memory_line(predicted: int, rss_before: int, now: dict[str, int]) -> str:
+    """What the run took against what was predicted; on CPU the process itself is counted apart."""
+    mib = 2**20
+    if "cuda_peak_bytes" in now:
+        peak, total = now["cuda_peak_bytes"], now["cuda_total_bytes"]
+        off = abs(peak - predicted) > 0.2 * peak
+        warning = "; warning: more than 20 % off" if off else ""
+        return (
+            f"peak {peak / mib:,.0f} MiB of {total / mib:,.0f}, "
+            f"predicted {predicted / mib:,.0f}{warning}"
+        )
+    peak = now.get("rss_peak_bytes", now["rss_bytes"])
+    return (
+        f"peak {peak / mib:,.0f} MiB, of which {rss_before / mib:,.0f} before anything was loaded; "
+        f"predicted for the run's tensors {predicted / mib:,.0f} MiB"
+    )
+
+
+def _model_line(source: str, model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return f"{source}, {count:,} parameters in {dtype}"
+
+
+def _text_line(rows: PackedRows) -> str:
+    targets = int(rows.num_targets.sum())
+    return f"{rows.num_documents:,} documents, {targets:,} targets in {len(rows):,} rows"
+
+
+def _batch_line(config: DistillConfig) -> str:
+    rows, windows = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    tokens = rows * windows * config.max_length
+    return f"{rows} rows x {config.max_length} tokens x {windows} micro-batches = {tokens:,} tokens"
+
+
+def _objective_line(config: DistillConfig) -> str:
+    objective = config.objective()
+    smoothing, z_loss = objective.label_smoothing, objective.z_loss
+    parts = []
+    if objective.ce_weight:
+        smoothed = f" (smoothing {smoothing:g})" if smoothing else ""
+        parts.append(f"{objective.ce_weight:g} CE{smoothed}")
+    if objective.kd_weight:
+        at = f" at T = {objective.temperature:g}"
+        taid = f" to a mixture, {config.taid.start:g} to {config.taid.end:g} teacher"
+        target = taid if config.taid.enabled else ""
+        parts.append(f"{objective.kd_weight:g} {objective.divergence}{target}{at}")
+    if z_loss:
+        parts.append(f"{z_loss:g} lse^2")
+    parts += [f"{weight:g} {name}" for name, weight in config.structural_weights.items()]
+    return " + ".join(parts) or "nothing"
+
+
+def _precision_line(precision: Precision) -> str:
+    names = [
+        str(d).removeprefix("torch.") for d in (precision.param_dtype, precision.compute_dtype)
+    ]
+    masters = ", fp32 master weights" if precision.masters is not None else ""
+    lossy = precision.param_dtype == torch.bfloat16 and precision.masters is None
+    warning = "; warning: updates below half a bf16 step are lost" if lossy else ""
+    return f"parameters {names[0]}, compute {names[1]}{masters}{warning}"
+
+
+def _machine_line(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

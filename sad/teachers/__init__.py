@@ -1,0 +1,1 @@
+"""Teachers: what the student learns from."""

@@ -1,0 +1,1 @@
+"""One training run: inputs, student, loop, evaluation."""

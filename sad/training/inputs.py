@@ -1,0 +1,76 @@
+"""What a run needs and does not train: text, tokenizer, frozen teacher, and that they fit
+together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sad.config.schema import DistillConfig, config_to_dict
+from sad.data.batch import Batch
+from sad.data.rows import PackedRows, load_rows, row_order
+from sad.data.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
+from sad.environment import library_versions, memory_now, resolve_device, seed_everything
+from sad.models.load import load_teacher, read_model_config
+from sad.teachers.frozen import FrozenTeacher
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Shared by the student, its baseline, and whoever scores them again."""
+
+    tokenizer: PreTrainedTokenizerFast
+    valid_vocab: int
+    train_rows: PackedRows
+    eval_rows: PackedRows
+    teacher: FrozenTeacher | None
+    device: torch.device
+    rss_before: int
+    """Resident memory in bytes before any of this was loaded."""
+
+    def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
+        """The held-out rows, or ``max_eval_rows`` of them from all over: always the same ones."""
+        rows = row_order(0, 0, len(self.eval_rows))[: config.max_eval_rows]
+        size = config.per_device_eval_batch_size
+        for start in range(0, len(rows), size):
+            yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
+
+    def identity(self, config: DistillConfig) -> dict[str, Any]:
+        """What must be equal for a resumed run to be the same run, and what explains if it is
+        not."""
+        return {
+            "config": config_to_dict(config),
+            "train_rows": self.train_rows.fingerprint,
+            "eval_rows": self.eval_rows.fingerprint,
+            "tokenizer": fingerprint(self.tokenizer),
+            "world_size": 1,
+            "versions": library_versions(),
+        }
+
+
+def gather(config: DistillConfig) -> Materials:
+    """Load what does not learn.
+
+    Raises ``UsageError`` for what cannot be found and ``UnfitError`` for what cannot be used, such
+    as a teacher with another tokenizer.
+    """
+    seed_everything(config.seed, deterministic=config.deterministic)
+    rss_before = memory_now()["rss_bytes"]
+    device = resolve_device(config.device)
+    # Models before tokenizers: whoever misspelt `student` should not hear about `tokenizer`.
+    read_model_config(config, "student")
+    if config.teacher is not None:
+        read_model_config(config, "teacher")
+    tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
+    vocabulary = valid_vocab(tokenizer)
+    teacher = None
+    if config.teacher is not None:
+        theirs = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
+        require_same_tokenizer(theirs, tokenizer)
+        teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
+    train_rows, eval_rows = load_rows(config, tokenizer)
+    return Materials(tokenizer, vocabulary, train_rows, eval_rows, teacher, device, rss_before)

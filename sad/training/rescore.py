@@ -1,0 +1,47 @@
+"""``sad eval``: score the best student of a run again, from what the run left on disk."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from sad.checkpoint.run_directory import RunDirectory
+from sad.config.load import load_config
+from sad.errors import UsageError
+from sad.models.load import load_student
+from sad.optim.precision import Precision
+from sad.training.evaluate import evaluate_student, evaluate_teacher
+from sad.training.inputs import gather
+from sad.training.meters import ResultRow, result_row
+from sad.training.student import build_student
+
+
+def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
+    """Score the best student of a finished or stopped run again, from what the run left on disk.
+
+    Student and tokenizer come from ``best/``, as their users load them; text and teacher are those
+    of the run's configuration. Returns rows of the result table: the teacher, if there is one, and
+    the student. Raises ``UsageError`` for a directory that holds no scored student.
+    """
+    run = RunDirectory(run_dir)
+    if not (run.best / "config.json").exists():
+        raise UsageError(
+            f"RUN_DIR must hold a scored student, got {run.path} without best/; let "
+            "`sad distill` reach its first evaluation"
+        )
+    config = load_config(run.path / "config.yaml")
+    config = replace(config, student=str(run.best), student_init="pretrained", tokenizer=None)
+    materials = gather(config)
+    rows = []
+    if materials.teacher is not None:
+        scores = evaluate_teacher(materials.teacher, materials.eval_batches(config))
+        rows.append(result_row("teacher", materials.teacher.model, scores, "eval_teacher"))
+    model = load_student(config)
+    precision = Precision(config, materials.device)
+    student = build_student(config, model, materials.valid_vocab, precision)
+    scores = evaluate_student(
+        student, materials.teacher, materials.eval_batches(config), {"eval": nullcontext}
+    )
+    rows.append(result_row("student, best", model, scores, "eval"))
+    return rows

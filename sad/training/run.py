@@ -1,0 +1,278 @@
+"""``distill(config)``: from a configuration to a student, a table of what it learned, a report.
+
+    sad distill quickstart                          on any machine, in minutes
+    sad distill FILE.yaml --output_dir runs/one     on one GPU
+    sad distill FILE.yaml --output_dir runs/one --resume_from_checkpoint auto
+
+How one student is trained lies in ``sad.training.trainer``; here is the story around it: text,
+frozen teacher, the baseline that learns without the teacher, the student, what is written at the
+end.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sad.checkpoint.disk_space import require_space
+from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.store import Checkpoint
+from sad.config.schema import DistillConfig, text_alone
+from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
+from sad.errors import OutputError, SadError, StoppedError
+from sad.losses.structural import Structure
+from sad.models.load import load_student
+from sad.models.memory_plan import plan
+from sad.models.preflight import check_model, self_check
+from sad.optim.precision import Precision
+from sad.report.header import memory_line, run_header
+from sad.report.log import RunLog
+from sad.report.page import format_results, write_report
+from sad.training.evaluate import evaluate_teacher
+from sad.training.inputs import Materials, gather
+from sad.training.meters import ResultRow, result_row
+from sad.training.student import build_student
+from sad.training.trainer import MakeScheduler, Trainer
+
+SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
+"""How many texts the finished student writes for the report, and their lengths in tokens (less if
+it knows fewer positions)."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``distill`` leaves behind.
+
+    ``metrics`` are those of the last evaluation under their logged names (``eval_ema/nll``, ...);
+    ``results`` the rows of the printed table: teacher, baseline if there is one, student.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float]
+    results: list[ResultRow]
+
+    @property
+    def best(self) -> Path:
+        """The student with the best held-out score, as ``save_pretrained`` wrote it."""
+        return self.run_dir / "best"
+
+    @property
+    def final(self) -> Path:
+        """The student at the end of training."""
+        return self.run_dir / "final"
+
+    @property
+    def report(self) -> Path:
+        return self.run_dir / "report.html"
+
+
+def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = None) -> RunResult:
+    """Train ``config.student`` against ``config.teacher`` on ``config.data``.
+
+    Everything is written under ``config.output_dir``. Raises a subclass of ``SadError``, whose
+    ``exit_code`` says what kind of failure it is; ``StoppedError`` after a signal, with all state
+    saved. Whatever happens, ``status.json`` in the run directory tells.
+
+    ``make_scheduler`` builds a learning-rate scheduler from the optimizer in place of the
+    configured one. It is stepped once per ``scheduler_unit``; one that waits for a metric, or ends
+    before the run, is a ``UsageError``.
+    """
+    run_dir = RunDirectory(config.output_dir)
+    checkpoint = run_dir.claim(config, report=print)
+    try:
+        with StopSignals() as signals:
+            result = _distill(config, run_dir, checkpoint, signals, make_scheduler)
+    except BaseException as error:
+        _write_failure(run_dir, error)
+        raise
+    run_dir.write_status("finished")
+    return result
+
+
+def _distill(
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    checkpoint: Checkpoint | None,
+    signals: StopSignals,
+    make_scheduler: MakeScheduler | None,
+) -> RunResult:
+    require_space(config)
+    materials = gather(config)
+    results: list[ResultRow] = []
+    metrics: dict[str, float] = {}
+
+    if materials.teacher is not None:
+        row = materials.eval_rows.batch([0]).input_ids
+        check_model(materials.teacher.model, row, packing=config.packing)  # before it is relied on
+        metrics = evaluate_teacher(materials.teacher, materials.eval_batches(config))
+        results.append(result_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
+
+    if config.baseline:
+        _require_structure(config, materials)  # the baseline takes its time, and has none
+        results.append(_train_baseline(config, run_dir, materials, signals, make_scheduler))
+
+    distilled = config.kd_weight or config.structural_weights
+    name = "student, distilled" if distilled else "student"
+    trainer = _train(config, run_dir, checkpoint, materials, signals, make_scheduler, name=name)
+    results.append(_student_row(name, trainer))
+    metrics |= trainer.counters.metrics
+
+    record = {"results": results, "samples": _samples(run_dir.final, materials)}
+    run_dir.write_run(run_dir.read_run() | record)
+    report = write_report(run_dir.path)
+    print(f"\n{format_results(results)}\n\nreport   {report}\nstudent  {run_dir.final}")
+    return RunResult(run_dir.path, metrics, results)
+
+
+def _train_baseline(
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    materials: Materials,
+    signals: StopSignals,
+    make_scheduler: MakeScheduler | None,
+) -> ResultRow:
+    """The same student from the same weights on the same batches, without its teacher.
+
+    It is a run of its own in ``baseline/``: resumed by itself, and not repeated once finished.
+    """
+    alone = replace(
+        config,
+        **text_alone(),
+        baseline=False,
+        output_dir=str(run_dir.baseline),
+        resume_from_checkpoint=config.resume_from_checkpoint and "auto",
+    )
+    name = "student, text alone"
+    baseline = RunDirectory(run_dir.baseline)
+    if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
+        return baseline.read_run()["results"][0]
+    checkpoint = baseline.claim(alone, report=print)
+    trainer = _train(alone, baseline, checkpoint, materials, signals, make_scheduler, name=name)
+    row = _student_row(name, trainer)
+    baseline.write_run(baseline.read_run() | {"results": [row]})
+    baseline.write_status("finished")
+    return row
+
+
+def _train(
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    checkpoint: Checkpoint | None,
+    materials: Materials,
+    signals: StopSignals,
+    make_scheduler: MakeScheduler | None,
+    *,
+    name: str,
+) -> Trainer:
+    """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
+    seed_everything(config.seed, deterministic=config.deterministic)
+    precision = Precision(config, materials.device)
+    student = build_student(config, load_student(config), materials.valid_vocab, precision)
+    structure = build_structure(config, student.model, materials)
+    checks = self_check(
+        student.model,
+        None if materials.teacher is None else materials.teacher.model,
+        materials.eval_rows.batch([0]).input_ids,
+        config.objective(),
+        valid_vocab=materials.valid_vocab,
+        packing=config.packing,
+        compute_dtype=precision.compute_dtype,
+        chunk_bytes=config.chunk_bytes,
+        impl=config.impl,
+    )
+    trainer = Trainer(config, student, materials, precision, run_dir, make_scheduler, structure)
+    with RunLog(
+        run_dir.path,
+        total_batches=trainer.horizon.micro_batches,
+        initial=0 if checkpoint is None else checkpoint.micro_step,
+        report_to=config.report_to,
+        name=name,
+    ) as log:
+        if checkpoint is not None:
+            trainer.restore(checkpoint, log.warning)
+            checkpoint.tensors.clear()  # copied: the files need not stay mapped
+        header = run_header(
+            name,
+            config,
+            horizon=trainer.horizon,
+            precision=precision,
+            student=student.model,
+            teacher=materials.teacher and materials.teacher.model,
+            vocabulary=materials.valid_vocab,
+            train_rows=materials.train_rows,
+            eval_rows=materials.eval_rows,
+            checks=checks,
+            checkpoint=None if checkpoint is None else checkpoint.path,
+        )
+        log.header(header)
+        run_dir.write_run({"header": [list(line) for line in header]})
+        run_dir.write_status("running")
+        trainer.train(log, signals)
+        trainer.export(run_dir.final)
+        memory = memory_now(materials.device)
+        log.message(f"memory: {memory_line(plan(config).total, materials.rss_before, memory)}")
+        log.end({"micro_step": trainer.counters.micro_step, **memory})
+    return trainer
+
+
+def build_structure(
+    config: DistillConfig, model: PreTrainedModel, materials: Materials
+) -> Structure | None:
+    """The structural losses that ``config`` asks for, if any."""
+    if not config.structural_weights or materials.teacher is None:
+        return None
+    return Structure(config, model, materials.teacher.model)
+
+
+def _require_structure(config: DistillConfig, materials: Materials) -> None:
+    """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
+    if config.structural_weights:
+        build_structure(config, load_student(config), materials)
+
+
+def _student_row(name: str, trainer: Trainer) -> ResultRow:
+    prefix = trainer.metric_for_best.partition("/")[0]
+    label = f"{name} (EMA)" if prefix == "eval_ema" else name
+    return result_row(label, trainer.student.model, trainer.counters.metrics, prefix)
+
+
+@torch.no_grad()
+def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
+    """What the exported student writes after the beginning of two held-out rows.
+
+    It is loaded as a user would load it: an export that cannot be used fails the run here.
+    """
+    with quiet_libraries():
+        model: Any = AutoModelForCausalLM.from_pretrained(final)
+    model.to(materials.device).eval()
+    tokenizer = materials.tokenizer
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    length = int(min(SAMPLE_PROMPT, materials.eval_rows.max_length, positions // 2))
+    samples = []
+    for row in range(min(SAMPLES, len(materials.eval_rows))):
+        prompt = materials.eval_rows.batch([row]).input_ids[:, :length].to(materials.device)
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=int(min(SAMPLE_TOKENS, positions - length)),
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        texts = tokenizer.decode(prompt[0]), tokenizer.decode(output[0, length:])
+        samples.append({"prompt": texts[0], "text": texts[1], "model": final.name})
+    return samples
+
+
+def _write_failure(run_dir: RunDirectory, error: BaseException) -> None:
+    """``status.json`` repeats code and message; writing it must not fail in turn."""
+    code = error.exit_code if isinstance(error, SadError) else 1
+    state = "stopped" if isinstance(error, StoppedError) else "failed"
+    message = str(error) or type(error).__name__
+    with suppress(OutputError):
+        run_dir.write_status(state, code=code, message=message)

@@ -1,0 +1,44 @@
+"""The sweep of tiles, interpreted: that every kernel gets every candidate, not how fast it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sad_kernels._triton import launch
+
+from bench.kernels import tiles
+from bench.kernels.timing import Cpu
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("launches CPU tensors, which only the interpreter takes")
+    for name, value in {"N": 4, "V": 96, "K": 3, "SEGMENTS": (64,)}.items():
+        monkeypatch.setattr(tiles, name, value)
+    for name in ("STATISTICS", "GRADIENT", "TERMS"):
+        monkeypatch.setattr(tiles, name, ((32, 1),))
+
+
+def test_every_kernel_is_swept_and_the_table_is_put_back() -> None:
+    table = launch.choose_tile
+    rows = list(tiles._rows(Cpu(), torch.float32, rounds=1))
+    assert launch.choose_tile is table
+    swept = {(row["loss"], row["kernel"]) for row in rows}
+    mixtures = {"jsd", "skew_forward_kl", "skew_reverse_kl"}
+    assert swept == {
+        (loss.name, kernel)
+        for loss in tiles.LOSSES
+        for kernel in ("statistics", "gradient", *(["terms"] if loss.name in mixtures else []))
+    }
+    assert {str(row["tile"]) for row in rows} == {"None", "[32, 64, 1]"}
+    assert all(row["bytes"] > 0 and row["ms"] > 0 for row in rows)
+
+
+def test_of_a_loss_that_is_not_swept_only_the_table_is_measured() -> None:
+    rows = list(tiles._rows(Cpu(), torch.float32, rounds=1, swept={"kl"}))
+    assert {row["loss"] for row in rows if row["tile"]} == {"kl"}
+    assert {row["loss"] for row in rows} == {loss.name for loss in tiles.LOSSES}

@@ -1,0 +1,389 @@
+"""The configuration: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sad_kernels import Objective
+
+from sad.config.help import EXPLAINED, RENAMED, about_unknown_key, field_docs, keys_help
+from sad.config.identity import config_hash, trajectory_changes
+from sad.config.load import load_config
+from sad.config.schema import (
+    CADENCE,
+    STRUCTURAL,
+    DataConfig,
+    DistillConfig,
+    FeatureConfig,
+    config_to_dict,
+    config_to_yaml,
+)
+from sad.config.values import field_types, leaf_types
+from sad.errors import UsageError
+from sad.recipes import recipe_names
+
+MINIMAL = "student: s\nteacher: t\n"
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(folder: Path, text: str, *overrides: str, name: str = "run.yaml") -> DistillConfig:
+    return load_config(write(folder, text, name), overrides)
+
+
+def config(**values: Any) -> DistillConfig:
+    given: dict[str, Any] = {"student": "s", "teacher": "t"}
+    return DistillConfig(**(given | values))
+
+
+# Reading
+
+
+def test_command_line_beats_file_beats_default(tmp_path: Path) -> None:
+    text = MINIMAL + "temperature: 3\nseed: 7\ndata:\n  text_field: body\n"
+    loaded = load(tmp_path, text, "--seed", "8", "--data.train=a.txt", "--data.eval", "b", "c")
+    assert (loaded.temperature, loaded.seed, loaded.beta) == (3.0, 8, 0.5)
+    assert loaded.data == DataConfig(text_field="body", train=("a.txt",), eval=("b", "c"))
+    assert isinstance(loaded.temperature, float)
+
+
+def test_numbers_that_pyyaml_reads_as_texts_are_numbers(tmp_path: Path) -> None:
+    loaded = load(tmp_path, MINIMAL + "learning_rate: 1e-4\nmax_steps: 1e3\n")
+    assert loaded.learning_rate == 1e-4
+    assert loaded.max_steps == 1000 and type(loaded.max_steps) is int
+
+
+@pytest.mark.parametrize("word, value", [("false", False), ("False", False), ("TRUE", True)])
+def test_switches_take_any_case(tmp_path: Path, word: str, value: bool) -> None:
+    assert load(tmp_path, MINIMAL, "--use_ema", word).use_ema is value
+    assert load(tmp_path, MINIMAL + f"use_ema: '{word}'\n").use_ema is value
+
+
+def test_a_bare_switch_is_true_and_the_last_of_two_values_wins(tmp_path: Path) -> None:
+    loaded = load(tmp_path, MINIMAL, "--bf16", "--seed", "1", "--seed", "2")
+    assert loaded.bf16 is True and loaded.seed == 2
+
+
+def test_negative_numbers_null_and_lists_on_the_command_line(tmp_path: Path) -> None:
+    text = MINIMAL + "max_steps: 5\neval_steps: 3\nreport_to: wandb\n"
+    loaded = load(
+        tmp_path, text, "--max_steps", "-1", "--eval_steps", "null", "--report_to", "--debug"
+    )
+    assert (loaded.max_steps, loaded.eval_steps, loaded.report_to) == (-1, None, ())
+    assert loaded.debug is True
+    assert load(tmp_path, text).report_to == ("wandb",)
+
+
+def test_json_reads_like_yaml(tmp_path: Path) -> None:
+    content = {"student": "s", "teacher": "t", "data": {"train": ["a", "b"]}, "seed": 3}
+    loaded = load(tmp_path, json.dumps(content, indent="\t"), name="run.json")
+    assert loaded == config(data=DataConfig(train=("a", "b")), seed=3)
+
+
+def test_python_values_convert_too(tmp_path: Path) -> None:
+    built = config(
+        output_dir=tmp_path, learning_rate="3e-4", data={"train": "a.txt"}, report_to=["wandb"]
+    )
+    assert built.output_dir == str(tmp_path) and built.learning_rate == 3e-4
+    assert built.data.train == ("a.txt",) and built.report_to == ("wandb",)
+
+
+def test_paths_in_a_file_mean_its_own_folder_first(tmp_path: Path, monkeypatch: Any) -> None:
+    recipes, elsewhere = tmp_path / "recipes", tmp_path / "elsewhere"
+    (recipes / "model").mkdir(parents=True)
+    (recipes / "text").mkdir()
+    (elsewhere / "model").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    text = "student: model\nteacher: org/teacher\ndata: {train: [text, more]}\noutput_dir: text\n"
+    loaded = load(recipes, text)
+    assert loaded.student == str(recipes / "model")
+    assert loaded.teacher == "org/teacher"
+    assert loaded.data.train == (str(recipes / "text"), "more")
+    assert loaded.output_dir == "text"  # what is written goes where the user is
+    assert load(recipes, text, "--student", "model").student == "model"  # the user's own folder
+
+
+def test_bundled_recipes_load() -> None:
+    assert "quickstart" in recipe_names()
+    for name in recipe_names():
+        assert Path(load_config(name).student).is_absolute(), name
+
+
+def test_a_saved_configuration_loads_to_an_equal_one(tmp_path: Path) -> None:
+    original = config(
+        data=DataConfig(train=("a: b", "ü"), document_separator="\n---\n"),
+        learning_rate=1e-5,
+        report_to=("wandb", "trackio"),
+        teacher_device="cpu",
+    )
+    assert load(tmp_path, config_to_yaml(original)) == original
+    assert load(tmp_path, json.dumps(config_to_dict(original)), name="a.json") == original
+
+
+# Refusing
+
+
+REFUSED_KEYS = [
+    ("ema_decya: 0.9", "unknown key 'ema_decya'; did you mean 'ema_decay'? ({path}:3)"),
+    ("train: x", "unknown key 'train'; did you mean 'data.train'? ({path}:3)"),
+    ("optimizer:\n  lr: 1", "unknown key 'optimizer.lr'; here it is 'learning_rate' ({path}:4)"),
+    ("label_smoothing_factor: 0", "here it is 'label_smoothing' ({path}:3)"),
+    ("kd_ratio: 0.5", "write ce_weight: 1 - r and kd_weight: r ({path}:3)"),
+    ("lmbda: 0.5", "training is off-policy"),
+    ("jsd_beta: 0.1", "beta: 1 - jsd_beta"),
+    ("loss_functions:\n- {function: kl, weight: 1}", "a weight is ce_weight or kd_weight"),
+    ("per-device-eval-batch-size: 1", "did you mean 'per_device_eval_batch_size'?"),
+    ("xyzzy: 1", "unknown key 'xyzzy'; `sad distill --help` lists all keys ({path}:3)"),
+    ("data: ./folder", "data must be a section, got a value; set one of its keys: data.train"),
+    ("seed: 1\nseed: 2", "seed must be given once, got it twice; remove one ({path}:4)"),
+    ("data: {train: a}\ndata.train: b", "data.train must be given once"),
+]
+
+
+@pytest.mark.parametrize("text, message", REFUSED_KEYS)
+def test_a_wrong_key_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, MINIMAL + text)
+    assert message.format(path=tmp_path / "run.yaml") in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+REFUSED_VALUES = [
+    ("learning_rate: fast", "learning_rate must be a finite number, got 'fast'"),
+    ("learning_rate: .nan", "learning_rate must be a finite number, got nan"),
+    ("learning_rate: -1", "learning_rate must be at least 0, got -1.0"),
+    ("learning_rate: true", "learning_rate must be a finite number, got True"),
+    ("learning_rate: null", "learning_rate must be a finite number, got None"),
+    ("max_steps: 2.5", "max_steps must be a whole number, got 2.5"),
+    ("max_steps: 0", "max_steps must be -1 or at least 1, got 0"),
+    ("use_ema: 1", "use_ema must be true or false, got 1"),
+    ("use_ema: maybe", "use_ema must be true or false, got 'maybe'"),
+    ("output_dir: 3", "output_dir must be a text, got 3"),
+    ("output_dir: ''", "output_dir must not be empty, got ''"),
+    ("impl: cuda", "impl must be one of auto, triton, torch, got 'cuda'"),
+    ("report_to: [wandb, paper]", "report_to must be one of tensorboard, trackio, wandb"),
+    ("save_total_limit: 1", "save_total_limit must be at least 2, got 1"),
+    ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be at least 1, got 0"),
+    ("label_smoothing: 1", "label_smoothing must lie in [0, 1), got 1.0"),
+    ("temperature: 0", "temperature must be a finite number > 0, got 0.0"),
+    ("divergence: kl", "divergence must be one of forward_kl"),
+    ("{divergence: jsd, beta: 1}", "beta must lie strictly between 0 and 1, got 1.0"),
+    ("kd_weight: -0.1", "kd_weight must be a finite number >= 0, got -0.1"),
+    ("kd_weight: 1.5", "kd_weight must be at most 1 unless ce_weight is given, got 1.5"),
+    (
+        "{kd_weight: 0, ce_weight: 0}",
+        "kd_weight must be above 0 when ce_weight and all structural weights are 0, got 0.0",
+    ),
+    ("teacher: null", "teacher must be given unless kd_weight is 0, got None"),
+    ("{bf16: true, fp16: true}", "fp16 must be false when bf16 is true, got True"),
+    ("{fp16: true, param_dtype: bfloat16}", "fp16 must be false with param_dtype bfloat16"),
+    ("{warmup_steps: 5, warmup_ratio: 0.1}", "warm-up must be given once, got warmup_steps=5.0"),
+    ("warmup_steps: 1.5", "warmup_steps must be a whole number of steps, or a fraction below 1"),
+    ("metric_for_best_model: eval_loss", "metric_for_best_model must be one of eval/nll"),
+    ("{metric_for_best_model: eval_ema/nll, use_ema: false}", "must be one of eval/nll"),
+    ("{metric_for_best_model: eval/kl, kd_weight: 0, teacher: null}", "must be one of eval/nll"),
+    ("seed: -1", "seed must lie in [0, 2^32), got -1"),
+    ("device: gpu", "device must be a device, got 'gpu'"),
+    ("data: {eval_fraction: 1}", "data.eval_fraction must lie in [0, 1), got 1.0"),
+    ("data: {train: [1]}", "data.train must be a text, got [1]"),
+    ("data: {train: null}", "data.train must be a text, got None"),
+]
+
+
+@pytest.mark.parametrize("text, message", REFUSED_VALUES)
+def test_a_wrong_value_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    lines = text[1:-1].split(", ") if text.startswith("{") else [text]
+    base = "" if "teacher" in text else "teacher: t\n"
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, f"student: s\n{base}" + "\n".join(lines))
+    assert message in str(caught.value)
+    assert f"({tmp_path / 'run.yaml'}:" in str(caught.value)
+
+
+def test_a_wrong_value_of_the_command_line_says_so(tmp_path: Path) -> None:
+    for words, message in [
+        (["--learning_rate", "fast"], "got 'fast'; write one such as 0.5 or 1e-4 (command line)"),
+        (["--learning_rate"], "must have a value, got none; write --learning_rate VALUE (command"),
+        (["--seed", "1", "2"], "must have one value, got 2: 1 2; put a value with spaces in quo"),
+        (["--ema_decya", "1"], "did you mean 'ema_decay'? (command line)"),
+        (["seed=1"], "overrides must be --key value pairs, got 'seed=1'"),
+        (["--"], "overrides must be --key value pairs, got '--'"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            load(tmp_path, MINIMAL, *words)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.yaml", "", "student must be given, got no such key"),
+        ("a.yaml", "data:\n", "student must be given, got no such key"),
+        ("a.yaml", "- a\n- b\n", "must hold 'key: value' pairs, got a seq"),
+        ("a.yaml", "student: [s\nseed: 1\n", "a.yaml:2)"),
+        ("a.yaml", "student: !!python/name:os.system\n", "must be YAML, got could not determine"),
+        ("a.yaml", "student: \x00\n", "must be YAML"),
+        ("a.json", '{"student": "s",\n "seed": }', "a.json:2)"),
+        ("a.json", '{"seed": 1, "seed": 2}', "seed must be given once, got it twice"),
+        ("a.json", "[1]", "must hold 'key: value' pairs, got a list"),
+        ("a.toml", "", "configuration must end in .yaml, .yml, .json"),
+    ],
+)
+def test_a_broken_file_is_one_clear_line(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, text, name=name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"did you mean 'quickstart'\?"):
+        load_config("quikstart")
+    with pytest.raises(UsageError, match="check the path"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes("student: \xe9".encode("latin-1"))
+    with pytest.raises(UsageError, match="must be readable as UTF-8 text"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_the_dictionary_of_other_libraries_leads_to_keys_that_exist() -> None:
+    known = leaf_types(DistillConfig)
+    assert set(RENAMED.values()) <= known.keys()
+    for foreign in RENAMED | EXPLAINED:
+        assert foreign not in known
+        assert "did you mean" not in about_unknown_key(foreign), "the dictionary comes first"
+
+
+# Meaning
+
+
+def test_the_weight_of_the_text_follows_the_configured_weight_only() -> None:
+    built = config(kd_weight=0.75)
+    assert built.objective() == Objective(
+        ce_weight=0.25, kd_weight=0.75, temperature=2.0, label_smoothing=0.1
+    )
+    assert built.objective(kd_weight=0.5).ce_weight == 0.25
+    assert config(ce_weight=2, kd_weight=3).objective().ce_weight == 2.0
+    assert config(kd_weight=0, teacher=None).objective().ce_weight == 1.0
+
+
+CHANGED = {
+    "seed": 1,
+    "max_steps": 9,
+    "impl": "torch",
+    "temperature": 1.0,
+    "data": DataConfig(text_field="body"),
+}
+MAY_CHANGE = {
+    "output_dir": "elsewhere",
+    "debug": True,
+    "device": "cpu",
+    "save_steps": 3,
+    "eval_steps": 4,
+    "logging_steps": 5,
+    "resume_from_checkpoint": "auto",
+    "data": DataConfig(cache_dir="elsewhere"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_keys_that_decide_the_trajectory_are_compared(key: str) -> None:
+    old = config()
+    new = replace(old, **{key: CHANGED[key]})
+    name, before, after = ("data.text_field", "text", "body") if key == "data" else (key,) * 3
+    if key != "data":
+        before, after = config_to_dict(old)[key], config_to_dict(new)[key]
+    assert trajectory_changes(config_to_dict(old), new) == [(name, before, after)]
+    assert config_hash(old) != config_hash(new)
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE)
+def test_keys_that_move_no_weight_may_change(key: str) -> None:
+    old = config()
+    new = replace(old, **{key: MAY_CHANGE[key]})
+    assert new != old
+    assert trajectory_changes(config_to_dict(old), new) == []
+    assert config_hash(old) == config_hash(new)
+
+
+def test_a_key_newer_than_the_checkpoint_had_its_default() -> None:
+    old = config_to_dict(config())
+    del old["z_loss"], old["data"]["max_documents"]
+    assert trajectory_changes(old, config()) == []
+    assert trajectory_changes(old, config(z_loss=0.1)) == [("z_loss", 0.0, 0.1)]
+
+
+def test_every_key_has_a_docstring_and_stands_in_the_help() -> None:
+    text = keys_help()
+    sections = {n: hint for n, hint in field_types(DistillConfig).items() if is_dataclass(hint)}
+    assert {"data", *STRUCTURAL} < sections.keys()
+    for name, cls in {"": DistillConfig, **sections}.items():
+        docs, prefix = field_docs(cls), f"{name}." if name else ""
+        for item in fields(cls):
+            if prefix or item.name not in sections:
+                assert len(docs[item.name]) > 10, item.name
+                assert f"  --{prefix}{item.name} " in text, item.name
+            assert not item.metadata or item.metadata == CADENCE
+    assert "Optimizer and schedule:\n  --learning_rate NUMBER  [5e-05]" in text
+
+
+def test_sections_of_structural_losses(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "student: s\nteacher: t\nfeature: {weight: 0.1}\nlayerwise:\n  layers: [[0, 1], [-1, -1]]\n"
+        "curriculum:\n  feature: [[0, 0], [0.5, 1e-1]]\n"
+    )
+    config = load_config(path, ["--layerwise.weight", "5e-2", "--taid.enabled", "true"])
+    assert config.structural_weights == {"feature": 0.1, "layerwise": 0.05}
+    assert config.layerwise.layers == ((0, 1), (-1, -1))
+    assert config.curriculum.schedules() == {"feature": ((0.0, 0.0), (0.5, 0.1))}
+    words = ["--layerwise.layers", "[[1, 2], [-1, -1]]", "--curriculum.kd", "[[0, 0], [1, 0.5]]"]
+    config = load_config(path, words)
+    assert config.layerwise.layers == ((1, 2), (-1, -1))
+    assert config.curriculum.kd == ((0.0, 0.0), (1.0, 0.5))
+    with pytest.raises(UsageError, match=r"must be a list of lists, got '0 1'"):
+        load_config(path, ["--layerwise.layers", "0 1"])
+    config = load_config(path, ["--layerwise.weight", "5e-2", "--taid.enabled", "true"])
+    inside_only: dict[str, Any] = {"ce_weight": 0, "kd_weight": 0, "feature": {"weight": 1}}
+    assert DistillConfig(student="s", teacher="t", **inside_only).structural_weights
+    assert config.taid.enabled and config.objective(teacher_share=0.5).teacher_share == 0.5
+    assert load_config(write(tmp_path, config_to_yaml(config), "saved.yaml")) == config
+    assert config_hash(config) != config_hash(replace(config, feature=FeatureConfig(weight=0.2)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"feature": {"weight": -1}}, "feature.weight must be at least 0, got -1.0"),
+        ({"feature": {"distance": "mse"}}, "feature.distance must be one of cosine, relative_mse"),
+        ({"layerwise": {"layers": [[1, 2, 3]]}}, "layerwise.layers must be pairs"),
+        ({"attention": {"layers": []}}, "attention.layers must be pairs"),
+        ({"curriculum": {"kd": [[0.5, 1], [0.2, 1]]}}, "curriculum.kd must be points"),
+        ({"curriculum": {"kd": [[0, -1]]}}, "curriculum.kd must be points"),
+        ({"taid": {"start": 0}}, r"taid.start must lie in \(0, 1\], got 0.0"),
+        ({"taid": {"start": 0.9, "end": 0.5}}, "taid.start must be at most taid.end, got 0.9"),
+        ({"routing": {"explore": 2}}, r"routing.explore must lie in \[0, 1\], got 2.0"),
+        (
+            {"kd_weight": 0, "taid": {"enabled": True}},
+            "kd_weight must be above 0 with taid.enabled, got 0",
+        ),
+        (
+            {"teacher": None, "kd_weight": 0, "feature": {"weight": 0.1}},
+            "teacher must be given for feature.weight above 0, got None",
+        ),
+    ],
+)
+def test_structural_values_that_cannot_be_meant(keys: dict[str, Any], message: str) -> None:
+    models: dict[str, Any] = {"student": "s", "teacher": "t"}
+    with pytest.raises(UsageError, match=message):
+        DistillConfig(**(models | keys))

@@ -1,0 +1,302 @@
+"""Reading text: every source, in a fixed order, and one clear line for what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sad.config.schema import DataConfig
+from sad.data import documents
+from sad.data.documents import read_documents
+from sad.errors import UnfitError, UsageError
+
+
+def read(*sources: Path | str, **options: Any) -> list[tuple[str, str]]:
+    """Names and texts of all documents of these sources."""
+    config = DataConfig(train=tuple(str(source) for source in sources), **options)
+    return [(name, text) for name, text in read_documents(config, "train")]
+
+
+def write_jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+class TestTextFiles:
+    def test_a_file_is_a_document(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+        assert read(tmp_path / "a.txt") == [("a.txt", "one\n\ntwo\n")]
+
+    def test_the_separator_cuts_it_into_documents(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("one\n\n\ntwo\n\n\n\n\nthree\n\n")
+        # As str.split has it; pieces that are empty or white space are left out, names count them.
+        assert read(tmp_path / "a.txt", document_separator="\n\n") == [
+            ("a.txt:0", "one"),
+            ("a.txt:1", "\ntwo"),
+            ("a.txt:3", "\nthree"),
+        ]
+
+    @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])
+    def test_separators_across_reads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+    ) -> None:
+        text = "<><a><b><><c>><<d<><><e"
+        (tmp_path / "a.txt").write_text(text)
+        monkeypatch.setattr(documents, "_CHUNK_CHARS", chunk)
+        expected = [piece for piece in text.split("<>") if piece]
+        assert [text for _, text in read(tmp_path / "a.txt", document_separator="<>")] == expected
+
+    def test_byte_order_mark_and_line_ends_do_not_matter(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+        assert read(tmp_path / "a.txt") == [("a.txt", "one\ntwo\n")]
+
+    def test_invalid_utf8_names_file_and_line(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_bytes(b"fine\nalso fine\ncaf\xe9 not\n")
+        with pytest.raises(
+            UnfitError, match=r"a\.txt must be UTF-8 text, got byte 0xe9 in line 3;"
+        ):
+            read(tmp_path / "a.txt")
+
+
+class TestJsonLines:
+    def test_a_line_is_a_document(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(
+            '\ufeff{"text": "é\\u2028"}\r\n\n{"text": "", "n": 1}\n{"text": "b"}'.encode()
+        )
+        assert read(path) == [("a.jsonl:1", "é\u2028"), ("a.jsonl:4", "b")]
+
+    def test_the_field_has_a_name(self, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", {"text": "no", "body": "yes"})
+        assert read(path, text_field="body") == [("a.jsonl:1", "yes")]
+
+    def test_a_missing_field_names_those_that_are_there(self, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", {"text": "yes"}, {"id": 1, "body": "no"})
+        with pytest.raises(
+            UnfitError, match=r"a\.jsonl, line 2 must have the field 'text', got 'id', 'body'; set"
+        ):
+            read(path)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (b'{"text": "a"', "line 2 must be valid JSON, got 'Expecting"),
+            (b'{"text": "caf\xe9"}', "line 2 must be UTF-8, got byte 0xe9"),
+            (b'["a"]', "line 2 must be a JSON object, got list"),
+            (b'{"text": null}', "line 2 must hold text in field 'text', got null"),
+            (b'{"text": ["a"]}', "line 2 must hold text in field 'text', got list"),
+            (b'{"text": "\\ud800"}', "line 2 must be Unicode text, got half of a surrogate pair"),
+            (b"[" * 100_000, "line 2 must be valid JSON"),
+        ],
+    )
+    def test_bad_lines_name_file_and_line(self, tmp_path: Path, line: bytes, message: str) -> None:
+        (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
+        with pytest.raises(UnfitError, match=f"a.jsonl, {message}"):
+            read(tmp_path / "a.jsonl")
+
+
+class TestParquet:
+    def test_a_row_is_a_document(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(documents, "_RECORDS_PER_READ", 2)  # rows count on across reads
+        table = pa.table({"id": [1, 2, 3, 4, 5], "text": ["a", "b", "", "d", "e"]})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+        assert read(tmp_path / "a.parquet") == [
+            ("a.parquet:0", "a"),
+            ("a.parquet:1", "b"),
+            ("a.parquet:3", "d"),
+            ("a.parquet:4", "e"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            ({"id": [1], "body": ["a"]}, "must have the field 'text', got 'id', 'body'; set"),
+            ({"text": ["a", None]}, "row 1 must hold text in field 'text', got null"),
+            ({"text": [1]}, "row 0 must hold text in field 'text', got int"),
+        ],
+    )
+    def test_bad_columns(self, tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(UnfitError, match=message):
+            read(tmp_path / "a.parquet")
+
+    def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+        with pytest.raises(UnfitError, match=r"a\.parquet must be a valid Parquet file, got '"):
+            read(tmp_path / "a.parquet")
+
+    def test_a_missing_extra_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a.parquet").touch()
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(UsageError, match=r"pip install 'student-aware-distillation\[data\]'"):
+            read(tmp_path / "a.parquet")
+
+
+class TestFolders:
+    def test_files_sort_by_path_and_only_text_is_read(self, tmp_path: Path) -> None:
+        for name in ("b.txt", "a/z.txt", "a/y/x.TXT", "a.md", ".hidden.txt", ".git/c.txt"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(name)
+        write_jsonl(tmp_path / "a" / "w.jsonl", {"text": "w"})
+        names = [name for name, _ in read(tmp_path)]
+        assert names == ["a/w.jsonl:1", "a/y/x.TXT", "a/z.txt", "b.txt"]
+
+    def test_the_order_of_directory_listings_does_not_matter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("b/2.txt", "a/1.txt", "a/3.txt", "c.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(name)
+        before, walk = read(tmp_path), os.walk
+
+        def backwards(*args: Any, **kwargs: Any) -> Any:
+            for parent, folders, files in walk(*args, **kwargs):
+                folders.sort(reverse=True)
+                yield parent, folders, sorted(files, reverse=True)
+
+        monkeypatch.setattr(os, "walk", backwards)
+        assert read(tmp_path) == before
+
+    def test_sources_come_in_the_order_given_under_distinct_names(self, tmp_path: Path) -> None:
+        for folder in ("b", "a"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "x.txt").write_text(folder)
+        assert read(tmp_path / "b", tmp_path / "a") == [("x.txt", "b"), ("1:x.txt", "a")]
+
+    def test_names_do_not_tell_where_the_folder_lies(self, tmp_path: Path) -> None:
+        for folder in ("here", "there"):
+            (tmp_path / folder / "sub").mkdir(parents=True)
+            (tmp_path / folder / "sub" / "x.txt").write_text("text")
+        assert read(tmp_path / "here") == read(tmp_path / "there") == [("sub/x.txt", "text")]
+
+    def test_a_folder_without_text_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.md").write_text("text")
+        with pytest.raises(UnfitError, match=r"folders with \.txt, \.jsonl, \.parquet files, got"):
+            read(tmp_path)
+
+
+class TestBadSources:
+    def test_no_source(self) -> None:
+        with pytest.raises(
+            UsageError, match=r"data\.train must name the text to read, got nothing"
+        ):
+            read()
+
+    @pytest.mark.parametrize("source", ["absent.txt", "./absent", "/absent/folder", "a/b/c", "x/"])
+    def test_missing_files_are_not_looked_for_on_the_hub(
+        self, source: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(UsageError, match=f"must name text that exists, got {source}; no such"):
+            read(source)
+
+    def test_other_kinds_of_files(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("a,b\n")
+        with pytest.raises(UsageError, match=r"must name \.txt, .* files, got .*a\.csv; convert"):
+            read(tmp_path / "a.csv")
+
+    def test_unreadable_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.txt").write_text("text")
+
+        def denied(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")  # root may read whatever its mode is
+
+        monkeypatch.setattr(Path, "open", denied)
+        with pytest.raises(UnfitError, match=r"a\.txt must be readable, got 'Permission denied'"):
+            read(tmp_path / "a.txt")
+
+
+class TestDatasets:
+    def test_records_are_documents(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets")
+        asked: list[object] = []
+
+        def load_dataset(name: str, config: str | None, *, split: str) -> Any:
+            asked.append((name, config, split))
+            return datasets.Dataset.from_dict({"id": [1, 2, 3], "body": ["a", " ", "c"]})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        options = {"text_field": "body", "dataset_config": "en", "dataset_split": "validation"}
+        assert read("owner/name", **options) == [("owner/name:0", "a"), ("owner/name:2", "c")]
+        assert asked == [("owner/name", "en", "validation")]
+        with pytest.raises(UnfitError, match="must have the field 'text', got 'id', 'body'"):
+            read("owner/name")
+
+    def test_training_and_held_out_text_come_from_different_splits(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One name serves both, or the student would be scored on what it was trained on."""
+        datasets = pytest.importorskip("datasets")
+
+        def load_dataset(name: str, config: str | None, *, split: str) -> Any:
+            if split not in ("train", "validation"):
+                raise ValueError(f"Unknown split {split!r}")
+            return datasets.Dataset.from_dict({"text": [split]})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        config = DataConfig(train=("owner/name",), eval=("owner/name",))
+        assert [d.text for d in read_documents(config, "train")] == ["train"]
+        assert [d.text for d in read_documents(config, "eval")] == ["validation"]
+        other = replace(config, dataset_eval_split="test")
+        with pytest.raises(UsageError, match=r"Unknown split 'test'.* data\.dataset_eval_split"):
+            list(read_documents(other, "eval"))
+
+    def test_an_unreachable_hub_is_one_clear_line(self) -> None:
+        pytest.importorskip("datasets")
+        with pytest.raises(
+            UsageError, match="data set that can be loaded, got 'absent/absent'"
+        ) as e:
+            read("absent/absent")
+        assert "\n" not in str(e.value)
+
+    def test_a_missing_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(
+            UsageError, match=r"datasets must be installed unless 'corpus' is a file"
+        ):
+            read("corpus")
+
+
+class TestStandardLibrary:
+    def test_library_source_without_tests_and_without_this_machine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        skipped = (
+            "test/a.py",
+            "unittest/test/a.py",
+            "idlelib/idle_test/a.py",
+            "lib2to3/tests/a.py",
+            "site-packages/a.py",
+            "dist-packages/a.py",
+            "__pycache__/a.py",
+            "config-3.11-x86_64-linux-gnu/a.py",
+            "_sysconfigdata__linux_.py",
+            "lib.txt",
+        )
+        for name in (*skipped, "os.py", "json/decoder.py", "unittest/case.py", "latin.py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"# {name}\r\n", newline="")
+        (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9\n")
+        monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+        assert read("python-stdlib") == [
+            ("json/decoder.py", "# json/decoder.py\n"),
+            ("os.py", "# os.py\n"),
+            ("unittest/case.py", "# unittest/case.py\n"),
+        ]
+
+    def test_the_running_interpreter(self) -> None:
+        texts = dict(read("python-stdlib"))
+        assert "class ArgumentParser" in texts["argparse.py"]
+        assert "asyncio/base_events.py" in texts
+        assert sum(map(len, texts.values())) > 5_000_000

@@ -1,0 +1,296 @@
+"""Predicted memory is exact where it is arithmetic, else within a tenth of a measured step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.families import tiny_family
+from support.tiny import tiny_llama
+from torch import Tensor, nn
+
+from sad.config.schema import DistillConfig
+from sad.data.batch import Batch, Units
+from sad.errors import UnfitError, UsageError
+from sad.models.heads import Backbone
+from sad.models.load import compute_dtype, load_student, load_teacher
+from sad.models.memory_plan import MemoryPlan, format_plan, plan
+from sad.optim.precision import Precision
+from sad.teachers.frozen import FrozenTeacher
+from sad.training.student import StudentWithLoss
+
+STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 2048}
+DEEP = STUDENT | {"num_hidden_layers": 12, "vocab_size": 128}
+TEACHER = STUDENT | {"hidden_size": 128, "intermediate_size": 384}
+PARAMETERS = sum(p.numel() for p in tiny_llama(**STUDENT).parameters())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    tiny_llama(**STUDENT).save_pretrained(path / "student")
+    tiny_llama(**TEACHER).save_pretrained(path / "teacher")
+    tiny_llama(**STUDENT, tie_word_embeddings=True).save_pretrained(path / "tied")
+    tiny_llama(**DEEP).save_pretrained(path / "deep")
+    return path
+
+
+def config_for(folder: Path, student: str = "student", **keys: Any) -> DistillConfig:
+    settings: dict[str, Any] = {
+        "teacher": str(folder / "teacher"),
+        "device": "cpu",
+        "max_length": 256,
+        "per_device_train_batch_size": 4,
+    }
+    return DistillConfig(student=str(folder / student), **(settings | keys))
+
+
+def sizes(plan: MemoryPlan) -> dict[str, int]:
+    return dict(plan.items) | dict(plan.elsewhere)
+
+
+# States
+
+
+@pytest.mark.parametrize(
+    ("keys", "per_parameter"),
+    [
+        ({}, 16 + 4),
+        ({"bf16": True}, 16 + 4),
+        ({"use_ema": False}, 16),
+        ({"param_dtype": "bfloat16"}, 18 + 4),
+        ({"param_dtype": "bfloat16", "master_weights": False}, 8 + 4),
+    ],
+)
+def test_states_are_exact(folder: Path, keys: dict[str, Any], per_parameter: int) -> None:
+    found = sizes(plan(config_for(folder, gradient_accumulation_steps=2, **keys)))
+    states = ("student weights", "master weights", "AdamW", "EMA", "gradients")
+    total = sum(size for label, size in found.items() if label.startswith(states))
+    buffers = sum(b.nbytes for b in tiny_llama(**STUDENT).buffers())
+    assert total == per_parameter * PARAMETERS + buffers
+
+
+def test_tied_weights_count_once(folder: Path) -> None:
+    whole, tied = (
+        sizes(plan(config_for(folder, name)))["AdamW moments"] for name in ("student", "tied")
+    )
+    assert whole - tied == 8 * 2048 * 64
+
+
+def test_the_teacher_has_its_own_dtype(folder: Path) -> None:
+    whole = sizes(plan(config_for(folder)))["teacher weights, float32"]
+    half = sizes(plan(config_for(folder, teacher_dtype="bfloat16")))["teacher weights, bfloat16"]
+    buffers = sum(b.nbytes for b in tiny_llama(**TEACHER).buffers())
+    assert whole - buffers == 2 * (half - buffers)
+
+
+def test_a_teacher_elsewhere_leaves_its_head_here(folder: Path) -> None:
+    here = plan(config_for(folder))
+    away = plan(config_for(folder, teacher_device="meta"))
+    assert away.elsewhere == (
+        ("teacher weights, float32", sizes(here)["teacher weights, float32"]),
+    )
+    assert sizes(away)["teacher head"] == 4 * 2048 * 128
+    assert here.total - away.total == dict(away.elsewhere).popitem()[1] - 4 * 2048 * 128
+
+
+def test_without_a_teacher_nothing_is_planned_for_one(folder: Path) -> None:
+    alone = plan(config_for(folder, teacher=None, kd_weight=0))
+    assert not any("teacher" in label for label, _ in alone.items)
+    assert alone.full_logits == 4 * 256 * 2048 * 4
+
+
+def test_full_logits_are_those_of_both_models(folder: Path) -> None:
+    assert plan(config_for(folder, bf16=True)).full_logits == 4 * 256 * 2048 * (2 + 2)
+
+
+# Activations
+
+
+def kept_for_backward(student: nn.Module, config: DistillConfig) -> int:
+    """What a real forward pass over packed rows keeps, parameters and buffers aside."""
+    own = {t.untyped_storage()._cdata for t in (*student.parameters(), *student.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    batch = packed_batch(config, 0)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        Precision(config).autocast(),
+    ):
+        Backbone(student)(batch.input_ids, batch.position_ids)  # pyright: ignore
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"bf16": True}, {"param_dtype": "bfloat16"}, {"gradient_checkpointing": True}]
+)
+def test_activations_are_those_of_a_real_forward_pass(folder: Path, keys: dict[str, Any]) -> None:
+    config = config_for(folder, **keys)
+    real = kept_for_backward(load_student(config), config)
+    assert sizes(plan(config))["student activations"] == real
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neo"])
+def test_activations_of_other_families_are_those_of_a_real_forward_pass(
+    family: str, tmp_path: Path
+) -> None:
+    """GPT-Neo's backward pass reads a buffer, which is no activation."""
+    tiny_family(family).save_pretrained(tmp_path / "student")
+    keys = {"attn_implementation": "eager", "max_length": 64}
+    config = config_for(tmp_path, teacher=None, kd_weight=0, **keys)
+    real = kept_for_backward(load_student(config), config)
+    assert sizes(plan(config))["student activations"] == real
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_are_estimated_from_above(family: str, tmp_path: Path) -> None:
+    tiny_family(family).save_pretrained(tmp_path / "student")
+    config = config_for(tmp_path, teacher=None, kd_weight=0, max_length=64)
+    real = kept_for_backward(load_student(config), config)
+    assert real <= sizes(plan(config))["student activations"] <= 1.6 * real
+
+
+# A whole step
+
+
+def packed_batch(config: DistillConfig, seed: int) -> Batch:
+    shape = config.per_device_train_batch_size, config.max_length
+    ids = torch.randint(0, 128, shape, generator=torch.Generator().manual_seed(seed))
+    labels = ids.roll(-1, dims=1)
+    labels[:, 39::40] = -100
+    positions = (torch.arange(shape[1]) % 40).repeat(shape[0], 1)
+    units = Units(int((labels != -100).sum()), int((positions > 0).sum()), shape[0])
+    return Batch(ids, labels, positions, torch.full(shape[:1], shape[1]), units, 1)
+
+
+def measured_peak(config: DistillConfig) -> int:
+    """The most bytes alive at once, from the loaded models to the end of the second window.
+
+    Weights are counted by their sizes: they may be mapped from a file, or read in by other threads,
+    and the profiler sees neither. It sees the changes from there on.
+    """
+    precision, model = Precision(config), load_student(config)
+    vocab = model.config.vocab_size
+    student = StudentWithLoss(
+        model,
+        vocab,
+        compute_dtype=precision.compute_dtype,
+        autocast=precision.autocast,
+        chunk_bytes=config.chunk_bytes,
+    ).train()
+    teacher, loaded = None, [model]
+    if config.teacher is not None:
+        loaded.append(load_teacher(config))
+        teacher = FrozenTeacher(loaded[1], vocab, device=torch.device("cpu"))
+    alive = peak = sum(t.nbytes for m in loaded for t in (*m.parameters(), *m.buffers()))
+
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        optimizer, ema = precision.build_optimizer(student), precision.build_ema(student)
+        for step in range(2):
+            for _ in range(config.gradient_accumulation_steps):
+                batch = packed_batch(config, step)
+                target = None if teacher is None else teacher(batch)
+                out = student(batch, target, config.objective(), num_items=1000)
+                precision.backward(out.loss)
+            ema.update(precision.step(optimizer, 1.0).ok)
+            precision.zero_grad(optimizer)
+    events = profile.profiler.kineto_results.events()  # pyright: ignore
+    changes: list[Any] = [event for event in events if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"param_dtype": "bfloat16"},
+        {"gradient_checkpointing": True},
+        {"chunk_bytes": 1 << 20},
+        {"per_device_train_batch_size": 1, "max_length": 8},
+    ],
+    ids=lambda keys: ",".join(keys) or "defaults",
+)
+def test_the_peak_is_within_a_tenth_of_a_measured_step(folder: Path, keys: dict[str, Any]) -> None:
+    config = config_for(folder, **keys)
+    assert plan(config).total == pytest.approx(measured_peak(config), rel=0.1)
+
+
+def test_small_batches_peak_at_the_optimizer_step(folder: Path) -> None:
+    config = config_for(
+        folder,
+        "deep",
+        teacher=None,
+        kd_weight=0,
+        per_device_train_batch_size=1,
+        max_length=8,
+    )
+    found = plan(config)
+    assert found.moment == "at the optimizer step"
+    assert sizes(found)["gradients"] == sum(4 * p.numel() for p in tiny_llama(**DEEP).parameters())
+    assert "student activations" not in sizes(found)
+    assert found.total == pytest.approx(measured_peak(config), rel=0.1)
+
+
+# What it takes, and what it says
+
+
+def test_configurations_are_enough_and_nothing_is_disturbed(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for role in ("student", "teacher"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "config.json").write_text((folder / role / "config.json").read_text())
+    before = torch.get_rng_state()
+    capfd.readouterr()
+    assert plan(config_for(tmp_path)) == plan(config_for(folder))
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bad_models_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="student must be"):
+        plan(config_for(tmp_path, "missing"))
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UnfitError, match="must be a causal language model"):
+        plan(config_for(tmp_path, "t5"))
+
+
+def test_the_table_adds_up() -> None:
+    found = MemoryPlan(
+        device="cpu",
+        moment="between forward and backward",
+        items=(("student weights, float32", 3 << 20), ("gradients", 2500 << 20)),
+        elsewhere=(("teacher weights, bfloat16", 7 << 20),),
+        full_logits=1 << 30,
+    )
+    lines = format_plan(found).splitlines()
+    assert lines[0] == "memory on cpu, between forward and backward"
+    assert [line.split()[-2:] for line in lines if line.endswith("MiB")] == [
+        ["3.0", "MiB"],
+        ["2,500.0", "MiB"],
+        ["2,503.0", "MiB"],
+        ["7.0", "MiB"],
+        ["1,024.0", "MiB"],
+    ]
+    assert len({len(line) for line in lines if line.endswith("MiB")}) == 1
+
+
+def test_compute_dtype_agrees_with_the_trainers(folder: Path) -> None:
+    choices: tuple[dict[str, Any], ...] = ({}, {"bf16": True}, {"fp16": True})
+    for keys in (*choices, {"param_dtype": "bfloat16"}):
+        config = config_for(folder, **keys)
+        assert compute_dtype(config) == Precision(config).compute_dtype

@@ -1,0 +1,31 @@
+"""Libraries are silent inside and as talkative as before outside."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from transformers.utils import logging as transformers_logging
+
+from sad.environment import HUB, quiet_libraries
+
+
+def test_the_hubs_attempts_are_not_announced(caplog: pytest.LogCaptureFixture) -> None:
+    attempt = logging.getLogger("huggingface_hub.utils._http")
+    with quiet_libraries():
+        attempt.warning("Retrying in 1s [Retry 1/5].")
+        attempt.error("gone wrong")
+    attempt.warning("after")
+    assert [r.message for r in caplog.records] == ["gone wrong", "after"]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_what_was_set_before_comes_back(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    monkeypatch.setattr(HUB, "level", level)
+    with pytest.raises(KeyError), quiet_libraries():
+        assert not transformers_logging.is_progress_bar_enabled()
+        raise KeyError
+    assert HUB.level == level
+    after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    assert after == before

@@ -1,0 +1,53 @@
+"""Trainers as ``distill`` builds them, and whether two of them are in the same state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sad.checkpoint.run_directory import RunDirectory
+from sad.config.schema import DistillConfig
+from sad.environment import seed_everything
+from sad.models.load import load_student
+from sad.optim.precision import Precision
+from sad.report.log import RunLog
+from sad.training.inputs import Materials, gather
+from sad.training.run import build_structure
+from sad.training.student import build_student
+from sad.training.trainer import Trainer
+
+
+def make_trainer(config: DistillConfig, materials: Materials | None = None) -> Trainer:
+    """A trainer as ``distill`` builds it, with fresh objects and seeds."""
+    materials = materials or gather(config)
+    seed_everything(config.seed, deterministic=config.deterministic)
+    precision = Precision(config, materials.device)
+    model = load_student(config)
+    student = build_student(config, model, materials.valid_vocab, precision)
+    structure = build_structure(config, model, materials)
+    run_dir = RunDirectory(config.output_dir)
+    return Trainer(config, student, materials, precision, run_dir, structure=structure)
+
+
+def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
+    return RunLog(config.output_dir, total_batches=trainer.horizon.micro_batches)
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """The whole state, copied: plain values, and tensors by group and name."""
+    state, tensors = trainer.capture()
+    named = {
+        f"{g}/{n}": t.detach().clone() for g, group in tensors.items() for n, t in group.items()
+    }
+    return {"state": state, **named}
+
+
+def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        same = (
+            torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
+        )
+        assert same, f"{name} differs"
