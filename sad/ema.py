@@ -204,5 +204,5 @@ def _averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _shadow_of(source: Tensor) -> Tensor:
-    wide = torch.promote_types(source.dtype, torch.float32)
-    return source.detach().to(wide, copy=True)
+    upcast = torch.promote_types(source.dtype, torch.float32)
+    return source.detach().to(upcast, copy=True)

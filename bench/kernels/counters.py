@@ -34,7 +34,7 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps_percent",
     "launch__registers_per_thread": "registers",
 }
-KERNELS = "statistics_kernel|terms_kernel|merge_kernel|gradient_kernel"
+KERNELS = "statistics_kernel|mixture_kernel|merge_kernel|gradient_kernel"
 WARP = 32
 
 

@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import torch
 from sad_kernels import Head, TeacherHidden, linear
 from sad_kernels._dispatch import resolve_impl
-from sad_kernels._rows import Leading
+from sad_kernels._rows import RowLayout
 from sad_kernels._tiles import chunk_rows, cut
-from sad_kernels._torch.autograd import head_side
+from sad_kernels._torch.autograd import head_input
 from torch import Tensor
 
 from bench.kernels import check
@@ -299,8 +299,8 @@ def our_pieces(problem: Hidden, chunk_bytes: int) -> int:
     if resolve_impl("auto", h) == "triton":
         sizes = chunk_rows(case.V, 1 + joint, h.element_size(), chunk_bytes)
         return len(cut(case.N, sizes.gradient))
-    student = head_side(h, Head(problem.weight), Leading(h))
-    teacher = head_side(ht, Head(problem.teacher_weight), Leading(ht)) if joint else None
+    student = head_input(h, Head(problem.weight), RowLayout(h))
+    teacher = head_input(ht, Head(problem.teacher_weight), RowLayout(ht)) if joint else None
     tile = linear._tile_shape(student, teacher, case.objective, case.V, chunk_bytes)
     return len(cut(case.N, tile.rows)) * len(cut(case.V, tile.columns))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sad_kernels import Objective
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from torch import Tensor
 
 from bench.kernels import floors
@@ -31,7 +31,7 @@ class Loss(NamedTuple):
     name: str
     objective: Objective
     teacher: str | None  # dense, top_k
-    joint: bool  # with CE and diagnostics
+    joint: bool  # with CE and compute_metrics
     forward: int
     backward: int
 
@@ -89,7 +89,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> Callable[[Loss], Calls]:
     log_probs, ids = torch.randn(n, K, device=device).log_softmax(1) - 0.1, _ids(n, device)
     teachers = {
         "dense": launch.Logits(t),
-        "top_k": launch.TopK.prepare(ids, log_probs, "bucket", V),
+        "top_k": launch.SortedTopK.prepare(ids, log_probs, "bucket", V),
         None: None,
     }
     student = launch.Logits(x)
@@ -97,10 +97,10 @@ def calls(device: torch.device, dtype: torch.dtype) -> Callable[[Loss], Calls]:
     def of(loss: Loss) -> Calls:
         teacher = teachers[loss.teacher]
         ce = loss.joint or loss.teacher is None
-        task = Task(loss.objective, V, -100, classes=ce, diagnostics=loss.joint)
+        spec = LossSpec(loss.objective, V, -100, compute_ce=ce, compute_metrics=loss.joint)
         return (
-            lambda: launch.forward(task, student, y, teacher),
-            lambda saved: launch.gradient(task, student, y, teacher, saved, upstream, out),
+            lambda: launch.forward(spec, student, y, teacher),
+            lambda saved: launch.gradient(spec, student, y, teacher, saved, upstream, out),
         )
 
     return of

@@ -21,8 +21,8 @@ from sad.config.load import load_config
 from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.report.log import RunLog
-from sad.training.inputs import gather
-from sad.training.meters import Clock
+from sad.training.inputs import load_inputs
+from sad.training.meters import ThroughputMeter
 from sad.training.student import build_student
 from sad.training.trainer import Trainer
 
@@ -37,34 +37,34 @@ def _measure(folder: str, rounds: int, steps: int) -> dict[str, Any]:
     overrides = ("--output_dir", folder, "--max_steps", str((rounds + 1) * steps))
     quiet = ("--eval_steps", "null", "--save_steps", "null", "--baseline", "false")
     config = load_config("quickstart", (*overrides, *quiet))
-    materials = gather(config)
-    precision = Precision(config, materials.device)
+    inputs = load_inputs(config)
+    precision = Precision(config, inputs.device)
 
     def student() -> Any:
-        return build_student(config, load_student(config), materials.valid_vocab, precision)
+        return build_student(config, load_student(config), inputs.valid_vocab, precision)
 
-    trainer = Trainer(config, student(), materials, precision, RunDirectory(folder))
+    trainer = Trainer(config, student(), inputs, precision, RunDirectory(folder))
     bare_student = student().train()
     optimizer = torch.optim.AdamW(bare_student.parameters(), config.learning_rate, fused=True)
-    batches = [materials.train_rows.batch(range(8 * i, 8 * i + 8)) for i in range(steps)]
+    batches = [inputs.train_rows.batch(range(8 * i, 8 * i + 8)) for i in range(steps)]
     objective = config.objective()
 
     def bare() -> None:
         for batch in batches:
-            assert materials.teacher is not None
-            out = bare_student(batch, materials.teacher(batch), objective, batch.num_targets)
+            assert inputs.teacher is not None
+            out = bare_student(batch, inputs.teacher(batch), objective, batch.num_targets)
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    with RunLog(folder, total_batches=trainer.horizon.micro_batches) as log:
+    with RunLog(folder, total_batches=trainer.run_length.micro_batches) as log:
 
         def ours() -> None:
-            clock = Clock(trainer.counters.tokens)
+            throughput = ThroughputMeter(trainer.counters.tokens)
             for _ in range(steps):
                 trainer.micro_batch()
                 log.advance()
-            trainer.log_progress(log, clock)
+            trainer.log_progress(log, throughput)
 
         times: dict[str, list[float]] = {"bare": [], "trainer": []}
         for round_ in range(rounds + 1):

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from bench.kernels.timing import MIB, peak_bytes
 from sad.config.schema import DistillConfig
-from sad.data.batch import Batch, Units
-from sad.losses.structural import Structure
+from sad.data.batch import Batch, LossCounts
+from sad.losses.structural import StructuralLosses
 from sad.optim.precision import Precision
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.student import StructuredStudent, build_student
@@ -112,14 +112,17 @@ def _step(
             return _backward(model, out.loss)
 
         return plain
-    structure = Structure(config, model, teacher_model)
-    root, capture = StructuredStudent(student, structure), structure.teacher_capture(tuple(weights))
+    structural = StructuralLosses(config, model, teacher_model)
+    root, capture = (
+        StructuredStudent(student, structural),
+        structural.teacher_capture(tuple(weights)),
+    )
 
-    def structured() -> Tensor:
-        seen = teacher.observe(batch, capture)
-        return _backward(root, root(batch, seen, objective, weights, batch.units).loss)
+    def structural_student() -> Tensor:
+        seen = teacher.forward(batch, capture)
+        return _backward(root, root(batch, seen, objective, weights, batch.counts).loss)
 
-    return structured
+    return structural_student
 
 
 def _backward(module: torch.nn.Module, loss: Tensor) -> Tensor:
@@ -176,10 +179,10 @@ def _batch(setup: Setup) -> Batch:
     ids = torch.randint(setup.vocab, (1, setup.tokens), generator=generator)
     labels = ids.roll(-1, dims=1)
     labels[:, -1] = -100
-    units = Units(setup.tokens - 1, setup.tokens - 1, 1)
+    counts = LossCounts(setup.tokens - 1, setup.tokens - 1, 1)
     positions = torch.arange(setup.tokens)[None]
     lengths = torch.tensor([setup.tokens])
-    return Batch(ids, labels, positions, lengths, units, 1).to(torch.device(setup.device))
+    return Batch(ids, labels, positions, lengths, counts, 1).to(torch.device(setup.device))
 
 
 def table(result: Json) -> list[str]:

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from sad.config.schema import DataConfig, DistillConfig
 from sad.data.batch import IGNORE_INDEX
-from sad.data.rows import load_rows, row_order
+from sad.data.rows import epoch_permutation, load_rows
 from sad.data.tokenizers import load_tokenizer
 from sad.environment import quiet_libraries
 from sad.optim.optimizer import build_adamw
-from sad.optim.schedule import Horizon, build_scheduler
+from sad.optim.schedule import RunLength, build_scheduler
 from sad.recipes import FOLDER
 from sad.teachers.frozen import FrozenTeacher
-from sad.training.inputs import Materials
+from sad.training.inputs import RunInputs
 
 QUICKSTART = str(FOLDER / "quickstart" / "teacher")
 
@@ -78,17 +78,19 @@ class Task(NamedTuple):
 
     setup: Setup
     config: DistillConfig
-    materials: Materials
+    inputs: RunInputs
     student: Any  # PreTrainedModel
     teacher: Any
     order: np.ndarray  # numbers of the training rows, in the order of sad's loop
 
     def optimizers(self) -> tuple[Any, Any]:
         """Sad's optimizer and schedule, for trainers that take them from outside."""
-        setup, rows = self.setup, len(self.materials.train_rows)
-        horizon = Horizon(rows, setup.rows, 1, num_train_epochs=1, max_steps=self.config.max_steps)
+        setup, rows = self.setup, len(self.inputs.train_rows)
+        run_length = RunLength(
+            rows, setup.rows, 1, num_train_epochs=1, max_steps=self.config.max_steps
+        )
         optimizer = build_adamw(self.config, dict(self.student.named_parameters()))
-        return optimizer, build_scheduler(optimizer, self.config, horizon)
+        return optimizer, build_scheduler(optimizer, self.config, run_length)
 
 
 def distill_config(setup: Setup, seed: int) -> DistillConfig:
@@ -126,7 +128,7 @@ def prepare(setup: Setup, seed: int) -> Task:
     if len(train) < needed:
         raise ValueError(f"documents must give {needed} rows, got {len(train)}; take more of them")
     if setup.teacher is None:
-        some = train.batch(row_order(0, 0, len(train))[:64])
+        some = train.batch(epoch_permutation(0, 0, len(train))[:64])
         teacher = _quickstart_teacher(setup, some.input_ids)
     else:
         teacher = random_model(setup.teacher, setup, seed=1000 + seed)
@@ -134,9 +136,9 @@ def prepare(setup: Setup, seed: int) -> Task:
     student = random_model(setup.student, setup, seed).train()
     device = torch.device(setup.device)
     frozen = FrozenTeacher(teacher, setup.vocab, device=device)
-    materials = Materials(tokenizer, setup.vocab, train, held_out, frozen, device, rss_before=0)
-    order = row_order(seed, 0, len(train))[:needed]
-    return Task(setup, config, materials, student, teacher, order)
+    inputs = RunInputs(tokenizer, setup.vocab, train, held_out, frozen, device, rss_before=0)
+    order = epoch_permutation(seed, 0, len(train))[:needed]
+    return Task(setup, config, inputs, student, teacher, order)
 
 
 def random_model(shape: dict[str, Any], setup: Setup, seed: int) -> Any:
@@ -174,10 +176,10 @@ def _quickstart_teacher(setup: Setup, some_ids: Tensor) -> Any:
 def quality(task: Task) -> dict[str, float]:
     """Nats per held-out target: KL of student and teacher, NLL of each."""
     task.student.eval()
-    rows = task.materials.eval_rows
+    rows = task.inputs.eval_rows
     sums = torch.zeros(4, dtype=torch.float64)
-    for number in row_order(0, 0, len(rows))[: task.setup.eval_rows]:
-        batch = rows.batch([number]).to(task.materials.device)
+    for number in epoch_permutation(0, 0, len(rows))[: task.setup.eval_rows]:
+        batch = rows.batch([number]).to(task.inputs.device)
         keep = batch.labels != IGNORE_INDEX
         labels = batch.labels[keep][:, None]
         log_q, log_p = (

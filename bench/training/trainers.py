@@ -26,7 +26,7 @@ from sad.checkpoint.run_directory import RunDirectory
 from sad.data.batch import IGNORE_INDEX, Batch
 from sad.optim.precision import Precision
 from sad.report.log import RunLog
-from sad.training.meters import Clock
+from sad.training.meters import ThroughputMeter
 from sad.training.student import StudentWithLoss, Targets, build_student
 from sad.training.trainer import Trainer
 
@@ -106,13 +106,13 @@ class Watch:
 
 
 def sad_fused(task: Task, watch: Watch, folder: str) -> None:
-    precision = Precision(task.config, task.materials.device)
+    precision = Precision(task.config, task.inputs.device)
     student = build_student(task.config, task.student, task.setup.vocab, precision)
     _sad(task, watch, folder, student, precision)
 
 
 def sad_naive(task: Task, watch: Watch, folder: str) -> None:
-    precision = Precision(task.config, task.materials.device)
+    precision = Precision(task.config, task.inputs.device)
     _sad(task, watch, folder, NaiveStudent(task.student, task.setup.vocab), precision)
 
 
@@ -120,17 +120,17 @@ def _sad(
     task: Task, watch: Watch, folder: str, student: StudentWithLoss, precision: Precision
 ) -> None:
     """``Trainer.train`` up to its final evaluation."""
-    trainer = Trainer(task.config, student, task.materials, precision, RunDirectory(folder))
+    trainer = Trainer(task.config, student, task.inputs, precision, RunDirectory(folder))
     student.train()
     student.register_forward_hook(lambda *call: watch.losses.append(call[-1].loss.detach()))
-    with RunLog(folder, total_batches=trainer.horizon.micro_batches, stream=sys.stderr) as log:
-        clock = Clock(trainer.counters.tokens)
+    with RunLog(folder, total_batches=trainer.run_length.micro_batches, stream=sys.stderr) as log:
+        throughput = ThroughputMeter(trainer.counters.tokens)
         watch.begin()
-        while trainer.counters.micro_step < trainer.horizon.micro_batches:
+        while trainer.counters.micro_step < trainer.run_length.micro_batches:
             trainer.micro_batch()
             log.advance()
             if trainer.counters.global_step % task.config.logging_steps == 0:
-                trainer.log_progress(log, clock)
+                trainer.log_progress(log, throughput)
             watch.step()
 
 
@@ -201,7 +201,7 @@ class RecipeTrainer(transformers.Trainer):
 
 def recipe(task: Task, watch: Watch, folder: str) -> None:
     module("accelerate", "accelerate")
-    batch = task.materials.train_rows.batch(task.order)
+    batch = task.inputs.train_rows.batch(task.order)
     rows: Any = [
         {"input_ids": ids, "shift_labels": labels}
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
@@ -236,7 +236,7 @@ def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
             watch.losses.append(loss.detach())
             return loss
 
-    batch = task.materials.train_rows.batch(task.order)
+    batch = task.inputs.train_rows.batch(task.order)
     ids = F.pad(batch.input_ids, (0, 1))
     rows = {
         "input_ids": ids.tolist(),
@@ -248,7 +248,7 @@ def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
         teacher_model=task.teacher,
         args=arguments,
         train_dataset=module("datasets", "datasets").Dataset.from_dict(rows),
-        processing_class=task.materials.tokenizer,
+        processing_class=task.inputs.tokenizer,
         **_handed_over(task, watch),
     )
     watch.begin()

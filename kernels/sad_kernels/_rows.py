@@ -10,7 +10,7 @@ from torch import Tensor
 from sad_kernels.objective import DistillOutput, Objective
 
 
-class Leading:
+class RowLayout:
     """The leading dimensions of logits [..., V], in an order that flattens them without a copy.
 
     Logits laid out [s, b, V] and seen as [b, s, V] would otherwise be copied whole.
@@ -50,9 +50,9 @@ def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor: 
     return (labels != ignore_index).sum(dtype=dtype)
 
 
-def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, leading: Leading) -> Tensor:
+def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, layout: RowLayout) -> Tensor:
     if reduction == "none":
-        return leading.restore(loss)
+        return layout.restore(loss)
     return loss.sum() if reduction == "sum" else loss.sum() / num_tokens.clamp(min=1)
 
 
@@ -77,14 +77,16 @@ def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> Distil
     )
 
 
-class Task(NamedTuple):
+class LossSpec(NamedTuple):
     """What is asked of the rows, without any tensor."""
 
     objective: Objective
     vocab: int
     ignore_index: int
-    classes: bool  # labels name classes, so there is a CE; in kl_div they only say which rows count
-    diagnostics: bool  # entropy, correct, agree
+    compute_ce: (
+        bool  # labels name classes, so there is a CE; in kl_div they only say which rows count
+    )
+    compute_metrics: bool  # entropy, correct, agree
 
 
 class RowResults(NamedTuple):

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._rows import Leading, Task, count_valid, reduce_rows
+from sad_kernels._rows import LossSpec, RowLayout, count_valid, reduce_rows
 from sad_kernels._tiles import logit_tiles
-from sad_kernels._torch.autograd import Side, row_losses
-from sad_kernels._torch.sources import Finish
+from sad_kernels._torch.autograd import ModelInput, row_losses
+from sad_kernels._torch.sources import LogitTransform
 from sad_kernels.objective import Objective
 
 if HAS_TRITON:
-    from sad_kernels._triton.logits import losses_of_logits, mean_of_logits
+    from sad_kernels._triton.logits import mean_loss_from_logits, row_losses_from_logits
 
 
 def cross_entropy(
@@ -76,15 +76,15 @@ def cross_entropy(
     objective = Objective(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
-    task = Task(objective, vocab, ignore_index, classes=True, diagnostics=False)
-    leading = Leading(logits)
-    y = leading.flat(labels)
+    spec = LossSpec(objective, vocab, ignore_index, compute_ce=True, compute_metrics=False)
+    layout = RowLayout(logits)
+    y = layout.flat(labels)
     if resolve_impl(impl, logits, labels) == "triton":
-        rows_of = task, leading.rows(logits), softcap, y, None, leading
+        rows_of = spec, layout.rows(logits), softcap, y, None, layout
         if reduction == "mean":
-            return mean_of_logits(*rows_of).loss
-        rows = losses_of_logits(*rows_of)
+            return mean_loss_from_logits(*rows_of).loss
+        rows = row_losses_from_logits(*rows_of)
     else:
-        student = Side(leading.rows(logits), how=Finish(softcap=softcap))
-        rows = row_losses(task, student, y, None, shape=logit_tiles(vocab))
-    return reduce_rows(rows.loss, count_valid(y, ignore_index, logits), reduction, leading)
+        student = ModelInput(layout.rows(logits), transform=LogitTransform(softcap=softcap))
+        rows = row_losses(spec, student, y, None, shape=logit_tiles(vocab))
+    return reduce_rows(rows.loss, count_valid(y, ignore_index, logits), reduction, layout)

@@ -37,16 +37,16 @@ from torch import Tensor
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
 from sad_kernels._rows import (
-    Leading,
+    LossSpec,
+    RowLayout,
     RowResults,
-    Task,
     count_valid,
     distill_output,
     divisor,
     reduce_rows,
 )
 from sad_kernels._tiles import logit_tiles
-from sad_kernels._torch.autograd import Side, row_losses, teacher_side
+from sad_kernels._torch.autograd import ModelInput, row_losses, teacher_input
 from sad_kernels.objective import (
     DistillOutput,
     Divergence,
@@ -57,7 +57,7 @@ from sad_kernels.objective import (
 )
 
 if HAS_TRITON:
-    from sad_kernels._triton.logits import losses_of_logits, mean_of_logits
+    from sad_kernels._triton.logits import mean_loss_from_logits, row_losses_from_logits
 
 
 def kl_div(
@@ -105,18 +105,18 @@ def kl_div(
     objective = Objective(
         temperature=temperature, divergence=divergence, beta=beta, scale_t2=scale_t2
     )
-    task = Task(objective, vocab, ignore_index, classes=False, diagnostics=False)
-    leading = Leading(student_logits)
-    y = leading.flat(labels)
+    spec = LossSpec(objective, vocab, ignore_index, compute_ce=False, compute_metrics=False)
+    layout = RowLayout(student_logits)
+    y = layout.flat(labels)
     if resolve_impl(impl, student_logits, teacher_logits) == "triton":
-        rows_of = task, leading.rows(student_logits), None, y, teacher, leading
+        rows_of = spec, layout.rows(student_logits), None, y, teacher, layout
         if reduction == "mean":
-            return mean_of_logits(*rows_of).loss
-        rows = losses_of_logits(*rows_of)
+            return mean_loss_from_logits(*rows_of).loss
+        rows = row_losses_from_logits(*rows_of)
     else:
-        rows = _rows(task, student_logits, y, teacher, leading)
+        rows = _rows(spec, student_logits, y, teacher, layout)
     num_tokens = count_valid(y, ignore_index, student_logits)
-    return reduce_rows(rows.loss, num_tokens, reduction, leading)
+    return reduce_rows(rows.loss, num_tokens, reduction, layout)
 
 
 def distill_loss(
@@ -161,26 +161,26 @@ def distill_loss(
     _check.require_num_items(num_items, student_logits, "student_logits")
     _check.require_int("ignore_index", ignore_index)
     vocab = _check.common_vocab(student_logits.shape[-1], None, teacher)
-    task = Task(objective, vocab, ignore_index, classes=True, diagnostics=True)
-    leading = Leading(student_logits)
-    y = leading.flat(labels)
+    spec = LossSpec(objective, vocab, ignore_index, compute_ce=True, compute_metrics=True)
+    layout = RowLayout(student_logits)
+    y = layout.flat(labels)
     if resolve_impl(impl, student_logits, labels, *dense_tensors(teacher)) == "triton":
-        x, items = leading.rows(student_logits), num_items
+        x, items = layout.rows(student_logits), num_items
         if isinstance(items, int):
             items = torch.full((), items, dtype=torch.float32, device=x.device)
-        return mean_of_logits(task, x, None, y, teacher, leading, items)
-    rows = _rows(task, student_logits, y, teacher, leading)
+        return mean_loss_from_logits(spec, x, None, y, teacher, layout, items)
+    rows = _rows(spec, student_logits, y, teacher, layout)
     num_tokens = count_valid(y, ignore_index, student_logits)
     loss = rows.loss.sum() / divisor(num_tokens, num_items)
     return distill_output(loss, rows, num_tokens)
 
 
 def _rows(
-    task: Task,
+    spec: LossSpec,
     logits: Tensor,
     labels: Tensor | None,
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
 ) -> RowResults:
-    student, other = Side(leading.rows(logits)), teacher_side(teacher, leading)
-    return row_losses(task, student, labels, other, shape=logit_tiles(task.vocab))
+    student, other = ModelInput(layout.rows(logits)), teacher_input(teacher, layout)
+    return row_losses(spec, student, labels, other, shape=logit_tiles(spec.vocab))

@@ -47,9 +47,9 @@ from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._rows import Leading, RowResults, Task, count_valid, distill_output, divisor
+from sad_kernels._rows import LossSpec, RowLayout, RowResults, count_valid, distill_output, divisor
 from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles
-from sad_kernels._torch.autograd import Side, TopK, head_side, row_losses, teacher_side
+from sad_kernels._torch.autograd import ModelInput, TopKInput, head_input, row_losses, teacher_input
 from sad_kernels.objective import (
     MIXTURES,
     DistillOutput,
@@ -60,7 +60,7 @@ from sad_kernels.objective import (
 )
 
 if HAS_TRITON:
-    from sad_kernels._triton.linear import losses_of_rows, mean_loss
+    from sad_kernels._triton.linear import mean_loss, row_losses_from_hidden
 
 
 def linear_cross_entropy(
@@ -98,15 +98,15 @@ def linear_cross_entropy(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
     _check.require_reduction(reduction)
-    task, y, leading, impl = _prepare(
+    spec, y, layout, impl = _prepare(
         hidden, head, labels, None, objective, False, ignore_index, chunk_bytes, impl
     )
     if reduction == "none":
-        rows = _rows(task, hidden, head, y, None, leading, chunk_bytes, impl)
-        return leading.restore(rows.loss)
+        rows = _rows(spec, hidden, head, y, None, layout, chunk_bytes, impl)
+        return layout.restore(rows.loss)
     num_tokens = count_valid(y, ignore_index, hidden)
     items = divisor(num_tokens, None if reduction == "mean" else 1)
-    return _total(task, hidden, head, y, None, leading, items, chunk_bytes, impl)[0]
+    return _total(spec, hidden, head, y, None, layout, items, chunk_bytes, impl)[0]
 
 
 def linear_distill_loss(
@@ -143,12 +143,12 @@ def linear_distill_loss(
     """
     _check.require_rows("hidden", hidden)
     _check.require_num_items(num_items, hidden, "hidden")
-    task, y, leading, impl = _prepare(
+    spec, y, layout, impl = _prepare(
         hidden, head, labels, teacher, objective, True, ignore_index, chunk_bytes, impl
     )
     num_tokens = count_valid(y, ignore_index, hidden)
     items = divisor(num_tokens, num_items)
-    loss, rows = _total(task, hidden, head, y, teacher, leading, items, chunk_bytes, impl)
+    loss, rows = _total(spec, hidden, head, y, teacher, layout, items, chunk_bytes, impl)
     return distill_output(loss, rows, num_tokens)
 
 
@@ -158,11 +158,11 @@ def _prepare(
     labels: Tensor,
     teacher: Teacher | None,
     objective: Objective,
-    diagnostics: bool,
+    compute_metrics: bool,
     ignore_index: int,
     chunk_bytes: int | None,
     impl: str,
-) -> tuple[Task, Tensor, Leading, str]:
+) -> tuple[LossSpec, Tensor, RowLayout, str]:
     """Check the arguments; return the task, flat labels, the order of rows, and who does it."""
     _check.require_rows("hidden", hidden)
     _check.require_head(head, hidden)
@@ -173,53 +173,53 @@ def _prepare(
     _check.require_chunk_bytes(chunk_bytes)
     vocab = _check.common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
     impl = resolve_impl(impl, hidden, head.weight, labels, *dense_tensors(teacher))
-    leading = Leading(hidden)
-    y = leading.flat(labels)
+    layout = RowLayout(hidden)
+    y = layout.flat(labels)
     assert y is not None
-    return Task(objective, vocab, ignore_index, True, diagnostics), y, leading, impl
+    return LossSpec(objective, vocab, ignore_index, True, compute_metrics), y, layout, impl
 
 
 def _total(
-    task: Task,
+    spec: LossSpec,
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
     items: Tensor,
     chunk_bytes: int | None,
     impl: str,
 ) -> tuple[Tensor, RowResults]:
     """The sum of all row losses over ``items``, and the rows."""
     if impl == "triton":
-        rows = leading.rows(hidden)
-        return mean_loss(task, rows, head, labels, teacher, leading, items, chunk_bytes)
-    rows = _rows(task, hidden, head, labels, teacher, leading, chunk_bytes, impl)
+        rows = layout.rows(hidden)
+        return mean_loss(spec, rows, head, labels, teacher, layout, items, chunk_bytes)
+    rows = _rows(spec, hidden, head, labels, teacher, layout, chunk_bytes, impl)
     return rows.loss.sum() / items, rows
 
 
 def _rows(
-    task: Task,
+    spec: LossSpec,
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
     chunk_bytes: int | None,
     impl: str,
 ) -> RowResults:
     """The losses of all rows, each differentiable on its own."""
     if impl == "triton":
-        rows = leading.rows(hidden)
-        return losses_of_rows(task, rows, head, labels, teacher, leading, chunk_bytes)
-    student, other = head_side(hidden, head, leading), teacher_side(teacher, leading)
-    shape = _tile_shape(student, other, task.objective, task.vocab, chunk_bytes)
-    return row_losses(task, student, labels, other, shape=shape)
+        rows = layout.rows(hidden)
+        return row_losses_from_hidden(spec, rows, head, labels, teacher, layout, chunk_bytes)
+    student, other = head_input(hidden, head, layout), teacher_input(teacher, layout)
+    shape = _tile_shape(student, other, spec.objective, spec.vocab, chunk_bytes)
+    return row_losses(spec, student, labels, other, shape=shape)
 
 
 def _tile_shape(
-    student: Side,
-    teacher: Side | TopK | None,
+    student: ModelInput,
+    teacher: ModelInput | TopKInput | None,
     objective: Objective,
     vocab: int,
     chunk_bytes: int | None,
@@ -229,12 +229,12 @@ def _tile_shape(
     slabs = 3  # the student's logits, scratch, and a product's previous partial sum
     per_column = 4 * D  # the weight's slice, oneDNN's copy, its gradient with a partial sum
     per_row = D  # a piece of the hidden states
-    caps = [student.how.softcap]
-    if isinstance(teacher, Side):
+    caps = [student.transform.softcap]
+    if isinstance(teacher, ModelInput):
         slabs += 1
         if teacher.weight is not None:
             per_column += 2 * teacher.x.shape[1]
-            caps.append(teacher.how.softcap)
+            caps.append(teacher.transform.softcap)
         if objective.divergence in MIXTURES:
             slabs += 6  # temporaries of the mixture's terms
         elif objective.divergence == "reverse_kl":

@@ -1,7 +1,7 @@
 """The configuration of a run: keys, types, ranges, files and command line."""
 
 from sad.config.identity import config_hash, trajectory_changes
-from sad.config.schema import DistillConfig, config_to_dict, config_to_yaml, text_alone
+from sad.config.schema import DistillConfig, ce_only, config_to_dict, config_to_yaml
 from sad.config.sections import DataConfig
 from sad.config.values import ConfigError
 
@@ -9,9 +9,9 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistillConfig",
+    "ce_only",
     "config_hash",
     "config_to_dict",
     "config_to_yaml",
-    "text_alone",
     "trajectory_changes",
 ]

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from sad.config.schema import DistillConfig, config_to_dict
-from sad.config.sections import CADENCE
+from sad.config.sections import MAY_CHANGE_ON_RESUME
 from sad.config.values import (
     field_types,
 )
@@ -99,7 +99,7 @@ def _cadence_keys(cls: type, prefix: str = "") -> Iterator[str]:
     for f in fields(cls):
         if is_dataclass(types[f.name]):
             yield from _cadence_keys(types[f.name], f"{prefix}{f.name}.")
-        elif f.metadata == CADENCE:
+        elif f.metadata == MAY_CHANGE_ON_RESUME:
             yield prefix + f.name
 
 

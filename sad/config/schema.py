@@ -20,7 +20,7 @@ import yaml
 from sad_kernels.objective import Divergence, Objective
 
 from sad.config.sections import (
-    CADENCE,
+    MAY_CHANGE_ON_RESUME,
     AttentionConfig,
     ContrastiveConfig,
     CurriculumConfig,
@@ -76,18 +76,18 @@ class DistillConfig:
     """`random` builds the student from its configuration alone, with weights drawn from `seed`."""
     teacher_dtype: DtypeName | None = None
     """Dtype of the frozen teacher. Default: the compute dtype."""
-    device: str = field(default="auto", metadata=CADENCE)
+    device: str = field(default="auto", metadata=MAY_CHANGE_ON_RESUME)
     """`auto` takes CUDA where there is one, else the CPU."""
-    teacher_device: str | None = field(default=None, metadata=CADENCE)
+    teacher_device: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Device of the teacher's layers (its head stays with the student). Default: `device`."""
     attn_implementation: str | None = None
     """Attention of both models, as in transformers: `sdpa`, `eager` ... Default: what transformers
     chooses for each family, which is `sdpa` where the family has it."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward instead of keeping them."""
-    trust_remote_code_student: bool = field(default=False, metadata=CADENCE)
+    trust_remote_code_student: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Run code that comes with the student's repository."""
-    trust_remote_code_teacher: bool = field(default=False, metadata=CADENCE)
+    trust_remote_code_teacher: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Run code that comes with the teacher's repository."""
 
     # Data
@@ -143,9 +143,9 @@ class DistillConfig:
     """Optimizer steps; positive values override `num_train_epochs`."""
     per_device_train_batch_size: int = 8
     """Rows per micro-batch."""
-    per_device_eval_batch_size: int = field(default=8, metadata=CADENCE)
+    per_device_eval_batch_size: int = field(default=8, metadata=MAY_CHANGE_ON_RESUME)
     """Rows per evaluation batch."""
-    max_eval_rows: int | None = field(default=None, metadata=CADENCE)
+    max_eval_rows: int | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate on at most this many held-out rows."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
@@ -199,31 +199,31 @@ class DistillConfig:
     """Lower the decay in the first updates: min(ema_decay, (1 + n) / (10 + n))."""
 
     # Run
-    output_dir: str = field(default="runs/sad", metadata=CADENCE)
+    output_dir: str = field(default="runs/sad", metadata=MAY_CHANGE_ON_RESUME)
     """The run's directory."""
     seed: int = 42
     """Seed of initialisation, order and dropout."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms on GPUs, at some cost."""
-    resume_from_checkpoint: str | None = field(default=None, metadata=CADENCE)
+    resume_from_checkpoint: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """`auto`, or the path of a checkpoint."""
-    allow_config_change: bool = field(default=False, metadata=CADENCE)
+    allow_config_change: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Resume although keys that decide the trajectory have changed."""
-    logging_steps: int = field(default=10, metadata=CADENCE)
+    logging_steps: int = field(default=10, metadata=MAY_CHANGE_ON_RESUME)
     """Log every so many optimizer steps."""
-    eval_steps: int | None = field(default=None, metadata=CADENCE)
+    eval_steps: int | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate every so many optimizer steps. Default: at the end only."""
-    save_steps: int | None = field(default=None, metadata=CADENCE)
+    save_steps: int | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Save every so many optimizer steps. Default: at the end of each epoch only."""
-    save_total_limit: int = field(default=2, metadata=CADENCE)
+    save_total_limit: int = field(default=2, metadata=MAY_CHANGE_ON_RESUME)
     """Checkpoints kept (at least 2: one to fall back to)."""
-    metric_for_best_model: str | None = field(default=None, metadata=CADENCE)
+    metric_for_best_model: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Smallest wins. Default: `eval_ema/nll`, else `eval/nll`."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(
-        default=(), metadata=CADENCE
+        default=(), metadata=MAY_CHANGE_ON_RESUME
     )
     """Trackers to send the log to besides `log.jsonl`."""
-    debug: bool = field(default=False, metadata=CADENCE)
+    debug: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Show tracebacks for every error."""
 
     def __post_init__(self) -> None:
@@ -257,7 +257,7 @@ class DistillConfig:
         )
 
 
-def text_alone() -> dict[str, Any]:
+def ce_only() -> dict[str, Any]:
     """The keys, for ``dataclasses.replace``, of the same run without anything of the teacher's."""
     sections = (*STRUCTURAL, "curriculum", "taid", "routing")
     types = field_types(DistillConfig)

@@ -19,7 +19,7 @@ from sad.config.values import (
 )
 from sad.curriculum import is_schedule
 
-CADENCE = {"cadence": True}
+MAY_CHANGE_ON_RESUME = {"cadence": True}
 """Metadata of keys that may differ between a run and its resumption: they say when, where and with
 whose permission, and move no weight. Every other key decides the trajectory, and so does a key that
 only changes rounding, such as ``impl``: a resumed run promises the same bits."""
@@ -57,7 +57,7 @@ class DataConfig:
     """Split of a `datasets` data set named in `eval`."""
     max_documents: int | None = None
     """Use only this many documents of `data.train`, chosen by the hash of their names."""
-    cache_dir: str | None = field(default=None, metadata=CADENCE)
+    cache_dir: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
 
     def __post_init__(self) -> None:

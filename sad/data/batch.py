@@ -17,12 +17,12 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B, L]; -100 where the document ends, and on padding
     position_ids: Tensor  # int64 [B, L]; from 0 at the start of a row and of a document
     lengths: Tensor  # int64 [B]; what follows in a row is padding
-    units: Units
+    counts: LossCounts
     target_bytes: int  # length of the targets' text in UTF-8
 
     @property
     def num_targets(self) -> int:
-        return self.units.targets
+        return self.counts.targets
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
         )
 
 
-class Units(NamedTuple):
+class LossCounts(NamedTuple):
     """What losses are divided by, counted on the host before any forward pass.
 
     A *segment* is what a row holds of one document. Its first position is a token that every other

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.checkpoint.atomic_files import TEMPORARY, describe
 from sad.config.schema import DistillConfig
-from sad.data.batch import IGNORE_INDEX, Batch, Units
+from sad.data.batch import IGNORE_INDEX, Batch, LossCounts
 from sad.data.packing import (
     DOCUMENTS,
     TARGET_BYTES,
@@ -88,11 +88,11 @@ class PackedRows:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
-    def units(self, row_numbers: Sequence[int] | np.ndarray) -> Units:
+    def counts(self, row_numbers: Sequence[int] | np.ndarray) -> LossCounts:
         """What a batch of these rows will hold; nothing is read for it."""
         rows = np.asarray(row_numbers, dtype=np.int64)
         segments = self.num_segments[rows]
-        return Units(
+        return LossCounts(
             targets=int(self.num_targets[rows].sum()),
             tokens=int((self._lengths[rows] - segments).sum()),
             sequences=int(self.num_sequences[rows].sum()),
@@ -117,12 +117,12 @@ class PackedRows:
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(positions),
             lengths=torch.from_numpy(self._lengths[rows].astype(np.int64)),
-            units=self.units(rows),
+            counts=self.counts(rows),
             target_bytes=int(self.target_bytes[rows].sum()),
         )
 
 
-def row_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+def epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """The order of the rows in an epoch, int64 [num_rows]: a pure function of its arguments.
 
     Row ``i`` sorts by output ``i`` of the SplitMix64 generator (Steele, Lea, Flood: Fast splittable

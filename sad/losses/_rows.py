@@ -14,7 +14,7 @@ Rows = Callable[[slice], Tensor]
 """Query rows -> their log-probabilities over all keys, [B, H, rows, L]."""
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """The tensor in fp32; float64 stays as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -33,7 +33,7 @@ def require_no_grad(*teacher: Tensor) -> None:
         )
 
 
-def unit(vectors: Tensor) -> Tensor:
+def normalize(vectors: Tensor) -> Tensor:
     """Each vector [..., D] divided by its 2-norm, which may be too large or small to be squared.
 
     The largest element is divided out first, as a constant: the direction does not depend on it,

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, wide
+from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, upcast
 from sad.losses.base import (
     AttentionInputs,
+    CaptureSpec,
     LossTerm,
-    Sites,
     StructuralLoss,
     Terms,
     View,
@@ -105,8 +105,8 @@ def attention_maps(inputs: AttentionInputs, layout: Layout, rows: slice) -> Tens
     zeros before any product, so what they held reaches neither a value nor a gradient.
     """
     padding = ~layout.real[:, None, :, None]
-    query = wide(inputs.query[:, :, rows].masked_fill(padding[:, :, rows], 0.0))
-    key = wide(inputs.key.masked_fill(padding, 0.0))
+    query = upcast(inputs.query[:, :, rows].masked_fill(padding[:, :, rows], 0.0))
+    key = upcast(inputs.key.masked_fill(padding, 0.0))
     # Query heads that share a key head become rows of one product: keys are not repeated.
     group = query.shape[1] // key.shape[1]
     query = rearrange(query, "b (kv group) rows d -> b kv (group rows) d", group=group)
@@ -148,8 +148,8 @@ def attention_loss(
         )
 
     # Widened here: in the blocks, their gradients would be added up in 16 bits.
-    student = student._replace(query=wide(student.query), key=wide(student.key))
-    P = wide(P)
+    student = student._replace(query=upcast(student.query), key=upcast(student.key))
+    P = upcast(P)
 
     def student_rows(rows: slice) -> Tensor:
         return attention_maps(student, layout, rows)
@@ -171,8 +171,8 @@ class AttentionLoss(StructuralLoss):
         section = config.attention
         self.pairs = resolved(section.layers, "attention", student, teacher)
         self.block = section.query_block
-        self.student_sites, self.teacher_sites = (
-            Sites(attention=layers) for layers in zip(*self.pairs, strict=True)
+        self.student_spec, self.teacher_spec = (
+            CaptureSpec(attention=layers) for layers in zip(*self.pairs, strict=True)
         )
         heads = heads_of(student), heads_of(teacher)
         self.learned = section.head_map == "learned"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sad.data.batch import Units
+from sad.data.batch import LossCounts
 from sad.errors import UnfitError
 from sad.losses.attention import attention_maps
 from sad.losses.base import AttentionInputs, Projections
@@ -43,19 +43,19 @@ class AttentionCall(NamedTuple):
     output: Tensor  # [B, L, H, d_v]
 
 
-class _Tap(NamedTuple):
+class _Hook(NamedTuple):
     what: str
     names: list[tuple[Any, str]]  # configurations that name an implementation, and which
     deposit: Callable[[AttentionCall], None]
 
 
-_TAPS: dict[nn.Module, _Tap] = {}
+_HOOKS: dict[nn.Module, _Hook] = {}
 """The tap of each attention module in a tapped layer, since all that an attention function is told
 is its module. Empty while nothing is tapped."""
 
 
 @contextmanager
-def tapped(layer: nn.Module, what: str, deposit: Callable[[AttentionCall], None]) -> Iterator[None]:
+def hooked(layer: nn.Module, what: str, deposit: Callable[[AttentionCall], None]) -> Iterator[None]:
     """Within this, each attention call of ``layer`` is deposited; its results stay what they were.
 
     ``what`` names the layer in messages. Raises ``RuntimeError`` if it is tapped already. Its
@@ -64,11 +64,11 @@ def tapped(layer: nn.Module, what: str, deposit: Callable[[AttentionCall], None]
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _no_mask)
     modules: list[Any] = [module for module in layer.modules() if _names_attention(module)]
-    if any(module in _TAPS for module in modules):
+    if any(module in _HOOKS for module in modules):
         raise RuntimeError(f"{what} must be captured once at a time, got a second capture")
     configs = {id(module.config): module.config for module in modules}.values()
-    tap = _Tap(what, [(config, config._attn_implementation) for config in configs], deposit)
-    _TAPS.update(dict.fromkeys(modules, tap))
+    tap = _Hook(what, [(config, config._attn_implementation) for config in configs], deposit)
+    _HOOKS.update(dict.fromkeys(modules, tap))
     hooks = [
         layer.register_forward_pre_hook(lambda *_: _rename(tap)),
         layer.register_forward_hook(lambda *_: _restore(tap)),
@@ -80,7 +80,7 @@ def tapped(layer: nn.Module, what: str, deposit: Callable[[AttentionCall], None]
             hook.remove()
         _restore(tap)  # the layer may have raised before its hook could
         for module in modules:
-            del _TAPS[module]
+            del _HOOKS[module]
 
 
 def states_its_window(config: Any, layer: int, window: int | None) -> bool:
@@ -104,7 +104,9 @@ def rebuilding_error(call: AttentionCall) -> float:
     """
     length = call.inputs.query.shape[2]
     real = torch.ones(1, length, dtype=torch.bool, device=call.value.device)
-    layout = Layout(torch.zeros_like(real, dtype=torch.int64), real, real, Units(length, length, 1))
+    layout = Layout(
+        torch.zeros_like(real, dtype=torch.int64), real, real, LossCounts(length, length, 1)
+    )
     maps = attention_maps(call.inputs, layout, slice(0, length)).exp()
     value = call.value.to(maps.dtype)
     rebuilt = maps @ value.repeat_interleave(maps.shape[1] // value.shape[1], dim=1)
@@ -168,13 +170,13 @@ def _names_attention(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
 
 
-def _rename(tap: _Tap) -> None:
+def _rename(tap: _Hook) -> None:
     for config, _ in tap.names:
         # The property's setter would rename the attention of nested configurations too.
         config._attn_implementation_internal = NAME
 
 
-def _restore(tap: _Tap) -> None:
+def _restore(tap: _Hook) -> None:
     for config, name in tap.names:
         config._attn_implementation_internal = name
 
@@ -188,7 +190,7 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Any]:
     """``sad_capture``. ``options`` differ from model to model, and all of them are handed on."""
-    tap = _TAPS[module]
+    tap = _HOOKS[module]
     if options.get("s_aux") is not None:
         raise UnfitError(
             f"{tap.what} must have attention whose weights sum to 1 over the keys, got sinks that "

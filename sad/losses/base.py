@@ -55,7 +55,7 @@ class Projections(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sites:
+class CaptureSpec:
     """The decoder layers, counted from 0, at which each kind is wanted."""
 
     hidden: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ class Sites:
 
 
 @dataclass(frozen=True)
-class Captured:
+class Activations:
     """What one forward pass left behind, by layer."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -82,8 +82,8 @@ class View(NamedTuple):
 
     student_hidden: Tensor  # [B, L, D_s] after the final norm
     teacher_hidden: Tensor  # [B, L, D_t]
-    student: Captured
-    teacher: Captured
+    student: Activations
+    teacher: Activations
     layout: Layout
 
 
@@ -93,8 +93,8 @@ class StructuralLoss(nn.Module):
 
     name: str
     unit = "tokens"
-    student_sites = Sites()
-    teacher_sites = Sites()
+    student_spec = CaptureSpec()
+    teacher_spec = CaptureSpec()
 
     def __call__(self, view: View) -> Terms:
         return super().__call__(view)

@@ -22,13 +22,13 @@ from sad.errors import UnfitError, UsageError
 from sad.losses.attention_hook import (
     AttentionCall,
     after,
+    hooked,
     listen_to_projections,
     rebuilding_error,
     states_its_window,
-    tapped,
 )
-from sad.losses.base import Captured, Sites
-from sad.models.heads import Backbone, decoder_layers, probing, split_head
+from sad.losses.base import Activations, CaptureSpec
+from sad.models.heads import Backbone, decoder_layers, eval_no_grad, split_head
 
 PROBE_LENGTH = 16
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class _Kind(NamedTuple):
-    """How messages speak of a field of ``Sites``."""
+    """How messages speak of a field of ``CaptureSpec``."""
 
     loss: str
     expectation: str
@@ -56,7 +56,7 @@ KINDS = {
 
 
 class Capture:
-    """Collects what ``sites`` name from forward passes of ``model``.
+    """Collects what ``spec`` name from forward passes of ``model``.
 
     ``role`` ("teacher", "student") is for messages. With ``detach`` nothing collected carries a
     gradient. Without sites there is neither a check nor, ever, a hook.
@@ -67,28 +67,30 @@ class Capture:
     that are none of transformers' ``AttentionInterface``, sinks, position biases, sparse keys.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sites, *, role: str, detach: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: CaptureSpec, *, role: str, detach: bool
+    ) -> None:
         self._who = f"the {role} {type(model).__name__}"
-        self._sites = sites
+        self._sites = spec
         self._detach = detach
         self._armed = False
         self._tracks_gradients = False
-        if sites == Sites():
+        if spec == CaptureSpec():
             return
         self._layers = decoder_layers(model)
         self._require_in_range()
-        self._projecting = {i: self._find_projections(i) for i in sites.projections}
-        self._routers = {i: self._find_router(i) for i in sites.routers}
+        self._projecting = {i: self._find_projections(i) for i in spec.projections}
+        self._routers = {i: self._find_router(i) for i in spec.routers}
         self._examine(model)
 
     @contextmanager
-    def armed(self) -> Iterator[Captured]:
+    def capturing(self) -> Iterator[Activations]:
         """Collect from the one forward pass that runs within this; backward passes come after.
 
         Raises ``UnfitError`` if a mapped layer left nothing, ``UsageError`` under reentrant
         checkpointing, which would cut gradients off, and ``RuntimeError`` if armed twice.
         """
-        got = Captured()
+        got = Activations()
 
         def on_attention(layer: int, call: AttentionCall) -> None:
             self._put(got.attention, layer, call.inputs)
@@ -108,7 +110,7 @@ class Capture:
 
     def _require_in_range(self) -> None:
         last = len(self._layers) - 1
-        for kind in fields(Sites):
+        for kind in fields(CaptureSpec):
             for layer in getattr(self._sites, kind.name):
                 if not 0 <= layer <= last:
                     raise UsageError(
@@ -135,8 +137,8 @@ class Capture:
             raise self._refusal("routers", layer, "none")
         return router
 
-    def _require_all(self, got: Captured) -> None:
-        for kind in fields(Sites):
+    def _require_all(self, got: Activations) -> None:
+        for kind in fields(CaptureSpec):
             for layer in getattr(self._sites, kind.name):
                 if layer not in getattr(got, kind.name):
                     raise self._refusal(kind.name, layer, "a forward pass without")
@@ -145,9 +147,9 @@ class Capture:
         """Run one short row through the model, and rebuild what its attention did."""
         backbone, head = split_head(model)
         ids = (torch.arange(PROBE_LENGTH, device=head.weight.device) * 7 % head.vocab_size)[None]
-        got = Captured()
+        got = Activations()
         calls: dict[int, list[AttentionCall]] = {layer: [] for layer in self._sites.attention}
-        with probing(model):
+        with eval_no_grad(model):
             with self._listening(got, lambda layer, call: calls[layer].append(call)):
                 hidden = backbone(ids)
             for layer, seen in calls.items():
@@ -190,7 +192,7 @@ class Capture:
 
     @contextmanager
     def _listening(
-        self, got: Captured, on_attention: Callable[[int, AttentionCall], None]
+        self, got: Activations, on_attention: Callable[[int, AttentionCall], None]
     ) -> Iterator[None]:
         if self._armed:
             raise RuntimeError(f"{self._who} must be captured once at a time, got armed twice")
@@ -198,7 +200,7 @@ class Capture:
         self._tracks_gradients = torch.is_grad_enabled() and not self._detach
         try:
             with ExitStack() as hooks:
-                if self._sites != Sites():
+                if self._sites != CaptureSpec():
                     self._listen(hooks, got, on_attention)
                 yield
         finally:
@@ -207,14 +209,14 @@ class Capture:
     def _listen(
         self,
         hooks: ExitStack,
-        got: Captured,
+        got: Activations,
         on_attention: Callable[[int, AttentionCall], None],
     ) -> None:
         for i in dict.fromkeys(self._sites.hidden):
             after(hooks, self._layers[i], partial(self._on_hidden, got, i))
         for i in dict.fromkeys(self._sites.attention):
             what = f"layer {i} of {self._who}"
-            hooks.enter_context(tapped(self._layers[i], what, partial(on_attention, i)))
+            hooks.enter_context(hooked(self._layers[i], what, partial(on_attention, i)))
         for i, module in self._projecting.items():
             put = partial(self._put, got.projections, i)
             listen_to_projections(hooks, self._layers[i], module, put)
@@ -222,14 +224,16 @@ class Capture:
             after(hooks, router, partial(self._on_router, got, i))
 
     def _on_hidden(
-        self, got: Captured, layer: int, _module: nn.Module, _: Any, output: Any
+        self, got: Activations, layer: int, _module: nn.Module, _: Any, output: Any
     ) -> None:
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(hidden, Tensor) or hidden.ndim != 3:
             raise self._refusal("hidden", layer, "no tensor [B, L, D]")
         self._put(got.hidden, layer, hidden)
 
-    def _on_router(self, got: Captured, layer: int, router: nn.Module, _: Any, output: Any) -> None:
+    def _on_router(
+        self, got: Activations, layer: int, router: nn.Module, _: Any, output: Any
+    ) -> None:
         from sad.models import experts
 
         self._put(got.routers, layer, experts.router_logits(router, output))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.losses._rows import no_autocast, require_no_grad, unit, wide
+from sad.losses._rows import no_autocast, normalize, require_no_grad, upcast
 from sad.losses.base import (
     LossTerm,
     StructuralLoss,
@@ -74,7 +74,9 @@ class TeacherQueue(nn.Module):
         stays = valid & (rank > count - size)
         slot = torch.where(stays, (self.position + rank - 1) % size, size)
         spare = torch.cat([self.embeddings, self.embeddings.new_zeros(1, z.shape[1])])
-        spare[slot] = unit(wide(z)).to(spare.dtype)  # the others all fall into the spare slot
+        spare[slot] = normalize(upcast(z)).to(
+            spare.dtype
+        )  # the others all fall into the spare slot
         self.embeddings.copy_(spare[:size])
         self.position.copy_((self.position + count) % size)
         self.filled.copy_((self.filled + count).clamp_max(size))
@@ -96,7 +98,7 @@ def mean_pool(
     """
     segments = torch.arange(layout.units.max_segments, device=hidden.device)
     member = (layout.segment[:, None, :] == segments[:, None]) & layout.tokens[:, None, :]
-    tokens = wide(hidden.masked_fill(~layout.tokens[..., None], 0.0))
+    tokens = upcast(hidden.masked_fill(~layout.tokens[..., None], 0.0))
     with no_autocast(hidden):
         sums = member.to(tokens.dtype) @ tokens  # a product: adding by index is not repeatable
     count = member.sum(-1)  # [B, K]
@@ -122,14 +124,16 @@ def contrastive_loss(
     Raises ``ValueError`` for a teacher that requires a gradient.
     """
     require_no_grad(teacher_z, *(() if others is None else (others,)))
-    z_s, z_t = (unit(wide(z).masked_fill(~valid[:, None], 0.0)) for z in (student_z, teacher_z))
+    z_s, z_t = (
+        normalize(upcast(z).masked_fill(~valid[:, None], 0.0)) for z in (student_z, teacher_z)
+    )
     candidates, known = [z_t], [valid]
     if queue is not None:
         embeddings, filled = queue.negatives()
         candidates.append(embeddings.to(z_t.dtype))
         known.append(filled)
     if others is not None:
-        candidates.append(unit(wide(others)).to(z_t.dtype))
+        candidates.append(normalize(upcast(others)).to(z_t.dtype))
         known.append((others != 0).any(-1))
     teachers, exists = torch.cat(candidates), torch.cat(known)
     with no_autocast(z_s):

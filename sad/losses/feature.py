@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.losses._rows import require_no_grad, unit, wide
+from sad.losses._rows import normalize, require_no_grad, upcast
 from sad.losses.base import (
     LossTerm,
     StructuralLoss,
@@ -47,9 +47,9 @@ def distances(
     Raises ``ValueError`` for a teacher that requires a gradient.
     """
     require_no_grad(teacher)
-    student, teacher = wide(student), wide(teacher)
+    student, teacher = upcast(student), upcast(teacher)
     if kind == "cosine":
-        return (unit(student) - unit(teacher)).square().sum(-1) / 2
+        return (normalize(student) - normalize(teacher)).square().sum(-1) / 2
     # Divided by the largest element, a square neither overflows nor vanishes.
     largest = teacher.abs().amax(-1, keepdim=True)
     scale = torch.where(largest == 0, 1.0, largest)

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError
-from sad.losses._rows import wide
+from sad.losses._rows import upcast
 from sad.losses.base import (
+    CaptureSpec,
     LossTerm,
-    Sites,
     StructuralLoss,
     Terms,
     View,
@@ -108,7 +108,7 @@ def adaptive_pair_weights(
     They minimise ``sum w L - tau H(w)``, with the smallest tau for which the entropy H(w) is at
     least ``0.9 ln n``. No gradient passes through them. fp32; they sum to 1.
     """
-    losses = wide(losses)
+    losses = upcast(losses)
     gaps = losses - losses.amin()
     widest = gaps.amax()
     gaps = gaps / torch.where(widest == 0, 1.0, widest)  # in [0, 1]: weights are softmax(-b gaps)
@@ -154,8 +154,8 @@ class LayerwiseLoss(StructuralLoss):
         self.pair_weights: PairWeights = section.pair_weights
         widths = width_of(student), width_of(teacher)
         self.projectors = nn.ModuleList(make_projector(*widths) for _ in self.pairs)
-        self.student_sites, self.teacher_sites = (
-            Sites(hidden=layers) for layers in zip(*self.pairs, strict=True)
+        self.student_spec, self.teacher_spec = (
+            CaptureSpec(hidden=layers) for layers in zip(*self.pairs, strict=True)
         )
 
     def forward(self, view: View) -> Terms:

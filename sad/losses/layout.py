@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 
 
 class Layout(NamedTuple):
@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     segment: Tensor  # int64 [B, L]; numbered from 0 in each row; padding continues the last one
     real: Tensor  # bool [B, L]; False is padding
     tokens: Tensor  # bool [B, L]
-    units: Units
+    units: LossCounts
 
 
 def layout_of(batch: Batch) -> Layout:
@@ -27,7 +27,7 @@ def layout_of(batch: Batch) -> Layout:
     first = batch.position_ids == 0
     column = torch.arange(first.shape[1], device=first.device)
     real = column < batch.lengths[:, None]
-    return Layout(first.cumsum(1) - 1, real, real & ~first, batch.units)
+    return Layout(first.cumsum(1) - 1, real, real & ~first, batch.counts)
 
 
 def visible(layout: Layout, rows: slice, window: int | None = None) -> Tensor:

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.losses._rows import require_no_grad, sum_of_row_kl, wide
+from sad.losses._rows import require_no_grad, sum_of_row_kl, upcast
 from sad.losses.attention import attention_maps
 from sad.losses.base import (
     AttentionInputs,
+    CaptureSpec,
     LossTerm,
     Projections,
-    Sites,
     StructuralLoss,
     Terms,
     View,
@@ -68,7 +68,7 @@ def relation_loss(
     sums = []
     for student_x, teacher_x in zip(student, teacher, strict=True):
         heads = relation_heads(student_x.shape[-1], teacher_x.shape[-1])
-        s, t = _relation(wide(student_x), heads), _relation(teacher_x, heads)
+        s, t = _relation(upcast(student_x), heads), _relation(teacher_x, heads)
 
         def student_rows(rows: slice, s: AttentionInputs = s) -> Tensor:
             return attention_maps(s, layout, rows)
@@ -96,8 +96,8 @@ class RelationLoss(StructuralLoss):
         super().__init__()
         self.pairs = resolved(config.relations.layers, "relations", student, teacher)
         self.block = config.relations.query_block
-        self.student_sites, self.teacher_sites = (
-            Sites(projections=layers) for layers in zip(*self.pairs, strict=True)
+        self.student_spec, self.teacher_spec = (
+            CaptureSpec(projections=layers) for layers in zip(*self.pairs, strict=True)
         )
 
     def forward(self, view: View) -> Terms:

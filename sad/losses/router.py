@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError
-from sad.losses._rows import require_no_grad, row_kl, wide
+from sad.losses._rows import require_no_grad, row_kl, upcast
 from sad.losses.base import (
+    CaptureSpec,
     LossTerm,
-    Sites,
     StructuralLoss,
     Terms,
     View,
@@ -99,7 +99,7 @@ def router_z_loss(
 ) -> LossTerm:
     """Sum over tokens of the mean over layers of ``logsumexp(logits)^2``; unit: tokens."""
     tokens = layout.tokens.flatten()
-    squares = torch.stack([wide(_only(tokens, x)).logsumexp(-1).square() for x in logits])
+    squares = torch.stack([upcast(_only(tokens, x)).logsumexp(-1).square() for x in logits])
     return LossTerm(torch.where(tokens, squares.mean(0), 0.0).sum(), layout.units.tokens)
 
 
@@ -115,7 +115,7 @@ def gate_variation(
     """
     values = []
     for layer in gates:
-        load = _sum_over(mask, wide(layer))
+        load = _sum_over(mask, upcast(layer))
         mean = load.mean()
         values.append((load - mean).square().mean() / torch.where(mean == 0, 1.0, mean).square())
     return torch.stack(values).mean()
@@ -124,9 +124,9 @@ def gate_variation(
 def _log_gates(logits: Tensor, kind: GateKind) -> Tensor:
     match kind:
         case "softmax":
-            return wide(logits).log_softmax(-1)
+            return upcast(logits).log_softmax(-1)
         case "sigmoid":  # log of s / sum(s): the softmax of log s
-            return F.logsigmoid(wide(logits)).log_softmax(-1)
+            return F.logsigmoid(upcast(logits)).log_softmax(-1)
         case _:
             assert_never(kind)
 
@@ -173,8 +173,8 @@ class RouterLoss(StructuralLoss):
             "router_balance": section.balance_weight / section.weight,
             "router_z": section.z_weight / section.weight,
         }
-        self.student_sites, self.teacher_sites = (
-            Sites(routers=layers) for layers in zip(*self.pairs, strict=True)
+        self.student_spec, self.teacher_spec = (
+            CaptureSpec(routers=layers) for layers in zip(*self.pairs, strict=True)
         )
 
     def forward(self, view: View) -> Terms:

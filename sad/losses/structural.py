@@ -1,8 +1,8 @@
 """The structural losses of a run: what each looks at, trains and remembers.
 
-A loss here is one small module: the layers that it wants to see of student and teacher (``Sites``),
-its own parameters (projectors, on the student's side) and buffers (a queue), and a ``forward`` that
-turns what was seen into ``LossTerm``s. The mathematics is in ``sad.losses``.
+A loss here is one small module: the layers that it wants to see of student and teacher
+(``CaptureSpec``), its own parameters (projectors, on the student's side) and buffers (a queue), and
+a ``forward`` that turns what was seen into ``LossTerm``s. The mathematics is in ``sad.losses``.
 
 Nothing is captured, computed or kept for a loss whose weight is 0 at the moment. What is trained
 here is in checkpoints and never in an exported student.
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.losses.attention import AttentionLoss
-from sad.losses.base import Sites, StructuralLoss, Terms, View
+from sad.losses.base import CaptureSpec, StructuralLoss, Terms, View
 from sad.losses.capture import Capture
 from sad.losses.contrastive import ContrastiveLoss
 from sad.losses.feature import FeatureLoss
@@ -43,7 +43,7 @@ LOSSES: dict[str, type[Any]] = {
 """By the name of their section in the configuration."""
 
 
-class Structure(nn.Module):
+class StructuralLosses(nn.Module):
     """All structural losses of a run that have a weight.
 
     Raises ``UnfitError`` for a loss that the models cannot supply, in one line that names the loss,
@@ -115,10 +115,10 @@ class Structure(nn.Module):
             student, teacher = self.models
             self._captures[names] = (
                 Capture(
-                    student, union(x.student_sites for x in losses), role="student", detach=False
+                    student, union(x.student_spec for x in losses), role="student", detach=False
                 ),
                 Capture(
-                    teacher, union(x.teacher_sites for x in losses), role="teacher", detach=True
+                    teacher, union(x.teacher_spec for x in losses), role="teacher", detach=True
                 ),
             )
         return self._captures[names]
@@ -127,11 +127,13 @@ class Structure(nn.Module):
 # Details
 
 
-def union(sites: Iterable[Sites]) -> Sites:
+def union(spec: Iterable[CaptureSpec]) -> CaptureSpec:
     """Every layer that one of them names, once."""
-    parts = list(sites)
+    parts = list(spec)
 
     def merged(name: str) -> tuple[int, ...]:
         return tuple(sorted({layer for part in parts for layer in getattr(part, name)}))
 
-    return Sites(*(merged(name) for name in ("hidden", "attention", "projections", "routers")))
+    return CaptureSpec(
+        *(merged(name) for name in ("hidden", "attention", "projections", "routers"))
+    )

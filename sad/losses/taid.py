@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sad.losses._rows import require_no_grad, row_kl, wide
+from sad.losses._rows import require_no_grad, row_kl, upcast
 
 
 class TAIDSchedule:
@@ -82,7 +82,7 @@ def adaptive_kl(
     requires a gradient.
     """
     require_no_grad(teacher_logits)
-    log_q, log_p = wide(student_logits).log_softmax(-1), wide(teacher_logits).log_softmax(-1)
+    log_q, log_p = upcast(student_logits).log_softmax(-1), upcast(teacher_logits).log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     with torch.no_grad():
         ordered, order = p.sort(dim=-1, descending=True, stable=True)

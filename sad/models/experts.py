@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sad.errors import UnfitError
-from sad.losses._rows import wide
+from sad.losses._rows import upcast
 
 GATES: dict[str, GateKind] = {
     "mixtral": "softmax",
@@ -229,7 +229,7 @@ def expert_weights(
     those with ``norm_topk_prob: false`` (OLMoE, Qwen 2 MoE), whose weights add up to less than 1
     as long as not all experts are chosen: here they add up to 1 for any choice.
     """
-    chosen = wide(logits).gather(-1, ids)
+    chosen = upcast(logits).gather(-1, ids)
     if block.kind == "softmax":
         return chosen.softmax(-1)
     scores = chosen.sigmoid()

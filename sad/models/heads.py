@@ -209,7 +209,7 @@ def _inner_model(model: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
+def eval_no_grad(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes and random states are afterwards what they were."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -333,7 +333,7 @@ def _require_plain(model: PreTrainedModel, backbone: Backbone, head: Head) -> No
     if model in _FOUND_PLAIN:
         return
     ids = (torch.arange(16, device=head.weight.device) * 7 % head.vocab_size)[None]
-    with probing(model):
+    with eval_no_grad(model):
         try:
             require_causal(model, backbone, ids)
             require_head(model, backbone, head, ids)

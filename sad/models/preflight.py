@@ -36,8 +36,8 @@ from transformers import PreTrainedModel
 from sad.errors import UnfitError, is_out_of_memory, one_line
 from sad.models.heads import (
     Backbone,
+    eval_no_grad,
     isolation_tolerance,
-    probing,
     relative_error,
     require_causal,
     require_head,
@@ -56,7 +56,7 @@ SLICE = 4096
 """Rows of a head that are upcast to float64 at a time."""
 
 
-def self_check(
+def check_run(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     input_ids: Tensor,  # [B, L]
@@ -96,7 +96,7 @@ def check_model(model: PreTrainedModel, input_ids: Tensor, *, packing: bool) -> 
     """The errors ``causality``, ``head`` and, for packed rows, ``packing``, on a batch [B, L]."""
     backbone, head = split_head(model)
     row = probe_row(input_ids).to(head.weight.device)
-    with probing(model):
+    with eval_no_grad(model):
         require_length(model, backbone, input_ids[:1].to(row.device))
         errors = {
             "causality": require_causal(model, backbone, row),
@@ -203,7 +203,7 @@ def _hidden_and_head(model: PreTrainedModel, row: Tensor, valid_vocab: int) -> t
     """Final hidden states [n, D] of a row's first targets, and the detached head."""
     backbone, head = split_head(model)
     device = head.weight.device
-    with probing(model):
+    with eval_no_grad(model):
         hidden = backbone(row.to(device))[0, :-1][:TARGETS]
     return hidden, _moved(with_valid_vocab(head, valid_vocab), device)
 

@@ -77,9 +77,9 @@ class MasterWeights:
             parameter.grad = None
 
 
-def structure_parameters(structure: nn.Module | None) -> dict[str, Tensor]:
+def structural_parameters(structural: nn.Module | None) -> dict[str, Tensor]:
     """Name -> parameter of what structural losses train, apart from any name of a model."""
-    named = () if structure is None else structure.named_parameters()
+    named = () if structural is None else structural.named_parameters()
     return {f"structure/{name}": parameter for name, parameter in named}
 
 
@@ -108,9 +108,9 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def build_optimizer(self, model: nn.Module, structure: nn.Module | None = None) -> AdamW:
+    def build_optimizer(self, model: nn.Module, structural: nn.Module | None = None) -> AdamW:
         """AdamW over the trainable parameters of ``model``, or over their fp32 masters, and over
-        those of ``structure``, which are fp32, under names of their own.
+        those of ``structural``, which are fp32, under names of their own.
 
         Raises ``UsageError`` for float16 parameters: their gradients underflow, and a GradScaler
         cannot unscale them.
@@ -127,7 +127,7 @@ class Precision:
         trained: dict[str, Tensor] = dict(trainable)
         if self.masters is not None:
             trained = self.masters.tensors
-        projectors = structure_parameters(structure)
+        projectors = structural_parameters(structural)
         self._parameters = trained | projectors
         return build_adamw(self.config, trained, projectors)
 

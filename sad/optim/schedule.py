@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Horizon:
+class RunLength:
     """The planned length of a run, and where each micro-batch lies in it.
 
     An epoch has ``ceil(num_rows / batch_size)`` micro-batches; ``accumulation_steps`` of them make
@@ -110,7 +110,7 @@ class Horizon:
         return divmod(micro_step, self.batches_per_epoch)
 
 
-def warmup_batches(config: DistillConfig, horizon: Horizon) -> int:
+def warmup_batches(config: DistillConfig, run_length: RunLength) -> int:
     """The length of the warm-up in micro-batches.
 
     ``warmup_steps`` counts optimizer steps, or is a fraction of training if it is below 1;
@@ -121,20 +121,20 @@ def warmup_batches(config: DistillConfig, horizon: Horizon) -> int:
     if 0 < steps < 1:
         steps, ratio = 0, steps
     if ratio:
-        return math.ceil(_as_written(ratio) * horizon.micro_batches)
-    return config.warmup_batches + int(steps) * horizon.accumulation_steps
+        return math.ceil(_as_written(ratio) * run_length.micro_batches)
+    return config.warmup_batches + int(steps) * run_length.accumulation_steps
 
 
 def lr_factor(
     name: SchedulerName,
     t: int,
-    horizon: int,
+    run_length: int,
     *,
     warmup: float = 0,
     min_lr_ratio: float = 0.0,
     decay_ratio: float = 0.2,
 ) -> float:
-    """The learning rate after ``t`` of ``horizon`` steps, as a share of its peak.
+    """The learning rate after ``t`` of ``run_length`` steps, as a share of its peak.
 
     ``t / warmup`` up to ``warmup``. Then ``f + (1 - f) g`` with ``f = min_lr_ratio`` and, ``x``
     being the share of the steps after the warm-up that is still to come,
@@ -150,30 +150,30 @@ def lr_factor(
     """
     if t < warmup:
         return t / warmup
-    left = max(0, horizon - t)
-    x = left / (horizon - warmup) if left else 0.0
+    left = max(0, run_length - t)
+    x = left / (run_length - warmup) if left else 0.0
     if name == "linear":
         shape = x
     elif name == "cosine":
         shape = 0.5 * (1.0 - math.cos(math.pi * x))
     elif name == "wsd":
-        shape = 1.0 if left / horizon >= decay_ratio else left / horizon / decay_ratio
+        shape = 1.0 if left / run_length >= decay_ratio else left / run_length / decay_ratio
     else:
         shape = 1.0
     return min_lr_ratio + (1.0 - min_lr_ratio) * shape
 
 
-def build_scheduler(optimizer: Optimizer, config: DistillConfig, horizon: Horizon) -> LambdaLR:
+def build_scheduler(optimizer: Optimizer, config: DistillConfig, run_length: RunLength) -> LambdaLR:
     """The scheduler of ``config``, to be stepped once per ``scheduler_unit``.
 
     Build the optimizer, then the scheduler; load the optimizer's state, then the scheduler's. Built
     after loading, it would overwrite the learning rate that was loaded.
     """
-    warmup = warmup_batches(config, horizon)
+    warmup = warmup_batches(config, run_length)
     if config.scheduler_unit == "optimizer_step":
-        length, warmup = horizon.windows, warmup / horizon.accumulation_steps
+        length, warmup = run_length.windows, warmup / run_length.accumulation_steps
     else:
-        length = horizon.micro_batches
+        length = run_length.micro_batches
 
     def factor(t: int) -> float:
         return lr_factor(
@@ -205,7 +205,7 @@ def step_scheduler(scheduler: LRScheduler) -> None:
 
 
 def check_foreign_scheduler(
-    scheduler: Any, horizon: Horizon, unit: SchedulerUnit = "batch"
+    scheduler: Any, run_length: RunLength, unit: SchedulerUnit = "batch"
 ) -> None:
     """Refuse a scheduler made elsewhere that cannot be stepped as this trainer steps.
 
@@ -218,7 +218,7 @@ def check_foreign_scheduler(
             "the scheduler must be a function of the step, got ReduceLROnPlateau; "
             "use lr_scheduler_type: constant, or wsd"
         )
-    needed = horizon.micro_batches if unit == "batch" else horizon.windows
+    needed = run_length.micro_batches if unit == "batch" else run_length.windows
     lengths = {OneCycleLR: "total_steps", CosineAnnealingLR: "T_max"}
     for kind, attribute in lengths.items():
         if isinstance(scheduler, kind) and getattr(scheduler, attribute) < needed:
@@ -228,12 +228,12 @@ def check_foreign_scheduler(
             )
 
 
-def describe(config: DistillConfig, horizon: Horizon) -> str:
+def describe(config: DistillConfig, run_length: RunLength) -> str:
     """The run's length: ``12,000 micro-batches = 1,500 windows, warm-up 400 = 50``."""
-    warmup = warmup_batches(config, horizon)
-    warmup_windows = f"{warmup / horizon.accumulation_steps:,.2f}".removesuffix(".00")
+    warmup = warmup_batches(config, run_length)
+    warmup_windows = f"{warmup / run_length.accumulation_steps:,.2f}".removesuffix(".00")
     return (
-        f"{horizon.micro_batches:,} micro-batches = {horizon.windows:,} windows, "
+        f"{run_length.micro_batches:,} micro-batches = {run_length.windows:,} windows, "
         f"warm-up {warmup:,} = {warmup_windows}"
     )
 

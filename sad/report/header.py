@@ -14,7 +14,7 @@ from sad.data.rows import PackedRows
 from sad.environment import library_versions
 from sad.models.memory_plan import plan
 from sad.optim.precision import Precision
-from sad.optim.schedule import Horizon, describe
+from sad.optim.schedule import RunLength, describe
 
 Line = tuple[str, str]
 
@@ -23,7 +23,7 @@ def run_header(
     name: str,
     config: DistillConfig,
     *,
-    horizon: Horizon,
+    run_length: RunLength,
     precision: Precision,
     student: nn.Module,
     teacher: nn.Module | None,
@@ -45,7 +45,7 @@ def run_header(
     lines += [
         ("vocabulary", f"{vocabulary:,} ids"),
         ("text", _text_line(train_rows) + f"; held out {_text_line(eval_rows)}"),
-        ("length", describe(config, horizon)),
+        ("length", describe(config, run_length)),
         ("batch", _batch_line(config)),
         ("objective", _objective_line(config)),
         *((("routing", config.routing.mode),) if config.routing.mode != "teacher" else ()),

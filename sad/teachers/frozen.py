@@ -10,16 +10,16 @@ from sad_kernels import Head, TeacherHidden
 from transformers import PreTrainedModel
 
 from sad.data.batch import Batch
-from sad.losses.base import Captured, Projections
+from sad.losses.base import Activations, Projections
 from sad.losses.capture import Capture
 from sad.models.heads import split_head, with_valid_vocab
 
 
-class Seen(NamedTuple):
+class TeacherOutput(NamedTuple):
     """A teacher's answers to a batch, one or several, and what was captured inside of it."""
 
     targets: tuple[TeacherHidden, ...]
-    captured: Captured
+    activations: Activations
 
     @property
     def teacher(self) -> TeacherHidden | tuple[TeacherHidden, ...]:
@@ -48,26 +48,26 @@ class FrozenTeacher:
         hidden = self._backbone(there.input_ids, there.position_ids)
         return TeacherHidden(hidden.to(self.device), self._head)
 
-    def observe(self, batch: Batch, capture: Capture | None = None) -> Seen:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         """The same, with a look inside: ``capture`` is one of this model."""
         if capture is None:
-            return Seen((self(batch),), Captured())
-        with capture.armed() as captured:
+            return TeacherOutput((self(batch),), Activations())
+        with capture.capturing() as activations:
             target = self(batch)
-        return Seen((target,), _moved(captured, self.device))
+        return TeacherOutput((target,), _moved(activations, self.device))
 
 
-def _moved(captured: Captured, device: torch.device) -> Captured:
+def _moved(activations: Activations, device: torch.device) -> Activations:
     """On the student's device; what is there stays where it is."""
-    return Captured(
-        hidden={i: x.to(device) for i, x in captured.hidden.items()},
+    return Activations(
+        hidden={i: x.to(device) for i, x in activations.hidden.items()},
         attention={
             i: x._replace(query=x.query.to(device), key=x.key.to(device))
-            for i, x in captured.attention.items()
+            for i, x in activations.attention.items()
         },
         projections={
             i: Projections(*(part.to(device) for part in x))
-            for i, x in captured.projections.items()
+            for i, x in activations.projections.items()
         },
-        routers={i: x.to(device) for i, x in captured.routers.items()},
+        routers={i: x.to(device) for i, x in activations.routers.items()},
     )

@@ -24,29 +24,29 @@ import torch
 from torch import Tensor
 
 from sad.config.schema import DistillConfig
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.losses.capture import Capture
 from sad.models.experts import all_experts, require_callable, require_moe
-from sad.models.heads import probing, split_head, with_valid_vocab
-from sad.teachers.frozen import FrozenTeacher, Seen
+from sad.models.heads import eval_no_grad, split_head, with_valid_vocab
+from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 from sad.teachers.routing import StudentAwareRouter, augmented
 from sad.training.student import StudentWithLoss
 
 
-class Teaching:
+class TeacherPolicy:
     """The frozen teacher as it is; the others refine it. It owns state that checkpoints hold."""
 
     def __init__(self, teacher: FrozenTeacher) -> None:
         self.teacher = teacher
 
     def prepare(
-        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, units: Units
+        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, counts: LossCounts
     ) -> None:
         """Called before a window's first micro-batch; ``batches`` are all of the window's."""
 
-    def observe(self, batch: Batch, capture: Capture | None = None) -> Seen:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         """The targets of a micro-batch in training."""
-        return self.teacher.observe(batch, capture)
+        return self.teacher.forward(batch, capture)
 
     def scoring(self) -> AbstractContextManager[object]:
         """Within, the bare teacher answers as evaluation wants it."""
@@ -60,7 +60,7 @@ class Teaching:
         """Continue from there, bit for bit."""
 
 
-class StudentAwareTeaching(Teaching):
+class StudentAwarePolicy(TeacherPolicy):
     """Gates first, then the student: alternating steps (arXiv 2502.12947)."""
 
     def __init__(self, config: DistillConfig, teacher: FrozenTeacher, valid_vocab: int) -> None:
@@ -76,21 +76,23 @@ class StudentAwareTeaching(Teaching):
         )
 
     def prepare(
-        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, units: Units
+        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, counts: LossCounts
     ) -> None:
-        if not units.targets:  # momentum and the balance would move the gates all the same
+        if not counts.targets:  # momentum and the balance would move the gates all the same
             return
         _, head = split_head(student.model)
         head = with_valid_vocab(head, student.valid_vocab)
         for batch in batches():
-            with probing(student):  # without dropout, without a gradient, without a random draw
+            with eval_no_grad(
+                student
+            ):  # without dropout, without a gradient, without a random draw
                 hidden = student.hidden(batch)
-            self.router.backward(batch, hidden, head, units)
+            self.router.backward(batch, hidden, head, counts)
         self.router.step()
 
-    def observe(self, batch: Batch, capture: Capture | None = None) -> Seen:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         with all_experts(self.teacher.model):
-            return super().observe(batch, capture)
+            return super().forward(batch, capture)
 
     def scoring(self) -> AbstractContextManager[object]:
         return all_experts(self.teacher.model)
@@ -104,7 +106,7 @@ class StudentAwareTeaching(Teaching):
             self.router.load_state_dict({**state, "tensors": tensors})
 
 
-class AugmentedTeaching(Teaching):
+class AugmentedPolicy(TeacherPolicy):
     """Several passes per micro-batch, each with some experts that the gates would not choose."""
 
     def __init__(self, config: DistillConfig, teacher: FrozenTeacher) -> None:
@@ -114,13 +116,13 @@ class AugmentedTeaching(Teaching):
         self.passes, self.explore = config.routing.passes, config.routing.explore
         self.generator = torch.Generator().manual_seed(config.seed)
 
-    def observe(self, batch: Batch, capture: Capture | None = None) -> Seen:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         passes = []
         for i in range(self.passes):
             with augmented(self.teacher.model, self.generator, probability=self.explore):
-                passes.append(self.teacher.observe(batch, None if i else capture))
+                passes.append(self.teacher.forward(batch, None if i else capture))
         targets = tuple(target for seen in passes for target in seen.targets)
-        return Seen(targets, passes[0].captured)
+        return TeacherOutput(targets, passes[0].activations)
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"generator": self.generator.get_state()}
@@ -130,16 +132,16 @@ class AugmentedTeaching(Teaching):
             self.generator.set_state(tensors["generator"].clone())
 
 
-def build_teaching(
+def build_teacher_policy(
     config: DistillConfig, teacher: FrozenTeacher | None, valid_vocab: int
-) -> Teaching | None:
+) -> TeacherPolicy | None:
     """What ``routing.mode`` asks for; ``UnfitError`` for a teacher that has no experts."""
     if teacher is None:
         return None
     match config.routing.mode:
         case "student_aware":
-            return StudentAwareTeaching(config, teacher, valid_vocab)
+            return StudentAwarePolicy(config, teacher, valid_vocab)
         case "knowledge_augmentation":
-            return AugmentedTeaching(config, teacher)
+            return AugmentedPolicy(config, teacher)
         case _:
-            return Teaching(teacher)
+            return TeacherPolicy(teacher)

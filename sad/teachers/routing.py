@@ -31,9 +31,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sad.checkpoint.state import load_optimizer, load_tensors, optimizer_state
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.errors import UsageError
-from sad.losses._rows import wide
+from sad.losses._rows import upcast
 from sad.losses.layout import layout_of
 from sad.losses.router import gate_variation, gates
 from sad.models.experts import (
@@ -114,7 +114,7 @@ class StudentAwareRouter:
         batch: Batch,
         student_hidden: Tensor,  # [B, L, D_s]
         student_head: Head,
-        totals: Units,
+        totals: LossCounts,
     ) -> RoutingLoss:
         """Add a micro-batch's gradient to the gates, all experts active.
 
@@ -143,7 +143,7 @@ class StudentAwareRouter:
                 [gates(logits[layer], block.kind) for layer, block in self._blocks.items()],
                 layout_of(there).tokens.flatten(),
             ).to(self.device)
-            share = batch.units.tokens / max(totals.tokens, 1)
+            share = batch.counts.tokens / max(totals.tokens, 1)
             (out.loss + self.balance_weight * share * balance).backward()
         return RoutingLoss(out.kd, balance.detach())
 
@@ -301,7 +301,7 @@ def _draw(
     where = {"generator": generator, "device": generator.device}
     times = torch.empty(logits.shape, device=generator.device).exponential_(generator=generator)
     drawn = torch.rand((len(logits), 1), **where) < probability
-    logits = wide(logits)
+    logits = upcast(logits)
     correction = getattr(block.router, "e_score_correction_bias", None)
     preference = logits if correction is None else logits.sigmoid() + correction
     arrival = gates(logits, block.kind).log() - times.to(logits.device).log()

@@ -14,10 +14,10 @@ from sad_kernels import DistillOutput, Objective, linear_distill_loss
 
 from sad.data.batch import Batch
 from sad.losses.base import Terms
-from sad.losses.structural import Structure
-from sad.models.heads import probing
+from sad.losses.structural import StructuralLosses
+from sad.models.heads import eval_no_grad
 from sad.teachers.frozen import FrozenTeacher
-from sad.training.meters import _Scores
+from sad.training.meters import EvalMeter
 from sad.training.student import StructuredStudent, StudentWithLoss
 
 Variants = Mapping[str, Callable[[], AbstractContextManager[object]]]
@@ -33,23 +33,23 @@ def evaluate_student(
     teacher: FrozenTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
-    structure: Structure | None = None,
+    structural: StructuralLosses | None = None,
 ) -> dict[str, float]:
     """Score the student under each variant of its weights, running the teacher once for all.
 
     Returns ``<prefix>/nll`` (nats per target), ``perplexity = exp(nll)``, ``kl`` (forward KL to the
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
-    teacher's, the label), ``entropy`` (nats) and ``bits_per_byte``; with a ``structure`` each of
+    teacher's, the label), ``entropy`` (nats) and ``bits_per_byte``; with a ``structural`` each of
     its terms under its name, unweighted, per unit. Without a teacher there is no ``kl`` and no
     ``agreement``. Training mode, queues and random generators are left as they were.
     """
-    scores = {prefix: _Scores() for prefix in variants}
-    if structure is None or teacher is None:
+    scores = {prefix: EvalMeter() for prefix in variants}
+    if structural is None or teacher is None:
         root, scored = student, _score_logits(student, teacher)
     else:
-        root = StructuredStudent(student, structure)
+        root = StructuredStudent(student, structural)
         scored = _score_structure(root, teacher)
-    with probing(root):
+    with eval_no_grad(root):
         for batch in batches:
             for prefix, (out, terms) in scored(batch, variants):
                 scores[prefix].add(out, batch)
@@ -81,14 +81,14 @@ def _score_logits(
 def _score_structure(
     student: StructuredStudent, teacher: FrozenTeacher
 ) -> Callable[[Batch, Variants], Scored]:
-    every = dict.fromkeys(student.structure.losses, 1.0)
-    capture = student.structure.teacher_capture(tuple(every))
+    every = dict.fromkeys(student.structural.losses, 1.0)
+    capture = student.structural.teacher_capture(tuple(every))
 
     def score(batch: Batch, variants: Variants) -> Scored:
-        seen = teacher.observe(batch, capture)
+        seen = teacher.forward(batch, capture)
         for prefix, weights in variants.items():
             with weights():
-                result = student(batch, seen, SCORING, every, batch.units)
+                result = student(batch, seen, SCORING, every, batch.counts)
             yield prefix, (result.distill, result.terms)
 
     return score
@@ -99,7 +99,7 @@ def evaluate_teacher(
     teacher: FrozenTeacher, batches: Iterator[Batch], prefix: str = "eval_teacher"
 ) -> dict[str, float]:
     """Score the teacher itself: the mark that its student is measured against."""
-    score = _Scores()
+    score = EvalMeter()
     for batch in batches:
         output = teacher(batch)
         out = linear_distill_loss(output.hidden, output.head, batch.labels, None, SCORING_ALONE)

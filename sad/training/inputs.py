@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.data.batch import Batch
-from sad.data.rows import PackedRows, load_rows, row_order
+from sad.data.rows import PackedRows, epoch_permutation, load_rows
 from sad.data.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
 from sad.environment import library_versions, memory_now, resolve_device, seed_everything
 from sad.models.load import load_teacher, read_model_config
@@ -20,7 +20,7 @@ from sad.teachers.frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunInputs:
     """Shared by the student, its baseline, and whoever scores them again."""
 
     tokenizer: PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ class Materials:
 
     def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
         """The held-out rows, or ``max_eval_rows`` of them from all over: always the same ones."""
-        rows = row_order(0, 0, len(self.eval_rows))[: config.max_eval_rows]
+        rows = epoch_permutation(0, 0, len(self.eval_rows))[: config.max_eval_rows]
         size = config.per_device_eval_batch_size
         for start in range(0, len(rows), size):
             yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
@@ -52,7 +52,7 @@ class Materials:
         }
 
 
-def gather(config: DistillConfig) -> Materials:
+def load_inputs(config: DistillConfig) -> RunInputs:
     """Load what does not learn.
 
     Raises ``UsageError`` for what cannot be found and ``UnfitError`` for what cannot be used, such
@@ -73,4 +73,4 @@ def gather(config: DistillConfig) -> Materials:
         require_same_tokenizer(theirs, tokenizer)
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
     train_rows, eval_rows = load_rows(config, tokenizer)
-    return Materials(tokenizer, vocabulary, train_rows, eval_rows, teacher, device, rss_before)
+    return RunInputs(tokenizer, vocabulary, train_rows, eval_rows, teacher, device, rss_before)

@@ -16,7 +16,7 @@ from sad.data.batch import Batch
 from sad.losses.base import Terms
 
 
-class Clock:
+class ThroughputMeter:
     """Targets per second since it was last asked, pauses left out."""
 
     def __init__(self, tokens: int) -> None:
@@ -42,7 +42,7 @@ LOGGED = ("loss", "ce", "kd", "z", "num_tokens", "correct", "agree")
 """What is summed on the device between two log lines, in this order."""
 
 
-class _Scores:
+class EvalMeter:
     """Float64 sums of one pass over the held-out rows."""
 
     def __init__(self) -> None:

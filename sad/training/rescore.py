@@ -12,7 +12,7 @@ from sad.errors import UsageError
 from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.training.evaluate import evaluate_student, evaluate_teacher
-from sad.training.inputs import gather
+from sad.training.inputs import load_inputs
 from sad.training.meters import ResultRow, result_row
 from sad.training.student import build_student
 
@@ -32,16 +32,16 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
         )
     config = load_config(run.path / "config.yaml")
     config = replace(config, student=str(run.best), student_init="pretrained", tokenizer=None)
-    materials = gather(config)
+    inputs = load_inputs(config)
     rows = []
-    if materials.teacher is not None:
-        scores = evaluate_teacher(materials.teacher, materials.eval_batches(config))
-        rows.append(result_row("teacher", materials.teacher.model, scores, "eval_teacher"))
+    if inputs.teacher is not None:
+        scores = evaluate_teacher(inputs.teacher, inputs.eval_batches(config))
+        rows.append(result_row("teacher", inputs.teacher.model, scores, "eval_teacher"))
     model = load_student(config)
-    precision = Precision(config, materials.device)
-    student = build_student(config, model, materials.valid_vocab, precision)
+    precision = Precision(config, inputs.device)
+    student = build_student(config, model, inputs.valid_vocab, precision)
     scores = evaluate_student(
-        student, materials.teacher, materials.eval_batches(config), {"eval": nullcontext}
+        student, inputs.teacher, inputs.eval_batches(config), {"eval": nullcontext}
     )
     rows.append(result_row("student, best", model, scores, "eval"))
     return rows

@@ -23,19 +23,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import Checkpoint
-from sad.config.schema import DistillConfig, text_alone
+from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
 from sad.errors import OutputError, SadError, StoppedError
-from sad.losses.structural import Structure
+from sad.losses.structural import StructuralLosses
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
-from sad.models.preflight import check_model, self_check
+from sad.models.preflight import check_model, check_run
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, run_header
 from sad.report.log import RunLog
 from sad.report.page import format_results, write_report
 from sad.training.evaluate import evaluate_teacher
-from sad.training.inputs import Materials, gather
+from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ResultRow, result_row
 from sad.training.student import build_student
 from sad.training.trainer import MakeScheduler, Trainer
@@ -103,27 +103,27 @@ def _distill(
     make_scheduler: MakeScheduler | None,
 ) -> RunResult:
     require_space(config)
-    materials = gather(config)
+    inputs = load_inputs(config)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
-    if materials.teacher is not None:
-        row = materials.eval_rows.batch([0]).input_ids
-        check_model(materials.teacher.model, row, packing=config.packing)  # before it is relied on
-        metrics = evaluate_teacher(materials.teacher, materials.eval_batches(config))
-        results.append(result_row("teacher", materials.teacher.model, metrics, "eval_teacher"))
+    if inputs.teacher is not None:
+        row = inputs.eval_rows.batch([0]).input_ids
+        check_model(inputs.teacher.model, row, packing=config.packing)  # before it is relied on
+        metrics = evaluate_teacher(inputs.teacher, inputs.eval_batches(config))
+        results.append(result_row("teacher", inputs.teacher.model, metrics, "eval_teacher"))
 
     if config.baseline:
-        _require_structure(config, materials)  # the baseline takes its time, and has none
-        results.append(_train_baseline(config, run_dir, materials, signals, make_scheduler))
+        _require_structural(config, inputs)  # the baseline takes its time, and has none
+        results.append(_train_baseline(config, run_dir, inputs, signals, make_scheduler))
 
     distilled = config.kd_weight or config.structural_weights
     name = "student, distilled" if distilled else "student"
-    trainer = _train(config, run_dir, checkpoint, materials, signals, make_scheduler, name=name)
+    trainer = _train(config, run_dir, checkpoint, inputs, signals, make_scheduler, name=name)
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics
 
-    record = {"results": results, "samples": _samples(run_dir.final, materials)}
+    record = {"results": results, "samples": _samples(run_dir.final, inputs)}
     run_dir.write_run(run_dir.read_run() | record)
     report = write_report(run_dir.path)
     print(f"\n{format_results(results)}\n\nreport   {report}\nstudent  {run_dir.final}")
@@ -133,7 +133,7 @@ def _distill(
 def _train_baseline(
     config: DistillConfig,
     run_dir: RunDirectory,
-    materials: Materials,
+    inputs: RunInputs,
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
 ) -> ResultRow:
@@ -143,7 +143,7 @@ def _train_baseline(
     """
     alone = replace(
         config,
-        **text_alone(),
+        **ce_only(),
         baseline=False,
         output_dir=str(run_dir.baseline),
         resume_from_checkpoint=config.resume_from_checkpoint and "auto",
@@ -153,7 +153,7 @@ def _train_baseline(
     if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
         return baseline.read_run()["results"][0]
     checkpoint = baseline.claim(alone, report=print)
-    trainer = _train(alone, baseline, checkpoint, materials, signals, make_scheduler, name=name)
+    trainer = _train(alone, baseline, checkpoint, inputs, signals, make_scheduler, name=name)
     row = _student_row(name, trainer)
     baseline.write_run(baseline.read_run() | {"results": [row]})
     baseline.write_status("finished")
@@ -164,7 +164,7 @@ def _train(
     config: DistillConfig,
     run_dir: RunDirectory,
     checkpoint: Checkpoint | None,
-    materials: Materials,
+    inputs: RunInputs,
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
     *,
@@ -172,24 +172,24 @@ def _train(
 ) -> Trainer:
     """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
     seed_everything(config.seed, deterministic=config.deterministic)
-    precision = Precision(config, materials.device)
-    student = build_student(config, load_student(config), materials.valid_vocab, precision)
-    structure = build_structure(config, student.model, materials)
-    checks = self_check(
+    precision = Precision(config, inputs.device)
+    student = build_student(config, load_student(config), inputs.valid_vocab, precision)
+    structural = build_structural(config, student.model, inputs)
+    checks = check_run(
         student.model,
-        None if materials.teacher is None else materials.teacher.model,
-        materials.eval_rows.batch([0]).input_ids,
+        None if inputs.teacher is None else inputs.teacher.model,
+        inputs.eval_rows.batch([0]).input_ids,
         config.objective(),
-        valid_vocab=materials.valid_vocab,
+        valid_vocab=inputs.valid_vocab,
         packing=config.packing,
         compute_dtype=precision.compute_dtype,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    trainer = Trainer(config, student, materials, precision, run_dir, make_scheduler, structure)
+    trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler, structural)
     with RunLog(
         run_dir.path,
-        total_batches=trainer.horizon.micro_batches,
+        total_batches=trainer.run_length.micro_batches,
         initial=0 if checkpoint is None else checkpoint.micro_step,
         report_to=config.report_to,
         name=name,
@@ -200,13 +200,13 @@ def _train(
         header = run_header(
             name,
             config,
-            horizon=trainer.horizon,
+            run_length=trainer.run_length,
             precision=precision,
             student=student.model,
-            teacher=materials.teacher and materials.teacher.model,
-            vocabulary=materials.valid_vocab,
-            train_rows=materials.train_rows,
-            eval_rows=materials.eval_rows,
+            teacher=inputs.teacher and inputs.teacher.model,
+            vocabulary=inputs.valid_vocab,
+            train_rows=inputs.train_rows,
+            eval_rows=inputs.eval_rows,
             checks=checks,
             checkpoint=None if checkpoint is None else checkpoint.path,
         )
@@ -215,25 +215,25 @@ def _train(
         run_dir.write_status("running")
         trainer.train(log, signals)
         trainer.export(run_dir.final)
-        memory = memory_now(materials.device)
-        log.message(f"memory: {memory_line(plan(config).total, materials.rss_before, memory)}")
+        memory = memory_now(inputs.device)
+        log.message(f"memory: {memory_line(plan(config).total, inputs.rss_before, memory)}")
         log.end({"micro_step": trainer.counters.micro_step, **memory})
     return trainer
 
 
-def build_structure(
-    config: DistillConfig, model: PreTrainedModel, materials: Materials
-) -> Structure | None:
+def build_structural(
+    config: DistillConfig, model: PreTrainedModel, inputs: RunInputs
+) -> StructuralLosses | None:
     """The structural losses that ``config`` asks for, if any."""
-    if not config.structural_weights or materials.teacher is None:
+    if not config.structural_weights or inputs.teacher is None:
         return None
-    return Structure(config, model, materials.teacher.model)
+    return StructuralLosses(config, model, inputs.teacher.model)
 
 
-def _require_structure(config: DistillConfig, materials: Materials) -> None:
+def _require_structural(config: DistillConfig, inputs: RunInputs) -> None:
     """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
     if config.structural_weights:
-        build_structure(config, load_student(config), materials)
+        build_structural(config, load_student(config), inputs)
 
 
 def _student_row(name: str, trainer: Trainer) -> ResultRow:
@@ -243,20 +243,20 @@ def _student_row(name: str, trainer: Trainer) -> ResultRow:
 
 
 @torch.no_grad()
-def _samples(final: Path, materials: Materials) -> list[dict[str, str]]:
+def _samples(final: Path, inputs: RunInputs) -> list[dict[str, str]]:
     """What the exported student writes after the beginning of two held-out rows.
 
     It is loaded as a user would load it: an export that cannot be used fails the run here.
     """
     with quiet_libraries():
         model: Any = AutoModelForCausalLM.from_pretrained(final)
-    model.to(materials.device).eval()
-    tokenizer = materials.tokenizer
+    model.to(inputs.device).eval()
+    tokenizer = inputs.tokenizer
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    length = int(min(SAMPLE_PROMPT, materials.eval_rows.max_length, positions // 2))
+    length = int(min(SAMPLE_PROMPT, inputs.eval_rows.max_length, positions // 2))
     samples = []
-    for row in range(min(SAMPLES, len(materials.eval_rows))):
-        prompt = materials.eval_rows.batch([row]).input_ids[:, :length].to(materials.device)
+    for row in range(min(SAMPLES, len(inputs.eval_rows))):
+        prompt = inputs.eval_rows.batch([row]).input_ids[:, :length].to(inputs.device)
         output = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.losses.base import Terms, View
 from sad.losses.layout import layout_of
-from sad.losses.structural import Structure
+from sad.losses.structural import StructuralLosses
 from sad.models.heads import split_head, with_valid_vocab
 from sad.optim.precision import Precision
-from sad.teachers.frozen import Seen
+from sad.teachers.frozen import TeacherOutput
 
 Targets = TeacherHidden | Sequence[TeacherHidden] | None
 """One teacher's answer, several, or none."""
@@ -132,7 +132,7 @@ def build_student(
     )
 
 
-class Structured(NamedTuple):
+class StepOutput(NamedTuple):
     """A micro-batch's loss and what it is made of."""
 
     loss: Tensor  # [] differentiable; the window's sum of these is its loss
@@ -146,30 +146,30 @@ class StructuredStudent(nn.Module):
     The root module of a run, like ``StudentWithLoss``, which it calls.
     """
 
-    def __init__(self, student: StudentWithLoss, structure: Structure) -> None:
+    def __init__(self, student: StudentWithLoss, structural: StructuralLosses) -> None:
         super().__init__()
         self.student = student
-        self.structure = structure
+        self.structural = structural
 
     def forward(
         self,
         batch: Batch,
-        seen: Seen,
+        seen: TeacherOutput,
         objective: Objective,
         weights: Mapping[str, float],  # of the structural losses
-        units: Units,  # of the whole accumulation window
-    ) -> Structured:
+        counts: LossCounts,  # of the whole accumulation window
+    ) -> StepOutput:
         """Each term is divided by the number of its units in the window."""
-        structure = self.structure
-        names = structure.active(weights)
-        with structure.student_capture(names).armed() as captured:
+        structural = self.structural
+        names = structural.active(weights)
+        with structural.student_capture(names).capturing() as activations:
             hidden = self.student.hidden(batch)
         teacher = seen.teacher if objective.kd_weight else None
-        out = self.student.loss(hidden, batch, teacher, objective, max(units.targets, 1))
-        view = View(hidden, seen.targets[0].hidden, captured, seen.captured, layout_of(batch))
-        terms = structure.terms(names, view)
+        out = self.student.loss(hidden, batch, teacher, objective, max(counts.targets, 1))
+        view = View(hidden, seen.targets[0].hidden, activations, seen.activations, layout_of(batch))
+        terms = structural.terms(names, view)
         loss = out.loss
-        for name, weight in structure.weights(weights).items():
-            count = max(getattr(units, structure.unit_of(name)), 1)
+        for name, weight in structural.weights(weights).items():
+            count = max(getattr(counts, structural.unit_of(name)), 1)
             loss = loss + weight * (terms[name].sum / count)
-        return Structured(loss, out, terms)
+        return StepOutput(loss, out, terms)

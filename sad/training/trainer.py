@@ -41,26 +41,26 @@ from sad.checkpoint.store import Checkpoint, save_checkpoint
 from sad.config.identity import require_same_run
 from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
-from sad.data.batch import Batch, Units
-from sad.data.rows import row_order
+from sad.data.batch import Batch, LossCounts
+from sad.data.rows import epoch_permutation
 from sad.environment import StopSignals, memory_now
 from sad.errors import CheckpointError, DivergedError, StoppedError
-from sad.losses.structural import Structure
+from sad.losses.structural import StructuralLosses
 from sad.losses.taid import TAIDSchedule
-from sad.optim.precision import Precision, structure_parameters
+from sad.optim.precision import Precision, structural_parameters
 from sad.optim.schedule import (
-    Horizon,
+    RunLength,
     Window,
     build_scheduler,
     check_foreign_scheduler,
     step_scheduler,
 )
 from sad.report.log import RunLog
-from sad.teachers.policy import build_teaching
+from sad.teachers.policy import build_teacher_policy
 from sad.training.evaluate import evaluate_student
-from sad.training.inputs import Materials
-from sad.training.meters import LOGGED, Clock
-from sad.training.student import Structured, StructuredStudent, StudentWithLoss
+from sad.training.inputs import RunInputs
+from sad.training.meters import LOGGED, ThroughputMeter
+from sad.training.student import StepOutput, StructuredStudent, StudentWithLoss
 
 OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """What the configuration says of an optimizer's group; its ``lr`` follows from the scheduler."""
@@ -96,25 +96,27 @@ class Trainer:
         self,
         config: DistillConfig,
         student: StudentWithLoss,
-        materials: Materials,
+        inputs: RunInputs,
         precision: Precision,
         run_dir: RunDirectory,
         make_scheduler: MakeScheduler | None = None,
-        structure: Structure | None = None,
+        structural: StructuralLosses | None = None,
     ) -> None:
         self.config = config
         self.student = student
-        self.structure = structure
-        self.structured = None if structure is None else StructuredStudent(student, structure)
-        self.materials = materials
+        self.structural = structural
+        self.structural_student = (
+            None if structural is None else StructuredStudent(student, structural)
+        )
+        self.inputs = inputs
         self.precision = precision
         self.run_dir = run_dir
-        self.identity = materials.identity(config)
-        self.teaching = build_teaching(config, materials.teacher, materials.valid_vocab)
-        self.train_rows = materials.train_rows
-        self.device = materials.device
+        self.identity = inputs.identity(config)
+        self.policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
+        self.train_rows = inputs.train_rows
+        self.device = inputs.device
 
-        self.horizon = Horizon(
+        self.run_length = RunLength(
             num_rows=len(self.train_rows),
             batch_size=config.per_device_train_batch_size,
             accumulation_steps=config.gradient_accumulation_steps,
@@ -123,24 +125,24 @@ class Trainer:
         )
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
-        self.optimizer = precision.build_optimizer(student.model, structure)
+        self.optimizer = precision.build_optimizer(student.model, structural)
         if make_scheduler is None:
-            self.scheduler: LRScheduler = build_scheduler(self.optimizer, config, self.horizon)
+            self.scheduler: LRScheduler = build_scheduler(self.optimizer, config, self.run_length)
         else:
             self.scheduler = make_scheduler(self.optimizer)
-            check_foreign_scheduler(self.scheduler, self.horizon, config.scheduler_unit)
+            check_foreign_scheduler(self.scheduler, self.run_length, config.scheduler_unit)
         self.ema = precision.build_ema(student.model) if config.use_ema else None
         self.accumulator = GradientAccumulator(config.gradient_accumulation_steps)
         self.curriculum = Curriculum(
             {"kd": config.kd_weight} | config.structural_weights,
-            self.horizon.micro_batches,
+            self.run_length.micro_batches,
             config.curriculum.schedules(),
         )
         self.taid = _taid(config)
         self.counters = Counters()
         self.sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=self.device)
         # Of the structural terms: sums on the device, units on the host.
-        self.term_names = () if structure is None else structure.names
+        self.term_names = () if structural is None else structural.names
         self.term_sums = torch.zeros(len(self.term_names), dtype=torch.float64, device=self.device)
         self.term_counts = [0] * len(self.term_names)
         self.window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -156,18 +158,18 @@ class Trainer:
     def train(self, log: RunLog, signals: StopSignals) -> None:
         """Train to the horizon, or until a signal asks to stop (then the state is saved first)."""
         self.student.train()
-        clock = Clock(self.counters.tokens)
-        while self.counters.micro_step < self.horizon.micro_batches:
+        throughput = ThroughputMeter(self.counters.tokens)
+        while self.counters.micro_step < self.run_length.micro_batches:
             closed = self.micro_batch()
             log.advance()
 
             if closed and self._every(self.config.logging_steps):
-                self.log_progress(log, clock)
+                self.log_progress(log, throughput)
             if closed and self._every(self.config.eval_steps):
-                with clock.paused():
+                with throughput.paused():
                     self.evaluate(log)
             if closed and (self._every(self.config.save_steps) or self._epoch_ends()):
-                with clock.paused():
+                with throughput.paused():
                     self.save(log)
             if signals.requested:
                 path = self.save(log, must=True)
@@ -184,16 +186,16 @@ class Trainer:
     def micro_batch(self) -> bool:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
-        window = self.horizon.window(counters.micro_step)
-        units = self._units(window)
+        window = self.run_length.window(counters.micro_step)
+        counts = self._counts(window)
         if not accumulator.pending:
-            accumulator.open_window(window.size, units.targets)
-            if self.teaching is not None:
-                self.teaching.prepare(lambda: self._batches(window), self.student, units)
+            accumulator.open_window(window.size, counts.targets)
+            if self.policy is not None:
+                self.policy.prepare(lambda: self._batches(window), self.student, counts)
 
         batch = self._batch(counters.micro_step)
         weights = self.weights(window.first_micro_step)
-        result = self._forward(batch, weights, units)
+        result = self._forward(batch, weights, counts)
         self.precision.backward(result.loss)
         self._add_to_sums(result, accumulator.num_items)
 
@@ -207,19 +209,19 @@ class Trainer:
         counters.tokens += batch.num_targets
         return closes
 
-    def _forward(self, batch: Batch, weights: dict[str, float], units: Units) -> Structured:
+    def _forward(self, batch: Batch, weights: dict[str, float], counts: LossCounts) -> StepOutput:
         """The loss of a micro-batch, its share of the window's."""
         objective = self.objective(weights)
-        names = () if self.structure is None else self.structure.active(weights)
-        if self.structure is None or self.structured is None or not names:
+        names = () if self.structural is None else self.structural.active(weights)
+        if self.structural is None or self.structural_student is None or not names:
             teacher = None
-            if self.teaching is not None and objective.kd_weight:
-                teacher = self.teaching.observe(batch).teacher
-            out = self.student(batch, teacher, objective, num_items=max(units.targets, 1))
-            return Structured(out.loss, out, {})
-        assert self.teaching is not None
-        seen = self.teaching.observe(batch, self.structure.teacher_capture(names))
-        return self.structured(batch, seen, objective, weights, units)
+            if self.policy is not None and objective.kd_weight:
+                teacher = self.policy.forward(batch).teacher
+            out = self.student(batch, teacher, objective, num_items=max(counts.targets, 1))
+            return StepOutput(out.loss, out, {})
+        assert self.policy is not None
+        seen = self.policy.forward(batch, self.structural.teacher_capture(names))
+        return self.structural_student(batch, seen, objective, weights, counts)
 
     def weights(self, micro_step: int) -> dict[str, float]:
         """Of the divergence and the structural losses, in the window that begins at
@@ -248,7 +250,7 @@ class Trainer:
         self.precision.zero_grad(self.optimizer)
         self.counters.global_step += 1
         if self.taid is not None:
-            progress = (self.counters.micro_step + 1) / self.horizon.micro_batches
+            progress = (self.counters.micro_step + 1) / self.run_length.micro_batches
             self.taid.update(float(self.window_loss), progress)  # waits for the device
         self.window_loss.zero_()
 
@@ -260,14 +262,14 @@ class Trainer:
         variants: dict[str, Any] = {"eval": nullcontext}
         if self.ema is not None:
             variants["eval_ema"] = self.ema.swapped
-        batches = self.materials.eval_batches(config)
-        teacher = self.materials.teacher
-        with nullcontext() if self.teaching is None else self.teaching.scoring():
-            metrics = evaluate_student(self.student, teacher, batches, variants, self.structure)
-        weights = self.weights(min(counters.micro_step, self.horizon.micro_batches - 1))
+        batches = self.inputs.eval_batches(config)
+        teacher = self.inputs.teacher
+        with nullcontext() if self.policy is None else self.policy.scoring():
+            metrics = evaluate_student(self.student, teacher, batches, variants, self.structural)
+        weights = self.weights(min(counters.micro_step, self.run_length.micro_batches - 1))
         parts = {"nll": self.config.objective().ce_weight, "kl": weights["kd"]}
-        if self.structure is not None:
-            parts |= self.structure.weights(weights)
+        if self.structural is not None:
+            parts |= self.structural.weights(weights)
         for prefix in variants:
             values = {name: metrics.get(f"{prefix}/{name}", 0.0) for name in parts}
             metrics[f"{prefix}/loss"] = sum(w * values[name] for name, w in parts.items())
@@ -292,8 +294,8 @@ class Trainer:
             self.run_dir.export(
                 target,
                 self.student.model,
-                self.materials.tokenizer,
-                self.materials.valid_vocab,
+                self.inputs.tokenizer,
+                self.inputs.valid_vocab,
                 facts,
             )
 
@@ -326,7 +328,7 @@ class Trainer:
         """Everything that decides how training goes on, as plain values and named tensors."""
         optimizer, moments = optimizer_state(self.optimizer, self.precision.optimizer_parameters)
         rng, generators = rng_state()
-        teaching, gates = ({}, {}) if self.teaching is None else self.teaching.state_dict()
+        policy, gates = ({}, {}) if self.policy is None else self.policy.state_dict()
         ema = None if self.ema is None else self.ema.state_dict()
         shadow = {} if ema is None else ema.pop("shadow")
         state = {
@@ -341,7 +343,7 @@ class Trainer:
             "sums": self.sums.tolist(),
             "terms": {"sums": self.term_sums.tolist(), "counts": list(self.term_counts)},
             "window_loss": float(self.window_loss),
-            "teaching": teaching,
+            "teaching": policy,
             "taid": None if self.taid is None else self.taid.state_dict(),
             "skipped": self.skipped.tolist(),
             **self.accumulator.state_dict(),
@@ -353,7 +355,7 @@ class Trainer:
             "optimizer": moments,
             "ema": shadow,
             "teaching": gates,
-            "structure": {} if self.structure is None else model_tensors(self.structure),
+            "structure": {} if self.structural is None else model_tensors(self.structural),
             "grads": gradient_tensors(self._trained()),
             "rng": generators,
         }
@@ -370,10 +372,10 @@ class Trainer:
         configured = [{key: group[key] for key in OPTIONS} for group in self.optimizer.param_groups]
         decay = None if self.ema is None else (self.ema.decay, self.ema.warmup)
         load_model(self.student.model, tensors["model"])
-        if self.structure is not None:
-            load_tensors(model_tensors(self.structure), tensors.get("structure", {}), "structure")
-        if self.teaching is not None:
-            self.teaching.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))
+        if self.structural is not None:
+            load_tensors(model_tensors(self.structural), tensors.get("structure", {}), "structure")
+        if self.policy is not None:
+            self.policy.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))
         if self.precision.masters is not None:
             load_tensors(self.precision.masters.separate, tensors["masters"], "master")
         load_optimizer(
@@ -414,9 +416,9 @@ class Trainer:
 
     def _rows(self, micro_step: int) -> np.ndarray:
         """The numbers of the rows in a micro-batch: a pure function of seed and position."""
-        epoch, batch = self.horizon.position(micro_step)
+        epoch, batch = self.run_length.position(micro_step)
         if self._order is None or self._order[0] != epoch:
-            self._order = epoch, row_order(self.config.seed, epoch, len(self.train_rows))
+            self._order = epoch, epoch_permutation(self.config.seed, epoch, len(self.train_rows))
         size = self.config.per_device_train_batch_size
         return self._order[1][batch * size : (batch + 1) * size]
 
@@ -427,32 +429,32 @@ class Trainer:
         for step in range(window.first_micro_step, window.first_micro_step + window.size):
             yield self._batch(step)
 
-    def _units(self, window: Window) -> Units:
+    def _counts(self, window: Window) -> LossCounts:
         """What all micro-batches of a window hold: a pure function of its position."""
         steps = range(window.first_micro_step, window.first_micro_step + window.size)
-        return self.train_rows.units(np.concatenate([self._rows(step) for step in steps]))
+        return self.train_rows.counts(np.concatenate([self._rows(step) for step in steps]))
 
     def _trained(self) -> dict[str, Tensor]:
         """Every parameter that collects gradients, by its name in checkpoints."""
         ours: dict[str, Tensor] = dict(self.student.model.named_parameters())
-        return ours | structure_parameters(self.structure)
+        return ours | structural_parameters(self.structural)
 
     def _every(self, steps: int | None) -> bool:
-        last = self.counters.micro_step == self.horizon.micro_batches
+        last = self.counters.micro_step == self.run_length.micro_batches
         return bool(steps) and (last or self.counters.global_step % steps == 0)
 
     def _epoch_ends(self) -> bool:
-        return self.counters.micro_step % self.horizon.batches_per_epoch == 0
+        return self.counters.micro_step % self.run_length.batches_per_epoch == 0
 
     def _position(self) -> dict[str, Any]:
-        epoch, batch = self.horizon.position(self.counters.micro_step)
+        epoch, batch = self.run_length.position(self.counters.micro_step)
         return {
             "micro_step": self.counters.micro_step,
             "global_step": self.counters.global_step,
-            "epoch": epoch + batch / self.horizon.batches_per_epoch,
+            "epoch": epoch + batch / self.run_length.batches_per_epoch,
         }
 
-    def _add_to_sums(self, result: Structured, num_items: int) -> None:
+    def _add_to_sums(self, result: StepOutput, num_items: int) -> None:
         out = result.distill
         loss = out.loss.detach() * num_items
         parts = (loss, out.ce, out.kd, out.z, out.num_tokens, out.correct, out.agree)
@@ -464,18 +466,18 @@ class Trainer:
                 self.term_sums[i] += term.sum.detach()
                 self.term_counts[i] += term.count
 
-    def log_progress(self, log: RunLog, clock: Clock) -> None:
+    def log_progress(self, log: RunLog, throughput: ThroughputMeter) -> None:
         """One record, and the only place where the loop waits for the device."""
         loss, ce, kd, z, targets, correct, agree = self.sums.tolist()
         skipped, _, longest = self.skipped.tolist()
-        window = self.horizon.window(self.counters.micro_step - 1)
+        window = self.run_length.window(self.counters.micro_step - 1)
         weights = self.weights(window.first_micro_step)
         objective = self.objective(weights)
         shown = _weights(objective)
         per_target = 1 / targets if targets else math.nan
         terms, structural = self._terms(), 0.0
-        if self.structure is not None:
-            of_terms = self.structure.weights(weights)
+        if self.structural is not None:
+            of_terms = self.structural.weights(weights)
             structural = sum(w * terms[name] for name, w in of_terms.items() if name in terms)
             shown |= of_terms
         record = self._position() | {
@@ -492,7 +494,7 @@ class Trainer:
             "grad_norm": float(self._grad_norm),
             "loss_scale": self.precision.loss_scale,
             "skipped": skipped,
-            "tokens_per_second": clock.rate(self.counters.tokens),
+            "tokens_per_second": throughput.rate(self.counters.tokens),
             **memory_now(self.device),
         }
         if self.taid is not None:

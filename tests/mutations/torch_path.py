@@ -276,7 +276,7 @@ MUTATIONS = [
                 TORCH,
                 "n = self.num_rows if self.kept is None else len(self.kept)",
                 "n = self.num_rows\n"
-                "        self.mask = labels is None or labels != call.task.ignore_index",
+                "        self.mask = labels is None or labels != call.spec.ignore_index",
             ),
             Edit(
                 TORCH,
@@ -300,10 +300,10 @@ MUTATIONS = [
         "a label outside the vocabulary is moved into it",
         edit(
             TORCH,
-            "self.kept, self.labels = _kept(labels, call.task.ignore_index)\n",
-            "self.kept, self.labels = _kept(labels, call.task.ignore_index)\n"
+            "self.kept, self.labels = _kept(labels, call.spec.ignore_index)\n",
+            "self.kept, self.labels = _kept(labels, call.spec.ignore_index)\n"
             "        if self.labels is not None:\n"
-            "            self.labels = self.labels.clamp(0, call.task.vocab - 1)\n",
+            "            self.labels = self.labels.clamp(0, call.spec.vocab - 1)\n",
         ),
         regressions(
             "test_a_foreign_label_poisons_its_row[97-cross_entropy-torch]",
@@ -326,7 +326,7 @@ MUTATIONS = [
         "labels are compared with the columns of the logits, padding included",
         edit(
             STATISTICS,
-            "outside = (self.labels < 0) | (self.labels >= self.task.vocab)",
+            "outside = (self.labels < 0) | (self.labels >= self.spec.vocab)",
             "outside = (self.labels < 0) | (self.labels >= 128)",
         ),
         regressions(
@@ -480,8 +480,8 @@ MUTATIONS = [
         "the head's softcap is accepted and dropped",
         edit(
             TORCH,
-            "Finish(float(head.logit_scale), head.softcap)",
-            "Finish(float(head.logit_scale))",
+            "LogitTransform(float(head.logit_scale), head.softcap)",
+            "LogitTransform(float(head.logit_scale))",
         ),
         regressions("test_every_option_changes_the_result[torch]"),
     ),
@@ -490,8 +490,8 @@ MUTATIONS = [
         "the logits' scale is accepted and dropped",
         edit(
             TORCH,
-            "Finish(float(head.logit_scale), head.softcap)",
-            "Finish(softcap=head.softcap)",
+            "LogitTransform(float(head.logit_scale), head.softcap)",
+            "LogitTransform(softcap=head.softcap)",
         ),
         regressions("test_every_option_changes_the_result[torch]"),
     ),

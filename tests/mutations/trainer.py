@@ -39,7 +39,7 @@ MUTATIONS = [
         "each micro-batch is divided by its own targets",
         edit(
             TRAINING,
-            "num_items=max(units.targets, 1)",
+            "num_items=max(counts.targets, 1)",
             "num_items=max(batch.num_targets, 1)",
         ),
         ANY_SPLIT,
@@ -69,10 +69,10 @@ MUTATIONS = [
         "a short last window is divided as if it were whole",
         edit(
             TRAINING,
-            "        units = self._units(window)\n",
-            "        units = self._units(window)\n"
-            "        whole = units.targets * accumulator.accumulation_steps // window.size\n"
-            "        units = units._replace(targets=whole)\n",
+            "        counts = self._counts(window)\n",
+            "        counts = self._counts(window)\n"
+            "        whole = counts.targets * accumulator.accumulation_steps // window.size\n"
+            "        counts = counts._replace(targets=whole)\n",
         ),
         ANY_SPLIT,
     ),
@@ -236,7 +236,7 @@ MUTATIONS = [
     Mutation(
         "39",
         "a schedule in micro-batches ends after as many of them as there are windows",
-        edit(SCHEDULE, "length = horizon.micro_batches", "length = horizon.windows"),
+        edit(SCHEDULE, "length = run_length.micro_batches", "length = run_length.windows"),
         tests(
             "sad/optim/test_schedule.py",
             "test_100_batches_are_100_scheduler_steps[linear-8-()]",
@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "39",
         "a warm-up given in windows is counted in micro-batches",
-        edit(SCHEDULE, "int(steps) * horizon.accumulation_steps", "int(steps)"),
+        edit(SCHEDULE, "int(steps) * run_length.accumulation_steps", "int(steps)"),
         tests(
             "sad/optim/test_schedule.py",
             "test_warmup_is_held_in_micro_batches[{'warmup_steps': 3}-24]",
@@ -294,8 +294,8 @@ MUTATIONS = [
         "the order of the rows depends on where the process began",
         edit(
             TRAINING,
-            "row_order(self.config.seed, epoch, len(self.train_rows))",
-            "row_order(self.config.seed + self.counters.micro_step, epoch, len(self.train_rows))",
+            "epoch_permutation(self.config.seed, epoch,",
+            "epoch_permutation(self.config.seed + self.counters.micro_step, epoch,",
         ),
         training("test_rows_come_once_per_epoch_of_a_resumed_run") + ANY_STOP,
     ),
@@ -449,8 +449,8 @@ MUTATIONS = [
         "a structural term is divided by the units of its micro-batch",
         edit(
             "sad/training/student.py",
-            "count = max(getattr(units, structure.unit_of(name)), 1)",
-            "count = max(getattr(batch.units, structure.unit_of(name)), 1)",
+            "count = max(getattr(counts, structural.unit_of(name)), 1)",
+            "count = max(getattr(batch.counts, structural.unit_of(name)), 1)",
         ),
         structural("test_the_split_of_a_window_does_not_matter"),
     ),
@@ -469,7 +469,7 @@ MUTATIONS = [
         "the teacher's gates start anew after a stop",
         edit(
             TRAINING,
-            'self.teaching.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))',
+            'self.policy.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))',
             "pass",
         ),
         structural("test_routing_survives_a_stop[student_aware]"),

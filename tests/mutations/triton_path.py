@@ -17,7 +17,7 @@ REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
 SCALE = TRITON + "scale.py"
 STATISTICS_KERNEL = TRITON + "statistics.py"
-TERMS_KERNEL = TRITON + "terms.py"
+MIXTURE_KERNEL = TRITON + "mixture.py"
 TILE = TRITON + "tile.py"
 TILES = "kernels/sad_kernels/_tiles.py"
 
@@ -51,8 +51,8 @@ MUTATIONS = [
         "in the kernel the softmax is rounded to bf16 before the label's share is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g += cold * q_1_factor - smooth_share",
-            "g += (cold * q_1_factor).to(tl.bfloat16).to(tl.float32) - smooth_share",
+            "g += exp_1 * q_1_factor - smooth_share",
+            "g += (exp_1 * q_1_factor).to(tl.bfloat16).to(tl.float32) - smooth_share",
         ),
         regressions(
             "test_p_is_rounded_after_the_subtraction[dtype1-cross_entropy-triton]",
@@ -64,8 +64,8 @@ MUTATIONS = [
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g = hot * (kd / d) - ",
-            "g = (hot * (kd / d)).to(tl.bfloat16).to(tl.float32) - ",
+            "g = exp_T * (kd / d) - ",
+            "g = (exp_T * (kd / d)).to(tl.bfloat16).to(tl.float32) - ",
         ),
         regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
     ),
@@ -213,7 +213,9 @@ MUTATIONS = [
         "20",
         "gradients are only made where hidden states, weight and bias all want theirs",
         edit(
-            CHUNKS, "upstream is not None and any(wanted)", "upstream is not None and all(wanted)"
+            CHUNKS,
+            "upstream is not None and any(grad_mask)",
+            "upstream is not None and all(grad_mask)",
         ),
         regressions(
             "test_frozen_parts_and_autocast[dtype0-None-hidden-linear_cross_entropy-triton]"
@@ -264,7 +266,7 @@ MUTATIONS = [
     Mutation(
         "25",
         "in the kernel the CE beside a divergence is taken at the divergence's temperature",
-        edit(TILE, "return hot, tl.exp2(x * LOG2_E)", "return hot, hot"),
+        edit(TILE, "return exp_T, tl.exp2(x * LOG2_E)", "return exp_T, exp_T"),
         regressions("test_the_ce_of_a_distillation_is_the_cross_entropy[triton]"),
     ),
     # --- Rows that do not count ------------------------------------------------------------------
@@ -427,9 +429,9 @@ MUTATIONS = [
         "11",
         "in the kernel the teacher's log-probabilities keep 16 bits",
         edit(
-            TERMS_KERNEL,
-            "    log_p = (t - m_t) * heat - log_d_t\n    _, u",
-            "    log_p = ((t - m_t) * heat - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
+            MIXTURE_KERNEL,
+            "    log_p = (t - m_t) * inv_T - log_d_t\n    _, u",
+            "    log_p = ((t - m_t) * inv_T - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
         ),
         regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-triton]"),
     ),
@@ -446,7 +448,7 @@ MUTATIONS = [
     Mutation(
         "12",
         "in the kernel the CE reuses the exponentials of the divergence, at its temperature",
-        edit(TILE, "return hot, tl.exp2(x * LOG2_E)", "return hot, hot"),
+        edit(TILE, "return exp_T, tl.exp2(x * LOG2_E)", "return exp_T, exp_T"),
         regressions("test_no_weight_and_no_temperature_is_hidden[reverse_kl-triton]"),
     ),
     Mutation(
@@ -454,8 +456,8 @@ MUTATIONS = [
         "in the kernel beta is the student's share",
         edit(
             TILE,
-            "    q_log = tl.maximum(tl.maximum(a",
-            "    beta = 1 - beta\n    q_log = tl.maximum(tl.maximum(a",
+            "    q_log = tl.maximum(",
+            "    beta = 1 - beta\n    q_log = tl.maximum(",
         )
         + edit(
             TILE,
@@ -470,7 +472,7 @@ MUTATIONS = [
         edit(
             LINEAR,
             "inverse = 1 / items.float()",
-            "inverse = 1 / (labels != request.task.ignore_index).sum().clamp(min=1).float()",
+            "inverse = 1 / (labels != args.spec.ignore_index).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
     ),
@@ -493,7 +495,7 @@ MUTATIONS = [
         "the gradient leaves the logits' scale out",
         edit(
             LINEAR,
-            "return upstream * request.scale, torch.ones(",
+            "return upstream * args.scale, torch.ones(",
             "return upstream, torch.ones(",
         ),
         regressions("test_the_bias_has_its_gradient[bias-dtype0-linear_cross_entropy-triton]"),
@@ -516,7 +518,7 @@ MUTATIONS = [
     ),
     Mutation(
         "31",
-        "an impossible token counts in what is carried from tile to tile",
+        "an impossible token counts in what is rescale_cross from tile to tile",
         edit(
             ROWS,
             "return weights * tl.where(weights > 0, x, 0.0)",
@@ -532,8 +534,8 @@ MUTATIONS = [
         "the head's softcap is dropped on its way to the kernels",
         edit(
             LINEAR,
-            "Request(task, float(head.logit_scale), head.softcap)",
-            "Request(task, float(head.logit_scale))",
+            "OpArgs(spec, float(head.logit_scale), head.softcap)",
+            "OpArgs(spec, float(head.logit_scale))",
         ),
         regressions("test_every_option_changes_the_result[triton]"),
     ),
@@ -550,7 +552,7 @@ MUTATIONS = [
     Mutation(
         "32",
         "the logits' softcap is dropped on its way to the kernels",
-        edit(LOGITS, "Request(task, softcap=softcap)", "Request(task)"),
+        edit(LOGITS, "OpArgs(spec, softcap=softcap)", "OpArgs(spec)"),
         regressions("test_every_option_changes_the_result[triton]"),
     ),
     # --- Chunks, memory, grids -------------------------------------------------------------------
@@ -586,7 +588,7 @@ MUTATIONS = [
     Mutation(
         "8",
         "rows are 32-bit offsets where the terms of a mixture are formed",
-        edit(TERMS_KERNEL, f"{TERMS}.to(tl.int64)\n", f"{TERMS}\n"),
+        edit(MIXTURE_KERNEL, f"{TERMS}.to(tl.int64)\n", f"{TERMS}\n"),
         far_apart("jsd"),
     ),
     Mutation(
@@ -648,13 +650,13 @@ MUTATIONS = [
         "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
         edit(
             STATISTICS_KERNEL,
-            "        s, gone, id, next_id = without_ids(s, at, ",
-            "        every = s\n        s, gone, id, next_id = without_ids(s, at, ",
+            "        s, gone, id, next_id = mask_ids(s, at, ",
+            "        every = s\n        s, gone, id, next_id = mask_ids(s, at, ",
         )
         + edit(
             STATISTICS_KERNEL,
             "    top = lane_max(s)\n",
-            "    top = lane_max(in_lanes(every, LANES, VECTOR) if HAS_IDS else s)\n",
+            "    top = lane_max(to_lanes(every, LANES, VECTOR) if HAS_IDS else s)\n",
         ),
         tests(
             "sad_kernels/test_topk.py",
@@ -666,7 +668,7 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel columns without an id keep their own maximum beside those with one",
-        edit(MERGE, "d_1 = d_1 * rate + tl.sum(cold, 1)", "d_1 = d_1 + tl.sum(cold, 1)"),
+        edit(MERGE, "d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)", "d_1 = d_1 + tl.sum(exp_1, 1)"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.0-triton]",
@@ -688,8 +690,8 @@ MUTATIONS = [
         "a scalar keeps the precision in which a compiler hands it over",
         edit(
             MERGE,
-            "heat, temperature, beta = to_fp32(heat), to_fp32(temperature), to_fp32(beta)",
-            "heat, beta = to_fp32(heat), to_fp32(beta)",
+            "inv_T, temperature, beta = to_fp32(inv_T), to_fp32(temperature), to_fp32(beta)",
+            "inv_T, beta = to_fp32(inv_T), to_fp32(beta)",
         ),
         compiled("kl_div"),
         says="must not compute in fp64",

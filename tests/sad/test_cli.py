@@ -95,9 +95,9 @@ def test_known_errors_are_one_line_and_their_code(
 ) -> None:
     replace_module("sad.training.run", distill=raising(error))
     assert main(["distill", recipe]) == code
-    captured = capsys.readouterr().err
-    assert captured.startswith(f"sad: error: {start}")
-    assert captured.count("\n") == 1
+    activations = capsys.readouterr().err
+    assert activations.startswith(f"sad: error: {start}")
+    assert activations.count("\n") == 1
 
 
 def test_a_bug_is_code_1_with_a_traceback(recipe: str, replace_module: Any, capsys: Any) -> None:

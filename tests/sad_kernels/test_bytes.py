@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from sad_kernels import Objective, TeacherLogits, TeacherTopK, cross_entropy, distill_loss, kl_div
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from support.traffic import Traffic, counted_traffic, needs_interpreter
 from torch import Tensor
 
@@ -105,11 +105,11 @@ def test_slabs_of_a_linear_loss_are_read_twice_and_written_once(divergence: str)
     s, t, y = logits(), logits(), torch.randint(V, (N,))
     g = torch.empty(N, V, dtype=torch.bfloat16)
     objective = Objective(ce_weight=0.5, temperature=2.0, divergence=divergence)  # pyright: ignore
-    task = Task(objective, V, -100, classes=True, diagnostics=True)
+    spec = LossSpec(objective, V, -100, compute_ce=True, compute_metrics=True)
     student, teacher = launch.Logits(s), launch.Logits(t)
     with counted_traffic() as traffic:
-        forward = launch.forward(task, student, y, teacher)
-        launch.gradient(task, student, y, teacher, forward, torch.ones(1), g)
+        forward = launch.forward(spec, student, y, teacher)
+        launch.gradient(spec, student, y, teacher, forward, torch.ones(1), g)
     readings = 3 if divergence == "jsd" else 2
     assert traffic.read_from(s) == readings * s.nbytes + N * s.element_size() + read_again(s)
     assert traffic.read_from(t) == readings * t.nbytes + read_again(t)
@@ -141,7 +141,7 @@ def test_columns_past_the_vocabulary_are_not_read() -> None:
 FAR_APART = """
 import torch
 from sad_kernels import Objective
-from sad_kernels._task import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels._triton import launch
 
 def far(x):  # the same rows, 2^30 + 16 elements apart: the third starts past 2^31
@@ -151,10 +151,10 @@ def far(x):  # the same rows, 2^30 + 16 elements apart: the third starts past 2^
     return rows
 
 def run(s, t, g):
-    task = Task(Objective(ce_weight=0.5, divergence=DIVERGENCE), 40, -100, True, True)
+    spec = LossSpec(Objective(ce_weight=0.5, divergence=DIVERGENCE), 40, -100, True, True)
     student, teacher, y = launch.Logits(s), launch.Logits(t), torch.tensor([1, 2, 3])
-    forward = launch.forward(task, student, y, teacher)
-    launch.gradient(task, student, y, teacher, forward, torch.ones(1), g)
+    forward = launch.forward(spec, student, y, teacher)
+    launch.gradient(spec, student, y, teacher, forward, torch.ones(1), g)
     return forward.loss, g
 
 s, t = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()

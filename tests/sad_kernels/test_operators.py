@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels._triton import launch, linear, logits, operator
-from sad_kernels._triton.operator import Packed, Request, pack
+from sad_kernels._triton.operator import OpArgs, Packed, encode
 
 N, V, D, K = 5, 40, 6, 3
 
@@ -58,8 +58,8 @@ def labels_of(x: Tensor) -> Tensor:
 
 def packed(scale: float = 1.0, softcap: float | None = None, **options: Any) -> Packed:
     objective = Objective(ce_weight=0.5, z_loss=0.01, temperature=3.0, **options)
-    task = Task(objective, V - 2, -100, classes=True, diagnostics=True)
-    return pack(Request(task, scale, softcap))
+    spec = LossSpec(objective, V - 2, -100, compute_ce=True, compute_metrics=True)
+    return encode(OpArgs(spec, scale, softcap))
 
 
 def teacher_of(kind: str, layout: str) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ def teacher_of(kind: str, layout: str) -> tuple[Any, ...]:
         return None, None, None, None, None
     log_probs = torch.randn(len(laid_out(layout, V)), V).log_softmax(-1)
     values, ids = log_probs.topk(K)
-    top_k = launch.TopK.prepare(ids % (V - 2), values, "bucket", V - 2)
+    top_k = launch.SortedTopK.prepare(ids % (V - 2), values, "bucket", V - 2)
     return None, top_k.ids, top_k.log_p, top_k.log_rest, top_k.best
 
 
@@ -316,7 +316,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Both ways of calling an operator, each with the other one closed."""
     by_name = request.param == "by name"
     if by_name:
-        monkeypatch.setattr(operator, "autograd_is_alone", lambda inputs: False)
+        monkeypatch.setattr(operator, "eager_autograd_only", lambda inputs: False)
 
     def closed(*_: Any) -> None:
         raise AssertionError("the wrong way to call an operator")
@@ -338,7 +338,7 @@ def test_both_ways_of_calling_give_the_same_bits(
     for by_name in (False, True):
         with monkeypatch.context() as patch:
             if by_name:
-                patch.setattr(operator, "autograd_is_alone", lambda inputs: False)
+                patch.setattr(operator, "eager_autograd_only", lambda inputs: False)
             value = loss(*leaves.values())
             gradients = torch.autograd.grad(value, wrt, torch.tensor(0.3))
             results.append((value.detach(), *gradients))

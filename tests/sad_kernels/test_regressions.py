@@ -859,7 +859,7 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
 
     https://github.com/linkedin/Liger-Kernel/pull/1294
     """
-    from sad_kernels._rows import Task
+    from sad_kernels._rows import LossSpec
     from sad_kernels._triton import launch, scale
 
     kernels = {name: Grids() for name in vars(launch) if name.endswith("_kernel")}
@@ -873,9 +873,9 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
     N = 70_000
     logits, labels = torch.zeros(N, 2), torch.zeros(N, dtype=torch.int64)
     side = launch.Logits(logits)
-    task = Task(Objective(ce_weight=0.5, divergence="jsd"), 2, -100, True, True)
-    saved = launch.forward(task, side, labels, side)
-    launch.gradient(task, side, labels, side, saved, torch.ones(N), torch.empty(N, 2))
+    spec = LossSpec(Objective(ce_weight=0.5, divergence="jsd"), 2, -100, True, True)
+    saved = launch.forward(spec, side, labels, side)
+    launch.gradient(spec, side, labels, side, saved, torch.ones(N), torch.empty(N, 2))
     scale.scaled(torch.zeros(N), torch.ones(()), torch.bfloat16)
     for name, grids in kernels.items():
         assert grids.seen, f"{name} was not launched"

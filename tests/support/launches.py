@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 from sad_kernels._extents import Extent
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale
 from sad_kernels._triton.rows import PARTS
@@ -209,14 +209,14 @@ def slab(dtype: torch.dtype, layout: str) -> Tensor:
 
 def run_rows(
     student: launch.Logits,
-    teacher: launch.Logits | launch.TopK | None,
+    teacher: launch.Logits | launch.SortedTopK | None,
     out: Tensor,
     layout: str,
     *,
     divergence: Divergence = "forward_kl",
     temperature: float = 1.0,
     ce: bool = True,
-    diagnostics: bool = True,
+    compute_metrics: bool = True,
     smoothing: float = 0.1,
     label_dtype: torch.dtype | None = torch.int64,
     per_row: bool = False,
@@ -233,11 +233,13 @@ def run_rows(
         divergence=divergence,
         teacher_share=teacher_share,
     )
-    task = Task(objective, vocab, ignore_index=-100, classes=ce, diagnostics=diagnostics)
+    spec = LossSpec(
+        objective, vocab, ignore_index=-100, compute_ce=ce, compute_metrics=compute_metrics
+    )
     labels = None if label_dtype is None else torch.empty(rows, dtype=label_dtype)
-    saved = launch.forward(task, student, labels, teacher)
+    saved = launch.forward(spec, student, labels, teacher)
     upstream = torch.empty(rows if per_row else 1)
-    launch.gradient(task, student, labels, teacher, saved, upstream, out)
+    launch.gradient(spec, student, labels, teacher, saved, upstream, out)
 
 
 def ce(
@@ -246,7 +248,7 @@ def ce(
     def call() -> None:
         x = logits(dtype, layout)
         student = launch.Logits(x, softcap=softcap)
-        run_rows(student, None, x, layout, diagnostics=False, **options)
+        run_rows(student, None, x, layout, compute_metrics=False, **options)
 
     return call
 
@@ -260,7 +262,7 @@ def kl(student: torch.dtype, teacher: torch.dtype, layout: str, **options: Any):
             s,
             layout,
             ce=False,
-            diagnostics=False,
+            compute_metrics=False,
             smoothing=0.0,
             label_dtype=None,
             **options,
@@ -280,7 +282,7 @@ def distill(student: torch.dtype, teacher: torch.dtype, layout: str, **options: 
 def top_k(dtype: torch.dtype, layout: str, k: int, **options: Any) -> Callable[[], object]:
     def call() -> None:
         x = logits(dtype, layout)
-        teacher = launch.TopK(
+        teacher = launch.SortedTopK(
             ids=torch.zeros(N, k, dtype=torch.int32),
             log_p=torch.empty(N, k),
             log_rest=torch.empty(N),
@@ -300,7 +302,7 @@ def linear(out: torch.dtype, layout: str, *, teacher: bool, finish: bool = False
         how: dict[str, Any] = dict(bias=bias, scale=0.5, softcap=30.0) if finish else {}
         student = launch.Logits(products, **how)
         other = launch.Logits(products, **how) if teacher else None
-        run_rows(student, other, slab(out, layout), layout, diagnostics=teacher, **options)
+        run_rows(student, other, slab(out, layout), layout, compute_metrics=teacher, **options)
 
     return call
 

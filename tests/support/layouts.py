@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.losses.layout import Layout, layout_of
 
 ROWS = ((3, 5), (4,), (1, 2, 3))
@@ -26,10 +26,10 @@ LENGTH = 8
 Loss = Callable[..., Tensor]
 
 
-def total(units: Iterable[Units]) -> Units:
+def total(counts: Iterable[LossCounts]) -> LossCounts:
     """The units of several batches together."""
-    targets, tokens, sequences, most = zip(*units, strict=True)
-    return Units(sum(targets), sum(tokens), sum(sequences), max(most))
+    targets, tokens, sequences, most = zip(*counts, strict=True)
+    return LossCounts(sum(targets), sum(tokens), sum(sequences), max(most))
 
 
 def spans(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int, int, int]]:
@@ -52,14 +52,14 @@ def make_layout(rows: Sequence[Sequence[int]] = ROWS, length: int = LENGTH) -> L
     for row, _, start, _ in spans(rows):
         positions[row, start:] = torch.arange(length - start)
     zeros = torch.zeros(len(rows), length, dtype=torch.int64)
-    units = Units(
+    counts = LossCounts(
         targets=0,
         tokens=sum(1 for _ in counting(rows)),
         sequences=sum(size > 1 for sizes in rows for size in sizes),
         max_segments=max(len(sizes) for sizes in rows),
     )
     lengths = torch.tensor([sum(sizes) for sizes in rows])
-    return layout_of(Batch(zeros, zeros, positions, lengths, units, target_bytes=0))
+    return layout_of(Batch(zeros, zeros, positions, lengths, counts, target_bytes=0))
 
 
 def value_and_gradients(

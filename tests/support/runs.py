@@ -13,26 +13,26 @@ from sad.environment import seed_everything
 from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.report.log import RunLog
-from sad.training.inputs import Materials, gather
-from sad.training.run import build_structure
+from sad.training.inputs import RunInputs, load_inputs
+from sad.training.run import build_structural
 from sad.training.student import build_student
 from sad.training.trainer import Trainer
 
 
-def make_trainer(config: DistillConfig, materials: Materials | None = None) -> Trainer:
+def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trainer:
     """A trainer as ``distill`` builds it, with fresh objects and seeds."""
-    materials = materials or gather(config)
+    inputs = inputs or load_inputs(config)
     seed_everything(config.seed, deterministic=config.deterministic)
-    precision = Precision(config, materials.device)
+    precision = Precision(config, inputs.device)
     model = load_student(config)
-    student = build_student(config, model, materials.valid_vocab, precision)
-    structure = build_structure(config, model, materials)
+    student = build_student(config, model, inputs.valid_vocab, precision)
+    structural = build_structural(config, model, inputs)
     run_dir = RunDirectory(config.output_dir)
-    return Trainer(config, student, materials, precision, run_dir, structure=structure)
+    return Trainer(config, student, inputs, precision, run_dir, structural=structural)
 
 
 def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
-    return RunLog(config.output_dir, total_batches=trainer.horizon.micro_batches)
+    return RunLog(config.output_dir, total_batches=trainer.run_length.micro_batches)
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sad_kernels._rows import Leading, RowResults, Task
+from sad_kernels._rows import LossSpec, RowLayout, RowResults
 from sad_kernels._tiles import TileShape, cut
 from sad_kernels._torch.gradient import RowGradient
-from sad_kernels._torch.sources import Finish, HeadSource, LogitSource, Source
+from sad_kernels._torch.sources import HeadSource, LogitSource, LogitTransform, Source
 from sad_kernels._torch.statistics import RowStatistics, SavedRows
 from sad_kernels._torch.topk import TopKRows
 from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
@@ -26,60 +26,60 @@ from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLog
 Tile = tuple[slice, slice, Tensor, Tensor | None, Tensor]  # rows, columns, s, t, scratch
 
 
-class Side(NamedTuple):
+class ModelInput(NamedTuple):
     """One model: hidden states and head if there is a weight, otherwise its logits."""
 
     x: Tensor  # [N, D] or [N, >= V]
     weight: Tensor | None = None  # [>= V, D]
     bias: Tensor | None = None  # [>= V]
-    how: Finish = Finish()
+    transform: LogitTransform = LogitTransform()
 
 
-class TopK(NamedTuple):
+class TopKInput(NamedTuple):
     """A teacher known at K ids."""
 
     ids: Tensor  # [N, K]
     log_probs: Tensor  # [N, K]
-    how: Tail
+    transform: Tail
 
 
-def head_side(hidden: Tensor, head: Head, leading: Leading) -> Side:
-    finish = Finish(float(head.logit_scale), head.softcap)
-    return Side(leading.rows(hidden), head.weight, head.bias, finish)
+def head_input(hidden: Tensor, head: Head, layout: RowLayout) -> ModelInput:
+    finish = LogitTransform(float(head.logit_scale), head.softcap)
+    return ModelInput(layout.rows(hidden), head.weight, head.bias, finish)
 
 
-def teacher_side(teacher: Teacher | None, leading: Leading) -> Side | TopK | None:
+def teacher_input(teacher: Teacher | None, layout: RowLayout) -> ModelInput | TopKInput | None:
     match teacher:
         case TeacherHidden(hidden=hidden, head=head):
-            return head_side(hidden, head, leading)
+            return head_input(hidden, head, layout)
         case TeacherLogits(logits=logits):
-            return Side(leading.rows(logits))
+            return ModelInput(layout.rows(logits))
         case TeacherTopK(ids=ids, log_probs=log_probs, tail=tail):
-            return TopK(leading.rows(ids), leading.rows(log_probs), tail)
+            return TopKInput(layout.rows(ids), layout.rows(log_probs), tail)
         case None:
             return None
 
 
 def row_losses(
-    task: Task,
-    student: Side,
+    spec: LossSpec,
+    student: ModelInput,
     labels: Tensor | None,  # [N]; None: all rows count
-    teacher: Side | TopK | None,
+    teacher: ModelInput | TopKInput | None,
     shape: TileShape,
 ) -> RowResults:
     """Every row's loss, differentiable, and its parts, detached: [N] each, 0 in ignored rows."""
-    *student_tensors, student_how = student
-    *teacher_tensors, teacher_how = teacher or (None,)
-    call = _Call(task, student_how, teacher_how, shape)
+    *student_tensors, student_transform = student
+    *teacher_tensors, teacher_transform = teacher or (None,)
+    call = _Call(spec, student_transform, teacher_transform, shape)
     return RowResults(*_RowLosses.apply(call, *student_tensors, labels, *teacher_tensors))
 
 
 class _Call(NamedTuple):
     """What a call is, apart from its tensors, which autograd has to see."""
 
-    task: Task
-    student: Finish
-    teacher: Finish | Tail | None
+    spec: LossSpec
+    student: LogitTransform
+    teacher: LogitTransform | Tail | None
     shape: TileShape
 
 
@@ -126,7 +126,7 @@ class _Problem:
         x, weight, bias, labels, *teacher = tensors
         assert x is not None
         self.call, self.num_rows = call, len(x)
-        self.kept, self.labels = _kept(labels, call.task.ignore_index)
+        self.kept, self.labels = _kept(labels, call.spec.ignore_index)
         n = self.num_rows if self.kept is None else len(self.kept)
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.zeros = torch.zeros(n, dtype=dtype, device=x.device)
@@ -134,26 +134,30 @@ class _Problem:
         self.student = self._source(x, weight, bias, call.student)
         self.teacher: Source | None = None
         self.topk: TopKRows | None = None
-        if isinstance(call.teacher, Finish):
+        if isinstance(call.teacher, LogitTransform):
             hidden, head, head_bias = teacher
             assert hidden is not None
             self.teacher = self._source(hidden, head, head_bias, call.teacher)
         elif call.teacher is not None:
             ids, log_probs = (self.gather(x) for x in teacher)
-            self.topk = TopKRows(ids, log_probs, call.teacher, call.task.vocab, self.zeros)
+            self.topk = TopKRows(ids, log_probs, call.teacher, call.spec.vocab, self.zeros)
 
-    def _source(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, how: Finish) -> Source:
+    def _source(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, transform: LogitTransform
+    ) -> Source:
         if weight is None:
-            return LogitSource(x, how, self.kept, self.zeros.dtype)
-        return HeadSource(x, weight, bias, how, self.kept, self.zeros.dtype, self.call.task.vocab)
+            return LogitSource(x, transform, self.kept, self.zeros.dtype)
+        return HeadSource(
+            x, weight, bias, transform, self.kept, self.zeros.dtype, self.call.spec.vocab
+        )
 
     def statistics(self) -> RowStatistics:
         teacher = self.topk or self.teacher is not None
-        return RowStatistics(self.call.task, self.labels, teacher, self.zeros)
+        return RowStatistics(self.call.spec, self.labels, teacher, self.zeros)
 
     def gradient(self, saved: SavedRows, upstream: Tensor) -> RowGradient:
         rows = self.gather(upstream).to(self.zeros.dtype)
-        return RowGradient(self.call.task, saved, rows, self.labels, self.topk)
+        return RowGradient(self.call.spec, saved, rows, self.labels, self.topk)
 
     def gather(self, x: Tensor) -> Tensor:  # [N, ...] -> [n, ...]
         return x if self.kept is None else x[self.kept]
@@ -165,8 +169,8 @@ class _Problem:
 
     def tiles(self, with_teacher: bool = True) -> Iterator[Tile]:
         """Read every tile once: slices of the vocabulary outside, rows inside."""
-        n, V, shape = len(self.zeros), self.call.task.vocab, self.call.shape
-        share = self.call.task.objective.teacher_share
+        n, V, shape = len(self.zeros), self.call.spec.vocab, self.call.shape
+        share = self.call.spec.objective.teacher_share
         teacher = self.teacher if with_teacher else None
         scratch = self.zeros.new_empty(min(n, shape.rows) * min(V, shape.columns))
         for columns in cut(V, shape.columns):

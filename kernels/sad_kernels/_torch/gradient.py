@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels._torch.statistics import SavedRows, log_softmax_, tempered_exp
 from sad_kernels._torch.topk import TopKRows
 
@@ -24,26 +24,26 @@ class RowGradient:
 
     def __init__(
         self,
-        task: Task,
+        spec: LossSpec,
         saved: SavedRows,
         upstream: Tensor,  # [n]
         labels: Tensor | None,  # [n]
         topk: TopKRows | None,
     ) -> None:
-        objective = task.objective
-        self.task, self.saved, self.labels, self.topk = task, saved, labels, topk
+        objective = spec.objective
+        self.spec, self.saved, self.labels, self.topk = spec, saved, labels, topk
         self.temperature = objective.temperature
         self.has_ce = objective.ce_weight > 0 or objective.z_loss > 0
         self.has_kd = objective.kd_weight > 0
 
         if labels is not None:
-            outside = (labels < 0) | (labels >= task.vocab)
+            outside = (labels < 0) | (labels >= spec.vocab)
             upstream = upstream.masked_fill(outside, torch.nan)
         lse = saved.maximum + saved.total_1.log()
         ce = upstream * objective.ce_weight
         self.q1_factor = (ce + upstream * (2 * objective.z_loss) * lse) / saved.total_1
         self.label_share = ce * (1 - objective.label_smoothing)
-        self.smooth_share = ce * (objective.label_smoothing / task.vocab)
+        self.smooth_share = ce * (objective.label_smoothing / spec.vocab)
         self.kd = upstream * (objective.kd_weight * objective.kd_scale / self.temperature)
 
     def tile(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class RowGradient:
         maximum = self.saved.maximum[rows, None]
         if not self.has_kd:
             return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
-        if t is not None and self.task.objective.divergence != "forward_kl":
+        if t is not None and self.spec.objective.divergence != "forward_kl":
             kd = self._any_divergence(rows, s, t, u)
             g = self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
             return g.add_(kd)
@@ -69,7 +69,7 @@ class RowGradient:
         if not self.has_ce:
             return g.zero_()
         g.mul_(self.q1_factor[rows, None])
-        if self.task.objective.label_smoothing > 0:
+        if self.spec.objective.label_smoothing > 0:
             g.sub_(self.smooth_share[rows, None])
         column = self.labels[rows] - columns.start
         here = (column >= 0) & (column < g.shape[1])
@@ -79,7 +79,7 @@ class RowGradient:
 
     def _any_divergence(self, rows: slice, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
         """KD of a dense teacher from log-probabilities; leaves ``s`` alone."""
-        objective, saved = self.task.objective, self.saved
+        objective, saved = self.spec.objective, self.saved
         log_q = log_softmax_(u.copy_(s), saved.maximum[rows], saved.total[rows], self.temperature)
         log_p = log_softmax_(
             t, saved.teacher_maximum[rows], saved.teacher_total[rows], self.temperature

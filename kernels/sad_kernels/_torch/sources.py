@@ -20,7 +20,7 @@ from sad_kernels._torch.gemm import product
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class Finish(NamedTuple):
+class LogitTransform(NamedTuple):
     """What follows the matrix product: ``softcap(logit_scale * x)``."""
 
     logit_scale: float = 1.0
@@ -31,7 +31,7 @@ class LogitSource:
     """Logits that are there: [N, >= V] in any floating-point dtype and with any row stride."""
 
     def __init__(
-        self, logits: Tensor, finish: Finish, kept: Tensor | None, dtype: torch.dtype
+        self, logits: Tensor, finish: LogitTransform, kept: Tensor | None, dtype: torch.dtype
     ) -> None:
         self.logits, self.kept, self.dtype = logits, kept, dtype
         self.softcap = _Softcap(finish.softcap)
@@ -78,7 +78,7 @@ class HeadSource:
         hidden: Tensor,  # [N, D]
         weight: Tensor,  # [>= V, D]
         bias: Tensor | None,  # [>= V]
-        finish: Finish,
+        finish: LogitTransform,
         kept: Tensor | None,  # [n]
         dtype: torch.dtype,
         vocab: int,

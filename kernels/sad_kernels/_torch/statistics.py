@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import divergence_terms
-from sad_kernels._rows import RowResults, Task
+from sad_kernels._rows import LossSpec, RowResults
 from sad_kernels._torch.topk import TopKRows
 from sad_kernels.objective import MIXTURES
 
@@ -85,16 +85,16 @@ class RowStatistics:
     """
 
     def __init__(
-        self, task: Task, labels: Tensor | None, teacher: TopKRows | bool, like: Tensor
+        self, spec: LossSpec, labels: Tensor | None, teacher: TopKRows | bool, like: Tensor
     ) -> None:
-        objective, zeros = task.objective, torch.zeros_like(like)  # [n]
-        self.task, self.temperature, self.labels = task, objective.temperature, labels
+        objective, zeros = spec.objective, torch.zeros_like(like)  # [n]
+        self.spec, self.temperature, self.labels = spec, objective.temperature, labels
         self.topk = teacher if isinstance(teacher, TopKRows) else None
-        self.student = RunningSoftmax(like, self.temperature, task.diagnostics)
+        self.student = RunningSoftmax(like, self.temperature, spec.compute_metrics)
         self.rest = RunningSoftmax(like, self.temperature, argmax=False)  # outside a top-k's ids
         self.teacher: RunningSoftmax | None = None
         if teacher is True:
-            self.teacher = RunningSoftmax(like, self.temperature, task.diagnostics)
+            self.teacher = RunningSoftmax(like, self.temperature, spec.compute_metrics)
         self.label_logit = torch.full_like(like, torch.nan)
         self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
         self.cross = zeros.clone()  # A
@@ -111,7 +111,7 @@ class RowStatistics:
             self._add_both(rows, columns, s, t, u, move)
         elif self.topk is None or self.temperature == 1:  # else nobody asks for it
             self.student.add(rows, move, tempered_exp(s, self.temperature, out=u))
-        if self.task.classes:
+        if self.spec.compute_ce:
             self._add_untempered(rows, columns, s, u, move)
 
     def _note_label(self, rows: slice, columns: slice, s: Tensor) -> None:
@@ -127,7 +127,7 @@ class RowStatistics:
         self, rows: slice, columns: slice, s: Tensor, t: Tensor, u: Tensor, move: Tensor
     ) -> None:
         """Both sums ``d`` and, for a KL, ``A``; leave ``exp(s / T)`` in ``u``."""
-        student, teacher, kind = self.student, self.teacher, self.task.objective.divergence
+        student, teacher, kind = self.student, self.teacher, self.spec.objective.divergence
         assert teacher is not None
         teacher_move = teacher.shift_(rows, columns, t, u)
         tempered_exp(t, self.temperature, out=u)
@@ -150,9 +150,9 @@ class RowStatistics:
         move_b: Tensor,
     ) -> None:
         factor = (move_a / self.temperature).exp_()
-        carried = (self.cross[rows] + total * (move_a - move_b)) * factor
+        rescale_cross = (self.cross[rows] + total * (move_a - move_b)) * factor
         # nansum: what is not a number here is 0 * inf, a weight of 0. Real NaNs show in the totals.
-        self.cross[rows] = carried.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
+        self.cross[rows] = rescale_cross.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
 
     def _add_rest(self, topk: TopKRows, rows: slice, columns: slice, s: Tensor, u: Tensor) -> None:
         """The sum ``d`` of the columns that the teacher's ids leave, from their own maximum."""
@@ -165,19 +165,19 @@ class RowStatistics:
         self, rows: slice, columns: slice, s: Tensor, u: Tensor, move: Tensor
     ) -> None:
         """The sums at temperature 1, from ``exp(s / T)`` in ``u``."""
-        if self.task.objective.label_smoothing > 0:
+        if self.spec.objective.label_smoothing > 0:
             self.plain[rows] += columns.start * move + s.sum(1)
         weights = u if self.temperature == 1 else tempered_exp(s, 1.0, out=u)
         factor, total = move.exp(), self.total_1[rows]
-        if self.task.diagnostics:
+        if self.spec.compute_metrics:
             self.weighted[rows] = (self.weighted[rows] + total * move) * factor
         self.total_1[rows] = total * factor + weights.sum(1)
-        if self.task.diagnostics:
+        if self.spec.compute_metrics:
             self.weighted[rows] += weights.mul_(s).nansum(1)
 
     def add_mixture(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
         """Second reading: value and expectation of a divergence of log-probabilities."""
-        student, teacher, objective = self.student, self.teacher, self.task.objective
+        student, teacher, objective = self.student, self.teacher, self.spec.objective
         assert teacher is not None and t is not None
         log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
         log_p = log_softmax_(t, teacher.maximum[rows], teacher.total[rows], self.temperature)
@@ -189,10 +189,10 @@ class RowStatistics:
 
     @property
     def reads_twice(self) -> bool:
-        return self.teacher is not None and self.task.objective.divergence in MIXTURES
+        return self.teacher is not None and self.spec.objective.divergence in MIXTURES
 
     def finish(self) -> tuple[RowResults, SavedRows]:
-        objective = self.task.objective
+        objective = self.spec.objective
         divergence, saved = self._finish_divergence()
         poison = self._poison()
 
@@ -211,12 +211,12 @@ class RowStatistics:
         """NaN in rows with a label or a teacher's id outside the vocabulary, 0 in the others."""
         poison = torch.zeros_like(self.total_1)
         if self.labels is not None:
-            outside = (self.labels < 0) | (self.labels >= self.task.vocab)
+            outside = (self.labels < 0) | (self.labels >= self.spec.vocab)
             poison.masked_fill_(outside, torch.nan)
         return poison
 
     def _finish_divergence(self) -> tuple[Tensor, SavedRows]:
-        student, teacher, objective = self.student, self.teacher, self.task.objective
+        student, teacher, objective = self.student, self.teacher, self.spec.objective
         saved = SavedRows(student.maximum, student.total, self.total_1)
         if self.topk is not None:
             value, topk = self.topk.compare(
@@ -245,12 +245,12 @@ class RowStatistics:
 
     def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """CE, squared log-normaliser, entropy."""
-        if not self.task.classes:
+        if not self.spec.compute_ce:
             return poison, poison, torch.zeros_like(poison)
-        eps, log_d = self.task.objective.label_smoothing, self.total_1.log()
+        eps, log_d = self.spec.objective.label_smoothing, self.total_1.log()
         ce = log_d - (1 - eps) * (self.label_logit - self.student.maximum)
         if eps > 0:
-            ce -= eps * (self.plain / self.task.vocab)
+            ce -= eps * (self.plain / self.spec.vocab)
         z = (self.student.maximum + log_d).square() + poison
         return ce, z, log_d - self.weighted / self.total_1
 

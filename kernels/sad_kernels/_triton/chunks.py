@@ -23,16 +23,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, pitch
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times
-from sad_kernels._triton.launch import Logits, TopK
+from sad_kernels._triton.launch import Logits, SortedTopK
 from sad_kernels._triton.rows import PARTS
 
 
 @dataclass(frozen=True)
-class Side:
+class HiddenWithHead:
     """One model: hidden states, and the head that makes them logits."""
 
     hidden: Tensor  # [N, D]
@@ -48,7 +48,7 @@ class Side:
         return Logits(out, self.bias, self.scale, self.softcap)
 
 
-class Wanted(NamedTuple):
+class GradMask(NamedTuple):
     """Which gradients are wanted."""
 
     hidden: bool
@@ -67,22 +67,22 @@ class Result(NamedTuple):
 
 
 def run(
-    task: Task,
-    student: Side,
+    spec: LossSpec,
+    student: HiddenWithHead,
     labels: Tensor,  # [N]
-    teacher: Side | Logits | TopK | None,
+    teacher: HiddenWithHead | Logits | SortedTopK | None,
     *,
-    wanted: Wanted,
+    grad_mask: GradMask,
     upstream: Tensor | None,  # [N] or [1]: what g is multiplied by; None: losses only
     dhidden_dtype: torch.dtype,  # the others are left in fp32
     chunk_bytes: int | None,
 ) -> Result:
     """Losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
-    hidden, V = student.hidden, task.vocab
+    hidden, V = student.hidden, spec.vocab
     N = len(hidden)
     fp32 = hidden.new_empty(0, dtype=torch.float32)
-    want_any = upstream is not None and any(wanted)
-    sides = 2 if isinstance(teacher, Side) else 1
+    any_grad = upstream is not None and any(grad_mask)
+    sides = 2 if isinstance(teacher, HiddenWithHead) else 1
     budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     sizes = chunk_rows(V, sides, hidden.element_size(), budget)
     result = Result(
@@ -92,13 +92,13 @@ def run(
         dweight=fp32.new_empty(0),
         dbias=fp32.new_empty(0),
     )
-    if want_any and wanted.hidden:
+    if any_grad and grad_mask.hidden:
         result = result._replace(dhidden=hidden.new_empty(hidden.shape, dtype=dhidden_dtype))
-    if want_any and wanted.weight:
+    if any_grad and grad_mask.weight:
         dweight = fp32.new_empty(student.weight.shape)
         dweight[V if N else 0 :] = 0  # the first chunk overwrites the others
         result = result._replace(dweight=dweight)
-    if want_any and wanted.bias:
+    if any_grad and grad_mask.bias:
         result = result._replace(dbias=fp32.new_zeros(len(student.weight)))
 
     chunks = cut(N, sizes.gradient)
@@ -106,61 +106,61 @@ def run(
     most = max((block.stop - block.start for blocks in blocks_of for block in blocks), default=0)
     slabs = [fp32.new_empty(most, pitch(V)) for _ in range(sides)]
     rows_of_g = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    g = hidden.new_empty(rows_of_g if want_any else 0, pitch(V))
+    g = hidden.new_empty(rows_of_g if any_grad else 0, pitch(V))
     for chunk, blocks in zip(chunks, blocks_of, strict=True):
         for block in blocks:
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             s, y = student.logits(rows, slabs[0], V), labels[rows]
             t = _teacher_rows(teacher, rows, slabs[-1], V)
-            forward = launch.forward(task, s, y, t)
+            forward = launch.forward(spec, s, y, t)
             result.loss[rows], result.parts[:, rows] = forward.loss, forward.parts
-            if want_any:
+            if any_grad:
                 up = upstream if len(upstream) == 1 else upstream[rows]
-                launch.gradient(task, s, y, t, forward, up, g[block, :V])
-        if want_any:
-            _add_gradients(task, student, labels, chunk, g, result, wanted)
+                launch.gradient(spec, s, y, t, forward, up, g[block, :V])
+        if any_grad:
+            _add_gradients(spec, student, labels, chunk, g, result, grad_mask)
     return result
 
 
 def _add_gradients(
-    task: Task,
-    student: Side,
+    spec: LossSpec,
+    student: HiddenWithHead,
     labels: Tensor,
     chunk: slice,
     g: Tensor,
     result: Result,
-    wanted: Wanted,
+    grad_mask: GradMask,
 ) -> None:
-    V = task.vocab
+    V = spec.vocab
     g = g[: chunk.stop - chunk.start, :V]
-    if wanted.hidden:
+    if grad_mask.hidden:
         out = result.dhidden[chunk]
         weight = student.weight[:V]
         if out.dtype == torch.float32:
             times(g, weight, out=out)
         else:
             out.copy_(times(g, weight))
-    if wanted.weight:
-        counts = (labels[chunk] != task.ignore_index)[:, None]
+    if grad_mask.weight:
+        counts = (labels[chunk] != spec.ignore_index)[:, None]
         x = student.hidden[chunk].where(counts, 0)
         if chunk.start == 0:
             times(g.T, x, out=result.dweight[:V])
         else:
             add_times_(result.dweight[:V], g.T, x)
-    if wanted.bias:
+    if grad_mask.bias:
         result.dbias[:V] += g.sum(0, dtype=torch.float32)
 
 
 def _teacher_rows(
-    teacher: Side | Logits | TopK | None, rows: slice, slab: Tensor, vocab: int
-) -> Logits | TopK | None:
+    teacher: HiddenWithHead | Logits | SortedTopK | None, rows: slice, slab: Tensor, vocab: int
+) -> Logits | SortedTopK | None:
     match teacher:
-        case Side():
+        case HiddenWithHead():
             return teacher.logits(rows, slab, vocab)
         case Logits():
             return Logits(teacher.x[rows], teacher.bias, teacher.scale, teacher.softcap)
-        case TopK():
-            return TopK(*(x[rows] for x in (teacher.ids, teacher.log_p)),
+        case SortedTopK():
+            return SortedTopK(*(x[rows] for x in (teacher.ids, teacher.log_p)),
                         teacher.log_rest[rows], teacher.best[rows])  # fmt: skip
         case None:
             return None

@@ -27,7 +27,7 @@ from sad_kernels._triton.tile import (
     load_logits,
     load_target,
     mixture_parts,
-    of_parts,
+    mixture_terms,
 )
 
 
@@ -37,9 +37,9 @@ def gradient_tile(
     m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
     q_1_factor, smooth_share, label_share, kd,
     ids, inside, K, id, next_id,
-    heat, beta,
+    inv_T, beta,
     BLOCK: tl.constexpr,
-    HEAT: tl.constexpr,
+    T_CASE: tl.constexpr,
     HAS_CE: tl.constexpr,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -51,19 +51,19 @@ def gradient_tile(
     """
     g = tl.zeros([BLOCK], tl.float32)
     if TEACHER == TOP_K:
-        g = tl.exp2((s - m_t) * heat) * outside
+        g = tl.exp2((s - m_t) * inv_T) * outside
         while next_id < start + BLOCK:
             g = tl.where(columns == next_id, kd * tl.load(inside + id), g)
             id += 1
             next_id = id_at(ids, K, id)
     x = s - m
-    hot, cold = exponentials(x, heat, HEAT)
+    exp_T, exp_1 = exponentials(x, inv_T, T_CASE)
     if TEACHER == DENSE:
         if DIVERGENCE == FORWARD_KL:
-            g = hot * (kd / d) - tl.exp2((t - m_t) * heat) * (kd / d_t)
+            g = exp_T * (kd / d) - tl.exp2((t - m_t) * inv_T) * (kd / d_t)
         else:
-            log_q = x * heat - log_d
-            log_p = (t - m_t) * heat - log_d_t
+            log_q = x * inv_T - log_d
+            log_p = (t - m_t) * inv_T - log_d_t
             if DIVERGENCE == REVERSE_KL:
                 q = tl.exp2(log_q)
                 _, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
@@ -71,10 +71,10 @@ def gradient_tile(
                 q, u, v = mixture_parts(
                     log_q, log_p, beta, DIVERGENCE, DIVERGENCE != SKEW_FORWARD_KL
                 )
-                _, h = of_parts(u, v, beta, DIVERGENCE)
+                _, h = mixture_terms(u, v, beta, DIVERGENCE)
             g = (h - q * expectation) * kd
     if HAS_CE:
-        g += cold * q_1_factor - smooth_share
+        g += exp_1 * q_1_factor - smooth_share
         if (label >= start) & (label < start + BLOCK):
             g = tl.where(columns == label, g - label_share, g)
     if HAS_CAP:
@@ -90,10 +90,10 @@ def gradient_kernel(
     labels_ptr, ignore_index,
     saved_ptr, upstream_ptr, upstream_stride,
     g_ptr, g_stride, N, V, width,
-    heat, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
+    inv_T, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
-    HEAT: tl.constexpr,
+    T_CASE: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_CE: tl.constexpr,
     TEACHER: tl.constexpr,  # NO_TEACHER also where its weight is 0
@@ -116,7 +116,7 @@ def gradient_kernel(
                 tl.store(g_row + columns, nothing, mask=columns < last)
             return
 
-    heat, beta = to_fp32(heat), to_fp32(beta)
+    inv_T, beta = to_fp32(inv_T), to_fp32(beta)
     s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
     t_scale, t_cap, t_share = to_fp32(t_scale), to_fp32(t_cap), to_fp32(t_share)
     s_row = s_ptr + row * s_stride
@@ -171,8 +171,8 @@ def gradient_kernel(
             s, slope, t, start, columns, label,
             m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
             q_1_factor, smooth_share, label_share, kd, ids, inside, K, id, next_id,
-            heat, beta,
-            BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
+            inv_T, beta,
+            BLOCK, T_CASE, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
         )  # fmt: skip
         tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty))
     for start in range(whole, last, BLOCK):  # what is left up to V, then the padding
@@ -192,8 +192,8 @@ def gradient_kernel(
                 s, slope, t, start, columns, label,
                 m, d, m_t, d_t, log_d, log_d_t, expectation, outside,
                 q_1_factor, smooth_share, label_share, kd, ids, inside, K, id, next_id,
-                heat, beta,
-                BLOCK, HEAT, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
+                inv_T, beta,
+                BLOCK, T_CASE, HAS_CE, TEACHER, DIVERGENCE, S_CAP,
             )  # fmt: skip
             g = tl.where(columns < V, g, 0.0)
         tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty), mask=columns < last)

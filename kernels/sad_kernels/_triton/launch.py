@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import teacher_outcomes
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels._triton import rows, tile
 from sad_kernels._triton.gradient import gradient_kernel
 from sad_kernels._triton.merge import merge_kernel
+from sad_kernels._triton.mixture import mixture_kernel
 from sad_kernels._triton.statistics import statistics_kernel
-from sad_kernels._triton.terms import terms_kernel
 from sad_kernels.objective import MIXTURES, Divergence, Tail
 
 SEGMENT = 16384
@@ -36,7 +36,7 @@ DIVERGENCES: dict[Divergence, int] = {
 }
 
 
-HEATS = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
+T_CASES = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
 
 
 VECTOR_BYTES = 16  # the widest load of one thread
@@ -111,21 +111,21 @@ class Logits:
 
 
 @dataclass(frozen=True)
-class TopK:
+class SortedTopK:
     """A teacher's ids in ascending order, and its log-probabilities there and everywhere else."""
 
-    ids: Tensor  # [N, K] int32; rows.ABSENT is padding
+    ids: Tensor  # [N, K] int32; rows.PAD_ID is padding
     log_p: Tensor  # [N, K]
     log_rest: Tensor  # [N]
     best: Tensor  # [N] int64
 
     @classmethod
-    def prepare(cls, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int) -> TopK:
+    def prepare(cls, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int) -> SortedTopK:
         """Sort the ids of each row, so that a tile finds its own in one stretch."""
         log_p = log_probs.float()
         best = ids.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1).long()
         present = log_p != -torch.inf
-        ids = ids.long().clamp(-1, rows.ABSENT.value - 1).where(present, rows.ABSENT.value)
+        ids = ids.long().clamp(-1, rows.PAD_ID.value - 1).where(present, rows.PAD_ID.value)
         ids, order = ids.sort(dim=1, stable=True)
         log_p, log_rest = teacher_outcomes(log_p.gather(1, order), tail, vocab)
         return cls(ids.int(), log_p, log_rest, best)
@@ -142,13 +142,13 @@ class Forward(NamedTuple):
 
 
 def forward(
-    task: Task, student: Logits, labels: Tensor | None, teacher: Logits | TopK | None
+    spec: LossSpec, student: Logits, labels: Tensor | None, teacher: Logits | SortedTopK | None
 ) -> Forward:
     """All losses of all rows: one reading of the logits, for a mixture a second."""
-    x, V = student.x, task.vocab
+    x, V = student.x, spec.vocab
     N = len(x)
     empty = x.new_empty(0, dtype=torch.float32)
-    top_k = teacher if isinstance(teacher, TopK) else None
+    top_k = teacher if isinstance(teacher, SortedTopK) else None
     result = Forward(
         loss=empty.new_empty(N),
         parts=empty.new_empty(rows.PARTS, N),
@@ -158,11 +158,11 @@ def forward(
     )
     if N == 0:
         return result
-    kind, flags, dense = _teacher(task, student, labels, teacher)
-    objective, numbers, share = task.objective, _numbers(task), float(task.objective.teacher_share)
+    kind, flags, dense = _teacher(spec, student, labels, teacher)
+    objective, numbers, share = spec.objective, _numbers(spec), float(spec.objective.teacher_share)
     mixture = kind == rows.DENSE.value and objective.divergence in MIXTURES
-    flags |= {"CLASSES": task.classes, "DIAGNOSTICS": task.diagnostics}
-    flags |= {"SMOOTH": task.classes and objective.label_smoothing > 0}
+    flags |= {"COMPUTE_CE": spec.compute_ce, "COMPUTE_METRICS": spec.compute_metrics}
+    flags |= {"SMOOTH": spec.compute_ce and objective.label_smoothing > 0}
 
     pressure = _pressure(student, dense, teacher)
     shape = choose_tile("statistics", V, pressure, ids=top_k is not None)
@@ -173,9 +173,9 @@ def forward(
     with on_device(x.device):
         statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments, share,
-            ids, K, y, task.ignore_index, partials, N, V, numbers[0],
+            ids, K, y, spec.ignore_index, partials, N, V, numbers[0],
             BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, dense.x), **flags,
-            **_target_flags(task, dense), num_warps=shape.warps, enable_fp_fusion=True,
+            **_target_flags(spec, dense), num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     terms = partials
@@ -188,10 +188,10 @@ def forward(
         )
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
             partials, terms, segments, shape.segment, N, V, *student.arguments,
-            ids, log_p, log_rest, best, K, y, task.ignore_index,
+            ids, log_p, log_rest, best, K, y, spec.ignore_index,
             result.loss, result.parts, result.saved, result.inside, result.outside,
             *numbers,
-            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_TERMS=mixture and final,
+            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_MIXTURE=mixture and final,
             **flags, num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -199,83 +199,88 @@ def forward(
     with on_device(x.device):
         if mixture:
             merge(final=False)
-            terms = _terms(task, student, dense, y, result.saved, flags)
+            terms = _terms(spec, student, dense, y, result.saved, flags)
         merge(final=True)
     return result
 
 
 def _terms(
-    task: Task, student: Logits, teacher: Logits, y: Tensor, saved: Tensor, flags: dict[str, object]
+    spec: LossSpec,
+    student: Logits,
+    teacher: Logits,
+    y: Tensor,
+    saved: Tensor,
+    flags: dict[str, object],
 ) -> Tensor:
-    N, V = len(student.x), task.vocab
-    (heat, _, beta, *_), share = _numbers(task), float(task.objective.teacher_share)
+    N, V = len(student.x), spec.vocab
+    (inv_T, _, beta, *_), share = _numbers(spec), float(spec.objective.teacher_share)
     shape = choose_tile("terms", V, 2)
     segments = ceil_div(V, shape.segment)
     terms = saved.new_empty(2, segments, N)
-    wanted = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
-    terms_kernel[(N, segments)](
-        *student.arguments, *teacher.arguments, share, y, task.ignore_index,
-        saved, terms, N, V, heat, beta,
+    needed = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
+    mixture_kernel[(N, segments)](
+        *student.arguments, *teacher.arguments, share, y, spec.ignore_index,
+        saved, terms, N, V, inv_T, beta,
         BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x, teacher.x),
-        **{name: flags[name] for name in wanted}, **_target_flags(task, teacher),
+        **{name: flags[name] for name in needed}, **_target_flags(spec, teacher),
         num_warps=shape.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return terms
 
 
 def gradient(
-    task: Task,
+    spec: LossSpec,
     student: Logits,
     labels: Tensor | None,
-    teacher: Logits | TopK | None,
+    teacher: Logits | SortedTopK | None,
     saved: Forward,
     upstream: Tensor,  # [N], or [1] for all rows
     out: Tensor,  # [N, >= V], columns next to each other
 ) -> None:
     """Write the gradient of ``sum(upstream * loss)`` by the student's logits, past V zeros."""
-    N, V = len(student.x), task.vocab
+    N, V = len(student.x), spec.vocab
     if N == 0:
         return
-    objective, numbers, share = task.objective, _numbers(task), float(task.objective.teacher_share)
+    objective, numbers, share = spec.objective, _numbers(spec), float(spec.objective.teacher_share)
     if objective.kd_weight == 0:
         teacher = None
-    _, flags, dense = _teacher(task, student, labels, teacher)
+    _, flags, dense = _teacher(spec, student, labels, teacher)
     logarithms = dense is not student and objective.divergence != "forward_kl"
     pressure = _pressure(student, dense, teacher) + logarithms
     shape = choose_tile("gradient", V, pressure)
-    top_k = teacher if isinstance(teacher, TopK) else None
+    top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
     y = saved.saved if labels is None else labels.contiguous()
     width = out.shape[1]
-    flags |= {"HAS_CE": task.classes and (objective.ce_weight > 0 or objective.z_loss > 0)}
+    flags |= {"HAS_CE": spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0)}
     with on_device(student.x.device):
         gradient_kernel[(N, ceil_div(width, shape.segment))](
             *student.arguments, *dense.arguments, share,
-            ids, saved.inside, saved.outside, K, y, task.ignore_index,
+            ids, saved.inside, saved.outside, K, y, spec.ignore_index,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
             out, out.stride(0), N, V, width,
             *numbers,
-            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **_target_flags(task, dense),
+            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **_target_flags(spec, dense),
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _pressure(student: Logits, dense: Logits, teacher: Logits | TopK | None) -> int:
+def _pressure(student: Logits, dense: Logits, teacher: Logits | SortedTopK | None) -> int:
     """What ``choose_tile`` counts, but for the logarithms of a divergence."""
     capped = student.softcap is not None or dense.softcap is not None
-    return 1 + capped + (2 if isinstance(teacher, TopK) else teacher is not None)
+    return 1 + capped + (2 if isinstance(teacher, SortedTopK) else teacher is not None)
 
 
-def _numbers(task: Task) -> tuple[float, ...]:
+def _numbers(spec: LossSpec) -> tuple[float, ...]:
     """Run-time numbers, in the kernels' order."""
-    o = task.objective
+    o = spec.objective
     T = float(o.temperature)
     weights = o.label_smoothing, o.ce_weight, o.kd_weight, o.z_loss, o.kd_scale
     return (tile.LOG2_E.value / T, T, float(o.beta), *map(float, weights))
 
 
 def _teacher(
-    task: Task, student: Logits, labels: Tensor | None, teacher: Logits | TopK | None
+    spec: LossSpec, student: Logits, labels: Tensor | None, teacher: Logits | SortedTopK | None
 ) -> tuple[int, dict[str, object], Logits]:
     """Its kind, the flags that all kernels share, and what stands for its logits."""
     kind = rows.NO_TEACHER
@@ -283,9 +288,9 @@ def _teacher(
         kind = rows.DENSE
     elif teacher is not None:
         kind = rows.TOP_K
-    objective = task.objective
+    objective = spec.objective
     flags: dict[str, object] = {
-        "HEAT": HEATS.get(objective.temperature, tile.ANY.value),
+        "T_CASE": T_CASES.get(objective.temperature, tile.ANY.value),
         "DIVERGENCE": DIVERGENCES[objective.divergence],
         "TEACHER": kind.value,
         "HAS_LABELS": labels is not None,
@@ -294,8 +299,8 @@ def _teacher(
     return kind.value, flags | student.flags("S"), dense
 
 
-def _target_flags(task: Task, teacher: Logits) -> dict[str, bool]:
-    return teacher.flags("T") | {"T_MIXED": task.objective.teacher_share != 1}
+def _target_flags(spec: LossSpec, teacher: Logits) -> dict[str, bool]:
+    return teacher.flags("T") | {"T_MIXED": spec.objective.teacher_share != 1}
 
 
 # Triton's own take 20 microseconds each: they serve inside kernels too.

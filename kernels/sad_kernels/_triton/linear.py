@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import Leading, RowResults, Task
+from sad_kernels._rows import LossSpec, RowLayout, RowResults
 from sad_kernels._triton import chunks
-from sad_kernels._triton.chunks import Result, Side, Wanted
-from sad_kernels._triton.launch import Logits, TopK
+from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
+from sad_kernels._triton.launch import Logits, SortedTopK
 from sad_kernels._triton.logits import TopKTensors, teacher_of, top_k_tensors
 from sad_kernels._triton.operator import (
+    OpArgs,
     Operator,
-    Request,
+    decode,
+    encode,
     no_second_backward,
-    pack,
     save_call,
     saved_call,
-    unpack,
 )
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.scale import scaled
@@ -50,67 +50,67 @@ LARGEST_EXPONENT = 14  # what is stored stays below 2^15, fp16 ends at 2^16
 
 
 def mean_loss(
-    task: Task,
+    spec: LossSpec,
     hidden: Tensor,  # [N, D]
     head: Head,
     labels: Tensor,  # [N]
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
     items: Tensor,  # []
     chunk_bytes: int | None,
 ) -> tuple[Tensor, RowResults]:
     """``sum of row losses / items``, differentiable, and the rows, detached."""
-    tensors, request = _arguments(task, hidden, head, labels, teacher, leading)
-    wanted = list(_wanted(hidden, head))
-    total, rows, parts, *_ = linear_loss(*tensors, *pack(request), chunk_bytes, items, wanted)
+    tensors, args = _arguments(spec, hidden, head, labels, teacher, layout)
+    grad_mask = list(_grad_mask(hidden, head))
+    total, rows, parts, *_ = linear_loss(*tensors, *encode(args), chunk_bytes, items, grad_mask)
     return total, RowResults(rows.detach(), *parts.detach())
 
 
-def losses_of_rows(
-    task: Task,
+def row_losses_from_hidden(
+    spec: LossSpec,
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
     chunk_bytes: int | None,
 ) -> RowResults:
     """Every row's loss, differentiable, and its parts, detached."""
-    tensors, request = _arguments(task, hidden, head, labels, teacher, leading)
-    loss, parts = linear_rows(*tensors, *pack(request), chunk_bytes)
+    tensors, args = _arguments(spec, hidden, head, labels, teacher, layout)
+    loss, parts = linear_rows(*tensors, *encode(args), chunk_bytes)
     return RowResults(loss, *parts.detach())
 
 
-def _wanted(hidden: Tensor, head: Head) -> Wanted:
+def _grad_mask(hidden: Tensor, head: Head) -> GradMask:
     bias = head.bias is not None and head.bias.requires_grad
-    needed = Wanted(hidden.requires_grad, head.weight.requires_grad, bias)
-    return needed if torch.is_grad_enabled() else Wanted(False, False, False)
+    needed = GradMask(hidden.requires_grad, head.weight.requires_grad, bias)
+    return needed if torch.is_grad_enabled() else GradMask(False, False, False)
 
 
 def _arguments(
-    task: Task,
+    spec: LossSpec,
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
-    leading: Leading,
-) -> tuple[tuple[Tensor | None, ...], Request]:
+    layout: RowLayout,
+) -> tuple[tuple[Tensor | None, ...], OpArgs]:
     """The tensors that come first in all operators, and what is asked of them."""
     t_hidden = t_weight = t_bias = None
     top_k: TopKTensors = (None, None, None, None)
-    request = Request(task, float(head.logit_scale), head.softcap)
+    args = OpArgs(spec, float(head.logit_scale), head.softcap)
     match teacher:
         case TeacherHidden(hidden=t_hidden, head=other):
-            t_hidden = leading.rows(t_hidden)
+            t_hidden = layout.rows(t_hidden)
             t_weight, t_bias = other.weight, other.bias
-            request = request._replace(
+            args = args._replace(
                 teacher_scale=float(other.logit_scale), teacher_softcap=other.softcap
             )
         case TeacherLogits(logits=logits):
-            t_hidden = leading.rows(logits)
+            t_hidden = layout.rows(logits)
         case TeacherTopK():
-            top_k = top_k_tensors(teacher, leading, task.vocab)
-    return (hidden, head.weight, head.bias, labels, t_hidden, t_weight, t_bias, *top_k), request
+            top_k = top_k_tensors(teacher, layout, spec.vocab)
+    return (hidden, head.weight, head.bias, labels, t_hidden, t_weight, t_bias, *top_k), args
 
 
 @Operator
@@ -122,14 +122,14 @@ def linear_loss(
     items: Tensor, want: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [], its rows [N] and parts [6, N]; dhidden, dweight, dbias, and a factor on them []."""
-    request = unpack(integers, numbers, words)
+    args = decode(integers, numbers, words)
     student, teacher = _sides(
-        request, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
+        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
     )
     inverse = 1 / items.float()
-    upstream, factor = unit_scale(request, inverse, hidden.dtype)
-    wanted = Wanted(*want)
-    result = _run(request.task, student, labels, teacher, wanted, upstream[None], chunk_bytes)
+    upstream, factor = unit_scale(args, inverse, hidden.dtype)
+    grad_mask = GradMask(*want)
+    result = _run(args.spec, student, labels, teacher, grad_mask, upstream[None], chunk_bytes)
     loss = result.loss.sum() / items
     gradients = result.dhidden, result.dweight, result.dbias
     return loss, result.loss, result.parts, *gradients, factor
@@ -163,7 +163,7 @@ def _dhidden_dtype(hidden: Tensor) -> torch.dtype:
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-    ctx.wanted = inputs[-1]
+    ctx.grad_mask = inputs[-1]
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)  # a zero for dweight would be as large as the weight in fp32
     ctx.save_for_backward(*output[3:])
@@ -175,7 +175,7 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
         return (None,) * ctx.num_inputs
     out = [
         scaled_gradient(gradient, factor, upstream, dtype) if wanted else None
-        for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+        for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.grad_mask, strict=True)
     ]
     return *out, *[None] * (ctx.num_inputs - 3)
 
@@ -205,12 +205,12 @@ def linear_rows(
     integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses [N] and their parts [6, N]."""
-    request = unpack(integers, numbers, words)
+    args = decode(integers, numbers, words)
     student, teacher = _sides(
-        request, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
+        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
     )
-    nothing = Wanted(False, False, False)
-    result = _run(request.task, student, labels, teacher, nothing, None, chunk_bytes)
+    nothing = GradMask(False, False, False)
+    result = _run(args.spec, student, labels, teacher, nothing, None, chunk_bytes)
     return result.loss, result.parts
 
 
@@ -230,12 +230,12 @@ def linear_rows_gradient(
     want: Sequence[bool], upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dhidden, dweight, dbias of ``sum(upstream * losses)``; what is not wanted is empty."""
-    request = unpack(integers, numbers, words)
+    args = decode(integers, numbers, words)
     student, teacher = _sides(
-        request, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
+        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
     )
-    upstream, factor = unit_scale(request, upstream.float(), hidden.dtype)
-    result = _run(request.task, student, labels, teacher, Wanted(*want), upstream, chunk_bytes)
+    upstream, factor = unit_scale(args, upstream.float(), hidden.dtype)
+    result = _run(args.spec, student, labels, teacher, GradMask(*want), upstream, chunk_bytes)
     gradients = result.dhidden, result.dweight, result.dbias
     dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
     unscaled = hidden.dtype != torch.float16
@@ -264,9 +264,9 @@ def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tens
     inputs, _saved = saved_call(ctx)
     if upstream is None:
         return (None,) * len(inputs)
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = linear_rows_gradient(*inputs, wanted, upstream)
-    out = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+    grad_mask = list(ctx.needs_input_grad[:3])
+    gradients = linear_rows_gradient(*inputs, grad_mask, upstream)
+    out = [g if want else None for g, want in zip(gradients, grad_mask, strict=True)]
     return *out, *[None] * (len(inputs) - 3)
 
 
@@ -286,7 +286,7 @@ for _operator in (linear_loss, linear_rows, linear_rows_gradient):
     _operator.register_vmap(_no_vmap)
 
 
-def unit_scale(request: Request, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What ``g`` is multiplied by before it is stored, and what its products are after that.
 
     For fp32 and bf16, whose exponents reach far enough, the second is 1. For fp16 ``upstream = u
@@ -294,11 +294,11 @@ def unit_scale(request: Request, upstream: Tensor, dtype: torch.dtype) -> tuple[
     ``|g|`` lets it be. Past that bound a value becomes inf, and a GradScaler skips the step.
     """
     if dtype != torch.float16:
-        return upstream * request.scale, torch.ones((), device=upstream.device)
+        return upstream * args.scale, torch.ones((), device=upstream.device)
     exponent = upstream.abs().max().frexp().exponent - 1 if upstream.numel() else 0
-    shift = LARGEST_EXPONENT - math.ceil(math.log2(_bound(request.task.objective))) - exponent
+    shift = LARGEST_EXPONENT - math.ceil(math.log2(_bound(args.spec.objective))) - exponent
     one = torch.ones((), device=upstream.device)
-    return torch.ldexp(upstream, shift), torch.ldexp(one, -shift) * request.scale
+    return torch.ldexp(upstream, shift), torch.ldexp(one, -shift) * args.scale
 
 
 def _bound(o: Objective) -> float:
@@ -309,21 +309,21 @@ def _bound(o: Objective) -> float:
 
 
 def _run(
-    task: Task,
-    student: Side,
+    spec: LossSpec,
+    student: HiddenWithHead,
     labels: Tensor,
-    teacher: Side | Logits | TopK | None,
-    wanted: Wanted,
+    teacher: HiddenWithHead | Logits | SortedTopK | None,
+    grad_mask: GradMask,
     upstream: Tensor | None,
     chunk_bytes: int | None,
 ) -> Result:
     with torch.autocast(student.hidden.device.type, enabled=False):  # it acts inside operators too
         return chunks.run(
-            task,
+            spec,
             student,
             labels.contiguous(),
             teacher,
-            wanted=wanted,
+            grad_mask=grad_mask,
             upstream=upstream,
             dhidden_dtype=_dhidden_dtype(student.hidden),
             chunk_bytes=chunk_bytes,
@@ -331,18 +331,18 @@ def _run(
 
 
 def _sides(
-    request: Request,
+    args: OpArgs,
     hidden: Tensor, weight: Tensor, bias: Tensor | None,
     t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
     *top_k: Tensor | None,
-) -> tuple[Side, Side | Logits | TopK | None]:  # fmt: skip
+) -> tuple[HiddenWithHead, HiddenWithHead | Logits | SortedTopK | None]:  # fmt: skip
     weight = weight.to(hidden.dtype)
-    student = Side(hidden, weight, _adjacent(bias), request.scale, request.softcap)
+    student = HiddenWithHead(hidden, weight, _adjacent(bias), args.scale, args.softcap)
     if t_hidden is None or t_weight is None:
         return student, teacher_of(t_hidden, *top_k)
     weight = t_weight.to(t_hidden.dtype)
-    scale, softcap = request.teacher_scale, request.teacher_softcap
-    return student, Side(t_hidden, weight, _adjacent(t_bias), scale, softcap)
+    scale, softcap = args.teacher_scale, args.teacher_softcap
+    return student, HiddenWithHead(t_hidden, weight, _adjacent(t_bias), scale, softcap)
 
 
 def _adjacent(bias: Tensor | None) -> Tensor | None:

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import Leading, RowResults, Task
+from sad_kernels._rows import LossSpec, RowLayout, RowResults
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
-from sad_kernels._triton.launch import Forward, Logits, TopK
+from sad_kernels._triton.launch import Forward, Logits, SortedTopK
 from sad_kernels._triton.operator import (
+    OpArgs,
     Operator,
-    Request,
+    decode,
+    encode,
     no_second_backward,
-    pack,
     save_call,
     saved_call,
-    unpack,
 )
 from sad_kernels._triton.reduce import Reduced, reduced
 from sad_kernels._triton.rows import PARTS, SAVED
@@ -40,64 +40,64 @@ from sad_kernels.objective import (
 )
 
 
-def losses_of_logits(
-    task: Task,
+def row_losses_from_logits(
+    spec: LossSpec,
     logits: Tensor,  # [N, >= V]
     softcap: float | None,
     labels: Tensor | None,  # [N]
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
 ) -> RowResults:
     """Every row's loss, differentiable by the logits, and its parts, detached."""
-    loss, parts, *_ = row_losses(*_arguments(task, logits, softcap, labels, teacher, leading))
+    loss, parts, *_ = row_losses(*_arguments(spec, logits, softcap, labels, teacher, layout))
     return RowResults(loss, *parts.detach())
 
 
-def mean_of_logits(
-    task: Task,
+def mean_loss_from_logits(
+    spec: LossSpec,
     logits: Tensor,
     softcap: float | None,
     labels: Tensor | None,
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
     items: Tensor | None = None,
 ) -> DistillOutput:
     """``loss``: sum of row losses / max(items, 1), differentiable. Items are the rows that count,
     unless given. The other fields are detached, and sums over all rows."""
-    arguments = _arguments(task, logits, softcap, labels, teacher, leading)
+    arguments = _arguments(spec, logits, softcap, labels, teacher, layout)
     loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*arguments, items)
     sums = (x.detach() for x in (ce, kd, z, num_tokens, correct, agree, entropy))
     return DistillOutput(loss, *sums)
 
 
 def _arguments(
-    task: Task,
+    spec: LossSpec,
     logits: Tensor,
     softcap: float | None,
     labels: Tensor | None,
     teacher: Teacher | None,
-    leading: Leading,
+    layout: RowLayout,
 ) -> tuple[Any, ...]:
     """What all operators take first."""
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
     match teacher:
         case TeacherLogits():
-            t_logits = leading.rows(teacher.logits)
+            t_logits = layout.rows(teacher.logits)
         case TeacherHidden(hidden=hidden, head=head):
-            t_logits = head_logits(leading.rows(hidden), head, task.vocab)
+            t_logits = head_logits(layout.rows(hidden), head, spec.vocab)
         case TeacherTopK():
-            top_k = top_k_tensors(teacher, leading, task.vocab)
-    return logits, labels, t_logits, *top_k, *pack(Request(task, softcap=softcap))
+            top_k = top_k_tensors(teacher, layout, spec.vocab)
+    return logits, labels, t_logits, *top_k, *encode(OpArgs(spec, softcap=softcap))
 
 
 TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """The fields of a ``TopK``, as operators take them."""
 
 
-def top_k_tensors(teacher: TeacherTopK, leading: Leading, vocab: int) -> TopKTensors:
-    ids, log_probs = leading.rows(teacher.ids), leading.rows(teacher.log_probs)
-    top_k = TopK.prepare(ids, log_probs, teacher.tail, vocab)
+def top_k_tensors(teacher: TeacherTopK, layout: RowLayout, vocab: int) -> TopKTensors:
+    ids, log_probs = layout.rows(teacher.ids), layout.rows(teacher.log_probs)
+    top_k = SortedTopK.prepare(ids, log_probs, teacher.tail, vocab)
     return top_k.ids, top_k.log_p, top_k.log_rest, top_k.best
 
 
@@ -125,10 +125,10 @@ def row_losses(
     words: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], their parts [6, N], and what the gradient needs of the rows."""
-    request = unpack(integers, numbers, words)
+    args = decode(integers, numbers, words)
     other = teacher_of(teacher, ids, log_p, log_rest, best)
-    x = columns_adjacent(student, request.softcap)
-    result = launch.forward(request.task, x, labels, other)
+    x = columns_adjacent(student, args.softcap)
+    result = launch.forward(args.spec, x, labels, other)
     return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
@@ -179,10 +179,10 @@ def row_mean(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     """What ``reduced`` makes of the rows, the divisor last; and what the gradient needs of them."""
-    request = unpack(integers, numbers, words)
-    task, x = request.task, columns_adjacent(student, request.softcap)
-    rows = launch.forward(task, x, labels, teacher_of(teacher, ids, log_p, log_rest, best))
-    mean, divisor, *sums = reduced(rows.loss, rows.parts, labels, task.ignore_index, items)
+    args = decode(integers, numbers, words)
+    spec, x = args.spec, columns_adjacent(student, args.softcap)
+    rows = launch.forward(spec, x, labels, teacher_of(teacher, ids, log_p, log_rest, best))
+    mean, divisor, *sums = reduced(rows.loss, rows.parts, labels, spec.ignore_index, items)
     return mean, *sums, divisor, rows.saved, rows.inside, rows.outside  # pyright: ignore
 
 
@@ -224,12 +224,12 @@ def row_gradient(
     upstream: Tensor,
 ) -> Tensor:
     """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
-    request = unpack(integers, numbers, words)
+    args = decode(integers, numbers, words)
     other = teacher_of(teacher, ids, log_p, log_rest, best)
     out = student.new_empty(student.shape)
     forward = Forward(upstream, upstream, saved, inside, outside)
-    x = columns_adjacent(student, request.softcap)
-    launch.gradient(request.task, x, labels, other, forward, upstream, out)
+    x = columns_adjacent(student, args.softcap)
+    launch.gradient(args.spec, x, labels, other, forward, upstream, out)
     return out
 
 
@@ -268,9 +268,9 @@ row_mean.register_autograd(_backward_of_mean, setup_context=_setup_context_of_me
 row_gradient.register_autograd(no_second_backward)
 
 
-def teacher_of(logits: Tensor | None, *top_k: Tensor | None) -> Logits | TopK | None:
+def teacher_of(logits: Tensor | None, *top_k: Tensor | None) -> Logits | SortedTopK | None:
     if top_k[0] is not None:
-        return TopK(*top_k)  # pyright: ignore[reportArgumentType]
+        return SortedTopK(*top_k)  # pyright: ignore[reportArgumentType]
     return None if logits is None else columns_adjacent(logits)
 
 

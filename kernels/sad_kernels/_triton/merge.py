@@ -23,8 +23,8 @@ from sad_kernels._triton.rows import (
     TOTAL,
     TOTAL_1,
     WEIGHTED,
-    carried,
     product,
+    rescale_cross,
     to_fp32,
 )
 from sad_kernels._triton.tile import (
@@ -40,21 +40,21 @@ from sad_kernels._triton.tile import (
 
 @triton.jit
 def merge_kernel(
-    partials_ptr, terms_ptr, num_segments, segment_length, N, V,
+    partials_ptr, mixture_ptr, num_segments, segment_length, N, V,
     s_ptr, s_stride, s_bias, s_scale, s_cap,
     ids_ptr, log_p_ptr, log_rest_ptr, top_id_ptr, K,
     labels_ptr, ignore_index,
     loss_ptr, parts_ptr, saved_ptr, inside_ptr, outside_ptr,
-    heat, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
+    inv_T, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HEAT: tl.constexpr,
+    T_CASE: tl.constexpr,
     FINAL: tl.constexpr,
-    HAS_TERMS: tl.constexpr,
+    HAS_MIXTURE: tl.constexpr,
     HAS_LABELS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    COMPUTE_CE: tl.constexpr,
     SMOOTH: tl.constexpr,
-    DIAGNOSTICS: tl.constexpr,
+    COMPUTE_METRICS: tl.constexpr,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
@@ -68,7 +68,7 @@ def merge_kernel(
         label = tl.load(labels_ptr + rows, mask=counts, other=0)
         counts = counts & (label != ignore_index)
         in_range = (label >= 0) & (label < V)
-    heat, temperature, beta = to_fp32(heat), to_fp32(temperature), to_fp32(beta)
+    inv_T, temperature, beta = to_fp32(inv_T), to_fp32(temperature), to_fp32(beta)
     zero = tl.zeros([ROWS], tl.float32)
     step = tl.full((), num_segments, tl.int64) * N
 
@@ -81,9 +81,9 @@ def merge_kernel(
         d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
         m_new = tl.maximum(m, m_b)
         move, move_b = m - m_new, m_b - m_new
-        rate_hot, rate = exponentials(move, heat, HEAT)
-        rate_hot_b, rate_b = exponentials(move_b, heat, HEAT)
-        if DIAGNOSTICS:
+        decay_T, decay_1 = exponentials(move, inv_T, T_CASE)
+        decay_T_b, decay_1_b = exponentials(move_b, inv_T, T_CASE)
+        if COMPUTE_METRICS:
             best_b = tl.load(of + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
         if TEACHER == DENSE:
@@ -91,21 +91,21 @@ def merge_kernel(
             d_t_b = tl.load(of + TEACHER_TOTAL * step, mask=counts, other=0.0)
             m_t_new = tl.maximum(m_t, m_t_b)
             move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
-            if DIAGNOSTICS:
+            if COMPUTE_METRICS:
                 best_t_b = tl.load(of + TEACHER_BEST * step, mask=counts, other=0.0)
                 best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
             A_b = zero
             if (DIVERGENCE == FORWARD_KL) | (DIVERGENCE == REVERSE_KL):
                 A_b = tl.load(of + CROSS * step, mask=counts, other=0.0)
             if DIVERGENCE == FORWARD_KL:
-                A = carried(d_t, A, move_t, move, heat)
-                A += carried(d_t_b, A_b, move_t_b, move_b, heat)
+                A = rescale_cross(d_t, A, move_t, move, inv_T)
+                A += rescale_cross(d_t_b, A_b, move_t_b, move_b, inv_T)
             if DIVERGENCE == REVERSE_KL:
-                A = carried(d, A, move, move_t, heat)
-                A += carried(d_b, A_b, move_b, move_t_b, heat)
-            d_t = d_t * tl.exp2(move_t * heat) + d_t_b * tl.exp2(move_t_b * heat)
+                A = rescale_cross(d, A, move, move_t, inv_T)
+                A += rescale_cross(d_b, A_b, move_b, move_t_b, inv_T)
+            d_t = d_t * tl.exp2(move_t * inv_T) + d_t_b * tl.exp2(move_t_b * inv_T)
             m_t = m_t_new
-        if CLASSES:
+        if COMPUTE_CE:
             d_1_b = tl.load(of + TOTAL_1 * step, mask=counts, other=0.0)
             if SMOOTH:
                 S_b = tl.load(of + PLAIN * step, mask=counts, other=0.0)
@@ -114,11 +114,11 @@ def merge_kernel(
                     here = tl.load(of + COUNT * step, mask=counts, other=0.0)
                 S = (S + count * move) + (S_b + here * move_b)
                 count += here
-            if DIAGNOSTICS:
+            if COMPUTE_METRICS:
                 E_b = tl.load(of + WEIGHTED * step, mask=counts, other=0.0)
-                E = (E + d_1 * move) * rate + (E_b + d_1_b * move_b) * rate_b
-            d_1 = d_1 * rate + d_1_b * rate_b
-        d = d * rate_hot + d_b * rate_hot_b
+                E = (E + d_1 * move) * decay_1 + (E_b + d_1_b * move_b) * decay_1_b
+            d_1 = d_1 * decay_1 + d_1_b * decay_1_b
+        d = d * decay_T + d_b * decay_T_b
         m = m_new
         of += N
 
@@ -140,7 +140,7 @@ def merge_kernel(
         )
         z = tl.where(usable, z, float("-inf"))
         top_z = tl.max(z, 1)
-        if DIAGNOSTICS:
+        if COMPUTE_METRICS:
             # Where an id is above all other columns, ``best`` may be any id, and is not looked at.
             best_id = tl.min(tl.where(z == top_z[:, None], ids, 0x7FFFFFFF), 1).to(tl.float32)
             first_of_both = tl.minimum(best, best_id)
@@ -149,19 +149,19 @@ def merge_kernel(
         m = tl.maximum(m_t, top_z)
         move = m_t - m
         x = z - m[:, None]
-        hot, below = x * heat, move * heat
-        total = d_t * tl.exp2(below) + tl.sum(tl.exp2(hot), 1)
-        if CLASSES:
+        x_T, below = x * inv_T, move * inv_T
+        total = d_t * tl.exp2(below) + tl.sum(tl.exp2(x_T), 1)
+        if COMPUTE_CE:
             once = usable & ~repeated
             x = tl.where(once, x, float("-inf"))
-            cold, rate = tl.exp2(x * LOG2_E), tl.exp2(move * LOG2_E)
+            exp_1, decay_1 = tl.exp2(x * LOG2_E), tl.exp2(move * LOG2_E)
             if SMOOTH:
                 S += count * move + tl.sum(tl.where(once, x, 0.0), 1)
-            if DIAGNOSTICS:
-                E = (E + d_1 * move) * rate + tl.sum(product(cold, x), 1)
-            d_1 = d_1 * rate + tl.sum(cold, 1)
+            if COMPUTE_METRICS:
+                E = (E + d_1 * move) * decay_1 + tl.sum(product(exp_1, x), 1)
+            d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)
         log_total = tl.log2(total)
-        log_q = hot - log_total[:, None]
+        log_q = x_T - log_total[:, None]
         f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
         log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
         log_q_rest = below + tl.log2(d_t) - log_total
@@ -180,7 +180,7 @@ def merge_kernel(
         tl.store(saved + SAVED_TEACHER_TOTAL * N, d_t, mask=counts)
     tl.store(saved + MAXIMUM * N, m, mask=counts)
     tl.store(saved + TOTAL * N, d, mask=counts)
-    if CLASSES:
+    if COMPUTE_CE:
         tl.store(saved + TOTAL_1 * N, d_1, mask=counts)
 
     if FINAL:
@@ -194,8 +194,8 @@ def merge_kernel(
             else:
                 kd = 0 * tl.log(d / d_t)  # NaN of either side
                 expectation = zero
-            if HAS_TERMS:
-                of = terms_ptr + rows
+            if HAS_MIXTURE:
+                of = mixture_ptr + rows
                 for _ in range(num_segments):
                     kd += tl.load(of, mask=counts, other=0.0)
                     expectation += tl.load(of + step, mask=counts, other=0.0)
@@ -211,7 +211,7 @@ def merge_kernel(
         if TEACHER != NO_TEACHER:
             loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
         ce, square, correct, agree, entropy = zero, zero, zero, zero, zero
-        if CLASSES:
+        if COMPUTE_CE:
             at = tl.where(in_range, label, 0)
             z = tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)
             scale, cap = to_fp32(s_scale), to_fp32(s_cap)
@@ -226,9 +226,9 @@ def merge_kernel(
             ce_weight, z_loss = to_fp32(ce_weight), to_fp32(z_loss)
             loss += tl.where(ce_weight > 0, ce_weight * ce, 0.0)
             loss += tl.where(z_loss > 0, z_loss * square, 0.0)
-            if DIAGNOSTICS:
+            if COMPUTE_METRICS:
                 entropy = log_1 - E / d_1
-        if DIAGNOSTICS:
+        if COMPUTE_METRICS:
             column = best.to(tl.int64)
             if HAS_LABELS:
                 correct = (column == label).to(tl.float32)

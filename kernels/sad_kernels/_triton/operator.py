@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sad_kernels._rows import Task
+from sad_kernels._rows import LossSpec
 from sad_kernels.objective import Objective
 
 
@@ -50,7 +50,7 @@ class Operator:
         self.differentiable = type(function.__name__, (torch.autograd.Function,), parts)
 
     def __call__(self, *inputs: Any) -> Any:
-        if autograd_is_alone(inputs):
+        if eager_autograd_only(inputs):
             return self.differentiable.apply(*inputs)
         return self.registered(*inputs)
 
@@ -82,7 +82,7 @@ def saved_call(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     return inputs, tensors[count:]
 
 
-def autograd_is_alone(inputs: tuple[Any, ...]) -> bool:
+def eager_autograd_only(inputs: tuple[Any, ...]) -> bool:
     """Nothing compiles, traces or transforms this call, and all tensors are plain ones."""
     if torch.compiler.is_compiling():
         return False
@@ -94,37 +94,37 @@ def autograd_is_alone(inputs: tuple[Any, ...]) -> bool:
 Packed = tuple[list[int], list[float], str]
 
 
-class Request(NamedTuple):
+class OpArgs(NamedTuple):
     """A task, and how products become logits on either side."""
 
-    task: Task
+    spec: LossSpec
     scale: float = 1.0
     softcap: float | None = None
     teacher_scale: float = 1.0
     teacher_softcap: float | None = None
 
 
-def pack(request: Request) -> Packed:
-    task, o = request.task, request.task.objective
-    caps = request.softcap or 0.0, request.teacher_softcap or 0.0
+def encode(args: OpArgs) -> Packed:
+    spec, o = args.spec, args.spec.objective
+    caps = args.softcap or 0.0, args.teacher_softcap or 0.0
     numbers = (
         o.ce_weight, o.kd_weight, o.label_smoothing, o.z_loss, o.temperature, o.beta,
-        o.teacher_share, request.scale, request.teacher_scale, *caps,
+        o.teacher_share, args.scale, args.teacher_scale, *caps,
     )  # fmt: skip
-    words = f"{o.divergence} {o.scale_t2} {task.classes} {task.diagnostics}"
-    return [task.vocab, task.ignore_index], [float(x) for x in numbers], words
+    words = f"{o.divergence} {o.scale_t2} {spec.compute_ce} {spec.compute_metrics}"
+    return [spec.vocab, spec.ignore_index], [float(x) for x in numbers], words
 
 
-def unpack(integers: Sequence[int], numbers: Sequence[float], words: str) -> Request:
-    return _unpack(tuple(integers), tuple(numbers), words)
+def decode(integers: Sequence[int], numbers: Sequence[float], words: str) -> OpArgs:
+    return _decode(tuple(integers), tuple(numbers), words)
 
 
 @lru_cache(maxsize=64)
-def _unpack(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -> Request:
+def _decode(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -> OpArgs:
     ce_weight, kd_weight, label_smoothing, z_loss, temperature, beta, teacher_share, *rest = numbers
     scale, teacher_scale, softcap, teacher_softcap = rest
     divergence, *flags = words.split(" ")
-    scale_t2, classes, diagnostics = (flag == "True" for flag in flags)
+    scale_t2, compute_ce, compute_metrics = (flag == "True" for flag in flags)
     how: dict[str, Any] = {"divergence": divergence, "scale_t2": scale_t2}
     objective = Objective(
         ce_weight=ce_weight,
@@ -137,8 +137,8 @@ def _unpack(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -
         **how,
     )
     vocab, ignore_index = integers
-    return Request(
-        task=Task(objective, vocab, ignore_index, classes, diagnostics),
+    return OpArgs(
+        spec=LossSpec(objective, vocab, ignore_index, compute_ce, compute_metrics),
         scale=scale,
         softcap=softcap or None,
         teacher_scale=teacher_scale,

@@ -10,8 +10,8 @@ A row is always cut into the same segments, whether one program or many work on 
 not depend on how many rows come with it, and few rows still fill the machine.
 
 Every sum is kept relative to the running maxima ``m``, and when a maximum moves by ``move = m_old -
-m_new``, with ``r = e^(move/T)``, it is carried along as follows (x = s - m, a and b the two sides
-of a KL relative to their own maxima):
+m_new``, with ``r = e^(move/T)``, it is rescaled as follows (x = s - m, a and b the two sides of
+a KL relative to their own maxima):
 
 ====================  ===============================  ====================================
 sum over columns      after a move                     gives
@@ -41,11 +41,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEFT_OUT = tl.constexpr(-1.2345679e34)
-"""In place of the logit of a column that is not to be counted: e^LEFT_OUT is 0, and no logit of 16
-bits, nor one that a model has made, is this number."""
+MASKED_LOGIT = tl.constexpr(-1.2345679e34)
+"""In place of the logit of a column that is not to be counted: e^MASKED_LOGIT is 0, and no logit of
+16 bits, nor one that a model has made, is this number."""
 
-ABSENT = tl.constexpr(2**31 - 1)  # the id of padding: no column, and last in order
+PAD_ID = tl.constexpr(2**31 - 1)  # the id of padding: no column, and last in order
 ID_CHUNK = tl.constexpr(128)  # ids looked at together
 
 # Teachers
@@ -89,24 +89,24 @@ def first_id_at(ids, K, column):
     at = 0
     for k in range(0, K, ID_CHUNK):
         some = k + tl.arange(0, ID_CHUNK)
-        at += tl.sum((tl.load(ids + some, mask=some < K, other=ABSENT) < column).to(tl.int32), 0)
+        at += tl.sum((tl.load(ids + some, mask=some < K, other=PAD_ID) < column).to(tl.int32), 0)
     return at
 
 
 @triton.jit
 def id_at(ids, K, at):
-    return tl.load(ids + at, mask=at < K, other=ABSENT)
+    return tl.load(ids + at, mask=at < K, other=PAD_ID)
 
 
 @triton.jit
-def carried(total, cross, move, other_move, heat):
+def rescale_cross(total, cross, move, other_move, inv_T):
     """``A`` after both maxima have moved; 0 * inf is 0."""
-    rate = tl.exp2(move * heat)
-    return tl.where(rate > 0, (cross + total * (move - other_move)) * rate, 0.0)
+    decay = tl.exp2(move * inv_T)
+    return tl.where(decay > 0, (cross + total * (move - other_move)) * decay, 0.0)
 
 
 @triton.jit
-def in_lanes(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+def to_lanes(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """[BLOCK] -> [tile's rows, LANES, VECTOR]: as threads have loaded it, VECTOR at a time."""
     return tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR])
 

@@ -21,8 +21,10 @@ JSD = tl.constexpr(2)
 SKEW_FORWARD_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
 
-NOTHING = tl.constexpr(-150.0)  # log2 of a probability that is 0 in fp32
-FAR = tl.constexpr(60.0)  # log2 of the largest ratio of two probabilities of which both count
+LOG2_TINY = tl.constexpr(-150.0)  # log2 of a probability that is 0 in fp32
+LOG2_RATIO_MAX = tl.constexpr(
+    60.0
+)  # log2 of the largest ratio of two probabilities of which both count
 
 # Temperatures: 1 and 2 save an exponential per element
 ANY = tl.constexpr(0)
@@ -139,28 +141,30 @@ def load_target(
 
 
 @triton.jit
-def exponentials(x, heat, HEAT: tl.constexpr):
-    """``exp(x / T)`` and ``exp(x)`` of x <= 0, with ``heat = log2(e) / T``."""
-    hot = tl.exp2(x * heat)
-    if HEAT == ONE:
-        return hot, hot
-    if HEAT == TWO:
-        return hot, hot * hot
-    return hot, tl.exp2(x * LOG2_E)
+def exponentials(x, inv_T, T_CASE: tl.constexpr):
+    """``exp(x / T)`` and ``exp(x)`` of x <= 0, with ``inv_T = log2(e) / T``."""
+    exp_T = tl.exp2(x * inv_T)
+    if T_CASE == ONE:
+        return exp_T, exp_T
+    if T_CASE == TWO:
+        return exp_T, exp_T * exp_T
+    return exp_T, tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
     """Of a mixture's divergence, from ``a = log2 q`` and ``b = log2 p``: q, and the two products
-    that ``of_parts`` makes ``f`` and ``h`` of; of their sums it makes the sums.
+    that ``mixture_terms`` makes ``f`` and ``h`` of; of their sums it makes the sums.
 
     Relative to q, with the gap bounded: a share below 2^-60 of the other adds nothing, and what is
     left neither overflows nor takes p along when q underflows. No branch and no comparison, which
     cost these kernels more than exponentials do. A ratio to m is an exponential where its logarithm
     is there (HAS_LOG): a division takes six instructions.
     """
-    q_log = tl.maximum(tl.maximum(a, b - FAR), NOTHING)  # finite, so that no -inf meets another
-    gap = tl.maximum(b - q_log, -FAR)
+    q_log = tl.maximum(
+        tl.maximum(a, b - LOG2_RATIO_MAX), LOG2_TINY
+    )  # finite, so that no -inf meets another
+    gap = tl.maximum(b - q_log, -LOG2_RATIO_MAX)
     share = beta if DIVERGENCE == SKEW_REVERSE_KL else 1 - beta  # of q in the mixture
     ratio = tl.exp2(gap)
     mix = share + (1 - share) * ratio  # m/q
@@ -177,7 +181,7 @@ def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
 
 
 @triton.jit
-def of_parts(u, v, beta, DIVERGENCE: tl.constexpr):
+def mixture_terms(u, v, beta, DIVERGENCE: tl.constexpr):
     """``f`` and ``h`` of ``_divergence.py``, in nats, from what ``mixture_parts`` returns."""
     if DIVERGENCE == JSD:
         h = (1 - beta) * -LN_2 * v
@@ -206,4 +210,4 @@ def divergence_terms(a, b, beta, DIVERGENCE: tl.constexpr):
         return f, f
     else:
         _, u, v = mixture_parts(a, b, beta, DIVERGENCE, True)
-        return of_parts(u, v, beta, DIVERGENCE)
+        return mixture_terms(u, v, beta, DIVERGENCE)

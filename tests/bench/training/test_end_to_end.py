@@ -103,7 +103,7 @@ def test_losses_are_the_same_at_every_step(measured: Measured, seed: int) -> Non
 
 def test_the_first_loss_is_the_objective_s(measured: Measured, task: Task) -> None:
     """Of the first rows, in float64 and from the models alone."""
-    batch = task.materials.train_rows.batch(task.order[: TINY.rows])
+    batch = task.inputs.train_rows.batch(task.order[: TINY.rows])
     keep = batch.labels != -100
     with torch.no_grad():
         s, t = (m(batch.input_ids).logits[keep].double() for m in (task.student, task.teacher))
@@ -131,7 +131,7 @@ def test_the_naive_loss_leaves_out_tokens_without_a_label() -> None:
 
 
 def test_all_read_the_same_tokens(measured: Measured, task: Task) -> None:
-    ids = task.materials.train_rows.batch(task.order).input_ids
+    ids = task.inputs.train_rows.batch(task.order).input_ids
     digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
     assert {run["witness"] for run in measured.finished(0).values()} == {digest}
     assert len({run["witness"] for run in measured.finished(1).values()} | {digest}) == 2
@@ -341,8 +341,8 @@ def test_quality_is_what_sad_s_evaluation_finds(measured: Measured) -> None:
     config = replace(task.config, max_eval_rows=TINY.eval_rows)
     precision = Precision(config, "cpu")
     student = build_student(config, task.student, TINY.vocab, precision)
-    batches = task.materials.eval_batches(config)
-    theirs = evaluate_student(student, task.materials.teacher, batches, {"eval": nullcontext})
+    batches = task.inputs.eval_batches(config)
+    theirs = evaluate_student(student, task.inputs.teacher, batches, {"eval": nullcontext})
     scores = quality(task)
     assert scores["kl"] == pytest.approx(theirs["eval/kl"], rel=1e-5)
     assert scores["nll"] == pytest.approx(theirs["eval/nll"], rel=1e-5)
@@ -355,7 +355,7 @@ def test_quality_is_what_sad_s_evaluation_finds(measured: Measured) -> None:
 def test_the_widened_teacher_is_the_quickstart_s(task: Task) -> None:
     known = 4096
     quickstart = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32)
-    held_out = task.materials.eval_rows.batch(range(4)).input_ids
+    held_out = task.inputs.eval_rows.batch(range(4)).input_ids
     with torch.no_grad():
         logits, theirs = task.teacher(held_out).logits, quickstart(held_out).logits
     assert logits.shape[-1] == TINY.vocab
@@ -373,12 +373,12 @@ def test_a_seed_gives_the_same_student_again(task: Task) -> None:
 
 
 def test_the_clock_leaves_out_the_warm_up(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    throughput = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: throughput.now))
     watch = Watch(task)
     watch.begin()
     for step in range(TINY.warmup + TINY.steps):
-        clock.now += 100 if step < TINY.warmup else 2
+        throughput.now += 100 if step < TINY.warmup else 2
         task.student(torch.zeros(TINY.rows, TINY.length, dtype=torch.int64))
         watch.step()
     assert watch.result()["tokens_per_s"] == TINY.rows * TINY.length / 2

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from bench.training import structural_cost as structure
+from bench.training import structural_cost as structural
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_every_arm_is_measured() -> None:
-    setup = structure.Setup(layers=2, hidden=128, tokens=64, vocab=200, experts=4, rounds=2)
-    result = structure.measure(setup)
+    setup = structural.Setup(layers=2, hidden=128, tokens=64, vocab=200, experts=4, rounds=2)
+    result = structural.measure(setup)
     names = [row["arm"] for row in result["rows"]]
-    assert names == [*structure.DENSE, *structure.MIXTURE]
+    assert names == [*structural.DENSE, *structural.MIXTURE]
     for row in result["rows"]:
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
         low, high = row["time_ratio_range"]
         assert low <= row["time_ratio"] <= high
         assert row["arm"] != "KD alone" or (row["time_ratio"], row["extra_mib"]) == (1, 0)
-    lines = structure.table(result)
+    lines = structural.table(result)
     assert len(lines) == 2 + len(names) and lines[2].startswith("| **dense**, KD alone |")

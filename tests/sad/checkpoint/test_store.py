@@ -148,9 +148,9 @@ def test_values_that_would_come_back_changed_are_refused(
 def test_tensors_of_every_dtype_and_layout_survive_exactly(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 256, (6, 8, 8), dtype=torch.uint8, generator=draw)  # NaNs among them
-    wide = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    upcast = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    tensors = {str(dtype): bits.view(dtype).clone() for dtype in wide + whole}
+    tensors = {str(dtype): bits.view(dtype).clone() for dtype in upcast + whole}
     base = torch.randn(4, 6, generator=draw)
     tensors |= {
         "bool": bits > 100,

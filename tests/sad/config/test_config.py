@@ -14,7 +14,7 @@ from sad.config.help import EXPLAINED, RENAMED, about_unknown_key, field_docs, k
 from sad.config.identity import config_hash, trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import (
-    CADENCE,
+    MAY_CHANGE_ON_RESUME,
     STRUCTURAL,
     DataConfig,
     DistillConfig,
@@ -333,7 +333,7 @@ def test_every_key_has_a_docstring_and_stands_in_the_help() -> None:
             if prefix or item.name not in sections:
                 assert len(docs[item.name]) > 10, item.name
                 assert f"  --{prefix}{item.name} " in text, item.name
-            assert not item.metadata or item.metadata == CADENCE
+            assert not item.metadata or item.metadata == MAY_CHANGE_ON_RESUME
     assert "Optimizer and schedule:\n  --learning_rate NUMBER  [5e-05]" in text
 
 

@@ -29,7 +29,7 @@ from sad.data import packing
 from sad.data import rows as data
 from sad.data.batch import IGNORE_INDEX, Batch
 from sad.data.documents import Document
-from sad.data.rows import PackedRows, load_rows, pack_documents, row_order
+from sad.data.rows import PackedRows, epoch_permutation, load_rows, pack_documents
 from sad.data.split import DocumentSet
 from sad.errors import OutputError, UnfitError
 
@@ -183,14 +183,14 @@ class TestAnyRows:
 
             assert batch.lengths[row] == n
             sizes = segment_sizes(positions)
-            units = rows.units([row])
-            assert units == (
+            counts = rows.counts([row])
+            assert counts == (
                 rows.num_targets[row],
                 sum(size - 1 for size in sizes),
                 sum(size > 1 for size in sizes),
                 len(sizes),
             )
-        assert batch.units == total(rows.units([row]) for row in range(len(rows)))
+        assert batch.counts == total(rows.counts([row]) for row in range(len(rows)))
 
     @given(texts=texts, max_length=st.integers(1, 9))
     def test_every_token_but_the_first_of_a_document_is_a_target_once(
@@ -533,9 +533,9 @@ class TestLoadRows:
 class TestRowOrder:
     def test_golden_values(self) -> None:
         """Whatever library is installed, a run resumed tomorrow reads the same rows."""
-        assert row_order(42, 0, 10).tolist() == [8, 7, 6, 3, 5, 1, 0, 4, 9, 2]
-        assert row_order(42, 1, 10).tolist() == [8, 6, 0, 9, 1, 7, 4, 5, 3, 2]
-        assert row_order(-1, 10**6, 5).tolist() == [0, 3, 2, 4, 1]
+        assert epoch_permutation(42, 0, 10).tolist() == [8, 7, 6, 3, 5, 1, 0, 4, 9, 2]
+        assert epoch_permutation(42, 1, 10).tolist() == [8, 6, 0, 9, 1, 7, 4, 5, 3, 2]
+        assert epoch_permutation(-1, 10**6, 5).tolist() == [0, 3, 2, 4, 1]
 
     def test_the_definition_in_python_integers(self) -> None:
         def splitmix64(state: int, index: int) -> int:
@@ -550,19 +550,21 @@ class TestRowOrder:
         assert [splitmix64(1234567, i) for i in (1, 2, 3)] == published
         state = int.from_bytes(blake2b(b"7:3", digest_size=8).digest(), "little")
         expected = sorted(range(1000), key=lambda row: splitmix64(state, row + 1))
-        assert row_order(7, 3, 1000).tolist() == expected
+        assert epoch_permutation(7, 3, 1000).tolist() == expected
 
     @pytest.mark.parametrize("num_rows", [0, 1, 2, 1000])
     def test_each_row_once_per_epoch(self, num_rows: int) -> None:
         """A resumed run that draws a new permutation repeats some rows and never sees others.
         https://github.com/wyim-pgl/transgenic/issues/59
         """
-        order = row_order(0, 5, num_rows)
+        order = epoch_permutation(0, 5, num_rows)
         assert order.dtype == np.int64
         assert sorted(order.tolist()) == list(range(num_rows))
 
     def test_seeds_and_epochs_give_unrelated_orders(self) -> None:
-        orders = [row_order(s, e, 1000) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1), (10, 0))]
+        orders = [
+            epoch_permutation(s, e, 1000) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1), (10, 0))
+        ]
         for i, one in enumerate(orders):
             for two in orders[:i]:
                 assert (one == two).mean() < 0.01  # one in a thousand agrees by chance

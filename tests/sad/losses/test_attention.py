@@ -205,8 +205,8 @@ def test_value_and_gradients_are_those_of_the_definition(case: Case) -> None:
 def test_16_bits_are_computed_in_32_even_under_autocast(dtype: torch.dtype) -> None:
     case = Case(student=(4, 2))
     inputs, teacher = case.tensors(dtype)
-    wide = [[tensor.float() for tensor in side] for side in (inputs, teacher)]
-    expected = value_and_gradients(case.loss, *wide)
+    upcast = [[tensor.float() for tensor in side] for side in (inputs, teacher)]
+    expected = value_and_gradients(case.loss, *upcast)
     narrow = value_and_gradients(case.loss, inputs, teacher)
     assert_same_bits(narrow, [expected[0], *(tensor.to(dtype) for tensor in expected[1:])])
 
@@ -214,7 +214,7 @@ def test_16_bits_are_computed_in_32_even_under_autocast(dtype: torch.dtype) -> N
         with torch.autocast("cpu", torch.bfloat16):
             return case.loss(*tensors)
 
-    assert_same_bits(value_and_gradients(under_autocast, *wide), expected)
+    assert_same_bits(value_and_gradients(under_autocast, *upcast), expected)
 
 
 def test_equal_maps_cost_nothing() -> None:

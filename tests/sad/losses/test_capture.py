@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sad.errors import SadError, UnfitError, UsageError
 from sad.losses import attention_hook as _attention_tap
-from sad.losses.base import AttentionInputs, Captured, Sites
+from sad.losses.base import Activations, AttentionInputs, CaptureSpec
 from sad.losses.capture import Capture
 from sad.models.heads import Backbone, decoder_layers, relative_error, rounding_tolerance
 from sad.models.load import enable_checkpointing
@@ -35,12 +35,14 @@ APART = torch.arange(LENGTH).expand(2, -1)
 PACKED = torch.stack([APART[0] % 70, torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])])
 """Documents of 70 and 10 tokens in one row, of 9 and 71 in the other."""
 
-ALL = Sites(hidden=(0, 1), attention=(0, 1), projections=(0, 1), routers=(0, 1))
+ALL = CaptureSpec(hidden=(0, 1), attention=(0, 1), projections=(0, 1), routers=(0, 1))
 
 
-def captured(model: PreTrainedModel, sites: Sites, positions: Tensor = APART) -> Captured:
-    capture = Capture(model, sites, role="teacher", detach=True)
-    with torch.no_grad(), capture.armed() as got:
+def activations(
+    model: PreTrainedModel, spec: CaptureSpec, positions: Tensor = APART
+) -> Activations:
+    capture = Capture(model, spec, role="teacher", detach=True)
+    with torch.no_grad(), capture.capturing() as got:
         Backbone(model)(IDS, positions)
     return got
 
@@ -52,7 +54,7 @@ def hooks_in(model: nn.Module) -> set[nn.Module]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     yield
-    assert not _attention_tap._TAPS
+    assert not _attention_tap._HOOKS
 
 
 # Hidden states
@@ -61,7 +63,7 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3, tiny_gpt2])
 def test_hidden_states_are_what_layers_return(build: Any) -> None:
     model = build()
-    got = captured(model, Sites(hidden=(0, 1)), PACKED)
+    got = activations(model, CaptureSpec(hidden=(0, 1)), PACKED)
     with torch.no_grad():
         own = model(
             IDS, position_ids=PACKED, use_cache=False, output_hidden_states=True
@@ -75,7 +77,7 @@ def test_hidden_states_are_what_layers_return(build: Any) -> None:
 
 def test_layers_may_return_their_states_first_in_a_list() -> None:
     model = tiny_family("openai-gpt")  # without a final norm
-    got = captured(model, Sites(hidden=(1,)))
+    got = activations(model, CaptureSpec(hidden=(1,)))
     with torch.no_grad():
         assert torch.equal(got.hidden[1], Backbone(model)(IDS, APART))
 
@@ -106,7 +108,7 @@ def test_models_without_a_list_of_layers_are_refused() -> None:
 
 def test_states_that_are_no_rows_of_vectors_are_refused() -> None:
     with pytest.raises(UnfitError, match=r"got no tensor \[B, L, D\]"):
-        captured(tiny_family("gemma3n_text"), Sites(hidden=(0,)))  # several streams
+        activations(tiny_family("gemma3n_text"), CaptureSpec(hidden=(0,)))  # several streams
 
 
 # Attention
@@ -139,7 +141,7 @@ def test_maps_are_those_of_eager_attention(family: str, positions: Tensor) -> No
         model.set_attn_implementation("eager")  # the default, but not in transformers 5.12
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = 0.5  # of scores around 1
-    got = captured(model, Sites(attention=(0, 1)), positions)
+    got = activations(model, CaptureSpec(attention=(0, 1)), positions)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         output = model(IDS, position_ids=positions, use_cache=False, output_attentions=True)
@@ -151,10 +153,10 @@ def test_maps_are_those_of_eager_attention(family: str, positions: Tensor) -> No
 def test_windows_and_softcaps_are_those_of_each_layer() -> None:
     model = tiny_family("gemma2")
     model.set_attn_implementation("eager")
-    got = captured(model, Sites(attention=(0, 1)))
+    got = activations(model, CaptureSpec(attention=(0, 1)))
     assert [got.attention[i].window for i in (0, 1)] == [64, None]
     assert got.attention[0].softcap == got.attention[1].softcap == 50.0
-    plain = captured(tiny_llama(), Sites(attention=(1,))).attention[1]
+    plain = activations(tiny_llama(), CaptureSpec(attention=(1,))).attention[1]
     assert (plain.window, plain.softcap, plain.scaling) == (None, None, 8**-0.5)
 
 
@@ -170,7 +172,9 @@ def test_sdpa_has_no_softcap_whatever_it_is_passed(monkeypatch: pytest.MonkeyPat
     model.config._attn_implementation = "sdpa"
     for layer in model.model.layers:
         layer.self_attn.attn_logit_softcapping = 0.5
-    got = captured(model, Sites(attention=(0, 1)))  # whose maps would not rebuild the output
+    got = activations(
+        model, CaptureSpec(attention=(0, 1))
+    )  # whose maps would not rebuild the output
     assert got.attention[0].softcap is None
 
 
@@ -179,10 +183,10 @@ def test_sdpa_has_no_softcap_whatever_it_is_passed(monkeypatch: pytest.MonkeyPat
 def test_nothing_that_the_model_computes_changes(build: Any, implementation: str) -> None:
     model = build()
     model.set_attn_implementation(implementation)
-    capture = Capture(model, Sites((0, 1), (0, 1)), role="teacher", detach=True)
+    capture = Capture(model, CaptureSpec((0, 1), (0, 1)), role="teacher", detach=True)
     with torch.no_grad():
         plain = model(IDS, position_ids=PACKED, use_cache=False).logits
-        with capture.armed():
+        with capture.capturing():
             watched = model(IDS, position_ids=PACKED, use_cache=False).logits
     assert torch.equal(plain, watched)
     assert model.config._attn_implementation == implementation
@@ -194,7 +198,7 @@ def test_16_bit_models_pass_the_check_too() -> None:
             model: Any = tiny_llama()
             model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
             model.set_attn_implementation(implementation)
-            assert captured(model, Sites(attention=(1,))).attention[1].query.dtype == dtype
+            assert activations(model, CaptureSpec(attention=(1,))).attention[1].query.dtype == dtype
 
 
 def test_implementations_are_called_by_the_name_that_they_know(
@@ -215,27 +219,27 @@ def test_implementations_are_called_by_the_name_that_they_know(
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "another", mask)
     model: Any = tiny_llama()
     model.set_attn_implementation("another")
-    capture = Capture(model, Sites(attention=(1,)), role="teacher", detach=True)
+    capture = Capture(model, CaptureSpec(attention=(1,)), role="teacher", detach=True)
     names.clear()
-    with torch.no_grad(), capture.armed():
+    with torch.no_grad(), capture.capturing():
         model(IDS, position_ids=PACKED, use_cache=False)
     assert names == ["mask", "another", "another"]
 
 
 def test_a_failed_forward_leaves_the_model_as_it_was() -> None:
     model: Any = tiny_llama()
-    capture = Capture(model, Sites((0,), (1,), (1,)), role="teacher", detach=True)
+    capture = Capture(model, CaptureSpec((0,), (1,), (1,)), role="teacher", detach=True)
 
     def fail(*_: Any) -> None:
         raise ArithmeticError
 
     handle = model.model.layers[1].mlp.register_forward_hook(fail)
-    with pytest.raises(ArithmeticError), capture.armed():
+    with pytest.raises(ArithmeticError), capture.capturing():
         model(IDS)
     handle.remove()
     assert model.config._attn_implementation == "sdpa"
     assert not hooks_in(model)
-    with torch.no_grad(), capture.armed() as got:  # and it can be used again
+    with torch.no_grad(), capture.capturing() as got:  # and it can be used again
         model(IDS)
     assert got.attention.keys() == {1}
 
@@ -271,14 +275,14 @@ def test_projections_are_taken_after_norms_and_before_rotation(
     for name, parameter in model.named_parameters():
         if "q_norm" in name or "k_norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    capture = Capture(model, Sites(projections=(1,)), role="teacher", detach=True)
+    capture = Capture(model, CaptureSpec(projections=(1,)), role="teacher", detach=True)
     attention: Any = decoder_layers(model)[1].self_attn
     inputs: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
         lambda _, args, options: inputs.append(args[0] if args else options["hidden_states"]),
         with_kwargs=True,
     )
-    with torch.no_grad(), capture.armed() as got:
+    with torch.no_grad(), capture.capturing() as got:
         Backbone(model)(IDS[:, :length])
     handle.remove()
     with torch.no_grad():
@@ -294,7 +298,7 @@ def test_gates_that_are_projected_with_the_queries_are_left_out() -> None:
     config.layer_types = ["linear_attention", "full_attention"]
     model = AutoModelForCausalLM.from_config(config).eval()
     assert model.model.layers[1].self_attn.q_proj.out_features == 64
-    got = captured(model, Sites(projections=(1,)))
+    got = activations(model, CaptureSpec(projections=(1,)))
     assert got.projections[1].query.shape == (2, LENGTH, 32)
 
 
@@ -304,7 +308,7 @@ def test_gates_that_are_projected_with_the_queries_are_left_out() -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_router_logits_are_the_models_own(family: str) -> None:
     model = tiny_moe(family)
-    got = captured(model, Sites(routers=(0, 1)))
+    got = activations(model, CaptureSpec(routers=(0, 1)))
     with torch.no_grad():
         own = model(IDS, output_router_logits=True, use_cache=False).router_logits
     for layer in (0, 1):
@@ -318,7 +322,7 @@ def test_only_students_keep_their_graph() -> None:
     model = tiny_moe("qwen3_moe")
     for detach in (True, False):
         capture = Capture(model, ALL, role="student", detach=detach)
-        with capture.armed() as got:
+        with capture.capturing() as got:
             Backbone(model)(IDS, PACKED)
         tensors = [*got.hidden.values(), *got.routers.values()]
         for layer in (0, 1):
@@ -327,22 +331,22 @@ def test_only_students_keep_their_graph() -> None:
         assert all(tensor.requires_grad is not detach for tensor in tensors)
 
 
-def gradients(model: Any, sites: Sites) -> tuple[dict[str, Tensor], int]:
+def gradients(model: Any, spec: CaptureSpec) -> tuple[dict[str, Tensor], int]:
     """Of a loss on the output and on all that is captured; and how often an MLP has run."""
     model.zero_grad()
     runs: list[int] = []
     layer_1: Any = decoder_layers(model)[1]
     handle = layer_1.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    capture = Capture(model, sites, role="student", detach=False)
+    capture = Capture(model, spec, role="student", detach=False)
     runs.clear()
-    with capture.armed() as got:
+    with capture.capturing() as got:
         hidden = Backbone(model)(IDS, PACKED)
     loss = hidden.square().mean()
-    for layer in sites.hidden:
+    for layer in spec.hidden:
         loss = loss + got.hidden[layer].sin().mean()
         loss = loss + rebuilt(got.attention[layer], PACKED).square().mean()
         loss = loss + sum(x.square().mean() for x in got.projections[layer])
-    for layer in sites.routers:
+    for layer in spec.routers:
         loss = loss + got.routers[layer].softmax(-1).square().mean()
     loss.backward()
     handle.remove()
@@ -352,25 +356,25 @@ def gradients(model: Any, sites: Sites) -> tuple[dict[str, Tensor], int]:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
-    "build, sites",
+    "build, spec",
     [
         (lambda: tiny_moe("qwen3_moe"), ALL),
-        (lambda: tiny_family("gemma3_text"), Sites((0, 1), (0, 1), (0, 1))),
+        (lambda: tiny_family("gemma3_text"), CaptureSpec((0, 1), (0, 1), (0, 1))),
     ],
     ids=["qwen3_moe", "gemma3_text"],
 )
 def test_checkpointing_changes_no_bit_of_any_gradient(
-    build: Any, sites: Sites, implementation: str
+    build: Any, spec: CaptureSpec, implementation: str
 ) -> None:
     model = build().train()
     model.set_attn_implementation(implementation)
-    plain, once = gradients(model, sites)
+    plain, once = gradients(model, spec)
     enable_checkpointing(model)
-    recomputed, twice = gradients(model, sites)
+    recomputed, twice = gradients(model, spec)
     assert (once, twice) == (1, 2)  # or nothing was put to the test
     assert plain.keys() == recomputed.keys()
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
-    without, _ = gradients(model, Sites())
+    without, _ = gradients(model, CaptureSpec())
     assert any(not torch.equal(plain[name], without[name]) for name in without)
 
 
@@ -380,29 +384,29 @@ def test_reentrant_checkpointing_is_refused() -> None:
     model._set_gradient_checkpointing(
         enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=True)
     )
-    capture = Capture(model, Sites(attention=(1,)), role="student", detach=False)
-    with pytest.raises(UsageError, match="must be non-reentrant"), capture.armed():
+    capture = Capture(model, CaptureSpec(attention=(1,)), role="student", detach=False)
+    with pytest.raises(UsageError, match="must be non-reentrant"), capture.capturing():
         model(IDS, use_cache=False)
 
 
 # Arming
 
 
-def test_without_sites_nothing_is_looked_at_or_installed() -> None:
-    capture = Capture(nn.Linear(2, 2), Sites(), role="student", detach=False)  # pyright: ignore
+def test_without_spec_nothing_is_looked_at_or_installed() -> None:
+    capture = Capture(nn.Linear(2, 2), CaptureSpec(), role="student", detach=False)  # pyright: ignore
     model: Any = tiny_llama()
-    capture = Capture(model, Sites(), role="student", detach=False)
-    with capture.armed() as got:
+    capture = Capture(model, CaptureSpec(), role="student", detach=False)
+    with capture.capturing() as got:
         assert not hooks_in(model)
         model(IDS)
-    assert got == Captured()
+    assert got == Activations()
 
 
 def test_hooks_sit_on_mapped_layers_only_and_only_while_armed() -> None:
     model = tiny_moe("qwen3_moe")
-    capture = Capture(model, Sites((1,), (1,), (1,), (1,)), role="student", detach=False)
+    capture = Capture(model, CaptureSpec((1,), (1,), (1,), (1,)), role="student", detach=False)
     assert not hooks_in(model)
-    with capture.armed():
+    with capture.capturing():
         assert hooks_in(model)
         assert hooks_in(model) <= set(decoder_layers(model)[1].modules())
         model(IDS)
@@ -412,13 +416,13 @@ def test_hooks_sit_on_mapped_layers_only_and_only_while_armed() -> None:
 
 def test_a_model_is_captured_once_at_a_time() -> None:
     model, other = tiny_llama(), tiny_llama()
-    capture = Capture(model, Sites(attention=(1,)), role="student", detach=False)
-    second = Capture(model, Sites(attention=(1,)), role="teacher", detach=True)
-    foreign = Capture(other, Sites(attention=(1,)), role="teacher", detach=True)
-    with capture.armed() as got, foreign.armed() as foreign_got:
-        with pytest.raises(RuntimeError, match="armed twice"), capture.armed():
+    capture = Capture(model, CaptureSpec(attention=(1,)), role="student", detach=False)
+    second = Capture(model, CaptureSpec(attention=(1,)), role="teacher", detach=True)
+    foreign = Capture(other, CaptureSpec(attention=(1,)), role="teacher", detach=True)
+    with capture.capturing() as got, foreign.capturing() as foreign_got:
+        with pytest.raises(RuntimeError, match="armed twice"), capture.capturing():
             pass
-        with pytest.raises(RuntimeError, match="got a second capture"), second.armed():
+        with pytest.raises(RuntimeError, match="got a second capture"), second.capturing():
             pass
         model(IDS)
         other(IDS[:, :7])
@@ -428,14 +432,19 @@ def test_a_model_is_captured_once_at_a_time() -> None:
 
 
 def test_one_forward_is_captured_not_two_and_not_none() -> None:
-    for sites in (Sites((1,)), Sites((), (1,)), Sites((), (), (1,)), Sites((), (), (), (1,))):
+    for spec in (
+        CaptureSpec((1,)),
+        CaptureSpec((), (1,)),
+        CaptureSpec((), (), (1,)),
+        CaptureSpec((), (), (), (1,)),
+    ):
         model = tiny_moe("qwen3_moe")
-        capture = Capture(model, sites, role="student", detach=False)
-        with pytest.raises(RuntimeError, match="must run once while captured"), capture.armed():
+        capture = Capture(model, spec, role="student", detach=False)
+        with pytest.raises(RuntimeError, match="must run once while captured"), capture.capturing():
             model(IDS)
             model(IDS)
         with pytest.raises(UnfitError, match=r"layer 1 .* got a forward pass without"):
-            with capture.armed():
+            with capture.capturing():
                 pass
         assert not hooks_in(model)
 
@@ -443,7 +452,7 @@ def test_one_forward_is_captured_not_two_and_not_none() -> None:
 def test_making_a_capture_disturbs_neither_modes_nor_random_numbers() -> None:
     model = tiny_gpt2(attn_pdrop=0.5).train()
     before = torch.get_rng_state()
-    Capture(model, Sites((1,), (1,)), role="student", detach=False)
+    Capture(model, CaptureSpec((1,), (1,)), role="student", detach=False)
     assert torch.equal(before, torch.get_rng_state())
     assert all(module.training for module in model.modules())
 
@@ -452,30 +461,36 @@ def test_making_a_capture_disturbs_neither_modes_nor_random_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "build, sites, message",
+    "build, spec, message",
     [
-        ("llama", Sites(hidden=(2,)), "layers of the layerwise loss must be 0 to 1 in"),
-        ("llama", Sites(attention=(-1,)), "layers of the attention loss must be 0 to 1 in"),
-        ("llama", Sites(routers=(0,)), "must have a router of a supported family, got none"),
-        ("gpt2", Sites(projections=(0,)), "q_proj, k_proj and v_proj, got 0 modules"),
-        ("gpt_neox", Sites(projections=(0,)), "use the attention loss instead"),
-        ("bloom", Sites(attention=(0,)), "call transformers' AttentionInterface once, got 0 calls"),
-        ("falcon", Sites(attention=(1,)), "use the relation loss instead"),
-        ("gpt_oss", Sites(attention=(0,)), "got sinks that take a share"),
-        ("diffllama", Sites(attention=(0,)), "AttentionInterface once, got [02] calls"),
-        ("doge", Sites(attention=(1,)), "must be the softmax of scaled products"),
-        ("phimoe", Sites(attention=(1,)), "that skips keys unsaid"),
-        ("llama4_text", Sites(attention=(1,)), "that skips keys unsaid"),
-        ("deepseek_v32", Sites(attention=(1,)), "that skips keys unsaid"),
+        ("llama", CaptureSpec(hidden=(2,)), "layers of the layerwise loss must be 0 to 1 in"),
+        ("llama", CaptureSpec(attention=(-1,)), "layers of the attention loss must be 0 to 1 in"),
+        ("llama", CaptureSpec(routers=(0,)), "must have a router of a supported family, got none"),
+        ("gpt2", CaptureSpec(projections=(0,)), "q_proj, k_proj and v_proj, got 0 modules"),
+        ("gpt_neox", CaptureSpec(projections=(0,)), "use the attention loss instead"),
+        (
+            "bloom",
+            CaptureSpec(attention=(0,)),
+            "call transformers' AttentionInterface once, got 0 calls",
+        ),
+        ("falcon", CaptureSpec(attention=(1,)), "use the relation loss instead"),
+        ("gpt_oss", CaptureSpec(attention=(0,)), "got sinks that take a share"),
+        ("diffllama", CaptureSpec(attention=(0,)), "AttentionInterface once, got [02] calls"),
+        ("doge", CaptureSpec(attention=(1,)), "must be the softmax of scaled products"),
+        ("phimoe", CaptureSpec(attention=(1,)), "that skips keys unsaid"),
+        ("llama4_text", CaptureSpec(attention=(1,)), "that skips keys unsaid"),
+        ("deepseek_v32", CaptureSpec(attention=(1,)), "that skips keys unsaid"),
     ],
 )
-def test_refusals_name_the_model_and_the_remedy(build: str, sites: Sites, message: str) -> None:
+def test_refusals_name_the_model_and_the_remedy(
+    build: str, spec: CaptureSpec, message: str
+) -> None:
     model = tiny_family(build)
     if build == "doge":  # learned weights on keys
         model.config.sliding_window = None
         nn.init.normal_(decoder_layers(model)[1].get_parameter("self_attn.A"))
     with pytest.raises(SadError, match=message) as caught:
-        Capture(model, sites, role="teacher", detach=True)
+        Capture(model, spec, role="teacher", detach=True)
     line = str(caught.value)
     assert f"the teacher {type(model).__name__}" in line
     assert "\n" not in line and "; " in line
@@ -491,8 +506,8 @@ def test_models_that_compute_something_else_while_captured_are_refused() -> None
 
     model.model.layers[1].mlp.register_forward_hook(act)
     with pytest.raises(UnfitError, match="must give the same hidden states while"):
-        Capture(model, Sites(attention=(1,)), role="teacher", detach=True)
-    Capture(model, Sites(attention=(0,)), role="teacher", detach=True)  # another layer's name
+        Capture(model, CaptureSpec(attention=(1,)), role="teacher", detach=True)
+    Capture(model, CaptureSpec(attention=(0,)), role="teacher", detach=True)  # another layer's name
 
 
 def test_models_that_never_repeat_themselves_are_not_taken_for_changed() -> None:
@@ -500,7 +515,7 @@ def test_models_that_never_repeat_themselves_are_not_taken_for_changed() -> None
     model.model.layers[1].mlp.register_forward_hook(
         lambda *args: args[2] + 1e-3 * torch.randn_like(args[2])
     )
-    assert captured(model, Sites(attention=(1,))).attention.keys() == {1}
+    assert activations(model, CaptureSpec(attention=(1,))).attention.keys() == {1}
 
 
 def test_masks_built_inside_of_a_layer_are_refused() -> None:
@@ -509,4 +524,4 @@ def test_masks_built_inside_of_a_layer_are_refused() -> None:
         lambda *_: ALL_MASK_ATTENTION_FUNCTIONS[model.config._attn_implementation]()
     )
     with pytest.raises(UnfitError, match="must build its attention masks outside"):
-        Capture(model, Sites(attention=(1,)), role="teacher", detach=True)
+        Capture(model, CaptureSpec(attention=(1,)), role="teacher", detach=True)

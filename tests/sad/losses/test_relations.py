@@ -70,8 +70,8 @@ def test_value_and_gradients_are_those_of_the_definition() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_computed_in_32_even_under_autocast(dtype: torch.dtype) -> None:
     student, teacher = projections(STUDENT, dtype), projections(TEACHER, dtype)
-    wide = [[x.float() for x in side] for side in (student, teacher)]
-    expected = value_and_gradients(loss, *wide)
+    upcast = [[x.float() for x in side] for side in (student, teacher)]
+    expected = value_and_gradients(loss, *upcast)
     narrow = value_and_gradients(loss, student, teacher)
     assert_same_bits(narrow, [expected[0], *(x.to(dtype) for x in expected[1:])])
 
@@ -79,7 +79,7 @@ def test_16_bits_are_computed_in_32_even_under_autocast(dtype: torch.dtype) -> N
         with torch.autocast("cpu", torch.bfloat16):
             return loss(*six)
 
-    assert_same_bits(value_and_gradients(under_autocast, *wide), expected)
+    assert_same_bits(value_and_gradients(under_autocast, *upcast), expected)
 
 
 def test_equal_projections_cost_nothing() -> None:

@@ -17,8 +17,8 @@ from sad.errors import UnfitError
 from sad.models.heads import (
     PLAIN_HEADS,
     SCALED_HEADS,
+    eval_no_grad,
     head_error,
-    probing,
     read_head,
     require_causal,
     require_head,
@@ -58,7 +58,7 @@ TOKENS = torch.arange(3, 63)[None]
 def test_the_head_reproduces_the_logits_of_each_family(family: str) -> None:
     model = tiny_family(family)
     backbone, head = split_head(model)
-    with probing(model):
+    with eval_no_grad(model):
         logits = model(input_ids=TOKENS, use_cache=False).logits
         ours = head(backbone(TOKENS))
         require_head(model, backbone, head, TOKENS)
@@ -80,7 +80,10 @@ def test_a_scaled_head_read_as_a_plain_one_is_refused(family: str) -> None:
     model = tiny_family(family)
     backbone, head = split_head(model)
     plain = Head(head.weight, head.bias)
-    with probing(model), pytest.raises(UnfitError, match="must reproduce the model's own logits"):
+    with (
+        eval_no_grad(model),
+        pytest.raises(UnfitError, match="must reproduce the model's own logits"),
+    ):
         require_head(model, backbone, plain, TOKENS)
 
 
@@ -89,7 +92,7 @@ def test_a_scaled_head_read_as_a_plain_one_is_refused(family: str) -> None:
 def test_16_bit_heads_agree_within_twice_their_rounding(family: str, dtype: torch.dtype) -> None:
     model = tiny_family(family).to(dtype)  # pyright: ignore[reportArgumentType]
     backbone, head = split_head(model)
-    with probing(model):
+    with eval_no_grad(model):
         assert head_error(model, backbone, head, TOKENS) <= rounding_tolerance(dtype)
 
 
@@ -108,7 +111,7 @@ def test_a_softcap_is_caught_in_a_model_so_young_that_it_does_nothing_yet() -> N
     model.config.final_logit_softcapping = 30.0
     backbone, head = split_head(model)
     uncapped = Head(head.weight)
-    with probing(model):
+    with eval_no_grad(model):
         logits = model(input_ids=TOKENS, use_cache=False).logits
         assert (uncapped(backbone(TOKENS)) - logits).abs().max() <= 1e-5 * logits.abs().max()
         assert head_error(model, backbone, head, TOKENS) <= 1e-5

@@ -12,7 +12,7 @@ from support.tiny import tiny_llama
 from torch import Tensor, nn
 
 from sad.config.schema import DistillConfig
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.errors import UnfitError, UsageError
 from sad.models.heads import Backbone
 from sad.models.load import compute_dtype, load_student, load_teacher
@@ -165,8 +165,8 @@ def packed_batch(config: DistillConfig, seed: int) -> Batch:
     labels = ids.roll(-1, dims=1)
     labels[:, 39::40] = -100
     positions = (torch.arange(shape[1]) % 40).repeat(shape[0], 1)
-    units = Units(int((labels != -100).sum()), int((positions > 0).sum()), shape[0])
-    return Batch(ids, labels, positions, torch.full(shape[:1], shape[1]), units, 1)
+    counts = LossCounts(int((labels != -100).sum()), int((positions > 0).sum()), shape[0])
+    return Batch(ids, labels, positions, torch.full(shape[:1], shape[1]), counts, 1)
 
 
 def measured_peak(config: DistillConfig) -> int:

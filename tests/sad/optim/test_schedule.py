@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 from sad.config.schema import DistillConfig, SchedulerName
 from sad.errors import UsageError
 from sad.optim.schedule import (
-    Horizon,
+    RunLength,
     build_scheduler,
     check_foreign_scheduler,
     describe,
@@ -37,8 +37,8 @@ def config(**keys) -> DistillConfig:
     return DistillConfig(student="s", teacher="t", learning_rate=1.0, **keys)
 
 
-def horizon(batches: int, accumulation_steps: int, epochs: float = 1.0, max_steps: int = -1):
-    return Horizon(batches, 1, accumulation_steps, epochs, max_steps)
+def run_length(batches: int, accumulation_steps: int, epochs: float = 1.0, max_steps: int = -1):
+    return RunLength(batches, 1, accumulation_steps, epochs, max_steps)
 
 
 def optimizer(**keys) -> AdamW:
@@ -50,7 +50,7 @@ def optimizer(**keys) -> AdamW:
 # --- Horizon ------------------------------------------------------------------------------------
 
 
-def simulate(run: Horizon) -> list[list[tuple[int, int]]]:
+def simulate(run: RunLength) -> list[list[tuple[int, int]]]:
     """The run's windows as lists of (epoch, batch), found by walking through it."""
     per_epoch = -(-run.num_rows // run.batch_size)
     if run.max_steps > 0:
@@ -74,7 +74,7 @@ def simulate(run: Horizon) -> list[list[tuple[int, int]]]:
 
 
 HORIZONS = [
-    Horizon(rows, batch_size, accumulation, epochs, max_steps)
+    RunLength(rows, batch_size, accumulation, epochs, max_steps)
     for rows, batch_size in ((1, 1), (1, 4), (7, 2), (100, 1), (64, 8))
     for accumulation in (1, 3, 8, 200)
     for epochs, max_steps in ((1, -1), (2.5, -1), (0.1, -1), (3, -1), (1, 1), (1, 13), (1, 40))
@@ -82,7 +82,7 @@ HORIZONS = [
 
 
 @pytest.mark.parametrize("run", HORIZONS, ids=str)
-def test_windows_are_those_of_a_walk_through_the_run(run: Horizon) -> None:
+def test_windows_are_those_of_a_walk_through_the_run(run: RunLength) -> None:
     windows = simulate(run)
     assert run.windows == len(windows)
     assert run.micro_batches == sum(map(len, windows))
@@ -96,7 +96,7 @@ def test_windows_are_those_of_a_walk_through_the_run(run: Horizon) -> None:
 
 
 def test_100_batches_by_8_are_13_windows() -> None:
-    run = horizon(100, 8)
+    run = run_length(100, 8)
     assert (run.batches_per_epoch, run.micro_batches, run.windows) == (100, 100, 13)
     assert run.window(96).size == run.window(99).size == 4
 
@@ -104,12 +104,12 @@ def test_100_batches_by_8_are_13_windows() -> None:
 def test_fractions_of_epochs_are_read_as_decimals() -> None:
     """0.1 is a little more than a tenth in binary: rounded up it would be one batch too many."""
     for tenths in range(1, 31):
-        assert horizon(10, 1, epochs=tenths / 10).micro_batches == tenths
-    assert horizon(10, 1, epochs=0.11).micro_batches == 2
+        assert run_length(10, 1, epochs=tenths / 10).micro_batches == tenths
+    assert run_length(10, 1, epochs=0.11).micro_batches == 2
 
 
 def test_positions_outside_of_the_run_are_refused() -> None:
-    run = horizon(10, 4)
+    run = run_length(10, 4)
     assert run.position(10) == (1, 0)
     for bad in (-1, 11):
         with pytest.raises(ValueError, match="micro_step must"):
@@ -131,7 +131,7 @@ def test_positions_outside_of_the_run_are_refused() -> None:
 )
 def test_empty_runs_are_refused(lengths: tuple[int, int, int, float, int]) -> None:
     with pytest.raises(UsageError, match="must be"):
-        Horizon(*lengths)
+        RunLength(*lengths)
 
 
 # --- Warm-up ------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_empty_runs_are_refused(lengths: tuple[int, int, int, float, int]) -> No
     ids=str,
 )
 def test_warmup_is_held_in_micro_batches(keys: dict[str, float], batches: int) -> None:
-    assert warmup_batches(config(**keys), horizon(100, 8)) == batches
+    assert warmup_batches(config(**keys), run_length(100, 8)) == batches
 
 
 @pytest.mark.parametrize("other", ["warmup_batches", "warmup_ratio"])
@@ -161,11 +161,11 @@ def test_two_warmups_are_an_error(other: str) -> None:
 
 
 def test_the_header_names_both_units() -> None:
-    run = Horizon(96_000, 8, 8, 1.0)
+    run = RunLength(96_000, 8, 8, 1.0)
     assert describe(config(warmup_steps=50), run) == (
         "12,000 micro-batches = 1,500 windows, warm-up 400 = 50"
     )
-    assert describe(config(warmup_batches=3), horizon(10, 8)) == (
+    assert describe(config(warmup_batches=3), run_length(10, 8)) == (
         "10 micro-batches = 2 windows, warm-up 3 = 0.38"
     )
 
@@ -204,7 +204,7 @@ def test_wsd_without_decay_stays_up() -> None:
 
 
 def used_rates(
-    scheduler: LRScheduler, run: Horizon, unit: str = "batch", skipped: tuple[int, ...] = ()
+    scheduler: LRScheduler, run: RunLength, unit: str = "batch", skipped: tuple[int, ...] = ()
 ) -> list[float]:
     """Train without gradients; the learning rate that each window's update used."""
     used = []
@@ -227,7 +227,7 @@ def test_100_batches_are_100_scheduler_steps(
     name: SchedulerName, accumulation_steps: int, skipped: tuple[int, ...]
 ) -> None:
     """https://github.com/huggingface/accelerate/issues/963. Warnings are errors in this suite."""
-    run = horizon(100, accumulation_steps)
+    run = run_length(100, accumulation_steps)
     scheduler = build_scheduler(optimizer(), config(lr_scheduler_type=name, warmup_batches=10), run)
     used = used_rates(scheduler, run, skipped=skipped)
     assert scheduler.last_epoch == 100
@@ -239,7 +239,7 @@ def test_100_batches_are_100_scheduler_steps(
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_optimizer_step_unit_has_its_own_horizon(name: SchedulerName) -> None:
-    run = horizon(100, 8)
+    run = run_length(100, 8)
     keys = config(lr_scheduler_type=name, warmup_steps=2, scheduler_unit="optimizer_step")
     scheduler = build_scheduler(optimizer(), keys, run)
     used = used_rates(scheduler, run, unit="optimizer_step")
@@ -255,7 +255,7 @@ def test_both_units_agree_at_window_boundaries(name: SchedulerName) -> None:
 
 
 def test_the_warning_that_is_silenced_exists_and_no_other_is() -> None:
-    run = horizon(8, 8)
+    run = run_length(8, 8)
     plain = build_scheduler(optimizer(), config(), run)
     with pytest.warns(UserWarning, match="Detected call of"):
         plain.step()
@@ -274,7 +274,7 @@ def test_the_warning_that_is_silenced_exists_and_no_other_is() -> None:
 @pytest.mark.parametrize("stop", [1, 3, 8, 50])
 def test_resumed_rates_are_equal(name: SchedulerName, stop: int) -> None:
     """Optimizer, then scheduler; load optimizer, then scheduler; the state goes through JSON."""
-    run, keys = horizon(100, 8), config(lr_scheduler_type=name, warmup_steps=2)
+    run, keys = run_length(100, 8), config(lr_scheduler_type=name, warmup_steps=2)
     whole = build_scheduler(optimizer(), keys, run)
     for _ in range(stop):
         step_scheduler(whole)
@@ -296,7 +296,7 @@ def test_resumed_rates_are_equal(name: SchedulerName, stop: int) -> None:
     ("unit", "fits", "short"), [("batch", 100, 99), ("optimizer_step", 13, 12)]
 )
 def test_foreign_schedulers_must_last_for_the_run(unit, fits: int, short: int) -> None:
-    run = horizon(100, 8)
+    run = run_length(100, 8)
     sgd = SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
     for build in (
         lambda n: OneCycleLR(sgd, max_lr=1.0, total_steps=n),
@@ -309,4 +309,4 @@ def test_foreign_schedulers_must_last_for_the_run(unit, fits: int, short: int) -
 
 def test_a_scheduler_that_waits_for_a_metric_is_refused() -> None:
     with pytest.raises(UsageError, match="ReduceLROnPlateau"):
-        check_foreign_scheduler(ReduceLROnPlateau(optimizer()), horizon(100, 8))
+        check_foreign_scheduler(ReduceLROnPlateau(optimizer()), run_length(100, 8))

@@ -236,7 +236,7 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
 def test_every_quantity_has_a_plot_with_units(finished: tuple[Path, str]) -> None:
     run_dir, html = finished
     svgs = svgs_of(html)
-    units = {
+    counts = {
         "Held-out loss": "nats per target",
         "KL to the teacher": "nats per target",
         "Top-1 agreement with the teacher": "% of targets",
@@ -248,8 +248,8 @@ def test_every_quantity_has_a_plot_with_units(finished: tuple[Path, str]) -> Non
         "Throughput": "tokens per second",
         "Memory": "GiB",
     }
-    assert list(svgs) == list(units)
-    for title, unit in units.items():
+    assert list(svgs) == list(counts)
+    for title, unit in counts.items():
         assert f">{unit}<" in svgs[title] and ">micro-batches<" in svgs[title]
     legend = ("student", "student, EMA", "text alone", "text alone, EMA", "teacher", "resumed")
     assert all(f">{label}<" in svgs["Held-out loss"] for label in legend)

@@ -17,7 +17,7 @@ from support.tiny_moe import NUM_EXPERTS, TOP_K, tiny_moe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.errors import CheckpointError, UnfitError, UsageError
 from sad.models.experts import all_experts, moe_layers
 from sad.models.heads import split_head
@@ -41,8 +41,8 @@ def make_batch(lengths: tuple[int, ...] = (12, 7), seed: int = 0, *, split: int 
     labels[(column >= lengths_[:, None]) | (column == split - 1)] = -100
     labels[:, 2] = -100
     targets = int((labels != -100).sum())
-    units = Units(targets, sum(lengths) - 2 * len(lengths), 2 * len(lengths), 2)
-    return Batch(ids, labels, positions, lengths_, units, 0)
+    counts = LossCounts(targets, sum(lengths) - 2 * len(lengths), 2 * len(lengths), 2)
+    return Batch(ids, labels, positions, lengths_, counts, 0)
 
 
 def student_states(student: PreTrainedModel, batch: Batch) -> tuple[Tensor, Head]:
@@ -113,13 +113,13 @@ def definition(
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "deepseek_v3"])
 def test_loss_and_gradient_are_those_of_the_definition(family: str) -> None:
     teacher, student, batch = tiny_moe(family), tiny_llama(seed=1), make_batch()
-    totals = Units(40, 50, 8, 2)
+    totals = LossCounts(40, 50, 8, 2)
     router = make_router(teacher, balance_weight=3.0)  # large, so that both parts are seen
     loss = router.backward(batch, *student_states(student, batch), totals)
 
     reference = twin(family, teacher).requires_grad_(True)
     kl, cv2 = definition(family, reference, student, batch)
-    (kl / 40 + 3.0 * cv2 * batch.units.tokens / 50).backward()
+    (kl / 40 + 3.0 * cv2 * batch.counts.tokens / 50).backward()
     torch.testing.assert_close(loss.kl.double(), kl.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.balance.double(), cv2.detach(), rtol=1e-5, atol=1e-6)
     assert not loss.kl.requires_grad and not loss.balance.requires_grad
@@ -135,7 +135,7 @@ def test_a_student_that_says_the_same_leaves_no_divergence() -> None:
     router = make_router(teacher, balance_weight=0.0)
     with all_experts(teacher), torch.no_grad():
         same = student_states(teacher, batch)
-    loss = router.backward(batch, *same, batch.units)
+    loss = router.backward(batch, *same, batch.counts)
     assert abs(float(loss.kl)) < 1e-5
     assert all(grad.abs().max() < 1e-6 for grad in gradients(router).values())
 
@@ -145,12 +145,12 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_window() -> None:
     batches = [make_batch((12,), seed=1), make_batch((7,), seed=2), make_batch((12,), seed=3)]
     joint = Batch(
         *(torch.cat([getattr(b, field) for b in batches]) for field in Batch._fields[:4]),
-        units=total(b.units for b in batches),
+        counts=total(b.counts for b in batches),
         target_bytes=0,
     )
     split, whole = (make_router(tiny_moe("mixtral"), balance_weight=0.0) for _ in range(2))
-    losses = [split.backward(b, *student_states(student, b), joint.units) for b in batches]
-    loss = whole.backward(joint, *student_states(student, joint), joint.units)
+    losses = [split.backward(b, *student_states(student, b), joint.counts) for b in batches]
+    loss = whole.backward(joint, *student_states(student, joint), joint.counts)
     torch.testing.assert_close(sum(part.kl for part in losses), loss.kl, rtol=1e-5, atol=1e-6)
     for name, grad in gradients(split).items():
         scale = float(gradients(whole)[name].abs().max())
@@ -164,8 +164,8 @@ def test_what_padding_holds_changes_nothing() -> None:
     other = batch._replace(input_ids=torch.where(padding, 3, batch.input_ids))
     nothing = hidden.masked_fill(padding[..., None], torch.nan)
     one, two = (make_router(tiny_moe("mixtral")) for _ in range(2))
-    before = one.backward(batch, hidden, head, batch.units)
-    after = two.backward(other, nothing, head, batch.units)
+    before = one.backward(batch, hidden, head, batch.counts)
+    after = two.backward(other, nothing, head, batch.counts)
     assert torch.equal(before.kl, after.kl) and torch.equal(before.balance, after.balance)
     assert same_bits(gradients(one), gradients(two))
 
@@ -175,10 +175,10 @@ def test_a_micro_batch_of_padding_alone_adds_zeros() -> None:
     empty = batch._replace(
         labels=torch.full_like(batch.labels, -100),
         lengths=torch.zeros_like(batch.lengths),
-        units=Units(0, 0, 0, 1),
+        counts=LossCounts(0, 0, 0, 1),
     )
     router = make_router(tiny_moe("mixtral"))
-    loss = router.backward(empty, *student_states(student, empty), batch.units)
+    loss = router.backward(empty, *student_states(student, empty), batch.counts)
     assert float(loss.kl) == 0 and float(loss.balance) == 0
     assert all(not grad.any() for grad in gradients(router).values())
 
@@ -201,7 +201,7 @@ def test_only_gates_are_trained(family: str) -> None:
     assert hidden.requires_grad and head.weight.requires_grad
     hidden.retain_grad()
     for _ in range(3):
-        router.backward(batch, hidden, head, batch.units)
+        router.backward(batch, hidden, head, batch.counts)
         assert {n for n, p in teacher.named_parameters() if p.grad is not None} == gates
         assert all(p.grad is None for p in student.parameters()) and hidden.grad is None
         router.step()
@@ -232,10 +232,10 @@ def test_recomputing_activations_changes_no_bit_and_leaves_no_trace(
 
     one, two = counted("recomputed"), counted("kept")
     modes = [dict(vars(m)) for m in one.model.modules()]
-    first = one.backward(batch, *states, batch.units)
+    first = one.backward(batch, *states, batch.counts)
     assert [dict(vars(m)) for m in one.model.modules()] == modes
     monkeypatch.setattr(routing, "_recomputing", lambda _: nullcontext())
-    second = two.backward(batch, *states, batch.units)
+    second = two.backward(batch, *states, batch.counts)
     assert calls == {"recomputed": 2, "kept": 1}
     assert torch.equal(first.kl, second.kl) and same_bits(gradients(one), gradients(two))
 
@@ -249,16 +249,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
         state = router.state_dict()
         return {n: t.detach().clone() for n, t in state["tensors"].items()} | bits(teacher)
 
-    router.backward(batch, *states, batch.units)
+    router.backward(batch, *states, batch.counts)
     assert bool(router.step().ok)
     before = everything()
     broken = states[0].detach().clone()
     broken[0, 0, 0] = torch.nan
-    router.backward(batch, broken, states[1], batch.units)
+    router.backward(batch, broken, states[1], batch.counts)
     update = router.step()
     assert not bool(update.ok) and bool(update.skipped)
     assert same_bits(everything(), before)
-    router.backward(batch, *states, batch.units)
+    router.backward(batch, *states, batch.counts)
     assert bool(router.step().ok)
     assert not same_bits(everything(), before)
 
@@ -275,7 +275,7 @@ def kl_of(teacher: PreTrainedModel, student: PreTrainedModel, batches: list[Batc
 def test_alternating_each_gate_step_brings_the_teacher_closer() -> None:
     teacher, student = tiny_moe("mixtral"), tiny_llama(seed=1)
     batches = [make_batch((12, 7), seed=1), make_batch((9, 12), seed=2)]
-    totals = total(b.units for b in batches)
+    totals = total(b.counts for b in batches)
     router = make_router(teacher, learning_rate=3e-3)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     for _ in range(6):
@@ -304,7 +304,7 @@ def test_balance_alone_evens_out_the_use_of_experts() -> None:
     states = student_states(tiny_llama(seed=1), batch)
     values = []
     for _ in range(20):
-        values.append(float(router.backward(batch, *states, batch.units).balance))
+        values.append(float(router.backward(batch, *states, batch.counts).balance))
         router.step()
     assert values[-1] < 0.5 * values[0]
 
@@ -312,7 +312,7 @@ def test_balance_alone_evens_out_the_use_of_experts() -> None:
 def test_the_first_step_is_one_of_adam_without_decay() -> None:
     student, batch = tiny_llama(seed=1), make_batch()
     router = make_router(tiny_moe("mixtral"), learning_rate=1e-2)
-    router.backward(batch, *student_states(student, batch), batch.units)
+    router.backward(batch, *student_states(student, batch), batch.counts)
     grads, before = gradients(router), bits(router.model)
     norm = router.step().norm
     for name, gate in router.gate_parameters().items():
@@ -334,7 +334,7 @@ def test_small_steps_are_kept_in_masters_of_bf16_gates() -> None:
     }
     assert all(tensor.dtype == torch.float32 for tensor in masters.values())
     for _ in range(20):
-        router.backward(batch, *student_states(student, batch), batch.units)
+        router.backward(batch, *student_states(student, batch), batch.counts)
         assert {grad.dtype for grad in gradients(router).values()} == {torch.float32}
         router.step()
     for name, gate in router.gate_parameters().items():
@@ -356,7 +356,7 @@ def test_a_resumed_router_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
 
     def train(router: StudentAwareRouter, part: list[Batch]) -> None:
         for batch in part:
-            router.backward(batch, *student_states(student, batch), batch.units)
+            router.backward(batch, *student_states(student, batch), batch.counts)
             router.step()
 
     straight, first, second = start(), start(), start()
@@ -375,7 +375,7 @@ def test_a_resumed_router_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
 def test_state_is_whole_or_refused() -> None:
     batch = make_batch()
     router = make_router(tiny_moe("mixtral"))
-    router.backward(batch, *student_states(tiny_llama(seed=1), batch), batch.units)
+    router.backward(batch, *student_states(tiny_llama(seed=1), batch), batch.counts)
     with pytest.raises(RuntimeError, match="call step first"):
         router.state_dict()
     router.step()

@@ -28,15 +28,15 @@ from sad.checkpoint import store
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import latest_checkpoint, load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
-from sad.data.batch import Batch, Units
+from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals
 from sad.errors import CheckpointError, DivergedError, StoppedError, UnfitError, UsageError
 from sad.models.load import load_student
 from sad.optim.precision import Precision, Update
 from sad.optim.schedule import lr_factor
 from sad.report.log import RunLog, read_log
-from sad.training.inputs import Materials, gather
-from sad.training.meters import Clock
+from sad.training.inputs import RunInputs, load_inputs
+from sad.training.meters import ThroughputMeter
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
 from sad.training.student import build_student
@@ -90,9 +90,9 @@ def make_config(
 def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Callable[..., Any]) -> None:
     """Generators that were restored too early: https://github.com/huggingface/transformers/pull/46628"""
     config = make_config()
-    materials = gather(config)
-    whole = make_trainer(config, materials)
-    total = whole.horizon.micro_batches
+    inputs = load_inputs(config)
+    whole = make_trainer(config, inputs)
+    total = whole.run_length.micro_batches
     assert total % 4 and total > 8, "the last window should be a short one"
     ends = []
     for _ in range(total):
@@ -100,12 +100,12 @@ def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Callable[..., 
         ends.append(everything(whole))
 
     for stop in range(1, total):
-        first = make_trainer(config, materials)
+        first = make_trainer(config, inputs)
         for _ in range(stop):
             first.micro_batch()
         state, tensors = first.capture()
         path = save_checkpoint(config.output_dir, stop, state, tensors, save_total_limit=2)
-        second = make_trainer(config, materials)
+        second = make_trainer(config, inputs)
         torch.rand(7)  # the generators are restored last: whatever was drawn before is undone
         second.restore(load_checkpoint(path), warn=pytest.fail)
         assert_same_bits(everything(second), ends[stop - 1])
@@ -121,9 +121,11 @@ def test_saving_and_evaluating_leave_training_alone(make_config: Callable[..., A
         trainer = make_trainer(config)
         with run_log(config, trainer) as log:
             trainer.train(log, StopSignals())
-        captured = everything(trainer)
-        captured["state"] = {k: captured["state"][k] for k in ("scheduler", "rng", "ema", "sums")}
-        finals.append(captured)
+        activations = everything(trainer)
+        activations["state"] = {
+            k: activations["state"][k] for k in ("scheduler", "rng", "ema", "sums")
+        }
+        finals.append(activations)
     assert_same_bits(finals[0], finals[1])
     assert_same_bits(finals[0], finals[2])
 
@@ -177,7 +179,12 @@ def final_bits(run_dir: str) -> dict[str, Any]:
     return tensors | {"state": {k: v for k, v in saved.state.items() if k != "identity"}}
 
 
-CADENCE = {"num_train_epochs": 60, "save_steps": 3, "eval_steps": 4, "max_eval_rows": None}
+MAY_CHANGE_ON_RESUME = {
+    "num_train_epochs": 60,
+    "save_steps": 3,
+    "eval_steps": 4,
+    "max_eval_rows": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +193,7 @@ def whole_run(
 ) -> tuple[dict[str, Any], float]:
     """The uninterrupted run: its final state, and the seconds it took from its first progress."""
     folder = tmp_path_factory.mktemp("whole")
-    config = make_config_in(folder, **CADENCE)
+    config = make_config_in(folder, **MAY_CHANGE_ON_RESUME)
     process = start(config, folder)
     begin = first_progress(process, config)
     assert process.wait() == 0
@@ -200,7 +207,7 @@ def test_sigkill_at_ten_random_moments_changes_no_bit(
 ) -> None:
     """Mid-window, mid-evaluation, mid-save, mid-start: wherever the draw falls."""
     expected, duration = whole_run
-    config, draw, deaths = make_config(**CADENCE), random.Random(0), 0
+    config, draw, deaths = make_config(**MAY_CHANGE_ON_RESUME), random.Random(0), 0
     while deaths < 10:
         process = start(config, tmp_path, "--resume_from_checkpoint=auto")
         first_progress(process, config)
@@ -219,7 +226,7 @@ def test_sigkill_in_the_middle_of_evaluations_changes_no_bit(
 ) -> None:
     """Half of the moments find the EMA's weights swapped in."""
     expected, _ = whole_run
-    config = make_config(**CADENCE)
+    config = make_config(**MAY_CHANGE_ON_RESUME)
     for scored in (5, 6, 12, 15):
         process = start(
             config, tmp_path, "--resume_from_checkpoint=auto", die_at_scored_batch=scored
@@ -234,7 +241,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 ) -> None:
     config = make_config()
     whole = make_trainer(config)
-    for _ in range(whole.horizon.micro_batches):
+    for _ in range(whole.run_length.micro_batches):
         whole.micro_batch()
 
     micro_batch = Trainer.micro_batch
@@ -306,7 +313,7 @@ def test_a_resumption_computes_each_hash_once(
 def test_a_misspelt_model_is_called_by_its_key(make_config: Callable[..., Any], role: str) -> None:
     """Its tokenizer is missing as well, but `tokenizer` is no key that anybody has set."""
     with pytest.raises(UsageError, match=rf"^{role} must be .* got absent/{role}"):
-        gather(replace(make_config(), **{role: f"absent/{role}"}))
+        load_inputs(replace(make_config(), **{role: f"absent/{role}"}))
 
 
 def test_a_run_that_failed_before_it_trained_may_be_repeated(
@@ -374,8 +381,8 @@ def test_a_student_is_scored_again_without_the_one_it_came_from(
 
 def test_an_allowed_change_takes_effect(make_config: Callable[..., Any]) -> None:
     config = make_config()
-    materials = gather(config)
-    trainer = make_trainer(config, materials)
+    inputs = load_inputs(config)
+    trainer = make_trainer(config, inputs)
     for _ in range(4):
         trainer.micro_batch()
     state, tensors = trainer.capture()
@@ -383,11 +390,11 @@ def test_an_allowed_change_takes_effect(make_config: Callable[..., Any]) -> None
     other = replace(
         config, learning_rate=1e-3, weight_decay=0.5, ema_decay=0.5, allow_config_change=True
     )
-    resumed = make_trainer(other, materials)
+    resumed = make_trainer(other, inputs)
     warnings: list[str] = []
     resumed.restore(load_checkpoint(path), warn=warnings.append)
     resumed.micro_batch()
-    lr = other.learning_rate * lr_factor("linear", 5, trainer.horizon.micro_batches, warmup=3)
+    lr = other.learning_rate * lr_factor("linear", 5, trainer.run_length.micro_batches, warmup=3)
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-12)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert resumed.ema is not None and resumed.ema.decay == 0.5
@@ -412,11 +419,11 @@ def test_100_batches_are_100_scheduler_steps_and_13_updates(
     config = make_config(
         gradient_accumulation_steps=8, per_device_train_batch_size=1, lr_scheduler_type="cosine"
     )
-    materials = gather(config)
-    rows = len(materials.train_rows)
+    inputs = load_inputs(config)
+    rows = len(inputs.train_rows)
     assert rows >= 100
-    monkeypatch.setattr(type(materials.train_rows), "__len__", lambda self: 100)
-    trainer = make_trainer(replace(config, num_train_epochs=1), materials)
+    monkeypatch.setattr(type(inputs.train_rows), "__len__", lambda self: 100)
+    trainer = make_trainer(replace(config, num_train_epochs=1), inputs)
     used, updates = [], []
     step = Precision.step
 
@@ -441,18 +448,18 @@ def test_100_batches_are_100_scheduler_steps_and_13_updates(
 def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..., Any]) -> None:
     """Unequal lengths, a micro-batch without targets: float64 gradients agree to 1e-12."""
     config = make_config(packing=False, max_length=64)
-    materials = gather(config)
+    inputs = load_inputs(config)
     precision = Precision(config)
     model = load_student(config).double().eval()
-    student = build_student(config, model, materials.valid_vocab, precision)
+    student = build_student(config, model, inputs.valid_vocab, precision)
     student.compute_dtype = torch.float64
-    rows = materials.train_rows.batch(range(8))
+    rows = inputs.train_rows.batch(range(8))
     for row, length in enumerate((64, 3, 40, 0, 7, 64, 1, 12)):
         rows.labels[row, length:] = -100
     lengths = (rows.labels != -100).sum(1)
     hidden = torch.randn(8, 64, 48, dtype=torch.float64)
-    assert materials.teacher is not None
-    head = materials.teacher(rows).head
+    assert inputs.teacher is not None
+    head = inputs.teacher(rows).head
     from sad_kernels import TeacherHidden
 
     head = replace(head, weight=head.weight.double())
@@ -465,7 +472,7 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
                 rows.labels[part],
                 rows.position_ids[part],
                 lengths[part],
-                Units(int(lengths[part].sum()), 0, 0),
+                LossCounts(int(lengths[part].sum()), 0, 0),
                 0,
             )
             teacher = TeacherHidden(hidden[part], head)
@@ -508,7 +515,7 @@ def test_one_micro_batch_or_eight_give_one_gradient(
         trainer = make_trainer(config)
         trainer.student.model.double().eval()  # without dropout
         trainer.student.compute_dtype = torch.float64
-        while trainer.counters.micro_step < trainer.horizon.micro_batches:
+        while trainer.counters.micro_step < trainer.run_length.micro_batches:
             trainer.micro_batch()
         found.append(torch.stack(gradients))
         gradients.clear()
@@ -530,13 +537,13 @@ def test_evaluation_gives_the_figures_of_training(
     config = make_config(packing=False, label_smoothing=0.0, temperature=1.0)
     trainer = make_trainer(config)
     batches = [trainer.train_rows.batch(trainer._rows(i)) for i in range(4)]
-    monkeypatch.setattr(Materials, "eval_batches", lambda self, config: iter(batches))
+    monkeypatch.setattr(RunInputs, "eval_batches", lambda self, config: iter(batches))
     with run_log(config, trainer) as log:
         trainer.evaluate(log)
         trainer.student.eval()  # only now: evaluation itself has to do without dropout
         while not trainer.micro_batch():
             pass
-        trainer.log_progress(log, Clock(0))
+        trainer.log_progress(log, ThroughputMeter(0))
     (record,) = (r for r in read_log(config.output_dir) if r["kind"] == "train")
     evaluated = trainer.counters.metrics
     assert record["ce"] == evaluated["eval/nll"]
@@ -578,24 +585,24 @@ def test_rows_come_once_per_epoch_of_a_resumed_run(
     https://github.com/wyim-pgl/transgenic/issues/59
     """
     config = make_config(per_device_train_batch_size=7)
-    materials, used = gather(config), []
-    batch = materials.train_rows.batch
+    inputs, used = load_inputs(config), []
+    batch = inputs.train_rows.batch
 
     def record(rows: Any) -> Batch:
         used.extend(rows)
         return batch(rows)
 
-    monkeypatch.setattr(materials.train_rows, "batch", record)
-    trainer = make_trainer(config, materials)
-    per_epoch, total = trainer.horizon.batches_per_epoch, trainer.horizon.micro_batches
+    monkeypatch.setattr(inputs.train_rows, "batch", record)
+    trainer = make_trainer(config, inputs)
+    per_epoch, total = trainer.run_length.batches_per_epoch, trainer.run_length.micro_batches
     for stop in (per_epoch // 2, per_epoch + 3, total):  # in both epochs
         while trainer.counters.micro_step < stop:
             trainer.micro_batch()
         state, tensors = trainer.capture()
         path = save_checkpoint(config.output_dir, stop, state, tensors, save_total_limit=2)
-        trainer = make_trainer(config, materials)
+        trainer = make_trainer(config, inputs)
         trainer.restore(load_checkpoint(path), warn=pytest.fail)
-    every_row = list(range(len(materials.train_rows)))
+    every_row = list(range(len(inputs.train_rows)))
     first, second = used[: len(every_row)], used[len(every_row) :]
     assert sorted(first) == sorted(second) == every_row
     assert first != second

@@ -10,35 +10,35 @@ from sad_kernels._triton.rows import (
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
     TOTAL,
-    in_lanes,
     lane_sum,
     to_fp32,
+    to_lanes,
 )
 from sad_kernels._triton.tile import (
     load_logits,
     load_target,
     mixture_parts,
-    of_parts,
+    mixture_terms,
 )
 
 
 @triton.jit
-def sum_parts(
-    s, t, log_d, log_d_t, m, m_t, heat, beta,
+def mixture_sums(
+    s, t, log_d, log_d_t, m, m_t, inv_T, beta,
     LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    log_q = (s - m) * heat - log_d
-    log_p = (t - m_t) * heat - log_d_t
+    log_q = (s - m) * inv_T - log_d
+    log_p = (t - m_t) * inv_T - log_d_t
     _, u, v = mixture_parts(log_q, log_p, beta, DIVERGENCE, True)
-    return lane_sum(in_lanes(u, LANES, VECTOR)), lane_sum(in_lanes(v, LANES, VECTOR))
+    return lane_sum(to_lanes(u, LANES, VECTOR)), lane_sum(to_lanes(v, LANES, VECTOR))
 
 
 @triton.jit
-def terms_kernel(
+def mixture_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_cap,
     t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
     labels_ptr, ignore_index,
-    saved_ptr, terms_ptr, N, V, heat, beta,
+    saved_ptr, mixture_ptr, N, V, inv_T, beta,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     LANES: tl.constexpr,
@@ -54,7 +54,7 @@ def terms_kernel(
     if HAS_LABELS:
         if tl.load(labels_ptr + row) == ignore_index:
             return
-    heat, beta = to_fp32(heat), to_fp32(beta)
+    inv_T, beta = to_fp32(inv_T), to_fp32(beta)
     s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
     t_scale, t_cap, t_share = to_fp32(t_scale), to_fp32(t_cap), to_fp32(t_share)
     s_row = s_ptr + row * s_stride
@@ -77,7 +77,7 @@ def terms_kernel(
             s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
             False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
         )  # fmt: skip
-        u, v = sum_parts(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
+        u, v = mixture_sums(s, t, log_d, log_d_t, m, m_t, inv_T, beta, LANES, VECTOR, DIVERGENCE)
         u_sum += u
         v_sum += v
     if whole < last:
@@ -87,10 +87,10 @@ def terms_kernel(
             s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
             True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
         )  # fmt: skip
-        u, v = sum_parts(s, t, log_d, log_d_t, m, m_t, heat, beta, LANES, VECTOR, DIVERGENCE)
+        u, v = mixture_sums(s, t, log_d, log_d_t, m, m_t, inv_T, beta, LANES, VECTOR, DIVERGENCE)
         u_sum += u
         v_sum += v
-    out = terms_ptr + segment.to(tl.int64) * N + row
-    value, expectation = of_parts(tl.sum(u_sum, 0), tl.sum(v_sum, 0), beta, DIVERGENCE)
+    out = mixture_ptr + segment.to(tl.int64) * N + row
+    value, expectation = mixture_terms(tl.sum(u_sum, 0), tl.sum(v_sum, 0), beta, DIVERGENCE)
     tl.store(out, value)
     tl.store(out + tl.num_programs(1).to(tl.int64) * N, expectation)
