@@ -67,7 +67,7 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from sad.report.page import format_results
+    from sad.report.results import format_results
     from sad.training.rescore import evaluate_run
 
     print(format_results(evaluate_run(args.run_dir)))

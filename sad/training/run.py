@@ -33,7 +33,8 @@ from sad.models.preflight import check_model, check_run
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, run_header
 from sad.report.log import RunLog
-from sad.report.page import format_results, write_report
+from sad.report.page import write_report
+from sad.report.results import BASELINE_NAME, format_results
 from sad.training.evaluate import evaluate_teacher
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ResultRow, result_row
@@ -148,7 +149,7 @@ def _train_baseline(
         output_dir=str(run_dir.baseline),
         resume_from_checkpoint=config.resume_from_checkpoint and "auto",
     )
-    name = "student, text alone"
+    name = BASELINE_NAME
     baseline = RunDirectory(run_dir.baseline)
     if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
         return baseline.read_run()["results"][0]

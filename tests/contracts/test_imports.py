@@ -24,6 +24,7 @@ TORCH_ONLY = frozenset({"torch", "sad_kernels"}) | sys.stdlib_module_names
 
 REQUIRED = TORCH_ONLY | {
     "einops",
+    "jinja2",
     "numpy",
     "psutil",
     "sad",

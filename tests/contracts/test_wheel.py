@@ -1,4 +1,4 @@
-"""The wheel holds both packages whole, with recipes and typing marks, and nothing else."""
+"""The wheel holds both packages whole, with recipes, templates and typing marks, and nothing else."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
         assert "sad = sad.cli:main" in archive.read(entry).decode()
     assert complaints(names, expected_files()) == []
     assert {"sad/py.typed", "sad_kernels/py.typed", "sad/recipes/quickstart.yaml"} <= names
+    assert {"sad/report/page.html.jinja", "sad/report/page.css"} <= names
 
 
 SOUND = {"sad/a.py", "sad-1.dist-info/entry_points.txt", "sad-1.dist-info/licenses/LICENSE"}

@@ -14,8 +14,9 @@ import pytest
 
 from sad.environment import memory_now
 from sad.errors import OutputError, UsageError
+from sad.metrics import format_count, format_metric
 from sad.report.log import RunLog, from_json, read_log, to_json
-from sad.report.terminal import aligned_pairs, format_count, format_duration, format_metric
+from sad.report.terminal import aligned_pairs, format_duration
 
 
 class Terminal(io.StringIO):
