@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sad.data.batch import Batch
 from sad.losses.base import Terms
+from sad.metrics import table_metrics
 
 
 class ThroughputMeter:
@@ -81,14 +82,10 @@ class EvalMeter:
         return {f"{prefix}/{name}": value for name, value in result.items()}
 
 
-TABLE = ("nll", "perplexity", "bits_per_byte", "kl", "agreement", "accuracy")
-"""The metrics of the result table."""
-
-
 ResultRow = dict[str, Any]
 
 
 def result_row(name: str, model: nn.Module, metrics: Mapping[str, float], prefix: str) -> ResultRow:
     """One line of the result table; a metric that does not apply is None."""
-    scores = {metric: metrics.get(f"{prefix}/{metric}") for metric in TABLE}
+    scores = {m.name: metrics.get(f"{prefix}/{m.name}") for m in table_metrics()}
     return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores

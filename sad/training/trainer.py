@@ -47,6 +47,7 @@ from sad.environment import StopSignals, memory_now
 from sad.errors import CheckpointError, DivergedError, StoppedError
 from sad.losses.structural import StructuralLosses
 from sad.losses.taid import TAIDSchedule
+from sad.metrics import DEFAULT_BEST
 from sad.optim.precision import Precision, structural_parameters
 from sad.optim.schedule import (
     RunLength,
@@ -521,8 +522,8 @@ class Trainer:
 
     @property
     def metric_for_best(self) -> str:
-        default = "eval_ema/nll" if self.ema is not None else "eval/nll"
-        return self.config.metric_for_best_model or default
+        prefix = "eval" if self.ema is None else "eval_ema"
+        return self.config.metric_for_best_model or f"{prefix}/{DEFAULT_BEST}"
 
 
 def _taid(config: DistillConfig) -> TAIDSchedule | None:
