@@ -45,6 +45,7 @@ from sad.config.values import (
     field_types,
     require,
 )
+from sad.metrics import best_model_metrics
 
 STRUCTURAL = ("feature", "attention", "relations", "layerwise", "contrastive", "router")
 """Losses that look inside both models. Each is a section with a ``weight``."""
@@ -312,9 +313,6 @@ _RANGES = {
 }
 """Key -> what its value must satisfy, unless it is None. ``Objective`` checks its own."""
 
-_METRICS = ("nll", "perplexity", "bits_per_byte", "kl")
-"""The figures of an evaluation of which less is better."""
-
 
 def _check_models(config: DistillConfig) -> None:
     require(
@@ -405,7 +403,7 @@ def _check_metric(config: DistillConfig) -> None:
     if config.metric_for_best_model is None:
         return
     prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
-    names = [name for name in _METRICS if name != "kl" or config.teacher is not None]
+    names = best_model_metrics(with_teacher=config.teacher is not None)
     choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
     require(
         "metric_for_best_model",
