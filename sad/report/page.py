@@ -60,6 +60,7 @@ def write_report(run_dir: str | Path) -> Path:
         _make_directory(run_dir / "plots")
     for plot in plots or ():
         write_atomic(run_dir / "plots" / f"{plot.name}.png", plot.png)
+    # The page comes last: a plot that cannot be written leaves the page of before.
     page = run_dir / "report.html"
     write_atomic(page, TEMPLATES.get_template("page.html.jinja").render(_content(run_dir, plots)))
     return page
@@ -189,6 +190,7 @@ def _facts(run_dir: Path, records: Sequence[Record], finished: bool) -> Iterator
         yield f"{len(attempts)} attempts"
     if last.get("skipped"):
         yield f"{last['skipped']} updates skipped"
+    # Of the GPU where there was one; on CPU the peak of the whole process.
     peaks = [r.get("cuda_peak_bytes") or r.get("rss_peak_bytes") or 0 for r in train]
     if max(peaks):
         yield f"peak memory {max(peaks) / 2**30:.2f} GiB"
@@ -209,7 +211,8 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short_prompt(samples: Sequence[Mapping[str, Any]]) -> str:
-    """One line of a sample's prompt, to try the student with."""
+    """A prompt to try the student with, out of the first sample."""
+    # The last line of the prompt, short enough for one line of code.
     words = str(samples[0].get("prompt", "")).strip() if samples else ""
     return words.rpartition("\n")[2][:40] or "The"
 

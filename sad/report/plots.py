@@ -88,6 +88,7 @@ def draw_plots(panels: Iterable[FilledPanel]) -> Iterator[Plot]:
 
 
 def _draw(panel: FilledPanel) -> Plot:
+    # The salt makes ids unique among the plots of a page, and the same in every drawing.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": panel.name}):
         figure = Figure(figsize=SIZE)
         axes = figure.add_subplot()
@@ -96,7 +97,7 @@ def _draw(panel: FilledPanel) -> Plot:
         if panel.level is not None and math.isfinite(panel.level.value):
             _draw_level(axes, panel.level)
         _draw_marks(axes, panel)
-        _dress(axes, panel)
+        _set_axes(axes, panel)
         _legend(figure, axes, panel)
 
         png, svg = io.BytesIO(), io.StringIO()
@@ -107,16 +108,17 @@ def _draw(panel: FilledPanel) -> Plot:
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
+    # NaN breaks a line, and infinities would stretch the axis.
     y = [value if math.isfinite(value) else math.nan for value in line.y]
     colour = LIGHT[line.colour]
-    marked = _alone(y) if len(y) > FEW_POINTS else list(range(len(y)))
+    marked = _isolated(y) if len(y) > FEW_POINTS else list(range(len(y)))
     axes.plot(
         line.x, y, color=colour, linestyle=line.dash, linewidth=line.width, label=line.label,
         marker="o" if marked else "", markersize=4.2 if line.dash == "-" else 2.6, markevery=marked,
     )  # fmt: skip
 
 
-def _alone(y: Sequence[float]) -> list[int]:
+def _isolated(y: Sequence[float]) -> list[int]:
     """Indices of finite values between two that are not: without a marker they would not show."""
     padded = [math.nan, *y, math.nan]
     return [
@@ -138,7 +140,7 @@ def _draw_marks(axes: Axes, panel: FilledPanel) -> None:
             micro_step, color=LIGHT["muted"], linestyle=":", linewidth=1.0,
             label="" if i else "resumed",
         )  # fmt: skip
-    bad = sorted(
+    not_finite = sorted(
         {
             x
             for line in panel.lines
@@ -146,14 +148,16 @@ def _draw_marks(axes: Axes, panel: FilledPanel) -> None:
             if not math.isfinite(y)
         }
     )
-    if bad:
+    if not_finite:  # x in data, y as a share of the axis: there is no value to stand at
         axes.plot(
-            bad, [0.03] * len(bad), transform=axes.get_xaxis_transform(), linestyle="none",
-            marker="x", color=LIGHT["bad"], label=f"not finite ({len(bad)})",
+            not_finite, [0.03] * len(not_finite), transform=axes.get_xaxis_transform(),
+            linestyle="none", marker="x", color=LIGHT["bad"],
+            label=f"not finite ({len(not_finite)})",
         )  # fmt: skip
 
 
-def _dress(axes: Axes, panel: FilledPanel) -> None:
+def _set_axes(axes: Axes, panel: FilledPanel) -> None:
+    """Labels, limits, scale and ticks of both axes."""
     axes.set_xlabel("micro-batches")
     axes.set_ylabel(panel.spec.unit)
     axes.yaxis.set_label_coords(-0.115, 0.5)
@@ -168,12 +172,14 @@ def _dress(axes: Axes, panel: FilledPanel) -> None:
         if panel.spec.from_zero and min(values) >= 0:
             axes.set_ylim(0, 1.06 * max(values) or 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    # From 0 in any case, so that panels beside each other share their horizontal axis.
     axes.set_xlim(0, 1.03 * max(max(line.x) for line in panel.lines) or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
 
 
 def _tick(value: float, position: int | None) -> str:
+    """A number as short as it can be: ``2.5e-4``, ``0.01``, ``1,250``."""
     if 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -186,6 +192,7 @@ def _legend(figure: Figure, axes: Axes, panel: FilledPanel) -> None:
     Margins are fixed, so that panels beside each other line up.
     """
     handles, labels = axes.get_legend_handles_labels()
+    # Three long labels fill the width of a panel, four short ones do.
     columns = 4 if sum(map(len, labels)) < 42 else 3
     rows = math.ceil(len(labels) / columns) if len(labels) > 1 else 0
     if rows:
@@ -197,9 +204,10 @@ def _legend(figure: Figure, axes: Axes, panel: FilledPanel) -> None:
 
 def _for_page(svg: str, title: str) -> str:
     """The bare ``<svg>`` element: scalable, themed by CSS variables, without unused ids."""
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :]  # without XML declaration and doctype
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    # An id occurs once on a page, so only those stay that a clip path or a <use> refers to.
     used = set(re.findall(r"#([A-Za-z]\w*)[\"')]", svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
     return with_variables(svg).replace(

@@ -79,7 +79,7 @@ def bar_postfix(record: Mapping[str, Any]) -> str:
 
 
 class AlignedLines:
-    """Train records as lines in columns; titles return now and then, or with new columns."""
+    """Train records as lines in columns; titles come again now and then, and with new columns."""
 
     def __init__(self, total: int, initial: int) -> None:
         self._total = total
@@ -99,6 +99,7 @@ class AlignedLines:
 
     def _cells(self, record: Mapping[str, Any]) -> list[_Cell]:
         step = record["micro_step"]
+        # The rate is that of this process: what was done before it resumed took other time.
         elapsed = time.monotonic() - self._began
         left = elapsed * (self._total - step) / max(step - self._initial, 1)
         total = f"{self._total:,}"

@@ -1,4 +1,4 @@
-"""The wheel holds both packages whole, with recipes, templates and typing marks, and nothing else."""
+"""The wheel holds both packages whole, with recipes, templates and typing marks, and no more."""
 
 from __future__ import annotations
 

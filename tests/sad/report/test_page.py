@@ -428,6 +428,53 @@ def test_warnings_are_listed(tmp_path: Path) -> None:
     assert "three updates were skipped" in text and "3 updates skipped" in text
 
 
+def test_a_run_of_an_earlier_version_has_its_report(tmp_path: Path) -> None:
+    """As version 0.1.0 left them: other names in the table, no entropy in it, other keys."""
+    train = {
+        "attempt": 1, "kind": "train", "time": "2026-11-01T10:00:00.000Z", "micro_step": 4,
+        "global_step": 4, "epoch": 0.5, "tokens": 512, "loss": 3.0, "ce": 6.0, "kd": 2.0, "z": 90.0,
+        "accuracy": 0.1, "agreement": 0.2, "weights": {"ce": 0.3, "kd": 0.7}, "lr": 1e-3,
+        "grad_norm": "NaN", "loss_scale": 1.0, "skipped": 0, "tokens_per_second": 100.0,
+        "rss_bytes": 2**30, "rss_peak_bytes": 2**30, "num_updates": 4, "ema_decay": 0.5,
+    }  # fmt: skip
+    scores = {"eval/nll": 5.0, "eval/perplexity": 148.4, "eval/entropy": 4.0, "eval/loss": 3.0}
+    lines = [train, {**train, "kind": "eval"} | scores]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [TEACHER, BASELINE | {"name": "student, text alone"}, DISTILLED]
+    rows = [{key: value for key, value in row.items() if key != "entropy"} for row in rows]
+    (tmp_path / "run.json").write_text(json.dumps({"results": rows}))
+    html = page_of(tmp_path)
+    text = Page(html).text
+    assert "Distillation helped" in text and "student, text alone" in text
+    assert "entropy" not in text  # no row has it
+    assert list(svgs_of(html)) == [
+        "Held-out loss", "Entropy of the predictions", "Training loss and its parts",
+        "Learning rate", "Weights of the loss terms", "Gradient norm", "Throughput", "Memory",
+        "Top-1 in training", "Decay of the averaged weights",
+    ]  # fmt: skip
+    assert ">z-loss<" not in html
+
+
+def test_a_scale_and_skipped_updates_are_drawn_where_they_say_something(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_batches=80, stream=io.StringIO()) as log:
+        for step, scale in ((4, 65536.0), (8, 32768.0)):
+            log.train(train_record(step, loss_scale=scale, skipped=step // 8))
+    svgs = svgs_of(page_of(tmp_path))
+    assert {"Loss scale of fp16", "Updates skipped so far"} <= svgs.keys()
+
+
+def test_structural_losses_are_drawn_on_held_out_text(tmp_path: Path) -> None:
+    """Also one that is declared nowhere but among the weights."""
+    weights = {"weights": {"ce": 1.0, "feature": 0.1, "mine": 0.1}, "feature": 1.0, "mine": 2.0}
+    with RunLog(tmp_path, total_batches=80, stream=io.StringIO()) as log:
+        log.train(train_record(4, **weights))
+        log.evaluation({"micro_step": 4, "global_step": 2, "eval/feature": 1.0, "eval/mine": 2.0})
+    svgs = svgs_of(page_of(tmp_path))
+    for title in ("Structural losses on held-out text", "Training loss and its parts"):
+        assert ">feature<" in svgs[title] and ">mine<" in svgs[title]
+    assert "mine" not in svgs
+
+
 def test_a_directory_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run directory must exist"):
         write_report(tmp_path / "nowhere")
@@ -467,6 +514,13 @@ def test_the_verdict_compares_the_best_weights_with_the_baseline() -> None:
         "the same batches, perplexity fell from 217.02 to 145.47 (-33.0 %), KL to the "
         "teacher fell from 0.8000 to 0.5000 (-37.5 %) and top-1 agreement rose from 45.0 % to "
         "56.0 % (+11.0 points). That closes 40 % of that student's gap to its teacher in NLL."
+    )
+
+
+@pytest.mark.parametrize("name", ["student, CE only", "student, text alone (EMA)"])
+def test_the_baseline_is_known_by_its_names_of_now_and_before(name: str) -> None:
+    assert verdict([TEACHER, BASELINE | {"name": name}, DISTILLED]).startswith(
+        "Distillation helped: against the same student trained with CE only"
     )
 
 
