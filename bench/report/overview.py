@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         time = f"{self.ms:.0f} ms" if self.right else f"~~{self.ms:.0f} ms~~"
-        return f"{time} · {_gib(self.gib)} · {_percent(self.error)}"
+        return f"{time}<br>{_gib(self.gib)} · {_percent(self.error)}"
 
 
 def entries(record: Json, width: int) -> dict[str, dict[str, Entry]]:
@@ -69,26 +69,24 @@ def entries(record: Json, width: int) -> dict[str, dict[str, Entry]]:
 def table(record: Json, width: int) -> list[str]:
     """Markdown: the entries, what the columns are, and who needs less than we do."""
     found = entries(record, width)
-    shape = next(
-        r["shape"] for r in record["rows"] if r["case"] == PICTURED and r["shape"]["D_s"] == width
-    )
-    gradients = next(r["gradient_mib"] for r in record["rows"] if r["shape"].get("D_s") == width)
-    card = record["machine"]["gpu"].removeprefix("NVIDIA ")
-    lines = [f"| {card} | {' | '.join(LOSSES.values())} |", "|-" * (1 + len(LOSSES)) + "|"]
+    some = next(r for r in record["rows"] if r["case"] == PICTURED and r["shape"]["D_s"] == width)
+    shape, card = some["shape"], record["machine"]["gpu"].removeprefix("NVIDIA ")
+    lines = [f"| {card}: time, memory · error | {' | '.join(LOSSES.values())} |"]
+    lines.append("|-" * (1 + len(LOSSES)) + "|")
     for package, of_package in found.items():
         cells = [str(of_package.get(case, "-")) for case in LOSSES]
         lines.append(f"| {_name(package, record)} | {' | '.join(cells)} |")
     return [
         *lines,
         "",
-        f"Forward and backward in bf16 of {shape['N']:,} tokens from hidden states of width "
-        f"{shape['D_s']:,} (teacher: {shape['D_t']:,}) over {shape['V']:,} columns: median time; "
-        f"peak memory beyond the inputs, the gradients' {gradients / 1024:.1f} GiB included; the "
-        "larger relative error of both gradients against float64. Each package in its fastest "
-        "setting that is right; a time is struck out where every setting is more than 5 % off; "
-        "`-`: it has no such loss. TRL has no CE + KL: both its losses, one after the other.",
-        "",
-        " ".join(_lower(found)),
+        f"**{' '.join(_lower(found))}** Forward and backward in bf16 of {shape['N']:,} tokens, "
+        f"from hidden states of width {shape['D_s']:,} (teacher: {shape['D_t']:,}) over "
+        f"{shape['V']:,} columns, at a KL of about {some['options']['kl']:g} nat. Time: the "
+        "median. Memory: the peak beyond the inputs, of which the gradients are "
+        f"{some['gradient_mib'] / 1024:.1f} GiB. Error: relative to float64, the larger of both "
+        "gradients. Each package in its fastest setting that is right; a time is struck out where "
+        "every setting is more than 5 % off; `-`: it has no such loss. TRL has no CE + KL: both "
+        "its losses, one after the other.",
     ]
 
 

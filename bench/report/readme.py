@@ -88,7 +88,7 @@ TABLES: dict[str, Callable[[Json], list[str]]] = {
 
 
 def text_of(source: str, file: str | None = None) -> Callable[[Path], list[str]]:
-    """A block that the measurement's own module writes, from its JSON (default: ``source.json``)."""
+    """A block written by the measurement's own module, from its JSON (``source.json``)."""
     name = file or f"{source}.json"
 
     def block(results: Path) -> list[str]:

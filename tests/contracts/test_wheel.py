@@ -1,4 +1,4 @@
-"""The wheel holds both packages whole, with recipes, templates and typing marks, and no more."""
+"""The wheel holds both packages whole, with recipes, templates and typing marks, and no READMEs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ SOURCES = {"sad": ROOT / "sad", "sad_kernels": ROOT / "kernels" / "sad_kernels"}
 
 
 def expected_files() -> set[str]:
-    """Every file of both packages under the name it has in a wheel."""
+    """Every file of both packages but READMEs, under the name it has in a wheel."""
     return {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in SOURCES.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "README.md"
     }
 
 
 def complaints(names: set[str], expected: set[str]) -> list[str]:
+    """What a wheel with these names lacks, and what it has too much of."""
     packed = {name for name in names if ".dist-info/" not in name}
     info = {name.partition(".dist-info/")[2] for name in names - packed}
     needed = {"entry_points.txt", "licenses/LICENSE"}
