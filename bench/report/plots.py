@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def _time_memory(rows: Sequence[Json], about: str) -> Figure | None:
         return None
     by_case, look = _by_case(rows), looks(rows)
     title = "Time against memory, and of each peer the larger error of both gradients"
-    figure, grid = sheet(len(by_case), min(3, len(by_case)), title, about)
+    figure, grid = sheet(len(by_case), _columns(by_case), title, about)
     labels = []
     for axes, (case, of_case) in zip(grid, by_case.items(), strict=True):
         set_title(axes, case, of_case[0]["shape"], of_case[0]["dtype"])
@@ -195,7 +195,7 @@ def _floor_ratio(rows: Sequence[Json], about: str) -> Figure | None:
     shown = [r for of_case in chosen.values() for r in of_case]
     look = looks(shown)
     title = "Time over that of the bare products (GEMMs), or of a copy of the least bytes"
-    figure, grid = sheet(len(chosen), min(3, len(chosen)), title, about)
+    figure, grid = sheet(len(chosen), _columns(chosen), title, about)
     for axes, (case, of_case) in zip(grid, chosen.items(), strict=True):
         at = {name: size for name, size in of_case[0]["shape"].items() if name != "N"}
         set_title(axes, case, at, of_case[0]["dtype"])
@@ -220,7 +220,7 @@ def _errors(rows: Sequence[Json], about: str) -> Figure | None:
     by_case, look = _by_case(rows), looks(rows)
     most = max(sum(bool(r.get("err")) for r in of_case) for of_case in by_case.values())
     size = 4.2, max(2.5, 0.25 * most + 1.0)
-    figure, grid = sheet(len(by_case), min(3, len(by_case)), "Errors by peer", about, size)
+    figure, grid = sheet(len(by_case), _columns(by_case), "Errors by peer", about, size)
     names: dict[str, str] = {}
     for axes, (case, of_case) in zip(grid, by_case.items(), strict=True):
         of_case = [r for r in of_case if r.get("err")]
@@ -243,6 +243,11 @@ def _errors(rows: Sequence[Json], about: str) -> Figure | None:
     handles["wrong beyond: 5 %"] = Line2D([], [], color=LIGHT["bad"], linestyle=DASHES[1])
     finish(figure, handles, list(_without(rows, lambda row: row.get("err"))))
     return figure
+
+
+def _columns(panels: Sized) -> int:
+    """At most three beside each other, and four as two by two."""
+    return 2 if len(panels) == 4 else min(3, len(panels))
 
 
 def _by_case(rows: Iterable[Json]) -> dict[str, list[Json]]:
