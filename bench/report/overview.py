@@ -126,7 +126,7 @@ def draw(record: Json, width: int, folder: Path) -> list[Path]:
         ("error of the gradients", [e.error for e in found.values()], _percent),
     )
     paths = []
-    style = STYLE | {"svg.fonttype": "path", "svg.hashsalt": "sad"}
+    style: dict[Any, Any] = STYLE | {"svg.fonttype": "path", "svg.hashsalt": "sad"}
     for theme, colours in zip(THEMES, (LIGHT, DARK), strict=True):
         with matplotlib.rc_context(style):
             figure = Figure(figsize=(8.6, 1.75), layout="constrained")
