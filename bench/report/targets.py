@@ -105,7 +105,7 @@ def _read(path: Path) -> Json:
 def _rows(record: Json, counters: Json) -> Iterator[Target]:
     """The row kernels by themselves, over a copy of the bytes that they must move.
 
-    ``statistics`` is the forward pass, the kernel ``terms`` of a mixture included.
+    ``statistics`` is the forward pass, with a mixture's second kernel in it.
     """
     ratios = {
         (row["loss"], row["kernel"]): row["ratio_copy"]
