@@ -51,6 +51,8 @@ STRUCTURAL = ("feature", "attention", "relations", "layerwise", "contrastive", "
 """Losses that look inside both models. Each is a section with a ``weight``."""
 
 SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
+"""The names of ``sad.optim.schedule.SCHEDULES``."""
+SchedulerUnit = Literal["batch", "optimizer_step"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "triton", "torch"]
 
@@ -166,7 +168,7 @@ class DistillConfig:
     """Global norm the gradient is clipped to; 0 turns clipping off."""
     lr_scheduler_type: SchedulerName = "linear"
     """Shape of the schedule after warm-up."""
-    scheduler_unit: Literal["batch", "optimizer_step"] = "batch"
+    scheduler_unit: SchedulerUnit = "batch"
     """When the scheduler steps: once per micro-batch, or once per optimizer step."""
     warmup_steps: float = 0
     """Warm-up in optimizer steps; below 1: as a fraction of training, as in transformers 5."""

@@ -236,7 +236,11 @@ MUTATIONS = [
     Mutation(
         "39",
         "a schedule in micro-batches ends after as many of them as there are windows",
-        edit(SCHEDULE, "length = run_length.micro_batches", "length = run_length.windows"),
+        edit(
+            SCHEDULE,
+            "length = run_length.steps(config.scheduler_unit)",
+            "length = run_length.windows",
+        ),
         tests(
             "sad/optim/test_schedule.py",
             "test_100_batches_are_100_scheduler_steps[linear-8-()]",
