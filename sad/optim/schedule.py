@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLength:
-    """The planned length of a run, and where each micro-batch lies in it.
+    """The planned length of a run, and the epoch and window of each of its micro-batches.
 
     An epoch has ``ceil(num_rows / batch_size)`` micro-batches; ``accumulation_steps`` of them make
     a window. Windows never cross the end of an epoch or of the run: the last one there has
@@ -180,13 +180,13 @@ SCHEDULES: Mapping[SchedulerName, Callable[[SchedulePoint], float]] = {
 def lr_factor(
     name: SchedulerName,
     t: int,
-    run_length: int,
+    length: int,
     *,
     warmup: float = 0,
     min_lr_ratio: float = 0.0,
     decay_ratio: float = 0.2,
 ) -> float:
-    """The learning rate after ``t`` of ``run_length`` steps, relative to its peak.
+    """The learning rate after ``t`` of ``length`` steps, relative to its peak.
 
     ``t / warmup`` during the warm-up. After it ``f + (1 - f) g(x)`` with ``f = min_lr_ratio``,
     ``x`` the share of the steps after the warm-up that is still to come, and ``g`` the function
@@ -202,19 +202,19 @@ def lr_factor(
         )
     if t < warmup:
         return t / warmup
-    steps_left = max(0, run_length - t)
+    steps_left = max(0, length - t)
     # Without steps left the denominator may be 0: the warm-up may be as long as the run.
-    left = steps_left / (run_length - warmup) if steps_left else 0.0
-    left_of_run = steps_left / run_length if steps_left else 0.0
+    left = steps_left / (length - warmup) if steps_left else 0.0
+    left_of_run = steps_left / length if steps_left else 0.0
     shape = SCHEDULES[name](SchedulePoint(left, left_of_run, decay_ratio))
     return min_lr_ratio + (1.0 - min_lr_ratio) * shape
 
 
 def build_scheduler(optimizer: Optimizer, config: DistillConfig, run_length: RunLength) -> LambdaLR:
-    """The scheduler of ``config``, to be stepped once per ``scheduler_unit``.
+    """The learning-rate scheduler of ``config``, to be stepped once per ``scheduler_unit``.
 
-    Build the optimizer, then the scheduler; load the optimizer's state, then the scheduler's. Built
-    after loading, it would overwrite the learning rate that was loaded.
+    Build the optimizer, then the scheduler, and only then load their states: a scheduler that is
+    built later would overwrite the learning rate that was loaded.
     """
     length = run_length.steps(config.scheduler_unit)
     warmup = warmup_batches(config, run_length)
@@ -235,7 +235,7 @@ def build_scheduler(optimizer: Optimizer, config: DistillConfig, run_length: Run
 
 
 def step_scheduler(scheduler: LRScheduler) -> None:
-    """``scheduler.step()``, after the optimizer's step and whether or not that was skipped.
+    """Run ``scheduler.step()``, after the optimizer's step, also where that was skipped.
 
     torch expects an optimizer step before the first scheduler step. With gradient accumulation the
     scheduler rightly goes first, so that warning, and no other, is silenced on the first step.
@@ -253,11 +253,11 @@ def step_scheduler(scheduler: LRScheduler) -> None:
 def check_foreign_scheduler(
     scheduler: Any, run_length: RunLength, unit: SchedulerUnit = "batch"
 ) -> None:
-    """Refuse a scheduler made elsewhere that cannot be stepped as this trainer steps.
+    """Raise ``UsageError`` for a user's scheduler that cannot be stepped as this trainer steps it.
 
-    Raises ``UsageError`` for ``ReduceLROnPlateau``, which waits for a metric, and for a
-    ``OneCycleLR`` or ``CosineAnnealingLR`` that ends before the run: the first would raise there,
-    the second climb again.
+    These are ``ReduceLROnPlateau``, which needs a metric, and a ``OneCycleLR`` or
+    ``CosineAnnealingLR`` that ends before the run: the first would raise there, the second climb
+    again.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UsageError(
@@ -275,7 +275,7 @@ def check_foreign_scheduler(
 
 
 def describe(config: DistillConfig, run_length: RunLength) -> str:
-    """The run's length: ``12,000 micro-batches = 1,500 windows, warm-up 400 = 50``."""
+    """The run's length in words: ``12,000 micro-batches = 1,500 windows, warm-up 400 = 50``."""
     warmup = warmup_batches(config, run_length)
     warmup_windows = f"{warmup / run_length.accumulation_steps:,.2f}".removesuffix(".00")
     return (
@@ -289,7 +289,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _as_written(x: float) -> Fraction:
-    """The decimal number that a float was written as: 1/10 for 0.1, not its binary neighbour."""
+    """The decimal number that a float was written as: 1/10 for 0.1, not its binary value."""
     return Fraction(repr(float(x)))
 
 

@@ -251,7 +251,7 @@ def with_masters() -> tuple[nn.Linear, dict[str, Tensor], ModelEMA]:
 def test_a_master_of_no_parameter_is_refused() -> None:
     model = linear(torch.bfloat16)
     masters = {"weight": model.weight.detach().float(), "wieght": torch.zeros(3, 5)}
-    with pytest.raises(ValueError, match="masters must have the names .*, got 'wieght'; pass"):
+    with pytest.raises(ValueError, match=r"masters must have the names .*, got 'wieght'; pass"):
         ModelEMA(model, masters=masters)
 
 
