@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if not {"-h", "--help"}.isdisjoint(words):
         words = [*words[:1], "--help"]  # whatever else stands on the line
+    # --debug counts before the words are parsed, so that a parsing error shows its traceback, too.
     args = argparse.Namespace(debug="--debug" in words)
     try:
         code = _run(words, args)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, where a broken pipe is still handled
         return code
     except KeyboardInterrupt:
         print("sad: error: interrupted; nothing new is saved", file=sys.stderr)

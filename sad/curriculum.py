@@ -81,6 +81,7 @@ class Curriculum:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over weights, length and schedules of ``state``, checked as in the constructor."""
+        # All three are checked before one is assigned.
         full, total_steps = _checked_weights(state["weights"]), _checked_total(state["total_steps"])
         schedules = _checked_schedules(state["schedules"])
         self._full, self.total_steps, self._schedules = full, total_steps, schedules

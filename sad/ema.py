@@ -84,7 +84,7 @@ class ModelEMA:
         """
         self._require_not_swapped("updated")
         decay = self._decay_now()
-        if ok is not None:
+        if ok is not None:  # a decay of 1 leaves every bit of the shadows
             decay = torch.where(ok, decay, 1.0)
         ema_update_(list(self._shadows.values()), list(self._sources.values()), decay)
         self._num_updates += 1 if ok is None else ok
@@ -139,6 +139,7 @@ class ModelEMA:
                 f"{len(saved)}, first that only one side has: {differing[0]!r}; load the state of "
                 "the same model"
             )
+        # Everything is checked before anything is copied.
         for name, shadow in self._shadows.items():
             if saved[name].shape != shadow.shape or saved[name].dtype != shadow.dtype:
                 raise ValueError(
@@ -159,7 +160,7 @@ class ModelEMA:
 
     def _swap_in(self) -> None:
         ema_swap_(*self._exchanged())
-        for live, _, shadow in self._with_master():
+        for live, _, shadow in self._with_master():  # rounds; the master keeps the weights
             live.copy_(shadow)
 
     def _swap_out(self) -> None:

@@ -22,7 +22,7 @@ class UsageError(SadError):
 
 
 class UnfitError(SadError):
-    """Data, tokenizer or model cannot be used together, or the start-up self-check failed."""
+    """Data, tokenizer or model cannot be used together, or a check before the run failed."""
 
     exit_code = 65
 

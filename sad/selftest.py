@@ -141,6 +141,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> Values:
     def normal(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
         return (scale * torch.randn(*shape, generator=draw)).to(kind)
 
+    # Drawn on the CPU, so that every device gets the same numbers.
     labels = torch.randint(0, VALID, (ROWS,), generator=draw)
     labels[1] = -100
     top = normal(ROWS, VALID, kind=torch.float32).log_softmax(-1).topk(TOP_K)

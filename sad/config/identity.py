@@ -64,6 +64,7 @@ def _refuse(changes: list[str], config: DistillConfig) -> None:
 
 def config_hash(config: DistillConfig) -> str:
     """SHA-256 of the keys that decide the trajectory: equal for a run and its resumption."""
+    # Sorted, so that the order of fields in the source does not matter.
     return hashlib.sha256(json.dumps(_trajectory(config), sort_keys=True).encode()).hexdigest()
 
 
@@ -105,5 +106,6 @@ def _keys_that_may_change(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _trajectory_defaults() -> dict[str, Any]:
+    # The two names have no default that a run can have; any will do to build the others.
     defaults = _trajectory(DistillConfig(student="-", teacher="-"))
     return {key: value for key, value in defaults.items() if key not in ("student", "teacher")}

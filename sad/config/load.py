@@ -24,12 +24,9 @@ import yaml
 
 from sad.config.help import about_unknown_key
 from sad.config.schema import ConfigError, DistillConfig
-from sad.config.values import leaf_types, without_none
+from sad.config.values import input_paths, leaf_types, without_none
 from sad.errors import UsageError
 from sad.recipes import recipe_names, recipe_path
-
-PATH_KEYS = ("student", "teacher", "tokenizer", "data.train", "data.eval")
-"""Keys whose relative paths, in a file, are looked up in the file's own folder first."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> DistillCon
 
     ``source`` is a recipe's name (see ``sad.recipes``) or the path of a YAML or JSON file.
     ``overrides`` are command-line words: ``--key value``, ``--key.sub value``, ``--key=value``, for
-    lists ``--key a b``, for switches also the bare ``--key``. A relative path in ``PATH_KEYS`` that
-    exists beside the file is taken from there, else from the current directory.
+    lists ``--key a b``, for switches also the bare ``--key``. A relative path in the file, under
+    one of the keys that name models or text, means the file's folder if it exists there, else the
+    current directory.
 
     Raises ``UsageError`` naming key, file and line.
     """
@@ -217,14 +215,16 @@ def _resolve_paths(path: Path, settings: dict[str, Setting]) -> dict[str, Settin
         candidate = path.parent / value if isinstance(value, str) and value else None
         return os.path.abspath(candidate) if candidate and candidate.exists() else value
 
+    paths = input_paths(DistillConfig)
     return {
-        key: Setting(resolve(setting.value), setting.where) if key in PATH_KEYS else setting
+        key: Setting(resolve(setting.value), setting.where) if key in paths else setting
         for key, setting in settings.items()
     }
 
 
 def _build(settings: dict[str, Setting], path: Path) -> DistillConfig:
     known = leaf_types(DistillConfig)
+    # Unknown keys come before wrong values: a misspelt key may be the reason for one.
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
         if key in known:
@@ -239,7 +239,7 @@ def _build(settings: dict[str, Setting], path: Path) -> DistillConfig:
         )
     try:
         return DistillConfig(**nested)
-    except ConfigError as error:
+    except ConfigError as error:  # a default that contradicts a given key has no place of its own
         where = settings[error.key].where if error.key in settings else str(path)
         raise ConfigError(error.key, f"{error} ({where})") from None
 

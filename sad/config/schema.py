@@ -10,8 +10,8 @@ line.
 
 To add a key: a field with its type, its default and a docstring, which becomes its line in
 ``sad distill --help``; then its use. What its value must satisfy is part of the type, as in
-``PositiveInt`` (``sad.config.values``). Conditions between keys are checked by the functions at the
-end of this file.
+``PositiveInt``, and so is that it names something to read (``sad.config.values``). Conditions
+between keys are checked by the functions at the end of this file.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from sad.config.sections import (
     TAIDConfig,
 )
 from sad.config.values import (
+    INPUT_PATH,
     ConfigError,
     Constraint,
     Fraction,
@@ -60,6 +61,7 @@ SchedulerUnit = Literal["batch", "optimizer_step"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "triton", "torch"]
 
+ModelPath = Annotated[NonEmptyStr, INPUT_PATH]
 MaxSteps = Annotated[int, Constraint("be -1 or at least 1", lambda v: v == -1 or v >= 1)]
 StepsOrFraction = Annotated[
     float,
@@ -82,12 +84,12 @@ class DistillConfig:
     """
 
     # Models
-    student: NonEmptyStr
+    student: ModelPath
     """Hugging Face id or local path of the student, or with `student_init: random` of its
     configuration."""
-    teacher: NonEmptyStr | None = None
+    teacher: ModelPath | None = None
     """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
-    tokenizer: NonEmptyStr | None = None
+    tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the student from its configuration alone, with weights drawn from `seed`."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from sad.config.values import (
+    INPUT_PATH,
     Constraint,
     Fraction,
     FractionBelowOne,
@@ -31,6 +32,7 @@ MAY_CHANGE_ON_RESUME = {"may_change_on_resume": True}
 whose permission, and change no weight. Every other key decides the trajectory, and so does a key
 that only changes rounding, such as ``impl``: a resumed run promises the same bits."""
 
+TextSources = Annotated[tuple[str, ...], INPUT_PATH]
 Distance = Literal["cosine", "relative_mse"]
 
 Pairs = Annotated[
@@ -72,10 +74,10 @@ class DataConfig(Section):
 
     name = "data"
 
-    train: tuple[str, ...] = ()
+    train: TextSources = ()
     """Files (.txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set, or
     `python-stdlib`: the source of the standard library of the Python that runs this."""
-    eval: tuple[str, ...] = ()
+    eval: TextSources = ()
     """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
     eval_fraction: FractionBelowOne = 0.05
     """Share of the documents held out for evaluation, chosen by a hash of each document's name."""

@@ -61,11 +61,11 @@ def convert(hint: Any, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
+    if origin in (Union, types.UnionType):  # X | None is the only union in a configuration
         null = value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)
         return None if null else convert(without_none(hint), value)
     if origin is tuple:
-        inner = get_args(hint)[0]
+        inner = get_args(hint)[0]  # of tuple[X, ...]
         if get_origin(inner) is tuple:
             value = _parse_nested_list(value)
         items = value if isinstance(value, list | tuple) else [value]
@@ -141,12 +141,13 @@ def _to_str(value: Any) -> str:
 
 def _number(value: Any) -> float | int | None:
     if isinstance(value, str):
+        # int first: a float has no room for every digit of a large whole number.
         for parse in (int, float):
             try:
                 return parse(value)
             except ValueError:
                 continue
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):  # a bool is an int to Python
         return None
     return int(value) if isinstance(value, Integral) else float(value)
 
@@ -185,16 +186,30 @@ Fraction = Annotated[float, Constraint("lie in [0, 1]", lambda v: 0 <= v <= 1)]
 FractionBelowOne = Annotated[float, Constraint("lie in [0, 1)", lambda v: 0 <= v < 1)]
 
 
+INPUT_PATH = "input path"
+"""Marks the type of a key that may name a file or folder to read: in a configuration file a
+relative path is looked up in the file's own folder first."""
+
+
 @cache
-def field_constraints(cls: type) -> dict[str, tuple[Constraint, ...]]:
-    """Name -> the constraints in its type, for each field of a dataclass."""
+def field_annotations(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Name -> what ``Annotated`` adds to its type, for each field of a dataclass."""
     hints = get_type_hints(cls, include_extras=True)
-    return {f.name: _constraints(without_none(hints[f.name])) for f in fields(cls)}
+    types_of = {f.name: without_none(hints[f.name]) for f in fields(cls)}
+    return {
+        name: get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        for name, hint in types_of.items()
+    }
 
 
-def _constraints(hint: Any) -> tuple[Constraint, ...]:
-    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return tuple(extra for extra in extras if isinstance(extra, Constraint))
+@cache
+def input_paths(cls: type, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of the fields that are marked ``INPUT_PATH``, nested ones included."""
+    marked = field_annotations(cls).items()
+    own = tuple(prefix + name for name, extras in marked if INPUT_PATH in extras)
+    sections = section_types(cls).items()
+    nested = (input_paths(section, f"{prefix}{name}.") for name, section in sections)
+    return own + tuple(key for keys in nested for key in keys)
 
 
 def convert_and_check(config: Any, prefix: str = "") -> None:
@@ -202,7 +217,7 @@ def convert_and_check(config: Any, prefix: str = "") -> None:
 
     ``prefix`` is the name of a section with its dot. Raises ``ConfigError``.
     """
-    constraints = field_constraints(type(config))
+    annotations = field_annotations(type(config))
     for name, hint in field_types(type(config)).items():
         key, value = prefix + name, getattr(config, name)
         try:
@@ -211,8 +226,9 @@ def convert_and_check(config: Any, prefix: str = "") -> None:
             message = f"{key} must {error.expectation}, got {value!r}; {error.remedy}"
             raise ConfigError(key, message) from None
         object.__setattr__(config, name, value)  # the dataclass is frozen
-        for expectation, holds, remedy in constraints[name]:
-            require(key, expectation, value, remedy, holds=value is None or holds(value))
+        for extra in annotations[name]:
+            if isinstance(extra, Constraint) and value is not None:
+                require(key, extra.expectation, value, extra.remedy, holds=extra.holds(value))
 
 
 def require(key: str, expectation: str, value: object, remedy: str, *, holds: bool) -> None:

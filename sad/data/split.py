@@ -51,6 +51,7 @@ class DocumentSet:
             digest.add(document.text)
             if index < len(self._selected) and self._selected[index]:
                 yield document
+        # Text that changed on disk would make the rows differ from their fingerprint.
         if digest.hex() != self._source_digest:
             raise UnfitError(
                 f"data.{self._key} must stay as it is while it is read, got other text in the "

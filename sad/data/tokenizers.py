@@ -101,6 +101,7 @@ def _require_same_ids(teacher_ids: dict[str, int], student_ids: dict[str, int]) 
     def lowest_id(token: str) -> tuple[int, str]:
         return min(ids[token] for ids in (teacher_ids, student_ids) if token in ids), token
 
+    # The lowest id, not the first by chance: a set's order changes from process to process.
     first = min(different, key=lowest_id)
     raise UnfitError(
         f"teacher and student tokenizers must be equal, got {len(different)} of {len(tokens)} "

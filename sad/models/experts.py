@@ -127,6 +127,7 @@ def _parts(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None:
     Experts are stacked: at least two weights [E, ., .], in one child or, in the oldest layout, in
     several. The router is the child whose one matrix has E rows.
     """
+    # Only parameters of a child itself: its own children are looked at when their turn comes.
     stacks = {child: _own(child, ndim=3) for child in block.children()}
     stacks = {child: weights for child, weights in stacks.items() if weights}
     sizes = {weight.shape[0] for weights in stacks.values() for weight in weights}
@@ -326,6 +327,7 @@ def require_callable(block: MoeBlock) -> None:
 def _switch(owner: nn.Module, num_experts: int, restore: ExitStack) -> None:
     """Set a router or block to take every expert, of every group; ``restore`` undoes it."""
     own = vars(owner)
+    # Families with groups of experts first choose groups: all of these, too.
     wanted = {"top_k": num_experts, "topk_group": own.get("num_group", own.get("n_group"))}
     for name, value in wanted.items():
         if name in own and value is not None:
@@ -360,6 +362,7 @@ def _require_calls(block: MoeBlock, who: str, restore: ExitStack) -> list[bool]:
     called: list[bool] = []
 
     def conclude(*_: Any) -> None:
+        # No call at all is as bad as a wrong one: the hooks sat where the block does not pass.
         fits = bool(called) and all(called)
         called.clear()
         if not fits:

@@ -148,6 +148,7 @@ def split_head(model: PreTrainedModel) -> tuple[Backbone, Head]:
     ``torch.nn.Linear`` (a LoRA layer has a weight too, but multiplies by more), and for a family in
     neither table unless its logits, probed once, are those of a causal model with a plain head.
     """
+    # Families in the tables are not probed: that takes several forward passes.
     model = _inner_model(model)
     head, backbone = read_head(model), Backbone(model)
     if model.config.model_type not in PLAIN_HEADS | SCALED_HEADS.keys():
@@ -161,6 +162,7 @@ def read_head(model: PreTrainedModel) -> Head:
     fields: dict[str, Any] = {}
     if model.config.model_type in SCALED_HEADS:
         fields = SCALED_HEADS[model.config.model_type](model.config.get_text_config())
+    # A configuration may promise more columns than a resized head has.
     if (fields.get("valid_vocab") or 0) > linear.out_features:
         fields["valid_vocab"] = None
     return Head(linear.weight, linear.bias, **fields)
@@ -257,6 +259,7 @@ def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor
     ``isolation_tolerance``.
     """
     half = input_ids.shape[1] // 2
+    # A non-finite state would make the comparison below meaningless, and has another remedy.
     alone = backbone(input_ids[:, :half])
     if not torch.isfinite(alone).all():
         raise UnfitError(
@@ -336,6 +339,7 @@ def _require_plain(model: PreTrainedModel, backbone: Backbone, head: Head) -> No
     """Raise ``UnfitError`` unless the model is causal and its logits are ``hidden W^T + bias``."""
     if model in _FOUND_PLAIN:
         return
+    # Tokens that differ, so that a wrong position or a wrong order shows.
     ids = (torch.arange(16, device=head.weight.device) * 7 % head.vocab_size)[None]
     with eval_no_grad(model):
         try:

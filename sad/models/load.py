@@ -72,6 +72,7 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     name, trust = _name_and_trust(config, role)
     with quiet_libraries(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    # A repository with code of its own says in auto_map which classes that defines.
     own_code = getattr(model_config, "auto_map", None) or {}
     known = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
     if not known or getattr(model_config, "is_encoder_decoder", False):

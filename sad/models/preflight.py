@@ -146,6 +146,7 @@ def require_isolation(model: PreTrainedModel, backbone: Backbone, row: Tensor) -
     """
     length = row.shape[1]
     half = length // 2
+    # The second half of the row is a document of its own: its positions start at 0 again.
     restarting = torch.cat([torch.arange(half), torch.arange(length - half)])[None].to(row.device)
     alone = backbone(row[:, half:], restarting[:, half:])
     error = relative_error(backbone(row, restarting)[:, half:], alone)
@@ -182,6 +183,8 @@ def check_loss(
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     true_loss, true_gradient = _reference_loss(hidden.detach(), head, labels, teacher, objective)
 
+    # A wrong token of probability 1 has the gradient 1 / n by its logit, and by an entry of its
+    # hidden state at most that times the largest weight.
     one_token = float(head.weight.abs().max()) * abs(head.logit_scale) / len(labels)
     size = max(float(true_gradient.abs().max()), one_token)
     errors = {

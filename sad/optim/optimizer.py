@@ -66,6 +66,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     dtype = torch.float32
     for grad in grads:
         dtype = torch.promote_types(dtype, grad.dtype)
+    # Few launches for many tensors, and in ``dtype``: squares of 16-bit gradients would overflow.
     norms = torch._foreach_norm(grads, 2, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:

@@ -123,6 +123,7 @@ class Precision:
                 )
         if self.param_dtype == torch.bfloat16 and self.config.master_weights:
             self.masters = MasterWeights(trainable)
+        # By the names of the model's parameters: checkpoints store the optimizer's state by name.
         trained: dict[str, Tensor] = dict(trainable)
         if self.masters is not None:
             trained = self.masters.tensors

@@ -86,7 +86,7 @@ class RunLength:
     @property
     def micro_batches(self) -> int:
         """Planned micro-batches of the run."""
-        if self.max_steps > 0:
+        if self.max_steps > 0:  # whole epochs, each with a shorter last window, then whole windows
             epochs, windows = divmod(self.max_steps, self.windows_per_epoch)
             return epochs * self.batches_per_epoch + windows * self.accumulation_steps
         return math.ceil(_as_written(self.num_train_epochs) * self.batches_per_epoch)
@@ -113,6 +113,7 @@ class RunLength:
         epoch, batch = divmod(micro_step, self.batches_per_epoch)
         done = batch % self.accumulation_steps
         first = micro_step - done
+        # Micro-batches left in the epoch and in the run, from the window's first on.
         left = min(self.batches_per_epoch - (batch - done), self.micro_batches - first)
         return Window(epoch, batch - done, first, min(self.accumulation_steps, left))
 

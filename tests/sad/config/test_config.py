@@ -30,6 +30,7 @@ from sad.config.values import (
     FractionBelowOne,
     PositiveInt,
     field_types,
+    input_paths,
     leaf_types,
     section_types,
 )
@@ -121,6 +122,8 @@ def test_paths_in_a_file_mean_its_own_folder_first(tmp_path: Path, monkeypatch: 
     assert loaded.data.train == (str(recipes / "text"), "more")
     assert loaded.output_dir == "text"  # what is written goes where the user is
     assert load(recipes, text, "--student", "model").student == "model"  # the user's own folder
+    paths = ("student", "teacher", "tokenizer", "data.train", "data.eval")
+    assert input_paths(DistillConfig) == paths
 
 
 def test_bundled_recipes_load() -> None:
