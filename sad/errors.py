@@ -66,7 +66,7 @@ def one_line(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory of the device or the host is used up."""
-    torch = sys.modules.get("torch")  # not imported for this: without it, it raised nothing
+    torch = sys.modules.get("torch")  # importing it takes seconds; its errors need it loaded
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     # The CPU allocator raises a bare RuntimeError.

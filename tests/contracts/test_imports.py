@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +155,23 @@ def test_rooms_import_downwards_only(root: Path) -> None:
     rooms = {f: f.relative_to(root).with_suffix("").parts[0] for f in files}
     found = [v for f in files for v in layer_violations(root, rooms[f], f.read_text())]
     assert not found, "\n".join(dict.fromkeys(found))
+
+
+HANDED_ON = {
+    "sad.checkpoint": "Checkpoint latest_checkpoint load_checkpoint save_checkpoint",
+    "sad.config": "ConfigError DataConfig DistillConfig ce_only config_hash config_to_dict "
+    "config_to_yaml flatten trajectory_changes",
+    "sad.data": "Batch LossCounts",
+    "sad.models": "Backbone load_student load_teacher split_head with_valid_vocab",
+}
+"""Names that a room hands on from its files, for users."""
+
+
+@pytest.mark.parametrize("room", HANDED_ON)
+def test_rooms_hand_on_what_users_import(room: str) -> None:
+    module, names = import_module(room), HANDED_ON[room].split()
+    assert sorted(module.__all__) == sorted(names)
+    assert all(hasattr(module, name) for name in names)
 
 
 @pytest.mark.parametrize("root", [KERNELS, SAD], ids=lambda root: root.name)
