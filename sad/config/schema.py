@@ -304,9 +304,6 @@ def config_to_yaml(config: DistillConfig) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-"""Metrics of an evaluation that can choose the best model: the smallest value wins."""
-
-
 def _check_models(config: DistillConfig) -> None:
     require(
         "teacher",

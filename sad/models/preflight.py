@@ -56,7 +56,7 @@ SLICE = 4096
 """Rows of a head that are upcast to float64 at a time."""
 
 
-def check_run(
+def check_models_and_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     input_ids: Tensor,  # [B, L]

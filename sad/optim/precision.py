@@ -33,7 +33,7 @@ from sad.errors import UsageError
 from sad.optim.optimizer import build_adamw, clip_gradients, guarded_step
 
 
-class Update(NamedTuple):
+class UpdateResult(NamedTuple):
     """Outcome of an optimizer step, on the device."""
 
     norm: Tensor  # [] norm of the whole gradient before clipping
@@ -77,7 +77,7 @@ class MasterWeights:
             parameter.grad = None
 
 
-def structural_parameters(structural: nn.Module | None) -> dict[str, Tensor]:
+def structural_loss_parameters(structural: nn.Module | None) -> dict[str, Tensor]:
     """Parameters of structural losses, under names that no parameter of a model has."""
     named = () if structural is None else structural.named_parameters()
     return {f"structure/{name}": parameter for name, parameter in named}
@@ -127,7 +127,7 @@ class Precision:
         trained: dict[str, Tensor] = dict(trainable)
         if self.masters is not None:
             trained = self.masters.tensors
-        projectors = structural_parameters(structural)
+        projectors = structural_loss_parameters(structural)
         self._parameters = trained | projectors
         return build_adamw(self.config, trained, projectors)
 
@@ -145,7 +145,7 @@ class Precision:
         """Accumulate the gradient of ``loss``, in fp16 multiplied by the loss scale."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: Optimizer, max_grad_norm: float) -> Update:
+    def step(self, optimizer: Optimizer, max_grad_norm: float) -> UpdateResult:
         """Unscale and clip the window's gradient, and update the weights if it is finite.
 
         No sync if the optimizer is a fused AdamW. A gradient that overflows because the loss scale
@@ -163,7 +163,7 @@ class Precision:
         self.scaler.update()
         if self.masters is not None:
             self.masters.publish()
-        return Update(norm, ok, skipped=~ok & self._loss_scale_is_low(norm))
+        return UpdateResult(norm, ok, skipped=~ok & self._loss_scale_is_low(norm))
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Drop every gradient of the window."""

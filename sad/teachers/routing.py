@@ -47,7 +47,7 @@ from sad.models.experts import (
 )
 from sad.models.heads import split_head, with_valid_vocab
 from sad.optim.optimizer import clip_gradients, guarded_step
-from sad.optim.precision import MasterWeights, Update
+from sad.optim.precision import MasterWeights, UpdateResult
 
 # The kernels' teacher never gets a gradient, so teacher and student change places:
 # KL(student || teacher) of theirs is KL(p_T || p_S) of ours.
@@ -147,7 +147,7 @@ class StudentAwareRouter:
             (out.loss + self.balance_weight * share * balance).backward()
         return RoutingLoss(out.kd, balance.detach())
 
-    def step(self) -> Update:
+    def step(self) -> UpdateResult:
         """One step of AdamW on the masters; a gradient that is not finite changes nothing.
 
         The gates become the rounded masters, and all gradients are dropped. Does not wait for the
@@ -159,7 +159,7 @@ class StudentAwareRouter:
         guarded_step(self.optimizer, ok)
         self._masters.publish()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, ok, skipped=~ok)
+        return UpdateResult(norm, ok, skipped=~ok)
 
     def state_dict(self) -> dict[str, Any]:
         """``optimizer``, plain values, and ``tensors``: the live masters and moments by name.

@@ -29,7 +29,7 @@ from sad.errors import OutputError, SadError, StoppedError
 from sad.losses.structural import StructuralLosses
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
-from sad.models.preflight import check_model, check_run
+from sad.models.preflight import check_model, check_models_and_loss
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, run_header
 from sad.report.log import RunLog
@@ -176,7 +176,7 @@ def _train(
     precision = Precision(config, inputs.device)
     student = build_student(config, load_student(config), inputs.valid_vocab, precision)
     structural = build_structural(config, student.model, inputs)
-    checks = check_run(
+    checks = check_models_and_loss(
         student.model,
         None if inputs.teacher is None else inputs.teacher.model,
         inputs.eval_rows.batch([0]).input_ids,

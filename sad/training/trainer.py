@@ -48,7 +48,7 @@ from sad.errors import CheckpointError, DivergedError, StoppedError
 from sad.losses.structural import StructuralLosses
 from sad.losses.taid import TAIDSchedule
 from sad.metrics import DEFAULT_BEST
-from sad.optim.precision import Precision, structural_parameters
+from sad.optim.precision import Precision, structural_loss_parameters
 from sad.optim.schedule import (
     RunLength,
     Window,
@@ -438,7 +438,7 @@ class Trainer:
     def _trained(self) -> dict[str, Tensor]:
         """Every parameter that collects gradients, by its name in checkpoints."""
         ours: dict[str, Tensor] = dict(self.student.model.named_parameters())
-        return ours | structural_parameters(self.structural)
+        return ours | structural_loss_parameters(self.structural)
 
     def _every(self, steps: int | None) -> bool:
         last = self.counters.micro_step == self.run_length.micro_batches

@@ -32,7 +32,7 @@ from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals
 from sad.errors import CheckpointError, DivergedError, StoppedError, UnfitError, UsageError
 from sad.models.load import load_student
-from sad.optim.precision import Precision, Update
+from sad.optim.precision import Precision, UpdateResult
 from sad.optim.schedule import lr_factor
 from sad.report.log import RunLog, read_log
 from sad.training.inputs import RunInputs, load_inputs
@@ -499,10 +499,10 @@ def test_one_micro_batch_or_eight_give_one_gradient(
     shared |= {"use_ema": False, "use_curriculum": False}
     gradients: list[Tensor] = []
 
-    def record(self: Precision, optimizer: Any, max_grad_norm: float) -> Update:
+    def record(self: Precision, optimizer: Any, max_grad_norm: float) -> UpdateResult:
         parts = [p.grad.flatten() for p in self.optimizer_parameters.values() if p.grad is not None]
         gradients.append(torch.cat(parts))
-        return Update(torch.zeros(()), torch.tensor(True), torch.tensor(False))
+        return UpdateResult(torch.zeros(()), torch.tensor(True), torch.tensor(False))
 
     monkeypatch.setattr(Precision, "step", record)
     found = []
