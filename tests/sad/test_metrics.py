@@ -85,11 +85,15 @@ def test_a_metric_that_is_declared_in_one_row_is_shown_everywhere(
     assert len(drawn) == 2 and all(">toys per target<" in svg for svg in drawn)
     assert {"toy.png", "eval_toy.png"} <= {path.name for path in (tmp_path / "plots").iterdir()}
 
-    keys = {"student": "tiny", "teacher": "tiny", "data": {"train": "x", "eval": "x"}}
-    assert DistillConfig(**keys, metric_for_best_model="eval/toy")  # type: ignore[arg-type]
+    keys: dict[str, Any] = {
+        "student": "tiny",
+        "teacher": "tiny",
+        "data": {"train": "x", "eval": "x"},
+    }
+    assert DistillConfig(**keys, metric_for_best_model="eval/toy")
     monkeypatch.setitem(METRICS, "toy", Metric("toy", "toy", better="higher", in_table=True))
     with pytest.raises(UsageError, match="one of eval/nll, eval/perplexity, eval/kl, eval/bits"):
-        DistillConfig(**keys, metric_for_best_model="eval/toy")  # type: ignore[arg-type]
+        DistillConfig(**keys, metric_for_best_model="eval/toy")
 
 
 @pytest.mark.parametrize(
@@ -157,11 +161,15 @@ def test_metrics_need_no_torch() -> None:
 
 def test_every_number_that_a_run_records_is_declared(tmp_path: Path) -> None:
     """With whatever a run can have: all structural losses, gates that learn, TAID, an average."""
-    sections: dict[str, Any] = {name: {"weight": 0.1} for name in STRUCTURAL}
+    sections: dict[str, Any] = {name: {"weight": 0.1} for name in STRUCTURAL} | {
+        "attention": {"weight": 0.1, "head_map": "learned"},
+        "data": {"train": write_texts(tmp_path / "texts", count=6), "eval_fraction": 0.3},
+        "taid": {"enabled": True},
+        "routing": {"mode": "student_aware"},
+    }
     config = DistillConfig(
         student=save_tiny(tmp_path / "student", tiny_moe("qwen3_moe", seed=2)),
         teacher=save_tiny(tmp_path / "teacher", tiny_moe("qwen3_moe", seed=1)),
-        data={"train": write_texts(tmp_path / "texts", count=6), "eval_fraction": 0.3},  # type: ignore[arg-type]
         output_dir=str(tmp_path / "run"),
         max_length=32,
         per_device_train_batch_size=4,
@@ -170,9 +178,7 @@ def test_every_number_that_a_run_records_is_declared(tmp_path: Path) -> None:
         logging_steps=1,
         use_curriculum=False,
         z_loss=1e-4,
-        taid={"enabled": True},  # type: ignore[arg-type]
-        routing={"mode": "student_aware"},  # type: ignore[arg-type]
-        **sections | {"attention": {"weight": 0.1, "head_map": "learned"}},
+        **sections,
     )
     trainer = make_trainer(config)
     with run_log(config, trainer) as log:
