@@ -105,7 +105,7 @@ PANELS = {
     "teacher_share": Panel("Teacher's share of the target (TAID)", "share", from_zero=True),
     "ema_decay": Panel("Decay of the averaged weights", "decay per update", from_zero=True),
     "contrastive": Panel("Sequences told apart by the contrastive loss", "% of sequences"),
-    "routing": Panel("Losses of the teacher's gates", "per target", log_if_wide=True),
+    "routing": Panel("Losses of the teacher's gates", "per target or token", log_if_wide=True),
     "precision": Panel("Loss scale of fp16", "factor", log_if_wide=True),
     "skipped": Panel("Updates skipped so far", "updates", from_zero=True),
 }

@@ -129,14 +129,20 @@ def _metric_cells(record: Mapping[str, Any]) -> list[_Cell]:
 def _train_metrics(
     record: Mapping[str, Any], wanted: Callable[[Metric], object]
 ) -> Iterator[Metric]:
-    """The wanted metrics of a train record in their order, of those with one title the first.
+    """The wanted metrics of a train record, of those with one title the first.
 
-    Of the loss, the terms that have a weight; CE always: it says what the student knows.
+    The loss and its terms come before the rest. A term needs a weight to be shown, but for CE: it
+    says what the student knows.
     """
     weights = record.get("weights", {})
+
+    def is_part_of_loss(row: Metric) -> bool:
+        return row.name == "loss" or row.loss_term or row.name in weights
+
+    recorded = in_order({key for key, value in record.items() if is_number(value)})
     seen = set()
-    for row in in_order({key for key, value in record.items() if is_number(value)}):
-        is_term = row.loss_term or row.name in weights
+    for row in sorted(recorded, key=is_part_of_loss, reverse=True):  # stable, also in reverse
+        is_term = is_part_of_loss(row) and row.name != "loss"
         weighted = row.name == "ce" or bool(weights.get(row.name))
         if wanted(row) and row.title not in seen and (weighted or not is_term):
             seen.add(row.title)

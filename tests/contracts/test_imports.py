@@ -163,6 +163,7 @@ HANDED_ON = {
     "config_to_yaml flatten trajectory_changes",
     "sad.data": "Batch LossCounts",
     "sad.models": "Backbone load_student load_teacher split_head with_valid_vocab",
+    "sad.report": "format_results verdict write_report",
 }
 """Names that a room hands on from its files, for users."""
 

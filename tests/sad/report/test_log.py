@@ -250,6 +250,13 @@ def test_a_loss_part_gets_its_column_when_it_gets_a_weight(tmp_path: Path) -> No
     assert "kd" not in second.split() and "feature" in second.split()
 
 
+def test_a_loss_part_that_is_declared_nowhere_stands_with_the_others(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with open_log(tmp_path, out) as log:
+        log.train(train_record(2, mine=0.5, more=2.0, weights={"ce": 0.3, "kd": 0.7, "mine": 0.1}))
+    assert out.getvalue().split()[3:13] == "loss ce kd mine lr grad norm tok/s GiB more".split()
+
+
 def test_the_header_is_aligned(tmp_path: Path) -> None:
     out = io.StringIO()
     with open_log(tmp_path, out) as log:
