@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sad.checkpoint.atomic_files import probe_writable, publish_directory, write_atomic
+from sad.checkpoint.parts import entry
 from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, sweep_stale
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
@@ -62,7 +63,7 @@ class RunDirectory:
         sweep_stale(self.path)
         checkpoint = self._checkpoint(wanted, report)
         if checkpoint is not None:
-            require_same_config(checkpoint.state["identity"], config)
+            require_same_config(entry(checkpoint, "identity"), config)
         write_atomic(self.path / "config.yaml", config_to_yaml(config))
         return checkpoint
 

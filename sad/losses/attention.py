@@ -25,13 +25,13 @@ from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, upcast
 from sad.losses.base import (
     AttentionInputs,
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     heads_of,
-    mean_of,
-    resolved,
+    mean_term,
+    resolve_layer_pairs,
 )
 from sad.losses.layout import Layout, visible
 
@@ -169,7 +169,7 @@ class AttentionLoss(StructuralLoss):
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
         section = config.attention
-        self.pairs = resolved(section.layers, "attention", student, teacher)
+        self.pairs = resolve_layer_pairs(section.layers, "attention", student, teacher)
         self.block = section.query_block
         self.student_spec, self.teacher_spec = (
             CaptureSpec(attention=layers) for layers in zip(*self.pairs, strict=True)
@@ -179,17 +179,17 @@ class AttentionLoss(StructuralLoss):
         self.maps = nn.ModuleList(LearnedHeadMap(*heads) for _ in self.pairs if self.learned)
         self.register_buffer("fixed", head_map(*heads), persistent=False)
 
-    def forward(self, view: View) -> Terms:
+    def forward(self, inputs: LossInputs) -> LossTerms:
         terms, regular = [], []
         for i, (s, t) in enumerate(self.pairs):
             P = cast(Tensor, self.maps[i]() if self.learned else self.fixed)
-            inputs = view.student.attention[s], view.teacher.attention[t]
-            terms.append(attention_loss(*inputs, view.layout, P, self.block))
+            student, teacher = inputs.student.attention[s], inputs.teacher.attention[t]
+            terms.append(attention_loss(student, teacher, inputs.layout, P, self.block))
             if self.learned:
                 regular.append(cast(LearnedHeadMap, self.maps[i]).regularizer())
-        result = {"attention": mean_of(terms)}
+        result = {"attention": mean_term(terms)}
         if self.learned:  # one number per step: times the tokens, it is that after the division
-            count = view.layout.units.tokens
+            count = inputs.layout.units.tokens
             result["head_map"] = LossTerm(torch.stack(regular).mean() * count, count)
         return result
 

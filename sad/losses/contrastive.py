@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from sad.config.schema import DistillConfig
 from sad.losses._rows import no_autocast, normalize, require_no_grad, upcast
 from sad.losses.base import (
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     make_projector,
-    projected,
+    project,
     width_of,
 )
 from sad.losses.layout import Layout
@@ -170,15 +170,15 @@ class ContrastiveLoss(StructuralLoss):
         size = config.contrastive.queue_size
         self.queue = TeacherQueue(size, width_of(teacher)) if size else None
 
-    def forward(self, view: View) -> Terms:
-        pooled, valid = mean_pool(view.student_hidden, view.layout)
-        teacher, _ = mean_pool(view.teacher_hidden, view.layout)
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        pooled, valid = mean_pool(inputs.student_hidden, inputs.layout)
+        teacher, _ = mean_pool(inputs.teacher_hidden, inputs.layout)
         result = contrastive_loss(
-            projected(self.projector, pooled).flatten(0, 1),
+            project(self.projector, pooled).flatten(0, 1),
             teacher.flatten(0, 1),
             valid.flatten(),
             self.queue,
-            count=view.layout.units.sequences,
+            count=inputs.layout.units.sequences,
             temperature=self.temperature,
         )
         if self.training and self.queue is not None:  # the loss holds a copy of what was in it

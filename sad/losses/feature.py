@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from sad.config.schema import DistillConfig
 from sad.losses._rows import normalize, require_no_grad, upcast
 from sad.losses.base import (
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     make_projector,
-    projected,
+    project,
     width_of,
 )
 from sad.losses.layout import Layout
@@ -84,6 +84,6 @@ class FeatureLoss(StructuralLoss):
         self.distance: Distance = config.feature.distance
         self.projector = make_projector(width_of(student), width_of(teacher))
 
-    def forward(self, view: View) -> Terms:
-        y = projected(self.projector, view.student_hidden)
-        return {"feature": feature_loss(y, view.teacher_hidden, view.layout, self.distance)}
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        y = project(self.projector, inputs.student_hidden)
+        return {"feature": feature_loss(y, inputs.teacher_hidden, inputs.layout, self.distance)}

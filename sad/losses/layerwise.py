@@ -23,13 +23,13 @@ from sad.errors import UnfitError
 from sad.losses._rows import upcast
 from sad.losses.base import (
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     make_projector,
-    projected,
-    resolved,
+    project,
+    resolve_layer_pairs,
     width_of,
 )
 from sad.losses.feature import Distance, feature_loss
@@ -145,7 +145,7 @@ class LayerwiseLoss(StructuralLoss):
         if section.layers is None:
             self.pairs = layer_pairs(*depths, section.num_pairs)
         else:
-            self.pairs = resolved(section.layers, "layerwise", student, teacher)
+            self.pairs = resolve_layer_pairs(section.layers, "layerwise", student, teacher)
             try:
                 check_layer_map(self.pairs, *depths)
             except ValueError as error:
@@ -158,11 +158,11 @@ class LayerwiseLoss(StructuralLoss):
             CaptureSpec(hidden=layers) for layers in zip(*self.pairs, strict=True)
         )
 
-    def forward(self, view: View) -> Terms:
+    def forward(self, inputs: LossInputs) -> LossTerms:
         students = [
-            projected(projector, view.student.hidden[layer])
+            project(projector, inputs.student.hidden[layer])
             for projector, (layer, _) in zip(self.projectors, self.pairs, strict=True)
         ]
-        teachers = [view.teacher.hidden[layer] for _, layer in self.pairs]
-        term = layerwise_loss(students, teachers, view.layout, self.distance, self.pair_weights)
+        teachers = [inputs.teacher.hidden[layer] for _, layer in self.pairs]
+        term = layerwise_loss(students, teachers, inputs.layout, self.distance, self.pair_weights)
         return {"layerwise": term}

@@ -24,13 +24,13 @@ from sad.losses.attention import attention_maps
 from sad.losses.base import (
     AttentionInputs,
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     Projections,
     StructuralLoss,
-    Terms,
-    View,
-    mean_of,
-    resolved,
+    mean_term,
+    resolve_layer_pairs,
 )
 from sad.losses.layout import Layout
 
@@ -94,17 +94,15 @@ class RelationLoss(StructuralLoss):
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
-        self.pairs = resolved(config.relations.layers, "relations", student, teacher)
+        self.pairs = resolve_layer_pairs(config.relations.layers, "relations", student, teacher)
         self.block = config.relations.query_block
         self.student_spec, self.teacher_spec = (
             CaptureSpec(projections=layers) for layers in zip(*self.pairs, strict=True)
         )
 
-    def forward(self, view: View) -> Terms:
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        student, teacher = inputs.student.projections, inputs.teacher.projections
         terms = [
-            relation_loss(
-                view.student.projections[s], view.teacher.projections[t], view.layout, self.block
-            )
-            for s, t in self.pairs
+            relation_loss(student[s], teacher[t], inputs.layout, self.block) for s, t in self.pairs
         ]
-        return {"relations": mean_of(terms)}
+        return {"relations": mean_term(terms)}

@@ -25,11 +25,11 @@ from sad.errors import UnfitError
 from sad.losses._rows import require_no_grad, row_kl, upcast
 from sad.losses.base import (
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
-    resolved,
+    resolve_layer_pairs,
 )
 from sad.losses.layout import Layout
 from sad.models.experts import GateKind, MoeBlock, require_moe
@@ -151,7 +151,7 @@ class RouterLoss(StructuralLoss):
         section = config.router
         ours, theirs = (require_moe(m, "router.weight") for m in (student, teacher))
         if section.layers is not None:
-            self.pairs = resolved(section.layers, "router", student, teacher)
+            self.pairs = resolve_layer_pairs(section.layers, "router", student, teacher)
         elif len(ours) == len(theirs):
             self.pairs = tuple(zip(ours, theirs, strict=True))
         else:
@@ -177,15 +177,15 @@ class RouterLoss(StructuralLoss):
             CaptureSpec(routers=layers) for layers in zip(*self.pairs, strict=True)
         )
 
-    def forward(self, view: View) -> Terms:
-        ours = [view.student.routers[s] for s, _ in self.pairs]
-        theirs = [view.teacher.routers[t] for _, t in self.pairs]
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        ours = [inputs.student.routers[s] for s, _ in self.pairs]
+        theirs = [inputs.teacher.routers[t] for _, t in self.pairs]
         student, teacher = self.student_blocks[0], self.teacher_blocks[0]
-        terms = {"router": router_loss(ours, theirs, view.layout, student.kind, teacher.kind)}
+        terms = {"router": router_loss(ours, theirs, inputs.layout, student.kind, teacher.kind)}
         if self.factors["router_balance"]:
-            terms["router_balance"] = balance_loss(ours, view.layout, student.top_k, student.kind)
+            terms["router_balance"] = balance_loss(ours, inputs.layout, student.top_k, student.kind)
         if self.factors["router_z"]:
-            terms["router_z"] = router_z_loss(ours, view.layout)
+            terms["router_z"] = router_z_loss(ours, inputs.layout)
         return terms
 
     def weights(self, weight: float) -> dict[str, float]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.losses.attention import AttentionLoss
-from sad.losses.base import CaptureSpec, StructuralLoss, Terms, View
+from sad.losses.base import CaptureSpec, LossInputs, LossTerms, StructuralLoss
 from sad.losses.capture import Capture
 from sad.losses.contrastive import ContrastiveLoss
 from sad.losses.feature import FeatureLoss
@@ -92,11 +92,11 @@ class StructuralLosses(nn.Module):
     def student_capture(self, names: Sequence[str]) -> Capture:
         return self._capture(tuple(names))[0]
 
-    def terms(self, names: Iterable[str], view: View) -> Terms:
+    def terms(self, names: Iterable[str], inputs: LossInputs) -> LossTerms:
         """The terms of these losses: sums over the micro-batch, and their counts."""
-        terms: Terms = {}
+        terms: LossTerms = {}
         for name in names:
-            terms |= self._loss(name)(view)
+            terms |= self._loss(name)(inputs)
         return terms
 
     def unit_of(self, term: str) -> str:

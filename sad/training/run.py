@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory
@@ -26,7 +26,6 @@ from sad.checkpoint.store import Checkpoint
 from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
 from sad.errors import OutputError, SadError, StoppedError
-from sad.losses.structural import StructuralLosses
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
 from sad.models.preflight import check_model, check_run
@@ -37,7 +36,7 @@ from sad.report.page import format_results, write_report
 from sad.training.evaluate import evaluate_teacher
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ResultRow, result_row
-from sad.training.student import build_student
+from sad.training.student import build_structural, build_student
 from sad.training.trainer import MakeScheduler, Trainer
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
@@ -173,11 +172,11 @@ def _train(
     """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
-    student = build_student(config, load_student(config), inputs.valid_vocab, precision)
-    structural = build_structural(config, student.model, inputs)
+    teacher = None if inputs.teacher is None else inputs.teacher.model
+    student = build_student(config, load_student(config), inputs.valid_vocab, precision, teacher)
     checks = check_run(
         student.model,
-        None if inputs.teacher is None else inputs.teacher.model,
+        teacher,
         inputs.eval_rows.batch([0]).input_ids,
         config.objective(),
         valid_vocab=inputs.valid_vocab,
@@ -186,7 +185,7 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler, structural)
+    trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler)
     with RunLog(
         run_dir.path,
         total_batches=trainer.run_length.micro_batches,
@@ -203,7 +202,7 @@ def _train(
             run_length=trainer.run_length,
             precision=precision,
             student=student.model,
-            teacher=inputs.teacher and inputs.teacher.model,
+            teacher=teacher,
             vocabulary=inputs.valid_vocab,
             train_rows=inputs.train_rows,
             eval_rows=inputs.eval_rows,
@@ -221,19 +220,10 @@ def _train(
     return trainer
 
 
-def build_structural(
-    config: DistillConfig, model: PreTrainedModel, inputs: RunInputs
-) -> StructuralLosses | None:
-    """The structural losses that ``config`` asks for, if any."""
-    if not config.structural_weights or inputs.teacher is None:
-        return None
-    return StructuralLosses(config, model, inputs.teacher.model)
-
-
 def _require_structural(config: DistillConfig, inputs: RunInputs) -> None:
     """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
-    if config.structural_weights:
-        build_structural(config, load_student(config), inputs)
+    if config.structural_weights and inputs.teacher is not None:
+        build_structural(config, load_student(config), inputs.teacher.model)
 
 
 def _student_row(name: str, trainer: Trainer) -> ResultRow:

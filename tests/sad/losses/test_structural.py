@@ -24,6 +24,7 @@ from sad.config.sections import RoutingConfig
 from sad.errors import SadError, UnfitError
 from sad.losses.structural import StructuralLosses
 from sad.report.log import read_log
+from sad.teachers.frozen import TeacherOutput
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
 
@@ -75,9 +76,8 @@ def make_config(sources: dict[str, Any], tmp_path: Path) -> Make:
 def test_identical_models_have_nothing_to_learn(make_config: Make, sources: dict[str, Any]) -> None:
     config = make_config(**ALL, student=sources["teacher"], student_init="pretrained")
     trainer = make_trainer(config)
-    assert trainer.structural is not None and trainer.structural_student is not None
     trainer.student.eval()
-    names = trainer.structural.names
+    names = trainer.student.term_names
     assert set(names) == {*DENSE, "head_map"}
     result = first_micro_batch(trainer)
     for name, term in result.terms.items():
@@ -114,11 +114,11 @@ def test_the_split_of_a_window_does_not_matter(
         trainer = make_trainer(make_config(**shared, **sizes))
         trainer.student.model.double().eval()
         trainer.student.compute_dtype = torch.float64
-        assert trainer.policy is not None and trainer.structural is not None
+        assert trainer.student.structural is not None
         teacher = trainer.policy.teacher
         teacher.model.double()
         teacher._head = replace(teacher._head, weight=teacher._head.weight.double())
-        trainer.structural.double()
+        trainer.student.structural.double()
         monkeypatch.setattr(trainer, "_close_window", lambda *, empty: None)
         for _ in range(steps):
             trainer.micro_batch()
@@ -138,28 +138,27 @@ def test_a_loss_that_is_off_is_not_computed(
     """The default phases: nothing before 0.3, no layerwise and contrastive loss before 0.6."""
     config = make_config(**WEIGHTS, gradient_accumulation_steps=1, per_device_train_batch_size=4)
     trainer = make_trainer(config)
-    assert trainer.structural is not None
+    structural = trainer.student.structural
+    assert structural is not None
     computed: list[tuple[str, ...]] = []
     terms = StructuralLosses.terms
 
-    def noted(self: StructuralLosses, names: Any, view: Any) -> Any:
+    def noted(self: StructuralLosses, names: Any, inputs: Any) -> Any:
         computed.append(tuple(names))
-        return terms(self, names, view)
+        return terms(self, names, inputs)
 
     monkeypatch.setattr(StructuralLosses, "terms", noted)
     steps = trainer.run_length.micro_batches
     for step in range(steps):
         computed.clear()
-        before = {n: p.detach().clone() for n, p in trainer.structural.named_parameters()}
+        before = {n: p.detach().clone() for n, p in structural.named_parameters()}
         trainer.micro_batch()
         x = step / steps
         expected = [
             n for n in DENSE if x > 0.6 or (x > 0.3 and n not in ("layerwise", "contrastive"))
         ]
         assert computed == ([tuple(expected)] if expected else []), x
-        moved = {
-            n for n, p in trainer.structural.named_parameters() if not torch.equal(p, before[n])
-        }
+        moved = {n for n, p in structural.named_parameters() if not torch.equal(p, before[n])}
         assert all(any(f"losses.{on}." in name for on in expected) for name in moved)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in all_modules(trainer))
 
@@ -169,7 +168,7 @@ def test_without_weights_nothing_is_kept(make_config: Make) -> None:
     peaks = []
     for overrides in ({}, {name: {"weight": 0.0} for name in STRUCTURAL}):
         trainer = make_trainer(make_config(**overrides))
-        assert trainer.structural is None
+        assert trainer.student.structural is None
         trainer.micro_batch()
         peaks.append(peak_bytes(trainer.micro_batch))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in all_modules(trainer))
@@ -191,14 +190,15 @@ def test_checkpointed_activations_give_the_same_gradient(make_config: Make) -> N
 
 def test_a_student_starts_as_one_without_structure(make_config: Make) -> None:
     plain = make_trainer(make_config(student_init="random"))
-    structural_student = make_trainer(make_config(**ALL, student_init="random"))
+    full = make_trainer(make_config(**ALL, student_init="random"))
     assert_same_bits(
-        dict(plain.student.model.named_parameters()),
-        dict(structural_student.student.model.named_parameters()),
+        dict(plain.student.model.named_parameters()), dict(full.student.model.named_parameters())
     )
-    projectors = make_trainer(make_config(**ALL, student_init="random", seed=7)).structural
-    assert projectors is not None and structural_student.structural is not None
-    changed = zip(projectors.parameters(), structural_student.structural.parameters(), strict=True)
+    other = make_trainer(make_config(**ALL, student_init="random", seed=7))
+    assert other.student.structural is not None and full.student.structural is not None
+    changed = zip(
+        other.student.structural.parameters(), full.student.structural.parameters(), strict=True
+    )
     assert any(not torch.equal(a, b) for a, b in changed), "projectors follow the seed"
 
 
@@ -217,9 +217,9 @@ def test_projectors_have_a_rate_of_their_own(make_config: Make) -> None:
     rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
     assert sorted(set(rates)) == [2.5e-3, 1e-2]
     assert len(trainer.optimizer.param_groups) == len(rates) and rates[0] == 1e-2
-    assert trainer.structural is not None
+    assert trainer.student.structural is not None
     count = sum(len(g["params"]) for g in trainer.optimizer.param_groups if g["initial_lr"] < 1e-2)
-    assert count == len(list(trainer.structural.parameters())) > 3
+    assert count == len(list(trainer.student.structural.parameters())) > 3
 
 
 def test_whole_run(make_config: Make) -> None:
@@ -297,15 +297,17 @@ def test_gates_of_the_teacher_learn_first(moe_config: Make, tmp_path: Path) -> N
 def test_several_passes_are_averaged(moe_config: Make) -> None:
     routing = {"mode": "knowledge_augmentation", "passes": 3, "explore": 0.9}
     trainer = make_trainer(moe_config(router={"weight": 0}, routing=routing))
-    assert trainer.policy is not None
     trainer.student.eval()
     batch, counts = trainer._batch(0), window_units(trainer)
     objective = trainer.objective(trainer.weights(0))
     state = trainer.policy.generator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
-    seen = trainer.policy.forward(batch)
-    assert len(seen.targets) == 3
-    assert not torch.equal(seen.targets[0].hidden, seen.targets[1].hidden)
-    one_by_one = [trainer.student(batch, t, objective, counts.targets) for t in seen.targets]
+    output = trainer.policy.forward(batch)
+    assert len(output.targets) == 3
+    assert not torch.equal(output.targets[0].hidden, output.targets[1].hidden)
+    one_by_one = [
+        trainer.student(batch, TeacherOutput((target,)), objective, counts).distill
+        for target in output.targets
+    ]
     trainer.policy.generator.set_state(state)  # pyright: ignore[reportAttributeAccessIssue]
     together = trainer._forward(batch, trainer.weights(0), counts)
     for name in ("loss", "kd", "agree", "ce"):

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from sad_kernels import TeacherHidden
 from support.faulty_disk import tree
 from support.runs import assert_same_bits, everything, make_trainer, run_log
 from support.tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
@@ -35,6 +36,7 @@ from sad.models.load import load_student
 from sad.optim.precision import Precision, Update
 from sad.optim.schedule import lr_factor
 from sad.report.log import RunLog, read_log
+from sad.teachers.frozen import TeacherOutput
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ThroughputMeter
 from sad.training.rescore import evaluate_run
@@ -459,10 +461,9 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
     lengths = (rows.labels != -100).sum(1)
     hidden = torch.randn(8, 64, 48, dtype=torch.float64)
     assert inputs.teacher is not None
-    head = inputs.teacher(rows).head
-    from sad_kernels import TeacherHidden
-
-    head = replace(head, weight=head.weight.double())
+    (target,) = inputs.teacher.forward(rows).targets
+    head = replace(target.head, weight=target.head.weight.double())
+    window = LossCounts(int(lengths.sum()), 0, 0)
 
     def gradient(micro_batches: int) -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -475,9 +476,8 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
                 LossCounts(int(lengths[part].sum()), 0, 0),
                 0,
             )
-            teacher = TeacherHidden(hidden[part], head)
-            out = student(batch, teacher, config.objective(), num_items=int(lengths.sum()))
-            out.loss.backward()
+            teacher = TeacherOutput((TeacherHidden(hidden[part], head),))
+            student(batch, teacher, config.objective(), window).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole = gradient(1)
