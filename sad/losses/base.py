@@ -100,6 +100,8 @@ class StructuralLoss(nn.Module):
     """Section of the configuration, and name of the main term."""
     unit = "tokens"
     """Field of ``LossCounts`` that the terms are divided by."""
+    diagnostics: tuple[str, ...] = ()
+    """Terms that ``forward`` returns for the log alone: they have no weight and no gradient."""
     student_spec = CaptureSpec()
     teacher_spec = CaptureSpec()
     """Which activations ``forward`` needs from inside the two models."""

@@ -162,6 +162,7 @@ class ContrastiveLoss(StructuralLoss):
 
     name = "contrastive"
     unit = "sequences"
+    diagnostics = ("contrastive_accuracy", "contrastive_chance")
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
@@ -183,4 +184,9 @@ class ContrastiveLoss(StructuralLoss):
         )
         if self.training and self.queue is not None:  # the loss holds a copy of what was in it
             self.queue.enqueue(teacher.flatten(0, 1), valid.flatten())
-        return {"contrastive": result.term}
+        count = result.term.count
+        return {
+            "contrastive": result.term,
+            "contrastive_accuracy": LossTerm(result.accuracy * count, count),
+            "contrastive_chance": LossTerm(result.chance * count, count),
+        }

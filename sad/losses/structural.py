@@ -69,8 +69,13 @@ class StructuralLosses(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every term that can come up."""
+        """Every term of the total loss that can come up."""
         return tuple(name for loss in self._all() for name in loss.weights(1.0))
+
+    @property
+    def diagnostics(self) -> tuple[str, ...]:
+        """Every term that can come up for the log alone."""
+        return tuple(name for loss in self._all() for name in loss.diagnostics)
 
     def weights(self, of_losses: Mapping[str, float]) -> dict[str, float]:
         """Term -> weight, of the losses that are on."""

@@ -16,7 +16,7 @@ for ``knowledge_augmentation``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, assert_never
 
@@ -24,6 +24,7 @@ import torch
 
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
+from sad.losses.base import LossTerm, LossTerms
 from sad.losses.capture import Capture
 from sad.models.experts import all_experts, require_callable, require_moe
 from sad.models.heads import eval_no_grad, split_head, with_valid_vocab
@@ -47,13 +48,18 @@ class TeacherPolicy:
             raise RuntimeError("a run needs a teacher to distil from, got none; set kd_weight: 0")
         return self._teacher
 
-    def begin_window(
-        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, counts: LossCounts
-    ) -> None:
-        """Prepare for a window, before its first forward pass.
+    diagnostics: tuple[str, ...] = ()
+    """Names of what ``begin_window`` returns."""
 
-        ``batches`` yields all of its micro-batches, ``counts`` are their units together.
+    def begin_window(
+        self, batches: Iterable[Batch], student: StudentWithLoss, counts: LossCounts
+    ) -> LossTerms:
+        """Prepare for a window, before its first forward pass; return terms for the train record.
+
+        ``batches`` yields all of its micro-batches if it is iterated, ``counts`` are their units
+        together.
         """
+        return {}
 
     def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         """The targets of a micro-batch in training."""
@@ -89,19 +95,32 @@ class StudentAwarePolicy(TeacherPolicy):
             impl=config.impl,
         )
 
+    diagnostics = ("routing_loss", "routing_balance")
+
     def begin_window(
-        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, counts: LossCounts
-    ) -> None:
-        """Train the gates on the window that the student learns from next."""
+        self, batches: Iterable[Batch], student: StudentWithLoss, counts: LossCounts
+    ) -> LossTerms:
+        """Train the gates on the window that the student learns from next.
+
+        Returns their divergence from the student, whose unit is targets, and their balance, a mean
+        over tokens.
+        """
         if not counts.targets:  # momentum and the balance would move the gates all the same
-            return
+            return {}
         _, head = split_head(student.model)
         head = with_valid_vocab(head, student.valid_vocab)
-        for batch in batches():
+        losses = []
+        for batch in batches:
             with eval_no_grad(student):  # no dropout, no graph, and no random number drawn
                 hidden = student.hidden(batch)
-            self.router.backward(batch, hidden, head, counts)
+            loss = self.router.backward(batch, hidden, head, counts)
+            losses.append((loss.kl, loss.balance * batch.counts.tokens))
         self.router.step()
+        kl, balance = (torch.stack(sums).sum() for sums in zip(*losses, strict=True))
+        return {
+            "routing_loss": LossTerm(kl, counts.targets),
+            "routing_balance": LossTerm(balance, counts.tokens),
+        }
 
     def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         with all_experts(self.teacher.model):

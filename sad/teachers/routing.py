@@ -194,28 +194,21 @@ def augmented(
     model: nn.Module,
     generator: torch.Generator,
     *,
-    active: int | None = None,
     probability: float = 0.05,
 ) -> Iterator[None]:
-    """Within, teacher forwards see other experts than the gate would choose, now and then.
+    """Context in which teacher forwards mix other experts than the gate would choose.
 
-    In each layer ``active`` experts see a token: with ``probability``, independently per token and
-    layer, drawn from the gate without replacement, else those that the gate prefers most (without
-    limits on groups of experts). Their weights are ``expert_weights``. ``active=None`` is all
-    experts but one, the N - 1 of the paper, where N counts all experts of a layer. The generator
-    alone decides the draws, on its own device: its state says how they go on.
+    In each layer all experts but one see a token, the N - 1 of the paper, where N counts all
+    experts of a layer: with ``probability``, independently per token and layer, drawn from the gate
+    without replacement, else those that the gate prefers most (without limits on groups of
+    experts). Their weights are ``expert_weights``. The generator alone decides the draws, on its
+    own device: its state says how they go on.
 
     Forwards must not build a graph: recomputed activations would be drawn anew. Raises
     ``ValueError`` if one does and for arguments out of range, and ``UnfitError`` unless the model
     is of a family in ``sad.models.experts.SUPPORTED``.
     """
     blocks = require_moe(model, "knowledge augmentation")
-    fewest = min(block.num_experts for block in blocks.values())
-    if active is not None and not 1 <= active <= fewest:
-        raise ValueError(
-            f"active experts must lie in [1, {fewest}], the experts of a layer, got {active}; "
-            "leave it out for all but one"
-        )
     if not 0 <= probability <= 1:
         raise ValueError(
             f"the probability of drawn experts must lie in [0, 1], got {probability}; 0.05 is usual"
@@ -227,8 +220,7 @@ def augmented(
                 "an augmented teacher must not build a graph, got logits that require a gradient; "
                 "compute it under torch.no_grad()"
             )
-        count = block.num_experts - 1 if active is None else active
-        ids = _draw(block, logits, count, probability, generator)
+        ids = _draw_experts(block, logits, block.num_experts - 1, probability, generator)
         return ids, expert_weights(block, logits, ids)
 
     with choosing_experts(blocks, choose):
@@ -286,7 +278,7 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
             vars(layer).update(before)
 
 
-def _draw(
+def _draw_experts(
     block: MoeBlock,
     logits: Tensor,  # [N, E]
     count: int,

@@ -120,6 +120,11 @@ class StudentWithLoss(nn.Module):
         """Every term of the structural losses."""
         return () if self.structural is None else self.structural.names
 
+    @property
+    def diagnostics(self) -> tuple[str, ...]:
+        """What the structural losses report besides their terms, for the train record."""
+        return () if self.structural is None else self.structural.diagnostics
+
     def term_weights(self, weights: LossWeights) -> dict[str, float]:
         """Term -> weight, of the structural losses whose weight is above 0."""
         return {} if self.structural is None else self.structural.weights(weights)

@@ -146,7 +146,8 @@ class Trainer:
         )
         self.taid = _taid(config)
         self.counters = Counters()
-        self.meter = TrainMeter(student.term_names, self.device)
+        logged = (*student.term_names, *student.diagnostics, *self.policy.diagnostics)
+        self.meter = TrainMeter(logged, self.device)
         self.window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.generators = RandomGenerators("rng")
         self.parts = self._checkpoint_parts()
@@ -192,7 +193,8 @@ class Trainer:
         counts = self._counts(window)
         if not accumulator.pending:
             accumulator.open_window(window.size, counts.targets)
-            self.policy.begin_window(lambda: self._batches(window), self.student, counts)
+            batches = self._batches(window)
+            self.meter.terms.add(self.policy.begin_window(batches, self.student, counts))
 
         # The weights of a window are those of its first micro-batch: it has one objective.
         batch = self._batch(counters.micro_step)

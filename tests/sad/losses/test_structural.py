@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.allocations import peak_bytes
-from support.runs import assert_same_bits, everything, make_trainer
+from support.runs import assert_same_bits, everything, make_trainer, run_log
 from support.tiny import save_tiny, tiny_llama, tiny_qwen3, write_texts
 from support.tiny_moe import tiny_moe
 from torch import nn
@@ -22,9 +22,12 @@ from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import STRUCTURAL, DistillConfig
 from sad.config.sections import RoutingConfig
 from sad.errors import SadError, UnfitError
+from sad.losses import contrastive
 from sad.losses.structural import StructuralLosses
 from sad.report.log import read_log
 from sad.teachers.frozen import TeacherOutput
+from sad.teachers.routing import StudentAwareRouter
+from sad.training.meters import ThroughputMeter
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
 
@@ -80,7 +83,8 @@ def test_identical_models_have_nothing_to_learn(make_config: Make, sources: dict
     names = trainer.student.term_names
     assert set(names) == {*DENSE, "head_map"}
     result = first_micro_batch(trainer)
-    for name, term in result.terms.items():
+    for name in names:
+        term = result.terms[name]
         mean = float(term.sum.detach()) / term.count
         if name == "contrastive":  # its floor is not 0: others look alike too
             assert 0 < mean < math.log(result.distill.num_tokens)
@@ -96,7 +100,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(make_config: Make) -> None:
     result = first_micro_batch(trainer)
     counts = window_units(trainer)
     parts = [float(result.distill.loss.detach())]
-    for name, term in result.terms.items():
+    for name in trainer.student.term_names:
+        term = result.terms[name]
         count = counts.sequences if name == "contrastive" else counts.tokens
         parts.append(0.3 * float(term.sum.detach()) / count)
     assert float(result.loss.detach()) == pytest.approx(sum(parts), rel=1e-6)
@@ -246,6 +251,30 @@ def test_whole_run(make_config: Make) -> None:
     assert exported.keys() <= tiny_llama().state_dict().keys()
 
 
+def test_the_contrastive_loss_is_logged_with_what_it_is_read_against(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy and chance, as means over the sequences since the last record; no part of a loss."""
+    config = make_config(contrastive={"weight": 0.3, "queue_size": 5}, use_curriculum=False)
+    results: list[contrastive.ContrastiveResult] = []
+
+    def noted(*tensors: Any, **options: Any) -> contrastive.ContrastiveResult:
+        results.append(contrastive_loss(*tensors, **options))
+        return results[-1]
+
+    contrastive_loss = contrastive.contrastive_loss
+    monkeypatch.setattr(contrastive, "contrastive_loss", noted)
+    record = first_record(make_trainer(config))
+    counts = [result.term.count for result in results]
+    assert len(counts) == 3 and len(set(counts)) > 1
+    for name in ("accuracy", "chance"):
+        values = [float(getattr(result, name)) for result in results]
+        mean = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+        assert record[f"contrastive_{name}"] == pytest.approx(mean, rel=1e-6)
+        assert f"contrastive_{name}" not in record["weights"]
+    assert 0 < record["contrastive_accuracy"] < 1 < record["contrastive_chance"]
+
+
 def test_taid_moves_the_target(make_config: Make) -> None:
     config = make_config(taid={"enabled": True, "start": 0.5, "alpha": 0.0})
     trainer = make_trainer(config)
@@ -292,6 +321,27 @@ def test_gates_of_the_teacher_learn_first(moe_config: Make, tmp_path: Path) -> N
     plain = distill(replace(config, routing=RoutingConfig(), output_dir=str(tmp_path / "plain")))
     plain_kl = [r["kd"] for r in read_log(plain.run_dir) if r["kind"] == "train"]
     assert kl[-1] < plain_kl[-1] and result.metrics["eval/kl"] < plain.metrics["eval/kl"]
+
+
+def test_what_the_gates_learn_is_logged(moe_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divergence per target and the balance per token, of the window that they learned from."""
+    routing = {"mode": "student_aware", "learning_rate": 1e-2}
+    trainer = make_trainer(moe_config(router={"weight": 0}, routing=routing))
+    losses: list[tuple[float, float]] = []
+    backward = StudentAwareRouter.backward
+
+    def noted(self: StudentAwareRouter, batch: Any, *others: Any) -> Any:
+        loss = backward(self, batch, *others)
+        losses.append((float(loss.kl), float(loss.balance) * batch.counts.tokens))
+        return loss
+
+    monkeypatch.setattr(StudentAwareRouter, "backward", noted)
+    counts = window_units(trainer)
+    record = first_record(trainer)
+    kl, balance = (sum(values) for values in zip(*losses, strict=True))
+    assert len(losses) == 3 and kl > 0 < balance
+    assert record["routing_loss"] == pytest.approx(kl / counts.targets, rel=1e-6)
+    assert record["routing_balance"] == pytest.approx(balance / counts.tokens, rel=1e-6)
 
 
 def test_several_passes_are_averaged(moe_config: Make) -> None:
@@ -384,6 +434,16 @@ def stop_anywhere(config: DistillConfig) -> list[dict[str, Any]]:
             second.micro_batch()
         assert_same_bits(everything(second), ends[-1])
     return ends
+
+
+def first_record(trainer: Any) -> dict[str, Any]:
+    """The train record after the first window."""
+    with run_log(trainer.config, trainer) as log:
+        while not trainer.micro_batch():
+            pass
+        trainer.log_progress(log, ThroughputMeter(0))
+    (record,) = (r for r in read_log(trainer.config.output_dir) if r["kind"] == "train")
+    return record
 
 
 def first_micro_batch(trainer: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
 from sad.checkpoint import store
+from sad.checkpoint.parts import Entry, Part
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import latest_checkpoint, load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
@@ -272,6 +274,107 @@ def test_sigterm_saves_and_the_same_command_goes_on(
         group, _, rest = name.partition("/")
         if group in ("model", "optimizer", "ema", "rng"):
             assert torch.equal(saved.tensors[group][rest], tensor), name
+
+
+class Odometer:
+    """A toy with a state of its own: what it has seen of a run."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_a_new_part_costs_one_line(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered, it is saved when a run is stopped and restored when it goes on."""
+    config = make_config()
+    seen: list[int] = []
+    checkpoint_parts, micro_batch = Trainer._checkpoint_parts, Trainer.micro_batch
+
+    def with_odometer(self: Trainer) -> list[Part]:
+        self.odometer = Odometer()  # pyright: ignore[reportAttributeAccessIssue]
+        return [*checkpoint_parts(self), Entry("odometer", self.odometer)]  # pyright: ignore
+
+    def counted(self: Trainer) -> bool:
+        self.odometer.seen += 1  # pyright: ignore[reportAttributeAccessIssue]
+        seen.append(self.odometer.seen)  # pyright: ignore[reportAttributeAccessIssue]
+        if len(seen) == 6:  # in the middle of a window
+            os.kill(os.getpid(), signal.SIGTERM)
+        return micro_batch(self)
+
+    monkeypatch.setattr(Trainer, "micro_batch", counted)
+    monkeypatch.setattr(Trainer, "_checkpoint_parts", with_odometer)
+    with pytest.raises(StoppedError):
+        distill(config)
+    distill(replace(config, resume_from_checkpoint="auto"))
+    assert seen == list(range(1, len(seen) + 1)) and len(seen) > 6
+
+
+STATE_KEYS = [
+    "identity",
+    "counters",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "curriculum",
+    "ema",
+    "rng",
+    "sums",
+    "terms",
+    "window_loss",
+    "teaching",
+    "taid",
+    "skipped",
+    "accumulation_steps",
+    "gradient_accumulator_step_count",
+    "window_size",
+    "num_items",
+]
+TENSOR_GROUPS = [
+    "model",
+    "masters",
+    "optimizer",
+    "ema",
+    "teaching",
+    "structure",
+    "grads",
+    "rng",
+]
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"use_ema": False, "kd_weight": 0.0, "teacher": None}], ids=["all", "least"]
+)
+def test_checkpoints_keep_their_layout(make_config: Callable[..., Any], keys: Any) -> None:
+    """Names and order of schema 1, whatever a run has: another needs a new schema."""
+    config = make_config(**keys)
+    trainer = make_trainer(config)
+    state, tensors = trainer.capture()
+    assert list(state) == STATE_KEYS and list(tensors) == TENSOR_GROUPS
+    path = save_checkpoint(config.output_dir, 0, state, tensors, save_total_limit=2)
+    assert list(json.loads((path / "state.json").read_text())["state"]) == STATE_KEYS
+    files = list(json.loads((path / "manifest.json").read_text())["files"])
+    assert files == ["state.json", *(f"{group}.safetensors" for group in TENSOR_GROUPS)]
+    assert store.SCHEMA == 1
+
+
+@pytest.mark.parametrize("key", ["identity", "terms", "num_items"])
+def test_a_checkpoint_without_a_key_is_refused_in_one_line(
+    make_config: Callable[..., Any], key: str
+) -> None:
+    config = make_config()
+    state, tensors = make_trainer(config).capture()
+    del state[key]
+    save_checkpoint(config.output_dir, 0, state, tensors, save_total_limit=2)
+    with pytest.raises(CheckpointError, match=f"must hold '{key}' in state.json") as refusal:
+        distill(replace(config, resume_from_checkpoint="auto"))
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_changed_trajectory_is_refused(make_config: Callable[..., Any]) -> None:
