@@ -22,7 +22,8 @@ from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import STRUCTURAL, DistillConfig
 from sad.config.sections import RoutingConfig
 from sad.errors import SadError, UnfitError
-from sad.losses import contrastive
+from sad.losses import contrastive, structural
+from sad.losses.base import CaptureSpec, LossInputs, LossTerm, LossTerms, StructuralLoss
 from sad.losses.structural import StructuralLosses
 from sad.report.log import read_log
 from sad.teachers.frozen import TeacherOutput
@@ -370,6 +371,63 @@ def test_routing_survives_a_stop(moe_config: Make, mode: str) -> None:
     routing = {"mode": mode, "learning_rate": 1e-2, "explore": 0.5}
     config = moe_config(routing=routing)
     stop_anywhere(config)
+
+
+# A loss of one's own
+
+
+class Toy(StructuralLoss):
+    """A loss with everything that one can have: two terms, a diagnostic, a parameter, a buffer."""
+
+    name = "feature"
+    unit = "sequences"
+    diagnostics = ("toy_seen",)
+    student_spec = CaptureSpec(hidden=(0,))
+    seen: torch.Tensor
+
+    def __init__(self, config: DistillConfig, student: Any, teacher: Any) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        self.seen += self.training
+        count = inputs.layout.units.sequences
+        hidden = inputs.student.hidden[0][inputs.layout.tokens].square().mean()
+        return {
+            "toy": LossTerm(hidden * self.scale * count, count),
+            "toy_scale": LossTerm(self.scale.square() * count, count),
+            "toy_seen": LossTerm(self.seen.clone(), 1),
+        }
+
+    def weights(self, weight: float) -> dict[str, float]:
+        return {"toy": weight, "toy_scale": weight / 2}
+
+
+def test_a_loss_is_a_class_and_a_row(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, logged, evaluated, saved and restored, without a word of it anywhere else."""
+    monkeypatch.setitem(structural.LOSSES, "feature", Toy)
+    config = make_config(feature={"weight": 0.5}, use_curriculum=False)
+    result = distill(config)
+    first, *_, last = (r for r in read_log(config.output_dir) if r["kind"] == "train")
+    weights = {"ce": 0.3, "kd": 0.7, "toy": 0.5, "toy_scale": 0.25}
+    assert first["weights"] == pytest.approx(weights)
+    assert first["toy_scale"] == 1 > last["toy_scale"]
+    assert first["toy_seen"] == 2 < last["toy_seen"]  # of 1, 2 and 3 in the first window
+    parts = sum(weight * last[name] for name, weight in last["weights"].items())
+    assert last["loss"] == pytest.approx(parts, rel=1e-5)
+    assert {"eval/toy", "eval_ema/toy_scale"} <= result.metrics.keys()
+    assert "eval/toy_seen" not in result.metrics
+    ends = stop_anywhere(replace(config, output_dir=config.output_dir + "-stopped"))
+    assert float(ends[-1]["structure/losses.feature.seen"]) == 6
+
+
+def test_a_loss_without_its_row_is_refused(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(structural.LOSSES, "relations")
+    with pytest.raises(LookupError, match="got none for 'relations'; add it to"):
+        make_trainer(make_config(relations={"weight": 1}))
 
 
 # What is refused
