@@ -1,4 +1,4 @@
-"""Meters: sums, means and rates that become log records and evaluation metrics."""
+"""Counters and meters: sums, means and rates that become log records and evaluation metrics."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,27 @@ from torch import Tensor, nn
 from sad.data.batch import Batch
 from sad.losses.base import LossTerms
 from sad.optim.precision import Update
+
+
+@dataclass
+class Counters:
+    """Where the run stands, in plain numbers."""
+
+    micro_step: int = 0
+    global_step: int = 0
+    tokens: int = 0
+    """Targets seen so far."""
+    best_value: float = math.inf
+    best_micro_step: int = -1
+    evaluated_at: int = -1
+    """``micro_step`` of the newest evaluation, whose figures are ``metrics``."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(vars(Counters(**state)))
 
 
 class ThroughputMeter:

@@ -10,14 +10,11 @@ and the verdict on it stay where they were computed. Places that do wait say so.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sad_kernels import Objective
 from torch import Tensor
@@ -25,72 +22,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sad.accumulate import GradientAccumulator
-from sad.checkpoint.parts import (
-    Constant,
-    Entries,
-    Entry,
-    Gradients,
-    ModuleTensors,
-    NamedTensors,
-    Numbers,
-    OptimizerState,
-    Part,
-    RandomGenerators,
-    State,
-    TensorGroups,
-    capture_parts,
-    entry,
-    restore_parts,
-)
+from sad.checkpoint.parts import RandomGenerators, State, TensorGroups, capture_parts
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import Checkpoint, save_checkpoint
-from sad.config.identity import require_same_run
 from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
-from sad.data.rows import epoch_permutation
 from sad.environment import StopSignals, memory_now
 from sad.errors import CheckpointError, DivergedError, StoppedError
 from sad.losses.taid import TAIDSchedule
 from sad.optim.precision import Precision, structural_parameters
 from sad.optim.schedule import (
     RunLength,
-    Window,
     build_scheduler,
     check_foreign_scheduler,
     step_scheduler,
 )
 from sad.report.log import RunLog
 from sad.teachers.policy import build_teacher_policy
+from sad.training.batches import TrainBatches
 from sad.training.evaluate import evaluate_student
 from sad.training.inputs import RunInputs
-from sad.training.meters import ThroughputMeter, TrainMeter
+from sad.training.meters import Counters, ThroughputMeter, TrainMeter
+from sad.training.state import checkpoint_parts, restore_trainer
 from sad.training.student import LossWeights, StepOutput, StudentWithLoss
-
-GROUP_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
-"""What the configuration says of an optimizer's group; its ``lr`` follows from the scheduler."""
-
-
-@dataclass
-class Counters:
-    """Where the run stands, in plain numbers."""
-
-    micro_step: int = 0
-    global_step: int = 0
-    tokens: int = 0
-    """Targets seen so far."""
-    best_value: float = math.inf
-    best_micro_step: int = -1
-    evaluated_at: int = -1
-    """``micro_step`` of the newest evaluation, whose figures are ``metrics``."""
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(vars(Counters(**state)))
-
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 """A scheduler of the caller's own, stepped as ``config.scheduler_unit`` says."""
@@ -119,16 +74,16 @@ class Trainer:
         self.run_dir = run_dir
         self.identity = inputs.identity(config)
         self.policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
-        self.train_rows = inputs.train_rows
         self.device = inputs.device
 
         self.run_length = RunLength(
-            num_rows=len(self.train_rows),
+            num_rows=len(inputs.train_rows),
             batch_size=config.per_device_train_batch_size,
             accumulation_steps=config.gradient_accumulation_steps,
             num_train_epochs=config.num_train_epochs,
             max_steps=config.max_steps,
         )
+        self.batches = TrainBatches(config, inputs.train_rows, self.run_length, inputs.device)
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
         self.optimizer = precision.build_optimizer(student.model, student.structural)
@@ -150,9 +105,8 @@ class Trainer:
         self.meter = TrainMeter(logged, self.device)
         self.window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.generators = RandomGenerators("rng")
-        self.parts = self._checkpoint_parts()
+        self.parts = checkpoint_parts(self)
         self._failed_saves = 0
-        self._order: tuple[int, np.ndarray] | None = None  # of the rows, in the epoch at hand
 
     # The story
 
@@ -190,14 +144,14 @@ class Trainer:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
         window = self.run_length.window(counters.micro_step)
-        counts = self._counts(window)
+        counts = self.batches.counts(window)
         if not accumulator.pending:
             accumulator.open_window(window.size, counts.targets)
-            batches = self._batches(window)
+            batches = self.batches.window(window)
             self.meter.terms.add(self.policy.begin_window(batches, self.student, counts))
 
         # The weights of a window are those of its first micro-batch: it has one objective.
-        batch = self._batch(counters.micro_step)
+        batch = self.batches.batch(counters.micro_step)
         weights = self.weights(window.first_micro_step)
         result = self._forward(batch, weights, counts)
         self.precision.backward(result.loss)
@@ -353,31 +307,6 @@ class Trainer:
 
     # Checkpoints
 
-    def _checkpoint_parts(self) -> list[Part]:
-        """Everything that decides how training goes on. Their order is that of ``state.json``."""
-        masters = self.precision.masters
-        return [
-            Constant("identity", self.identity),
-            Entry("counters", self.counters),
-            ModuleTensors("model", self.student.model),
-            NamedTensors("masters", None if masters is None else masters.separate),
-            OptimizerState("optimizer", self.optimizer, self.precision.optimizer_parameters),
-            Entry("scheduler", self.scheduler),
-            Entry("scaler", self.precision),
-            Entry("curriculum", self.curriculum),
-            Entry("ema", self.ema, tensors="shadow"),
-            self.generators,
-            Numbers("sums", self.meter.sums),
-            Entry("terms", self.meter.terms),
-            Numbers("window_loss", self.window_loss),
-            Entry("teaching", self.policy, tensors="tensors"),
-            Entry("taid", self.taid),
-            Numbers("skipped", self.meter.skipped),
-            ModuleTensors("structure", self.student.structural),
-            Gradients("grads", self._trained()),
-            Entries(self.accumulator),
-        ]
-
     def capture(self) -> tuple[State, TensorGroups]:
         """The state of all parts, as plain values and named tensors: the live ones, not copies."""
         return capture_parts(self.parts)
@@ -389,48 +318,11 @@ class Trainer:
         ``allow_config_change`` says that this is meant, and ``CheckpointError`` for a checkpoint
         that lacks a part or holds other tensors.
         """
-        saved_identity = entry(checkpoint, "identity")
-        changed = require_same_run(saved_identity, self.identity, self.config, warn)
-        configured = [
-            {key: group[key] for key in GROUP_OPTIONS} for group in self.optimizer.param_groups
-        ]
-        decay = None if self.ema is None else (self.ema.decay, self.ema.warmup)
-        curriculum = self.curriculum.state_dict()
-        restore_parts(self.parts, checkpoint)
-        if changed:  # what the new configuration says wins over what the old one left behind
-            for group, options in zip(self.optimizer.param_groups, configured, strict=True):
-                group.update(options)
-            self.scheduler.base_lrs = [options["initial_lr"] for options in configured]
-            if self.ema is not None and decay is not None:
-                self.ema.decay, self.ema.warmup = decay
-            self.curriculum.load_state_dict(curriculum)
-        missing = ", ".join(self.generators.missing)
-        if missing:
-            warn(f"random numbers of {missing} start anew: there is no such device here")
+        restore_trainer(self, checkpoint, warn)
 
     # Details
 
-    def _rows(self, micro_step: int) -> np.ndarray:
-        """The numbers of the rows in a micro-batch: a pure function of seed and position."""
-        epoch, batch = self.run_length.position(micro_step)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_permutation(self.config.seed, epoch, len(self.train_rows))
-        size = self.config.per_device_train_batch_size
-        return self._order[1][batch * size : (batch + 1) * size]
-
-    def _batch(self, micro_step: int) -> Batch:
-        return self.train_rows.batch(self._rows(micro_step)).to(self.device)
-
-    def _batches(self, window: Window) -> Iterator[Batch]:
-        for step in range(window.first_micro_step, window.first_micro_step + window.size):
-            yield self._batch(step)
-
-    def _counts(self, window: Window) -> LossCounts:
-        """Units in all micro-batches of a window, known beforehand: a function of its position."""
-        steps = range(window.first_micro_step, window.first_micro_step + window.size)
-        return self.train_rows.counts(np.concatenate([self._rows(step) for step in steps]))
-
-    def _trained(self) -> dict[str, Tensor]:
+    def trained_parameters(self) -> dict[str, Tensor]:
         """Every parameter that collects gradients, by its name in checkpoints."""
         ours: dict[str, Tensor] = dict(self.student.model.named_parameters())
         return ours | structural_parameters(self.student.structural)

@@ -70,8 +70,8 @@ MUTATIONS = [
         "a short last window is divided as if it were whole",
         edit(
             TRAINING,
-            "        counts = self._counts(window)\n",
-            "        counts = self._counts(window)\n"
+            "        counts = self.batches.counts(window)\n",
+            "        counts = self.batches.counts(window)\n"
             "        whole = counts.targets * accumulator.accumulation_steps // window.size\n"
             "        counts = counts._replace(targets=whole)\n",
         ),
@@ -268,9 +268,9 @@ MUTATIONS = [
         "40",
         "numbers are drawn after the generators were restored",
         edit(
-            TRAINING,
-            "        if missing:\n",
-            "        torch.rand(self.counters.micro_step)\n        if missing:\n",
+            "sad/training/state.py",
+            "    if missing:\n",
+            '    __import__("torch").rand(trainer.counters.micro_step)\n    if missing:\n',
         ),
         ANY_STOP,
     ),
@@ -294,9 +294,10 @@ MUTATIONS = [
         "41",
         "the order of the rows depends on where the process began",
         edit(
-            TRAINING,
-            "epoch_permutation(self.config.seed, epoch,",
-            "epoch_permutation(self.config.seed + self.counters.micro_step, epoch,",
+            "sad/training/batches.py",
+            "    def row_numbers(self, micro_step: int) -> np.ndarray:\n",
+            "    def row_numbers(self, micro_step: int) -> np.ndarray:\n"
+            "        self._seed += micro_step * (self._order is None)\n",
         ),
         training("test_rows_come_once_per_epoch_of_a_resumed_run") + ANY_STOP,
     ),

@@ -128,7 +128,8 @@ def test_the_split_of_a_window_does_not_matter(
         monkeypatch.setattr(trainer, "_close_window", lambda *, empty: None)
         for _ in range(steps):
             trainer.micro_batch()
-        gradients.append({n: p.grad for n, p in trainer._trained().items() if p.grad is not None})
+        trained = trainer.trained_parameters().items()
+        gradients.append({n: p.grad for n, p in trained if p.grad is not None})
     whole = gradients[0]
     assert any(name.startswith("structure/") for name in whole)
     for others in gradients[1:]:
@@ -190,7 +191,8 @@ def test_checkpointed_activations_give_the_same_gradient(make_config: Make) -> N
     for checkpointing in (False, True):
         trainer = make_trainer(make_config(**ALL, gradient_checkpointing=checkpointing))
         trainer.micro_batch()
-        gradients.append({n: p.grad for n, p in trainer._trained().items() if p.grad is not None})
+        trained = trainer.trained_parameters().items()
+        gradients.append({n: p.grad for n, p in trained if p.grad is not None})
     assert_same_bits(*gradients)
 
 
@@ -349,7 +351,7 @@ def test_several_passes_are_averaged(moe_config: Make) -> None:
     routing = {"mode": "knowledge_augmentation", "passes": 3, "explore": 0.9}
     trainer = make_trainer(moe_config(router={"weight": 0}, routing=routing))
     trainer.student.eval()
-    batch, counts = trainer._batch(0), window_units(trainer)
+    batch, counts = trainer.batches.batch(0), window_units(trainer)
     objective = trainer.objective(trainer.weights(0))
     state = trainer.policy.generator.get_state()  # pyright: ignore[reportAttributeAccessIssue]
     output = trainer.policy.forward(batch)
@@ -505,12 +507,11 @@ def first_record(trainer: Any) -> dict[str, Any]:
 
 
 def first_micro_batch(trainer: Any) -> Any:
-    batch = trainer.train_rows.batch(trainer._rows(0))
-    return trainer._forward(batch, trainer.weights(0), window_units(trainer))
+    return trainer._forward(trainer.batches.batch(0), trainer.weights(0), window_units(trainer))
 
 
 def window_units(trainer: Any) -> Any:
-    return trainer._counts(trainer.run_length.window(0))
+    return trainer.batches.counts(trainer.run_length.window(0))
 
 
 def all_modules(trainer: Any) -> list[nn.Module]:

@@ -39,6 +39,8 @@ from sad.optim.precision import Precision, Update
 from sad.optim.schedule import lr_factor
 from sad.report.log import RunLog, read_log
 from sad.teachers.frozen import TeacherOutput
+from sad.training import state as trainer_state
+from sad.training import trainer as trainer_module
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ThroughputMeter
 from sad.training.rescore import evaluate_run
@@ -295,25 +297,27 @@ def test_a_new_part_costs_one_line(
     """Registered, it is saved when a run is stopped and restored when it goes on."""
     config = make_config()
     seen: list[int] = []
-    checkpoint_parts, micro_batch = Trainer._checkpoint_parts, Trainer.micro_batch
+    odometers: list[Odometer] = []
+    checkpoint_parts, micro_batch = trainer_state.checkpoint_parts, Trainer.micro_batch
 
-    def with_odometer(self: Trainer) -> list[Part]:
-        self.odometer = Odometer()  # pyright: ignore[reportAttributeAccessIssue]
-        return [*checkpoint_parts(self), Entry("odometer", self.odometer)]  # pyright: ignore
+    def with_odometer(made: Trainer) -> list[Part]:
+        odometers.append(Odometer())
+        return [*checkpoint_parts(made), Entry("odometer", odometers[-1])]
 
     def counted(self: Trainer) -> bool:
-        self.odometer.seen += 1  # pyright: ignore[reportAttributeAccessIssue]
-        seen.append(self.odometer.seen)  # pyright: ignore[reportAttributeAccessIssue]
+        odometers[-1].seen += 1
+        seen.append(odometers[-1].seen)
         if len(seen) == 6:  # in the middle of a window
             os.kill(os.getpid(), signal.SIGTERM)
         return micro_batch(self)
 
     monkeypatch.setattr(Trainer, "micro_batch", counted)
-    monkeypatch.setattr(Trainer, "_checkpoint_parts", with_odometer)
+    monkeypatch.setattr(trainer_module, "checkpoint_parts", with_odometer)
     with pytest.raises(StoppedError):
         distill(config)
     distill(replace(config, resume_from_checkpoint="auto"))
-    assert seen == list(range(1, len(seen) + 1)) and len(seen) > 6
+    assert len(odometers) == 2 and len(seen) > 6
+    assert seen == list(range(1, len(seen) + 1))
 
 
 STATE_KEYS = [
@@ -622,8 +626,8 @@ def test_one_micro_batch_or_eight_give_one_gradient(
             trainer.micro_batch()
         found.append(torch.stack(gradients))
         gradients.clear()
-    assert len(trainer.train_rows) % 8, "the last window should be a short one"
-    assert trainer.train_rows.num_targets.std() > 40, "equal lengths would hide the fault"
+    assert len(trainer.batches.rows) % 8, "the last window should be a short one"
+    assert trainer.batches.rows.num_targets.std() > 40, "equal lengths would hide the fault"
     for split in found[1:]:
         error = (split - found[0]).abs().amax(1) / found[0].abs().amax(1)
         assert (error < 1e-12).all()
@@ -639,7 +643,7 @@ def test_evaluation_gives_the_figures_of_training(
     """
     config = make_config(packing=False, label_smoothing=0.0, temperature=1.0)
     trainer = make_trainer(config)
-    batches = [trainer.train_rows.batch(trainer._rows(i)) for i in range(4)]
+    batches = [trainer.batches.batch(i) for i in range(4)]
     monkeypatch.setattr(RunInputs, "eval_batches", lambda self, config: iter(batches))
     with run_log(config, trainer) as log:
         trainer.evaluate(log)
@@ -664,13 +668,14 @@ def test_a_window_without_targets_updates_nothing(
     trainer = make_trainer(config)
     trainer.micro_batch()
     before = everything(trainer)
-    batch = trainer.train_rows.batch
+    batch = trainer.batches.rows.batch
     monkeypatch.setattr(
-        trainer.train_rows,
+        trainer.batches.rows,
         "batch",
         lambda rows: batch(rows)._replace(labels=torch.full_like(batch(rows).labels, -100)),
     )
-    monkeypatch.setattr(trainer.train_rows, "num_targets", trainer.train_rows.num_targets * 0)
+    none = trainer.batches.rows.num_targets * 0
+    monkeypatch.setattr(trainer.batches.rows, "num_targets", none)
     trainer.micro_batch()
     after = everything(trainer)
     for name in before:
