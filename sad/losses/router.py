@@ -1,4 +1,4 @@
-"""Losses on the gates of mixture-of-experts layers, over all E experts of a layer, chosen or not.
+"""Router losses of mixture-of-experts layers, on the gates of all E experts, chosen or not.
 
     router_loss     KL(g_t || g_s), the student's gate follows the teacher's
     balance_loss    E sum_e f_e P_e (Switch, arXiv 2101.03961): f_e tokens sent to e per token,
@@ -39,7 +39,7 @@ def gates(
     logits: Tensor,  # [..., E]
     kind: GateKind,
 ) -> Tensor:
-    """A distribution over experts, [..., E], fp32 at least; sigmoid scores divided by their sum."""
+    """Gates as distributions over experts, [..., E], fp32 at least; sigmoids are normalised."""
     return _log_gates(logits, kind).exp()
 
 
@@ -50,7 +50,7 @@ def router_loss(
     student_kind: GateKind,
     teacher_kind: GateKind,
 ) -> LossTerm:
-    """Sum over tokens of the mean over layers of ``KL(g_t || g_s)``; unit: tokens.
+    """Router loss: sum over tokens of the mean over layers of ``KL(g_t || g_s)``. Unit: tokens.
 
     Raises ``ValueError`` for layers with different numbers of experts and for a teacher that
     requires a gradient.
@@ -76,7 +76,7 @@ def balance_loss(
     top_k: int,
     kind: GateKind = "softmax",
 ) -> LossTerm:
-    """``E sum_e f_e P_e``, mean over layers, times the number of tokens; unit: tokens.
+    """Load-balance loss ``E sum_e f_e P_e``, mean over layers, times the tokens. Unit: tokens.
 
     A function of the micro-batch as a whole: after division by the window's tokens it is the mean
     of the micro-batches' values by their tokens, and depends on how the window is split. Tokens
@@ -97,7 +97,10 @@ def router_z_loss(
     logits: Sequence[Tensor],  # of [B L, E]
     layout: Layout,
 ) -> LossTerm:
-    """Sum over tokens of the mean over layers of ``logsumexp(logits)^2``; unit: tokens."""
+    """Router z-loss: sum over tokens of the mean over layers of ``logsumexp(logits)^2``.
+
+    Unit: tokens.
+    """
     tokens = layout.tokens.flatten()
     squares = torch.stack([upcast(_only(tokens, x)).logsumexp(-1).square() for x in logits])
     return LossTerm(torch.where(tokens, squares.mean(0), 0.0).sum(), layout.units.tokens)
@@ -132,17 +135,17 @@ def _log_gates(logits: Tensor, kind: GateKind) -> Tensor:
 
 
 def _only(tokens: Tensor, values: Tensor) -> Tensor:
-    """Zeros in the rows [N, E] that do not count: they may hold NaN."""
+    """Zero the rows of [N, E] that do not count: they may hold NaN."""
     return values.masked_fill(~tokens[:, None], 0.0)
 
 
 def _sum_over(tokens: Tensor, values: Tensor) -> Tensor:
-    """[N, E] -> [E]."""
+    """Sum of ``values`` [N, E] over the rows that count, [E]."""
     return torch.where(tokens[:, None], values, 0.0).sum(0)
 
 
 class RouterLoss(StructuralLoss):
-    """Gates of paired mixture-of-experts layers, and what keeps the student's from collapsing."""
+    """``router_loss`` of paired layers, with balance and z-loss; the section ``router``."""
 
     name = "router"
 

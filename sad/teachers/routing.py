@@ -1,6 +1,6 @@
-"""Student-aware teachers: a mixture of experts that learns to be understood (arXiv 2502.12947).
+"""Routing of mixture-of-experts teachers for distillation (arXiv 2502.12947).
 
-A frozen mixture of experts shows its student what k of its E experts say. Two ways to show more:
+A frozen mixture of experts shows its student the outputs of k of its E experts. To show more:
 
 * **Student-aware routing.** All experts are active, and the teacher's *gates*, nothing else of it,
   are trained to bring the teacher closer to the student. Per window: first the gates minimise
@@ -55,7 +55,7 @@ _OBJECTIVE = Objective(kd_weight=1.0, divergence="reverse_kl", temperature=1.0)
 
 
 class RoutingLoss(NamedTuple):
-    """What the gates were trained on in one micro-batch; detached, on the device."""
+    """The gates' loss on one micro-batch; detached, on the device."""
 
     kl: Tensor  # [] nats: KL(p_T || p_S) summed over the targets
     balance: Tensor  # [] cv^2, mean over layers, before its weight
@@ -124,11 +124,12 @@ class StudentAwareRouter:
         of the micro-batches' values weighted by their tokens. With several ranks, gradients of
         ``gate_parameters()`` are to be summed before ``step``.
         """
-        there = batch.to(self._layers_device)
+        moved = batch.to(self._layers_device)
+        # To the kernels the student is the teacher here: see _OBJECTIVE.
         student = TeacherHidden(student_hidden.detach(), _detached(student_head, self.device))
         with all_experts(self.model), torch.enable_grad():
-            with _recomputing(self.model), reading_routers(self._blocks) as logits:
-                hidden = self._backbone(there.input_ids, there.position_ids)
+            with _activation_checkpointing(self.model), reading_routers(self._blocks) as logits:
+                hidden = self._backbone(moved.input_ids, moved.position_ids)
             out = linear_distill_loss(
                 hidden.to(self.device, self._head.weight.dtype),
                 self._head,
@@ -141,14 +142,14 @@ class StudentAwareRouter:
             )
             balance = gate_variation(
                 [gates(logits[layer], block.kind) for layer, block in self._blocks.items()],
-                layout_of(there).tokens.flatten(),
+                layout_of(moved).tokens.flatten(),
             ).to(self.device)
             share = batch.counts.tokens / max(totals.tokens, 1)
             (out.loss + self.balance_weight * share * balance).backward()
         return RoutingLoss(out.kd, balance.detach())
 
     def step(self) -> Update:
-        """One step of AdamW on the masters; a gradient that is not finite changes nothing.
+        """Take one AdamW step on the masters; a gradient that is not finite changes nothing.
 
         The gates become the rounded masters, and all gradients are dropped. Does not wait for the
         device.
@@ -162,7 +163,7 @@ class StudentAwareRouter:
         return Update(norm, ok, skipped=~ok)
 
     def state_dict(self) -> dict[str, Any]:
-        """``optimizer``, plain values, and ``tensors``: the live masters and moments by name.
+        """State as ``optimizer``, plain values, and ``tensors``: live masters and moments by name.
 
         Raises ``RuntimeError`` between ``backward`` and ``step``, whose gradients it lacks.
         """
@@ -182,9 +183,12 @@ class StudentAwareRouter:
         Raises ``CheckpointError`` for the state of another teacher.
         """
         tensors: Mapping[str, Tensor] = state["tensors"]
-        load_tensors(self._masters.tensors, _under(_GATE, tensors), "gate")
+        load_tensors(self._masters.tensors, _without_prefix(_GATE, tensors), "gate")
         load_optimizer(
-            self.optimizer, self._masters.tensors, state["optimizer"], _under(_MOMENT, tensors)
+            self.optimizer,
+            self._masters.tensors,
+            state["optimizer"],
+            _without_prefix(_MOMENT, tensors),
         )
         self._masters.publish()
 
@@ -227,10 +231,10 @@ def augmented(
         yield
 
 
-_GATE, _MOMENT = "gate/", "optimizer/"
+_GATE, _MOMENT = "gate/", "optimizer/"  # prefixes of tensor names in a checkpoint
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
 
 
@@ -254,12 +258,13 @@ def _gate_parameters(model: nn.Module, blocks: Mapping[int, MoeBlock]) -> dict[s
 
 
 @contextmanager
-def _recomputing(model: nn.Module) -> Iterator[None]:
-    """Forward passes keep the inputs of decoder layers only; backward computes the rest again.
+def _activation_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Context in which forward passes keep the inputs of decoder layers only, for backward to redo.
 
     transformers' own switch works in training mode alone and makes embeddings require gradients for
     good. Here the layers, and nothing inside them, are in training mode: dropout stays off.
     """
+    # Set past transformers' own switch, in the layers' attributes, and undone afterwards.
     ours = {
         "gradient_checkpointing": True,
         "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
@@ -285,10 +290,11 @@ def _draw_experts(
     probability: float,
     generator: torch.Generator,
 ) -> Tensor:  # int64 [N, count]
-    """Ids of experts: the first to arrive where a token's are drawn, else the gate's first choice.
+    """Choose ``count`` experts per token: drawn with ``probability``, else the gate's top ones.
 
-    Expert e arrives after an exponential time with rate g_e. The order of arrivals is that of draws
-    without replacement, each in proportion to what is left of the gate (Plackett-Luce).
+    Expert e arrives after an exponential time with rate g_e, and the first to arrive are drawn. The
+    order of arrivals is that of draws without replacement, each in proportion to what is left of
+    the gate (Plackett-Luce).
     """
     where = {"generator": generator, "device": generator.device}
     times = torch.empty(logits.shape, device=generator.device).exponential_(generator=generator)

@@ -1,12 +1,11 @@
-"""``distill(config)``: from a configuration to a student, a table of what it learned, a report.
+"""``distill(config)``: the whole run, from a configuration to a student, metrics and a report.
 
     sad distill quickstart                          on any machine, in minutes
     sad distill FILE.yaml --output_dir runs/one     on one GPU
     sad distill FILE.yaml --output_dir runs/one --resume_from_checkpoint auto
 
-How one student is trained lies in ``sad.training.trainer``; here is the story around it: text,
-frozen teacher, the baseline that learns without the teacher, the student, what is written at the
-end.
+How one student is trained is in ``sad.training.trainer``. Around it, here: load text and teacher,
+score the teacher, train the baseline without it, train the student, write results and report.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ it knows fewer positions)."""
 
 @dataclass(frozen=True)
 class RunResult:
-    """What ``distill`` leaves behind.
+    """Result of ``distill``: the run's directory, and what its last evaluation measured.
 
     ``metrics`` are those of the last evaluation under their logged names (``eval_ema/nll``, ...);
     ``results`` the rows of the printed table: teacher, baseline if there is one, student.
@@ -101,7 +100,7 @@ def _distill(
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
 ) -> RunResult:
-    require_space(config)
+    require_space(config)  # before anything that takes time
     inputs = load_inputs(config)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
@@ -136,11 +135,11 @@ def _train_baseline(
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
 ) -> ResultRow:
-    """The same student from the same weights on the same batches, without its teacher.
+    """Train the same student from the same weights on the same batches, without its teacher.
 
     It is a run of its own in ``baseline/``: resumed by itself, and not repeated once finished.
     """
-    alone = replace(
+    config_ce_only = replace(
         config,
         **ce_only(),
         baseline=False,
@@ -151,8 +150,10 @@ def _train_baseline(
     baseline = RunDirectory(run_dir.baseline)
     if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
         return baseline.read_run()["results"][0]
-    checkpoint = baseline.claim(alone, report=print)
-    trainer = _train(alone, baseline, checkpoint, inputs, signals, make_scheduler, name=name)
+    checkpoint = baseline.claim(config_ce_only, report=print)
+    trainer = _train(
+        config_ce_only, baseline, checkpoint, inputs, signals, make_scheduler, name=name
+    )
     row = _student_row(name, trainer)
     baseline.write_run(baseline.read_run() | {"results": [row]})
     baseline.write_status("finished")
@@ -170,6 +171,7 @@ def _train(
     name: str,
 ) -> Trainer:
     """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
+    # Seeded again, so that a student does not depend on whether a baseline was trained before it.
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
     teacher = None if inputs.teacher is None else inputs.teacher.model
@@ -221,7 +223,7 @@ def _train(
 
 
 def _require_structural(config: DistillConfig, inputs: RunInputs) -> None:
-    """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
+    """Raise ``UnfitError`` if the models cannot supply a structural loss of the configuration."""
     if config.structural_weights and inputs.teacher is not None:
         build_structural(config, load_student(config), inputs.teacher.model)
 
@@ -234,7 +236,7 @@ def _student_row(name: str, trainer: Trainer) -> ResultRow:
 
 @torch.no_grad()
 def _samples(final: Path, inputs: RunInputs) -> list[dict[str, str]]:
-    """What the exported student writes after the beginning of two held-out rows.
+    """Texts that the exported student generates from the beginning of held-out rows.
 
     It is loaded as a user would load it: an export that cannot be used fails the run here.
     """
@@ -260,7 +262,7 @@ def _samples(final: Path, inputs: RunInputs) -> list[dict[str, str]]:
 
 
 def _write_failure(run_dir: RunDirectory, error: BaseException) -> None:
-    """``status.json`` repeats code and message; writing it must not fail in turn."""
+    """Write exit code and message to ``status.json``; a failure to do so is ignored."""
     code = error.exit_code if isinstance(error, SadError) else 1
     state = "stopped" if isinstance(error, StoppedError) else "failed"
     message = str(error) or type(error).__name__

@@ -437,8 +437,8 @@ MUTATIONS = [
         "attention maps are soft-maxed twice",
         edit(
             "sad/losses/attention.py",
-            "return scores.masked_fill(~seen, -torch.inf).log_softmax(-1)",
-            "return scores.masked_fill(~seen, -torch.inf).softmax(-1).log_softmax(-1)",
+            "return scores.masked_fill(~mask, -torch.inf).log_softmax(-1)",
+            "return scores.masked_fill(~mask, -torch.inf).softmax(-1).log_softmax(-1)",
         ),
         tests(
             "sad/losses/test_attention.py",
