@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels.objective import (
     Head,
     Objective,
@@ -107,9 +108,10 @@ def require_objective(objective: object, teacher: object) -> Objective:
                 "teacher_share must be 1 for a TeacherTopK, whose logits are not known, got "
                 f"{objective.teacher_share}; pass TeacherHidden or TeacherLogits"
             )
-        if teacher.tail == "zero" and objective.divergence == "reverse_kl":
+        name = objective.divergence
+        if teacher.tail == "zero" and DIVERGENCES[name].needs_full_support:
             raise ValueError(
-                "divergence must not be reverse_kl for a teacher with tail='zero', got reverse_kl; "
+                f"divergence must not be {name} for a teacher with tail='zero', got {name}; "
                 "it is infinite there: use tail='bucket' or another divergence"
             )
     return objective

@@ -18,12 +18,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES
+
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 Tail = Literal["bucket", "zero"]
 
-DIVERGENCES: tuple[str, ...] = get_args(Divergence)
-MIXTURES: frozenset[str] = frozenset({"jsd", "skew_forward_kl", "skew_reverse_kl"})
-"""The divergences that compare with a mixture of both sides: the only ones that read ``beta``."""
+MIXTURES = frozenset(name for name, info in DIVERGENCES.items() if info.forward_passes == 2)
+"""Of ``_triton/launch.py``, until it reads the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,12 @@ class Objective:
         _require_number("temperature", self.temperature, "be a finite number > 0", above=0.0)
         if not isinstance(self.scale_t2, bool):
             raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
-        if self.divergence not in DIVERGENCES:
+        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}; "
                 "choose one of these"
             )
-        if self.divergence in MIXTURES:
+        if DIVERGENCES[self.divergence].reads_beta:
             remedy = "beta=0 and beta=1 are no mixtures: ask for forward_kl or reverse_kl by name"
             _require_number(
                 "beta",

@@ -22,13 +22,14 @@ student and teacher, ``T`` temperature, ``p = softmax(t / T)``, ``q = softmax(s 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels.objective import (
     DistillOutput,
     Divergence,
@@ -236,10 +237,10 @@ def _kd(
                 f"teacher_share must be 1 for a sparse teacher, got {objective.teacher_share}; "
                 "its logits are not known"
             )
-        if teacher.tail == "zero" and objective.divergence == "reverse_kl":
+        if teacher.tail == "zero" and DIVERGENCES[objective.divergence].needs_full_support:
             raise ValueError(
-                "tail must be 'bucket' for reverse_kl, got 'zero'; the reverse KL to a teacher "
-                "that gives the other tokens no mass is infinite"
+                f"tail must be 'bucket' for {objective.divergence}, got 'zero'; its value for a "
+                "teacher that gives the other tokens no mass is infinite"
             )
         ids, log_probs = _rows(teacher.ids, keep).long(), _rows(teacher.log_probs, keep)
         log_probs = log_probs.to(_math_dtype(s, log_probs))
@@ -260,21 +261,41 @@ def _kd(
     return objective.kd_scale * value, choice
 
 
-def _divergence(name: Divergence, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # [n]
-    match name:
-        case "forward_kl":
-            return _kl(log_p, log_q)
-        case "reverse_kl":
-            return _kl(log_q, log_p)
-        case "jsd":
-            log_m = _log_mixture(beta, log_p, log_q)
-            return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-        case "skew_forward_kl":
-            return _kl(log_p, _log_mixture(beta, log_p, log_q))
-        case "skew_reverse_kl":
-            return _kl(log_q, _log_mixture(beta, log_q, log_p))
-        case _:
-            assert_never(name)
+def _divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # [n]
+    if name not in DEFINITIONS:
+        raise missing(name, f"{__name__}.DEFINITIONS")
+    return DEFINITIONS[name](log_p, log_q, beta)
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_p, log_q)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_q, log_p)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    log_m = _log_mixture(beta, log_p, log_q)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _skew_forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_p, _log_mixture(beta, log_p, log_q))
+
+
+def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_q, _log_mixture(beta, log_q, log_p))
+
+
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
+"""Name -> the divergence of teacher ``p`` and student ``q``, [n], from their log-probabilities."""
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

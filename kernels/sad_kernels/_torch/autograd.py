@@ -93,7 +93,7 @@ class _RowLosses(torch.autograd.Function):
                 statistics.add(*tile)
             if statistics.reads_twice:
                 for rows, _, s, t, _ in problem.tiles():
-                    statistics.add_mixture(rows, s, t)
+                    statistics.add_terms(rows, s, t)
             results, saved = statistics.finish()
 
         ctx.call, ctx.num_tensors = call, len(tensors)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import divergence_terms
+from sad_kernels._divergence import terms_of
 from sad_kernels._rows import LossSpec
 from sad_kernels._torch.statistics import SavedRows, log_softmax_, tempered_exp
 from sad_kernels._torch.topk import TopKRows
@@ -84,7 +84,7 @@ class RowGradient:
         log_p = log_softmax_(
             t, saved.teacher_maximum[rows], saved.teacher_total[rows], self.temperature
         )
-        _, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        _, h = terms_of(objective.divergence)(objective.beta, log_q, log_p)
         q = log_q.exp_()
         return h.sub_(q.mul_(saved.expectation[rows, None])).mul_(self.kd[rows, None])
 

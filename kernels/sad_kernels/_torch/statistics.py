@@ -21,18 +21,23 @@ log-probabilities, so they must know ``d`` first and read the logits twice.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import divergence_terms
+from sad_kernels._divergence import Terms, terms_of
+from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels._rows import LossSpec, RowResults
 from sad_kernels._torch.topk import TopKRows
-from sad_kernels.objective import MIXTURES
 
 LOWEST = -1e30
-ROUNDING = 1e-5  # a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
+ROUNDING = 1e-5  # nats: a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
+
+Side = Literal["student", "teacher"]
+
+ONE_PASS_KL: dict[str, Side] = {"forward_kl": "teacher", "reverse_kl": "student"}
+"""The divergences that one reading gives, each a KL(a || b): whose distribution ``a`` is."""
 
 
 class SavedRows(NamedTuple):
@@ -78,7 +83,7 @@ class RunningSoftmax:
 
 
 class RowStatistics:
-    """Feed it every tile once (``add``), for a mixture again (``add_mixture``), then ``finish``.
+    """Feed it every tile once (``add``), for a mixture again (``add_terms``), then ``finish``.
 
     A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch ``u``, all three
     [rows, columns] and overwritten. Labels may lie outside the vocabulary.
@@ -93,8 +98,14 @@ class RowStatistics:
         self.student = RunningSoftmax(like, self.temperature, spec.compute_metrics)
         self.rest = RunningSoftmax(like, self.temperature, argmax=False)  # outside a top-k's ids
         self.teacher: RunningSoftmax | None = None
+        self.kl_left: Side | None = None  # a of a KL(a || b) from running sums
+        self.terms: Terms | None = None  # of any other divergence of a dense teacher
         if teacher is True:
             self.teacher = RunningSoftmax(like, self.temperature, spec.compute_metrics)
+            if DIVERGENCES[objective.divergence].forward_passes == 1:
+                self.kl_left = _one_pass_kl(objective.divergence)
+            else:
+                self.terms = terms_of(objective.divergence)
         self.label_logit = torch.full_like(like, torch.nan)
         self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
         self.cross = zeros.clone()  # A
@@ -127,16 +138,16 @@ class RowStatistics:
         self, rows: slice, columns: slice, s: Tensor, t: Tensor, u: Tensor, move: Tensor
     ) -> None:
         """Both sums ``d`` and, for a KL, ``A``; leave ``exp(s / T)`` in ``u``."""
-        student, teacher, kind = self.student, self.teacher, self.spec.objective.divergence
+        student, teacher = self.student, self.teacher
         assert teacher is not None
         teacher_move = teacher.shift_(rows, columns, t, u)
         tempered_exp(t, self.temperature, out=u)
-        if kind == "forward_kl":
+        if self.kl_left == "teacher":
             self._add_cross(rows, u, t.sub_(s), teacher.total[rows], teacher_move, move)
         teacher.add(rows, teacher_move, u)
 
         tempered_exp(s, self.temperature, out=u)
-        if kind == "reverse_kl":
+        if self.kl_left == "student":
             self._add_cross(rows, u, t.neg_().add_(s), student.total[rows], move, teacher_move)
         student.add(rows, move, u)
 
@@ -175,13 +186,13 @@ class RowStatistics:
         if self.spec.compute_metrics:
             self.weighted[rows] += weights.mul_(s).nansum(1)
 
-    def add_mixture(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
+    def add_terms(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
         """Second reading: value and expectation of a divergence of log-probabilities."""
         student, teacher, objective = self.student, self.teacher, self.spec.objective
-        assert teacher is not None and t is not None
+        assert teacher is not None and t is not None and self.terms is not None
         log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
         log_p = log_softmax_(t, teacher.maximum[rows], teacher.total[rows], self.temperature)
-        f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        f, h = self.terms(objective.beta, log_q, log_p)
         self.divergence[rows] += f.sum(1)
         self.expectation[rows] += h.sum(1)
 
@@ -189,7 +200,7 @@ class RowStatistics:
 
     @property
     def reads_twice(self) -> bool:
-        return self.teacher is not None and self.spec.objective.divergence in MIXTURES
+        return self.terms is not None
 
     def finish(self) -> tuple[RowResults, SavedRows]:
         objective = self.spec.objective
@@ -229,14 +240,14 @@ class RowStatistics:
             return torch.zeros_like(self.total_1), saved
 
         log_student, log_teacher = student.total.log(), teacher.total.log()
-        match objective.divergence:
-            case "forward_kl":
+        match self.kl_left:
+            case "teacher":
                 value = self.cross / (self.temperature * teacher.total) - log_teacher + log_student
                 expectation = torch.full_like(value, -1)
-            case "reverse_kl":
+            case "student":
                 value = self.cross / (self.temperature * student.total) - log_student + log_teacher
                 expectation = value
-            case _:
+            case None:
                 value = self.divergence + 0 * (log_student + log_teacher)  # NaN from either side
                 expectation = self.expectation
         return value, saved._replace(
@@ -264,6 +275,12 @@ class RowStatistics:
         if self.teacher is not None:
             return correct, (column == self.teacher.argmax).to(nothing.dtype)
         return correct, nothing
+
+
+def _one_pass_kl(divergence: str) -> Side:
+    if divergence not in ONE_PASS_KL:
+        raise missing(divergence, f"{__name__}.ONE_PASS_KL")
+    return ONE_PASS_KL[divergence]
 
 
 def tempered_exp(x: Tensor, temperature: float, out: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import divergence_terms, teacher_outcomes
+from sad_kernels._divergence import teacher_outcomes, terms_of
 from sad_kernels.objective import Objective, Tail
 
 Positions = tuple[Tensor, Tensor, Tensor]
@@ -74,7 +74,7 @@ class TopKRows:
         log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1) - total.log()[:, None]
         log_p, log_p_rest = teacher_outcomes(self.log_probs, self.tail, self.vocab)
         log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
-        f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        f, h = terms_of(objective.divergence)(objective.beta, log_q, log_p)
 
         q, expectation = log_q.exp(), h.sum(1, keepdim=True)
         outside = (h[:, -1] / rest).where(rest > 0, 0) - expectation[:, 0] * below.exp() / total
