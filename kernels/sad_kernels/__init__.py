@@ -5,6 +5,7 @@ from sad_kernels.ce import cross_entropy
 from sad_kernels.ema import ema_swap_, ema_update_
 from sad_kernels.kd import distill_loss, kl_div
 from sad_kernels.linear import linear_cross_entropy, linear_distill_loss
+from sad_kernels.memory import LinearMemory, linear_memory_bytes
 from sad_kernels.objective import (
     DistillOutput,
     Head,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillOutput",
     "Head",
+    "LinearMemory",
     "Objective",
     "TeacherHidden",
     "TeacherLogits",
@@ -30,5 +32,6 @@ __all__ = [
     "kl_div",
     "linear_cross_entropy",
     "linear_distill_loss",
+    "linear_memory_bytes",
     "reference",
 ]

@@ -184,9 +184,26 @@ def require_reduction(reduction: object) -> None:
         )
 
 
-def require_int(name: str, value: object) -> None:
+def require_int(name: str, value: object, low: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}; pass a Python int")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}; pass the size there is")
+
+
+def require_float_dtype(name: str, dtype: object) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {dtype}; pass one of these"
+        )
+
+
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}; choose one of "
+            "these"
+        )
 
 
 def require_softcap(softcap: object) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from sad_kernels._divergence_table import DIVERGENCES
+
 DEFAULT_CHUNK_BYTES = 32 << 20
 """Of the ``linear_*`` functions. Measured from 8 to 64 MiB (2 cores, 32 MB of L3 cache, N=512,
 D=256 and 512, V=128256): smaller tiles pay for each operation's start, larger for the cache."""
@@ -61,6 +63,13 @@ def head_tiles(
         share = unit * (math.sqrt(1 + numbers / unit) - 1)
         rows = max(1, min(rows, int(share / per_row)))
     return TileShape(rows, max(1, min(vocab, columns(rows))))
+
+
+def term_tiles(divergence: str) -> int:
+    """How many tiles the terms of a divergence take at a time beside a dense teacher's logits."""
+    if divergence == "forward_kl":
+        return 0  # its gradient is made of exponentials in place
+    return 6 if DIVERGENCES[divergence].forward_passes == 2 else 3
 
 
 class ChunkRows(NamedTuple):

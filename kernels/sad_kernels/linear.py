@@ -47,9 +47,8 @@ from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowLayout, RowResults, count_valid, distill_output, divisor
-from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles
+from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles, term_tiles
 from sad_kernels._torch.autograd import ModelInput, TopKInput, head_input, row_losses, teacher_input
 from sad_kernels.objective import DistillOutput, Head, Objective, Teacher, dense_tensors
 
@@ -229,10 +228,7 @@ def _tile_shape(
         if teacher.weight is not None:
             per_column += 2 * teacher.x.shape[1]
             caps.append(teacher.transform.softcap)
-        if DIVERGENCES[objective.divergence].forward_passes == 2:
-            slabs += 6  # temporaries of the terms of a mixture
-        elif objective.divergence != "forward_kl":
-            slabs += 3  # those of the terms of a KL; the forward KL's gradient needs none
+        slabs += term_tiles(objective.divergence)
     if any(cap is not None for cap in caps):
         slabs += 1  # the derivative
     itemsize = torch.promote_types(student.x.dtype, torch.float32).itemsize
