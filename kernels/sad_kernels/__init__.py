@@ -1,4 +1,11 @@
-"""Losses for distilling language models over large vocabularies, and fused EMA."""
+"""Distillation losses for language models with large vocabularies, and a fused EMA.
+
+Functions of logits: ``cross_entropy``, ``kl_div``, ``distill_loss``. Functions of hidden states and
+a head, which never hold all logits: ``linear_cross_entropy``, ``linear_distill_loss``, and
+``linear_memory_bytes`` for what they take. ``Objective`` says what is minimised, ``Head`` and
+``Teacher*`` wrap the tensors. ``ema_update_`` and ``ema_swap_`` keep a moving average of a model.
+``reference`` defines all of it in eager PyTorch.
+"""
 
 from sad_kernels import reference
 from sad_kernels.ce import cross_entropy

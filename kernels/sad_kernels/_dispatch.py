@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and whether its request can be met."""
+"""The choice between the Triton kernels and the torch path."""
 
 from __future__ import annotations
 

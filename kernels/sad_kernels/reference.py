@@ -1,12 +1,12 @@
-"""The specification: what every public function means, written as plainly as eager PyTorch allows.
+"""Reference definitions of the public functions in eager PyTorch: the specification.
 
 Read this file to learn what is computed, and the others to learn how. Nothing here is optimised
 and nothing is shared with the code it judges: whole [N, V] tensors, one expression per formula,
 gradients from autograd. float64 inputs are computed in float64, which makes this the oracle of the
 tests; anything narrower is computed in float32. Results have the dtype they were computed in.
 
-The functions take the arguments of their namesakes except ``impl`` and ``chunk_bytes``: those say
-how, and there is only one way here. Two conventions hold everywhere:
+The functions take the arguments of their namesakes except ``impl`` and ``chunk_bytes``, which do
+not change what is computed. Two conventions hold everywhere:
 
 * Rows whose label is ``ignore_index`` are removed *before* any arithmetic, so they may hold
   anything, NaN included.
@@ -172,7 +172,7 @@ def _distilled(
     if teacher is not None:
         kd, teacher_choice = _kd(s, teacher, keep, objective)
     elif objective.kd_weight == 0:
-        kd, teacher_choice = torch.zeros_like(ce), -torch.ones_like(y)  # -1: the choice of nobody
+        kd, teacher_choice = torch.zeros_like(ce), -torch.ones_like(y)  # -1 agrees with no id
     else:
         raise ValueError(
             f"kd_weight must be 0 without a teacher, got {objective.kd_weight}; "
@@ -228,7 +228,7 @@ def _kd(
     keep: Tensor,  # [N] bool, True n times
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence after T^2, [n], and the id that the teacher finds most likely, [n]."""
+    """The divergence after T^2, [n], and the teacher's argmax, [n]."""
     T, V = objective.temperature, s.shape[-1]
     log_q = (s / T).log_softmax(-1)
     if isinstance(teacher, TeacherTopK):
@@ -254,7 +254,7 @@ def _kd(
         else:
             t = _rows(teacher.logits, keep)[:, :V].to(_math_dtype(s, teacher.logits))
         u = objective.teacher_share
-        if u != 1:  # TAID: a target between both, through which no gradient flows
+        if u != 1:  # TAID: a target between student and teacher, without a gradient
             t = (1 - u) * s.detach() + u * t
         log_p, choice = (t / T).log_softmax(-1), t.argmax(-1)
     value = _divergence(objective.divergence, log_p, log_q, objective.beta)
@@ -414,12 +414,12 @@ def _rows(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def _one_or_nan(y: Tensor, V: int) -> Tensor:
-    """1 for a label inside the vocabulary, NaN for one outside."""
+    """1 for a label inside the vocabulary, NaN for one outside, [n]: multiplied into the loss."""
     return torch.where((y >= 0) & (y < V), 1.0, math.nan)
 
 
 def _nonzero(count: int | Tensor) -> int | Tensor:
-    """What to divide a sum over ``count`` rows by: the mean over none is 0, not 0 / 0."""
+    """``count``, or 1 for 0: the mean over no rows is 0, not 0 / 0."""
     return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 
 
@@ -490,12 +490,14 @@ def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 
 def _up(x: Tensor) -> Tensor:
+    """The next bf16 bits away from zero; infinity becomes the smallest magnitude."""
     sign, magnitude = x & 0x8000, x & 0x7FFF
     step = (magnitude >= 1) & (magnitude < 0x7F80)
     return sign | torch.where(magnitude == 0x7F80, 1, magnitude + step)
 
 
 def _down(x: Tensor) -> Tensor:
+    """The inverse of ``_up``."""
     sign, magnitude = x & 0x8000, x & 0x7FFF
     step = (magnitude >= 2) & (magnitude <= 0x7F80)
     return sign | torch.where(magnitude == 1, 0x7F80, magnitude - step.long())

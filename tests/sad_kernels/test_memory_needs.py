@@ -173,7 +173,7 @@ def test_refusals() -> None:
         (TypeError, "dtype must be", {"dtype": torch.int64}),
         (ValueError, "divergence must be one of", {"divergence": "kl"}),
     ]
-    sizes = {"num_tokens": 8, "vocab_size": 64, "hidden_size": 16}
+    sizes: dict[str, Any] = {"num_tokens": 8, "vocab_size": 64, "hidden_size": 16}
     for error, message, change in refused:
         with pytest.raises(error, match=f"{message}.*, got .*; "):
             linear_memory_bytes(**(sizes | change))

@@ -1,4 +1,4 @@
-"""Row statistics of logits that arrive in tiles of rows x columns, and the losses they give.
+"""Online softmax statistics of rows whose logits arrive in tiles, and the losses they give.
 
 Every sum is kept relative to the running maxima ``m`` of its row, which stay apart from the sums:
 large numbers are never subtracted from each other, so an offset of 1e4 costs nothing. With
@@ -15,8 +15,8 @@ A = sum e^a' (a - b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - lo
 
 with ``a - b`` in A short for ``(a - m_a) - (b - m_b)``. Maxima start at -1e30, not at -inf, so a
 slice of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it multiplies, -inf included. NaN
-and +inf reach the sums ``d`` of their own row and poison it. The mixtures compare
-log-probabilities, so they must know ``d`` first and read the logits twice.
+and +inf reach the sums ``d`` of their own row and poison it. A divergence that is no KL is summed
+from log-probabilities, term by term: it must know both ``d`` first, and reads the logits twice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ONE_PASS_KL: dict[str, Side] = {"forward_kl": "teacher", "reverse_kl": "student"
 
 
 class SavedRows(NamedTuple):
-    """What the gradient needs besides the logits: a few numbers per row, [n]."""
+    """Statistics that backward needs besides the logits, [n] each."""
 
     maximum: Tensor  # of the student
     total: Tensor  # sum exp((s - maximum) / T)
@@ -64,7 +64,10 @@ class RunningSoftmax:
         self.argmax = torch.full_like(like, -1, dtype=torch.long) if argmax else None
 
     def shift_(self, rows: slice, columns: slice, x: Tensor, scratch: Tensor) -> Tensor:
-        """Subtract the maximum of the columns so far from the tile; return its move, [rows]."""
+        """Update the maximum and subtract it from the tile; return how far it moved, [rows].
+
+        ``x`` is overwritten with ``x - maximum``, ``scratch`` with anything.
+        """
         maximum = self.maximum[rows]
         before = maximum.clone()
         torch.maximum(before, x.amax(1), out=maximum)
@@ -83,10 +86,11 @@ class RunningSoftmax:
 
 
 class RowStatistics:
-    """Feed it every tile once (``add``), for a mixture again (``add_terms``), then ``finish``.
+    """Accumulates the statistics of n rows over tiles of their logits, and makes losses of them.
 
-    A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch ``u``, all three
-    [rows, columns] and overwritten. Labels may lie outside the vocabulary.
+    Call ``add`` with every tile once; if ``reads_twice``, then ``add_terms`` with every tile again;
+    then ``finish``. A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch
+    ``u``, all three [rows, columns] and overwritten. Labels may lie outside the vocabulary.
     """
 
     def __init__(
@@ -95,6 +99,8 @@ class RowStatistics:
         objective, zeros = spec.objective, torch.zeros_like(like)  # [n]
         self.spec, self.temperature, self.labels = spec, objective.temperature, labels
         self.topk = teacher if isinstance(teacher, TopKRows) else None
+
+        # One softmax per side, each with its own maximum and normaliser.
         self.student = RunningSoftmax(like, self.temperature, spec.compute_metrics)
         self.rest = RunningSoftmax(like, self.temperature, argmax=False)  # outside a top-k's ids
         self.teacher: RunningSoftmax | None = None
@@ -106,6 +112,8 @@ class RowStatistics:
                 self.kl_left = _one_pass_kl(objective.divergence)
             else:
                 self.terms = terms_of(objective.divergence)
+
+        # The sums of the module's docstring that are not normalisers at T.
         self.label_logit = torch.full_like(like, torch.nan)
         self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
         self.cross = zeros.clone()  # A
@@ -114,9 +122,13 @@ class RowStatistics:
     # --- one tile ---------------------------------------------------------------------------------
 
     def add(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> None:
+        """First reading: update every sum of these rows with one tile."""
+        # The label's and the ids' logits are picked while the tile still holds logits.
         self._note_label(rows, columns, s)
         if self.topk is not None:
             self._add_rest(self.topk, rows, columns, s, u)
+
+        # From here on s and t hold differences to their running maxima, and u exponentials.
         move = self.student.shift_(rows, columns, s, u)
         if t is not None:
             self._add_both(rows, columns, s, t, u, move)
@@ -126,6 +138,7 @@ class RowStatistics:
             self._add_untempered(rows, columns, s, u, move)
 
     def _note_label(self, rows: slice, columns: slice, s: Tensor) -> None:
+        """Keep the logit of each label that lies in this tile."""
         if self.labels is None:
             return
         column = self.labels[rows] - columns.start
@@ -140,6 +153,7 @@ class RowStatistics:
         """Both sums ``d`` and, for a KL, ``A``; leave ``exp(s / T)`` in ``u``."""
         student, teacher = self.student, self.teacher
         assert teacher is not None
+        # A is rescaled by the totals from before this tile, so it comes before ``add`` of its side.
         teacher_move = teacher.shift_(rows, columns, t, u)
         tempered_exp(t, self.temperature, out=u)
         if self.kl_left == "teacher":
@@ -160,13 +174,14 @@ class RowStatistics:
         move_a: Tensor,
         move_b: Tensor,
     ) -> None:
+        """Rescale A to the new maxima and add ``sum(weights * gap)``; a is the weighted side."""
         factor = (move_a / self.temperature).exp_()
         rescale_cross = (self.cross[rows] + total * (move_a - move_b)) * factor
         # nansum: what is not a number here is 0 * inf, a weight of 0. Real NaNs show in the totals.
         self.cross[rows] = rescale_cross.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
 
     def _add_rest(self, topk: TopKRows, rows: slice, columns: slice, s: Tensor, u: Tensor) -> None:
-        """The sum ``d`` of the columns that the teacher's ids leave, from their own maximum."""
+        """The sum ``d`` of the columns outside the teacher's ids, from their own maximum."""
         row, _, column = topk.note_logits(rows, columns, s)
         u.copy_(s)[row, column] = -torch.inf
         move = self.rest.shift_(rows, columns, u, u)
@@ -178,16 +193,17 @@ class RowStatistics:
         """The sums at temperature 1, from ``exp(s / T)`` in ``u``."""
         if self.spec.objective.label_smoothing > 0:
             self.plain[rows] += columns.start * move + s.sum(1)
+
         weights = u if self.temperature == 1 else tempered_exp(s, 1.0, out=u)
         factor, total = move.exp(), self.total_1[rows]
         if self.spec.compute_metrics:
             self.weighted[rows] = (self.weighted[rows] + total * move) * factor
         self.total_1[rows] = total * factor + weights.sum(1)
-        if self.spec.compute_metrics:
+        if self.spec.compute_metrics:  # after the sum, because the weights are overwritten
             self.weighted[rows] += weights.mul_(s).nansum(1)
 
     def add_terms(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
-        """Second reading: value and expectation of a divergence of log-probabilities."""
+        """Second reading: the sums of ``f`` and ``h`` (see ``_divergence.py``) of these rows."""
         student, teacher, objective = self.student, self.teacher, self.spec.objective
         assert teacher is not None and t is not None and self.terms is not None
         log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
@@ -200,16 +216,20 @@ class RowStatistics:
 
     @property
     def reads_twice(self) -> bool:
+        """Whether every tile has to be read again, by ``add_terms``."""
         return self.terms is not None
 
     def finish(self) -> tuple[RowResults, SavedRows]:
+        """The losses of the rows, and what backward needs of them."""
         objective = self.spec.objective
         divergence, saved = self._finish_divergence()
         poison = self._poison()
 
+        # A KL of 0 may come out as -1e-8: a divergence within rounding below 0 is 0.
         kd = torch.where((divergence < 0) & (divergence > -ROUNDING), 0, divergence)
         kd = kd * objective.kd_scale + poison
         ce, z, entropy = self._finish_untempered(poison)
+
         weighted = (objective.ce_weight, ce), (objective.kd_weight, kd), (objective.z_loss, z)
         loss = poison.clone()
         for weight, term in weighted:
@@ -219,7 +239,7 @@ class RowStatistics:
         return RowResults(loss, ce, kd, z, correct, agree, entropy), saved
 
     def _poison(self) -> Tensor:
-        """NaN in rows with a label or a teacher's id outside the vocabulary, 0 in the others."""
+        """NaN in rows with a label outside the vocabulary, 0 in the others."""
         poison = torch.zeros_like(self.total_1)
         if self.labels is not None:
             outside = (self.labels < 0) | (self.labels >= self.spec.vocab)
@@ -227,6 +247,7 @@ class RowStatistics:
         return poison
 
     def _finish_divergence(self) -> tuple[Tensor, SavedRows]:
+        """The bare divergence, before T^2, and what its gradient needs."""
         student, teacher, objective = self.student, self.teacher, self.spec.objective
         saved = SavedRows(student.maximum, student.total, self.total_1)
         if self.topk is not None:
@@ -255,7 +276,7 @@ class RowStatistics:
         )
 
     def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CE, squared log-normaliser, entropy."""
+        """CE, ``lse^2`` and entropy, all at temperature 1."""
         if not self.spec.compute_ce:
             return poison, poison, torch.zeros_like(poison)
         eps, log_d = self.spec.objective.label_smoothing, self.total_1.log()
@@ -266,6 +287,7 @@ class RowStatistics:
         return ce, z, log_d - self.weighted / self.total_1
 
     def _finish_counts(self) -> tuple[Tensor, Tensor]:
+        """Whether the student's argmax is the label, and whether it is the teacher's: 0 or 1."""
         column, nothing = self.student.argmax, torch.zeros_like(self.total_1)
         if column is None:
             return nothing, nothing
