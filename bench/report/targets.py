@@ -103,7 +103,7 @@ def _read(path: Path) -> Json:
 
 
 def _rows(record: Json, counters: Json) -> Iterator[Target]:
-    """Launchers alone: ``statistics`` is the forward pass, with ``terms`` in it for a mixture."""
+    """Launchers alone: ``statistics`` is the forward pass, with ``mixture`` in it for a mixture."""
     ratios = {
         (row["loss"], row["kernel"]): row["ratio_copy"]
         for row in record["rows"]

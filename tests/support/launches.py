@@ -30,6 +30,7 @@ from sad_kernels._rows import LossSpec
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale
 from sad_kernels._triton.rows import PARTS
+from sad_kernels._triton.tile_sizes import table_rule, tile_rule
 from sad_kernels.objective import Divergence, Objective
 from torch import Tensor
 from triton import knobs
@@ -105,10 +106,11 @@ def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
         )
         return True  # do not compile, do not launch
 
-    launch.THREADS_PER_WARP = target.warp_size
     driver.set_active(NoDevice(target))  # pyright: ignore[reportArgumentType]
     knobs.runtime.jit_cache_hook = take_note
-    call()
+    arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    with tile_rule(lambda _, *how: table_rule(arch, *how)):  # not the tiles of a CPU
+        call()
     knobs.runtime.jit_cache_hook = None
     return launches
 

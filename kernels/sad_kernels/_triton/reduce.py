@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sad_kernels._triton.launch import on_device
-from sad_kernels._triton.rows import PARTS, to_fp32
+from sad_kernels._triton.rows import PARTS
+from sad_kernels._triton.tile import to_fp32
 
 BLOCK = 1024
 NUM_WARPS = 4

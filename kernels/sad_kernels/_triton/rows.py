@@ -38,6 +38,8 @@ in ``gradient``, where they write zeros without reading.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -48,7 +50,7 @@ MASKED_LOGIT = tl.constexpr(-1.2345679e34)
 PAD_ID = tl.constexpr(2**31 - 1)  # the id of padding: no column, and last in order
 ID_CHUNK = tl.constexpr(128)  # ids looked at together
 
-# Teachers
+# Kinds of teachers
 NO_TEACHER = tl.constexpr(0)
 DENSE = tl.constexpr(1)
 TOP_K = tl.constexpr(2)
@@ -77,10 +79,18 @@ SAVED = 6
 PARTS = 6  # ce, kd, z, correct, agree, entropy
 
 
-@triton.jit
-def to_fp32(x):
-    """A run-time number, which a compiler in front of us may hand over in fp64."""
-    return tl.full((), x, tl.float32)
+class Flags(NamedTuple):
+    """What a kernel is compiled for, one argument ``FLAGS`` of all kernels.
+
+    The fields are plain numbers that kernels compare with the constants above and of ``tile.py``.
+    """
+
+    TEACHER: int  # NO_TEACHER, DENSE or TOP_K
+    DIVERGENCE: int
+    T_CASE: int  # whether the temperature is 1, 2 or any
+    COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
+    SMOOTH: bool = False  # label smoothing above 0
+    COMPUTE_METRICS: bool = False  # correct, agree, entropy
 
 
 @triton.jit
