@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -444,6 +445,14 @@ def planted_cases() -> Iterator[Case]:
             kernel[(N,)], x, x, x.stride(0), 151665, 0.5, BLOCK=2048, num_warps=4
         )
         yield Case(kernel.__name__, call, True)
+    yield Case("unknown divergence", of_unknown_divergence, True)
+
+
+def of_unknown_divergence() -> None:
+    """A mixture of whose code no kernel knows anything, beside a dense and a top-k teacher."""
+    with mock.patch.dict(launch.DIVERGENCES, jsd=99):
+        distill(BF16, BF16, "aligned", divergence="jsd")()
+        top_k(BF16, "aligned", 64, divergence="jsd")()
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {

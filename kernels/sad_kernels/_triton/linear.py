@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowLayout, RowResults
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
@@ -303,7 +304,7 @@ def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 def _bound(o: Objective) -> float:
     """Of the gradient by a logit; for the unbounded reverse KL up to a spread of 128 nats."""
-    factor = {"reverse_kl": 32.0, "skew_reverse_kl": 2 - math.log(o.beta)}.get(o.divergence, 1.0)
+    factor = DIVERGENCES[o.divergence].gradient_bound(o.beta)
     bound = o.ce_weight + 256 * o.z_loss + o.kd_weight * o.kd_scale / o.temperature * factor
     return max(bound, 2.0**-100)
 

@@ -206,7 +206,6 @@ def dense_divergence(
     FLAGS: tl.constexpr, HAS_MIXTURE: tl.constexpr,
 ):  # fmt: skip
     """The divergence from a dense teacher, and ``sum h``, which its gradient needs."""
-    at = mixture_ptr + rows
     if FLAGS.DIVERGENCE == FORWARD_KL:
         kd = sums.A / (temperature * sums.d_t) + tl.log(sums.d / sums.d_t)
         expectation = tl.zeros_like(kd) - 1
@@ -219,6 +218,7 @@ def dense_divergence(
         expectation = tl.zeros_like(kd)
     if HAS_MIXTURE:
         step = tl.full((), num_segments, tl.int64) * N
+        at = mixture_ptr + rows
         for _ in range(num_segments):
             kd += tl.load(at, mask=counts, other=0.0)
             expectation += tl.load(at + step, mask=counts, other=0.0)
