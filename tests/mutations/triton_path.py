@@ -149,8 +149,8 @@ MUTATIONS = [
         "without gradients the kernel's mean is over all rows, not over those that count",
         edit(
             LOGITS,
-            "row_mean(*arguments, items)",
-            "row_mean(*arguments, items if logits.requires_grad else logits.new_tensor(1.0 * "
+            "row_mean(*inputs, items)",
+            "row_mean(*inputs, items if logits.requires_grad else logits.new_tensor(1.0 * "
             "len(logits)))",
         ),
         regressions(
@@ -197,7 +197,7 @@ MUTATIONS = [
     Mutation(
         "5",
         "the gradient is written over the caller's logits",
-        edit(LOGITS, "out = student.new_empty(student.shape)", "out = student")
+        edit(LOGITS, "out = inputs.student.new_empty(inputs.student.shape)", "out = inputs.student")
         + edit(
             LOGITS,
             "upstream, out)\n    return out\n",
@@ -470,7 +470,7 @@ MUTATIONS = [
         edit(
             LINEAR,
             "inverse = 1 / items.float()",
-            "inverse = 1 / (labels != args.spec.ignore_index).sum().clamp(min=1).float()",
+            "inverse = 1 / (inputs.labels != args.spec.ignore_index).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
     ),

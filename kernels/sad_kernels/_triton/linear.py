@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,9 +61,9 @@ def mean_loss(
     chunk_bytes: int | None,
 ) -> tuple[Tensor, RowResults]:
     """``sum of row losses / items``, differentiable, and the rows, detached."""
-    tensors, args = _arguments(spec, hidden, head, labels, teacher, layout)
+    inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
     grad_mask = list(_grad_mask(hidden, head))
-    total, rows, parts, *_ = linear_loss(*tensors, *encode(args), chunk_bytes, items, grad_mask)
+    total, rows, parts, *_ = linear_loss(*inputs, items, grad_mask)
     return total, RowResults(rows.detach(), *parts.detach())
 
 
@@ -77,8 +77,8 @@ def row_losses_from_hidden(
     chunk_bytes: int | None,
 ) -> RowResults:
     """Every row's loss, differentiable, and its parts, detached."""
-    tensors, args = _arguments(spec, hidden, head, labels, teacher, layout)
-    loss, parts = linear_rows(*tensors, *encode(args), chunk_bytes)
+    inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
+    loss, parts = linear_rows(*inputs)
     return RowResults(loss, *parts.detach())
 
 
@@ -88,15 +88,16 @@ def _grad_mask(hidden: Tensor, head: Head) -> GradMask:
     return needed if torch.is_grad_enabled() else GradMask(False, False, False)
 
 
-def _arguments(
+def _inputs(
     spec: LossSpec,
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
     layout: RowLayout,
-) -> tuple[tuple[Tensor | None, ...], OpArgs]:
-    """The tensors that come first in all operators, and what is asked of them."""
+    chunk_bytes: int | None,
+) -> LinearInputs:
+    """The common inputs of the operators, from what a caller passes."""
     t_hidden = t_weight = t_bias = None
     top_k: TopKTensors = (None, None, None, None)
     args = OpArgs(spec, float(head.logit_scale), head.softcap)
@@ -111,34 +112,64 @@ def _arguments(
             t_hidden = layout.rows(logits)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
-    return (hidden, head.weight, head.bias, labels, t_hidden, t_weight, t_bias, *top_k), args
+    student = hidden, head.weight, head.bias, labels
+    return LinearInputs(*student, t_hidden, t_weight, t_bias, *top_k, *encode(args), chunk_bytes)
+
+
+class LinearInputs(NamedTuple):
+    """What all operators of this file take first, in the schema's order."""
+
+    hidden: Tensor  # [N, D_s]
+    weight: Tensor  # [>= V, D_s]
+    bias: Tensor | None  # [>= V]
+    labels: Tensor  # [N]
+    t_hidden: Tensor | None  # [N, D_t]; without t_weight the teacher's logits [N, >= V]
+    t_weight: Tensor | None  # [>= V, D_t]
+    t_bias: Tensor | None  # [>= V]
+    ids: Tensor | None  # the fields of a SortedTopK
+    log_p: Tensor | None
+    log_rest: Tensor | None
+    best: Tensor | None
+    integers: Sequence[int]  # these three are an OpArgs, see encode
+    numbers: Sequence[float]
+    words: str
+    chunk_bytes: int | None
+
+    @property
+    def args(self) -> OpArgs:
+        return decode(self.integers, self.numbers, self.words)
+
+    def student(self) -> HiddenWithHead:
+        args, weight = self.args, self.weight.to(self.hidden.dtype)
+        return HiddenWithHead(self.hidden, weight, _adjacent(self.bias), args.scale, args.softcap)
+
+    def teacher(self) -> HiddenWithHead | Logits | SortedTopK | None:
+        x, weight, args = self.t_hidden, self.t_weight, self.args
+        if x is None or weight is None:
+            return teacher_of(x, self.ids, self.log_p, self.log_rest, self.best)
+        scale, softcap = args.teacher_scale, args.teacher_softcap
+        return HiddenWithHead(x, weight.to(x.dtype), _adjacent(self.t_bias), scale, softcap)
 
 
 @Operator
 def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
-    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
-    items: Tensor, want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: LinearInputs,
+    items: Tensor,  # []
+    want: Sequence[bool],  # a GradMask
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], its rows [N] and parts [6, N]; dhidden, dweight, dbias, and a factor on them []."""
-    args = decode(integers, numbers, words)
-    student, teacher = _sides(
-        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
-    )
+    args, hidden = inputs.args, inputs.hidden
     inverse = 1 / items.float()
     upstream, factor = unit_scale(args, inverse, hidden.dtype)
-    grad_mask = GradMask(*want)
-    result = _run(args.spec, student, labels, teacher, grad_mask, upstream[None], chunk_bytes)
+    result = _run(inputs, GradMask(*want), upstream[None])
     loss = result.loss.sum() / items
     gradients = result.dhidden, result.dweight, result.dbias
     return loss, result.loss, result.parts, *gradients, factor
 
 
 @linear_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    want_hidden, want_weight, want_bias = rest[-1]
+def _(inputs: LinearInputs, items: Tensor, want: Sequence[bool]) -> tuple[Tensor, ...]:
+    hidden, wanted = inputs.hidden, GradMask(*want)
     N = hidden.shape[0]
     rows = hidden.new_empty(N, dtype=torch.float32)
 
@@ -149,9 +180,9 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
         rows.new_empty(()),
         rows,
         rows.new_empty(PARTS, N),
-        like(hidden, want_hidden, _dhidden_dtype(hidden)),
-        like(weight, want_weight),
-        like(bias, want_bias),
+        like(hidden, wanted.hidden, _dhidden_dtype(hidden)),
+        like(inputs.weight, wanted.weight),
+        like(inputs.bias, wanted.bias),
         rows.new_empty(()),
     )
 
@@ -199,44 +230,29 @@ linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 @Operator
-def linear_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
-    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def linear_rows(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
     """Losses [N] and their parts [6, N]."""
-    args = decode(integers, numbers, words)
-    student, teacher = _sides(
-        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
-    )
-    nothing = GradMask(False, False, False)
-    result = _run(args.spec, student, labels, teacher, nothing, None, chunk_bytes)
+    result = _run(inputs, GradMask(False, False, False), None)
     return result.loss, result.parts
 
 
 @linear_rows.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    N = hidden.shape[0]
-    rows = hidden.new_empty(N, dtype=torch.float32)
+def _(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
+    N = inputs.hidden.shape[0]
+    rows = inputs.hidden.new_empty(N, dtype=torch.float32)
     return rows, rows.new_empty(PARTS, N)
 
 
 @Operator
 def linear_rows_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
-    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
-    want: Sequence[bool], upstream: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs: LinearInputs,
+    want: Sequence[bool],  # a GradMask
+    upstream: Tensor,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight, dbias of ``sum(upstream * losses)``; what is not wanted is empty."""
-    args = decode(integers, numbers, words)
-    student, teacher = _sides(
-        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
-    )
-    upstream, factor = unit_scale(args, upstream.float(), hidden.dtype)
-    result = _run(args.spec, student, labels, teacher, GradMask(*want), upstream, chunk_bytes)
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    upstream, factor = unit_scale(inputs.args, upstream.float(), hidden.dtype)
+    result = _run(inputs, GradMask(*want), upstream)
     gradients = result.dhidden, result.dweight, result.dbias
     dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
     unscaled = hidden.dtype != torch.float16
@@ -248,12 +264,12 @@ def linear_rows_gradient(
 
 
 @linear_rows_gradient.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    want_hidden, want_weight, want_bias = rest[-2]
+def _(inputs: LinearInputs, want: Sequence[bool], upstream: Tensor) -> tuple[Tensor, ...]:
+    hidden, weight, bias, wanted = inputs.hidden, inputs.weight, inputs.bias, GradMask(*want)
     return (
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if want_bias else 0),
+        hidden.new_empty(hidden.shape if wanted.hidden else 0),
+        weight.new_empty(weight.shape if wanted.weight else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if wanted.bias else 0),
     )
 
 
@@ -309,41 +325,20 @@ def _bound(o: Objective) -> float:
     return max(bound, 2.0**-100)
 
 
-def _run(
-    spec: LossSpec,
-    student: HiddenWithHead,
-    labels: Tensor,
-    teacher: HiddenWithHead | Logits | SortedTopK | None,
-    grad_mask: GradMask,
-    upstream: Tensor | None,
-    chunk_bytes: int | None,
-) -> Result:
-    with torch.autocast(student.hidden.device.type, enabled=False):  # it acts inside operators too
+def _run(inputs: LinearInputs, grad_mask: GradMask, upstream: Tensor | None) -> Result:
+    """Losses, and the wanted gradients of ``sum(upstream * loss)``; None: losses only."""
+    hidden = inputs.hidden
+    with torch.autocast(hidden.device.type, enabled=False):  # it acts inside operators too
         return chunks.run(
-            spec,
-            student,
-            labels.contiguous(),
-            teacher,
+            inputs.args.spec,
+            inputs.student(),
+            inputs.labels.contiguous(),
+            inputs.teacher(),
             grad_mask=grad_mask,
             upstream=upstream,
-            dhidden_dtype=_dhidden_dtype(student.hidden),
-            chunk_bytes=chunk_bytes,
+            dhidden_dtype=_dhidden_dtype(hidden),
+            chunk_bytes=inputs.chunk_bytes,
         )
-
-
-def _sides(
-    args: OpArgs,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    *top_k: Tensor | None,
-) -> tuple[HiddenWithHead, HiddenWithHead | Logits | SortedTopK | None]:  # fmt: skip
-    weight = weight.to(hidden.dtype)
-    student = HiddenWithHead(hidden, weight, _adjacent(bias), args.scale, args.softcap)
-    if t_hidden is None or t_weight is None:
-        return student, teacher_of(t_hidden, *top_k)
-    weight = t_weight.to(t_hidden.dtype)
-    scale, softcap = args.teacher_scale, args.teacher_softcap
-    return student, HiddenWithHead(t_hidden, weight, _adjacent(t_bias), scale, softcap)
 
 
 def _adjacent(bias: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ and the caller's logits stay as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def row_losses_from_logits(
     layout: RowLayout,
 ) -> RowResults:
     """Every row's loss, differentiable by the logits, and its parts, detached."""
-    loss, parts, *_ = row_losses(*_arguments(spec, logits, softcap, labels, teacher, layout))
+    loss, parts, *_ = row_losses(*_inputs(spec, logits, softcap, labels, teacher, layout))
     return RowResults(loss, *parts.detach())
 
 
@@ -64,21 +64,21 @@ def mean_loss_from_logits(
 ) -> DistillOutput:
     """``loss``: sum of row losses / max(items, 1), differentiable. Items are the rows that count,
     unless given. The other fields are detached, and sums over all rows."""
-    arguments = _arguments(spec, logits, softcap, labels, teacher, layout)
-    loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*arguments, items)
+    inputs = _inputs(spec, logits, softcap, labels, teacher, layout)
+    loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*inputs, items)
     sums = (x.detach() for x in (ce, kd, z, num_tokens, correct, agree, entropy))
     return DistillOutput(loss, *sums)
 
 
-def _arguments(
+def _inputs(
     spec: LossSpec,
     logits: Tensor,
     softcap: float | None,
     labels: Tensor | None,
     teacher: Teacher | None,
     layout: RowLayout,
-) -> tuple[Any, ...]:
-    """What all operators take first."""
+) -> RowInputs:
+    """The common inputs of the operators, from what a caller passes."""
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
     match teacher:
@@ -88,7 +88,28 @@ def _arguments(
             t_logits = head_logits(layout.rows(hidden), head, spec.vocab)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
-    return logits, labels, t_logits, *top_k, *encode(OpArgs(spec, softcap=softcap))
+    return RowInputs(logits, labels, t_logits, *top_k, *encode(OpArgs(spec, softcap=softcap)))
+
+
+class RowInputs(NamedTuple):
+    """What all operators of this file take first, in the schema's order."""
+
+    student: Tensor  # [N, >= V]
+    labels: Tensor | None  # [N]
+    teacher: Tensor | None  # [N, >= V]
+    ids: Tensor | None  # [N, K], the first field of a SortedTopK; the others follow
+    log_p: Tensor | None  # [N, K]
+    log_rest: Tensor | None  # [N]
+    best: Tensor | None  # [N]
+    integers: Sequence[int]  # these three are an OpArgs, see encode
+    numbers: Sequence[float]
+    words: str
+
+    def sides(self) -> tuple[LossSpec, Logits, Logits | SortedTopK | None]:
+        """The loss, the student's logits and the teacher's."""
+        args = decode(self.integers, self.numbers, self.words)
+        teacher = teacher_of(self.teacher, self.ids, self.log_p, self.log_rest, self.best)
+        return args.spec, columns_adjacent(self.student, args.softcap), teacher
 
 
 TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -112,29 +133,16 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
 
 
 @Operator
-def row_losses(
-    student: Tensor,  # [N, >= V]
-    labels: Tensor | None,  # [N]
-    teacher: Tensor | None,  # [N, >= V]
-    ids: Tensor | None,  # [N, K], and what else a TopK holds
-    log_p: Tensor | None,  # [N, K]
-    log_rest: Tensor | None,  # [N]
-    best: Tensor | None,  # [N]
-    integers: Sequence[int],
-    numbers: Sequence[float],
-    words: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def row_losses(inputs: RowInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses [N], their parts [6, N], and what the gradient needs of the rows."""
-    args = decode(integers, numbers, words)
-    other = teacher_of(teacher, ids, log_p, log_rest, best)
-    x = columns_adjacent(student, args.softcap)
-    result = launch.forward(args.spec, x, labels, other)
+    spec, student, teacher = inputs.sides()
+    result = launch.forward(spec, student, inputs.labels, teacher)
     return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
 @row_losses.register_fake
-def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
-    return _fake_rows(student, ids)
+def _(inputs: RowInputs) -> Any:
+    return _fake_rows(inputs.student, inputs.ids)
 
 
 def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
@@ -164,31 +172,21 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 @Operator
 def row_mean(
-    student: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor | None,
-    ids: Tensor | None,
-    log_p: Tensor | None,
-    log_rest: Tensor | None,
-    best: Tensor | None,
-    integers: Sequence[int],
-    numbers: Sequence[float],
-    words: str,
+    inputs: RowInputs,
     items: Tensor | None,  # []
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     """What ``reduced`` makes of the rows, the divisor last; and what the gradient needs of them."""
-    args = decode(integers, numbers, words)
-    spec, x = args.spec, columns_adjacent(student, args.softcap)
-    rows = launch.forward(spec, x, labels, teacher_of(teacher, ids, log_p, log_rest, best))
-    mean, divisor, *sums = reduced(rows.loss, rows.parts, labels, spec.ignore_index, items)
+    spec, student, teacher = inputs.sides()
+    rows = launch.forward(spec, student, inputs.labels, teacher)
+    mean, divisor, *sums = reduced(rows.loss, rows.parts, inputs.labels, spec.ignore_index, items)
     return mean, *sums, divisor, rows.saved, rows.inside, rows.outside  # pyright: ignore
 
 
 @row_mean.register_fake
-def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
-    loss, _parts, *saved = _fake_rows(student, ids)
+def _(inputs: RowInputs, items: Tensor | None) -> Any:
+    loss, _parts, *saved = _fake_rows(inputs.student, inputs.ids)
     return *(loss.new_empty(()) for _ in Reduced._fields), *saved
 
 
@@ -208,34 +206,19 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 @Operator
 def row_gradient(
-    student: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor | None,
-    ids: Tensor | None,
-    log_p: Tensor | None,
-    log_rest: Tensor | None,
-    best: Tensor | None,
-    integers: Sequence[int],
-    numbers: Sequence[float],
-    words: str,
-    saved: Tensor,
-    inside: Tensor,
-    outside: Tensor,
-    upstream: Tensor,
+    inputs: RowInputs, saved: Tensor, inside: Tensor, outside: Tensor, upstream: Tensor
 ) -> Tensor:
     """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
-    args = decode(integers, numbers, words)
-    other = teacher_of(teacher, ids, log_p, log_rest, best)
-    out = student.new_empty(student.shape)
+    spec, student, teacher = inputs.sides()
+    out = inputs.student.new_empty(inputs.student.shape)
     forward = Forward(upstream, upstream, saved, inside, outside)
-    x = columns_adjacent(student, args.softcap)
-    launch.gradient(args.spec, x, labels, other, forward, upstream, out)
+    launch.gradient(spec, student, inputs.labels, teacher, forward, upstream, out)
     return out
 
 
 @row_gradient.register_fake
-def _(student: Tensor, *_: Any) -> Tensor:
-    return student.new_empty(student.shape)
+def _(inputs: RowInputs, *_: Tensor) -> Tensor:
+    return inputs.student.new_empty(inputs.student.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
