@@ -1,4 +1,8 @@
-"""From tensors to launches: arguments, flags and grids of the four kernels over rows."""
+"""Launches of the four kernels over rows: arguments, flags and grids, from tensors.
+
+``forward`` and ``gradient`` are the only callers of these kernels. ``rows.py`` explains how the
+kernels work together.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from sad_kernels._triton.statistics import statistics_kernel
 from sad_kernels._triton.tile_sizes import choose_tile, power_of_2
 from sad_kernels.objective import Tail
 
-MERGE_NUMBERS = 128  # rows, or rows times ids, that one program of ``merge`` holds
+MERGE_NUMBERS = 128  # rows, or rows times ids, per program of ``merge``
 
 DIVERGENCES: dict[str, int] = {
     "forward_kl": tile.FORWARD_KL.value,
@@ -38,16 +42,16 @@ T_CASES = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
 
 @dataclass(frozen=True)
 class Logits:
-    """Rows of one model: logits, or products that bias, scale and softcap make logits."""
+    """One model's rows of logits, or of products that become logits by bias, scale and softcap."""
 
-    x: Tensor  # [N, >= V], columns next to each other
+    x: Tensor  # [N, >= V], of column stride 1
     bias: Tensor | None = None  # [>= V]
     scale: float = 1.0
     softcap: float | None = None
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        """Pointer, stride, bias, scale and softcap, None for a step that is not there."""
+        """The kernels' five arguments for one side; None for a step that this model lacks."""
         scale = None if self.scale == 1 else float(self.scale)
         softcap = None if self.softcap is None else float(self.softcap)
         return self.x, self.x.stride(0), self.bias, scale, softcap
@@ -55,18 +59,19 @@ class Logits:
 
 @dataclass(frozen=True)
 class SortedTopK:
-    """A teacher's ids in ascending order, and its log-probabilities there and everywhere else."""
+    """A top-k teacher with each row's ids in ascending order."""
 
     ids: Tensor  # [N, K] int32; rows.PAD_ID is padding
-    log_p: Tensor  # [N, K]
-    log_rest: Tensor  # [N]
-    best: Tensor  # [N] int64
+    log_p: Tensor  # [N, K] log-probabilities of the ids
+    log_rest: Tensor  # [N] log-probability of everything else
+    best: Tensor  # [N] int64, the likeliest id
 
     @classmethod
     def prepare(cls, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int) -> SortedTopK:
-        """Sort the ids of each row, so that a tile finds its own in one stretch."""
+        """Sort the ids of each row, so that those of one tile lie next to each other."""
         log_p = log_probs.float()
         best = ids.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1).long()
+        # Padding sorts last. Foreign ids stay foreign in int32: -1 below, PAD_ID - 1 above.
         present = log_p != -torch.inf
         ids = ids.long().clamp(-1, rows.PAD_ID.value - 1).where(present, rows.PAD_ID.value)
         ids, order = ids.sort(dim=1, stable=True)
@@ -75,19 +80,19 @@ class SortedTopK:
 
 
 class Forward(NamedTuple):
-    """Row losses, and what the gradient needs of the rows."""
+    """Row losses, and the numbers per row that the gradient needs."""
 
     loss: Tensor  # [N]
-    parts: Tensor  # [6, N]: ce, kd, z, correct, agree, entropy
+    parts: Tensor  # [PARTS, N]: ce, kd, z, correct, agree, entropy
     saved: Tensor  # [SAVED, N]
-    inside: Tensor  # [N, K], of a top-k teacher
-    outside: Tensor  # [N]
+    inside: Tensor  # [N, K], of a top-k teacher: the gradient by the ids' logits
+    outside: Tensor  # [N]: and by all others, see merge.py
 
 
 def forward(
     spec: LossSpec, student: Logits, labels: Tensor | None, teacher: Logits | SortedTopK | None
 ) -> Forward:
-    """All losses of all rows: one reading of the logits, for a mixture a second."""
+    """Compute all losses of all rows in one pass over the logits; a mixture takes a second."""
     x, V = student.x, spec.vocab
     N = len(x)
     empty = x.new_empty(0, dtype=torch.float32)
@@ -99,19 +104,21 @@ def forward(
         inside=empty.new_empty((0, 0) if top_k is None else top_k.ids.shape),
         outside=empty.new_empty(0 if top_k is None else N),
     )
-    if N == 0:
-        return result
     objective = spec.objective
-    dense = teacher if isinstance(teacher, Logits) else student
-    numbers, share = _numbers(spec), _target_share(spec)
     flags = _flags(spec, teacher)._replace(
         COMPUTE_CE=spec.compute_ce,
         COMPUTE_METRICS=spec.compute_metrics,
         SMOOTH=spec.compute_ce and objective.label_smoothing > 0,
     )
+    if N == 0:  # a grid must not be empty
+        return result
+    dense = teacher if isinstance(teacher, Logits) else student
+    numbers, share = _numbers(spec), _target_share(spec)
     two_passes = DIVERGENCE_TABLE[objective.divergence].forward_passes == 2
-    mixture = dense is teacher and two_passes
+    mixture = isinstance(teacher, Logits) and two_passes
 
+    # Statistics: one program per row and segment. Where there is no teacher, no ids, the pointers
+    # are of tensors that exist and the kernel does not read them.
     pressure = _pressure(student, teacher)
     shape = choose_tile(x.device, "statistics", V, pressure, ids=top_k is not None)
     segments = ceil_div(V, shape.segment)
@@ -126,7 +133,8 @@ def forward(
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
-    mixture_sums = partials  # a pointer that is not read, until there are such sums
+    # Merge: one program for a few rows, fewer beside a top-k teacher, whose K ids it holds.
+    mixture_sums = partials  # not read until there are such sums
     block_k = 1 if top_k is None else power_of_2(top_k.ids.shape[1])
     rows_at_a_time = max(1, MERGE_NUMBERS // block_k)
 
@@ -145,7 +153,7 @@ def forward(
         )  # fmt: skip
 
     with on_device(x.device):
-        if mixture:  # both normalisers first: merge, read once more, merge again
+        if mixture:  # the normalisers first, then the second pass, which needs them
             merge(final=False)
             mixture_sums = _mixture(spec, student, dense, y, result.saved, flags.DIVERGENCE)
         merge(final=True)
@@ -185,15 +193,18 @@ def gradient(
     upstream: Tensor,  # [N], or [1] for all rows
     out: Tensor,  # [N, >= V], columns next to each other
 ) -> None:
-    """Write the gradient of ``sum(upstream * loss)`` by the student's logits, past V zeros."""
+    """Write the gradient of ``sum(upstream * loss)`` by the student's logits to ``out``.
+
+    Columns from V on get zeros.
+    """
     N, V = len(student.x), spec.vocab
     if N == 0:
         return
     objective = spec.objective
-    if objective.kd_weight == 0:
+    if objective.kd_weight == 0:  # its logits need not be read
         teacher = None
     dense = teacher if isinstance(teacher, Logits) else student
-    logarithms = dense is teacher and objective.divergence != "forward_kl"
+    logarithms = isinstance(teacher, Logits) and objective.divergence != "forward_kl"
     pressure = _pressure(student, teacher) + logarithms
     shape = choose_tile(student.x.device, "gradient", V, pressure)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
@@ -216,7 +227,7 @@ def gradient(
 
 
 def _pressure(student: Logits, teacher: Logits | SortedTopK | None) -> int:
-    """What ``choose_tile`` counts, but for the logarithms of a divergence."""
+    """The register pressure as ``choose_tile`` counts it, without a divergence's logarithms."""
     match teacher:
         case Logits():
             tensors, capped = 2, student.softcap is not None or teacher.softcap is not None
@@ -228,7 +239,7 @@ def _pressure(student: Logits, teacher: Logits | SortedTopK | None) -> int:
 
 
 def _numbers(spec: LossSpec) -> tuple[float, ...]:
-    """Run-time numbers, in the kernels' order."""
+    """The kernels' run-time numbers in their order, ``inv_T`` to ``kd_scale``."""
     o = spec.objective
     T = float(o.temperature)
     weights = o.label_smoothing, o.ce_weight, o.kd_weight, o.z_loss, o.kd_scale
@@ -242,7 +253,7 @@ def _target_share(spec: LossSpec) -> float | None:
 
 
 def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
-    """The flags that all kernels share."""
+    """The flags that ``forward`` and ``gradient`` share."""
     objective = spec.objective
     match teacher:
         case Logits():
@@ -270,5 +281,5 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors say."""
+    """A context with ``device`` current: Triton launches there, whatever device tensors are on."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -1,9 +1,10 @@
-"""Operators for losses of hidden states and a head.
+"""Operators and entry points for losses of hidden states and a head.
 
-``linear_loss`` is the sum over rows divided by ``items``, and has its gradients computed while the
-logits are there: ``6 N V D`` FLOP for a student alone. Backward multiplies them by its upstream.
-``linear_rows`` gives a loss per row; its gradients need the upstream of each row first, so backward
-makes the logits again, ``8 N V D`` FLOP. Without gradients both are statistics only.
+``linear_loss`` is the sum over rows divided by ``items``. Its forward also computes the gradients,
+chunk by chunk, while a chunk's logits are in memory (``6 N V D`` FLOP for a student alone), and
+backward multiplies them by the upstream gradient. ``linear_rows`` returns a loss per row, whose
+gradients need each row's upstream first, so backward computes the logits again (``8 N V D`` FLOP).
+Where no gradient is wanted both compute losses only.
 
 fp16. The gradient ``g`` of the logits, divided by the number of items, would vanish below fp16's
 smallest number. It is stored as ``c g`` near the top of fp16's range instead, with a power of two
@@ -47,7 +48,7 @@ from sad_kernels.objective import (
     TeacherTopK,
 )
 
-LARGEST_EXPONENT = 14  # what is stored stays below 2^15, fp16 ends at 2^16
+LARGEST_EXPONENT = 14  # stored gradients stay below 2^15; fp16 ends at 2^16
 
 
 def mean_loss(
@@ -60,7 +61,7 @@ def mean_loss(
     items: Tensor,  # []
     chunk_bytes: int | None,
 ) -> tuple[Tensor, RowResults]:
-    """``sum of row losses / items``, differentiable, and the rows, detached."""
+    """``sum of row losses / items``, differentiable, and the row losses and parts, detached."""
     inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
     grad_mask = list(_grad_mask(hidden, head))
     total, rows, parts, *_ = linear_loss(*inputs, items, grad_mask)
@@ -76,13 +77,14 @@ def row_losses_from_hidden(
     layout: RowLayout,
     chunk_bytes: int | None,
 ) -> RowResults:
-    """Every row's loss, differentiable, and its parts, detached."""
+    """The loss of every row, differentiable, and its parts, detached."""
     inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
     loss, parts = linear_rows(*inputs)
     return RowResults(loss, *parts.detach())
 
 
 def _grad_mask(hidden: Tensor, head: Head) -> GradMask:
+    """Which gradients forward has to compute: none where autograd is off."""
     bias = head.bias is not None and head.bias.requires_grad
     needed = GradMask(hidden.requires_grad, head.weight.requires_grad, bias)
     return needed if torch.is_grad_enabled() else GradMask(False, False, False)
@@ -157,7 +159,10 @@ def linear_loss(
     items: Tensor,  # []
     want: Sequence[bool],  # a GradMask
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], its rows [N] and parts [6, N]; dhidden, dweight, dbias, and a factor on them []."""
+    """The loss [], row losses [N] and parts [6, N]; dhidden, dweight, dbias, their factor [].
+
+    The gradients are those of the loss once multiplied by the factor, see ``unit_scale``.
+    """
     args, hidden = inputs.args, inputs.hidden
     inverse = 1 / items.float()
     upstream, factor = unit_scale(args, inverse, hidden.dtype)
@@ -188,11 +193,12 @@ def _(inputs: LinearInputs, items: Tensor, want: Sequence[bool]) -> tuple[Tensor
 
 
 def _dhidden_dtype(hidden: Tensor) -> torch.dtype:
-    """In which forward leaves it for backward."""
+    """The dtype in which forward leaves dhidden for backward."""
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the gradients for backward, in place of the inputs that they were computed from."""
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     ctx.grad_mask = inputs[-1]
@@ -202,6 +208,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Backward of ``linear_loss``: the saved gradients times factor and upstream."""
     *gradients, factor = ctx.saved_tensors
     if upstream is None:
         return (None,) * ctx.num_inputs
@@ -231,7 +238,7 @@ linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 @Operator
 def linear_rows(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
-    """Losses [N] and their parts [6, N]."""
+    """Row losses [N] and their parts [6, N]."""
     result = _run(inputs, GradMask(False, False, False), None)
     return result.loss, result.parts
 
@@ -249,7 +256,7 @@ def linear_rows_gradient(
     want: Sequence[bool],  # a GradMask
     upstream: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight, dbias of ``sum(upstream * losses)``; what is not wanted is empty."""
+    """dhidden, dweight and dbias of ``sum(upstream * losses)``, empty where not wanted."""
     hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     upstream, factor = unit_scale(inputs.args, upstream.float(), hidden.dtype)
     result = _run(inputs, GradMask(*want), upstream)
@@ -278,6 +285,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Backward of ``linear_rows``: the logits again, with each row's upstream."""
     inputs, _saved = saved_call(ctx)
     if upstream is None:
         return (None,) * len(inputs)
@@ -292,7 +300,7 @@ linear_rows_gradient.register_autograd(no_second_backward)
 
 
 def _no_vmap(*_: Any) -> None:
-    """Within vmap nobody can tell which inputs want a gradient: some would silently get none."""
+    """Refuse vmap, within which the inputs that want a gradient cannot be told from the others."""
     raise RuntimeError(
         "a loss of hidden states must not be batched by vmap, got batched inputs; "
         "pass all rows at once"
@@ -304,7 +312,7 @@ for _operator in (linear_loss, linear_rows, linear_rows_gradient):
 
 
 def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What ``g`` is multiplied by before it is stored, and what its products are after that.
+    """The upstream that the stored ``g`` gets, and the factor that its products get afterwards.
 
     For fp32 and bf16, whose exponents reach far enough, the second is 1. For fp16 ``upstream = u
     2^x`` with ``1 <= max |u| < 2``, and the first is ``u 2^k`` with k as large as the bound on
@@ -319,7 +327,10 @@ def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _bound(o: Objective) -> float:
-    """Of the gradient by a logit; for the unbounded reverse KL up to a spread of 128 nats."""
+    """A bound on a row's gradient by a logit, for an lse of up to 128 in the z-loss.
+
+    The table of divergences says how far the unbounded reverse KL is covered.
+    """
     factor = DIVERGENCES[o.divergence].gradient_bound(o.beta)
     bound = o.ce_weight + 256 * o.z_loss + o.kd_weight * o.kd_scale / o.temperature * factor
     return max(bound, 2.0**-100)
