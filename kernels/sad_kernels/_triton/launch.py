@@ -35,7 +35,11 @@ DIVERGENCES: dict[str, int] = {
     "skew_forward_kl": tile.SKEW_FORWARD_KL.value,
     "skew_reverse_kl": tile.SKEW_REVERSE_KL.value,
 }
-"""The divergences that these kernels compute, and the codes by which they know them."""
+"""The divergences that these kernels compute, and their codes in ``tile.py``.
+
+A new one also needs a branch where ``statistics``, ``merge``, ``gradient`` and
+``tile.divergence_terms`` tell them apart: without it the kernel does not compile.
+"""
 
 T_CASES = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
 
@@ -271,7 +275,7 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
 
 def _divergence_code(divergence: str) -> int:
     if divergence not in DIVERGENCES:
-        raise missing(divergence, "impl='triton' (sad_kernels/_triton/tile.py)")
+        raise missing(divergence, "impl='triton' (sad_kernels/_triton/launch.py)")
     return DIVERGENCES[divergence]
 
 
