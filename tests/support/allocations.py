@@ -10,7 +10,7 @@ from torch.autograd.profiler import profile
 
 def peak_bytes(function: Callable[[], Any]) -> int:
     """The most bytes alive at once beyond those alive before; results that stay count."""
-    # Not torch.profiler's: it makes Python objects of all events, twenty times the time of the call.
+    # torch.profiler would turn every event into a Python object: twenty times the call's own time.
     with profile(profile_memory=True) as profiler:
         kept = function()
     results: Any = profiler.kineto_results
