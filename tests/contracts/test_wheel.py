@@ -1,4 +1,5 @@
-"""The wheel holds both packages whole, with recipes and typing marks, and nothing else."""
+"""The wheel holds both packages whole but for READMEs, with recipes and typing marks, and nothing
+else."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def expected_files() -> set[str]:
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in SOURCES.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "README.md"
     }
 
 
