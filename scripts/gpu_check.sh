@@ -7,6 +7,7 @@
 #   STEPS=...           some of: gpu kernels bench (default: all)
 #   COMMIT=...          what the results belong to, in a copy whose git does not know
 #   FAKE=1              without a GPU: the same steps on a tiny set, to see that everything runs
+#   KERNEL_TESTS=...    where the kernels' tests are (default: tests/sad_kernels)
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUTDIR}" && cd "$1" && pwd)" || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -59,7 +60,7 @@ fi
 rm -f "$out"/*.step "$out"/*.xml
 tests="${TEST_SECONDS:-280}" seconds="${BENCH_SECONDS:-200}"
 pytest gpu "$tests" tests/sad_kernels/test_gpu.py &
-pytest kernels "$tests" -k "$which_tests" tests/sad_kernels --ignore=tests/sad_kernels/test_gpu.py \
+pytest kernels "$tests" -k "$which_tests" "${KERNEL_TESTS:-tests/sad_kernels}" --ignore=tests/sad_kernels/test_gpu.py \
     "${processes[@]}" &
 wait
 # Alone on the machine, because it measures.

@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/lint.sh
-exec .venv/bin/python -m pytest -n logical --maxprocesses 8 "$@"
+exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"

@@ -82,22 +82,17 @@ def small_tiles() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_rounds_to_nearest() -> None:
-    """As on every GPU. Triton's interpreter truncates, which would hide a real truncation."""
+def interpreter_for_tests() -> Iterator[None]:
+    """Interpreted kernels round as on a GPU, and quickly: see ``support/interpreter.py``."""
     if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from support import interpreter
 
-    convert = interpreter._convert_float
-
-    def exact(x: np.ndarray, source: object, target: object, rounding: object) -> np.ndarray:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(x, source, target, rounding)
-        rounded = torch.from_numpy(np.ascontiguousarray(x)).bfloat16()
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(x))
-
-    interpreter._convert_float = exact
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter.round_bfloat16_to_nearest(patch)
+        interpreter.patch_language_once_per_launch(patch)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,8 +22,12 @@ def run(out: Path, **more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
-def test_every_step_runs_and_is_reported(tmp_path: Path) -> None:
-    done = run(tmp_path, FAKE="1", BENCH_SECONDS="60")
+@pytest.mark.parametrize(
+    "where",
+    ["tests/sad_kernels/test_ce.py", pytest.param("tests/sad_kernels", marks=pytest.mark.slow)],
+)
+def test_every_step_runs_and_is_reported(tmp_path: Path, where: str) -> None:
+    done = run(tmp_path, FAKE="1", BENCH_SECONDS="60", KERNEL_TESTS=where)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert {step["name"]: step["exit_status"] for step in report["steps"]} == {
@@ -46,7 +50,10 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
-def test_what_the_sanitizer_runs_launches_every_kernel(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tools", ["memcheck", pytest.param("memcheck racecheck initcheck", marks=pytest.mark.slow)]
+)
+def test_what_the_sanitizer_runs_launches_every_kernel(tmp_path: Path, tools: str) -> None:
     """By a stand-in for compute-sanitizer, which runs its command without looking."""
     stand_in = tmp_path / "compute-sanitizer"
     stand_in.write_text('#!/usr/bin/env bash\nwhile [[ "$1" == --* ]]; do\n    case "$1" in\n'
@@ -54,12 +61,12 @@ def test_what_the_sanitizer_runs_launches_every_kernel(tmp_path: Path) -> None:
                         'shift 2 ;;\n    *) exit 3 ;;\n    esac\ndone\nexec "$@"\n')  # fmt: skip
     stand_in.chmod(0o755)
     script, out = SCRIPT.with_name("gpu_sanitize.sh"), tmp_path / "out"
-    words = {"PYTHON": sys.executable, "TOOLS": "memcheck", "FAKE": "1"}
+    words = {"PYTHON": sys.executable, "TOOLS": tools, "FAKE": "1"}
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", script, out], env=os.environ | words | path, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for log in ("compile", "memcheck"):
+    for log in ("compile", *tools.split()):
         assert "losses with their gradients" in (out / f"sanitize-{log}.log").read_text()

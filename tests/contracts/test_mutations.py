@@ -1,7 +1,7 @@
 """Every fault of the bank turns the tests red that guard against it; without it they are green.
 
-The table is in ``tests/mutations``. Whether its faults can be planted is checked in each run of the
-suite; to plant them takes minutes.
+The table is in ``tests/mutations``. Each run of the suite checks that its faults can be planted and
+that the tests which must see them belong to the default set; to plant them takes minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from mutations.planting import (
     ROOT,
     Edit,
     Mutation,
+    collected,
     complaints,
     outcome_of,
     unnoticed,
@@ -53,6 +54,13 @@ GUARDS = sorted({node_id for m in MUTATIONS for node_id in m.red if runnable(m)}
 FILES = sorted({node_id.partition("::")[0] for node_id in GUARDS})
 
 
+def test_every_guard_runs_by_default() -> None:
+    """A guard that is slow, renamed or gone would leave its fault to be found by nobody."""
+    default_set = collected({*FILES, SLOW_TEST.partition("::")[0]})
+    assert set(GUARDS) <= default_set, "\n".join(sorted(set(GUARDS) - default_set))
+    assert SLOW_TEST not in default_set and SLOW_TEST.partition("::")[2] in globals()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_without_a_fault_the_guards_are_green(file: str) -> None:
@@ -83,6 +91,7 @@ HARMLESS = Mutation(
     (Edit("kernels/sad_kernels/reference.py", "# the first of equal logits", "# the left one"),),
     ("tests/sad_kernels/test_ce.py::test_by_hand[reference]",),
 )
+SLOW_TEST = "tests/contracts/test_mutations.py::test_a_fault_that_only_crashes_is_reported"
 
 
 @pytest.mark.slow

@@ -127,6 +127,16 @@ def outcome_of(node_ids: Iterable[str], mutation: Mutation | None) -> tuple[int,
         return done.returncode, failures, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+def collected(files: Iterable[str]) -> set[str]:
+    """Node ids of the default run's tests in these files, by pytest's own account."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *files], cwd=ROOT, env=_environment(ROOT), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return set(done.stdout.splitlines())
+
+
 def _environment(folder: Path) -> dict[str, str]:
     """The copy is what is imported, also by processes that tests start; kernels are interpreted."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

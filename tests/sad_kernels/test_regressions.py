@@ -584,7 +584,7 @@ TWO_RANKS = """
 import sys
 import torch
 import torch.distributed as dist
-from oracle import assert_value
+from support.oracle import assert_value
 from sad_kernels import linear_cross_entropy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
