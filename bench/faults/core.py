@@ -16,7 +16,7 @@ from sad_kernels import reference
 from bench.faults.calls import Call
 from bench.faults.problem import DEVICE, Loss, Problem
 from bench.kernels.timing import one_line
-from bench.peers.base import Unable
+from bench.peers.base import Unsupported
 
 Row = dict[str, Any]
 Values = list[float]
@@ -118,7 +118,7 @@ def broken(slug: str, error: Exception) -> Row:
 
 
 def _nothing(*_: Any) -> Any:
-    raise Unable("there is nothing to measure")
+    raise Unsupported("there is nothing to measure")
 
 
 def _of_peer(fault: Fault, call: Call, true: Values) -> tuple[str, str | None, Values]:
@@ -126,7 +126,7 @@ def _of_peer(fault: Fault, call: Call, true: Values) -> tuple[str, str | None, V
         return "absent", "needs a GPU", []
     try:
         values = fault.measure(call.loss, fault.problems)
-    except Unable as error:
+    except Unsupported as error:
         return "absent", str(error), []
     except Exception as error:
         if call.kernels and INTERPRETED:  # not the peer's fault, for all that we know

@@ -87,7 +87,7 @@ def measure(
 
     Each arm is rehearsed for a step first: what cannot start shall fail in minutes.
     """
-    run, teach = run or run_apart, teach or make_models
+    run, teach = run or run_in_subprocess, teach or make_models
     folder = folder or Path(tempfile.gettempdir()) / f"sad-ablation-{_commit()}"
     folder.mkdir(exist_ok=True)
     moe_teacher, moe_student = teach(folder)
@@ -146,7 +146,7 @@ def _changes(values: Sequence[float], digits: int) -> str:
     return f"**{text}**" if same else text
 
 
-def run_apart(arm: Arm, seed: int | None, folder: Path) -> Json:
+def run_in_subprocess(arm: Arm, seed: int | None, folder: Path) -> Json:
     """One run and its scores, in a process with one thread, or what it gave before.
 
     ``seed`` is None for a rehearsal.

@@ -71,7 +71,7 @@ def measure(
     ``run`` makes one run, by default in a process of its own; after each, ``keep`` gets the result
     so far.
     """
-    setup, run = setup or (GPU if torch.cuda.is_available() else CPU), run or run_apart
+    setup, run = setup or (GPU if torch.cuda.is_available() else CPU), run or run_in_subprocess
     setup = setup if rounds is None else replace(setup, rounds=rounds)
     if setup.rounds < 1:
         raise SystemExit(f"error: --rounds must be at least 1, got {setup.rounds}; ask for more")
@@ -184,7 +184,7 @@ def _row(name: str, runs: dict[str, list[Run]]) -> Run:
     return row | {"quality": quality}
 
 
-def run_apart(setup: Setup, name: str, seed: int) -> Run:
+def run_in_subprocess(setup: Setup, name: str, seed: int) -> Run:
     """``trainers.attempt`` in a process of its own, with the setup's threads and one GPU."""
     words = [
         sys.executable,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.kernels.rss import _kib
 from bench.kernels.timing import MIB, one_line
-from bench.peers.base import Unable, attribute, module
+from bench.peers.base import Unsupported, require_attribute, require_module
 from bench.training.task import Setup, Task, prepare, quality
 from sad.checkpoint.run_directory import RunDirectory
 from sad.data.batch import IGNORE_INDEX, Batch
@@ -44,7 +44,7 @@ def attempt(setup: Setup, name: str, seed: int) -> Run:
             CONTENDERS[name].train(task, watch, folder)
         scores = quality(task) if setup.eval_rows else {}
         return {"status": "ok", "reason": None} | watch.result() | scores
-    except Unable as error:
+    except Unsupported as error:
         return {"status": "skipped", "reason": str(error)}
     except Exception as error:  # whatever a foreign trainer may raise
         return {"status": "failed", "reason": one_line(error)}
@@ -200,7 +200,7 @@ class RecipeTrainer(transformers.Trainer):
 
 
 def recipe(task: Task, watch: Watch, folder: str) -> None:
-    module("accelerate", "accelerate")
+    require_module("accelerate", "accelerate")
     batch = task.inputs.train_rows.batch(task.order)
     rows: Any = [
         {"input_ids": ids, "shift_labels": labels}
@@ -217,7 +217,7 @@ def recipe(task: Task, watch: Watch, folder: str) -> None:
 def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
     """It shifts labels by itself, so rows have one token more here: any, as its logits go."""
     with warnings.catch_warnings(action="ignore"):  # experimental; old names of arguments
-        gkd = module("trl.experimental.gkd", "trl")
+        gkd = require_module("trl.experimental.gkd", "trl")
         arguments = gkd.GKDConfig(
             lmbda=0.0,  # learn from the text
             beta=0.0,  # forward KL
@@ -247,7 +247,7 @@ def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
         model=task.student,
         teacher_model=task.teacher,
         args=arguments,
-        train_dataset=module("datasets", "datasets").Dataset.from_dict(rows),
+        train_dataset=require_module("datasets", "datasets").Dataset.from_dict(rows),
         processing_class=task.inputs.tokenizer,
         **_handed_over(task, watch),
     )
@@ -256,8 +256,10 @@ def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
 
 
 def trl_distillation(task: Task, watch: Watch, folder: str) -> None:
-    attribute(module("trl", "trl"), "DistillationTrainer", "trl")
-    raise Unable("learns only from texts that the student writes, and cannot be given these rows")
+    require_attribute(require_module("trl", "trl"), "DistillationTrainer", "trl")
+    raise Unsupported(
+        "learns only from texts that the student writes, and cannot be given these rows"
+    )
 
 
 def _handed_over(task: Task, watch: Watch) -> dict[str, Any]:

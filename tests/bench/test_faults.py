@@ -23,7 +23,7 @@ from bench.faults.calls import Call
 from bench.faults.cases import Effort
 from bench.faults.core import INTERPRETED, Fault, rows_of
 from bench.faults.problem import Heads, Problem, Rows, heads
-from bench.peers.base import Unable
+from bench.peers.base import Unsupported
 
 SMALL = Effort(rows=4, seeds=2, vocab=2000)
 PEERS = {"liger-kernel": "liger_kernel", "trl": "trl", "flash-linear-attention": "fla"}
@@ -172,7 +172,7 @@ def test_a_planted_fault_is_shown_and_what_is_right_is_right(
 
 def test_a_peer_that_fails_has_its_reason() -> None:
     def unable(p: Problem) -> Tensor:
-        raise Unable("has no cross-entropy")
+        raise Unsupported("has no cross-entropy")
 
     def failing(p: Problem) -> Tensor:
         raise RuntimeError("no such\nkernel")

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.kernels import curves, measure
 from bench.kernels.curves import CASES, Setup, Shape, Sizes, largest
 from bench.kernels.timing import MIB, Cpu, Times
-from bench.peers import Peer, Unable, for_case
+from bench.peers import Peer, Unsupported, for_case
 from bench.problems.cases import LossCase
 from bench.problems.inputs import Hidden, draw
 
@@ -232,9 +232,9 @@ def test_peers_are_cut_or_say_why_not() -> None:
     peers = {peer.name: peer for peer in for_case(problem.case)}
     assert curves.in_pieces(peers["eager"], problem, 1) is peers["eager"].build
     for name in ("eager", "trl", "liger flce 16"):
-        with pytest.raises(Unable):
+        with pytest.raises(Unsupported):
             curves.in_pieces(peers[name], problem, 4)
-    with pytest.raises(Unable, match="no chunk_bytes makes 100000 pieces"):
+    with pytest.raises(Unsupported, match="no chunk_bytes makes 100000 pieces"):
         curves.chunk_bytes_for(problem, 100_000)
 
 

@@ -19,7 +19,7 @@ from bench.kernels import measure
 from bench.kernels import run as kernels
 from bench.kernels.entry import Effort, Row
 from bench.kernels.timing import Cpu
-from bench.peers import Peer, Unable, for_case
+from bench.peers import Peer, Unsupported, for_case
 from bench.problems import cases, oracle
 from bench.problems.cases import EmaCase, LossCase
 from bench.problems.inputs import Hidden, Logits, draw
@@ -59,7 +59,7 @@ def failing(problem: Logits) -> Callable[[], Tensor]:
 
 
 def unable(problem: Logits) -> Callable[[], Tensor]:
-    raise Unable("has no cross-entropy")
+    raise Unsupported("has no cross-entropy")
 
 
 def overwriting(problem: Logits) -> Callable[[], Tensor]:

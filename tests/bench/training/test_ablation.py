@@ -73,7 +73,7 @@ def test_what_was_measured_is_not_measured_again(
     monkeypatch.setattr(ablation, "_python", lambda _, words: called.append(words) or len(called))
     arm = Arm("dense teacher", "KD alone", ())
     (tmp_path / "dense-teacher-KD-alone-1").mkdir()
-    assert [ablation.run_apart(arm, seed, tmp_path) for seed in (None, 0, 1, 1, None)] == [
+    assert [ablation.run_in_subprocess(arm, seed, tmp_path) for seed in (None, 0, 1, 1, None)] == [
         1,
         2,
         3,

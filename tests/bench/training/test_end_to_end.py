@@ -19,9 +19,9 @@ from sad_kernels import Head, Objective, TeacherHidden, linear_distill_loss
 from transformers import AutoModelForCausalLM
 
 from bench.__main__ import main
-from bench.peers.base import Unable
+from bench.peers.base import Unsupported
 from bench.training import trainers
-from bench.training.end_to_end import measure, run_apart, table
+from bench.training.end_to_end import measure, run_in_subprocess, table
 from bench.training.task import GPU, QUICKSTART, Setup, Task, prepare, quality, random_model, shape
 from bench.training.trainers import CONTENDERS, NAIVE, OURS, Watch, attempt, naive_sums
 from sad.optim.precision import Precision
@@ -179,7 +179,7 @@ def test_a_failure_keeps_its_row_and_reason(
         raise RuntimeError("no memory\nleft")
 
     def unable(*_: Any) -> None:
-        raise Unable("too old")
+        raise Unsupported("too old")
 
     known, gkd = dict(measured.runs), "trl GKDTrainer"
     ways = {NAIVE: broken, gkd: unable}
@@ -218,7 +218,7 @@ def test_a_measurement_that_is_cut_off_leaves_what_it_had(
         return measured.runs[NAIVE if name == "transformers.Trainer" else name, seed]
 
     monkeypatch.setattr("bench.training.end_to_end.CPU", TINY)
-    monkeypatch.setattr("bench.training.end_to_end.run_apart", run)
+    monkeypatch.setattr("bench.training.end_to_end.run_in_subprocess", run)
     asked = ["--rounds", "2", "--only", ",".join(words), "--out", str(path)]
     with pytest.raises(KeyboardInterrupt):
         main(["end_to_end", *asked])
@@ -399,14 +399,14 @@ def test_the_peak_is_of_the_steps_alone(task: Task) -> None:
 
 
 def test_a_run_in_a_process_of_its_own(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_apart(TINY, OURS, 0)
+    run = run_in_subprocess(TINY, OURS, 0)
     assert run["status"] == "ok", run["reason"]
     assert run["losses"] == pytest.approx(measured.runs[OURS, 0]["losses"], rel=1e-5)
     assert run["peak_mib"] >= run["start_mib"] > 50
     monkeypatch.setattr("sys.executable", "false")
-    assert run_apart(TINY, OURS, 0)["status"] == "failed"
+    assert run_in_subprocess(TINY, OURS, 0)["status"] == "failed"
     monkeypatch.setattr("sys.executable", "no such program")
-    assert run_apart(TINY, OURS, 0) == {
+    assert run_in_subprocess(TINY, OURS, 0) == {
         "status": "failed",
         "reason": "FileNotFoundError of its process",
     }
