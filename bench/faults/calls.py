@@ -1,6 +1,6 @@
-"""Calls of peers as ``Loss`` functions, beside ours, eager torch's and float64's.
+"""Losses of peers, of ours, of eager torch and in float64, as functions of a ``Problem``.
 
-All temperatures are 1. Peers call the forward KL ``beta=0``, the reverse ``beta=1``.
+All temperatures are 1. ``beta=0`` is the forward KL and ``beta=1`` the reverse, as peers have it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Settings = dict[str, Any] | None
 
 
 class Call(NamedTuple):
-    """A peer's function: ``kernels`` if Triton runs it, which takes a GPU or the interpreter."""
+    """A peer's function. ``kernels``: it runs in Triton, so it needs a GPU or the interpreter."""
 
     peer: str
     package: str
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     kernels: bool = False
 
 
-# --- Ours, and float64's by ``library=reference`` ------------------------------------------------
+# --- Ours, and float64 by ``library=reference`` ------------------------------------------------
 
 
 def ce(p: Rows, library: Any = sad_kernels, **how: Any) -> Tensor:
@@ -48,7 +48,7 @@ def kl(p: Rows, library: Any = sad_kernels, **how: Any) -> Tensor:
 
 
 def linear_ce(p: Heads, library: Any = sad_kernels, **how: Any) -> Tensor:
-    """In as many chunks as asked for: with 16-bit inputs the kernels take 3 bytes per logit."""
+    """Linear cross-entropy in ``p.chunks`` chunks: 16-bit inputs take 3 bytes per logit."""
     if p.chunks and library is sad_kernels:
         how["chunk_bytes"] = 3 * len(p.hidden) * len(p.weight) // p.chunks
     return library.linear_cross_entropy(p.hidden, p.weight, p.labels, **how)
@@ -71,7 +71,7 @@ def _objective(p: Rows | Heads) -> Objective:
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """By ``F.kl_div``, as a training loop writes it."""
+    """A divergence by ``F.kl_div``, as a training loop writes it."""
     kl = partial(F.kl_div, log_target=True, reduction="batchmean")
     if beta == 0:
         return kl(log_q, log_p)
@@ -113,7 +113,7 @@ eager_linear_kl = Call(
 
 
 def torch_linear_ce(settings: Settings) -> Call:
-    """In chunks, unless there are no settings, not even an empty set of them."""
+    """``F.linear_cross_entropy``: whole logits for ``settings=None``, else chunked."""
     options = "" if settings is None else f", options=LinearCrossEntropyOptions({_words(settings)})"
     call = f"F.linear_cross_entropy(h, W, y{options})"
     return Call("torch", "torch", call, lambda p: _torch_linear_ce(p, settings))

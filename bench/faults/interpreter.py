@@ -1,4 +1,4 @@
-"""Triton's interpreter, so that what it shows is the kernels' doing and not its own."""
+"""Corrections to Triton's interpreter, so that its results are those of the kernels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import torch
 
 
 def prepare() -> None:
+    """Apply all corrections; to be called before any kernel runs."""
     round_to_nearest()
     widen_tiles()
 
 
 def round_to_nearest() -> None:
-    """As every GPU does. The interpreter cuts fp32 off to bf16, which would blame the kernels."""
+    """Round fp32 to the nearest bf16, as GPUs do: the interpreter truncates."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -28,11 +29,11 @@ def round_to_nearest() -> None:
 
 
 def widen_tiles() -> None:
-    """Our kernels in few tiles: interpreted, each costs the same whatever its width."""
+    """Use few, wide tiles in our kernels: interpreted, a tile costs the same at any width."""
     from sad_kernels._triton import launch
 
     def choose(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> launch.Tile:
         block = min(32768, launch.power_of_2(vocab))
-        return launch.Tile(block, 1 << 17, block)  # with as many warps, not cut into pieces
+        return launch.Tile(block, 1 << 17, block)  # so many warps that it stays in one piece
 
     launch.choose_tile = choose

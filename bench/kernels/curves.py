@@ -6,17 +6,17 @@ that matters, and what many chunks cost in accuracy.
 
 ``memory_tokens``, ``memory_vocab``: MiB at the peak of forward and backward beyond the inputs.
 ``time_rows``: milliseconds of forward and backward, and their ratio to the bare GEMMs of the case
-in the same round; rounds as in ``measure.py``. ``low`` and ``high`` are the 20th and 80th percentile.
+in the same round; rounds as in ``measure.py``. ``low``, ``high``: the 20th and 80th percentile.
 ``error_chunks``: error of bfloat16 inputs against float64, by the number of chunks: of rows, and in
 our CPU path of the vocabulary.
 ``largest_batch``: the most tokens whose peak was measured to fit a limit (also ``low``), and as
 ``high`` the fewest beyond them measured not to fit, or null if nothing larger was tried. The gap
 between both is ``2 ** -halvings`` of that between two of ``batches``.
 
-A curve is one quantity of one case: ``name`` (what shares it shares a figure), ``case``, ``dtype``,
-``at`` (the sizes that stay), ``x`` in ``x_unit``, ``y`` in ``unit``, and ``series``, one for every
-peer. A point is ``[x, y, low, high]``, or ``{x, reason}``; a series without any has a ``reason``.
-``notes`` hold the exceptions that ended a part.
+A curve is one quantity of one case: ``name`` (curves of one name share a figure), ``case``,
+``dtype``, ``at`` (the fixed sizes), ``x`` in ``x_unit``, ``y`` in ``unit``, and ``series``, one for
+every peer. A point is ``[x, y, low, high]``, or ``{x, reason}``; a series without any has a
+``reason``. ``notes`` hold the exceptions that ended a part.
 """
 
 from __future__ import annotations

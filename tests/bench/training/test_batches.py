@@ -149,7 +149,7 @@ def test_a_process_hands_over_line_by_line(tmp_path: Path, monkeypatch: pytest.M
     program.write_text("#!/bin/sh\necho '{\"limit\": 24}'\necho gone wrong >&2\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
-    found = batches._apart(GPU, OURS, (24, 48))
+    found = batches._in_subprocess(GPU, OURS, (24, 48))
     assert next(found) == {"limit": 24}
     with pytest.raises(RuntimeError, match="its process ended with 3: gone wrong"):
         next(found)

@@ -23,7 +23,7 @@ from bench.peers.base import Unsupported
 from bench.training import trainers
 from bench.training.end_to_end import measure, run_in_subprocess, table
 from bench.training.task import GPU, QUICKSTART, Setup, Task, prepare, quality, random_model, shape
-from bench.training.trainers import CONTENDERS, NAIVE, OURS, Watch, attempt, naive_sums
+from bench.training.trainers import CONTENDERS, NAIVE, OURS, RunMonitor, attempt, naive_sums
 from sad.optim.precision import Precision
 from sad.training.evaluate import evaluate_student
 from sad.training.student import build_student
@@ -375,26 +375,26 @@ def test_a_seed_gives_the_same_student_again(task: Task) -> None:
 def test_the_clock_leaves_out_the_warm_up(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     throughput = SimpleNamespace(now=0.0)
     monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: throughput.now))
-    watch = Watch(task)
-    watch.begin()
+    monitor = RunMonitor(task)
+    monitor.begin()
     for step in range(TINY.warmup + TINY.steps):
         throughput.now += 100 if step < TINY.warmup else 2
         task.student(torch.zeros(TINY.rows, TINY.length, dtype=torch.int64))
-        watch.step()
-    assert watch.result()["tokens_per_s"] == TINY.rows * TINY.length / 2
+        monitor.step()
+    assert monitor.result()["tokens_per_s"] == TINY.rows * TINY.length / 2
 
 
 def test_the_peak_is_of_the_steps_alone(task: Task) -> None:
     before = torch.ones(256 << 20, dtype=torch.uint8)
     del before
-    watch = Watch(task)
-    watch.begin()
+    monitor = RunMonitor(task)
+    monitor.begin()
     for _ in range(TINY.warmup + TINY.steps):
         task.student(torch.zeros(TINY.rows, TINY.length, dtype=torch.int64))
         within = torch.ones(128 << 20, dtype=torch.uint8)
         del within
-        watch.step()
-    result = watch.result()
+        monitor.step()
+    result = monitor.result()
     assert 120 < result["peak_mib"] - result["start_mib"] < 240
 
 
