@@ -1,4 +1,4 @@
-"""What torch's CPU allocator holds, counted from its own events: no temporary is left out."""
+"""Peak memory of torch's CPU allocator, from its allocation events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes alive at once beyond those alive before; results that stay count."""
+    """Peak bytes allocated during the call, its results included, beyond those held before."""
     # acc_events only keeps torch 2.11 from warning that a second cycle would clear the first.
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True

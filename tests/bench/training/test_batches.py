@@ -44,7 +44,7 @@ def test_a_good_guess_takes_two_questions() -> None:
 
 
 def test_limits_are_searched_by_peaks() -> None:
-    """5 GiB, and 2 GiB for each row; beyond 20 rows fragments take a tenth on top."""
+    """A memory model: 5 GiB and 2 GiB per row; beyond 20 rows fragmentation adds a tenth."""
 
     def peak_of(rows: int, limit: int | None) -> float | None:
         reserved = 5 + 2 * rows * (1.1 if rows > 20 else 1)

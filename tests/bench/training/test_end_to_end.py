@@ -1,4 +1,4 @@
-"""``bench end_to_end`` with small sizes: that all contenders do the same work, not how fast."""
+"""``bench end_to_end`` at toy sizes: all contenders do the same work on the same data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Run = dict[str, Any]
 
 
 class Measured:
-    """A measurement within this process, with every run that it is made of."""
+    """A measurement in this process, which keeps all of its runs."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[str, int], Run] = {}
@@ -102,7 +102,7 @@ def test_losses_are_the_same_at_every_step(measured: Measured, seed: int) -> Non
 
 
 def test_the_first_loss_is_the_objective_s(measured: Measured, task: Task) -> None:
-    """Of the first rows, in float64 and from the models alone."""
+    """The first step's loss agrees with float64, computed from the models alone."""
     batch = task.inputs.train_rows.batch(task.order[: TINY.rows])
     keep = batch.labels != -100
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_first_loss_is_the_objective_s(measured: Measured, task: Task) -> No
 
 
 def test_the_naive_loss_leaves_out_tokens_without_a_label() -> None:
-    """As padding has none, which few rows of ten documents have."""
+    """Tokens without a label, such as padding, which few rows here have."""
     draw = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(2, 6, size, generator=draw) for size in (8, 12))
     heads = [Head(torch.randn(50, size, generator=draw)) for size in (8, 12)]
@@ -209,7 +209,7 @@ def test_a_failure_keeps_its_row_and_reason(
 def test_a_measurement_that_is_cut_off_leaves_what_it_had(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second round, which goes from the last to the first: of two trainers it has both."""
+    """Interrupted in the second, reversed round: two of three trainers have both rounds."""
     path, words = tmp_path / "folder" / "result.json", ["ours", "naive", "transformers"]
 
     def run(setup: Setup, name: str, seed: int) -> Run:
@@ -325,7 +325,7 @@ def test_the_table(measured: Measured) -> None:
 
 
 def test_a_table_without_quality(measured: Measured) -> None:
-    """As on a GPU."""
+    """Without ``eval_rows``, as on a GPU, there is no quality."""
 
     def run(setup: Setup, name: str, seed: int) -> Run:
         known = measured.runs.get((name, seed), measured.runs[name, 0])
