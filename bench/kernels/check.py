@@ -37,10 +37,11 @@ def prepare(
     if oracle.is_wrong(errors):
         entry.status, entry.reason = "wrong", "an error over 5 % or a number that is not finite"
     entry.figures["gradient_mib"] = _gradient_bytes(problem) / MIB
-    del loss
+    del loss  # and with it the graph, which must not count in the peak
     step.prepare()
     entry.figures["peak_mib"] = device.peak(step) / MIB
     step.prepare()
+    # Some peers do not run without gradients; the reason is then recorded.
     try:
         without_grad(step)()
         entry.no_grad = []

@@ -199,6 +199,7 @@ def _points(
     for case, entries, gemm in measured:
         at = case.shape[x]
         for entry in entries:
+            # A wrong or failed result has a reason, and its numbers are not shown.
             values = () if entry.reason else of(entry, gemm)
             low, y, high = values or (None, None, None)
             point: Point = [at, y, low, high]

@@ -59,16 +59,18 @@ def fill(
     problem = draw(case, device.device)
     truth = None if isinstance(problem, Parameters) else oracle.truth_of(problem)
     loss = truth.loss if truth else None
+    # First every peer alone: its results against float64, and its peak memory.
     for entry in entries:
         with _guarded(entry, device):
             absent = effort.skip_reason(entry.peer, device)
             if absent:
                 raise Unsupported(absent)
             check.prepare(entry, problem, truth, device)
-    truth = None
+    truth = None  # its float64 gradients would only take memory from the timed calls
     device.free()
     gemm = Gemm(roofline.gemm_step(problem) if isinstance(problem, Hidden) else None)
     _time(entries, gemm, device, effort)
+    # Graphs last: a capture that fails may leave memory unusable.
     for entry in entries:
         if entry.step is not None and effort.graphs and effort.left() > 0:
             with _guarded(entry, device):
@@ -111,6 +113,7 @@ def _status_of(error: Exception) -> tuple[str, str]:
 def _time(entries: list[Entry], gemm: Gemm, device: Device, effort: Effort) -> None:
     for i in range(effort.rounds):
         for entry in entries if i % 2 == 0 else reversed(entries):
+            # The first round is always completed, so that every peer has a time.
             if i and effort.left() < 0:
                 return
             if entry.step is not None:

@@ -97,7 +97,7 @@ def measure(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for some in ([(arm, None) for arm in rehearsals], jobs):
             results = list(pool.map(lambda job: run(job[0], job[1], folder), some))
-    shutil.rmtree(folder)
+    shutil.rmtree(folder)  # all is measured: nothing to continue from
     scores = dict(zip(jobs, results, strict=True))
     rows = []
     for arm in chosen:
@@ -220,7 +220,7 @@ def _make_here(teacher: str, student: str) -> tuple[str, str]:
     model: Any = AutoModelForCausalLM.from_pretrained(best)
     layers = model.model.layers
     kept = [layers[i] for i in KEPT_LAYERS]
-    for i, layer in enumerate(kept):
+    for i, layer in enumerate(kept):  # the KV cache is indexed by layer_idx
         layer.self_attn.layer_idx = i
     model.model.layers = type(layers)(kept)
     model.config.num_hidden_layers = len(kept)

@@ -113,6 +113,7 @@ def largest(fits: Callable[[int], bool], guess: int, low: int = 0) -> int:
     high, step = None, 1  # low fits, high does not
     known, at = low, max(guess, low + 1)
     while high is None or high - low > 1:
+        # Double the step away from the guess until it is bracketed, then bisect.
         if fits(at):
             low = at
         else:
@@ -145,7 +146,7 @@ def search(
         return peak is not None
 
     assert fits(1, None) and fits(3, None), "three rows must fit the whole card"
-    rows, share = 0, 1.0
+    rows, share = 0, 1.0  # of a limit, that the peak reaches
     for limit in sorted(limits):
         whole = limit * GIB / MIB
         none, each = _line(peaks)

@@ -164,6 +164,7 @@ def _row(name: str, runs: dict[str, list[Run]]) -> Run:
     pairs = [(run, our) for run, our in both if run["status"] == "ok"]
     if not pairs:
         return row
+    # Times and quality are comparable only if all read the same tokens in the same order.
     if any(run["witness"] != our.get("witness", run["witness"]) for run, our in pairs):
         return row | {"status": "failed", "reason": f"read other tokens than {first}"}
     for key in numbers:

@@ -69,7 +69,7 @@ def _measure(setup: Setup, group: str, arms: dict[str, Json]) -> list[Json]:
     teacher = _model(setup, setup.hidden * 5 // 4, mixture, seed=1).requires_grad_(False).eval()
     batch = _batch(setup)
     steps = {name: _step(setup, student, teacher, batch, keys) for name, keys in arms.items()}
-    for step in steps.values():
+    for step in steps.values():  # warm up
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(setup.rounds):

@@ -86,6 +86,7 @@ class RunMonitor:
         self._steps += 1
         if self._steps not in (self.setup.warmup, self.setup.warmup + self.setup.steps):
             return
+        # Wait for the device at the two ends of the timed steps only.
         if self.setup.device == "cuda":
             torch.cuda.synchronize()
             self._peak = torch.cuda.max_memory_allocated() / MIB
