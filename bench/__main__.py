@@ -1,8 +1,8 @@
 """``python -m bench``: run benchmarks, print the results and keep them under ``bench/results/``.
 
 python -m bench                 every kernel against every peer, on this machine
-python -m bench --quick         the most telling of it, in 100 seconds
-python -m bench CASE...         some of it: ce kd/jsd linear_kd ema; a name before / means all
+python -m bench --quick         the most important cases, in 100 seconds
+python -m bench CASE...         these cases only: ce kd/jsd linear_kd ema; kd means every kd/...
 python -m bench --compare OLD.json NEW.json     what got slower; exit status 1 if anything did
 python -m bench --readme        rewrite the tables of all READMEs, and the plots, from what is
                                 committed under bench/results
@@ -11,17 +11,17 @@ python -m bench loss            time and memory of linear_distill_loss against n
 python -m bench overhead        what the trainer adds to a step
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
                                 ten minutes)
-python -m bench tiles           candidates for the row kernels' tiles, on a GPU
-python -m bench faults          what goes wrong in others, run here and now, and ours beside it
+python -m bench tiles           tile sizes of the row kernels, compared on a GPU
+python -m bench faults          known faults of other libraries, reproduced here, and ours beside
 python -m bench end_to_end      sad distill against other trainers: tokens/s, memory, final quality
-python -m bench ablation        what each structural loss is worth, over three seeds (half an hour)
+python -m bench ablation        what each structural loss gains, over three seeds (half an hour)
 python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
-python -m bench ceilings        what the card can do: copies, products by rows per call, averages
-python -m bench counters        what the row kernels wait for, by hardware counters (needs ncu)
+python -m bench ceilings        hardware limits: copies, GEMMs by rows per call, EMA updates
+python -m bench counters        stall reasons of the row kernels by hardware counters (needs ncu)
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 
-Of end_to_end and batches the JSON is written after every run, as far as they have come.
+end_to_end and batches write their JSON after every run, so an interrupted one keeps its results.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ NAMED = {
     "counters": "bench.kernels.counters",
     "batches": "bench.training.batches",
 }
-"""Cases with a module of their own, whose ``measure`` gives what is kept."""
+"""Benchmarks with a module of their own: ``measure()`` returns the record that is written."""
 
-GROWING = {"end_to_end": ("rounds", "only"), "batches": ("limits", "only")}
-"""Cases that hand over what they have after every run, and the options that they take."""
+INCREMENTAL = {"end_to_end": ("rounds", "only"), "batches": ("limits", "only")}
+"""Benchmarks that hand over their record after every run, and the options that they take."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -75,13 +75,13 @@ def main(words: Sequence[str]) -> int:
     named = [case for case in options.cases if case in NAMED]
     if named and len(options.cases) > 1:
         sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
-    asked = _asked(named[0] if named else None, options)
+    given = _case_options(named[0] if named else None, options)
     if named:
-        _measure_named(named[0], asked, options.out)
+        _run_named(named[0], given, options.out)
         return 0
     with tempfile.TemporaryDirectory() as caches:
         _choose_environment(caches)
-        return _measure_kernels(options, start, words)
+        return _run_kernels(options, start, words)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,14 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE")
     add("--quick", action="store_true", help="a small set, fewer calls, no torch.compile")
-    add("--fake", action="store_true", help="a tiny set on the CPU: does everything run?")
-    add("--seconds", type=float, help="end with what there is by then (quick: 90)")
+    add("--fake", action="store_true", help="a tiny set on the CPU, to see that everything runs")
+    add("--seconds", type=float, help="stop after so many, with the cases done by then (quick: 90)")
     add("--peers", nargs="+", default=(), metavar="PEER", help="only these, even in quick sets")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    add("--out", type=Path, help="where the JSON goes; default: a name in bench/results")
+    add("--out", type=Path, help="the JSON file; default: a name in bench/results")
     add("--rounds", type=int, help="of end_to_end; default: 3")
-    add("--only", type=_listed, metavar="A,B", help="of end_to_end, batches: ours, naive, ...")
-    add("--limits", type=_whole, metavar="A,B", help="GiB, of batches; default: 24,48,80")
+    add("--only", type=_comma_separated, metavar="A,B", help="of end_to_end, batches: ours, ...")
+    add("--limits", type=_integers, metavar="A,B", help="GiB, of batches; default: 24,48,80")
     add("--no-graphs", action="store_true", help="try no CUDA graphs")
     add("--readme", action="store_true", help="rewrite tables and plots from committed results")
     add("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
@@ -105,46 +105,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listed(text: str) -> list[str]:
+def _comma_separated(text: str) -> list[str]:
     return text.split(",")
 
 
-def _whole(text: str) -> list[int]:
+def _integers(text: str) -> list[int]:
     try:
-        return [int(word) for word in _listed(text)]
+        return [int(word) for word in _comma_separated(text)]
     except ValueError:
         message = f"must be whole numbers, got {text!r}; write them like 24,48"
         raise argparse.ArgumentTypeError(message) from None
 
 
-def _asked(case: str | None, options: Any) -> dict[str, Any]:
-    """The options that only ``GROWING`` cases take, as far as they are given."""
-    names = dict.fromkeys(name for taken in GROWING.values() for name in taken)
+def _case_options(case: str | None, options: Any) -> dict[str, Any]:
+    """The given options among those that only ``INCREMENTAL`` cases take; exits if misplaced."""
+    names = dict.fromkeys(name for taken in INCREMENTAL.values() for name in taken)
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if name not in GROWING.get(case or "", ()):
-            cases = " or ".join(case for case, taken in GROWING.items() if name in taken)
+        if name not in INCREMENTAL.get(case or "", ()):
+            cases = " or ".join(case for case, taken in INCREMENTAL.items() if name in taken)
             got = case or " ".join(options.cases) or "no case"
             sys.exit(f"error: --{name} must come with {cases}, got {got}; leave it out")
     return given
 
 
 def _choose_environment(caches: str) -> None:
-    """What triton, liger and the profiler read when they are imported. What is set stays.
+    """Set the environment variables that triton, liger and the profiler read at import.
 
-    Liger takes CuTe DSL on Hopper where it finds CUTLASS; here it shall take its Triton kernels.
-    Not by ``LIGER_KERNEL_IMPL``: what one half of Liger 0.8.5 reads there, the other refuses.
+    Variables that are already set stay. On Hopper Liger would choose CuTe DSL where it finds
+    CUTLASS; here its Triton kernels are compared. ``LIGER_KERNEL_IMPL`` cannot choose them: one
+    half of Liger 0.8.5 refuses the value that the other half needs.
     """
-    os.environ.setdefault("TRITON_CACHE_DIR", caches)  # a first call that finds nothing compiled
+    os.environ.setdefault("TRITON_CACHE_DIR", caches)  # empty: first calls compile
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/inductor")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler
     os.environ.setdefault("LIGER_KERNEL_BACKEND", "nvidia-triton")
 
 
-def _measure_kernels(options: Any, start: float, words: Sequence[str]) -> int:
+def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     from bench import record
-    from bench.kernels import apart
+    from bench.kernels import isolated
     from bench.kernels import run as kernels
     from bench.kernels.entry import Effort
     from bench.problems import cases
@@ -160,13 +161,13 @@ def _measure_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     if _several_processes(options):
         names = dict.fromkeys(c.name for c in cases.chosen(cases.full(), options.cases))
         result, path = {"rows": [], "notes": []}, Path()
-        for result in apart.measure_apart(tuple(names), _passed_on(options), start + seconds):
+        for result in isolated.measure_isolated(tuple(names), _passed_on(options), start + seconds):
             result["run"] = record.run(command)
             path = options.out or record.path_for(result)
             record.write(result, path)
         return kernels.conclude(result, path, show=True)
     try:
-        if options.fake:  # one thread: times mean nothing, and barriers wait for busy cores
+        if options.fake:  # one thread: its times mean nothing, and busy cores slow barriers
             device = kernels.device_for("cpu", threads=1)
         else:
             device = kernels.device_for(options.device)
@@ -209,7 +210,7 @@ def _passed_on(options: Any) -> list[str]:
 
 
 def _without_out(words: Sequence[str]) -> list[str]:
-    """Where a result goes is no part of what it is."""
+    """The command line without ``--out``: the recorded command should not depend on the file."""
     kept = [word for word in words if not word.startswith("--out=")]
     if "--out" in kept:
         at = kept.index("--out")
@@ -217,7 +218,7 @@ def _without_out(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:
+def _run_named(case: str, given: dict[str, Any], out: Path | None) -> None:
     import torch
 
     from bench import record
@@ -229,20 +230,20 @@ def _measure_named(case: str, asked: dict[str, Any], out: Path | None) -> None:
 
     def keep(result: dict[str, Any]) -> None:
         machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        about = {"schema": 1, "run": record.run(_command(case, asked)), "machine": machine}
+        about = {"schema": 1, "run": record.run(_command(case, given)), "machine": machine}
         about["versions"] = library_versions()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(about | result, indent=1) + "\n")
 
-    result = module.measure(**asked, keep=keep) if case in GROWING else module.measure()
+    result = module.measure(**given, keep=keep) if case in INCREMENTAL else module.measure()
     keep(result)
     print(json.dumps(result, indent=1))
     print(f"-> {path}")
 
 
-def _command(case: str, asked: dict[str, Any]) -> str:
+def _command(case: str, given: dict[str, Any]) -> str:
     words = [f"python -m bench {case}"]
-    for name, value in asked.items():
+    for name, value in given.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         words.append(f"--{name} {text}")
     return " ".join(words)

@@ -1,16 +1,16 @@
-"""What a result needs beside its numbers: who measured, with what, on which machine, when.
+"""Benchmark records: the JSON format, and the machine, versions and commit of a run.
 
 A record is one JSON file: ``schema`` 1; ``run`` (utc, commit, dirty, command); ``machine``, with
-what changes as [start, end]; ``versions``; ``settings``; ``floors`` (kind copy or gemm, shape, ms,
-rate, when); ``notes``; and ``rows``, one for every case and peer. A row says what was asked (case,
-shape, dtype, options, ignored, upstream), of whom (peer, call, settings, package), how it went
-(status ok, wrong, failed or skipped, and the reason), and, as far as that went: ``ms`` of full,
-forward, backward and no_grad as [p20, p50, p80], ``calls``, ``graph_ms``, ``host_us``,
-``compile_s`` (the first call), ``gb_s`` or ``tflop_s`` at the least bytes or FLOP, ``ratio_copy``
-or ``ratio_gemm`` (full over the floor), ``ratio_graph`` (a replay over it), ``ratio_eager``,
-``peak_mib`` beyond the inputs with the ``gradient_mib`` that it returns, ``rss_mib``, and ``err``:
-of the loss in nats and relative, of each gradient ``|g - truth| / |truth|``. For a figure that
-could not be had there is ``..._reason``.
+what changes as [start, end]; ``versions``; ``settings``; ``floors`` (the measured rooflines: kind
+copy or gemm, shape, ms, rate, when); ``notes``; and ``rows``, one for every case and peer. A row
+holds the case (case, shape, dtype, options, ignored, upstream), the peer (peer, call, settings,
+package), the outcome (status ok, wrong, failed or skipped, and the reason), and what was measured:
+``ms`` of full, forward, backward and no_grad as [p20, p50, p80], ``calls``, ``graph_ms``,
+``host_us``, ``compile_s`` (the first call), ``gb_s`` or ``tflop_s`` at the least bytes or FLOP,
+``ratio_copy`` or ``ratio_gemm`` (full over the roofline's time), ``ratio_graph`` (a CUDA graph's
+replay over it), ``ratio_eager``, ``peak_mib`` beyond the inputs with the ``gradient_mib`` that it
+returns, ``rss_mib``, and ``err``: of the loss in nats and relative, of each gradient
+``|g - truth| / |truth|``. A figure that could not be measured is replaced by ``..._reason``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.peers import PACKAGES
+from bench.peers import packages
 from sad.checkpoint.atomic_files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,18 +42,20 @@ QUERY = {
     "celsius": "temperature.gpu",
 }
 THROTTLED = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
-"""What holds the clocks back, by its name in new and in old drivers."""
+"""nvidia-smi's field for the reasons of clock throttling, in new and in old drivers."""
 
 
 def run(command: str) -> dict[str, Any]:
-    copied = os.environ.get("COMMIT")  # of a copy whose git, if it has one, knows no better
-    commit = copied or _said("git", "rev-parse", "HEAD")
-    changes = "" if copied else _said("git", "status", "--porcelain")
+    """The time, the commit (``dirty``: with uncommitted changes) and the command of a run."""
+    copied = os.environ.get("COMMIT")  # set where this is a copy without the repository
+    commit = copied or _output_of("git", "rev-parse", "HEAD")
+    changes = "" if copied else _output_of("git", "status", "--porcelain")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"utc": now, "commit": commit, "dirty": bool(changes), "command": command}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
+    """The hardware and software that do not change during a run."""
     found: dict[str, Any] = {
         "gpu": None,
         "cpu": cpu_name(),
@@ -74,7 +76,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:
-    """Clocks, power and what holds them back, as nvidia-smi reads them now."""
+    """Current clocks, power and throttling reasons, from nvidia-smi; empty without a GPU."""
     if device.type != "cuda":
         return {}
     found = dict(zip(QUERY, _nvidia_smi(*QUERY.values()), strict=False))
@@ -83,22 +85,22 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def _nvidia_smi(*fields: str) -> list[str]:
-    """Values of the first GPU; none if one of the fields is unknown."""
+    """The fields' values for the first GPU; empty if the driver does not know one of them."""
     query = f"--query-gpu={','.join(fields)}"
-    lines = _said("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
+    lines = _output_of("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()
     return lines[0].split(", ") if lines else []
 
 
 def states(start: dict[str, str], end: dict[str, str]) -> dict[str, Any]:
-    """What may change as a pair, the rest once."""
+    """Merge the GPU's states: what may change as [start, end], what cannot as one value."""
     fixed = ("driver", "power_limit_w", "sm_mhz_max")
     return {name: start[name] if name in fixed else [start[name], end.get(name)] for name in start}
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and every package that takes part; null for one that is absent."""
+    """The versions of Python and of every peer's package; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages():
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -107,7 +109,7 @@ def versions() -> dict[str, str | None]:
 
 
 def path_for(record: dict[str, Any]) -> Path:
-    """``2026-11-26-nvidia-h100-80gb-hbm3-1a2b3c4d.json``, or ``...-quick.json``"""
+    """Default file of a record, such as ``2026-11-26-nvidia-h100-80gb-hbm3-1a2b3c4d.json``."""
     day, commit = record["run"]["utc"][:10], record["run"]["commit"][:8] or "nocommit"
     device = record["machine"]["gpu"] or f"cpu {record['machine']['cpu']}"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -117,9 +119,9 @@ def path_for(record: dict[str, Any]) -> Path:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    """Whole or not at all: a run that is killed leaves what it had before."""
+    """Write atomically: a run that is killed leaves the previous version."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_plain(record), indent=1) + "\n")
+    write_atomic(path, json.dumps(_json_value(record), indent=1) + "\n")
 
 
 def cpu_name() -> str:
@@ -128,20 +130,21 @@ def cpu_name() -> str:
     return models[0] if models else platform.processor()
 
 
-def _plain(value: Any) -> Any:
-    """Without NaN and infinity, which JSON does not have, and with few digits."""
+def _json_value(value: Any) -> Any:
+    """Round floats to five digits; NaN and infinity, which JSON lacks, become strings."""
     match value:
         case dict():
-            return {k: _plain(v) for k, v in value.items()}
+            return {k: _json_value(v) for k, v in value.items()}
         case list() | tuple():
-            return [_plain(v) for v in value]
+            return [_json_value(v) for v in value]
         case float():
             return float(f"{value:.5g}") if abs(value) < float("inf") else str(value)
         case _:
             return value
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
+    """The command's standard output; empty if it fails or is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

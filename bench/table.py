@@ -1,4 +1,4 @@
-"""A result of the kernel benchmark as aligned text: ratios, times, memory, errors."""
+"""Results as a text table: ratios, times, memory and errors of every peer, case by case."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def lines(record: Row) -> Iterator[str]:
-    """A block for every case: our row, then the others by time, then those that were skipped."""
+    """One table per case: ours first, then peers by time; skipped ones with their reason."""
     for title, rows in groupby(record["rows"], key=title_of):
         yield ""
         yield title
@@ -28,7 +28,7 @@ def lines(record: Row) -> Iterator[str]:
 
 
 def measured(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
-    """The rows of cases in which at least one peer was timed, and the titles of other cases."""
+    """The rows of cases that any peer has a time for, and the titles of all other cases."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(title_of(row), []).append(row)
@@ -38,7 +38,7 @@ def measured(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
 
 
 def title_of(row: Row) -> str:
-    """The case, its sizes, its dtype, and every setting that is not the usual one."""
+    """The case of a row in one line: loss, sizes, dtype and what differs from the defaults."""
     sizes = " ".join(f"{name}={value:,}" for name, value in row["shape"].items())
     more = []
     if row.get("ignored"):
@@ -56,7 +56,7 @@ def _order(row: Row) -> tuple[int, float]:
     return (0, row["ms"]["full"][1]) if row.get("ms") else (1, 0.0)
 
 
-def _floor(row: Row) -> str:
+def _roofline(row: Row) -> str:
     return number(row.get("ratio_gemm") or row.get("ratio_copy"), 2)
 
 
@@ -80,11 +80,11 @@ def _field(name: str, digits: int) -> Callable[[Row], str]:
 
 
 def _graph(row: Row) -> str:
-    """Milliseconds of a CUDA graph's replay, or one word for the reason that the JSON gives."""
+    """Milliseconds of a CUDA graph's replay, or why there is none; the JSON has the details."""
     reason = row.get("graph_reason", "")
     if not reason or "graphs" in reason:
         return number(row.get("graph_ms"), 3)
-    return "waits" if reason.startswith("waits") else "fails"
+    return "syncs" if reason.startswith("waits") else "fails"
 
 
 def _rate(row: Row) -> str:
@@ -94,21 +94,21 @@ def _rate(row: Row) -> str:
 
 
 def errors(row: Row) -> str:
-    """The relative errors of the loss and of each gradient."""
+    """Relative errors of the loss and of each gradient against float64."""
     found = {k: v for k, v in (row.get("err") or {}).items() if k != "loss"}
     return " ".join(f"{k.removesuffix('_relative')} {_percent(v)}" for k, v in found.items()) or "-"
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peer", lambda row: row["peer"]),
-    ("x floor", _floor),
+    ("x roofline", _roofline),
     ("x eager", _field("ratio_eager", 2)),
     ("ms (p20-p80)", _full),
     ("forward", _part("forward")),
     ("backward", _part("backward")),
     ("no grad", _part("no_grad")),
     ("graph", _graph),
-    ("x floor", _field("ratio_graph", 2)),
+    ("x roofline", _field("ratio_graph", 2)),
     ("host us", _field("host_us", 3)),
     ("first s", _field("compile_s", 2)),
     ("rate", _rate),
@@ -136,7 +136,7 @@ def _percent(value: float | str) -> str:
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
-    """A heading and a line for each row, without columns that are empty in all rows."""
+    """The table's header and rows, without columns that are empty everywhere."""
     columns = [[name, *(show(row) for row in rows)] for name, show in COLUMNS]
     columns = [column for column in columns if set(column[1:]) != {"-"}]
     return [list(line) for line in zip(*columns, strict=True)]

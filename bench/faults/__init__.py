@@ -1,8 +1,8 @@
-"""Faults of others, run here and now: what each returns, what float64 does, and what ours does.
+"""Numerical faults of other libraries, reproduced: their result, float64's, and ours.
 
-Every row is measured, none is quoted. Who is right stays in the table beside who is wrong, and who
-is absent with the reason. Without a GPU the Triton kernels are interpreted, on fewer rows; that has
-to be decided before triton is imported, and so the rows come from a process of their own.
+Every row is measured, none is quoted. Peers that are right stay in the table, and absent ones with
+the reason. Without a GPU the Triton kernels are interpreted, on fewer rows; that must be chosen
+before triton is imported, so the rows are measured in a subprocess.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["measure", "rows", "table"]
 
 
 def measure() -> dict[str, Any]:
-    """All rows: three minutes on two cores, less on a GPU."""
+    """Measure all rows in a subprocess: three minutes on two cores, less on a GPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"}
     environment.setdefault("LIGER_KERNEL_BACKEND", "nvidia-triton")  # see bench/__main__.py
     words = [sys.executable, "-m", "bench.faults"]
@@ -34,11 +34,12 @@ def measure() -> dict[str, Any]:
 
 
 def rows(effort: Effort | None = None) -> list[Row]:
+    """Measure all rows in this process."""
     found: list[Row] = []
     for cases in FAULTS:
         try:
             for fault in cases(effort or Effort()):
                 found += rows_of(fault)
-        except Exception as error:  # drawing a problem, or float64 on it
+        except Exception as error:  # of our own: drawing inputs, or float64
             found.append(broken(cases.__name__, error))
     return found

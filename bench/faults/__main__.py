@@ -1,4 +1,4 @@
-"""The rows in a process of their own, as JSON on the last line."""
+"""Measure all faults and print them as JSON on the last line; ``measure()`` runs this."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Calls of peers as ``Loss`` functions, beside ours, eager torch's and float64's.
+"""Losses of peers, of ours, of eager torch and in float64, as functions of a ``Problem``.
 
-All temperatures are 1. Peers call the forward KL ``beta=0``, the reverse ``beta=1``.
+All temperatures are 1. ``beta=0`` is the forward KL and ``beta=1`` the reverse, as peers have it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from sad_kernels import Head, Objective, TeacherHidden
 from torch import Tensor
 
 from bench.faults.problem import Heads, Loss, Rows
-from bench.peers import liger, others, trl
-from bench.peers.base import attribute, module
+from bench.peers import fla, liger, trl
+from bench.peers.base import require_attribute, require_module
 
-LIGER, TRL, FLA = liger.PACKAGE, trl.PACKAGE, others.FLA
+LIGER, TRL, FLA = liger.PACKAGE, trl.PACKAGE, fla.PACKAGE
 Settings = dict[str, Any] | None
 
 
 class Call(NamedTuple):
-    """A peer's function: ``kernels`` if Triton runs it, which takes a GPU or the interpreter."""
+    """A peer's function. ``kernels``: it runs in Triton, so it needs a GPU or the interpreter."""
 
     peer: str
     package: str
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     kernels: bool = False
 
 
-# --- Ours, and float64's by ``library=reference`` ------------------------------------------------
+# --- Ours, and float64 by ``library=reference`` ------------------------------------------------
 
 
 def ce(p: Rows, library: Any = sad_kernels, **how: Any) -> Tensor:
@@ -48,7 +48,7 @@ def kl(p: Rows, library: Any = sad_kernels, **how: Any) -> Tensor:
 
 
 def linear_ce(p: Heads, library: Any = sad_kernels, **how: Any) -> Tensor:
-    """In as many chunks as asked for: with 16-bit inputs the kernels take 3 bytes per logit."""
+    """Linear cross-entropy in ``p.chunks`` chunks: 16-bit inputs take 3 bytes per logit."""
     if p.chunks and library is sad_kernels:
         how["chunk_bytes"] = 3 * len(p.hidden) * len(p.weight) // p.chunks
     return library.linear_cross_entropy(p.hidden, p.weight, p.labels, **how)
@@ -71,7 +71,7 @@ def _objective(p: Rows | Heads) -> Objective:
 
 
 def _divergence(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """By ``F.kl_div``, as a training loop writes it."""
+    """A divergence by ``F.kl_div``, as a training loop writes it."""
     kl = partial(F.kl_div, log_target=True, reduction="batchmean")
     if beta == 0:
         return kl(log_q, log_p)
@@ -88,10 +88,10 @@ def _eager_linear_kl(p: Heads) -> Tensor:
 
 
 def _torch_linear_ce(p: Heads, settings: Settings) -> Tensor:
-    function = attribute(F, "linear_cross_entropy", "torch")
+    function = require_attribute(F, "linear_cross_entropy", "torch")
     if settings is None:  # whole logits
         return function(p.hidden, p.weight, p.labels)
-    options = attribute(torch.nn, "LinearCrossEntropyOptions", "torch")(**settings)
+    options = require_attribute(torch.nn, "LinearCrossEntropyOptions", "torch")(**settings)
     return function(p.hidden, p.weight, p.labels, options=options)
 
 
@@ -113,7 +113,7 @@ eager_linear_kl = Call(
 
 
 def torch_linear_ce(settings: Settings) -> Call:
-    """In chunks, unless there are no settings, not even an empty set of them."""
+    """``F.linear_cross_entropy``: whole logits for ``settings=None``, else chunked."""
     options = "" if settings is None else f", options=LinearCrossEntropyOptions({_words(settings)})"
     call = f"F.linear_cross_entropy(h, W, y{options})"
     return Call("torch", "torch", call, lambda p: _torch_linear_ce(p, settings))
@@ -159,7 +159,7 @@ def _liger_linear_kl(p: Heads) -> Tensor:
 
 
 def _liger_chunked(p: Heads) -> Tensor:
-    loss = module("liger_kernel.chunked_loss", LIGER).LigerFusedLinearJSDLoss(
+    loss = require_module("liger_kernel.chunked_loss", LIGER).LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=p.beta, compiled=False
     )
     teacher = p.teacher_hidden, p.teacher_weight
@@ -195,18 +195,18 @@ def liger_linear_ce(**settings: Any) -> Call:
 
 
 def _trl_rows(p: Rows) -> Tensor:
-    function = module("trl.kernels.logprob_entropy", TRL).selective_log_softmax_and_entropy
+    function = require_module("trl.kernels.logprob_entropy", TRL).selective_log_softmax_and_entropy
     return -function(p.logits, p.labels, 1.0, None)[0].mean()
 
 
 def _trl_linear_ce(p: Heads) -> Tensor:
-    function = module("trl.kernels.chunked_logprob", TRL).ChunkedLogProbFunction
+    function = require_module("trl.kernels.chunked_logprob", TRL).ChunkedLogProbFunction
     rows = function.apply(p.hidden, p.weight, None, p.labels, 1.0, 32768, None, 1.0, ())[0]
     return -rows.mean()
 
 
 def _trl_linear_kl(p: Heads) -> Tensor:
-    function = module("trl.kernels.chunked_divergence", TRL).ChunkedDivergenceFunction
+    function = require_module("trl.kernels.chunked_divergence", TRL).ChunkedDivergenceFunction
     student, teacher = (
         (p.hidden, p.weight, p.bias),
         (p.teacher_hidden, p.teacher_weight, p.teacher_bias),
@@ -216,17 +216,17 @@ def _trl_linear_kl(p: Heads) -> Tensor:
 
 
 def _fla_ce(p: Rows) -> Tensor:
-    function = module("fla.modules.fused_cross_entropy.ops", FLA).cross_entropy_loss
+    function = require_module("fla.modules.fused_cross_entropy.ops", FLA).cross_entropy_loss
     return function(p.logits, p.labels)[0].mean()
 
 
 def _fla_linear_ce(p: Heads) -> Tensor:
-    ops = module("fla.modules.fused_linear_cross_entropy.ops", FLA)
+    ops = require_module("fla.modules.fused_linear_cross_entropy.ops", FLA)
     return ops.fused_linear_cross_entropy_loss(p.hidden, p.labels, p.weight, None, num_chunks=8)
 
 
 def _fla_linear_kl(p: Heads) -> Tensor:
-    ops = module("fla.modules.fused_kl_div.ops", FLA)
+    ops = require_module("fla.modules.fused_kl_div.ops", FLA)
     return ops.fused_kl_div_loss(p.hidden, p.teacher_hidden, p.weight, p.teacher_weight)
 
 

@@ -1,7 +1,7 @@
-"""The faults, one function each. A link says where one was reported.
+"""The faults, one function each, with links to reports.
 
-Problems are as small as shows the fault. The limits on what is right lie between rounding, in the
-dtype of the result, and the fault.
+Problems are as small as still shows the fault. A limit on the error lies between rounding in the
+result's dtype and the fault.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IGNORED = -100
 
 
 class Effort(NamedTuple):
-    """What the faults that cost most take. The interpreter takes its time by rows."""
+    """Sizes of the most expensive faults; the interpreter's time grows with rows."""
 
     rows: int = 64 if INTERPRETED else 256
     seeds: int = 8
@@ -71,7 +71,7 @@ def logits_overwritten(_: Effort) -> Iterator[Fault]:
 
 
 def replay(_: Effort) -> Iterator[Fault]:
-    """Gradients made in forward are scaled where they are kept.
+    """Gradients that were computed in forward are scaled in place by each backward.
 
     https://github.com/linkedin/Liger-Kernel/issues/343
     """
@@ -99,8 +99,8 @@ def replay(_: Effort) -> Iterator[Fault]:
             p = problems[0].fresh()
             result = loss(p)
             upstream = torch.full_like(result, 3.0)
-            torch.autograd.grad(result, p.wanted(), upstream, retain_graph=True)
-            again = torch.autograd.grad(result, p.wanted(), upstream)[0]
+            torch.autograd.grad(result, p.leaf_tensors(), upstream, retain_graph=True)
+            again = torch.autograd.grad(result, p.leaf_tensors(), upstream)[0]
             return [float((again.double() * true).sum() / true.square().sum())]
 
         yield Fault(
@@ -150,7 +150,7 @@ def weight_gradient_in_16_bits(effort: Effort) -> Iterator[Fault]:
 
 
 def loss_in_16_bits(effort: Effort) -> Iterator[Fault]:
-    """Per-token losses in the inputs' dtype have three digits, and their mean has no more."""
+    """Per-token losses in a 16-bit dtype have three digits, and so has their mean."""
     N, V, D = effort.rows, 8192, 64
     title, unit, near = "The loss is rounded to 16 bits", "nats", close(5e-4)
     torch_calls = [
@@ -233,7 +233,7 @@ def near_zero_divergence(effort: Effort) -> Iterator[Fault]:
 
 
 def sharp_divergence(effort: Effort) -> Iterator[Fault]:
-    """A softmax in fp32 does not bring back what the projection has rounded away.
+    """An fp32 softmax cannot recover what a 16-bit projection has rounded away.
 
     https://github.com/linkedin/Liger-Kernel/issues/1432
     """
@@ -259,7 +259,7 @@ def sharp_divergence(effort: Effort) -> Iterator[Fault]:
 
 
 def hidden_errors(problems: Sequence[Heads]) -> Callable[[Loss, Sequence[Heads]], Values]:
-    """What measures ``dhidden`` of these problems, or of the first of them."""
+    """A measure: the relative error of ``dhidden`` on each of these problems."""
     exact = partial(calls.linear_kl, library=reference)
     true = [gradients(exact, p.double())[1][0] for p in problems]
 
@@ -300,7 +300,7 @@ def padded_head(effort: Effort) -> Iterator[Fault]:
 
 
 def minus_infinity_in_both(_: Effort) -> Iterator[Fault]:
-    """Tokens that neither model can emit: 0 log 0 is 0.
+    """Tokens that neither model can emit contribute 0 log 0 = 0.
 
     https://github.com/linkedin/Liger-Kernel/issues/1453
     """
@@ -372,7 +372,7 @@ def nan_in_an_ignored_row(_: Effort) -> Iterator[Fault]:
 
 
 def fp16_loss_scale(effort: Effort) -> Iterator[Fault]:
-    """A GradScaler's factor comes after gradients that forward has computed without it."""
+    """Gradients computed in forward underflow before a GradScaler's factor reaches them."""
     N, V = min(64, effort.rows), 8 * effort.vocab
     problem = narrow(heads(N, V, 32, noise=0.1), FP16)
     exact = partial(calls.linear_kl, library=reference)

@@ -1,4 +1,4 @@
-"""From a fault, and those who may have it, to rows: what each returns, and whether it is right."""
+"""The ``Fault`` record, and its measurement for every peer as result rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sad_kernels import reference
 from bench.faults.calls import Call
 from bench.faults.problem import DEVICE, Loss, Problem
 from bench.kernels.timing import one_line
-from bench.peers.base import Unable
+from bench.peers.base import Unsupported
 
 Row = dict[str, Any]
 Values = list[float]
@@ -28,10 +28,10 @@ RELATIVE = "relative error of"  # a unit that begins so is shown as percentages
 
 @dataclass(frozen=True)
 class Fault:
-    """Something measured of a loss on some problems, by everyone in the same way.
+    """A quantity of a loss, measured on some problems in the same way for every implementation.
 
-    float64's is measured of ``ours`` with ``library=reference``, on the same problems in float64.
-    Where kernels are interpreted, a tenth of a second per row, ours get only problem ``one``.
+    The true value is that of ``ours`` with ``library=reference``, on the problems in float64.
+    Interpreted kernels take a tenth of a second per row: they get only problem ``one``.
     """
 
     slug: str
@@ -47,6 +47,8 @@ class Fault:
 
 
 def close(relative: float, absolute: float = 0.0) -> Judge:
+    """A judge that accepts values within either tolerance of the true ones."""
+
     def right(values: Values, true: Values) -> bool:
         pairs = zip(values, true, strict=True)
         return all(v == t or abs(v - t) <= max(absolute, relative * abs(t)) for v, t in pairs)
@@ -55,11 +57,12 @@ def close(relative: float, absolute: float = 0.0) -> Judge:
 
 
 def at_most(limit: float) -> Judge:
+    """A judge that accepts errors up to ``limit``."""
     return lambda values, true: all(v <= limit for v in values)  # NaN is not
 
 
 def rows_of(fault: Fault) -> list[Row]:
-    """A row for every peer. What goes wrong in ours is said in each of them."""
+    """One row per peer; each also says whether ours are right."""
     true = fault.measure(
         partial(fault.ours, library=reference), [p.double() for p in fault.problems]
     )
@@ -70,7 +73,7 @@ def rows_of(fault: Fault) -> list[Row]:
 
 
 def _ours(fault: Fault, impl: str, true: Values) -> tuple[Any, bool]:
-    """Values and whether they are right; or why there are none, which is right if it cannot be."""
+    """Our values and whether they are right, or the reason why they cannot be measured here."""
     problems = fault.problems
     if impl == "triton":
         if find_spec("triton") is None:
@@ -111,14 +114,16 @@ def _row(fault: Fault, call: Call, true: Values, ours: Row, ours_right: bool) ->
 
 
 def broken(slug: str, error: Exception) -> Row:
-    """In place of a fault's rows: our own inputs, or float64 on them, did not come about."""
-    fault = Fault(slug, slug.replace("_", " "), "", "", [], _nothing, close(0.0), _nothing, [])
-    nobody = Call("nobody", "", "", _nothing)
+    """A row for a fault whose inputs or float64 values could not be computed."""
+    fault = Fault(
+        slug, slug.replace("_", " "), "", "", [], _unmeasured, close(0.0), _unmeasured, []
+    )
+    nobody = Call("nobody", "", "", _unmeasured)
     return _row(fault, nobody, [], {"float64": one_line(error)}, False)
 
 
-def _nothing(*_: Any) -> Any:
-    raise Unable("there is nothing to measure")
+def _unmeasured(*_: Any) -> Any:
+    raise Unsupported("there is nothing to measure")
 
 
 def _of_peer(fault: Fault, call: Call, true: Values) -> tuple[str, str | None, Values]:
@@ -126,17 +131,17 @@ def _of_peer(fault: Fault, call: Call, true: Values) -> tuple[str, str | None, V
         return "absent", "needs a GPU", []
     try:
         values = fault.measure(call.loss, fault.problems)
-    except Unable as error:
+    except Unsupported as error:
         return "absent", str(error), []
     except Exception as error:
-        if call.kernels and INTERPRETED:  # not the peer's fault, for all that we know
+        if call.kernels and INTERPRETED:  # the interpreter may be the cause
             return "absent", f"needs a GPU: interpreted, it ends in {one_line(error)}", []
         return "raises", one_line(error), []
     return "right" if fault.right(values, true) else "shown", None, values
 
 
 def _plain(values: Values) -> Any:
-    """One number or several, or None; as words where JSON has no number for it."""
+    """The values for JSON: one number, a list or None; non-finite numbers as strings."""
     some = [float(f"{v:.5g}") if math.isfinite(v) else str(v) for v in values]
     return some[0] if len(some) == 1 else some or None
 

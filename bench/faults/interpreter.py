@@ -1,4 +1,4 @@
-"""Triton's interpreter, so that what it shows is the kernels' doing and not its own."""
+"""Corrections to Triton's interpreter, so that its results are those of the kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prepared() -> Iterator[None]:
 
 
 def round_to_nearest() -> None:
-    """As every GPU does. The interpreter cuts fp32 off to bf16, which would blame the kernels."""
+    """Round fp32 to the nearest bf16, as GPUs do: the interpreter truncates."""
     import triton.language as tl
     from triton.runtime import interpreter
 

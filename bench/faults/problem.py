@@ -1,7 +1,7 @@
-"""What faults are shown on: small problems drawn from a seed, and exact copies of them.
+"""Small random problems that faults are shown on, and their exact float64 copies.
 
-Numbers are drawn on the CPU, so that a GPU gets the same ones. A ``Loss`` takes a problem and
-returns a scalar, a peer's, ours, or float64's, which gets the same rounded inputs in float64.
+Numbers are drawn on the CPU, so that a GPU gets the same ones. A ``Loss`` maps a problem to a
+scalar: a peer's, ours, or float64's, which gets the same rounded inputs in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors by name. The first ones of ``leaves`` want gradients in a fresh copy."""
+    """Named tensors. Those in ``leaves`` require gradients in a ``fresh`` copy."""
 
     labels: Tensor  # [N]
 
@@ -28,10 +28,10 @@ class Problem:
         return self._map(lambda _, x: x.double() if x.is_floating_point() else x)
 
     def fresh(self) -> Self:
-        """A copy whose leaves want gradients, for one call: some peers write into their inputs."""
+        """A copy for one call, with leaves that require gradients: some peers overwrite inputs."""
         return self._map(lambda name, x: x.detach().clone().requires_grad_(name in self.leaves))
 
-    def wanted(self) -> list[Tensor]:
+    def leaf_tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.leaves]
 
     def _map(self, change: Callable[[str, Tensor], Tensor]) -> Self:
@@ -42,7 +42,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rows(Problem):
-    """Logits that are there. ``beta``: 0 is the forward KL, 1 the reverse, JSD between."""
+    """Logits. ``beta`` 0 is the forward KL, 1 the reverse, between them the JSD."""
 
     logits: Tensor  # [N, V]
     teacher_logits: Tensor | None = None  # [N, V]
@@ -62,7 +62,7 @@ class Heads(Problem):
     bias: Tensor | None = None
     teacher_bias: Tensor | None = None
     beta: float = 0.0
-    chunks: int = 0  # that rows are to be cut into, if one may choose
+    chunks: int = 0  # of rows, for losses whose chunks can be set
 
     leaves = ("hidden", "weight")
 
@@ -72,7 +72,7 @@ Loss = Callable[[Any], Tensor]
 
 @dataclass
 class Draw:
-    """Numbers from one seed, in order."""
+    """A sequence of random tensors from one seed."""
 
     seed: int
     generator: torch.Generator = field(init=False)
@@ -90,10 +90,9 @@ class Draw:
 def heads(
     N: int, V: int, D: int, *, seed: int = 0, noise: float = 0.0, spread: float = 1.0
 ) -> Heads:
-    """A student whose logits have this standard deviation, and a teacher that is it with noise.
+    """A student whose logits have standard deviation ``spread``, and a teacher of the same head.
 
-    Both heads are one; the noise is in the teacher's hidden states. Without noise they are another
-    model's.
+    The teacher's hidden states are the student's plus ``noise``; without noise they are unrelated.
     """
     draw = Draw(seed)
     hidden, weight = draw.normal(N, D), draw.normal(V, D, scale=spread * D**-0.5)
@@ -103,18 +102,18 @@ def heads(
 
 
 def narrow(problem: Heads, dtype: torch.dtype) -> Heads:
-    """The same in 16 bits: all that is called exact later is exact for these."""
+    """The problem rounded to 16 bits; true values are computed from the rounded numbers."""
     return problem._map(lambda _, x: x.to(dtype) if x.is_floating_point() else x)
 
 
 def gradients(loss: Loss, problem: Problem, upstream: float = 1.0) -> tuple[float, list[Tensor]]:
-    """The value, and the gradients of the leaves, copied: some peers overwrite theirs later."""
+    """The loss and copies of the leaves' gradients: some peers overwrite theirs later."""
     problem = problem.fresh()
     result = loss(problem)
-    found = torch.autograd.grad(result, problem.wanted(), torch.full_like(result, upstream))
+    found = torch.autograd.grad(result, problem.leaf_tensors(), torch.full_like(result, upstream))
     return float(result.detach()), [g.clone() for g in found]
 
 
 def values(loss: Loss, problems: Sequence[Problem]) -> list[float]:
-    """Of the losses alone, as in training, where leaves want gradients."""
+    """The losses without backward, on leaves that require gradients."""
     return [float(loss(problem.fresh()).detach()) for problem in problems]

@@ -1,4 +1,4 @@
-"""Rows of faults as a table in markdown: what is wrong is bold."""
+"""Markdown table of faults, with wrong values in bold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def table(result: dict[str, Any]) -> list[str]:
     before = ""
     for row in result["rows"]:
         fault = f"{row['title']} ({row['unit']})"
-        shown = "" if fault == before else fault  # said once for all its rows
+        shown = "" if fault == before else fault  # once for all its rows
         before = fault
         true = text(row["true_value"], row["unit"])
         lines.append(_line([shown, _who(row), _theirs(row), true, _ours(row)]))
@@ -42,7 +42,7 @@ def _theirs(row: Row) -> str:
 
 
 def _ours(row: Row) -> str:
-    """Of both implementations, once if they read the same."""
+    """Our values of both implementations, once if they are equal in print."""
     texts = {impl: text(value, row["unit"]) for impl, value in row["ours"].items()}
     first, *rest = texts.items()
     cell = first[1] + "".join(f" ({impl}: {t})" for impl, t in rest if t != first[1])
@@ -71,5 +71,5 @@ def _number(value: float | str, unit: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three that count."""
+    """Three significant digits."""
     return f"{value:#.3g}".rstrip(".") if abs(value) > 1e-9 else "0"

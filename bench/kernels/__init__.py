@@ -1,1 +1,1 @@
-"""Losses and averages beside their peers: time, memory, error."""
+"""Kernel benchmarks: time, memory and error of losses and EMA updates against their peers."""

@@ -1,11 +1,14 @@
-"""What the card can do at best, and what lies closest to it: copies, products, few rows, averages.
+"""Hardware limits of a GPU, and how close the kernels come: copies, GEMMs, few rows, EMA.
 
-``copy`` and ``gemm`` are the two ceilings that every other ratio stands on. ``products`` are those
-of a linear loss by rows per call, whose results are in fp32, as our kernels take them: what chunks
-cost before a single kernel runs. ``few_rows`` are both directions of a loss of 256 rows in a CUDA
-graph, over the copy of their bytes, with the kernels that they consist of; ``chunks`` are whole
-linear losses by ``chunk_bytes``, over their products with 16-bit results; ``ema`` is an update and
-a swap of 10^9 bf16 parameters by the size of a program's block, over the copy of theirs.
+``copy`` and ``gemm``   memory bandwidth and GEMM throughput, to which the ratios below refer
+``products``            GEMMs of a linear loss with fp32 results, in calls of so many rows: what
+                        chunking costs before any loss kernel runs
+``few_rows``            forward and backward of a loss of 256 rows in a CUDA graph, relative to a
+                        copy of its bytes, and the kernels it launches
+``chunks``              whole linear losses by ``chunk_bytes``, relative to their GEMMs with 16-bit
+                        results
+``ema``                 update and swap of 10^9 bf16 parameters by the block size of a program,
+                        relative to a copy of their bytes
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from sad_kernels import Head, Objective, TeacherHidden
 from torch.profiler import ProfilerActivity, profile
 
-from bench.kernels import floors
+from bench.kernels import roofline
 from bench.kernels.timing import MIB, Device, Gpu, Step, launched_ms, loss_step
 
 Json = dict[str, Any]
@@ -34,11 +37,11 @@ BLOCKS = ((2048, 4), (4096, 8), (8192, 8), (16384, 8))
 
 
 def measure(calls: int = 10) -> Json:
-    """All of it, in seconds; only on a GPU."""
+    """Measure every limit; takes seconds, and needs a GPU."""
     if not torch.cuda.is_available():
         raise SystemExit("error: the case ceilings must find a GPU, got none; run it where one is")
     device = Gpu()
-    copy = floors.copy_floor(device, "start")
+    copy = roofline.copy_roofline(device, "start")
     return {
         "case": "ceilings",
         "copy": copy.record,
@@ -51,7 +54,7 @@ def measure(calls: int = 10) -> Json:
 
 
 def table(result: Json) -> list[str]:
-    """Markdown: the two ceilings, and what chunks of rows cost by themselves."""
+    """Markdown tables of bandwidth, throughput, and the cost of chunking."""
     gemm = max(row["rate"] for row in result["gemm"])
     copy = result["copy"]["rate"]
     lines = [f"Copy {copy / 1e12:.2f} TB/s, bf16 products {gemm / 1e12:.0f} TFLOP/s.", ""]
@@ -99,10 +102,10 @@ def _square(device: Device, size: int, calls: int) -> Json:
     return {"size": size, "dtype": "bfloat16", "ms": ms, "rate": 2 * size**3 / ms * 1e3}
 
 
-def _bare(
+def _gemm_ms(
     device: Device, h: torch.Tensor, w: torch.Tensor, g: torch.Tensor, calls: int
 ) -> dict[str, float]:
-    """Milliseconds of the products of a linear loss, each in one call with a result of 16 bits."""
+    """Milliseconds of a linear loss's GEMMs, each in one call with a 16-bit result."""
     return {
         "h w^T": _ms(device, lambda: h @ w.T, calls),
         "g w": _ms(device, lambda: g @ w, calls),
@@ -111,12 +114,12 @@ def _bare(
 
 
 def _products(device: Device, D: int, V: int, calls: int) -> Iterator[Json]:
-    """Each product of all rows, cut into calls of ``rows``, over one with a bf16 result."""
+    """Each GEMM in calls of ``rows`` rows with fp32 results, relative to one bf16 call."""
     from sad_kernels._triton.gemm import add_times_, times
 
     h, w, g = _noise(device, N, D), _noise(device, V, D), _noise(device, N, V)
     dw = torch.zeros(V, D, device=device.device)
-    bare = _bare(device, h, w, g, calls)
+    bare = _gemm_ms(device, h, w, g, calls)
     for rows in ROWS:
         cuts = [slice(start, start + rows) for start in range(0, N, rows)]
         logits = torch.empty(rows, V, device=device.device)
@@ -176,13 +179,13 @@ def _few_rows(device: Device, name: str, rate: float) -> Json:
 
 
 def _chunks(device: Device, kind: str, calls: int) -> Iterator[Json]:
-    """Both directions, heads as wide as the first of SHAPES; CE alone, or with KL at T = 2."""
+    """Linear losses by ``chunk_bytes``, forward and backward: CE, or CE and KL at T = 2."""
     D, V = SHAPES[0]
     h, w = _noise(device, N, D).requires_grad_(), (_noise(device, V, D) / D**0.5).requires_grad_()
     ht, wt = _noise(device, N, D), _noise(device, V, D) / D**0.5
     y = torch.randint(V, (N,), device=device.device)
     one = torch.full((), 0.125, device=device.device)
-    bare = _bare(device, h.detach(), w.detach(), _noise(device, N, V), calls)
+    bare = _gemm_ms(device, h.detach(), w.detach(), _noise(device, N, V), calls)
     floor = sum(bare.values()) + (bare["h w^T"] if kind == "joint" else 0)
     objective = Objective(ce_weight=0.5, kd_weight=0.5, temperature=2.0)
 
@@ -206,7 +209,7 @@ def _chunks(device: Device, kind: str, calls: int) -> Iterator[Json]:
 
 
 def _ema(device: Device, rate: float, calls: int) -> Iterator[Json]:
-    """By block and warps, and once without the hint that addresses are multiples of 16 bytes."""
+    """EMA by block size and warps, and once without the hint of 16-byte alignment."""
     from sad_kernels._triton import ema
 
     each = PARAMETERS // TENSORS

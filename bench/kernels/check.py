@@ -1,4 +1,4 @@
-"""Before any clock runs: build a peer's call, check its results, measure its memory."""
+"""Preparation of a peer before it is timed: build its call, check its results, measure memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def prepare(
     truth: oracle.Truth | None,
     device: Device,
 ) -> None:
-    """Build the call, make it for the first time, check what came, and measure its memory."""
+    """Build the peer's call, run it once, compare with float64, and measure its peak memory.
+
+    Fills ``entry``: the step to be timed, the errors, the first call's time, and MiB.
+    """
     if isinstance(problem, Parameters):
         _prepare_average(entry, problem, device)
         return
@@ -34,10 +37,11 @@ def prepare(
     if oracle.is_wrong(errors):
         entry.status, entry.reason = "wrong", "an error over 5 % or a number that is not finite"
     entry.figures["gradient_mib"] = _gradient_bytes(problem) / MIB
-    del loss
+    del loss  # and with it the graph, which must not count in the peak
     step.prepare()
     entry.figures["peak_mib"] = device.peak(step) / MIB
     step.prepare()
+    # Some peers do not run without gradients; the reason is then recorded.
     try:
         without_grad(step)()
         entry.no_grad = []
@@ -46,12 +50,15 @@ def prepare(
 
 
 def step_of(peer: Peer, problem: Logits | Hidden) -> Step:
+    """The peer's forward and backward on the problem, as one timed step."""
     originals = [x.detach().clone() for x in problem.leaves.values()] if peer.overwrites else []
     leaves = list(problem.leaves.values())
     return loss_step(peer.build(problem), problem.upstream, leaves, originals)
 
 
 def without_grad(step: Step) -> Step:
+    """The forward of ``step`` under ``torch.no_grad``."""
+
     def forward() -> Any:
         with torch.no_grad():
             return step.forward()
@@ -70,7 +77,7 @@ def _first_call(entry: Entry, step: Step, device: Device) -> Any:
 
 
 def _gradient_bytes(problem: Logits | Hidden) -> int:
-    """Of gradients that have a memory of their own: some overwrite the logits."""
+    """Bytes of the gradients, without those that a peer wrote over its inputs."""
     return sum(
         x.grad.nbytes
         for x in problem.leaves.values()
@@ -98,7 +105,7 @@ def _prepare_average(entry: Entry, problem: Parameters, device: Device) -> None:
 def _swap_errors(
     entry: Entry, problem: Parameters, shadows: list[Tensor], step: Step, device: Device
 ) -> dict[str, float]:
-    """Of the parameters while they are averages, and of both sides when they are back."""
+    """Errors of the parameters while swapped in, and of parameters and shadows afterwards."""
     before = [p.clone() for p in problem.params]
     device.finish()
     start = time.perf_counter()

@@ -1,22 +1,22 @@
-"""Scaling curves: memory, time and error against tokens, vocabulary and chunks; what fits a limit.
+"""Scaling curves: memory, time and error by tokens, vocabulary and chunks; the largest batch.
 
-Of the joint CE and KD loss from hidden states and of the linear cross-entropy, ours beside every
-peer that can do them. A table shows one shape; a curve shows who keeps ``N V`` numbers, from which
-size on that matters, and what many chunks cost in accuracy.
+Measured are the joint CE and KD loss of hidden states and the linear cross-entropy, ours and every
+peer's. A table shows one shape; a curve shows which peer keeps ``N V`` numbers, from which size on
+that matters, and what many chunks cost in accuracy.
 
 ``memory_tokens``, ``memory_vocab``: MiB at the peak of forward and backward beyond the inputs.
 ``time_rows``: milliseconds of forward and backward, and their ratio to the bare GEMMs of the case
-in the same round; rounds as in ``measure.py``. ``low`` and ``high`` are 20 and 80 %.
-``error_chunks``: distance from float64, in bfloat16, against the number of pieces that the work is
-cut into: pieces of the rows, of the vocabulary in our CPU path.
+in the same round; rounds as in ``measure.py``. ``low``, ``high``: the 20th and 80th percentile.
+``error_chunks``: error of bfloat16 inputs against float64, by the number of chunks: of rows, and in
+our CPU path of the vocabulary.
 ``largest_batch``: the most tokens whose peak was measured to fit a limit (also ``low``), and as
 ``high`` the fewest beyond them measured not to fit, or null if nothing larger was tried. The gap
 between both is ``2 ** -halvings`` of that between two of ``batches``.
 
-A curve is one quantity of one case: ``name`` (what shares it shares a figure), ``case``, ``dtype``,
-``at`` (the sizes that stay), ``x`` in ``x_unit``, ``y`` in ``unit``, and ``series``, one for every
-peer. A point is ``[x, y, low, high]``, or ``{x, reason}``; a series without any has a ``reason``.
-``notes`` say what an exception ended.
+A curve is one quantity of one case: ``name`` (curves of one name share a figure), ``case``,
+``dtype``, ``at`` (the fixed sizes), ``x`` in ``x_unit``, ``y`` in ``unit``, and ``series``, one for
+every peer. A point is ``[x, y, low, high]``, or ``{x, reason}``; a series without any has a
+``reason``. ``notes`` hold the exceptions that ended a part.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from bench.kernels import run as kernels
 from bench.kernels.entry import Effort, Entry
 from bench.kernels.measure import fill
 from bench.kernels.timing import MIB, Device, one_line, percentiles
-from bench.peers import Peer, Unable, for_case, liger, torch_linear
+from bench.peers import Peer, Unsupported, for_case, liger, torch_linear
 from bench.problems import oracle
 from bench.problems.cases import LossCase
 from bench.problems.inputs import Hidden, draw
@@ -73,7 +73,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Sizes and effort of a run. The size that a curve varies is not taken from its shape."""
+    """Sizes and effort of a run. A curve replaces one size of its shape by the values it varies."""
 
     shape: Shape  # of memory and time
     tokens: tuple[int, ...]
@@ -83,12 +83,12 @@ class Setup:
     chunks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     limited: Shape  # of the largest batch
     limits: tuple[int, ...]  # MiB
-    batches: tuple[int, ...]  # tokens, each the double of the one before
-    halvings: int = 3  # of the gap between two of them
+    batches: tuple[int, ...]  # tokens, doubling
+    halvings: int = 3  # bisection steps between two batches
     rounds: int = 5
     calls: int = 1
-    round_ms: float = 300  # on a GPU: of calls of one peer in one round, but two at least
-    seconds: float  # past them, reasons instead of numbers
+    round_ms: float = 300  # on a GPU: the longest round of one peer, but two calls at least
+    seconds: float  # later points get a reason instead of a number
 
 
 CPU = Setup(
@@ -117,15 +117,15 @@ GPU = Setup(
 
 
 class Sizes(Effort):
-    """The effort of many sizes, for each of which some peers would compile anew."""
+    """The effort of a curve: peers that would compile for every size are skipped."""
 
-    def leaves_out(self, peer: Peer, device: Device) -> str | None:
+    def skip_reason(self, peer: Peer, device: Device) -> str | None:
         late = "compiles anew for every size" if peer.compiles else None
-        return super().leaves_out(peer, device) or late
+        return super().skip_reason(peer, device) or late
 
 
 def measure(setup: Setup | None = None) -> dict[str, Any]:
-    """Every curve. Without a setup: that of the GPU if there is one, or else of the CPU."""
+    """Measure every curve, with the GPU's setup if there is a GPU, else the CPU's."""
     device = kernels.device_for(None)
     setup = setup or (GPU if device.device.type == "cuda" else CPU)
     end = time.monotonic() + setup.seconds
@@ -136,7 +136,7 @@ def measure(setup: Setup | None = None) -> dict[str, Any]:
     for part, name in itertools.product(parts, CASES):
         try:
             curves += part(name, setup, device, effort)
-        except Exception as error:  # a GPU that is lost: what there is stays
+        except Exception as error:  # such as a lost GPU: the curves so far are kept
             notes.append(f"{name} {part.__name__}: {one_line(error)}")
     return {"case": "curves", "setup": asdict(setup), "curves": curves, "notes": notes}
 
@@ -167,11 +167,11 @@ def _measured(case: LossCase, device: Device, effort: Effort) -> Measured:
     print(f"{case.name} {case.shape}: {effort.left():.0f} s left", flush=True)
     try:
         if effort.left() < 0:
-            raise Unable("no time was left")
+            raise Unsupported("no time was left")
         device.free()
-        gc.freeze()  # what peers imported need not be searched for tensors again and again
+        gc.freeze()  # later collections need not scan the peers' modules
         gemm = fill(case, entries, device, effort)[1].full
-    except Exception as error:  # of the case, or a GPU that is lost; a peer's own end its part only
+    except Exception as error:  # of the case or the GPU; fill() catches those of a peer
         for entry in entries:
             entry.end("failed", _reason(error))
     return case, entries, gemm
@@ -186,7 +186,7 @@ def _time(entry: Entry, gemm: list[float]) -> Sequence[float]:
 
 
 def _ratio(entry: Entry, gemm: list[float]) -> Sequence[float]:
-    """Of each round to the products of the same round."""
+    """Percentiles of the ratio to the bare products of the same round."""
     ratios = [a / b for a, b in zip(entry.full, gemm, strict=False)]
     return percentiles(ratios) if ratios else ()
 
@@ -194,11 +194,12 @@ def _ratio(entry: Entry, gemm: list[float]) -> Sequence[float]:
 def _points(
     measured: Iterable[Measured], x: str, of: Callable[[Entry, list[float]], Sequence[float]]
 ) -> Points:
-    """``of`` gives low, middle and high, or nothing. What is wrong has a reason and no number."""
+    """Points by peer. ``of`` returns low, middle and high, or nothing; failures become reasons."""
     found: Points = {}
     for case, entries, gemm in measured:
         at = case.shape[x]
         for entry in entries:
+            # A wrong or failed result has a reason, and its numbers are not shown.
             values = () if entry.reason else of(entry, gemm)
             low, y, high = values or (None, None, None)
             point: Point = [at, y, low, high]
@@ -209,7 +210,7 @@ def _points(
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, Unable) else one_line(error)
+    return str(error) if isinstance(error, Unsupported) else one_line(error)
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def against_chunks(name: str, setup: Setup, device: Device, effort: Effort) -> I
     found: dict[str, Points] = {quantity: {} for quantity in units}
     for peer in for_case(case):
         for pieces in setup.chunks:
-            errors = _errors(peer, problem, truth, pieces, effort.leaves_out(peer, device))
+            errors = _errors(peer, problem, truth, pieces, effort.skip_reason(peer, device))
             for quantity, points in found.items():
                 point: Point = {"x": pieces, "reason": errors}
                 if not isinstance(errors, str):
@@ -238,10 +239,10 @@ def against_chunks(name: str, setup: Setup, device: Device, effort: Effort) -> I
 def _errors(
     peer: Peer, problem: Hidden, truth: oracle.Truth, pieces: int, absent: str | None
 ) -> dict[str, float] | str:
-    """Of a peer whose work is cut into so many pieces, or why there are none."""
+    """A peer's errors with its work in ``pieces`` chunks, or the reason why there are none."""
     try:
         if absent:
-            raise Unable(absent)
+            raise Unsupported(absent)
         step = check.step_of(replace(peer, build=in_pieces(peer, problem, pieces)), problem)
         step.prepare()
         errors = truth.errors(step(), problem.leaves)
@@ -252,7 +253,7 @@ def _errors(
 
 
 def in_pieces(peer: Peer, problem: Hidden, pieces: int) -> Build:
-    """The peer's call with its work cut into so many pieces."""
+    """The peer's call with its work in ``pieces`` chunks; ``Unsupported`` if that cannot be set."""
     rows = problem.case.N // pieces
     match peer.name:
         case "ours":
@@ -260,7 +261,7 @@ def in_pieces(peer: Peer, problem: Hidden, pieces: int) -> Build:
         case "eager" if pieces == 1:
             return peer.build
         case "eager":
-            raise Unable("keeps all logits at once")
+            raise Unsupported("keeps all logits at once")
         case "liger chunked":
             return liger.chunked(compiled=False, chunk_size=rows)
         case "liger flce":
@@ -271,7 +272,7 @@ def in_pieces(peer: Peer, problem: Hidden, pieces: int) -> Build:
         case "torch chunked":
             return torch_linear.of_hidden(batch_chunk_size=rows, chunking_method=None)
         case _:
-            raise Unable("is called with one size of chunks")
+            raise Unsupported("is called with one size of chunks")
 
 
 def _ours(problem: Hidden, chunk_bytes: int) -> Callable[[], Tensor]:
@@ -284,16 +285,16 @@ def _ours(problem: Hidden, chunk_bytes: int) -> Callable[[], Tensor]:
 
 
 def chunk_bytes_for(problem: Hidden, pieces: int) -> int:
-    """The fewest bytes with which ours cuts its work into so many pieces."""
+    """The smallest ``chunk_bytes`` with which ours works in ``pieces`` chunks."""
     sizes = range(1 << 40)
     size = bisect.bisect_left(sizes, -pieces, lo=1, key=lambda size: -our_pieces(problem, size))
     if our_pieces(problem, size) != pieces:
-        raise Unable(f"no chunk_bytes makes {pieces} pieces")
+        raise Unsupported(f"no chunk_bytes makes {pieces} pieces")
     return size
 
 
 def our_pieces(problem: Hidden, chunk_bytes: int) -> int:
-    """Chunks of rows on a GPU, tiles of vocabulary and rows on a CPU."""
+    """Number of chunks of ours: of rows on a GPU, tiles of vocabulary and rows on a CPU."""
     case, h, ht = problem.case, problem.hidden.detach(), problem.teacher_hidden
     joint = case.kind != "ce"
     if resolve_impl("auto", h) == "triton":
@@ -306,13 +307,15 @@ def our_pieces(problem: Hidden, chunk_bytes: int) -> int:
 
 
 def _flce_const(problem: Hidden, pieces: int) -> int:
-    """By the rule in liger_kernel/ops/fused_linear_cross_entropy.py, version 0.8.5."""
+    """``chunk_mem_const`` for so many chunks, by the rule of Liger 0.8.5
+    (liger_kernel/ops/fused_linear_cross_entropy.py).
+    """
     N, V, D = problem.case.N, problem.case.V, problem.case.D_s
     for const in range(1, V // D + 2):
         rows = -(-N // -(-V // (const * D)))
         if -(-N // min(N, 1 << (rows - 1).bit_length())) == pieces:
             return const
-    raise Unable(f"no chunk_mem_const makes {pieces} pieces")
+    raise Unsupported(f"no chunk_mem_const makes {pieces} pieces")
 
 
 # --- The largest batch ---------------------------------------------------------------------------
@@ -332,9 +335,9 @@ def _largest_batches(
 ) -> Iterator[Point]:
     @functools.cache
     def peak_of(N: int) -> float:
-        absent = effort.leaves_out(peer, device)
+        absent = effort.skip_reason(peer, device)
         if absent:
-            raise Unable(absent)
+            raise Unsupported(absent)
         return _peak(peer, replace(case, N=N), device)
 
     tried: list[int] = []
@@ -354,7 +357,7 @@ def _largest_batches(
 def _largest_batch(
     peak_of: Callable[[int], float], limit: int, tried: list[int], halvings: int, end: str | None
 ) -> Point:
-    """``end``: why no more than these could be tried."""
+    """The point of one limit. ``end`` is the reason why no batch beyond ``tried`` was measured."""
     if not tried:
         return {"x": limit, "reason": end}
     try:
@@ -373,8 +376,8 @@ def largest(
 ) -> tuple[int | None, int | None]:
     """The most tokens measured to fit, and the fewest beyond them measured not to, if any were.
 
-    Of ``sizes`` all are looked at, and then the gap above the largest that fits is halved: who cuts
-    rows into whole chunks may need more for 1.9 of them than for two.
+    All ``sizes`` are checked before bisecting above the largest that fits: peak memory need not
+    grow with tokens, since a peer with fixed chunks may need more for 1.9 of them than for two.
     """
     fits = max((N for N in sizes if peak_of(N) <= limit), default=None)
     if fits is None:
@@ -388,7 +391,7 @@ def largest(
 
 
 def _peak(peer: Peer, case: LossCase, device: Device) -> float:
-    """MiB beyond the inputs; infinite if the device has less."""
+    """Peak MiB beyond the inputs; infinite if the device runs out of memory."""
     device.free()
     try:
         problem = draw(case, device.device)
@@ -396,13 +399,13 @@ def _peak(peer: Peer, case: LossCase, device: Device) -> float:
         step = check.step_of(peer, problem)
         if device.device.type == "cuda":
             step.prepare()
-            step()  # tunes, and allocates what later calls keep
+            step()  # autotuning, and buffers that later calls keep
         return device.peak(step) / MIB
     except torch.OutOfMemoryError:
         return math.inf
 
 
-# --- The form ------------------------------------------------------------------------------------
+# --- The JSON ------------------------------------------------------------------------------------
 
 
 def _curve(name: str, case: LossCase, x: str, y: str, unit: str, points: Points) -> Curve:

@@ -1,4 +1,4 @@
-"""How much is measured, and what becomes of one peer in one case."""
+"""The measuring effort of a run, and the state of one peer in one case."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured, and until when."""
+    """How much a run measures, and its deadline."""
 
     rounds: int
-    calls: int  # of a round, at least
-    deadline: float  # of time.monotonic()
-    round_ms: float = 1e9  # of calls of one peer in one round, but two at least
-    compiled: bool = True  # peers that compile for long, and further settings of others
-    peers: tuple[str, ...] = ()  # none: all
-    graphs: bool = True
-    resident: bool = False  # memory in a fresh process, too
-    interpreted: bool = False  # Triton's interpreter stands in for a GPU: results, never times
+    calls: int  # in a round, at least
+    deadline: float  # by time.monotonic()
+    round_ms: float = 1e9  # the longest round of one peer, but two calls at least
+    compiled: bool = True  # include peers that compile, and further settings of peers
+    peers: tuple[str, ...] = ()  # by name; empty: all
+    graphs: bool = True  # capture CUDA graphs
+    resident: bool = False  # also measure resident memory, in a fresh process
+    interpreted: bool = False  # Triton's interpreter replaces a GPU: its times mean nothing
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def leaves_out(self, peer: Peer, device: Device) -> str | None:
-        """Why a peer takes no part, or None."""
+    def skip_reason(self, peer: Peer, device: Device) -> str | None:
+        """Why a peer is skipped, or None."""
         if device.device.type not in peer.devices and not self.interpreted:
             return "needs a GPU" if peer.devices == ("cuda",) else "runs on a CPU only"
         if self.peers and peer.name not in self.peers:
@@ -43,7 +43,7 @@ class Effort:
 
 @dataclass
 class Entry:
-    """A peer in a case: what it does, how that went, what was measured."""
+    """One peer in one case: its step, its status and its measurements."""
 
     peer: Peer
     step: Step | None = None
@@ -58,13 +58,13 @@ class Entry:
 
     @property
     def full(self) -> list[float]:
-        """Median of each round."""
+        """Median milliseconds of each round, forward and backward."""
         return [statistics.median(t.full for t in times) for times in self.rounds]
 
 
 @dataclass
 class Gemm:
-    """The bare products of a case, which take part in its rounds."""
+    """The bare matrix products of a case, timed in the same rounds as the peers."""
 
     step: Step | None = None
     full: list[float] = field(default_factory=list)  # median of each round

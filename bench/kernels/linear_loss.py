@@ -2,9 +2,9 @@
 
 Naive is what a training loop writes by hand: both models' logits whole, ``log_softmax`` of each in
 fp32, ``cross_entropy`` and ``kl_div``. Both get the same inputs and take turns in one process; the
-ratio of each round counts, and the median of the rounds. Memory is the most bytes that torch's
-allocator has alive beyond the inputs, counted from its own events, which leaves out no temporary
-and does not depend on what was there before.
+result is the median over the rounds of the ratio within a round. Memory is the peak that torch's
+allocator has alive beyond the inputs, summed over its own allocation events, so that no temporary
+is missed and earlier peaks do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Problem(NamedTuple):
-    """Rows of both models, their heads, and labels. The student's tensors want gradients."""
+    """Hidden states and heads of both models, and labels. The student's tensors need gradients."""
 
     hidden: Tensor  # [N, D_s]
     weight: Tensor  # [V, D_s]
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def measure(N: int = 512, D_s: int = 256, D_t: int = 512, V: int = 128256, rounds: int = 5) -> Any:
-    """Seconds and bytes of both, and their ratios, for each dtype."""
+    """Seconds and peak bytes of both losses, and their ratios, for each dtype."""
     shape = {"N": N, "D_s": D_s, "D_t": D_t, "V": V}
     rows = [_measure(_problem(N, D_s, D_t, V, dtype), rounds) for dtype in DTYPES]
     return {"shape": shape, "objective": vars(OBJECTIVE), "rounds": rounds, "rows": rows}

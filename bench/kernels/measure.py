@@ -1,8 +1,9 @@
-"""One case: draw its tensors, check every peer against float64, then time all of them in turn.
+"""Measurement of one case: check every peer against float64, then time all of them in turn.
 
-Rounds are interleaved, every second one in reverse, so that a clock that drifts drifts for all. The
-bare products of a linear case take part in every round; ratios are those of a round, and the median
-of the rounds is kept. An exception ends its peer's part in the case and becomes its row's reason.
+The peers are interleaved within each round, in reverse order every second round, so that clock
+drift affects all alike. The bare products of a linear case are timed in every round; a ratio is
+taken within a round, and the median over the rounds is kept. An exception ends its peer's
+measurement of the case and becomes its row's reason.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from contextlib import contextmanager
 
 import torch
 
-from bench.kernels import check, floors, rss
+from bench.kernels import check, roofline, rss
 from bench.kernels.entry import Effort, Entry, Gemm, Row
 from bench.kernels.rows import row_of
-from bench.kernels.timing import Device, Lost, Unfit, host_us, one_line
-from bench.peers import Unable, for_case
+from bench.kernels.timing import Device, DeviceLost, Unmeasurable, host_us, one_line
+from bench.peers import Unsupported, for_case
 from bench.problems import oracle
 from bench.problems.cases import Case, LossCase
 from bench.problems.inputs import Hidden, Parameters, draw
@@ -26,18 +27,18 @@ from bench.problems.inputs import Hidden, Parameters, draw
 
 def measure(
     case: Case, device: Device, effort: Effort, copy_rate: float
-) -> tuple[list[Row], list[floors.Floor]]:
-    """The rows of a case, and the floors of its own that were measured with it."""
+) -> tuple[list[Row], list[roofline.Roofline]]:
+    """The result rows of a case, and the GEMM rooflines measured with it."""
     entries = [Entry(peer) for peer in for_case(case)]
     loss, gemm = None, Gemm()
     try:
         if effort.left() < 0:
-            raise Unable("no time was left")
+            raise Unsupported("no time was left")
         loss, gemm = fill(case, entries, device, effort)
-    except Lost:
+    except DeviceLost:
         raise
-    except Exception as error:  # peers' own do not get here
-        status, reason = _verdict(error)
+    except Exception as error:  # of the case itself: those of peers end in _guarded
+        status, reason = _status_of(error)
         for entry in entries:
             entry.end(status, reason)
     device.free()
@@ -46,28 +47,30 @@ def measure(
     rows = [
         row_of(case, entry, copy_rate, gemm.full, eager) | {"true_loss": loss} for entry in entries
     ]
-    return rows, floors.gemm_floors(case, gemm.full) if isinstance(case, LossCase) else []
+    return rows, roofline.gemm_rooflines(case, gemm.full) if isinstance(case, LossCase) else []
 
 
 def fill(
     case: Case, entries: list[Entry], device: Device, effort: Effort
 ) -> tuple[float | None, Gemm]:
-    """Fill the entries; return the true loss and the bare products' times."""
+    """Fill the entries; return the float64 loss and the bare products' times."""
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # it gives up on a function that it has compiled for eight shapes
+        torch.compiler.reset()  # dynamo stops after eight recompilations of one function
     problem = draw(case, device.device)
     truth = None if isinstance(problem, Parameters) else oracle.truth_of(problem)
     loss = truth.loss if truth else None
+    # First every peer alone: its results against float64, and its peak memory.
     for entry in entries:
         with _guarded(entry, device):
-            absent = effort.leaves_out(entry.peer, device)
+            absent = effort.skip_reason(entry.peer, device)
             if absent:
-                raise Unable(absent)
+                raise Unsupported(absent)
             check.prepare(entry, problem, truth, device)
-    truth = None
+    truth = None  # its float64 gradients would only take memory from the timed calls
     device.free()
-    gemm = Gemm(floors.gemm_step(problem) if isinstance(problem, Hidden) else None)
+    gemm = Gemm(roofline.gemm_step(problem) if isinstance(problem, Hidden) else None)
     _time(entries, gemm, device, effort)
+    # Graphs last: a capture that fails may leave memory unusable.
     for entry in entries:
         if entry.step is not None and effort.graphs and effort.left() > 0:
             with _guarded(entry, device):
@@ -82,25 +85,25 @@ def fill(
 
 @contextmanager
 def _guarded(entry: Entry, device: Device) -> Iterator[None]:
-    """Let an action fail for its entry alone. ``Lost`` goes through: no entry can go on then."""
+    """Record an exception in its entry and continue; only ``DeviceLost`` is raised further."""
     try:
         yield
-    except Lost:
+    except DeviceLost:
         raise
     except Exception as error:
-        entry.end(*_verdict(error))
+        entry.end(*_status_of(error))
     if entry.status == "failed":
         device.finish()
-    if entry.step is not None:  # gradients go, and logits that were overwritten come back
+    if entry.step is not None:  # drop gradients, restore logits that were overwritten
         entry.step.prepare()
     if entry.status == "failed":
         entry.step = None
         device.free()
 
 
-def _verdict(error: Exception) -> tuple[str, str]:
-    """Status and reason of a row that ended with an exception."""
-    if isinstance(error, Unable):
+def _status_of(error: Exception) -> tuple[str, str]:
+    """Status and reason of a row whose measurement raised."""
+    if isinstance(error, Unsupported):
         return "skipped", str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "failed", f"does not fit into the GPU's memory: {one_line(error)}"
@@ -110,6 +113,7 @@ def _verdict(error: Exception) -> tuple[str, str]:
 def _time(entries: list[Entry], gemm: Gemm, device: Device, effort: Effort) -> None:
     for i in range(effort.rounds):
         for entry in entries if i % 2 == 0 else reversed(entries):
+            # The first round is always completed, so that every peer has a time.
             if i and effort.left() < 0:
                 return
             if entry.step is not None:
@@ -120,12 +124,12 @@ def _time(entries: list[Entry], gemm: Gemm, device: Device, effort: Effort) -> N
                 times = device.time(gemm.step, effort.calls + 1)[1:]
                 gemm.full.append(statistics.median(t.full for t in times))
             except torch.OutOfMemoryError:
-                gemm.step = None  # no ratios then
+                gemm.step = None  # without it the rows have no ratio_gemm
                 device.free()
 
 
 def _round(entry: Entry, device: Device, effort: Effort) -> None:
-    """Warm up, then time as many calls as the effort asks for: more short ones, fewer long ones."""
+    """Time one round: more calls of a short step, fewer of a long one."""
     assert entry.step is not None
     calls = effort.calls
     if device.device.type == "cuda":
@@ -143,7 +147,7 @@ def _graph(entry: Entry, device: Device, effort: Effort) -> None:
     assert entry.step is not None
     try:
         entry.figures["graph_ms"] = device.graph(entry.step, effort.calls)
-    except Unfit as error:
+    except Unmeasurable as error:
         entry.figures["graph_reason"] = str(error)
     device.finish()
 
@@ -153,14 +157,15 @@ def _resident(case: LossCase, entry: Entry, effort: Effort) -> None:
         return
     try:
         entry.figures["rss_mib"] = rss.extra_mib(case, entry.peer.name)
-    except Unfit as error:
+    except Unmeasurable as error:
         entry.figures["rss_reason"] = str(error)
 
 
 def add_host_times(rows: list[Row], cases: list[Case], device: Device, effort: Effort) -> None:
-    """Host microseconds of a call, one for each loss, dtype and peer; ours first if time is short.
+    """Add ``host_us`` to the rows: host microseconds of a call, per loss, dtype and peer.
 
-    Peers that compile are left out: they would compile anew for a shape that nobody wants.
+    Ours come first, in case time runs out. Peers that compile are left out: they would have to
+    compile for the tiny shape that this is measured on.
     """
     small = {(c.name, c.dtype): c.small() for c in cases if isinstance(c, LossCase)}
     wanted = {

@@ -1,4 +1,4 @@
-"""From what was measured to the row that is kept; see ``record.py`` for its fields."""
+"""Result rows made of measurements; ``record.py`` describes their fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_of(
         "reason": entry.reason,
     }
     if entry.rounds:
-        row |= _times(entry) | _against_floor(case, entry, copy_rate, gemm)
+        row |= _times(entry) | _against_roofline(case, entry, copy_rate, gemm)
         row["ratio_eager"] = _ratio(entry.full, eager)
     return row | entry.figures
 
@@ -38,22 +38,22 @@ def _times(entry: Entry) -> Row:
     return {"ms": ms, "calls": len(times)}
 
 
-def _against_floor(case: Case, entry: Entry, copy_rate: float, gemm: list[float]) -> Row:
-    """Rates at the least work, and times over those of the hardware alone."""
+def _against_roofline(case: Case, entry: Entry, copy_rate: float, gemm: list[float]) -> Row:
+    """Achieved rates at the least work, and times relative to the roofline's."""
     full = statistics.median(entry.full)
     if isinstance(case, LossCase) and case.linear:
         found: Row = {"tflop_s": case.flops(backward=True) / full / 1e9}
         found["ratio_gemm"] = _ratio(entry.full, gemm)
-        floor = statistics.median(gemm) if gemm else None
+        roofline = statistics.median(gemm) if gemm else None
     else:
         size = case.bytes() if isinstance(case, EmaCase) else case.bytes(backward=True)
-        floor = size / copy_rate * 1e3
-        found = {"gb_s": size / full / 1e6, "ratio_copy": full / floor}
+        roofline = size / copy_rate * 1e3
+        found = {"gb_s": size / full / 1e6, "ratio_copy": full / roofline}
     graph = entry.figures.get("graph_ms")
-    return found | ({"ratio_graph": graph / floor} if graph and floor else {})
+    return found | ({"ratio_graph": graph / roofline} if graph and roofline else {})
 
 
 def _ratio(full: list[float], other: list[float]) -> float | None:
-    """The median of the rounds' ratios."""
+    """The median over the rounds of ``full / other``."""
     ratios = [a / b for a, b in zip(full, other, strict=False)]
     return statistics.median(ratios) if ratios else None

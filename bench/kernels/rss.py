@@ -1,4 +1,4 @@
-"""Resident memory of one call in a process of its own: also what torch's allocator does not see.
+"""Peak resident memory of one call, in a fresh process: it includes what torch does not allocate.
 
 A tiny call warms up libraries and threads. Then the kernel's high-water mark of the process is
 reset, which only ``/proc/self/clear_refs`` can do, and read again after the call.
@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from bench.kernels.timing import Unfit, one_line
+from bench.kernels.timing import Unmeasurable, one_line
 from bench.problems.cases import LossCase
 from bench.problems.inputs import Parameters, draw
 
 
 def extra_mib(case: LossCase, peer: str) -> float:
-    """MiB at the peak of a call beyond those before it. ``Unfit`` says why there is no figure."""
+    """MiB by which a call raises resident memory; ``Unmeasurable`` if its process fails."""
     words = [sys.executable, "-m", "bench.kernels.rss", json.dumps(asdict(case)), peer]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=600)
     except (OSError, subprocess.SubprocessError) as error:
-        raise Unfit(one_line(error)) from error
+        raise Unmeasurable(one_line(error)) from error
     return float(done.stdout.split()[-1])
 
 

@@ -1,7 +1,6 @@
-"""The kernel benchmark: cases, peers and floors of one run, and the file that keeps them.
+"""The kernel benchmark: measure all cases, and write the record after each of them.
 
-What has been measured is written after every case: a run that is stopped, or whose GPU is lost,
-leaves what it had.
+A run that is stopped, or whose GPU fails, so leaves the results of the cases before.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 
 from bench import record, table
-from bench.kernels import floors, measure
+from bench.kernels import measure, roofline
 from bench.kernels.entry import Effort
-from bench.kernels.timing import Cpu, Device, Gpu, Lost, one_line
+from bench.kernels.timing import Cpu, Device, DeviceLost, Gpu, one_line
 from bench.problems.cases import Case, EmaCase
 
 Record = dict[str, Any]
@@ -26,7 +25,7 @@ Record = dict[str, Any]
 def run(
     chosen: Sequence[Case], device: Device, effort: Effort, command: str, path: Path | None
 ) -> tuple[Record, Path]:
-    """Measure and write. A GPU that is lost ends it, with a note."""
+    """Measure the cases and write the record; a lost GPU ends the run with a note."""
     settings = {
         "rounds": effort.rounds,
         "calls": effort.calls,
@@ -46,7 +45,7 @@ def run(
     before, load = record.gpu_state(device.device), os.getloadavg()[0]
     try:
         _measure_all(chosen, device, effort, result, path)
-    except Lost as error:
+    except DeviceLost as error:
         result["notes"].append(f"the GPU was lost, and with it all that was to come: {error}")
     result["machine"] |= record.states(before, record.gpu_state(device.device))
     result["machine"]["load"] = [load, os.getloadavg()[0]]
@@ -57,30 +56,30 @@ def run(
 def _measure_all(
     chosen: Sequence[Case], device: Device, effort: Effort, result: Record, path: Path
 ) -> None:
-    start = floors.copy_floor(device, "start")
+    start = roofline.copy_roofline(device, "start")
     result["floors"].append(start.record)
     done: list[Case] = []
     for case in chosen:
         case = _fitting(case, device)
-        rows, own_floors = measure.measure(case, device, effort, start.rate)
+        rows, rooflines = measure.measure(case, device, effort, start.rate)
         done.append(case)
         result["rows"] += rows
-        result["floors"] += [floor.record for floor in own_floors]
-        result["notes"] += _drifted(own_floors)
+        result["floors"] += [each.record for each in rooflines]
+        result["notes"] += _drifted(rooflines)
         record.write(result, path)
-        gc.freeze()  # what peers imported need not be searched for tensors again
+        gc.freeze()  # later collections need not scan the peers' modules again
         print(_summary(rows, effort), flush=True)
     measure.add_host_times(result["rows"], done, device, effort)
     try:
-        end = floors.copy_floor(device, "end")
+        end = roofline.copy_roofline(device, "end")
     except RuntimeError as error:
-        raise Lost(one_line(error)) from error
+        raise DeviceLost(one_line(error)) from error
     result["floors"].append(end.record)
     result["notes"] += _drifted([start, end])
 
 
 def conclude(result: Record, path: Path, show: bool) -> int:
-    """Print; 0, or 1 if a result of ours is wrong or missing, or the GPU was lost."""
+    """Print the table; return 1 if a result of ours is wrong or failed or the GPU was lost."""
     if show:
         print("\n".join(table.lines(result)))
         print(f"-> {path}")
@@ -89,6 +88,7 @@ def conclude(result: Record, path: Path, show: bool) -> int:
 
 
 def device_for(name: str | None, threads: int = 2) -> Device:
+    """The device by name, or by default a GPU if there is one; limits a CPU's threads."""
     if name == "cuda" or (name is None and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise ValueError("--device cuda must find a GPU, got none; leave the option out")
@@ -98,17 +98,19 @@ def device_for(name: str | None, threads: int = 2) -> Device:
 
 
 def _fitting(case: Case, device: Device) -> Case:
+    """The case, with fewer parameters where several peers' averages would not fit the GPU."""
     if not isinstance(case, EmaCase) or device.device.type != "cuda":
         return case
     device.free()
     return case.scaled(torch.cuda.mem_get_info()[0])
 
 
-def _drifted(found: list[floors.Floor]) -> list[str]:
-    if not found or abs(floors.drift(found)) <= floors.DRIFT:
+def _drifted(found: list[roofline.Roofline]) -> list[str]:
+    """A note if a roofline changed by more than ``roofline.DRIFT`` during the run."""
+    if not found or abs(roofline.drift(found)) <= roofline.DRIFT:
         return []
     shape = " ".join(f"{name}={value}" for name, value in found[0].shape.items())
-    return [f"the {found[0].kind} floor ({shape}) drifted by {floors.drift(found):+.1%}"]
+    return [f"the {found[0].kind} roofline ({shape}) drifted by {roofline.drift(found):+.1%}"]
 
 
 def _summary(rows: list[Record], effort: Effort) -> str:

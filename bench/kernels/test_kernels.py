@@ -1,7 +1,7 @@
-"""``pytest bench --benchmark-only``: the quick set's full calls under pytest-benchmark.
+"""The quick set under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-A call is forward and backward, waited for. What pytest-benchmark prints has neither floors nor
-errors; ``python -m bench`` has.
+A call is forward, backward and a device synchronisation. Rooflines and errors are only in the
+results of ``python -m bench``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from bench.kernels.check import step_of
 from bench.kernels.run import device_for
-from bench.peers import Peer, Unable, for_case
+from bench.peers import Peer, Unsupported, for_case
 from bench.problems import cases
 from bench.problems.cases import LossCase
 from bench.problems.inputs import Parameters, Problem, draw
@@ -45,7 +45,7 @@ def test_full(benchmark: Any, case: LossCase, peer: Peer) -> None:
     assert not isinstance(problem, Parameters)
     try:
         step = step_of(peer, problem)
-    except Unable as error:
+    except Unsupported as error:
         pytest.skip(f"{peer.name}: {error}")
     benchmark.group = name_of(case)
 

@@ -16,7 +16,7 @@ from sad_kernels import Objective
 from sad_kernels._rows import LossSpec
 from torch import Tensor
 
-from bench.kernels import floors
+from bench.kernels import roofline
 from bench.kernels.timing import Device, Gpu, launched_ms
 
 N, V, K = 8192, 128256, 64
@@ -62,7 +62,7 @@ def measure(rounds: int = 8, swept: Collection[str] | None = None) -> dict[str, 
     if not torch.cuda.is_available():
         raise SystemExit("error: the case tiles must find a GPU, got none; run it where one is")
     device = Gpu()
-    rate = floors.copy_floor(device, "start").rate / 1e3  # bytes per ms
+    rate = roofline.copy_roofline(device, "start").rate / 1e3  # bytes per ms
     rows = [
         row
         for dtype in (torch.bfloat16, torch.float32)

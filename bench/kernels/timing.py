@@ -1,9 +1,9 @@
-"""Times of one call: by events on a GPU, by the clock on a CPU. Memory, graphs, host time.
+"""Timing of one call, by CUDA events or the CPU's clock; peak memory, CUDA graphs, host time.
 
 On a GPU calls are queued one after the other, and before each of them a buffer four times as large
-as the L2 is overwritten, so that no call finds its inputs there. What is outside the two events,
-such as restoring inputs, costs nothing. A call that is shorter than its launches take on the host
-shows these: ``graph`` and ``host`` tell one from the other.
+as the L2 is overwritten, so that no call finds its inputs there. Work outside the two events, such
+as restoring inputs, is not timed. If the host launches a call more slowly than the GPU runs it, its
+time is the host's: ``graph`` measures it without the host, ``host_us`` the host alone.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.profiler import ProfilerActivity, profile
 MIB = 1 << 20
 
 
-class Lost(Exception):
-    """The device does not answer any more: nothing can be measured in this process."""
+class DeviceLost(Exception):
+    """The GPU failed: nothing more can be measured in this process."""
 
 
-class Unfit(Exception):
-    """A figure that cannot be had, and why."""
+class Unmeasurable(Exception):
+    """A quantity cannot be measured here; the message is the reason."""
 
 
 class Times(NamedTuple):
-    """Milliseconds of one call. An average has no backward, and ``forward`` is all of it."""
+    """Milliseconds of one call. For a moving average ``forward`` is all of it."""
 
     forward: float
     backward: float
@@ -43,7 +43,7 @@ class Times(NamedTuple):
 
 @dataclass
 class Step:
-    """What is timed: ``forward`` and, of its result, ``backward``; ``prepare`` runs before both."""
+    """A timed call: ``forward``, then ``backward`` of its result; ``prepare`` is not timed."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None] = lambda result: None
@@ -61,7 +61,7 @@ def loss_step(
     leaves: Sequence[Tensor],
     originals: Sequence[Tensor] = (),
 ) -> Step:
-    """A loss and its backward. ``originals`` are put back into the leaves before each call."""
+    """A loss and its backward; before each, leaves are restored from ``originals``."""
 
     def prepare() -> None:
         for leaf in leaves:
@@ -73,7 +73,7 @@ def loss_step(
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU allocator has alive at once beyond those alive before."""
+    """Peak bytes of torch's CPU allocator during a call, beyond those allocated before."""
     # acc_events only keeps torch 2.11 from warning that a second cycle would clear the first.
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -90,6 +90,8 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 @dataclass
 class Cpu:
+    """Measures by the host's clock and torch's allocation events."""
+
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def time(self, step: Step, calls: int) -> list[Times]:
@@ -105,7 +107,7 @@ class Cpu:
         return times
 
     def finish(self) -> None:
-        """Nothing is ever under way here."""
+        """Do nothing: a CPU works synchronously."""
 
     def free(self) -> None:
         gc.collect()
@@ -115,10 +117,12 @@ class Cpu:
         return peak_bytes(step)
 
     def graph(self, step: Step, calls: int) -> float:
-        raise Unfit("a CPU has no graphs")
+        raise Unmeasurable("a CPU has no graphs")
 
 
 class Gpu:
+    """Measures by CUDA events and torch's memory statistics."""
+
     def __init__(self) -> None:
         self.device = torch.device("cuda")
         properties = torch.cuda.get_device_properties(self.device)
@@ -127,9 +131,10 @@ class Gpu:
 
     def time(self, step: Step, calls: int) -> list[Times]:
         marks = []
+        # Calls are queued without waiting; one synchronisation at the end, then events are read.
         for _ in range(calls):
             step.prepare()
-            self.cache.zero_()
+            self.cache.zero_()  # evict the inputs from L2
             a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             a.record()
             result = step.forward()
@@ -142,11 +147,11 @@ class Gpu:
         return [Times(a.elapsed_time(b), b.elapsed_time(c)) for a, b, c in marks]
 
     def finish(self) -> None:
-        """Wait for the GPU, and raise ``Lost`` if that is in vain."""
+        """Wait for the GPU; ``DeviceLost`` if it reports an error."""
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise Lost(one_line(error)) from error
+            raise DeviceLost(one_line(error)) from error
 
     def free(self) -> None:
         gc.collect()
@@ -162,16 +167,16 @@ class Gpu:
         return torch.cuda.max_memory_allocated() - before
 
     def graph(self, step: Step, calls: int) -> float:
-        """Median milliseconds of a replay. ``Unfit`` tells why there is no graph."""
+        """Median milliseconds of a CUDA graph's replay; ``Unmeasurable`` if capture fails."""
         self._require_no_sync(step)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm up where it will be captured
+        with torch.cuda.stream(stream):  # warm up on the stream of the capture
             step.prepare()
             step()
         torch.cuda.synchronize()
         step.prepare()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # the graph has a memory pool of its own
         try:
             with torch.cuda.stream(stream):
                 graph.capture_begin()
@@ -181,7 +186,7 @@ class Gpu:
                     graph.capture_end()
             del result
         except Exception as error:
-            raise Unfit(one_line(_first(error))) from error
+            raise Unmeasurable(one_line(_first(error))) from error
         torch.cuda.synchronize()
         marks = []
         for _ in range(calls):
@@ -197,14 +202,17 @@ class Gpu:
         return statistics.median(a.elapsed_time(b) for a, b in marks)
 
     def _require_no_sync(self, step: Step) -> None:
-        """A capture that fails half-way leaves the allocator unable to reuse memory: ask before."""
+        """Raise ``Unmeasurable`` if the step waits for the GPU, which cannot be captured.
+
+        Asked before capture, because a failed one leaves the allocator unable to reuse memory.
+        """
         step.prepare()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             step()
         except RuntimeError as error:
-            raise Unfit(f"waits for the GPU: {one_line(error)}") from error
+            raise Unmeasurable(f"waits for the GPU: {one_line(error)}") from error
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -213,14 +221,14 @@ Device = Cpu | Gpu
 
 
 def launched_ms(device: Device, call: Callable[[], Any], calls: int) -> float:
-    """The median call without the host's time, in a graph; on a CPU the median call."""
+    """Median milliseconds of a call without the host's launch time: in a CUDA graph on a GPU."""
     if isinstance(device, Gpu):
         return device.graph(Step(call), calls)
     return statistics.median(t.full for t in device.time(Step(call), calls))
 
 
 def host_us(device: Device, step: Step, calls: int = 20) -> float:
-    """Microseconds that the host takes to queue a call, or on a CPU to do it."""
+    """Microseconds the host takes to launch a call, or on a CPU to run it."""
     for _ in range(3):
         step.prepare()
         step()
@@ -235,7 +243,7 @@ def host_us(device: Device, step: Step, calls: int = 20) -> float:
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
-    """20, 50 and 80 %, interpolated."""
+    """The 20th, 50th and 80th percentile, interpolated."""
     if len(values) == 1:
         return [values[0]] * 3
     deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -243,12 +251,13 @@ def percentiles(values: Sequence[float]) -> list[float]:
 
 
 def one_line(error: BaseException) -> str:
+    """Type and message of an exception in at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
 
 
 def _first(error: BaseException) -> BaseException:
-    """What failed before that which failed because of it."""
+    """The first exception of a chain, which caused the others."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -1,53 +1,53 @@
-"""The implementations that are measured side by side: one file per package, one ``Peer`` per call.
+"""Registry of the implementations that the benchmark compares, ours among them.
 
-A file defines some of ``LOGITS``, ``HIDDEN`` and ``EMA``: its peers for losses of given logits, for
-losses from hidden states, and for moving averages. To add a package, write such a file and add its
-name to ``MODULES``.
+One module per package, which may hold three tuples of ``Peer``: ``LOGITS`` (losses of logits),
+``HIDDEN`` (losses of hidden states and a head) and ``EMA`` (moving averages). To add a peer, write
+its module and name it in ``MODULES``.
 
-Every peer gets every case of its kind. What it cannot do stays in the results as a row that says
-why; it never gets an easier problem.
+Every peer gets every case of its kind. What it does not support stays in the results as a row with
+the reason; no peer gets an easier problem.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 
-from bench.peers.base import Peer, Unable
+from bench.peers.base import Peer, Unsupported
 from bench.problems.cases import Case, EmaCase
 
-MODULES = (
+MODULES = (  # in the order of the results' rows
     "ours",
     "eager",
     "liger",
     "trl",
     "torch_linear",
-    "others",
+    "cce",
+    "quack",
+    "fla",
     "ema",
 )
-"""Files of this folder, in the order in which their peers are measured and listed."""
-
-
-def _collect(kind: str) -> tuple[Peer, ...]:
-    modules = (import_module(f"bench.peers.{name}") for name in MODULES)
-    return tuple(peer for module in modules for peer in getattr(module, kind, ()))
-
-
-LOGITS, HIDDEN, EMA = _collect("LOGITS"), _collect("HIDDEN"), _collect("EMA")
-
-PACKAGES: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        ["torch", "triton", "transformers"]
-        + [peer.package for peer in (*LOGITS, *HIDDEN, *EMA) if peer.package]
-    )
-)
-"""Distributions whose versions are kept with the results."""
 
 
 def for_case(case: Case) -> tuple[Peer, ...]:
-    """The peers that a case is given to."""
+    """Every peer of the case's kind, in the order of ``MODULES``."""
     if isinstance(case, EmaCase):
-        return EMA
-    return HIDDEN if case.linear else LOGITS
+        return tuple(_peers("EMA"))
+    return tuple(_peers("HIDDEN" if case.linear else "LOGITS"))
 
 
-__all__ = ["PACKAGES", "Peer", "Unable", "for_case"]
+def packages() -> list[str]:
+    """The distributions whose versions are recorded: torch's and every peer's."""
+    found = ["torch", "triton", "transformers"]
+    found += [peer.package for peer in _peers("LOGITS", "HIDDEN", "EMA") if peer.package]
+    return list(dict.fromkeys(found))
+
+
+def _peers(*kinds: str) -> Iterator[Peer]:
+    for name in MODULES:
+        module = import_module(f"{__name__}.{name}")
+        for kind in kinds:
+            yield from getattr(module, kind, ())
+
+
+__all__ = ["Peer", "Unsupported", "for_case", "packages"]

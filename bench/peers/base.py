@@ -1,4 +1,4 @@
-"""What a peer is: a name, the call it stands for, and how to make that call on a problem."""
+"""The peer interface: a named implementation, and how to call it on a benchmark problem."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 from bench.problems.inputs import IGNORED, Hidden, Logits
 
 
-class Unable(Exception):
-    """A peer cannot do a problem as it is posed. The text is the reason in its row."""
+class Unsupported(Exception):
+    """A peer does not support a problem. The message becomes the reason in its row."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One series of rows. ``build`` gets a problem and raises ``Unable``, or returns what is timed.
+    """One implementation with one setting. ``build(problem)`` returns the call that is timed.
 
-    For losses that is a function of nothing whose result can be differentiated; for moving averages
-    an ``Average``. ``build`` may prepare what a user prepares once; whatever each call needs
-    belongs into the function.
+    For a loss that is a function without arguments that returns the loss, ready for backward; for
+    a moving average an ``Average``. ``build`` may do what a user does once, before training; work
+    that every call needs belongs into the returned function. ``build`` raises ``Unsupported`` for
+    a problem that the implementation cannot do.
     """
 
     name: str
@@ -30,56 +31,62 @@ class Peer:
     build: Callable[[Any], Any]
     package: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    overwrites: bool = False  # the logits that it is given
-    compiles: bool = False  # its first call takes long
+    overwrites: bool = False  # its input logits; they are restored each time
+    compiles: bool = False  # its first call takes seconds to minutes
     devices: tuple[str, ...] = ("cuda", "cpu")
-    extra: bool = False  # one more setting of a peer, left out of quick sets
+    extra: bool = False  # a further setting of a peer, skipped by --quick
 
 
 @dataclass(frozen=True)
 class Average:
-    """A moving average at work: its shadows, an update, or a swap and the way back."""
+    """A moving average: its shadows, and the timed update, or swap and swap back."""
 
     shadows: list[Tensor]
     forward: Callable[[], object]
     backward: Callable[[Any], None] = lambda result: None
 
 
-def module(name: str, package: str) -> Any:
-    """A peer's module, imported when it is wanted."""
+def require_module(name: str, package: str) -> Any:
+    """Import a peer's module when it is first needed; ``Unsupported`` where that fails."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name.partition(".")[0]:
-            raise Unable(f"{package} is not installed") from None
-        raise Unable(f"{package} does not import here: {error}") from None
+            raise Unsupported(f"{package} is not installed") from None
+        raise Unsupported(f"{package} does not import here: {error}") from None
     except Exception as error:  # a package that looks for a GPU, or for another version
         first = str(error).strip().partition("\n")[0]
-        raise Unable(f"{package} does not import here: {type(error).__name__}: {first}") from None
+        raise Unsupported(
+            f"{package} does not import here: {type(error).__name__}: {first}"
+        ) from None
 
 
-def attribute(owner: Any, name: str, package: str) -> Any:
+def require_attribute(owner: Any, name: str, package: str) -> Any:
+    """``owner.name``; ``Unsupported`` if this version of the package does not have it."""
     if not hasattr(owner, name):
-        raise Unable(f"this version of {package} has no {name}")
+        raise Unsupported(f"this version of {package} has no {name}")
     return getattr(owner, name)
 
 
-def only(problem: Logits | Hidden, *kinds: str, what: str) -> None:
-    """Raise ``Unable`` for a loss that is none of these; ``what`` says what the peer has."""
+def require_kind(problem: Logits | Hidden, *kinds: str, what: str) -> None:
+    """Raise ``Unsupported(what)`` unless the case is one of ``kinds`` (ce, kd, joint)."""
     if problem.case.kind not in kinds:
-        raise Unable(what)
+        raise Unsupported(what)
     if problem.case.top_k:
-        raise Unable("takes no top-k teacher")
+        raise Unsupported("takes no top-k teacher")
 
 
 def beta_of(problem: Logits | Hidden) -> float:
-    """The peers' name for a divergence: 0 forward, 1 reverse, JSD between."""
+    """The ``beta`` of TRL's and Liger's generalised JSD: 0 is forward KL, 1 is reverse KL."""
     objective = problem.case.objective
     return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": objective.beta}[objective.divergence]
 
 
-def kept_rows(labels: Tensor, ignored: float, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Labels and rows that count, for peers that know of no others: selected inside the call."""
+def select_valid_rows(labels: Tensor, ignored: float, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Labels and rows without the ignored ones, for peers without ``ignore_index``.
+
+    To be called inside the timed function: the peer's users pay for the selection, too.
+    """
     if not ignored:
         return labels, *rows
     keep = labels != IGNORED

@@ -1,4 +1,4 @@
-"""The losses as a training loop writes them by hand, eager and compiled.
+"""Eager PyTorch losses as training loops write them by hand, and the same under torch.compile.
 
 Projections in the dtype of the hidden states, ``log_softmax`` in fp32, a mean over the rows that
 have a label.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sad_kernels import Objective
 from torch import Tensor
 
-from bench.peers.base import Peer, Unable
+from bench.peers.base import Peer, Unsupported
 from bench.problems.inputs import IGNORED, Hidden, Logits
 
 
@@ -30,7 +30,7 @@ def kd(z: Tensor, t: Tensor, labels: Tensor, objective: Objective) -> Tensor:
 
 
 def divergence(log_p: Tensor, log_q: Tensor, objective: Objective) -> Tensor:
-    """Of each row, of the teacher's and the student's log-probabilities."""
+    """The divergence of each row, from the teacher's and the student's log-probabilities."""
     match objective.divergence:
         case "forward_kl":
             return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
@@ -43,7 +43,7 @@ def divergence(log_p: Tensor, log_q: Tensor, objective: Objective) -> Tensor:
             student = F.kl_div(log_m, log_q, log_target=True, reduction="none").sum(-1)
             return b * teacher + (1 - b) * student
         case other:
-            raise Unable(f"nobody writes {other} by hand")
+            raise Unsupported(f"has no hand-written {other}")
 
 
 def joint(z: Tensor, t: Tensor, labels: Tensor, o: Objective) -> Tensor:
@@ -51,7 +51,7 @@ def joint(z: Tensor, t: Tensor, labels: Tensor, o: Objective) -> Tensor:
 
 
 def joint_top_k(z: Tensor, ids: Tensor, log_p: Tensor, labels: Tensor, o: Objective) -> Tensor:
-    """The teacher's k tokens, and all others as one."""
+    """CE and forward KL over the teacher's k tokens and one bucket for all others."""
     log_q = F.log_softmax(z.float() / o.temperature, -1).gather(-1, ids)
     p_rest = (1 - log_p.exp().sum(-1)).clamp(min=1e-30)
     q_rest = (1 - log_q.exp().sum(-1)).clamp(min=1e-30)
@@ -85,7 +85,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Tensor]], Callable[..., 
         try:
             return torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
         except RuntimeError as error:
-            raise Unable(f"this torch.compile refuses {options}: {error}") from None
+            raise Unsupported(f"this torch.compile refuses {options}: {error}") from None
 
     return compile_
 

@@ -1,7 +1,7 @@
-"""Moving averages by others: fp32 shadows and a fixed decay for all of them.
+"""Moving averages of other libraries, all with fp32 shadows and a fixed decay.
 
-``ema/swap`` is in and back, as around an evaluation. Copies that a peer cannot do without, and
-moves to the CPU, are part of it.
+``ema/swap`` swaps the average in and out again, as around an evaluation. Copies that a library
+makes on the way, moves to the CPU included, are part of its time.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers.base import Average, Peer, Unable, module
+from bench.peers.base import Average, Peer, Unsupported, require_module
 from bench.problems.inputs import Parameters
 
-lists: Any = torch  # whose stubs leave out names with an underscore
+lists: Any = torch  # untyped: torch's stubs leave out the _foreach functions
 
 
 class Model(nn.Module):
-    """A model as far as an average is concerned: the problem's own tensors, not copies."""
+    """A module that holds the problem's parameters, not copies of them."""
 
     def __init__(self, params: list[Tensor]) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ def _shadows(model: Any) -> list[Tensor]:
 
 def _updates_only(problem: Parameters) -> None:
     if problem.case.name != "ema/update":
-        raise Unable("has no swap")
+        raise Unsupported("has no swap")
 
 
 def foreach(problem: Parameters) -> Average:
-    """The fastest form that torch takes: lerp wants equal dtypes."""
+    """torch's multi-tensor functions; ``_foreach_lerp_`` takes equal dtypes only."""
     params, decay = problem.params, problem.case.decay
     shadows = problem.shadows()
 
@@ -74,7 +74,7 @@ def averaged_model(problem: Parameters) -> Average:
 
 def timm(problem: Parameters) -> Average:
     _updates_only(problem)
-    V3 = module("timm.utils", "timm").ModelEmaV3
+    V3 = require_module("timm.utils", "timm").ModelEmaV3
     model = Model(problem.params)
     average = V3(model, decay=problem.case.decay, dtype=torch.float32)
     return Average(_shadows(average.module), lambda: average.update(model))
@@ -83,7 +83,7 @@ def timm(problem: Parameters) -> Average:
 def ema_pytorch(problem: Parameters) -> Average:
     _updates_only(problem)
     model, decay = Model(problem.params), problem.case.decay
-    average = module("ema_pytorch", "ema-pytorch").EMA(
+    average = require_module("ema_pytorch", "ema-pytorch").EMA(
         model,
         ema_model=Model(problem.shadows()),
         beta=decay,
@@ -99,7 +99,7 @@ def ema_pytorch(problem: Parameters) -> Average:
 
 
 def diffusers(problem: Parameters) -> Average:
-    EMAModel = module("diffusers.training_utils", "diffusers").EMAModel
+    EMAModel = require_module("diffusers.training_utils", "diffusers").EMAModel
     model, decay = Model(problem.params), problem.case.decay
     average = EMAModel(model.parameters(), decay=decay, min_decay=decay, foreach=True)
     average.to(dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Liger kernels (liger-kernel), in their Triton versions."""
+"""Liger's Triton kernels (liger-kernel)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers.base import Peer, Unable, beta_of, kept_rows, module, only
+from bench.peers.base import (
+    Peer,
+    Unsupported,
+    beta_of,
+    require_kind,
+    require_module,
+    select_valid_rows,
+)
 from bench.problems.inputs import Hidden, Logits
 
 PACKAGE = "liger-kernel"
 
 
 def functional() -> Any:
-    return module("liger_kernel.transformers.functional", PACKAGE)
+    return require_module("liger_kernel.transformers.functional", PACKAGE)
 
 
 def of_logits(problem: Logits) -> Callable[[], Tensor]:
-    only(problem, "ce", "kd", what="has no cross-entropy and KL of one pass over logits")
+    require_kind(problem, "ce", "kd", what="has no cross-entropy and KL of one pass over logits")
     liger, objective, labels = functional(), problem.case.objective, problem.labels
     if problem.case.kind == "ce":
         return lambda: liger.liger_cross_entropy(problem.logits, labels)
     T = objective.temperature
 
     def kl() -> Tensor:
-        _, z, t = kept_rows(labels, problem.case.ignored, problem.logits, problem.teacher)
+        _, z, t = select_valid_rows(labels, problem.case.ignored, problem.logits, problem.teacher)
         log_q, p = F.log_softmax(z.float() / T, -1), F.softmax(t.float() / T, -1)
         return liger.liger_kl_div(log_q, p, reduction="batchmean")
 
@@ -41,7 +48,7 @@ def of_logits(problem: Logits) -> Callable[[], Tensor]:
 
 def linear_ce(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
     def build(problem: Hidden) -> Callable[[], Tensor]:
-        only(problem, "ce", what="has no divergence")
+        require_kind(problem, "ce", what="has no divergence")
         liger, (h, w, labels) = functional(), (problem.hidden, problem.weight, problem.labels)
         return lambda: liger.liger_fused_linear_cross_entropy(h, w, labels, **settings)
 
@@ -50,7 +57,7 @@ def linear_ce(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
 
 def linear_jsd(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
     def build(problem: Hidden) -> Callable[[], Tensor]:
-        only(problem, "kd", what="has no cross-entropy")
+        require_kind(problem, "kd", what="has no cross-entropy")
         liger, T = functional(), problem.case.objective.temperature
         return lambda: liger.liger_fused_linear_jsd(
             problem.hidden,
@@ -67,11 +74,11 @@ def linear_jsd(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
 
 
 def linear_kl(problem: Hidden) -> Callable[[], Tensor]:
-    """Its teacher is dense probabilities, which it does not compute."""
-    only(problem, "kd", what="has no cross-entropy")
+    """Forward KL. Liger takes the teacher's probabilities, which the call computes."""
+    require_kind(problem, "kd", what="has no cross-entropy")
     objective = problem.case.objective
     if objective.divergence != "forward_kl":
-        raise Unable("has the forward KL only")
+        raise Unsupported("has the forward KL only")
     liger, T = functional(), objective.temperature
     h, w, labels = problem.hidden, problem.weight, problem.labels
 
@@ -86,9 +93,9 @@ def linear_kl(problem: Hidden) -> Callable[[], Tensor]:
 
 def chunked(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
     def build(problem: Hidden) -> Callable[[], Tensor]:
-        only(problem, "kd", "joint", what="has no cross-entropy without a divergence")
+        require_kind(problem, "kd", "joint", what="has no cross-entropy without a divergence")
         objective = problem.case.objective
-        loss = module("liger_kernel.chunked_loss", PACKAGE).LigerFusedLinearJSDLoss(
+        loss = require_module("liger_kernel.chunked_loss", PACKAGE).LigerFusedLinearJSDLoss(
             weight_hard_loss=objective.ce_weight,
             weight_soft_loss=objective.kd_weight,
             beta=beta_of(problem),

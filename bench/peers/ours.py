@@ -1,4 +1,4 @@
-"""This project's functions, called as a training loop calls them."""
+"""``sad_kernels``, called as a training loop calls it."""
 
 from __future__ import annotations
 

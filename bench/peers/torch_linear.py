@@ -1,4 +1,4 @@
-"""torch's own ``F.linear_cross_entropy``, chunked over rows since torch 2.13."""
+"""PyTorch's ``F.linear_cross_entropy``, which works in chunks of rows since torch 2.13."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers.base import Peer, attribute, only
+from bench.peers.base import Peer, require_attribute, require_kind
 from bench.problems.inputs import Hidden
 
 
 def of_hidden(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
-    """``acc_dtype`` is always passed: an explicit policy silently resets it to the input's."""
+    """Always passes ``acc_dtype``: any other option resets it to the input's dtype."""
 
     def build(problem: Hidden) -> Callable[[], Tensor]:
-        only(problem, "ce", what="has no divergence")
-        function = attribute(torch.nn.functional, "linear_cross_entropy", "torch")
-        options = attribute(torch.nn, "LinearCrossEntropyOptions", "torch")(
+        require_kind(problem, "ce", what="has no divergence")
+        function = require_attribute(torch.nn.functional, "linear_cross_entropy", "torch")
+        options = require_attribute(torch.nn, "LinearCrossEntropyOptions", "torch")(
             acc_dtype=torch.float32, **settings
         )
         h, w, labels = problem.hidden, problem.weight, problem.labels

@@ -1,4 +1,4 @@
-"""TRL's fused kernels: rows are selected before the call, as its trainer does on GPUs."""
+"""TRL's fused losses (trl), called as its trainer does on GPUs: on the valid rows only."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bench.peers.base import Peer, Unable, beta_of, kept_rows, module, only
+from bench.peers.base import (
+    Peer,
+    Unsupported,
+    beta_of,
+    require_kind,
+    require_module,
+    select_valid_rows,
+)
 from bench.problems.inputs import Hidden, Logits
 
 PACKAGE = "trl"
 
 
 def of_logits(problem: Logits) -> Callable[[], Tensor]:
-    only(problem, "ce", what="has no divergence of logits")
-    function = module("trl.kernels.logprob_entropy", PACKAGE).selective_log_softmax_and_entropy
+    require_kind(problem, "ce", what="has no divergence of logits")
+    function = require_module(
+        "trl.kernels.logprob_entropy", PACKAGE
+    ).selective_log_softmax_and_entropy
 
     def loss() -> Tensor:
-        labels, z = kept_rows(problem.labels, problem.case.ignored, problem.logits)
+        labels, z = select_valid_rows(problem.labels, problem.case.ignored, problem.logits)
         log_p, _entropy = function(z, labels, 1.0, None)
         return -log_p.mean()
 
@@ -25,11 +34,11 @@ def of_logits(problem: Logits) -> Callable[[], Tensor]:
 
 
 def of_hidden(problem: Hidden) -> Callable[[], Tensor]:
-    """Cross-entropy, a divergence, or for both of them both functions, one after the other."""
+    """Cross-entropy or a divergence; a joint loss calls both functions, one after the other."""
     if problem.case.top_k:
-        raise Unable("takes no top-k teacher")
-    log_prob = module("trl.kernels.chunked_logprob", PACKAGE).ChunkedLogProbFunction
-    divergence = module("trl.kernels.chunked_divergence", PACKAGE).ChunkedDivergenceFunction
+        raise Unsupported("takes no top-k teacher")
+    log_prob = require_module("trl.kernels.chunked_logprob", PACKAGE).ChunkedLogProbFunction
+    divergence = require_module("trl.kernels.chunked_divergence", PACKAGE).ChunkedDivergenceFunction
     o, ignored = problem.case.objective, problem.case.ignored
     w, wt, beta = problem.weight, problem.cut_teacher_weight, beta_of(problem)
 
@@ -43,9 +52,11 @@ def of_hidden(problem: Hidden) -> Callable[[], Tensor]:
 
     def loss() -> Tensor:
         if problem.case.kind == "ce":
-            labels, h = kept_rows(problem.labels, ignored, problem.hidden)
+            labels, h = select_valid_rows(problem.labels, ignored, problem.hidden)
             return ce(h, labels)
-        labels, h, ht = kept_rows(problem.labels, ignored, problem.hidden, problem.teacher_hidden)
+        labels, h, ht = select_valid_rows(
+            problem.labels, ignored, problem.hidden, problem.teacher_hidden
+        )
         if problem.case.kind == "kd":
             return kd(h, ht)
         return o.ce_weight * ce(h, labels) + o.kd_weight * kd(h, ht)

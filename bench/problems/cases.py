@@ -1,8 +1,8 @@
-"""What is measured: the losses, their shapes, and the least work each can be done with.
+"""Benchmark cases: which losses on which shapes, and the least bytes and FLOP each can take.
 
 N tokens, V vocabulary, D_s and D_t hidden sizes of student and teacher. A case names a loss and one
-shape; ``inputs.py`` draws its tensors. No temperature is squared (``scale_t2=False``), because no
-peer does that, and scaling the result of one that makes gradients in forward would cost it a pass.
+shape; ``inputs.py`` draws its tensors. No loss is multiplied by ``T^2`` (``scale_t2=False``): no
+peer does so, and to scale a loss whose gradients were computed in forward would cost it a pass.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class LossCase:
     name: str
     N: int
     V: int
-    D_s: int = 0  # 0: logits are given
+    D_s: int = 0  # 0: the loss takes logits
     D_t: int = 0
-    V_t: int = 0  # rows of the teacher's head; those past V are padding. 0: as many as V
+    V_t: int = 0  # rows of the teacher's head, past V as padding; 0: V
     dtype: str = "bfloat16"
     ignored: float = 0.0  # share of rows without a label
-    upstream: float = 0.125  # not 1, at which some peers skip a pass that accumulation needs
-    kl: float = 0.1  # about how far the teacher is away, nats
+    upstream: float = 0.125  # gradient of the loss; at 1 some peers skip the scaling pass
+    kl: float = 0.1  # KL of teacher and student, roughly, in nats
 
     @property
     def objective(self) -> Objective:
@@ -65,7 +65,7 @@ class LossCase:
 
     @property
     def valid(self) -> int:
-        """Rows that count."""
+        """The number of rows with a label."""
         return self.N - int(self.ignored * self.N)
 
     @property
@@ -90,26 +90,26 @@ class LossCase:
         }
 
     def bytes(self, backward: bool) -> int:
-        """The least that goes through memory: logits read, and read and written again backward."""
+        """The least memory traffic: logits are read forward, and read and overwritten backward."""
         reads = 1 if self.kind == "ce" or self.top_k else 2
         row = self.V * ITEMSIZE[self.dtype]
         forward = self.valid * (reads * row + 16 * self.top_k)
         return forward + (forward + self.N * row if backward else 0)
 
     def flops(self, backward: bool) -> int:
-        """The products that cannot be left out: logits of both, and two for the gradients."""
+        """FLOP of the necessary matrix products: both models' logits, and two for the gradients."""
         teacher = self.D_t if self.kind != "ce" else 0
         return 2 * self.valid * self.V * ((3 if backward else 1) * self.D_s + teacher)
 
     def small(self) -> LossCase:
-        """The same loss of so few numbers that only the host's time is left."""
+        """The same loss on a tiny shape, whose time is the host's alone."""
         sizes = {"D_s": 64, "D_t": 64} if self.linear else {}
         return replace(self, N=16, V=1024, V_t=0, **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmaCase:
-    """``ema/update``: shadows move. ``ema/swap``: in and back, as around an evaluation."""
+    """``ema/update``, or ``ema/swap``: swapped in and out again, as around an evaluation."""
 
     name: str
     parameters: int
@@ -127,13 +127,16 @@ class EmaCase:
         return {"case": self.name, "shape": self.shape, "dtype": self.dtype, "options": options}
 
     def bytes(self) -> int:
-        """Shadow read and written, parameter read; in a swap, written too, and all of it twice."""
+        """Least memory traffic: shadows read and written, parameters read.
+
+        A swap writes the parameters, too, and counts twice: in and out.
+        """
         item = ITEMSIZE[self.dtype]
         each = 8 + item if self.name == "ema/update" else 2 * (8 + 2 * item)
         return self.parameters * each
 
     def scaled(self, free_bytes: int) -> EmaCase:
-        """As many parameters as let several peers keep their shadows at once."""
+        """The same case with few enough parameters that several peers' shadows fit at once."""
         most = free_bytes // 48
         return self if self.parameters <= most else replace(self, parameters=most)
 
@@ -182,7 +185,7 @@ def full() -> list[Case]:
 
 
 def cpu() -> list[Case]:
-    """Small enough for seven rounds of every peer on two cores."""
+    """Cases small enough for seven rounds of every peer on two CPU cores."""
     return [
         *_linear(LINEAR, [(512, 32768, 512, 512)], dtype="float32"),
         *_rows([(256, 32768)], dtype="float32"),
@@ -200,7 +203,7 @@ def quick_cpu() -> list[Case]:
 
 
 def fake() -> list[Case]:
-    """So small that it only shows that everything runs; its times mean nothing."""
+    """Cases so small that they only show that everything runs: their times mean nothing."""
     return [
         *_linear(LINEAR, [(12, 320, 32, 48)], dtype="float32"),
         *_linear(LINEAR[2:4], [(12, 320, 32, 48)], dtype="float32", V_t=352, ignored=0.5),
@@ -212,7 +215,7 @@ def fake() -> list[Case]:
 
 
 def chosen(cases: Iterable[Case], names: Iterable[str]) -> list[Case]:
-    """Those whose name is given or begins with what is given: ``kd`` stands for all of ``kd/``."""
+    """The cases with these names; ``kd`` stands for all ``kd/...``, no name for all cases."""
     wanted = tuple(names)
     if not wanted:
         return list(cases)

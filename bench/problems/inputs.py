@@ -1,4 +1,4 @@
-"""The tensors of a case: the same for every peer, and the same in every run.
+"""Random input tensors of a case, equal for every peer and in every run.
 
 Logits have a standard deviation of 3 and labels follow Zipf's law. The teacher's logits are the
 student's plus noise of standard deviation ``sqrt(2 kl)``, at which ``KL(p || q)`` is about ``kl``.
@@ -20,10 +20,10 @@ IGNORED = -100
 
 @dataclass
 class Logits:
-    """A case on logits that are there."""
+    """Inputs of a loss of logits."""
 
     case: LossCase
-    logits: Tensor  # [N, V], wants a gradient
+    logits: Tensor  # [N, V], requires a gradient
     labels: Tensor  # [N]
     upstream: Tensor  # [] fp32
     teacher_logits: Tensor | None = None  # [N, V]
@@ -42,11 +42,11 @@ class Logits:
 
 @dataclass
 class Hidden:
-    """A case on hidden states and heads."""
+    """Inputs of a loss of hidden states and heads."""
 
     case: LossCase
-    hidden: Tensor  # [N, D_s], wants a gradient
-    weight: Tensor  # [V, D_s], wants a gradient
+    hidden: Tensor  # [N, D_s], requires a gradient
+    weight: Tensor  # [V, D_s], requires a gradient
     labels: Tensor  # [N]
     upstream: Tensor  # [] fp32
     teacher_hidden: Tensor  # [N, D_t]
@@ -58,19 +58,19 @@ class Hidden:
 
     @property
     def cut_teacher_weight(self) -> Tensor:
-        """Without padding, for those who know of none."""
+        """The teacher's weight without padding rows, for peers that do not support them."""
         return self.teacher_weight[: self.case.V]
 
 
 @dataclass
 class Parameters:
-    """The parameters of a model. Its shadows are each peer's own."""
+    """Inputs of a moving average: the parameters of a model. Every peer makes its own shadows."""
 
     case: EmaCase
     params: list[Tensor]
 
     def start(self, i: int) -> Tensor:
-        """What shadow ``i`` holds before the update that is checked."""
+        """The initial value of shadow ``i``, from which the checked update starts."""
         generator = Generator(self.params[i].device).manual_seed(1 + i)
         return _normal(self.params[i].shape, 1.0, generator)
 
@@ -82,6 +82,7 @@ Problem = Logits | Hidden | Parameters
 
 
 def draw(case: LossCase | EmaCase, device: torch.device) -> Problem:
+    """The inputs of a case, from a fixed seed."""
     generator = Generator(device).manual_seed(0)
     if isinstance(case, EmaCase):
         return _parameters(case, generator)
@@ -131,7 +132,7 @@ def _hidden(case: LossCase, generator: Generator) -> Hidden:
 
 
 def _parameters(case: EmaCase, generator: Generator) -> Parameters:
-    """Tensors of nearly equal, odd sizes: not each begins at an address that is a power of two."""
+    """Parameters of nearly equal sizes, some odd, so that not every tensor is aligned alike."""
     each, dtype = case.parameters // case.tensors, getattr(torch, case.dtype)
     sizes = [each + (-1) ** i * (i // 2 % 7) for i in range(case.tensors)]
     return Parameters(case, [_normal(torch.Size((n,)), 1.0, generator).to(dtype) for n in sizes])

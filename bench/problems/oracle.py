@@ -1,9 +1,9 @@
-"""Float64 results on the same rounded inputs, and how far a peer's are from them.
+"""Float64 reference results on the same rounded inputs, and the errors of a peer against them.
 
 Losses come from ``sad_kernels.reference``, chunk by chunk of rows; ``g``, the gradient of a chunk's
-logits, from autograd, and from it ``dhidden = g W`` and ``dweight = g^T h``. Of a gradient of
-logits up to ``SAMPLE`` rows are kept, evenly spaced with the first and the last: all of them would
-take the memory that peers need.
+logits, comes from autograd, and ``dhidden = g W`` and ``dweight = g^T h`` from it. A gradient of
+logits is kept for up to ``SAMPLE`` evenly spaced rows, the first and the last included: a whole one
+would take memory that the peers need.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from bench.problems.inputs import IGNORED, Hidden, Logits, Parameters
 ELEMENTS = 1 << 25  # of a chunk of logits
 SAMPLE = 1024
 LIMIT = 0.05
-"""Relative error past which a result is wrong, however fast it came."""
+"""The relative error above which a result counts as wrong, and its time as nothing."""
 
 
 @dataclass
 class Truth:
-    """Loss and gradients, upstream included. ``rows`` are those of a gradient of logits."""
+    """The float64 loss and gradients, times the upstream gradient.
+
+    ``rows`` are the rows that a gradient of logits is kept for.
+    """
 
     loss: float
     gradients: dict[str, Tensor]
     rows: Tensor | None = None
 
     def errors(self, loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, float]:
-        """Of the loss in nats and relative; of gradients ``|g - truth| / |truth|``."""
+        """Errors of the loss in nats and relative; of each gradient ``|g - truth| / |truth|``."""
         value = float(loss.detach())
         off = abs(value - self.loss)
         found = {"loss": off, "loss_relative": off / max(abs(self.loss), 1e-30)}
@@ -49,6 +52,7 @@ class Truth:
 
 
 def is_wrong(errors: dict[str, float]) -> bool:
+    """Whether any relative error exceeds ``LIMIT`` or is not a number."""
     values = [value for name, value in errors.items() if name != "loss"]
     return not all(value <= LIMIT for value in values)  # NaN is not
 
@@ -103,7 +107,7 @@ def _of_hidden(problem: Hidden) -> Truth:
 def _loss(
     problem: Logits | Hidden, s: Tensor, rows: slice | Tensor, t: Tensor | None = None
 ) -> Tensor:
-    """These rows' share of the loss."""
+    """The contribution of ``rows`` to the loss."""
     case, labels = problem.case, problem.labels[rows]
     teacher: Teacher | None = None
     if t is not None:
@@ -122,7 +126,7 @@ def _chunks(N: int, V: int) -> Iterator[slice]:
 
 
 def _stored(gradient: Tensor, leaf: Tensor) -> Tensor:
-    """In fp32 beside 16-bit results, which leaves an error of 6e-8 and half the memory."""
+    """The gradient in fp32 where the results are 16-bit: half the memory, an error of 6e-8."""
     return gradient.float() if leaf.element_size() == 2 else gradient
 
 
@@ -139,12 +143,12 @@ def relative_error(x: Tensor, expected: Tensor, start: Tensor | None = None) -> 
 
 
 def _finite(x: Tensor) -> bool:
-    """A sum of finite numbers of this size is finite, and needs no mask as large as they are."""
+    """Whether all elements are finite, by their sum: a mask would need as much memory as ``x``."""
     return bool(x.sum(dtype=torch.float32).isfinite())
 
 
 def ema_error(problem: Parameters, shadows: list[Tensor]) -> float:
-    """Of one update from ``problem.start``, as a share of the way that shadows should have gone."""
+    """Error of one update from ``problem.start``, relative to the distance that shadows move."""
     decay, worst = problem.case.decay, 0.0
     for i, (shadow, param) in enumerate(zip(shadows, problem.params, strict=True)):
         start = problem.start(i).double()

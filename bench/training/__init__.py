@@ -1,1 +1,1 @@
-"""Whole training runs: the trainer beside other trainers, and what its parts cost and gain."""
+"""Training benchmarks: the trainer against other trainers, and the cost and gain of its parts."""

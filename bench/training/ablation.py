@@ -1,18 +1,17 @@
-"""What each structural loss is worth: the quickstart's student with KD alone, one more, all.
+"""Ablation of the structural losses: the quickstart's student with KD alone, one more loss, all.
 
-Every arm of a group trains the same student from the same weights on the same batches for as many
-steps; only the keys under its name differ. Scores are those of the best student as ``sad eval``
-gives them: held-out text, against the teacher as it was loaded, whatever its gates learned
-meanwhile. Differences are taken within a seed, between runs that share weights and batches, which
-tells more than the means: from seed to seed these scatter by a tenth.
+Every arm of a group trains the same student from the same weights on the same batches for equally
+many steps; only its own configuration keys differ. Scores are those that ``sad eval`` gives the
+best student: on held-out text, against the teacher as it was loaded, before its gates were trained.
+Differences are paired: they are taken within a seed, between runs that share weights and batches,
+because the scores of different seeds scatter by a tenth.
 
 Three groups: a dense teacher; a mixture of experts that teaches the same dense student; and a
 mixture of experts whose own first and last layers are the student, so that its routers have
 something to follow. The mixture is trained first, by the recipe ``quickstart-moe-teacher``.
 
-Runs use one thread each and go side by side: this measures what is learned, not how fast. What has
-been measured is kept in a folder of the commit until all is, so that a measurement which was
-interrupted goes on.
+Runs use one thread each and run in parallel: only quality is measured, not speed. Finished runs are
+kept in a temporary folder of the commit, so that an interrupted measurement continues.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Json = dict[str, Any]
 
 SEEDS = (0, 1, 2)
 KEPT_LAYERS = (0, -1)  # of the mixture, in the student cut from it
-REHEARSED = ("--max_steps", "1", "--warmup_steps", "0", "--max_eval_rows", "2")
+REHEARSAL = ("--max_steps", "1", "--warmup_steps", "0", "--max_eval_rows", "2")
 
 LOSSES = {
     "feature": ("--feature.weight", "0.1"),
@@ -49,7 +48,7 @@ ROUTING = ("--routing.learning_rate", "1e-3", "--routing.mode")
 
 
 class Arm(NamedTuple):
-    """A configuration: the recipe's with these words."""
+    """One arm of the ablation: the recipe with these command-line overrides."""
 
     group: str
     name: str
@@ -84,21 +83,22 @@ def measure(
     teach: Callable[[Path], tuple[str, str]] | None = None,
     folder: Path | None = None,
 ) -> Json:
-    """All arms over all seeds; ``run`` makes one run and ``teach`` the mixture and its student.
+    """Train and score all arms with all seeds.
 
-    Each arm is rehearsed for a step first: what cannot start shall fail in minutes.
+    ``run`` makes one run, ``teach`` the mixture of experts and its student. Every arm first trains
+    for one step (the rehearsal), so that an arm that cannot start fails within minutes.
     """
-    run, teach = run or run_apart, teach or make_models
+    run, teach = run or run_in_subprocess, teach or make_models
     folder = folder or Path(tempfile.gettempdir()) / f"sad-ablation-{_commit()}"
     folder.mkdir(exist_ok=True)
     moe_teacher, moe_student = teach(folder)
     chosen = arms(moe_teacher, moe_student)
-    rehearsals = [arm._replace(words=(*arm.words, *REHEARSED)) for arm in chosen]
+    rehearsals = [arm._replace(words=(*arm.words, *REHEARSAL)) for arm in chosen]
     jobs = [(arm, seed) for seed in seeds for arm in chosen]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for some in ([(arm, None) for arm in rehearsals], jobs):
             results = list(pool.map(lambda job: run(job[0], job[1], folder), some))
-    shutil.rmtree(folder)
+    shutil.rmtree(folder)  # all is measured: nothing to continue from
     scores = dict(zip(jobs, results, strict=True))
     rows = []
     for arm in chosen:
@@ -117,7 +117,7 @@ def measure(
 
 
 def table(result: Json) -> list[str]:
-    """Markdown: a line for each arm, changes against the first of its group."""
+    """Markdown table: one line per arm, with changes against the first arm of its group."""
     lines = [
         "| | perplexity | change, per seed | KL to the teacher | change "
         "| same top token | change |",
@@ -141,14 +141,14 @@ def table(result: Json) -> list[str]:
 
 
 def _changes(values: Sequence[float], digits: int) -> str:
-    """All of one sign are in bold: better or worse in every seed."""
+    """The changes per seed; bold if all have one sign."""
     text = ", ".join(f"{value:+.{digits}f}" for value in values)
     same = all(value > 0 for value in values) or all(value < 0 for value in values)
     return f"**{text}**" if same else text
 
 
-def run_apart(arm: Arm, seed: int | None, folder: Path) -> Json:
-    """One run and its scores, in a process with one thread, or what it gave before.
+def run_in_subprocess(arm: Arm, seed: int | None, folder: Path) -> Json:
+    """The scores of one run, made in a single-threaded subprocess or kept from before.
 
     ``seed`` is None for a rehearsal.
     """
@@ -156,7 +156,7 @@ def run_apart(arm: Arm, seed: int | None, folder: Path) -> Json:
     kept = folder / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(folder / name, ignore_errors=True)  # left by an interrupted run
     words = ["--output_dir", str(folder / name), "--seed", str(seed or 0)]
     result = _python("bench.training.ablation", [*arm.words, *words])
     kept.write_text(json.dumps(result))
@@ -170,7 +170,7 @@ def _commit() -> str:
 
 
 def make_models(folder: Path) -> tuple[str, str]:
-    """The trained mixture of experts, and a student of some of its layers."""
+    """Paths of the trained mixture of experts and of the student cut from its layers."""
     kept = folder / "models.json"
     if not kept.exists():
         teacher, student = folder / "moe-teacher", folder / "moe-student"
@@ -198,6 +198,7 @@ def _python(module: str, words: list[str]) -> Any:
 
 
 def _run_here(words: list[str]) -> Json:
+    """Train and score in this process."""
     from sad.config.load import load_config
     from sad.training.rescore import evaluate_run
     from sad.training.run import distill
@@ -208,6 +209,7 @@ def _run_here(words: list[str]) -> Json:
 
 
 def _make_here(teacher: str, student: str) -> tuple[str, str]:
+    """Train the mixture of experts, and cut its first and last layer out as the student."""
     from transformers import AutoModelForCausalLM
 
     from sad.config.load import load_config
@@ -219,7 +221,7 @@ def _make_here(teacher: str, student: str) -> tuple[str, str]:
     model: Any = AutoModelForCausalLM.from_pretrained(best)
     layers = model.model.layers
     kept = [layers[i] for i in KEPT_LAYERS]
-    for i, layer in enumerate(kept):
+    for i, layer in enumerate(kept):  # the KV cache is indexed by layer_idx
         layer.self_attn.layer_idx = i
     model.model.layers = type(layers)(kept)
     model.config.num_hidden_layers = len(kept)

@@ -1,10 +1,10 @@
-"""The largest batch that a trainer of ``bench.training.trainers`` fits into a memory limit.
+"""The largest batch of each trainer of ``bench.training.trainers`` within a memory limit.
 
-The limit is torch's own, ``torch.cuda.set_per_process_memory_fraction``: what its allocator may
-reserve, fragments included; what CUDA itself takes comes on top. A batch fits if two steps finish,
-the second with the optimizer's state in place; one row more was tried and does not. Sizes are
-looked for around the one that the peaks measured so far predict. Each trainer has a process of its
-own; nothing is timed.
+The limit is set by ``torch.cuda.set_per_process_memory_fraction``: it bounds what torch's allocator
+may reserve, fragmentation included; CUDA's own memory comes on top. A batch fits if two steps
+finish, the second with the optimizer's state allocated; one row more was tried and failed. The
+search starts at the size that the peaks measured so far predict. Each trainer runs in a subprocess;
+nothing is timed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def measure(
     only: Sequence[str] = (),
     keep: Callable[[Json], None] = lambda _: None,
 ) -> Json:
-    """Rows of ``setup.length`` tokens per trainer and limit, smallest first.
+    """The most rows of ``setup.length`` tokens, per trainer and limit, smallest limit first.
 
-    ``only`` names trainers by their words. ``run`` searches for one trainer, limit by limit; after
-    each, ``keep`` gets the result so far.
+    ``only`` selects trainers by their command-line words. ``run`` searches for one trainer, limit
+    by limit; ``keep`` receives the record so far after each.
     """
     names, limits = named(only, TRAINERS), sorted(set(limits))
     if limits[0] < 1:
@@ -58,7 +58,7 @@ def measure(
         row: Json = {"contender": name, "reason": None, "batches": []}
         rows.append(row)
         try:
-            for found in (run or _apart)(setup, name, limits):
+            for found in (run or _in_subprocess)(setup, name, limits):
                 row["batches"].append(found)
                 keep(result)
         except RuntimeError as error:
@@ -79,7 +79,7 @@ def _check_card(limit: int) -> None:
 
 
 def table(result: Json) -> list[str]:
-    """Markdown: rows that fit, and how many times those of the naive loss; what is missing, why."""
+    """Markdown table: rows that fit, their ratio to the naive loss's, and reasons for gaps."""
     found = {
         row["contender"]: {batch["limit"]: batch["rows"] for batch in row["batches"]}
         for row in result["rows"]
@@ -105,13 +105,15 @@ def _cell(rows: int | None, naive: int | None) -> str:
 
 
 def largest(fits: Callable[[int], bool], guess: int, low: int = 0) -> int:
-    """The most for which ``fits`` holds, if it holds up to there; asked near ``guess`` first.
+    """The largest n with ``fits(n)``, by galloping from ``guess`` and bisection.
 
-    It is known to hold for ``low``, and not asked there.
+    ``fits`` must be monotonic: true up to the result. It is known to hold for ``low``, where it is
+    not called.
     """
     high, step = None, 1  # low fits, high does not
     known, at = low, max(guess, low + 1)
     while high is None or high - low > 1:
+        # Double the step away from the guess until it is bracketed, then bisect.
         if fits(at):
             low = at
         else:
@@ -129,10 +131,11 @@ def largest(fits: Callable[[int], bool], guess: int, low: int = 0) -> int:
 def search(
     peak_of: Callable[[int, int | None], float | None], limits: Sequence[int]
 ) -> Iterator[Json]:
-    """Limit by limit, from the smallest, what fits it.
+    """Yield the largest batch of each limit, from the smallest limit up.
 
-    ``peak_of(rows, limit)`` is the peak in MiB of two steps, or None if they do not fit. Of a limit
-    the peak reaches a share, fragments take the rest; the share of one is the guess for the next.
+    ``peak_of(rows, limit)`` is the peak in MiB of two steps, or None if they do not fit. Because of
+    fragmentation the peak reaches only a share of the limit; the share found for one limit predicts
+    the batch of the next.
     """
     peaks: dict[int, float] = {}
 
@@ -143,7 +146,7 @@ def search(
         return peak is not None
 
     assert fits(1, None) and fits(3, None), "three rows must fit the whole card"
-    rows, share = 0, 1.0
+    rows, share = 0, 1.0  # of a limit, that the peak reaches
     for limit in sorted(limits):
         whole = limit * GIB / MIB
         none, each = _line(peaks)
@@ -158,14 +161,14 @@ def search(
 
 
 def _line(peaks: dict[int, float]) -> tuple[float, float]:
-    """The peak of no rows and what each row adds, by the fewest rows measured and the most."""
+    """Intercept and slope in MiB of the peak by rows, from the smallest and largest batch."""
     few, many = min(peaks), max(peaks)
     each = (peaks[many] - peaks[few]) / (many - few)
     return peaks[few] - each * few, each
 
 
-def _apart(setup: Setup, name: str, limits: Sequence[int]) -> Iterator[Json]:
-    """``search`` in a process of its own. ``RuntimeError`` with its last words if it fails."""
+def _in_subprocess(setup: Setup, name: str, limits: Sequence[int]) -> Iterator[Json]:
+    """Run ``search`` in a subprocess; ``RuntimeError`` with its last line of stderr if it fails."""
     words = [sys.executable, "-m", "bench.training.batches", json.dumps(asdict(setup)), name]
     words += map(str, limits)
     with tempfile.TemporaryFile("w+") as errors:
@@ -179,6 +182,7 @@ def _apart(setup: Setup, name: str, limits: Sequence[int]) -> Iterator[Json]:
 
 
 def _peak_of(setup: Setup, name: str, rows: int, limit: int | None) -> float | None:
+    """Peak MiB of two steps with so many rows under the limit in GiB; None if out of memory."""
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -192,7 +196,7 @@ def _peak_of(setup: Setup, name: str, rows: int, limit: int | None) -> float | N
 
 
 def _main(setup: str, name: str, *limits: str) -> None:
-    """Prints a line of JSON for each limit; what trainers print goes elsewhere."""
+    """Print one line of JSON per limit; the trainers' own output goes to stderr."""
     of, lines = Setup(**json.loads(setup)), sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         for found in search(partial(_peak_of, of, name), [int(limit) for limit in limits]):

@@ -1,35 +1,35 @@
 """``sad distill``'s loop against other trainers: tokens per second, peak memory, final quality.
 
 All contenders train the same student from the same weights against the same teacher, on the same
-batches in the same order, for as many steps, with the same objective (cross-entropy and forward KL
-at temperature 1), fused AdamW, schedule and clipping:
+batches in the same order, for equally many steps, with the same objective (cross-entropy and
+forward KL at temperature 1), fused AdamW, schedule and clipping:
 
 * sad's loop with its fused loss, as ``sad distill`` runs it;
-* sad's loop with a naive loss, both models' logits whole: what the loss alone is worth;
+* sad's loop with a naive loss, which holds both models' logits: the gain of the fused loss;
 * ``transformers.Trainer`` with the ``compute_loss`` of the usual recipe;
 * TRL's trainers, as far as they can be given these batches.
 
-Moving averages, evaluation, checkpoints and the checks before a start are off for all. What a loop
-does at each step stays on: sad's counts targets, looks for gradients that are not finite and sums
-up loss and accuracy (with the naive loss: the loss). All log every tenth step. Rows hold one
-document each, because not every trainer can keep packed documents apart.
+EMA, evaluation, checkpoints and preflight checks are off for all. What a loop does at each step
+stays on: sad's counts targets, checks gradients for non-finite values and sums up loss and accuracy
+(with the naive loss: the loss). All log every tenth step. Rows hold one document each, because not
+every trainer isolates packed documents.
 
 On a CPU the vocabulary is Qwen's and the models are small. The teacher is the quickstart's, which
-has learned the text that is read here; its head is widened to the large vocabulary by rows for ids
-that no text has, fitted so that they get next to no probability. Quality is the KL to it and the
-NLL on held-out text, computed from whole logits in fp32 by the same lines for everybody. It is that
-of a short training: whether all reach the same, not how far one gets. A round's seed draws the
+was trained on the same kind of text; its head is widened to the large vocabulary by rows for unused
+ids, fitted to almost no probability. Quality is the KL to the teacher and the NLL on held-out text,
+computed from whole fp32 logits by the same code for all. The training is short: quality shows
+whether all reach the same, not how good a student gets. A round's seed draws the
 student's weights and the order of the rows: contenders differ within a round by rounding, and by
 noise from round to round. On a GPU the shapes are those of Qwen3 0.6B and 4B, weights are random,
 and only time and memory count.
 
-Each run has a process of its own; every second round takes the contenders in reverse. The peak is
-what the process holds at most from its first step on: resident memory on a CPU, with libraries, and
-what torch has allocated on a GPU. ``start_mib`` is what it held just before. Tokens are all that
+Each run is a subprocess; every second round takes the contenders in reverse. The peak is the
+process's maximum from its first step on: resident memory on a CPU, with libraries, and what torch
+has allocated on a GPU. ``start_mib`` is the value just before. Tokens are all that
 the student reads, whether they have a target or not.
 
-A result that was cut off, or lacks a run that failed, has the same fields: medians and lists are of
-the rounds that finished. Of ``contenders``, those that it did not come to have no row.
+The result of an interrupted measurement has the same fields: medians and lists cover the finished
+rounds, and contenders that were not reached have no row.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def measure(
     only: Sequence[str] = (),
     keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """All rounds of all contenders, or of those that ``only`` names by their words.
+    """All rounds of all contenders, or of those that ``only`` selects by command-line words.
 
-    ``run`` makes one run, by default in a process of its own; after each, ``keep`` gets the result
-    so far.
+    ``run`` makes one run, by default in a subprocess; ``keep`` receives the record so far after
+    each.
     """
-    setup, run = setup or (GPU if torch.cuda.is_available() else CPU), run or run_apart
+    setup, run = setup or (GPU if torch.cuda.is_available() else CPU), run or run_in_subprocess
     setup = setup if rounds is None else replace(setup, rounds=rounds)
     if setup.rounds < 1:
         raise SystemExit(f"error: --rounds must be at least 1, got {setup.rounds}; ask for more")
@@ -79,7 +79,7 @@ def measure(
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for round_ in range(setup.rounds):
         for name in reversed(names) if round_ % 2 else names:
-            skipped = runs[name] and runs[name][-1]["status"] == "skipped"  # it would be again
+            skipped = runs[name] and runs[name][-1]["status"] == "skipped"  # would be skipped again
             runs[name].append(runs[name][-1] if skipped else run(setup, name, round_))
             keep(_result(setup, runs))
     return _result(setup, runs)
@@ -100,7 +100,7 @@ def _result(setup: Setup, runs: dict[str, list[Run]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result in Markdown; below it how large the noise is, what is incomplete, and why."""
+    """Markdown table of the result, with notes on noise, missing rounds and failures."""
     rows = {row["contender"]: row for row in result["rows"]}
     naive = rows[NAIVE]["tokens_per_s"] if NAIVE in rows else None
     lines = [
@@ -134,7 +134,7 @@ def _noise(rows: list[Run]) -> list[str]:
 
 
 def _incomplete(result: dict[str, Any]) -> list[str]:
-    """How many rounds each contender's numbers are of, unless all are of as many as were asked."""
+    """A note on the number of finished rounds per contender, unless all are finished."""
     rows, asked = {row["contender"]: row for row in result["rows"]}, result["setup"]["rounds"]
     done = {
         name: len(rows[name].get("tokens_per_s_rounds", ())) if name in rows else 0
@@ -148,9 +148,9 @@ def _incomplete(result: dict[str, Any]) -> list[str]:
 
 
 def _row(name: str, runs: dict[str, list[Run]]) -> Run:
-    """What the rounds of a contender come to: medians, every round's numbers, and why one failed.
+    """The row of a contender: medians, every round's numbers, and the reason of a failure.
 
-    The first contender's runs, usually ours, are what the others' are compared with.
+    Quality is compared with the first contender's, usually ours, in the same round.
     """
     first = next(iter(runs))
     rounds, ours = runs[name], runs[first][: len(runs[name])]
@@ -164,6 +164,7 @@ def _row(name: str, runs: dict[str, list[Run]]) -> Run:
     pairs = [(run, our) for run, our in both if run["status"] == "ok"]
     if not pairs:
         return row
+    # Times and quality are comparable only if all read the same tokens in the same order.
     if any(run["witness"] != our.get("witness", run["witness"]) for run, our in pairs):
         return row | {"status": "failed", "reason": f"read other tokens than {first}"}
     for key in numbers:
@@ -184,8 +185,8 @@ def _row(name: str, runs: dict[str, list[Run]]) -> Run:
     return row | {"quality": quality}
 
 
-def run_apart(setup: Setup, name: str, seed: int) -> Run:
-    """``trainers.attempt`` in a process of its own, with the setup's threads and one GPU."""
+def run_in_subprocess(setup: Setup, name: str, seed: int) -> Run:
+    """``trainers.attempt`` in a subprocess with the setup's threads and one GPU."""
     words = [
         sys.executable,
         "-m",
@@ -194,7 +195,9 @@ def run_apart(setup: Setup, name: str, seed: int) -> Run:
         name,
         str(seed),
     ]
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # transformers takes them all
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[
+        0
+    ]  # transformers would use all of them
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=1800, env=environment)

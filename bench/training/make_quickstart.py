@@ -1,11 +1,11 @@
-"""Make the files in ``sad/recipes/quickstart/``: tokenizer, and teacher weights in 16 bits.
+"""Rebuild the files in ``sad/recipes/quickstart/``: the tokenizer, and the teacher in bfloat16.
 
     python -m bench.training.make_quickstart tokenizer
     sad distill quickstart-teacher --output_dir RUN_DIR
     python -m bench.training.make_quickstart teacher RUN_DIR
 
 ``scripts/make_quickstart_teacher.sh`` runs the three. A run on another machine or with another
-version of Python gives another teacher: its text is the standard library at hand.
+version of Python gives another teacher, whose training text is that Python's standard library.
 """
 
 from __future__ import annotations

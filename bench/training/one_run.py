@@ -1,4 +1,4 @@
-"""One run of one contender, for ``run_apart``: the last line of its output is the result."""
+"""One run of one trainer; prints the result as JSON on the last line (see ``end_to_end``)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What the trainer adds to a step: its loop against the bare one, with the quickstart's models.
+"""Overhead of the trainer per step: its loop against a bare one, with the quickstart's models.
 
-The bare loop does what cannot be left out: teacher, student and loss, backward, one fused AdamW
-step. The trainer's does the same and draws batches, counts targets, clips, checks, averages, steps
-the scheduler, keeps sums and logs. Both run in turn on the same batches in one process, and the
-median of the rounds' ratios counts.
+The bare loop is minimal: teacher, student and loss, backward, one fused AdamW step. The trainer's
+loop also draws batches, counts targets, clips, checks gradients, updates the EMA and the scheduler,
+sums up metrics and logs. Both alternate on the same batches in one process; the result is the
+median over rounds of their ratio.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What distillation gains in the quickstart: its result table over several seeds."""
+"""The quickstart's result table over several seeds: what distillation gains over CE only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sad.training.run import distill
 
 
 def measure(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """The table's rows for each seed, and mean and spread of each metric."""
+    """Mean and per-seed values of every metric of the table."""
     runs = [_run(seed) for seed in seeds]
     table = []
     for i, row in enumerate(runs[0]["results"]):

@@ -1,9 +1,9 @@
 """Time and memory of each structural loss: 28 layers, 512 hidden, 2048 tokens.
 
 A step is what training does with a micro-batch: the teacher's forward pass, the student's with its
-loss, backward. Every arm takes the same models and the same row in turn, every second round in
-reverse; a ratio is the median over rounds to the step with KD alone. Memory is the peak of a step
-beyond what was there before, by torch's own count. Weights are random; what is compared does not
+loss, backward. The arms alternate on the same models and the same row, in reverse every second
+round; a ratio is the median over rounds of the time relative to KD alone. Memory is the peak that
+torch allocates in a step beyond what it held before. Weights are random: time and memory do not
 depend on them.
 """
 
@@ -42,7 +42,7 @@ MIXTURE: dict[str, Json] = {"KD alone": {}, "+ router": {"router": {"weight": 0.
 
 @dataclass(frozen=True)
 class Setup:
-    """Both models have ``layers``; the teacher is wider by a quarter and has more heads."""
+    """Sizes of a run. The teacher has as many layers, a quarter more width, and more heads."""
 
     layers: int = 28
     hidden: int = 512
@@ -55,7 +55,7 @@ class Setup:
 
 
 def measure(setup: Setup | None = None) -> Json:
-    """Seconds and MiB of every arm, of dense models and of mixtures of experts."""
+    """Seconds and MiB of every arm, for dense models and for mixtures of experts."""
     on_gpu = torch.cuda.is_available()
     setup = setup or (Setup(device="cuda", dtype="bfloat16") if on_gpu else Setup())
     rows = _measure(setup, "dense", DENSE) + _measure(setup, "mixture of experts", MIXTURE)
@@ -68,7 +68,7 @@ def _measure(setup: Setup, group: str, arms: dict[str, Json]) -> list[Json]:
     teacher = _model(setup, setup.hidden * 5 // 4, mixture, seed=1).requires_grad_(False).eval()
     batch = _batch(setup)
     steps = {name: _step(setup, student, teacher, batch, keys) for name, keys in arms.items()}
-    for step in steps.values():
+    for step in steps.values():  # warm up
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(setup.rounds):
@@ -175,7 +175,7 @@ def _batch(setup: Setup) -> Batch:
 
 
 def table(result: Json) -> list[str]:
-    """Markdown: a line for each arm, over the step with KD alone."""
+    """Markdown table: one line per arm, relative to KD alone."""
     lines = [
         "| | step | over KD alone (range of rounds) | peak beyond KD alone |",
         "|-|-|-|-|",

@@ -1,4 +1,4 @@
-"""What all contenders get: sizes, text, teacher, student; and what their students are worth."""
+"""The training task of all contenders: sizes, text, teacher and student; and the quality score."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from sad.training.inputs import RunInputs
 QUICKSTART = str(FOLDER / "quickstart" / "teacher")
 
 UNUSED = -12.0
-"""The logit of an id that the quickstart's teacher does not know. In Qwen's vocabulary these ids
-get 1e-4 of the probability together; at 0, they would get 0.86."""
+"""The teacher's logit for ids outside the quickstart's vocabulary. Together they get a probability
+of 1e-4 in Qwen's vocabulary; with a logit of 0 it would be 0.86."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Shapes are fields of ``Qwen3Config``; heads are tied to the embedding."""
+    """Sizes of a run. Model shapes are fields of ``Qwen3Config``; heads are tied to embeddings."""
 
     student: dict[str, Any]
-    teacher: dict[str, Any] | None = None  # None: the quickstart's, its head widened
+    teacher: dict[str, Any] | None = None  # None: the quickstart's, with a widened head
     vocab: int = 151936
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of both models
@@ -43,7 +43,7 @@ class Setup:
     warmup: int = 2  # steps before the clock starts
     steps: int = 14
     rounds: int = 3
-    eval_rows: int = 24  # 0: no quality
+    eval_rows: int = 24  # 0: no quality score
     documents: int = 200  # of the standard library
     threads: int = 2
 
@@ -74,17 +74,17 @@ GPU = Setup(
 
 
 class Task(NamedTuple):
-    """A round, ready to train."""
+    """Models, data and configuration of one round."""
 
     setup: Setup
     config: DistillConfig
     inputs: RunInputs
     student: Any  # PreTrainedModel
     teacher: Any
-    order: np.ndarray  # numbers of the training rows, in the order of sad's loop
+    order: np.ndarray  # training row indices, in sad's order
 
     def optimizers(self) -> tuple[Any, Any]:
-        """Sad's optimizer and schedule, for trainers that take them from outside."""
+        """Sad's optimizer and schedule, for the other trainers."""
         setup, rows = self.setup, len(self.inputs.train_rows)
         run_length = RunLength(
             rows, setup.rows, 1, num_train_epochs=1, max_steps=self.config.max_steps
@@ -94,7 +94,7 @@ class Task(NamedTuple):
 
 
 def distill_config(setup: Setup, seed: int) -> DistillConfig:
-    """The quickstart's objective and optimizer, at a rate for few steps; nothing but training."""
+    """The quickstart's objective and optimizer, a learning rate for few steps, no extras."""
     return DistillConfig(
         student="in memory",
         teacher="in memory",
@@ -121,7 +121,7 @@ def distill_config(setup: Setup, seed: int) -> DistillConfig:
 
 
 def prepare(setup: Setup, seed: int) -> Task:
-    """Text and models of a round: ``seed`` decides weights and order."""
+    """Load text and build the models of a round; ``seed`` decides weights and row order."""
     config, tokenizer = distill_config(setup, seed), load_tokenizer(QUICKSTART)
     train, held_out = load_rows(config, tokenizer)
     needed = config.max_steps * setup.rows
@@ -157,8 +157,11 @@ def random_model(shape: dict[str, Any], setup: Setup, seed: int) -> Any:
 
 @torch.no_grad()
 def _quickstart_teacher(setup: Setup, some_ids: Tensor) -> Any:
-    """With a head for the whole vocabulary. ``UNUSED`` is fitted by least squares to the hidden
-    states of ``some_ids``; on other text it comes out between -17 and -8."""
+    """The quickstart's teacher with its head widened to ``setup.vocab``.
+
+    The new rows are a least-squares fit of the logit ``UNUSED`` on the hidden states of
+    ``some_ids``; on other text their logits lie between -17 and -8.
+    """
     with quiet_libraries():
         dtype = getattr(torch, setup.dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=dtype)
@@ -174,7 +177,7 @@ def _quickstart_teacher(setup: Setup, some_ids: Tensor) -> Any:
 
 @torch.no_grad()
 def quality(task: Task) -> dict[str, float]:
-    """Nats per held-out target: KL of student and teacher, NLL of each."""
+    """Held-out quality in nats per target: KL to the teacher, NLL of student and teacher."""
     task.student.eval()
     rows = task.inputs.eval_rows
     sums = torch.zeros(4, dtype=torch.float64)

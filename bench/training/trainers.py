@@ -1,4 +1,4 @@
-"""The contenders: each trains a task's student its own way, under the same watch."""
+"""The contenders: every trainer trains the task's student, under the same monitor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.kernels.rss import _kib
 from bench.kernels.timing import MIB, one_line
-from bench.peers.base import Unable, attribute, module
+from bench.peers.base import Unsupported, require_attribute, require_module
 from bench.training.task import Setup, Task, prepare, quality
 from sad.checkpoint.run_directory import RunDirectory
 from sad.data.batch import IGNORE_INDEX, Batch, LossCounts
@@ -43,23 +43,26 @@ Run = dict[str, Any]
 
 
 def attempt(setup: Setup, name: str, seed: int) -> Run:
-    """One run of one contender; what keeps it from running is its result, with ``reason``."""
+    """One run of one contender; an exception becomes its status and reason."""
     try:
         task = prepare(setup, seed)
-        watch = Watch(task)
+        monitor = RunMonitor(task)
         with tempfile.TemporaryDirectory() as folder:
-            CONTENDERS[name].train(task, watch, folder)
+            CONTENDERS[name].train(task, monitor, folder)
         scores = quality(task) if setup.eval_rows else {}
-        return {"status": "ok", "reason": None} | watch.result() | scores
-    except Unable as error:
+        return {"status": "ok", "reason": None} | monitor.result() | scores
+    except Unsupported as error:
         return {"status": "skipped", "reason": str(error)}
     except Exception as error:  # whatever a foreign trainer may raise
         return {"status": "failed", "reason": one_line(error)}
 
 
-class Watch:
-    """Clock, memory and witness of a run. A contender calls ``begin`` before its first step and
-    ``step`` after each of them, and leaves the step's loss in ``losses``."""
+class RunMonitor:
+    """Measures the time, memory and input tokens of a run.
+
+    A contender calls ``begin`` before its first step and ``step`` after each, and appends the loss
+    of each step to ``losses``.
+    """
 
     def __init__(self, task: Task) -> None:
         self.setup = task.setup
@@ -69,10 +72,12 @@ class Watch:
         self._steps = 0
         self._start = self._peak = 0.0
         embedding = task.student.get_input_embeddings()
-        embedding.register_forward_pre_hook(lambda _, inputs: self._witness(*inputs))
+        embedding.register_forward_pre_hook(lambda _, inputs: self._record(*inputs))
 
-    def _witness(self, ids: Tensor) -> None:
-        if self._steps < self.setup.warmup + self.setup.steps:  # later ones are held out
+    def _record(self, ids: Tensor) -> None:
+        if (
+            self._steps < self.setup.warmup + self.setup.steps
+        ):  # later ones belong to the evaluation
             self._read.append(ids[:, : self.setup.length].clone())
 
     def begin(self) -> None:
@@ -88,6 +93,7 @@ class Watch:
         self._steps += 1
         if self._steps not in (self.setup.warmup, self.setup.warmup + self.setup.steps):
             return
+        # Wait for the device at the two ends of the timed steps only.
         if self.setup.device == "cuda":
             torch.cuda.synchronize()
             self._peak = torch.cuda.max_memory_allocated() / MIB
@@ -96,7 +102,7 @@ class Watch:
         self._times.append(time.perf_counter())
 
     def result(self) -> Run:
-        """``witness`` is a digest of the tokens that the student read, step by step."""
+        """Times, memory and losses; ``witness`` is a hash of all tokens that the student read."""
         setup = self.setup
         begin, end = self._times
         read = torch.cat(self._read).cpu().numpy()
@@ -112,37 +118,37 @@ class Watch:
 # Sad's loop
 
 
-def sad_fused(task: Task, watch: Watch, folder: str) -> None:
+def sad_fused(task: Task, monitor: RunMonitor, folder: str) -> None:
     precision = Precision(task.config, task.inputs.device)
     student = build_student(task.config, task.student, task.setup.vocab, precision)
-    _sad(task, watch, folder, student, precision)
+    _sad(task, monitor, folder, student, precision)
 
 
-def sad_naive(task: Task, watch: Watch, folder: str) -> None:
+def sad_naive(task: Task, monitor: RunMonitor, folder: str) -> None:
     precision = Precision(task.config, task.inputs.device)
-    _sad(task, watch, folder, NaiveStudent(task.student, task.setup.vocab), precision)
+    _sad(task, monitor, folder, NaiveStudent(task.student, task.setup.vocab), precision)
 
 
 def _sad(
-    task: Task, watch: Watch, folder: str, student: StudentWithLoss, precision: Precision
+    task: Task, monitor: RunMonitor, folder: str, student: StudentWithLoss, precision: Precision
 ) -> None:
     """``Trainer.train`` up to its final evaluation."""
     trainer = Trainer(task.config, student, task.inputs, precision, RunDirectory(folder))
     student.train()
-    student.register_forward_hook(lambda *call: watch.losses.append(call[-1].loss.detach()))
+    student.register_forward_hook(lambda *call: monitor.losses.append(call[-1].loss.detach()))
     with RunLog(folder, total_batches=trainer.run_length.micro_batches, stream=sys.stderr) as log:
         throughput = ThroughputMeter(trainer.counters.tokens)
-        watch.begin()
+        monitor.begin()
         while trainer.counters.micro_step < trainer.run_length.micro_batches:
             trainer.micro_batch()
             log.advance()
             if trainer.counters.global_step % task.config.logging_steps == 0:
                 trainer.log_progress(log, throughput)
-            watch.step()
+            monitor.step()
 
 
 class NaiveStudent(StudentWithLoss):
-    """Sad's student with a loss written by hand. It counts no hits, and pays for none."""
+    """Sad's student with a hand-written loss, without the accuracy metrics and their cost."""
 
     def forward(
         self,
@@ -170,9 +176,9 @@ def naive_sums(
     labels: Tensor,  # [B, L]
     T: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy and forward KL of the tokens with a label, in fp32, and their number.
+    """Sums of cross-entropy and forward KL over the tokens with a label, in fp32, and their number.
 
-    Tokens without one are masked in the sum over tokens: to select the others copies all logits.
+    Tokens without a label are masked in the sum: selecting the others would copy all logits.
     """
     keep = labels != IGNORE_INDEX
     logits, teacher_logits = logits.float(), teacher_logits.float()
@@ -185,20 +191,22 @@ def naive_sums(
 # Trainers of transformers and TRL
 
 
-class Steps(transformers.TrainerCallback):
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+class StepCallback(transformers.TrainerCallback):
+    """Tells the monitor of every optimizer step."""
+
+    def __init__(self, monitor: RunMonitor) -> None:
+        self.monitor = monitor
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.watch.step()
+        self.monitor.step()
 
 
 class RecipeTrainer(transformers.Trainer):
-    """The usual recipe: teacher under ``no_grad``, softmax of both in fp32, a weighted sum."""
+    """The usual recipe: teacher under ``no_grad``, fp32 softmax of both, a weighted sum."""
 
-    def __init__(self, task: Task, watch: Watch, **options: Any) -> None:
+    def __init__(self, task: Task, monitor: RunMonitor, **options: Any) -> None:
         super().__init__(model=task.student, **options)
-        self.teacher, self.objective, self.watch = task.teacher, task.config.objective(), watch
+        self.teacher, self.objective, self.monitor = task.teacher, task.config.objective(), monitor
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -209,12 +217,12 @@ class RecipeTrainer(transformers.Trainer):
         logits = model(input_ids=ids).logits
         ce, kd, count = naive_sums(logits, teacher_logits, labels, objective.temperature)
         loss = (objective.ce_weight * ce + objective.kd_weight * kd) / count
-        self.watch.losses.append(loss.detach())
+        self.monitor.losses.append(loss.detach())
         return loss
 
 
-def recipe(task: Task, watch: Watch, folder: str) -> None:
-    module("accelerate", "accelerate")
+def recipe(task: Task, monitor: RunMonitor, folder: str) -> None:
+    require_module("accelerate", "accelerate")
     batch = task.inputs.train_rows.batch(task.order)
     rows: Any = [
         {"input_ids": ids, "shift_labels": labels}
@@ -222,16 +230,16 @@ def recipe(task: Task, watch: Watch, folder: str) -> None:
     ]
     arguments = transformers.TrainingArguments(**_arguments(task, folder))
     trainer = RecipeTrainer(
-        task, watch, args=arguments, train_dataset=rows, **_handed_over(task, watch)
+        task, monitor, args=arguments, train_dataset=rows, **_common_parts(task, monitor)
     )
-    watch.begin()
+    monitor.begin()
     trainer.train()
 
 
-def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
-    """It shifts labels by itself, so rows have one token more here: any, as its logits go."""
-    with warnings.catch_warnings(action="ignore"):  # experimental; old names of arguments
-        gkd = module("trl.experimental.gkd", "trl")
+def trl_gkd(task: Task, monitor: RunMonitor, folder: str) -> None:
+    """TRL's GKDTrainer. It shifts labels itself, so rows get one more token, which it drops."""
+    with warnings.catch_warnings(action="ignore"):  # experimental API, deprecated argument names
+        gkd = require_module("trl.experimental.gkd", "trl")
         arguments = gkd.GKDConfig(
             lmbda=0.0,  # learn from the text
             beta=0.0,  # forward KL
@@ -247,43 +255,45 @@ def trl_gkd(task: Task, watch: Watch, folder: str) -> None:
             labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
             ce = F.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten())
             loss = objective.ce_weight * ce + objective.kd_weight * kd
-            watch.losses.append(loss.detach())
+            monitor.losses.append(loss.detach())
             return loss
 
     batch = task.inputs.train_rows.batch(task.order)
     ids = F.pad(batch.input_ids, (0, 1))
     rows = {
         "input_ids": ids.tolist(),
-        "attention_mask": torch.ones_like(ids).tolist(),  # padding comes last, where it is not seen
+        "attention_mask": torch.ones_like(ids).tolist(),  # padding is last, and unseen
         "labels": F.pad(batch.labels, (1, 0), value=IGNORE_INDEX).tolist(),
     }
     trainer = WithCrossEntropy(
         model=task.student,
         teacher_model=task.teacher,
         args=arguments,
-        train_dataset=module("datasets", "datasets").Dataset.from_dict(rows),
+        train_dataset=require_module("datasets", "datasets").Dataset.from_dict(rows),
         processing_class=task.inputs.tokenizer,
-        **_handed_over(task, watch),
+        **_common_parts(task, monitor),
     )
-    watch.begin()
+    monitor.begin()
     trainer.train()
 
 
-def trl_distillation(task: Task, watch: Watch, folder: str) -> None:
-    attribute(module("trl", "trl"), "DistillationTrainer", "trl")
-    raise Unable("learns only from texts that the student writes, and cannot be given these rows")
+def trl_distillation(task: Task, monitor: RunMonitor, folder: str) -> None:
+    require_attribute(require_module("trl", "trl"), "DistillationTrainer", "trl")
+    raise Unsupported(
+        "learns only from texts that the student writes, and cannot be given these rows"
+    )
 
 
-def _handed_over(task: Task, watch: Watch) -> dict[str, Any]:
+def _common_parts(task: Task, monitor: RunMonitor) -> dict[str, Any]:
     return {
         "data_collator": transformers.default_data_collator,
         "optimizers": task.optimizers(),
-        "callbacks": [Steps(watch)],
+        "callbacks": [StepCallback(monitor)],
     }
 
 
 def _arguments(task: Task, folder: str) -> dict[str, Any]:
-    """Of ``TrainingArguments``; parameters have the dtype that is computed in."""
+    """Fields of ``TrainingArguments``. No autocast: parameters have the compute dtype."""
     return {
         "output_dir": folder,
         "max_steps": task.config.max_steps,
@@ -303,9 +313,9 @@ def _arguments(task: Task, folder: str) -> dict[str, Any]:
 
 
 class Contender(NamedTuple):
-    word: str  # for a command line
+    word: str  # on the command line
     what: str
-    train: Callable[[Task, Watch, str], None]
+    train: Callable[[Task, RunMonitor, str], None]
 
 
 CONTENDERS = {
@@ -333,7 +343,7 @@ CONTENDERS = {
 
 
 def named(words: Sequence[str], among: Sequence[str] = tuple(CONTENDERS)) -> list[str]:
-    """Those of ``among`` that the words stand for, in its order; without words all."""
+    """The contenders of ``among`` that have these words, in its order; without words all."""
     known = {CONTENDERS[name].word: name for name in among}
     for word in words:
         if word not in known:

@@ -1,4 +1,4 @@
-"""Ours is right where others are not, and the table of it is honest about everyone."""
+"""The fault benchmark: ours are right, and rows and table report every outcome correctly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bench.faults.calls import Call
 from bench.faults.cases import Effort
 from bench.faults.core import INTERPRETED, Fault, rows_of
 from bench.faults.problem import Heads, Problem, Rows, heads
-from bench.peers.base import Unable
+from bench.peers.base import Unsupported
 
 SMALL = Effort(rows=4, seeds=2, vocab=2000)
 PEERS = {"liger-kernel": "liger_kernel", "trl": "trl", "flash-linear-attention": "fla"}
@@ -36,7 +36,7 @@ BY_HAND = {
     "nan_in_an_ignored_row": {"shown"},
     "fp16_loss_scale": {"right"},
 }
-"""What becomes of eager torch, which is always there."""
+"""The expected status of eager torch, which is always installed."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def wide_tiles(small_tiles: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether this environment has some or not."""
+    """Hide the peers' packages, whether this environment has them or not."""
 
     class Absent:
         def find_spec(self, name: str, *_: Any) -> None:
@@ -94,13 +94,13 @@ def only(case: Callable[[Effort], Iterator[Fault]]) -> Fault:
 
 
 def verdicts(fault: Fault, *losses: Callable[[Any], Tensor], kernels: bool = False) -> Any:
-    """The rows of peers with these losses."""
+    """The fault's rows for peers with these losses."""
     peers = [Call("planted", "planted", "planted()", loss, kernels) for loss in losses]
     return rows_of(replace(fault, peers=peers))
 
 
 class KeptGradient(torch.autograd.Function):
-    """Scales the gradient where it is kept."""
+    """Planted fault: backward scales the kept gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, gradient: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def padded_with_zeros(p: Heads) -> Tensor:
 
 
 def worse_with_chunks(p: Heads) -> Tensor:
-    """By 0.01 % of the weight's gradient for each of them, which is too much for 64."""
+    """Planted fault: an error of 0.01 % of dweight per chunk, too much for 64 chunks."""
     p.weight.register_hook(lambda g: g.float().mul(1 + 1e-4 * p.chunks).to(g.dtype))
     return calls.linear_ce(p)
 
@@ -170,7 +170,7 @@ def test_a_planted_fault_is_shown_and_what_is_right_is_right(
 
 def test_a_peer_that_fails_has_its_reason() -> None:
     def unable(p: Problem) -> Tensor:
-        raise Unable("has no cross-entropy")
+        raise Unsupported("has no cross-entropy")
 
     def failing(p: Problem) -> Tensor:
         raise RuntimeError("no such\nkernel")
@@ -187,7 +187,7 @@ def test_a_peer_that_fails_has_its_reason() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
 def test_a_divergence_means_the_same_to_all(beta: float) -> None:
-    """Ours and float64's are asked for by one name, ``F.kl_div`` is written out."""
+    """The divergence that ``beta`` selects is that of a hand-written ``F.kl_div``."""
     problem = replace(heads(5, 97, 8), beta=beta).double()
     exact = calls.linear_kl(problem, library=reference)
     assert float(calls.eager_linear_kl.loss(problem)) == pytest.approx(float(exact), rel=1e-6)

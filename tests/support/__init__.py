@@ -1,1 +1,1 @@
-"""What tests share: tiny models, problems and their oracle, faulty disks, recorded launches."""
+"""Test helpers: tiny models, loss problems with their oracle, faulty disks, recorded launches."""

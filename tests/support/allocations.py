@@ -1,4 +1,4 @@
-"""What torch's CPU allocator holds, counted from its own events: no temporary is left out."""
+"""Peak memory of torch's CPU allocator, from its allocation events."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     # torch.profiler would turn every event into a Python object: twenty times the call's own time.
     with profile(profile_memory=True) as profiler:
         kept = function()
+    assert profiler is not None
     results: Any = profiler.kineto_results
     events = (e for e in results.events() if e.name() == "[memory]")
     alive = peak = 0

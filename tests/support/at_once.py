@@ -1,6 +1,6 @@
-"""A pytest plugin (``-p support.at_once``): failures are told when they occur, not in the end.
+"""Pytest plugin (``-p support.at_once``) that prints each failure when it occurs.
 
-A run that is cut off then says why its tests failed, not only which.
+A run that hits its time limit then still shows why tests failed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,6 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """With several processes this runs in the one that prints."""
+    """Print a failed report; with xdist this runs in the controller, whose output is shown."""
     if report.failed:
         print(f"\n== {report.nodeid} failed in {report.when}\n{report.longreprtext[-3000:]}")

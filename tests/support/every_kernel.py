@@ -1,9 +1,9 @@
-"""Each Triton kernel once on small and odd shapes, forward and backward: for compute-sanitizer.
+"""Run every Triton kernel once, on small odd shapes, for compute-sanitizer.
 
     python tests/support/every_kernel.py
 
-Compares nothing; the tests do. Shapes leave tails in tiles and segments, rows that begin at odd
-addresses, rows that do not count, and ids at both ends of the vocabulary.
+Results are not compared: the tests do that. Shapes have tails in tiles and segments, rows at
+unaligned addresses, ignored rows, and ids at both ends of the vocabulary.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def noise(*shape: int) -> Tensor:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
-    """A name, a loss, and what it is differentiated by."""
+    """Every loss: its name, a function, and the tensors to differentiate by."""
     wide, t = noise(N, V + 3), noise(N, V)
-    x = wide[:, 1 : V + 1].requires_grad_()  # rows begin anywhere
+    x = wide[:, 1 : V + 1].requires_grad_()  # rows at unaligned addresses
     y = torch.randint(V, (N,), device=DEVICE)
     y[0], y[-1] = -100, V - 1
     log_probs = torch.randn(N, K, device=DEVICE).log_softmax(1) - 0.1
@@ -75,6 +75,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
 
 
 def averages() -> None:
+    """An EMA update and two swaps of tensors of odd sizes and alignments."""
     params = [noise(n) for n in (1, 17, 4096, 5001)]
     params.append(noise(301)[1:])  # not aligned
     shadows = [p.float() for p in params]

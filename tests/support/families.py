@@ -1,7 +1,7 @@
-"""One tiny random model of every causal family in transformers that a few common fields can shrink.
+"""Tiny random models of transformers' causal families, shrunk by common configuration fields.
 
-Two layers, 128 tokens, hidden size 32: each takes milliseconds. Scales, softcaps and biases have
-values that matter, so that a head which forgets one is wrong by much.
+Two layers, 128 token ids, hidden size 32: each is built in milliseconds. Logit scales, softcaps and
+biases are far from neutral, so that a head that misses one gives clearly wrong logits.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_family(model_type: str, *, initializer_range: float = 0.2) -> PreTrainedModel:
-    """A tiny random model of this family, in eval mode; the bias of its head, if any, is not 0."""
+    """A tiny random model of this family, in eval mode, with a random head bias if it has one."""
     config_class = CONFIG_MAPPING[model_type]
     known = set(config_class().to_dict()) | set(config_class.attribute_map)
     known |= set(inspect.signature(config_class.__init__).parameters)

@@ -1,6 +1,6 @@
-"""Disks that fail: the file operations of ``sad.checkpoint.atomic_files`` failing.
+"""Fault injection for the file operations of ``sad.checkpoint.atomic_files``.
 
-``FaultyDisk`` works on the real disk up to operation number ``at`` and then does as ``fault`` says:
+``FaultyDisk`` works on the real disk up to operation number ``at`` and injects ``fault`` there:
 
 * an errno name (``ENOSPC``): the operation fails once; with ``sticky`` every later one fails too;
 * ``short write``: a write takes only half of its data, which is legal and must be continued;
@@ -8,8 +8,8 @@
   Dying is the exception ``Died``, and no later operation, of a clean-up for instance, reaches the
   disk.
 
-``PowerCut`` answers what a kill cannot: the page cache survives a kill, and so hides a missing
-``fsync``. It replays a recorded trace on a model of the disk that knows what was forced to it.
+``PowerCut`` shows a missing ``fsync``, which killing a process cannot: the page cache survives a
+kill. It replays a recorded trace on a model of the disk that tracks which data were synced.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ FAULTS = ("ENOSPC", "EIO", "short write", "exit before", "exit after", "exit wit
 
 
 class Died(BaseException):
-    """Stands for the end of the process. Not an ``Exception``: nothing may handle it."""
+    """The simulated death of the process; a ``BaseException``, so that no handler catches it."""
 
 
 class FaultyDisk:
-    """The real disk with a fault at operation ``at``; without one, a recorder.
+    """The real disk with a fault at operation ``at``; without a fault, a recorder of operations.
 
     ``trace`` lists the operations done: name, arguments, result. ``fsync`` is only recorded, since
     these tests ask whether it is called and not whether the kernel obeys.
@@ -50,6 +50,7 @@ class FaultyDisk:
 
     @contextmanager
     def mounted(self) -> Iterator[FaultyDisk]:
+        """Replace the file operations of ``atomic_files`` by this disk's inside the block."""
         names = [field.name for field in dataclasses.fields(files.FileOperations)]
         table = files.FileOperations(**{name: partial(self._do, name) for name in names})
         with mock.patch.object(files, "OPERATIONS", table):
@@ -83,22 +84,26 @@ class FaultyDisk:
 
 
 class File:
+    """A file's content, and the part of it that is synced."""
+
     def __init__(self, content: bytes, *, synced: bool) -> None:
         self.content = content
         self.durable = content if synced else b""
 
 
 class Directory:
+    """A directory's entries, and those that are synced."""
+
     def __init__(self) -> None:
         self.names: dict[str, File | Directory] = {}
         self.durable: dict[str, File | Directory] = {}
 
 
 class PowerCut:
-    """A model of the disk: content and names as programs see them, and as a power cut leaves them.
+    """A model of the disk: its state as programs see it, and as a power cut would leave it.
 
-    It starts from the real directory ``root``; ``synced`` tells which of its files were forced to
-    disk before the trace begins.
+    It starts from the real directory ``root``; ``synced`` tells which of its files were synced
+    before the trace begins.
     """
 
     def __init__(self, root: Path, synced: Callable[[Path], bool] = lambda path: True) -> None:
@@ -111,15 +116,15 @@ class PowerCut:
             getattr(self, f"_{name}")(*args, result)
 
     def restore(self, target: Path, *, keep_names: bool) -> None:
-        """Write what is left after the power cut to ``target``.
+        """Write the state after a power cut to ``target``.
 
-        Data that were not forced to disk are gone. Of names (creations, renames, removals) that
-        were not, either all had reached the disk by chance (``keep_names``) or none.
+        Data that were not synced are lost. Of directory changes (creations, renames, removals) that
+        were not synced, either all reached the disk (``keep_names``) or none.
         """
         _write_directory(self._top, target, keep_names=keep_names)
 
     def restore_intact(self, target: Path) -> None:
-        """Write what programs see: everything, durable or not."""
+        """Write the state that programs see, synced or not, to ``target``."""
         _write_directory(self._top, target, keep_names=True, keep_data=True)
 
     def _open(self, path: Any, flags: int, *mode_and_fd: int) -> None:
@@ -162,7 +167,7 @@ class PowerCut:
     _rmdir = _unlink
 
     def _locate(self, path: Any) -> tuple[Directory, str]:
-        """The directory that holds a path, and the name in it: empty for the root itself."""
+        """The parent directory of a path and its name there, which is empty for the root."""
         *parents, name = Path(path).relative_to(self.root).parts or ("",)
         node: File | Directory = self._top
         for part in parents:
@@ -196,13 +201,13 @@ def _write_directory(
 
 
 def cases(trace: list[tuple[str, tuple[Any, ...], Any]], fault: str) -> list[int]:
-    """The operations of a trace that a fault can strike."""
+    """The indices of a trace's operations where the fault can be injected."""
     only_writes = fault in ("short write", "exit within")
     return [i for i, (name, _, _) in enumerate(trace) if name == "write" or not only_writes]
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
-    """Relative path -> content (None for a directory), to compare directories."""
+    """All files below ``path`` as relative path -> content, with None for a directory."""
     return {
         str(child.relative_to(path)): None if child.is_dir() else child.read_bytes()
         for child in sorted(path.rglob("*"))

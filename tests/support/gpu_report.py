@@ -1,4 +1,4 @@
-"""What ``scripts/gpu_check.sh`` found, as one JSON file: machine, versions, steps, tests.
+"""Summary of a ``scripts/gpu_check.sh`` run as one JSON file: machine, versions, steps, tests.
 
     python tests/support/gpu_report.py OUTDIR
 
@@ -22,8 +22,10 @@ from xml.etree import ElementTree
 
 def main(out: Path) -> None:
     report = {
-        "gpu": said("nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv"),
-        "commit": os.environ.get("COMMIT") or said("git", "rev-parse", "HEAD"),
+        "gpu": output_of(
+            "nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv"
+        ),
+        "commit": os.environ.get("COMMIT") or output_of("git", "rev-parse", "HEAD"),
         "versions": versions(),
         "steps": [step(path) for path in sorted(out.glob("*.step"))],
         "tests": {path.stem: tests(path) for path in sorted(out.glob("*.xml"))},
@@ -32,7 +34,7 @@ def main(out: Path) -> None:
     sys.exit(any(step["exit_status"] for step in report["steps"]))
 
 
-def said(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -62,7 +64,7 @@ def step(path: Path) -> dict[str, Any]:
 
 
 def tests(path: Path) -> dict[str, Any]:
-    """Counts, what failed and why, and what tests measured."""
+    """Counts, failures, skip reasons and recorded properties of a JUnit file."""
     cases = list(ElementTree.parse(path).getroot().iter("testcase"))
     failures = {
         name(case): problem.get("message", "")[:2000]

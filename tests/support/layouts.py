@@ -1,7 +1,7 @@
-"""Micro-batches for the structural losses, and what each of these losses must stand.
+"""Micro-batch layouts for the structural losses, and the checks that every such loss must pass.
 
-A layout is written as the sizes of each row's segments; what is left of a row is padding. The
-helpers judge functions of tensors that return one number, by value and by gradient.
+A layout is given by the sizes of each row's segments; the rest of a row is padding. The checks take
+scalar functions of tensors and compare values and gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sad.data.batch import Batch, LossCounts
 from sad.losses.layout import Layout, layout_of
 
 ROWS = ((3, 5), (4,), (1, 2, 3))
-"""A full row, one half padding, and one with a segment that has a first position only."""
+"""Segment sizes: a full row, a row half of padding, and a row with a segment of one position."""
 
 LENGTH = 8
 
@@ -27,13 +27,13 @@ Loss = Callable[..., Tensor]
 
 
 def total(counts: Iterable[LossCounts]) -> LossCounts:
-    """The units of several batches together."""
+    """The sum of several batches' counts; of ``max_segments`` the maximum."""
     targets, tokens, sequences, most = zip(*counts, strict=True)
     return LossCounts(sum(targets), sum(tokens), sum(sequences), max(most))
 
 
 def spans(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int, int, int]]:
-    """Each segment as (row, number in its row, start, end)."""
+    """Every segment as (row, index in the row, start, end)."""
     for row, sizes in enumerate(rows):
         ends = itertools.accumulate(sizes)
         for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
@@ -41,7 +41,7 @@ def spans(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int, int,
 
 
 def counting(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int]]:
-    """Each position that counts, as (row, column): all but the first of a segment."""
+    """Every position with a loss as (row, column): all but the first of each segment."""
     for row, _, start, end in spans(rows):
         yield from ((row, column) for column in range(start + 1, end))
 
@@ -65,10 +65,10 @@ def make_layout(rows: Sequence[Sequence[int]] = ROWS, length: int = LENGTH) -> L
 def value_and_gradients(
     loss: Loss, inputs: Sequence[Tensor], constants: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """``loss(*inputs, *constants)`` and its gradient by each input, on leaves of their own.
+    """``loss(*inputs, *constants)`` and its gradient by each input, computed on copies.
 
-    No step of the backward pass may make a NaN, not even one that is dropped later: whoever looks
-    for the origin of a NaN with torch's anomaly mode must not be stopped here.
+    Runs in torch's anomaly mode: no step of backward may produce a NaN, not even one that is
+    masked later, because a user who hunts for a NaN in that mode would be stopped by it.
     """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     with torch.autograd.set_detect_anomaly(True):
@@ -77,7 +77,7 @@ def value_and_gradients(
 
 
 def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Differences of at most ``tolerance`` times the largest element of each tensor, or times 1."""
+    """Assert differences of at most ``tolerance * max(1, |largest expected element|)``."""
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
         error = (a.detach().double() - e.double()).abs().max().item()
@@ -85,6 +85,7 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance
 
 
 def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Assert equal dtypes and bits, and finite values."""
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and torch.equal(a, e)
         assert torch.isfinite(a).all()
@@ -97,7 +98,7 @@ def assert_ignores(
     counts: Tensor,  # bool [B, L]: the positions that may matter
     axis: int,  # where all of ``inputs`` and ``constants`` have their positions
 ) -> None:
-    """What the other positions hold changes no bit of the value or of any gradient."""
+    """Assert that contents of the other positions change no bit of the value or the gradients."""
     assert not counts.all()
     expected = value_and_gradients(loss, inputs, constants)
     assert all(tensor.any() for tensor in expected)
@@ -116,9 +117,9 @@ def _planted(tensor: Tensor, counts: Tensor, axis: int, content: float) -> Tenso
 
 
 def assert_waits_for_nothing(loss: Loss, inputs: Sequence[Any], constants: Sequence[Any]) -> None:
-    """Forward and backward on tensors without data: whoever asks for a value fails.
+    """Assert that forward and backward never read a tensor's value, which would sync a GPU.
 
-    ``constants`` may hold tensors deep inside, as a ``Layout`` does.
+    They run on fake tensors, which have no data. ``constants`` may be nested, such as a ``Layout``.
     """
     fake = FakeTensorMode()
 

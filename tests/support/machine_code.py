@@ -1,8 +1,8 @@
-"""What a compiled Triton kernel takes and does, read from the compiler's own output.
+"""Resources and memory accesses of compiled Triton kernels, parsed from the compiler's output.
 
 ``resources``       registers, spills and shared memory, as the assemblers report them
 ``access_widths``   bytes of the widest load and store through each pointer argument
-``double_arithmetic``, ``row_products``    what may overflow or be slow, from Triton's first IR
+``double_arithmetic``, ``row_products``    slow fp64 and overflowing products in Triton's IR
 
 All of them read text: PTX, LLVM IR, GCN assembly and Triton IR name the result of an instruction
 before its operands, so following a value means collecting names until nothing is added.
@@ -24,14 +24,14 @@ REGISTER = re.compile(r"%[\w.]+")
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers per thread, bytes or registers spilled, bytes of shared memory."""
+    """Registers per thread, spills (bytes or registers), and bytes of shared memory."""
     if "amdgcn" in kernel.asm:
         return _amd_resources(kernel.asm["amdgcn"]) | {"shared_bytes": kernel.metadata.shared}
     return _nvidia_resources(kernel.asm["cubin"]) | {"shared_bytes": kernel.metadata.shared}
 
 
 def _nvidia_resources(cubin: bytes) -> dict[str, int]:
-    """STACK counts everything that does not fit into registers, and agrees with ptxas's report."""
+    """Registers and spills by cuobjdump; its STACK equals the spills that ptxas reports."""
     tool = knobs.nvidia.cuobjdump.path  # comes with Triton
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -72,7 +72,7 @@ LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 
 
 def access_widths(kernel: Any, arguments: dict[str, str]) -> dict[str, dict[str, int]]:
-    """``{"load_bytes": {pointer: bytes}, "store_bytes": ...}``, the widest access of one thread.
+    """The widest access of one thread as ``{"load_bytes": {pointer: bytes}, "store_bytes": ...}``.
 
     ``arguments`` are names and types of the run-time arguments in order. Pointers that were
     themselves loaded through argument ``table`` are called ``*table 1``, ``*table 2`` and so on.
@@ -117,7 +117,7 @@ def _pointers(arguments: dict[str, str]) -> dict[int, str]:
 
 
 def _llvm_bytes(kind: str) -> int:
-    """A vector wider than 16 bytes takes several instructions."""
+    """Bytes of a type, at most 16: a wider vector takes several instructions."""
     vector = re.match(r"<(\d+) x (\w+)>", kind)
     number, scalar = (int(vector[1]), vector[2]) if vector else (1, kind)
     bits = LLVM_BITS.get(scalar) or int(scalar.removeprefix("i"))
@@ -125,13 +125,13 @@ def _llvm_bytes(kind: str) -> int:
 
 
 def _base(sources: dict[str, Names], address: str) -> str:
-    """The argument an address starts from; offsets that were loaded come second."""
+    """The pointer argument that an address is computed from, not loaded offsets."""
     names = sorted(sources.get(address, ()), key=lambda name: (name.startswith("*"), name))
     return names[0] if names else "unknown"
 
 
 def _follow(lines: Iterable[str], sources: dict[str, Names], is_load: Any) -> None:
-    """Extend ``sources`` from registers to everything computed from them."""
+    """Propagate ``sources`` from registers to everything computed from them."""
     steps = []
     for line in lines:
         registers = REGISTER.findall(line)
@@ -160,7 +160,7 @@ def _loaded(pointer: str, step: int, loads: dict[str, list[int]]) -> str:
 
 
 def _results(line: str) -> int:
-    """How many of a line's registers are results: all in the first braces, else one."""
+    """The number of a line's result registers: those in the first braces, else one."""
     vector = re.match(r"[^%]*\{([^}]*)\}", line)
     return len(REGISTER.findall(vector[1])) if vector else 1
 
@@ -173,7 +173,7 @@ FREE_OF_VALUES = ("tt.func", "#loc", "module", "llvm.func")
 
 
 def double_arithmetic(ttir: str) -> list[str]:
-    """Operations on fp64, except for the one that rounds a scalar argument to fp32."""
+    """The fp64 operations of an IR, except for rounding a scalar argument to fp32."""
     scalar_rounding = re.compile(r"arith\.truncf %\w+ : f64 to f32\b")
     return [
         line.split(" loc(")[0].strip()
@@ -185,7 +185,7 @@ def double_arithmetic(ttir: str) -> list[str]:
 
 
 def row_products(ttir: str) -> tuple[list[str], list[str]]:
-    """Products of the row index, program axis 0: those formed in fewer than 64 bits, and in 64."""
+    """Products of the row index (program axis 0) in fewer than 64 bits, and those in 64 bits."""
     wide = re.compile(r": (tensor<[\dx]+x)?i64\b")
     products = _row_products(ttir)
     return [p for p in products if not wide.search(p)], [p for p in products if wide.search(p)]

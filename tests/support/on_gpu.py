@@ -1,11 +1,11 @@
-"""The tests of the kernels, which use CPU tensors, on a GPU: each launch takes its tensors there.
+"""Runs the kernel tests, which use CPU tensors, on a GPU: launches copy tensors there and back.
 
 Without a GPU Triton's interpreter reads and writes the CPU's memory. With one, this module puts a
 copy of every storage that a launch gets on the GPU, under views with the same sizes, strides and
 offsets, launches the compiled kernel there, and copies all of it back. What surrounds a tensor goes
-along, so that a kernel which reads or writes out of bounds still shows.
+along, so that accesses out of bounds still show.
 
-What only a GPU has, such as streams, graphs and its memory, is tested in ``test_gpu.py``.
+Streams, CUDA graphs and device memory are tested in ``test_gpu.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def take_cpu_tensors(patch: pytest.MonkeyPatch) -> None:
-    """Let ``impl="triton"`` take CPU tensors, as it does interpreted."""
+    """Make ``impl="triton"`` accept CPU tensors with compiled kernels, as with interpreted ones."""
     from sad_kernels import _dispatch
 
     if not _dispatch.HAS_TRITON:

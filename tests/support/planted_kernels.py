@@ -1,4 +1,4 @@
-"""Kernels with one fault each, which the checks of compiled code must see, and one sound."""
+"""Kernels with one planted fault each, and a sound one, to test the checks of compiled code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def double_scalars(x_ptr, y_ptr, stride, V, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def too_large(x_ptr, y_ptr, stride, V, scale, BLOCK: tl.constexpr):
-    """Holds a row until its sum is known: 512 numbers per thread."""
+    """Spills: keeps a whole row in registers, 512 numbers per thread."""
     row = tl.program_id(0).to(tl.int64) * stride
     columns = tl.arange(0, 32 * BLOCK)
     x = tl.exp2(tl.load(x_ptr + row + columns).to(tl.float32))
@@ -56,6 +56,6 @@ def too_large(x_ptr, y_ptr, stride, V, scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def does_not_compile(x_ptr, y_ptr, stride, V, scale, BLOCK: tl.constexpr):
-    """The interpreter takes ``other`` without a mask."""
+    """Load with ``other`` but no mask, which only the interpreter accepts."""
     columns = tl.arange(0, BLOCK)
     tl.store(y_ptr + columns, tl.load(x_ptr + columns, other=0.0))

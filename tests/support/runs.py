@@ -1,4 +1,4 @@
-"""Trainers as ``distill`` builds them, and whether two of them are in the same state."""
+"""Trainers built as ``distill`` builds them, and bitwise comparison of their states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sad.training.trainer import Trainer
 
 
 def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trainer:
-    """A trainer as ``distill`` builds it, with fresh objects and seeds."""
+    """A fresh trainer, built and seeded as ``distill`` does it."""
     inputs = inputs or load_inputs(config)
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
@@ -34,7 +34,7 @@ def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
-    """The whole state, copied: plain values, and tensors by group and name."""
+    """A copy of the whole state: plain values, and tensors by group and name."""
     state, tensors = trainer.capture()
     named = {
         f"{g}/{n}": t.detach().clone() for g, group in tensors.items() for n, t in group.items()

@@ -1,7 +1,7 @@
-"""Models and a tokenizer small enough to be built inside a test: no download, no stored file.
+"""Tiny models, a tokenizer and texts, built inside a test without downloads.
 
-All of them share one vocabulary of 512 entries, two layers and a hidden size of 32, and have
-weights large enough that logits are not all alike. The same arguments give the same weights.
+The models have two layers, hidden size 32 and the tokenizer's vocabulary of 512; their weights are
+large enough for clearly different logits. The same arguments give the same weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def tiny_gpt2(*, seed: int = 0, **overrides: Any) -> GPT2LMHeadModel:
 
 
 def tiny_tokenizer(vocab_size: int = VOCAB_SIZE, text: str = TEXT) -> PreTrainedTokenizerFast:
-    """A byte-level BPE; ``<|endoftext|>`` (id 0), its one special token, ends texts and pads."""
+    """A byte-level BPE whose one special token, ``<|endoftext|>`` (id 0), is EOS and padding."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_bpe(vocab_size, text)),
         eos_token=EOS,
@@ -79,14 +79,14 @@ def tiny_tokenizer(vocab_size: int = VOCAB_SIZE, text: str = TEXT) -> PreTrained
 def save_tiny(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> str:
-    """Save a model with a tokenizer (default: the tiny one) and return the folder as a string."""
+    """Save a model and a tokenizer (default: the tiny one); return the folder."""
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return str(folder)
 
 
 def write_texts(folder: Path, count: int = 8, seed: int = 0) -> str:
-    """Write ``count`` text files of unequal lengths from lines of ``TEXT``; return the folder."""
+    """Write ``count`` text files of random lines of ``TEXT``; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = TEXT.strip().splitlines()
     draw = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
-"""A tiny random mixture-of-experts model of every family that ``sad.models.experts`` knows.
+"""Tiny random mixture-of-experts models of every family that ``sad.models.experts`` supports.
 
-Two layers and 8 experts, of which 2 see a token, and the vocabulary of ``tiny.py``. Groups of
-experts, scaling factors, corrections of the choice and biases are not trivial where there are any.
+Two layers, 8 experts with top-2 routing, and the vocabulary of ``tiny.py``. Expert groups, scaling
+factors, routing bias corrections and biases are not trivial in families that have them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_moe(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of this ``model_type``, in eval mode; ``overrides`` are configuration fields.
 
-    The sigmoid families and Llama 4 have one dense layer: theirs is the second.
+    In the sigmoid families and Llama 4 the first layer is dense, and only the second has experts.
     """
     config = CONFIG_MAPPING[family](**(_COMMON | FAMILIES[family] | overrides))
     with torch.random.fork_rng(devices=[]):

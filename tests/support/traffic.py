@@ -1,14 +1,13 @@
-"""Bytes that interpreted Triton kernels read and write, counted access by access.
+"""Memory traffic of interpreted Triton kernels: bytes read and written, counted per access.
 
-The interpreter performs every load and store through one object. Watching it shows what a kernel
-asks of memory, whatever its author believes:
+The interpreter performs every load and store through one object, which is wrapped here:
 
     with counted_traffic() as traffic:
         cross_entropy(logits, labels, impl="triton")
     assert traffic.read_from(logits) == logits.nbytes
 
-Lanes that are masked off do not count, and an element that is read twice counts twice. What torch
-does between two kernels is invisible here.
+Masked lanes do not count; an element that is read twice counts twice. The traffic of torch's own
+operations is not seen.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from torch import Tensor
 needs_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels do not report their loads"
 )
-"""Mark of every test that counts."""
+"""Mark of every test that counts traffic."""
 
 
 class Traffic:
-    """The accesses so far, as runs of neighbouring bytes in the order in which they happened."""
+    """The accesses so far, in order, each as runs of contiguous bytes."""
 
     def __init__(self) -> None:
         self._read: list[np.ndarray] = []  # each [runs, 2] int64: first byte, one past the last
@@ -58,7 +57,7 @@ class Traffic:
 def counted_traffic() -> Iterator[Traffic]:
     """Count the accesses of every kernel that runs in this block.
 
-    Atomics raise ``NotImplementedError``: to leave them out of the count would falsify it.
+    Atomics raise ``NotImplementedError``, because they are not counted.
     """
     from triton.runtime.interpreter import interpreter_builder as builder
 
@@ -85,7 +84,7 @@ def counted_traffic() -> Iterator[Traffic]:
 
 
 def _runs(ptrs, mask) -> np.ndarray:
-    """[runs, 2]: where the active lanes of one access begin and end, neighbours joined."""
+    """[runs, 2]: begin and end of each contiguous run of bytes in the active lanes of an access."""
     itemsize = max(8, ptrs.get_element_ty().primitive_bitwidth) // 8
     active = np.broadcast_to(mask.data, ptrs.data.shape)
     addresses = ptrs.data[active].astype(np.int64)

@@ -1,4 +1,4 @@
-"""The ceilings at toy sizes, without a GPU: every product, block and hint has its line."""
+"""The hardware-limit benchmark at toy sizes on a CPU: every configuration gets its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaling curves: who has a point or a reason, what memory grows with, and what fits a limit."""
+"""Scaling curves: every point or its reason, growth of memory, errors, and the largest batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.kernels import curves, measure
 from bench.kernels.curves import CASES, Setup, Shape, Sizes, largest
 from bench.kernels.timing import MIB, Cpu, Times
-from bench.peers import Peer, Unable, for_case
+from bench.peers import Peer, Unsupported, for_case
 from bench.problems.cases import LossCase
 from bench.problems.inputs import Hidden, draw
 
@@ -61,7 +61,7 @@ def points_of(curve: dict[str, Any], peer: str) -> list[Any]:
 
 
 def only(*names: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no other peers take part."""
+    """Restrict the curves to the named peers."""
     every = for_case(LossCase(name="linear_ce", N=1, V=1, D_s=1))
     some = tuple(peer for peer in every if peer.name in names)
     monkeypatch.setattr(curves, "for_case", lambda case: some)
@@ -206,7 +206,7 @@ def test_ours_keeps_to_its_formula_and_eager_grows_with_tokens_and_vocabulary(
 def test_the_work_is_cut_into_as_many_pieces_as_asked(
     name: str, N: int, V: int, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the vocabulary, and of more than 1024 rows, too."""
+    """Chunks of the vocabulary, and of more than 1024 rows, too."""
     problem = hidden(name, Shape(N, V, 8, 8))
     size = curves.chunk_bytes_for(problem, pieces)
     assert curves.our_pieces(problem, size) == pieces
@@ -232,9 +232,9 @@ def test_peers_are_cut_or_say_why_not() -> None:
     peers = {peer.name: peer for peer in for_case(problem.case)}
     assert curves.in_pieces(peers["eager"], problem, 1) is peers["eager"].build
     for name in ("eager", "trl", "liger flce 16"):
-        with pytest.raises(Unable):
+        with pytest.raises(Unsupported):
             curves.in_pieces(peers[name], problem, 4)
-    with pytest.raises(Unable, match="no chunk_bytes makes 100000 pieces"):
+    with pytest.raises(Unsupported, match="no chunk_bytes makes 100000 pieces"):
         curves.chunk_bytes_for(problem, 100_000)
 
 
@@ -274,7 +274,7 @@ def test_the_search_finds_a_planted_step(threshold: int) -> None:
 
 
 def test_the_search_sees_past_sizes_that_need_more_than_larger_ones() -> None:
-    """Who cuts 256 rows at a time into whole chunks needs 511 for 511 rows, and 256 for 512."""
+    """Peak memory need not grow with rows: one chunk of 511 rows needs more than two of 256."""
     fits, fails = largest(lambda N: N / max(1, N // 256), 300, [128, 256, 512, 1024], 3)
     assert (fits, fails) == (1024, None)
     assert largest(lambda N: N, 300, [128, 256, 512, 1024], 3) == (288, 320)

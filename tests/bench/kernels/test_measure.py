@@ -1,4 +1,4 @@
-"""The benchmark's own promises: every peer keeps its row, and nobody's row spoils another's."""
+"""The kernel benchmark: every peer gets a row, and no peer's failure affects another's row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.kernels import measure
 from bench.kernels import run as kernels
 from bench.kernels.entry import Effort, Row
 from bench.kernels.timing import Cpu
-from bench.peers import Peer, Unable, for_case
+from bench.peers import Peer, Unsupported, for_case
 from bench.problems import cases, oracle
 from bench.problems.cases import EmaCase, LossCase
 from bench.problems.inputs import Hidden, Logits, draw
@@ -36,7 +36,7 @@ def effort(seconds: float = 60.0, **options: Any) -> Effort:
 
 
 def rows_with(peers: list[Peer], monkeypatch: pytest.MonkeyPatch) -> dict[str, Row]:
-    """The rows of these peers for one small cross-entropy."""
+    """Result rows by peer for one small cross-entropy."""
     monkeypatch.setattr(measure, "for_case", lambda case: tuple(peers))
     rows, _ = measure.measure(CE, Cpu(), effort(), copy_rate=1e9)
     return {row["peer"]: row for row in rows}
@@ -59,7 +59,7 @@ def failing(problem: Logits) -> Callable[[], Tensor]:
 
 
 def unable(problem: Logits) -> Callable[[], Tensor]:
-    raise Unable("has no cross-entropy")
+    raise Unsupported("has no cross-entropy")
 
 
 def overwriting(problem: Logits) -> Callable[[], Tensor]:

@@ -1,4 +1,4 @@
-"""The ablation: which runs are compared with which, and what the table says of them."""
+"""The ablation: which runs are compared with which, and the table of the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORSE = {"+ feature": 3.0, "+ router": -2.0}
 
 
 def fake(arm: Arm, seed: int | None, folder: Path) -> ablation.Json:
-    """Scores that scatter by seed, of runs that differ by what ``WORSE`` says."""
+    """Fake scores that depend on the seed, plus the arm's entry in ``WORSE``."""
     seed = seed or 0
     perplexity = 100.0 + 10 * seed + WORSE.get(arm.name, 0.0) + (seed if "all" in arm.name else 0)
     student = {"perplexity": perplexity, "kl": perplexity / 100, "agreement": 0.5}
@@ -68,12 +68,12 @@ def changed(base: DistillConfig, other: DistillConfig) -> bool:
 def test_what_was_measured_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rehearsal is not a run, and a run that was cut off starts anew."""
+    """Finished runs are kept; a rehearsal is not a run, and an interrupted run starts anew."""
     called: list[list[str]] = []
     monkeypatch.setattr(ablation, "_python", lambda _, words: called.append(words) or len(called))
     arm = Arm("dense teacher", "KD alone", ())
     (tmp_path / "dense-teacher-KD-alone-1").mkdir()
-    assert [ablation.run_apart(arm, seed, tmp_path) for seed in (None, 0, 1, 1, None)] == [
+    assert [ablation.run_in_subprocess(arm, seed, tmp_path) for seed in (None, 0, 1, 1, None)] == [
         1,
         2,
         3,

@@ -44,7 +44,7 @@ def test_a_good_guess_takes_two_questions() -> None:
 
 
 def test_limits_are_searched_by_peaks() -> None:
-    """5 GiB, and 2 GiB for each row; beyond 20 rows fragments take a tenth on top."""
+    """A memory model: 5 GiB and 2 GiB per row; beyond 20 rows fragmentation adds a tenth."""
 
     def peak_of(rows: int, limit: int | None) -> float | None:
         reserved = 5 + 2 * rows * (1.1 if rows > 20 else 1)
@@ -149,7 +149,7 @@ def test_a_process_hands_over_line_by_line(tmp_path: Path, monkeypatch: pytest.M
     program.write_text("#!/bin/sh\necho '{\"limit\": 24}'\necho gone wrong >&2\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(program))
-    found = batches._apart(GPU, OURS, (24, 48))
+    found = batches._in_subprocess(GPU, OURS, (24, 48))
     assert next(found) == {"limit": 24}
     with pytest.raises(RuntimeError, match="its process ended with 3: gone wrong"):
         next(found)

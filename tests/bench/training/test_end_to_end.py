@@ -1,4 +1,4 @@
-"""``bench end_to_end`` with small sizes: that all contenders do the same work, not how fast."""
+"""``bench end_to_end`` at toy sizes: all contenders do the same work on the same data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sad_kernels import Head, Objective, TeacherHidden, linear_distill_loss
 from transformers import AutoModelForCausalLM
 
 from bench.__main__ import main
-from bench.peers.base import Unable
+from bench.peers.base import Unsupported
 from bench.training import trainers
-from bench.training.end_to_end import measure, run_apart, table
+from bench.training.end_to_end import measure, run_in_subprocess, table
 from bench.training.task import GPU, QUICKSTART, Setup, Task, prepare, quality, random_model, shape
-from bench.training.trainers import CONTENDERS, NAIVE, OURS, Watch, attempt, naive_sums
+from bench.training.trainers import CONTENDERS, NAIVE, OURS, RunMonitor, attempt, naive_sums
 from sad.optim.precision import Precision
 from sad.training.evaluate import evaluate_student
 from sad.training.student import build_student
@@ -45,7 +45,7 @@ Run = dict[str, Any]
 
 
 class Measured:
-    """A measurement within this process, with every run that it is made of."""
+    """A measurement in this process, which keeps all of its runs."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple[str, int], Run] = {}
@@ -102,7 +102,7 @@ def test_losses_are_the_same_at_every_step(measured: Measured, seed: int) -> Non
 
 
 def test_the_first_loss_is_the_objective_s(measured: Measured, task: Task) -> None:
-    """Of the first rows, in float64 and from the models alone."""
+    """The first step's loss agrees with float64, computed from the models alone."""
     batch = task.inputs.train_rows.batch(task.order[: TINY.rows])
     keep = batch.labels != -100
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_first_loss_is_the_objective_s(measured: Measured, task: Task) -> No
 
 
 def test_the_naive_loss_leaves_out_tokens_without_a_label() -> None:
-    """As padding has none, which few rows of ten documents have."""
+    """Tokens without a label, such as padding, which few rows here have."""
     draw = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(2, 6, size, generator=draw) for size in (8, 12))
     heads = [Head(torch.randn(50, size, generator=draw)) for size in (8, 12)]
@@ -179,7 +179,7 @@ def test_a_failure_keeps_its_row_and_reason(
         raise RuntimeError("no memory\nleft")
 
     def unable(*_: Any) -> None:
-        raise Unable("too old")
+        raise Unsupported("too old")
 
     known, gkd = dict(measured.runs), "trl GKDTrainer"
     ways = {NAIVE: broken, gkd: unable}
@@ -209,7 +209,7 @@ def test_a_failure_keeps_its_row_and_reason(
 def test_a_measurement_that_is_cut_off_leaves_what_it_had(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second round, which goes from the last to the first: of two trainers it has both."""
+    """Interrupted in the second, reversed round: two of three trainers have both rounds."""
     path, words = tmp_path / "folder" / "result.json", ["ours", "naive", "transformers"]
 
     def run(setup: Setup, name: str, seed: int) -> Run:
@@ -218,7 +218,7 @@ def test_a_measurement_that_is_cut_off_leaves_what_it_had(
         return measured.runs[NAIVE if name == "transformers.Trainer" else name, seed]
 
     monkeypatch.setattr("bench.training.end_to_end.CPU", TINY)
-    monkeypatch.setattr("bench.training.end_to_end.run_apart", run)
+    monkeypatch.setattr("bench.training.end_to_end.run_in_subprocess", run)
     asked = ["--rounds", "2", "--only", ",".join(words), "--out", str(path)]
     with pytest.raises(KeyboardInterrupt):
         main(["end_to_end", *asked])
@@ -325,7 +325,7 @@ def test_the_table(measured: Measured) -> None:
 
 
 def test_a_table_without_quality(measured: Measured) -> None:
-    """As on a GPU."""
+    """Without ``eval_rows``, as on a GPU, there is no quality."""
 
     def run(setup: Setup, name: str, seed: int) -> Run:
         known = measured.runs.get((name, seed), measured.runs[name, 0])
@@ -375,38 +375,38 @@ def test_a_seed_gives_the_same_student_again(task: Task) -> None:
 def test_the_clock_leaves_out_the_warm_up(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     throughput = SimpleNamespace(now=0.0)
     monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: throughput.now))
-    watch = Watch(task)
-    watch.begin()
+    monitor = RunMonitor(task)
+    monitor.begin()
     for step in range(TINY.warmup + TINY.steps):
         throughput.now += 100 if step < TINY.warmup else 2
         task.student(torch.zeros(TINY.rows, TINY.length, dtype=torch.int64))
-        watch.step()
-    assert watch.result()["tokens_per_s"] == TINY.rows * TINY.length / 2
+        monitor.step()
+    assert monitor.result()["tokens_per_s"] == TINY.rows * TINY.length / 2
 
 
 def test_the_peak_is_of_the_steps_alone(task: Task) -> None:
     before = torch.ones(256 << 20, dtype=torch.uint8)
     del before
-    watch = Watch(task)
-    watch.begin()
+    monitor = RunMonitor(task)
+    monitor.begin()
     for _ in range(TINY.warmup + TINY.steps):
         task.student(torch.zeros(TINY.rows, TINY.length, dtype=torch.int64))
         within = torch.ones(128 << 20, dtype=torch.uint8)
         del within
-        watch.step()
-    result = watch.result()
+        monitor.step()
+    result = monitor.result()
     assert 120 < result["peak_mib"] - result["start_mib"] < 240
 
 
 def test_a_run_in_a_process_of_its_own(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_apart(TINY, OURS, 0)
+    run = run_in_subprocess(TINY, OURS, 0)
     assert run["status"] == "ok", run["reason"]
     assert run["losses"] == pytest.approx(measured.runs[OURS, 0]["losses"], rel=1e-5)
     assert run["peak_mib"] >= run["start_mib"] > 50
     monkeypatch.setattr("sys.executable", "false")
-    assert run_apart(TINY, OURS, 0)["status"] == "failed"
+    assert run_in_subprocess(TINY, OURS, 0)["status"] == "failed"
     monkeypatch.setattr("sys.executable", "no such program")
-    assert run_apart(TINY, OURS, 0) == {
+    assert run_in_subprocess(TINY, OURS, 0) == {
         "status": "failed",
         "reason": "FileNotFoundError of its process",
     }

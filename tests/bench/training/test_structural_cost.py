@@ -1,4 +1,4 @@
-"""The benchmark of structural losses, at toy sizes: every arm runs, and the table shows it."""
+"""The cost benchmark of the structural losses at toy sizes: every arm runs and is in the table."""
 
 from __future__ import annotations
 

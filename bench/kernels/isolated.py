@@ -1,6 +1,7 @@
-"""Every loss in a process of its own, so that a peer which breaks its GPU breaks no other's.
+"""Kernel benchmarks in one subprocess per loss, whose records are merged.
 
-One after the other; their records become one.
+A peer that breaks its CUDA context spoils the results of its own loss only. The processes run
+one at a time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 
-def measure_apart(
+def measure_isolated(
     names: Sequence[str], options: Sequence[str], deadline: float
 ) -> Iterator[dict[str, Any]]:
-    """Run ``python -m bench NAME`` for each name; after each, the record of all so far.
+    """Run ``python -m bench NAME`` for each name; yield the merged record after each.
 
-    The time that is left is shared out equally among those that are left.
+    The time until ``deadline`` is divided equally among the remaining names.
     """
     merged: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -47,6 +48,6 @@ def _merged(
     for field in ("floors", "rows", "notes"):
         whole[field] += part[field]
     for field, values in part["machine"].items():
-        if isinstance(values, list):  # at the start and at the end
+        if isinstance(values, list):  # [start, end]
             whole["machine"][field][1:] = values[1:]
     return whole

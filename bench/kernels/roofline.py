@@ -1,6 +1,7 @@
-"""What the hardware does with the work alone: a copy, and the bare products of a case.
+"""Measured rooflines: the time of a plain copy, and of a case's bare matrix products.
 
-Every ratio in the results is a time over one of these, measured in the same process.
+Every ratio in the results is a time over one of these, measured in the same process. The records
+keep them under the key ``floors``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from bench.problems.cases import LossCase
 from bench.problems.inputs import Hidden
 
 DRIFT = 0.03
-"""Between start and end; a larger one is said in the results."""
+"""The relative change from start to end above which the results carry a note."""
 
 
 @dataclass
-class Floor:
-    """A floor at one time. ``rate`` is in bytes or FLOP per second."""
+class Roofline:
+    """One measurement of a roofline. ``rate`` is in bytes or FLOP per second."""
 
     kind: str
     shape: dict[str, int]
@@ -35,21 +36,21 @@ class Floor:
         return vars(self)
 
 
-def copy_floor(device: Device, when: str, calls: int = 10) -> Floor:
-    """A copy of 1 GiB (64 MiB on a CPU): ``2 bytes / time``."""
+def copy_roofline(device: Device, when: str, calls: int = 10) -> Roofline:
+    """Memory bandwidth by a copy of 1 GiB (64 MiB on a CPU): ``2 bytes / time``."""
     size = 1 << (30 if device.device.type == "cuda" else 26)
     source = torch.empty(size, dtype=torch.uint8, device=device.device).random_()
     target = torch.empty_like(source)
     step = Step(lambda: target.copy_(source))
     device.time(step, 3 if device.device.type == "cpu" else 300)  # until clocks have risen
     ms = statistics.median(t.full for t in device.time(step, calls))
-    return Floor("copy", {"bytes": size}, "uint8", ms, 2 * size / ms * 1e3, when)
+    return Roofline("copy", {"bytes": size}, "uint8", ms, 2 * size / ms * 1e3, when)
 
 
 def gemm_step(problem: Hidden) -> Step:
-    """The products of a case, unchunked and in its dtype: logits forward, gradients backward.
+    """The matrix products of a case, unchunked, in its dtype: logits forward, gradients backward.
 
-    The logits stand in for their gradient, which has the same size and no more zeros.
+    The logits stand in for their gradient, which has the same shape.
     """
     case, h, w = problem.case, problem.hidden.detach(), problem.weight.detach()
     ht, wt = problem.teacher_hidden, problem.cut_teacher_weight
@@ -66,13 +67,15 @@ def gemm_step(problem: Hidden) -> Step:
     return Step(forward, backward)
 
 
-def gemm_floors(case: LossCase, full: list[float]) -> list[Floor]:
-    """Of the first and of the last round."""
+def gemm_rooflines(case: LossCase, full: list[float]) -> list[Roofline]:
+    """The bare products' rate in the first and in the last round."""
     ends = ((full[0], "start"), (full[-1], "end")) if full else ()
     flops = case.flops(backward=True)
-    return [Floor("gemm", case.shape, case.dtype, ms, flops / ms * 1e3, when) for ms, when in ends]
+    return [
+        Roofline("gemm", case.shape, case.dtype, ms, flops / ms * 1e3, when) for ms, when in ends
+    ]
 
 
-def drift(floors: list[Floor]) -> float:
-    """Of a floor from start to end, as a share of its start."""
-    return floors[-1].ms / floors[0].ms - 1
+def drift(measured: list[Roofline]) -> float:
+    """The relative change of a roofline's time from start to end."""
+    return measured[-1].ms / measured[0].ms - 1
