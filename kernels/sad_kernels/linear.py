@@ -127,10 +127,9 @@ def linear_distill_loss(
     """``distill_loss`` of the logits ``head(hidden)``, computed in chunks and never held whole.
 
     Mathematics, masking, labels and result as for ``distill_loss``; any kind of teacher, and with
-    ``TeacherHidden`` its logits are never held whole either. Gradients for ``hidden`` and for the head's
-    ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` bounds the memory (see the
-    module's docstring) and moves results by rounding only. ``hidden`` in 16 bits may meet a weight
-    in fp32, as under autocast.
+    ``TeacherHidden`` its logits are never held whole either. Gradients for ``hidden`` and for the
+    head's ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` as for
+    ``linear_cross_entropy``. ``hidden`` in 16 bits may meet a weight in fp32, as under autocast.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.
