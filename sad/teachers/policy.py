@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
 
@@ -30,7 +30,9 @@ from sad.models.experts import all_experts, require_callable, require_moe
 from sad.models.heads import eval_no_grad, split_head, with_valid_vocab
 from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 from sad.teachers.routing import StudentAwareRouter, augmented
-from sad.training.student import StudentWithLoss
+
+if TYPE_CHECKING:
+    from sad.training.student import StudentWithLoss
 
 
 class TeacherPolicy:

@@ -1,4 +1,4 @@
-"""Micro-batches for the structural losses, and what each of these losses must stand.
+"""Layouts for tests of the structural losses, and properties that each of these losses must have.
 
 A layout is written as the sizes of each row's segments; what is left of a row is padding. The
 helpers judge functions of tensors that return one number, by value and by gradient.
@@ -41,7 +41,7 @@ def spans(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int, int,
 
 
 def counting(rows: Sequence[Sequence[int]] = ROWS) -> Iterator[tuple[int, int]]:
-    """Each position that counts, as (row, column): all but the first of a segment."""
+    """Each position that counts, as (row, column): all of a segment but its first."""
     for row, _, start, end in spans(rows):
         yield from ((row, column) for column in range(start + 1, end))
 
@@ -97,7 +97,7 @@ def assert_ignores(
     counts: Tensor,  # bool [B, L]: the positions that may matter
     axis: int,  # where all of ``inputs`` and ``constants`` have their positions
 ) -> None:
-    """What the other positions hold changes no bit of the value or of any gradient."""
+    """Check that the content of other positions changes no bit of the value or of a gradient."""
     assert not counts.all()
     expected = value_and_gradients(loss, inputs, constants)
     assert all(tensor.any() for tensor in expected)
@@ -116,7 +116,7 @@ def _planted(tensor: Tensor, counts: Tensor, axis: int, content: float) -> Tenso
 
 
 def assert_waits_for_nothing(loss: Loss, inputs: Sequence[Any], constants: Sequence[Any]) -> None:
-    """Forward and backward on tensors without data: whoever asks for a value fails.
+    """Run forward and backward on fake tensors, which have no data: reading a value fails.
 
     ``constants`` may hold tensors deep inside, as a ``Layout`` does.
     """

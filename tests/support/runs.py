@@ -1,4 +1,4 @@
-"""Trainers as ``distill`` builds them, and whether two of them are in the same state."""
+"""Build trainers as ``distill`` does, and compare the whole state of two of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sad.training.trainer import Trainer
 
 
 def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trainer:
-    """A trainer as ``distill`` builds it, with fresh objects and seeds."""
+    """Build a trainer as ``distill`` does, with fresh objects and seeds."""
     inputs = inputs or load_inputs(config)
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
@@ -30,11 +30,12 @@ def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trai
 
 
 def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
+    """The log of a run that ``trainer`` begins."""
     return RunLog(config.output_dir, total_batches=trainer.run_length.micro_batches)
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
-    """The whole state, copied: plain values, and tensors by group and name."""
+    """A copy of all that a checkpoint would hold: ``state``, and tensors as ``group/name``."""
     state, tensors = trainer.capture()
     named = {
         f"{g}/{n}": t.detach().clone() for g, group in tensors.items() for n, t in group.items()
