@@ -159,7 +159,7 @@ class Trainer:
         self.meter.add(result.distill, result.terms, accumulator.num_items)
         self.window_loss += result.distill.loss.detach()
 
-        # The optimizer steps at the end of the window; the scheduler there or after each micro-batch.
+        # The optimizer steps at the window's end, the scheduler there or after each micro-batch.
         closes = accumulator.should_step()
         if closes:
             self._close_window(empty=accumulator.num_items == 0)
@@ -193,8 +193,8 @@ class Trainer:
         """Take the optimizer step: unscale, clip, check, update, average, drop the gradients."""
         self.meter.lr = self.optimizer.param_groups[0]["lr"]
         if not empty:  # a zero gradient would still apply decay and momentum
-            # Whether the gradient was finite is decided on the device: the optimizer and the average
-            # skip a bad update there, and the host reads of it with the next train record.
+            # Whether the gradient is finite is decided on the device: optimizer and average skip a
+            # bad update there, and the host learns of it with the next train record.
             update = self.precision.step(self.optimizer, self.config.max_grad_norm)
             if self.ema is not None:
                 self.ema.update(update.ok)
