@@ -1,8 +1,8 @@
-"""Structural losses: what a student can learn from inside its teacher.
+"""Structural losses: distillation from activations inside the teacher, beside its logits.
 
 Each is a function of tensors that returns a ``LossTerm``, a sum and the count it is divided by.
-Which positions count is said by a ``Layout`` (``sad.losses.layout``); how a run takes the tensors
-out of models, and what it trains beside the student, is in ``sad.losses.structural``.
+Which positions count is defined by a ``Layout`` (``sad.losses.layout``). How a run captures the
+tensors, and what it trains beside the student, is in ``sad.losses.structural``.
 """
 
 from sad.losses.attention import LearnedHeadMap, attention_loss, head_map, project_heads

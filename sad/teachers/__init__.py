@@ -1,1 +1,1 @@
-"""Teachers: what the student learns from."""
+"""Teachers: frozen models, and policies that decide which of their passes are the targets."""

@@ -1,1 +1,1 @@
-"""One training run: inputs, student, loop, evaluation."""
+"""Training: one run from its inputs to its report, the loop, the root module, evaluation."""

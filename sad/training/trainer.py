@@ -145,13 +145,14 @@ class Trainer:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
         window = self.run_length.window(counters.micro_step)
-        counts = self.batches.counts(window)
+        counts = self.batches.counts(window)  # known on the host before any forward pass
         if not accumulator.pending:
             accumulator.open_window(window.size, counts.targets)
             batches = self.batches.window(window)
             self.meter.terms.add(self.policy.begin_window(batches, self.student, counts))
 
-        # The weights of a window are those of its first micro-batch: it has one objective.
+        # Forward and backward. The weights are those at the window's first micro-batch, so that a
+        # window has one objective; the loss is divided by the units of the whole window.
         batch = self.batches.batch(counters.micro_step)
         weights = self.weights(window.first_micro_step)
         result = self._forward(batch, weights, counts)
@@ -159,6 +160,7 @@ class Trainer:
         self.meter.add(result.distill, result.terms, accumulator.num_items)
         self.window_loss += result.distill.loss.detach()
 
+        # The optimizer steps at the window's end, the scheduler there or after each micro-batch.
         closes = accumulator.should_step()
         if closes:
             self._close_window(empty=accumulator.num_items == 0)
@@ -170,7 +172,8 @@ class Trainer:
         return closes
 
     def _forward(self, batch: Batch, weights: LossWeights, counts: LossCounts) -> StepOutput:
-        """The loss of a micro-batch: its share of the loss of the window, which has ``counts``."""
+        """The loss of a micro-batch, as its share of the window's, whose units are ``counts``."""
+        # The teacher runs only if something is compared with it.
         objective = self.objective(weights)
         teacher = None
         if objective.kd_weight or self.student.active_losses(weights):
@@ -183,7 +186,7 @@ class Trainer:
         return self.curriculum.weights(micro_step if self.config.use_curriculum else None)
 
     def objective(self, weights: LossWeights) -> Objective:
-        """What a window with these weights minimises on logits: one objective for all of it."""
+        """The objective on logits of a window with these weights."""
         share = 1.0 if self.taid is None else self.taid.value
         return self.config.objective(kd_weight=weights["kd"], teacher_share=share)
 
@@ -191,6 +194,8 @@ class Trainer:
         """Take the optimizer step: unscale, clip, check, update, average, drop the gradients."""
         self.meter.lr = self.optimizer.param_groups[0]["lr"]
         if not empty:  # a zero gradient would still apply decay and momentum
+            # Whether the gradient is finite is decided on the device: optimizer and average skip a
+            # bad update there, and the host learns of it with the next train record.
             update = self.precision.step(self.optimizer, self.config.max_grad_norm)
             if self.ema is not None:
                 self.ema.update(update.ok)
@@ -206,14 +211,14 @@ class Trainer:
     # Once in a while
 
     def log_progress(self, log: RunLog, throughput: ThroughputMeter) -> None:
-        """Write a train record. Without TAID, the only place where the loop waits for the device.
+        """Write a train record; apart from TAID the only place where the loop waits for the device.
 
         Raises ``DivergedError`` after ``max_nonfinite_steps`` skipped updates in a row.
         """
         window = self.run_length.window(self.counters.micro_step - 1)
         weights = self.weights(window.first_micro_step)
         term_weights = self.student.term_weights(weights)
-        losses = self.meter.losses(term_weights)
+        losses = self.meter.losses(term_weights)  # waits for the device, as do the next lines
         skipped, _, longest = self.meter.skipped.tolist()
         record = self._position() | {
             "tokens": self.counters.tokens,
@@ -247,7 +252,7 @@ class Trainer:
         if self.ema is not None:
             variants["eval_ema"] = self.ema.swapped
         batches = self.inputs.eval_batches(config)
-        with self.policy.evaluating():
+        with self.policy.evaluating():  # waits for the device at its end
             metrics = evaluate_student(self.student, self.inputs.teacher, batches, variants)
 
         # The held-out counterpart of the training loss: the same weights, on unsmoothed parts.

@@ -286,6 +286,12 @@ MUTATIONS = [
     ),
     Mutation(
         "40",
+        "the generators are restored when their turn comes, before other parts",
+        edit(PARTS, "    restored_last = True", "    restored_last = False"),
+        tests("sad/checkpoint/test_parts.py", "test_generators_are_restored_after_all_others"),
+    ),
+    Mutation(
+        "40",
         "gradients of an unfinished window are lost",
         edit(
             PARTS,

@@ -30,6 +30,7 @@ def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trai
 
 
 def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:
+    """The log of a run that ``trainer`` begins."""
     return RunLog(config.output_dir, total_batches=trainer.run_length.micro_batches)
 
 
