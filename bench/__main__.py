@@ -1,11 +1,11 @@
-"""``python -m bench``: measure, print, and keep the numbers under ``bench/results/``.
+"""``python -m bench``: run benchmarks, print the results and keep them under ``bench/results/``.
 
 python -m bench                 every kernel against every peer, on this machine
 python -m bench --quick         the most telling of it, in 100 seconds
 python -m bench CASE...         some of it: ce kd/jsd linear_kd ema; a name before / means all
 python -m bench --compare OLD.json NEW.json     what got slower; exit status 1 if anything did
-python -m bench --readme        rewrite the tables of README.md and bench/README.md, and the plots,
-                                from what is committed under bench/results
+python -m bench --readme        rewrite the tables of all READMEs, and the plots, from what is
+                                committed under bench/results
 
 python -m bench loss            time and memory of linear_distill_loss against naive autograd
 python -m bench overhead        what the trainer adds to a step

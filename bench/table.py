@@ -1,4 +1,4 @@
-"""Results as text: ratios first, then times, then what they cost and how wrong they are."""
+"""A result of the kernel benchmark as aligned text: ratios, times, memory, errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Row = dict[str, Any]
 
 
 def lines(record: Row) -> Iterator[str]:
-    """A block for every case, ours first, the faster before the slower, the absent last."""
+    """A block for every case: our row, then the others by time, then those that were skipped."""
     for title, rows in groupby(record["rows"], key=title_of):
         yield ""
         yield title
@@ -28,7 +28,7 @@ def lines(record: Row) -> Iterator[str]:
 
 
 def measured(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
-    """The rows of cases of which anybody has a time, and the titles of the other cases."""
+    """The rows of cases in which at least one peer was timed, and the titles of other cases."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         cases.setdefault(title_of(row), []).append(row)
@@ -38,6 +38,7 @@ def measured(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
 
 
 def title_of(row: Row) -> str:
+    """The case, its sizes, its dtype, and every setting that is not the usual one."""
     sizes = " ".join(f"{name}={value:,}" for name, value in row["shape"].items())
     more = []
     if row.get("ignored"):
@@ -79,7 +80,7 @@ def _field(name: str, digits: int) -> Callable[[Row], str]:
 
 
 def _graph(row: Row) -> str:
-    """Milliseconds of a replay, or why there is none in a word; the JSON has the sentence."""
+    """Milliseconds of a CUDA graph's replay, or one word for the reason that the JSON gives."""
     reason = row.get("graph_reason", "")
     if not reason or "graphs" in reason:
         return number(row.get("graph_ms"), 3)
@@ -93,7 +94,7 @@ def _rate(row: Row) -> str:
 
 
 def errors(row: Row) -> str:
-    """Relative, of the loss and of each gradient."""
+    """The relative errors of the loss and of each gradient."""
     found = {k: v for k, v in (row.get("err") or {}).items() if k != "loss"}
     return " ".join(f"{k.removesuffix('_relative')} {_percent(v)}" for k, v in found.items()) or "-"
 
@@ -120,6 +121,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 
 def number(value: float | str | None, digits: int) -> str:
+    """With so many significant digits; ``-`` for None, and texts such as ``nan`` as they are."""
     if value is None:
         return "-"
     if isinstance(value, str):  # not a number
@@ -134,7 +136,7 @@ def _percent(value: float | str) -> str:
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
-    """A heading and a line for each row, without columns that say nothing."""
+    """A heading and a line for each row, without columns that are empty in all rows."""
     columns = [[name, *(show(row) for row in rows)] for name, show in COLUMNS]
     columns = [column for column in columns if set(column[1:]) != {"-"}]
     return [list(line) for line in zip(*columns, strict=True)]

@@ -1,9 +1,9 @@
 """SAD, Student-Aware Distillation: turn a large language model into a small one on little memory.
 
-``from sad import DistillConfig, distill`` is the main job. The parts that people build their own
-loops from are submodules: ``sad.accumulate``, ``sad.curriculum``, ``sad.ema``, ``sad.models``,
-``sad.checkpoint``, ``sad.losses``. Everything is imported on first use, so ``import sad`` costs
-nothing.
+``from sad import DistillConfig, distill`` runs a whole distillation. The parts for a training loop
+of one's own are submodules: ``sad.accumulate``, ``sad.curriculum``, ``sad.ema``, ``sad.models``,
+``sad.data``, ``sad.checkpoint``, ``sad.losses``. All of them are imported on first use, so
+``import sad`` itself imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,17 @@ _HOME = {
     "load_config": "sad.config.load",
 }
 _SUBMODULES = frozenset(
-    {"accumulate", "checkpoint", "config", "curriculum", "ema", "errors", "losses", "models"}
+    {
+        "accumulate",
+        "checkpoint",
+        "config",
+        "curriculum",
+        "data",
+        "ema",
+        "errors",
+        "losses",
+        "models",
+    }
 )
 
 

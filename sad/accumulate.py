@@ -1,4 +1,4 @@
-"""Gradient accumulation: which micro-batch closes the window.
+"""Gradient accumulation: windows of micro-batches, and what their losses are divided by.
 
 A *window* is the micro-batches of one optimizer step: ``accumulation_steps`` of them, fewer at the
 end of an epoch. The loss of each micro-batch is its sum over tokens divided by the tokens of the
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 
 class GradientAccumulator:
-    """Counts the micro-batches of a window. It holds integers only; gradients stay in ``.grad``.
+    """Counter of the micro-batches of a window; gradients stay in ``.grad``.
 
     ``accumulation_steps`` is the largest number of micro-batches that a window may have.
     """
@@ -33,7 +33,7 @@ class GradientAccumulator:
 
     @property
     def position(self) -> int:
-        """Micro-batches of the open window that are done: the index of the one in hand."""
+        """Micro-batches of the open window that are done: the index of the current one."""
         return self._position
 
     @property
@@ -43,7 +43,7 @@ class GradientAccumulator:
 
     @property
     def num_items(self) -> int:
-        """What the open window's loss is divided by: its target tokens; 0 if none is open."""
+        """Denominator of the open window's loss: its target tokens; 0 if none is open."""
         return self._num_items
 
     @property
@@ -67,11 +67,12 @@ class GradientAccumulator:
         self._size, self._num_items = size, num_items
 
     def should_step(self) -> bool:
-        """Whether the micro-batch in hand is the window's last. Asking changes nothing."""
+        """Whether the current micro-batch is the window's last."""
         return self.pending and self._position + 1 == self._size
 
     def advance(self) -> None:
-        """Count the micro-batch in hand as done, after its backward and update; the last closes.
+        """Count the current micro-batch as done, after its backward pass and the update, if any;
+        the last one closes the window.
 
         Raises ``RuntimeError`` if no window is open.
         """
@@ -91,11 +92,11 @@ class GradientAccumulator:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where ``state`` was taken.
+        """Restore the counts of ``state_dict``.
 
-        The gradients gathered until then must be restored as well: without them, the open window
-        would have too little weight. Raises ``ValueError`` for a state that cannot be: an open
-        window larger than ``accumulation_steps``, or a position outside its window.
+        The caller restores the gradients accumulated until then: without them the open window would
+        have too little weight. Raises ``ValueError`` for an impossible state: an open window larger
+        than ``accumulation_steps``, or a position outside its window.
         """
         size = _require_int("window_size", state["window_size"], 0, self.accumulation_steps)
         done = state["gradient_accumulator_step_count"]

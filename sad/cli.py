@@ -1,6 +1,6 @@
-"""The ``sad`` command: words in, one call, an exit code out. Every error a user sees passes here.
+"""The ``sad`` command: parse the command line, run one command, turn errors into exit codes.
 
-What is slow to import (torch, transformers) is imported after the words are understood.
+torch and transformers are slow to import: a command imports them after its arguments are parsed.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ file's own folder first.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or the one that its error carries.
+    """Run one command and return its exit code: 0, or the one of its error.
 
     The first line on stderr is ``sad: error: ...``. A traceback follows for a bug of ours (code 1)
     and with ``--debug``.
     """
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if not {"-h", "--help"}.isdisjoint(words):
-        words = [*words[:1], "--help"]  # asked for anywhere, it wins
+        words = [*words[:1], "--help"]  # whatever else stands on the line
+    # --debug counts before the words are parsed, so that a parsing error shows its traceback, too.
     args = argparse.Namespace(debug="--debug" in words)
     try:
         code = _run(words, args)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, where a broken pipe is still handled
         return code
     except KeyboardInterrupt:
         print("sad: error: interrupted; nothing new is saved", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output left, as in `sad distill --help | head`
+    except BrokenPipeError:  # the reader of our output is gone, as in `sad distill --help | head`
+        # Python flushes stdout once more at exit, and would report the broken pipe there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -67,7 +69,7 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from sad.report.page import format_results
+    from sad.report.results import format_results
     from sad.training.rescore import evaluate_run
 
     print(format_results(evaluate_run(args.run_dir)))
@@ -128,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         child.add_argument(
             "--debug",
             action="store_true",
-            default=argparse.SUPPRESS,  # or a command's own default would undo main's finding
+            default=argparse.SUPPRESS,  # a default here would overwrite what main has set
             help="show tracebacks for every error",
         )
     return parser
@@ -147,7 +149,7 @@ def _recipes() -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Complains as the rest of the program does, and takes no abbreviated options."""
+    """Argument parser whose errors are ``UsageError``s; no abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -157,7 +159,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _ConfigurationHelp(argparse.Action):
-    """``--help`` of a command that takes a configuration."""
+    """``--help`` of a command that takes a configuration: usage, recipes, every key."""
 
     def __init__(self, option_strings: list[str], dest: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0)
@@ -171,7 +173,7 @@ class _ConfigurationHelp(argparse.Action):
 
 
 class _Version(argparse.Action):
-    """``--version``: ours and those that matter for a bug report."""
+    """``--version``: this package's and those that matter in a bug report."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
@@ -184,7 +186,8 @@ class _Version(argparse.Action):
 
 
 def _report(error: Exception, *, debug: bool) -> int:
-    """Print the error as a user should see it; return the exit code it stands for."""
+    """Print an error in one line, with a traceback if it is a bug or ``debug``; return its exit
+    code."""
     known = _as_sad_error(error)
     if known is None:
         kind = type(error).__name__
@@ -198,6 +201,7 @@ def _report(error: Exception, *, debug: bool) -> int:
 
 
 def _as_sad_error(error: Exception) -> SadError | None:
+    """The error as one that users can act on; None for a bug."""
     if isinstance(error, SadError):
         return error
     if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""The curriculum: which distillation losses are on, and how strongly, at each point of training.
+"""Curriculum: the weight of each distillation loss as a function of training progress.
 
 With ``x = min(1, step / total_steps)``, each weight is its full value times
 
@@ -7,8 +7,8 @@ With ``x = min(1, step / total_steps)``, each weight is its full value times
     relations, router         as feature
     layerwise, contrastive    clamp((x - 0.6) / 0.4, 0, 1)
 
-so the student first learns what the teacher says, then how its layers arrive at it. Cross-entropy
-is on throughout and not in this table. A weight of 0 means that the term need not be computed.
+so the student first learns the teacher's outputs, then how its layers arrive at them. Cross-entropy
+is on throughout and not in this table. A term of weight 0 need not be computed.
 
 Any loss can have a schedule of its own instead: points ``(x, factor)``, joined by straight lines,
 constant before the first and after the last. Of two points at one ``x`` the later holds from there
@@ -18,7 +18,7 @@ on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,16 +31,17 @@ RAMPS: dict[str, tuple[float, float] | None] = {
     "contrastive": (0.6, 1.0),
     "relations": (0.3, 0.6),
 }
-"""Where each loss begins to be phased in and where it is fully on, as shares of training."""
+"""Loss -> the shares of training at which it begins to be phased in and is fully on; None: always
+on. These are all the losses that a curriculum knows."""
 
 Points = Sequence[Sequence[float]]
 
 
 class Curriculum:
-    """Scales the full ``weights`` by the phase of training; see the table of this module.
+    """Loss weights over training: the full ``weights`` times the factors of this module's table.
 
-    The clock is the number of micro-batches consumed, of ``total_steps`` planned. Read it once per
-    window, at its first micro-batch, so that a window has one objective.
+    Progress is counted in micro-batches consumed, of ``total_steps`` planned. Read the weights once
+    per window, at its first micro-batch, so that a window has one objective.
 
     ``schedules`` replace the phases of the losses that they name.
 
@@ -60,32 +61,33 @@ class Curriculum:
         self._schedules = _checked_schedules(schedules or {})
 
     def weights(self, step: int | None = None) -> dict[str, float]:
-        """The weights after ``step`` micro-batches; ``None`` gives the full ones."""
+        """The weights after ``step`` micro-batches; for None the full ones."""
         if step is None:
             return dict(self._full)
         if step < 0:
             raise ValueError(f"step must be at least 0, got {step}; count micro-batches from 0")
         x = min(1.0, step / self.total_steps)
-        return {name: full * self._share(name, x) for name, full in self._full.items()}
+        return {name: full * self._factor(name, x) for name, full in self._full.items()}
 
-    def _share(self, name: str, x: float) -> float:
+    def _factor(self, name: str, x: float) -> float:
         points = self._schedules.get(name)
-        return _phase(name, x) if points is None else _interpolated(points, x)
+        return _ramp_factor(name, x) if points is None else _interpolated(points, x)
 
     def state_dict(self) -> dict[str, Any]:
-        """Full weights, length, schedules: the position is the trainer's micro-batch counter."""
+        """``weights``, ``total_steps``, ``schedules``; the caller keeps the micro-batch counter."""
         schedules = {name: [list(p) for p in points] for name, points in self._schedules.items()}
         weights = dict(self._full)
         return {"weights": weights, "total_steps": self.total_steps, "schedules": schedules}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over weights, length and schedules of ``state``, checked as in the constructor."""
+        # All three are checked before one is assigned.
         full, total_steps = _checked_weights(state["weights"]), _checked_total(state["total_steps"])
-        schedules = _checked_schedules(state.get("schedules", {}))
+        schedules = _checked_schedules(state["schedules"])
         self._full, self.total_steps, self._schedules = full, total_steps, schedules
 
 
-def _phase(name: str, x: float) -> float:
+def _ramp_factor(name: str, x: float) -> float:
     ramp = RAMPS[name]
     if ramp is None:
         return 1.0
@@ -102,9 +104,9 @@ def is_schedule(points: Points) -> bool:
 
 
 def _interpolated(points: tuple[tuple[float, float], ...], x: float) -> float:
-    before, after = points[0], points[-1]
-    if x < before[0]:
-        return before[1]
+    """The factor at ``x`` on the broken line through ``points``, constant beyond its ends."""
+    if x < points[0][0]:
+        return points[0][1]
     for before, after in pairwise(points):
         if before[0] <= x < after[0]:
             share = (x - before[0]) / (after[0] - before[0])
@@ -115,12 +117,8 @@ def _interpolated(points: tuple[tuple[float, float], ...], x: float) -> float:
 def _checked_schedules(
     schedules: Mapping[str, Points],
 ) -> dict[str, tuple[tuple[float, float], ...]]:
+    _require_known("schedules", schedules)
     for name, points in schedules.items():
-        if name not in RAMPS:
-            raise ValueError(
-                f"curriculum schedules must be of {', '.join(RAMPS)}, got {name!r}; "
-                "cross-entropy is always on and has no place here"
-            )
         if not is_schedule(points):
             raise ValueError(
                 f"the schedule of {name} must be points (x, factor) with x rising from 0 to 1 at "
@@ -131,13 +129,19 @@ def _checked_schedules(
     }
 
 
-def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    for name, weight in weights.items():
+def _require_known(what: str, losses: Iterable[str]) -> None:
+    for name in losses:
         if name not in RAMPS:
             raise ValueError(
-                f"curriculum weights must be of {', '.join(RAMPS)}, got {name!r}; "
-                "cross-entropy is always on and has no place here"
+                f"curriculum {what} must be of {', '.join(RAMPS)}, got {name!r}; cross-entropy is "
+                "always on and has no place here, another loss needs a row in "
+                "sad.curriculum.RAMPS"
             )
+
+
+def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    _require_known("weights", weights)
+    for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"the weight of {name} must be a number, got {weight!r}; pass a float")
         if not (math.isfinite(weight) and weight >= 0):

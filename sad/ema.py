@@ -1,4 +1,4 @@
-"""An exponential moving average of a model, and evaluation under it.
+"""Exponential moving average (EMA) of a model's weights, and evaluation under it.
 
     shadow <- d * shadow + (1 - d) * parameter          d = min(decay, (1 + n) / (10 + n))
 
@@ -6,9 +6,9 @@ with ``n`` the number of updates so far, so that the first ``d`` is 0.1. Without
 of a short run's average would be the initial weights: at a decay of 0.9999, 86 % after 1,557
 updates.
 
-Shadows are fp32 whatever the parameters are; in bf16 they would hardly move. Averaged are the
-trainable parameters, tied ones once, and the persistent floating-point buffers. Everything else
-stays as it is.
+Shadows are fp32 whatever the parameters are; in bf16 they would hardly move. The average covers the
+trainable parameters, tied ones once, and the persistent floating-point buffers; nothing else is
+touched.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class ModelEMA:
-    """The moving average of ``model``, updated once per optimizer step.
+    """Exponential moving average of ``model``, updated once per optimizer step.
 
     ``warmup=False`` uses ``decay`` from the first update on. ``masters`` names fp32 tensors that
     the average follows instead of the parameters of the same name, which are their rounded copies.
 
-    Raises ``ValueError`` for a decay outside [0, 1] or a model with nothing to average, and
-    ``TypeError`` for float16, which cannot be exchanged with an fp32 shadow without loss.
+    Raises ``ValueError`` for a decay outside [0, 1], a model with nothing to average or a master
+    without a parameter, and ``TypeError`` for float16, which cannot be exchanged with an fp32
+    shadow without loss.
     """
 
     def __init__(
@@ -47,9 +48,15 @@ class ModelEMA:
         self.decay = decay
         self.warmup = warmup
         self._live = _averaged_tensors(model)
-        self._sources = {name: (masters or {}).get(name, live) for name, live in self._live.items()}
+        self._sources: dict[str, Tensor] = self._live | dict(masters or {})
+        if self._sources.keys() != self._live.keys():
+            unknown = sorted(self._sources.keys() - self._live.keys())
+            raise ValueError(
+                f"masters must have the names of averaged parameters, got {unknown[0]!r}; pass "
+                "those of the trainable parameters of this model"
+            )
         self._shadows = {name: _shadow_of(source) for name, source in self._sources.items()}
-        # On the device, like the verdict that it counts: neither is ever waited for.
+        # On the device, like the flag ``ok`` that it counts, so that no update waits for it.
         device = next(iter(self._shadows.values())).device
         self._num_updates = torch.zeros((), dtype=torch.int64, device=device)
         self._swapped = False
@@ -70,21 +77,21 @@ class ModelEMA:
         return self._swapped
 
     def update(self, ok: Tensor | None = None) -> None:
-        """Move the average towards the model, unless the 0-d bool ``ok`` says the step was skipped.
+        """Move the average towards the model, unless the 0-d bool ``ok`` is false: a skipped step.
 
-        ``ok`` is read on the device: nothing waits. Where it is false every shadow keeps its bits
+        ``ok`` is read on the device, without a sync. Where it is false every shadow keeps its bits
         and ``num_updates`` its value. Raises ``RuntimeError`` while swapped.
         """
         self._require_not_swapped("updated")
         decay = self._decay_now()
-        if ok is not None:
+        if ok is not None:  # a decay of 1 leaves every bit of the shadows
             decay = torch.where(ok, decay, 1.0)
         ema_update_(list(self._shadows.values()), list(self._sources.values()), decay)
         self._num_updates += 1 if ok is None else ok
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Put the average into the model; on leaving, also by an exception, restore every bit.
+        """Exchange the model's weights for the average; on leaving, restore every bit of them.
 
         In between, entering again, ``update``, ``state_dict``, ``load_state_dict`` and steps of an
         optimizer on these parameters raise ``RuntimeError``. Enter outside of autocast, which
@@ -118,7 +125,7 @@ class ModelEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``, which is copied into the shadows in place.
+        """Copy ``state`` into the shadows in place.
 
         Raises ``ValueError`` before anything changes unless names and shapes are those of this
         model.
@@ -132,6 +139,7 @@ class ModelEMA:
                 f"{len(saved)}, first that only one side has: {differing[0]!r}; load the state of "
                 "the same model"
             )
+        # Everything is checked before anything is copied.
         for name, shadow in self._shadows.items():
             if saved[name].shape != shadow.shape or saved[name].dtype != shadow.dtype:
                 raise ValueError(
@@ -152,7 +160,7 @@ class ModelEMA:
 
     def _swap_in(self) -> None:
         ema_swap_(*self._exchanged())
-        for live, _, shadow in self._with_master():
+        for live, _, shadow in self._with_master():  # rounds; the master keeps the weights
             live.copy_(shadow)
 
     def _swap_out(self) -> None:
@@ -161,7 +169,10 @@ class ModelEMA:
             live.copy_(master)
 
     def _exchanged(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Shadows and live tensors that change places: those without a master to come back from."""
+        """Shadows and live tensors to exchange in place.
+
+        A parameter with a master is overwritten instead, and rounded from its master again.
+        """
         names = [name for name in self._live if self._sources[name] is self._live[name]]
         return [self._shadows[name] for name in names], [self._live[name] for name in names]
 
@@ -171,6 +182,7 @@ class ModelEMA:
                 yield live.detach(), self._sources[name].detach(), self._shadows[name]
 
     def _refuse_step(self, optimizer: Optimizer, *_: object) -> None:
+        # A step would train the average, and be lost when the weights come back.
         ours = {id(tensor) for tensor in (*self._live.values(), *self._sources.values())}
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             self._require_not_swapped("trained")

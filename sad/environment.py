@@ -1,11 +1,11 @@
 """The process and its machine: devices, memory in use, seeds, versions, signals, quiet libraries.
 
-The first signal that asks a run to stop is a request, the second an order. Whoever runs jobs on
-borrowed machines gets SIGTERM or SIGUSR1 some seconds before the machine goes away; whoever sits at
-a terminal presses Ctrl-C. The trainer looks at ``StopSignals.requested`` after each micro-batch,
-saves its state and leaves. A second signal does not wait for that.
+A run stops in order on the first stop signal and at once on the second. Preemptible machines send
+SIGTERM or SIGUSR1 some seconds before they are taken away, a terminal sends SIGINT on Ctrl-C. The
+trainer reads ``StopSignals.requested`` after each micro-batch, saves its state and exits.
 
-What needs torch or transformers imports it when called: ``sad --version`` waits for neither.
+Functions import torch, transformers, numpy and psutil when they are called, so that
+``sad --version`` waits for none of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import psutil
-
 from sad.errors import UsageError, one_line
 
 if TYPE_CHECKING:
@@ -35,7 +32,7 @@ PACKAGES = ("student-aware-distillation", "torch", "triton", "transformers", "to
 
 
 def library_versions() -> dict[str, str]:
-    """Package -> installed version, and Python's."""
+    """Package -> installed version, Python included; "absent" for one that is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -46,12 +43,13 @@ def library_versions() -> dict[str, str]:
 
 
 HUB = logging.getLogger("huggingface_hub")
-"""It announces each of its attempts to reach the network; the last one fails with an error."""
+"""Logger of the Hub's client, which warns of every failed attempt to reach the network; after the
+last attempt it raises an error."""
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back progress bars of transformers, and all that it and the Hub's client log below
+    """Within, silence transformers' progress bars, and its and the Hub client's messages below
     errors."""
     from transformers.utils import logging as transformers_logging
 
@@ -74,20 +72,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Catches SIGTERM, SIGINT and SIGUSR1 while its block runs.
+    """Context manager that catches SIGTERM, SIGINT and SIGUSR1.
 
     >>> with StopSignals() as signals:
     ...     signals.requested is None
     True
 
     The second signal, whichever it is, ends the process at once with ``128 + n``: nothing is
-    flushed and no ``finally`` runs. Handlers that were there before come back at the end of the
-    block. Only the main thread may set handlers, so in any other this does nothing.
+    flushed and no ``finally`` runs. At the end of the block the previous handlers are restored.
+    Only the main thread may set handlers; in any other this does nothing.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        """Name of the first signal, such as ``SIGTERM``; None as long as nobody asked."""
+        """Name of the first signal, such as ``SIGTERM``; None before any."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -104,7 +102,7 @@ class StopSignals:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not installed from Python and cannot be named.
+            # None is a handler that was not installed from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
@@ -117,11 +115,12 @@ class StopSignals:
 def memory_now(device: torch.device | str | int | None = None) -> dict[str, int]:
     """Memory in use, in bytes.
 
-    ``rss_bytes`` is the resident memory of this process, ``rss_peak_bytes`` its highest so far
+    ``rss_bytes`` is the resident memory of this process, ``rss_peak_bytes`` its maximum so far
     (Linux only). Once CUDA is in use, for ``device``: ``cuda_used_bytes`` of ``cuda_total_bytes``
-    by all processes, ``cuda_peak_bytes`` the highest sum of this process's tensors, and
+    by all processes, ``cuda_peak_bytes`` the maximum that this process's tensors took, and
     ``cuda_reserved_bytes`` what its allocator holds.
     """
+    import psutil
     import torch
 
     memory = {"rss_bytes": psutil.Process().memory_info().rss} | _peak_rss()
@@ -137,7 +136,7 @@ def memory_now(device: torch.device | str | int | None = None) -> dict[str, int]
 
 
 def _peak_rss() -> dict[str, int]:
-    """The kernel's high-water mark; that of ``getrusage`` is inherited from the parent process."""
+    """Peak resident memory from /proc; ``getrusage`` would include that of the parent process."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -149,7 +148,10 @@ def _peak_rss() -> dict[str, int]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; ``UsageError`` for a device not here."""
+    """The torch device of a name; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises ``UsageError`` for a device that this machine does not have.
+    """
     import torch
 
     if name == "auto":
@@ -166,8 +168,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int, *, deterministic: bool = False) -> None:
-    """Start every global generator from ``seed``; ``deterministic`` also picks the kernels of torch
-    whose sums have one order, or raises where there is none."""
+    """Seed the global generators of Python, numpy and torch.
+
+    ``deterministic`` also makes torch take deterministic kernels, and raise where it has none.
+    """
+    import numpy as np
     import torch
 
     random.seed(seed)

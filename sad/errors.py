@@ -1,7 +1,7 @@
-"""Errors that a user can act on: each is one line and carries the exit code of the process.
+"""Errors that users can act on: one line each, with the exit code of the process.
 
 The line reads ``<what> must <expectation>, got <value>; <remedy>``. Anything else that escapes is
-a bug of ours and ends with a traceback and code 1.
+a bug in this package and ends with a traceback and code 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class UsageError(SadError):
 
 
 class UnfitError(SadError):
-    """Data, tokenizer or model cannot be used together, or the start-up self-check failed."""
+    """Data, tokenizer or model cannot be used together, or a check before the run failed."""
 
     exit_code = 65
 
@@ -58,15 +58,15 @@ class DivergedError(SadError):
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, fit to be quoted in one of ours: the first line of its message
-    that is not blank, at most 200 characters of it."""
+    """The first line of an error's message that is not blank, at most 200 characters of it, to be
+    quoted in one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a library's error says that the device's or the host's memory is used up."""
-    torch = sys.modules.get("torch")  # whoever has not imported it cannot have run out in it
+    """Whether an error says that memory of the device or the host is used up."""
+    torch = sys.modules.get("torch")  # importing it takes seconds; its errors need it loaded
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     # The CPU allocator raises a bare RuntimeError.

@@ -1,6 +1,6 @@
-"""``sad selftest``: does this machine compute what the definitions say? About a second.
+"""``sad selftest``: compare the kernels with their reference definitions on this machine (1 s).
 
-Every public function of ``sad_kernels`` runs on small random inputs, with rows to ignore that hold
+Every public function of ``sad_kernels`` runs on small random inputs, with ignored rows that hold
 NaN, columns past the vocabulary, softcap, bias and logit scale. Its values and gradients are
 compared with ``sad_kernels.reference`` in float64 on the same inputs. This finds a broken
 installation, driver or compiler; it is no substitute for the test suite.
@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, assert_never, get_args
 
 import sad_kernels
 import torch
@@ -25,23 +25,28 @@ from sad.errors import UnfitError
 ROWS, VOCAB, VALID, D_STUDENT, D_TEACHER, TOP_K = 6, 101, 97, 24, 32, 5
 DTYPES = (torch.float32, torch.bfloat16)
 
+TeacherKind = Literal["logits", "top-k"]
 Values = dict[str, Tensor]
 Operation = Callable[..., Values]
-"""(module of the functions, inputs, impl) -> named results; a ``loss`` is differentiated."""
+"""(module that has the function, inputs, impl) -> results by name; ``loss`` is differentiated."""
 
 
 class Check(NamedTuple):
+    """A public function with the options that it is called with."""
+
     name: str
     run: Operation
     options: dict[str, Any]
-    exact: bool = False  # moves bits without arithmetic: equal on the same dtypes, or wrong
+    exact: bool = False  # copies bits without arithmetic: any difference is a failure
 
 
 class Outcome(NamedTuple):
+    """The error of a check against its reference, and the error it may have."""
+
     name: str
     error: float  # largest over all results, relative to each result's largest entry
     budget: float
-    worst: str  # the result it belongs to
+    worst: str  # the result with this error
 
     @property
     def passed(self) -> bool:
@@ -88,7 +93,7 @@ def _checks() -> Iterator[Check]:
     for divergence in get_args(Divergence):
         yield Check("kl_div", _kl_div, {"divergence": divergence})
         yield Check("linear_distill_loss", _linear_distill_loss, {"divergence": divergence})
-    for kind in ("logits", "top-k"):
+    for kind in get_args(TeacherKind):
         yield Check("distill_loss", _distill_loss, {"teacher": kind})
     yield Check("ema_update_", _ema_update, {})
     yield Check("ema_swap_", _ema_swap, {}, exact=True)
@@ -107,6 +112,7 @@ def _compare(check: Check, inputs: Values, dtype: torch.dtype, impl: str) -> Out
 
 def _results(check: Check, functions: ModuleType, inputs: Values, **how: str) -> Values:
     """The operation's results and the gradients of its loss, by name."""
+    # Clones: the EMA operations write to their inputs.
     leaves = {k: v.clone() for k, v in inputs.items()}
     for name in ("logits", "hidden", "weight", "bias"):
         leaves[name].requires_grad_()
@@ -135,6 +141,7 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> Values:
     def normal(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
         return (scale * torch.randn(*shape, generator=draw)).to(kind)
 
+    # Drawn on the CPU, so that every device gets the same numbers.
     labels = torch.randint(0, VALID, (ROWS,), generator=draw)
     labels[1] = -100
     top = normal(ROWS, VALID, kind=torch.float32).log_softmax(-1).topk(TOP_K)
@@ -200,11 +207,14 @@ def _kl_div(functions: ModuleType, x: Values, *, divergence: str, **how: str) ->
     return {"loss": loss}
 
 
-def _distill_loss(functions: ModuleType, x: Values, *, teacher: str, **how: str) -> Values:
-    if teacher == "logits":
-        target = TeacherLogits(x["t_logits"][:, :VALID])
-    else:
-        target = TeacherTopK(x["top_ids"], x["top_log_probs"])
+def _distill_loss(functions: ModuleType, x: Values, *, teacher: TeacherKind, **how: str) -> Values:
+    match teacher:
+        case "logits":
+            target = TeacherLogits(x["t_logits"][:, :VALID])
+        case "top-k":
+            target = TeacherTopK(x["top_ids"], x["top_log_probs"])
+        case _:
+            assert_never(teacher)
     objective = Objective(ce_weight=0.3, kd_weight=0.7, label_smoothing=0.1, z_loss=1e-3)
     student = x["logits"][:, :VALID]
     return functions.distill_loss(student, x["labels"], target, objective, **how)._asdict()

@@ -65,19 +65,20 @@ def private_cache(
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles() -> Iterator[None]:
     """Interpreted kernels cross tiles and segments of small vocabularies, as on a GPU of large."""
     if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
         return
-    from sad_kernels._triton import launch
+    from sad_kernels._triton.tile_sizes import Tile, tile_rule
 
-    def choose(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> launch.Tile:
+    def small(arch: str, kernel: str, vocab: int, pressure: int, ids: bool) -> Tile:
         if vocab <= 1024:
-            return launch.Tile(32, 64, 1)  # two pieces of 16 bits, four of fp32
-        return launch.Tile(1 << 16, 1 << 17, 1 << 12)  # one or two
+            return Tile(32, 64, 1, threads_per_warp=2)  # two pieces of 16 bits, four of fp32
+        return Tile(1 << 16, 1 << 17, 1 << 12, threads_per_warp=2)  # one or two
 
-    monkeypatch.setattr(launch, "choose_tile", choose)
-    monkeypatch.setattr(launch, "THREADS_PER_WARP", 2)
+    with tile_rule(small):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 from bench.faults import interpreter, rows
 from bench.faults.core import INTERPRETED
 
 if __name__ == "__main__":
-    if INTERPRETED and find_spec("triton") is not None:
-        interpreter.prepare()
-    print(json.dumps(rows()))
+    interpreted = INTERPRETED and find_spec("triton") is not None
+    with interpreter.prepared() if interpreted else nullcontext():
+        print(json.dumps(rows()))

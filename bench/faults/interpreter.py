@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import numpy as np
 import torch
 
 
-def prepare() -> None:
+@contextmanager
+def prepared() -> Iterator[None]:
+    """Round as a GPU does, from now on, and take wide tiles until the context ends."""
     round_to_nearest()
-    widen_tiles()
+    with wide_tiles():
+        yield
 
 
 def round_to_nearest() -> None:
@@ -27,12 +33,12 @@ def round_to_nearest() -> None:
     interpreter._convert_float = rounded
 
 
-def widen_tiles() -> None:
+def wide_tiles() -> AbstractContextManager[object]:
     """Our kernels in few tiles: interpreted, each costs the same whatever its width."""
-    from sad_kernels._triton import launch
+    from sad_kernels._triton import tile_sizes
 
-    def choose(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> launch.Tile:
-        block = min(32768, launch.power_of_2(vocab))
-        return launch.Tile(block, 1 << 17, block)  # with as many warps, not cut into pieces
+    def wide(arch: str, kernel: str, vocab: int, pressure: int, ids: bool) -> tile_sizes.Tile:
+        block = min(32768, tile_sizes.power_of_2(vocab))
+        return tile_sizes.Tile(block, 1 << 17, block)  # with as many warps, not cut into pieces
 
-    launch.choose_tile = choose
+    return tile_sizes.tile_rule(wide)

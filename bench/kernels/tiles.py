@@ -1,12 +1,13 @@
 """Tiles of the row kernels: each candidate's time over the time to move the bytes, on a GPU.
 
-``choose_tile`` in ``sad_kernels/_triton/launch.py`` is the table that this is for; ``LOG.md`` says
+The table ``TILES`` in ``sad_kernels/_triton/tile_sizes.py`` is what this is for; ``LOG.md`` says
 what was chosen and why. Launchers are called without autograd, so that no host time shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ N, V, K = 8192, 128256, 64
 SEGMENTS = (16384, 32768)
 STATISTICS = ((256, 1), (512, 1), (1024, 2), (2048, 4), (4096, 8), (8192, 8))
 GRADIENT = ((512, 1), (1024, 4), (2048, 8), (4096, 8), (8192, 8))
-TERMS = ((512, 1), (1024, 4), (2048, 4), (2048, 8))
+MIXTURE = ((512, 1), (1024, 4), (2048, 4), (2048, 8))
 
 
 class Loss(NamedTuple):
@@ -117,7 +118,7 @@ def _rows(
         saved = forward()
         kernels: list[Any] = [("statistics", STATISTICS, forward, loss.forward * read)]
         if loss.forward == 4:
-            kernels.append(("terms", TERMS, forward, loss.forward * read))
+            kernels.append(("mixture", MIXTURE, forward, loss.forward * read))
         backward = partial(gradient, saved)
         kernels.append(("gradient", GRADIENT, backward, (loss.backward - 1) * read + written))
         for kernel, tiles, call, size in kernels:
@@ -133,21 +134,25 @@ def _times(
     device: Device, kernel: str, tiles: Any, call: Callable[[], Any], rounds: int
 ) -> Iterator[tuple[list[int] | None, float]]:
     """Milliseconds of a call with each tile for one kernel; first with the table's own."""
-    from sad_kernels._triton import launch
-
-    table = launch.choose_tile
-    shapes = [launch.Tile(b, s, w) for b, w in tiles for s in SEGMENTS]
-    try:
-        for shape in (None, *shapes):
-            chosen = table if shape is None else _only(kernel, shape, table)
-            launch.choose_tile = chosen
-            yield None if shape is None else list(shape), launched_ms(device, call, rounds)
-    finally:
-        launch.choose_tile = table
+    yield None, launched_ms(device, call, rounds)
+    for block, warps in tiles:
+        for segment in SEGMENTS:
+            with _tile_of(kernel, block, segment, warps):
+                yield [block, segment, warps], launched_ms(device, call, rounds)
 
 
-def _only(kernel: str, shape: Any, table: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda name, *how, **more: shape if name == kernel else table(name, *how, **more)
+def _tile_of(kernel: str, block: int, segment: int, warps: int) -> AbstractContextManager[object]:
+    """Within it this kernel gets this tile, and the others theirs."""
+    from sad_kernels._triton import tile_sizes
+
+    others = tile_sizes.current_rule()
+
+    def rule(arch: str, name: str, *how: Any) -> tile_sizes.Tile:
+        if name != kernel:
+            return others(arch, name, *how)
+        return tile_sizes.Tile(block, segment, warps, tile_sizes.threads_per_warp(arch))
+
+    return tile_sizes.tile_rule(rule)
 
 
 def _ids(n: int, device: torch.device) -> Tensor:

@@ -1,4 +1,8 @@
-"""Whom we measure beside ourselves: one file per package, one adapter per call.
+"""The implementations that are measured side by side: one file per package, one ``Peer`` per call.
+
+A file defines some of ``LOGITS``, ``HIDDEN`` and ``EMA``: its peers for losses of given logits, for
+losses from hidden states, and for moving averages. To add a package, write such a file and add its
+name to ``MODULES``.
 
 Every peer gets every case of its kind. What it cannot do stays in the results as a row that says
 why; it never gets an easier problem.
@@ -6,43 +10,41 @@ why; it never gets an easier problem.
 
 from __future__ import annotations
 
-from bench.peers import eager, ema, liger, others, ours, torch_linear, trl
+from importlib import import_module
+
 from bench.peers.base import Peer, Unable
 from bench.problems.cases import Case, EmaCase
 
-LOGITS: tuple[Peer, ...] = (
-    *ours.LOGITS,
-    *eager.LOGITS,
-    *liger.LOGITS,
-    *trl.LOGITS,
-    *others.LOGITS,
-)
-HIDDEN: tuple[Peer, ...] = (
-    *ours.HIDDEN,
-    *eager.HIDDEN,
-    *liger.HIDDEN,
-    *trl.HIDDEN,
-    *torch_linear.HIDDEN,
-    *others.HIDDEN,
-)
-EMA: tuple[Peer, ...] = (*ours.EMA, *ema.EMA)
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "liger-kernel",
+MODULES = (
+    "ours",
+    "eager",
+    "liger",
     "trl",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "flash-linear-attention",
-    "timm",
-    "ema-pytorch",
-    "diffusers",
+    "torch_linear",
+    "others",
+    "ema",
+)
+"""Files of this folder, in the order in which their peers are measured and listed."""
+
+
+def _collect(kind: str) -> tuple[Peer, ...]:
+    modules = (import_module(f"bench.peers.{name}") for name in MODULES)
+    return tuple(peer for module in modules for peer in getattr(module, kind, ()))
+
+
+LOGITS, HIDDEN, EMA = _collect("LOGITS"), _collect("HIDDEN"), _collect("EMA")
+
+PACKAGES: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        ["torch", "triton", "transformers"]
+        + [peer.package for peer in (*LOGITS, *HIDDEN, *EMA) if peer.package]
+    )
 )
 """Distributions whose versions are kept with the results."""
 
 
 def for_case(case: Case) -> tuple[Peer, ...]:
+    """The peers that a case is given to."""
     if isinstance(case, EmaCase):
         return EMA
     return HIDDEN if case.linear else LOGITS

@@ -1,7 +1,8 @@
-"""Two results beside each other: ratios to floors, which another clock or another day leaves alone.
+"""Compare two results of the kernel benchmark: what became slower or lost its result.
 
-A row is matched by everything but its numbers. It is worse if its ratio grew by more than
-``LIMIT``, or if it has lost its result: it was ok and is wrong, failed or gone.
+Compared are ratios to the copy or the matrix products of the same run, which hardly depend on
+clocks and load. A row is matched by everything but its numbers. It is worse if its ratio grew by
+more than ``LIMIT``, or if it was ok and is now wrong, failed or gone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ LIMIT = 0.10
 
 
 class Change(NamedTuple):
+    """The ratio of one row in both results."""
+
     row: str
     old: float
     new: float | None  # None: it has no result any more
@@ -30,6 +33,7 @@ class Change(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Any]:
+    """A result of the kernel benchmark; ``ValueError`` for any other file."""
     record = json.loads(path.read_text())
     rows = record.get("rows", [])
     if record.get("schema") != 1 or not rows or "peer" not in rows[0]:
@@ -41,7 +45,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Of every row that had a result in the old record and whose case is in the new one too."""
+    """A change for each row with a result in ``old`` whose case is also in ``new``."""
     found, cases = [], {_case(row) for row in new["rows"]}
     rows = {_key(row): row for row in new["rows"]}
     for row in old["rows"]:
@@ -58,7 +62,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def report(old_path: Path, new_path: Path) -> int:
-    """Print what got worse, and what got better; 1 if anything got worse."""
+    """Print what got worse and what got better; return 1 if anything got worse, else 0."""
     old, new = load(old_path), load(new_path)
     if old["machine"]["gpu"] != new["machine"]["gpu"]:
         print(f"note: {old['machine']['gpu']} is compared with {new['machine']['gpu']}")
@@ -84,7 +88,7 @@ def _case(row: dict[str, Any]) -> str:
 
 
 def _key(row: dict[str, Any]) -> str:
-    """Readable, and different for different rows."""
+    """A readable key that differs for different rows."""
     sizes = " ".join(f"{name}={value}" for name, value in row["shape"].items())
     more = "".join(
         f" {name}={row[name]}" for name in ("ignored", "upstream") if row.get(name) is not None

@@ -1,8 +1,8 @@
-"""The tables in README.md and bench/README.md, written from the JSON under results/ alone.
+"""The tables of all READMEs, written from the committed JSON under bench/results alone.
 
 ``python -m bench --readme`` rewrites what stands between ``<!-- name:begin -->`` and
-``<!-- name:end -->``, and the plots; a test compares what stands there with the JSON, so a number
-that was edited by hand, or left behind by a new measurement, fails it.
+``<!-- name:end -->``, and draws the plots. A test compares what stands there with the JSON: a
+number that was edited by hand, or left behind by a new measurement, fails it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import Any
 from bench import faults, table
 from bench.kernels import ceilings, counters
 from bench.record import RESULTS
-from bench.report import targets
+from bench.report import overview, targets
 from bench.training import ablation, batches, end_to_end
 from bench.training import structural_cost as structure
 
 Json = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "kernels/README.md", "sad/README.md", "bench/README.md")
+)
+"""Files with generated blocks. A block may stand in several of them."""
 BLOCK = re.compile(r"(<!-- (?P<name>\w+):begin -->\n).*?(<!-- (?P=name):end -->)", re.DOTALL)
 PLOTS = RESULTS / "plots"
 PLOT_NAMES = {
@@ -40,7 +43,7 @@ KERNELS = {
     "gpu logits": targets.LOGITS,
     "cpu": "2026-11-26-cpu-66375f99-kernels.json",
 }
-"""The kernel benchmark's records that are shown."""
+"""Which records of the kernel benchmark the documents show."""
 
 
 def rewrite() -> list[Path]:
@@ -49,6 +52,7 @@ def rewrite() -> list[Path]:
 
     changed = plots.draw(read(RESULTS, "curves.json"), None, PLOTS)
     changed += plots.draw(None, read(RESULTS, KERNELS["gpu"]), PLOTS / "gpu")
+    changed += overview.draw(read(RESULTS, KERNELS["gpu"]), targets.WIDTH, PLOTS)
     for path in DOCUMENTS:
         before = path.read_text()
         after = rendered(before)
@@ -59,7 +63,7 @@ def rewrite() -> list[Path]:
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
-    """``text`` with every block as the JSON has it. ``KeyError`` for a name that is no block's."""
+    """``text`` with every block written anew from the JSON; ``KeyError`` for an unknown block."""
 
     def block(found: re.Match[str]) -> str:
         lines = SECTIONS[found["name"]](results)
@@ -84,7 +88,7 @@ TABLES: dict[str, Callable[[Json], list[str]]] = {
 
 
 def text_of(source: str, file: str | None = None) -> Callable[[Path], list[str]]:
-    """What a measurement's own module says of its JSON, by default the one of its name."""
+    """A block written by the measurement's own module, from its JSON (``source.json``)."""
     name = file or f"{source}.json"
 
     def block(results: Path) -> list[str]:
@@ -96,6 +100,13 @@ def text_of(source: str, file: str | None = None) -> Callable[[Path], list[str]]
 
 
 # --- Blocks ---------------------------------------------------------------------------------------
+
+
+def comparison(results: Path) -> list[str]:
+    """The table that the READMEs open with."""
+    record = read(results, KERNELS["gpu"])
+    about = _measured(record, KERNELS["gpu"], record["run"]["command"])
+    return [*overview.table(record, targets.WIDTH), "", about, ""]
 
 
 def quickstart(results: Path) -> list[str]:
@@ -125,8 +136,8 @@ def loss(results: Path) -> list[str]:
     result = read(results, "loss.json")
     rounds = result["rounds"]
     lines = [
-        "| | the lines above it | this | ratio of times, median (range) of "
-        f"{rounds} rounds | memory beyond inputs | this |",
+        "| | eager | linear_distill_loss | ratio of times, median (range) of "
+        f"{rounds} rounds | memory beyond inputs, eager | linear_distill_loss |",
         "|-|-|-|-|-|-|",
     ]
     for row in result["rows"]:
@@ -145,7 +156,7 @@ def loss(results: Path) -> list[str]:
 
 
 def of_kernels(which: str, cases: Callable[[Json], bool]) -> Callable[[Path], list[str]]:
-    """The kernel benchmark's rows of some cases, a table for each."""
+    """A block with a table for each case that ``cases`` accepts, from the kernel benchmark."""
 
     def block(results: Path) -> list[str]:
         record = read(results, KERNELS[which])
@@ -162,7 +173,7 @@ def of_kernels(which: str, cases: Callable[[Json], bool]) -> Callable[[Path], li
 
 
 def kernel_table(rows: list[Json]) -> list[str]:
-    """Ours first, then the fastest; a time whose result is wrong is struck out; the absent last."""
+    """One case: ours, then the others by time; wrong results struck out; absent peers below."""
     of_products = any(row.get("ratio_gemm") for row in rows)
     unit = "bare products" if of_products else "copy of the bytes"
     lines = [f"| | ms | over the {unit} | MiB beyond the inputs | errors |", "|-|-|-|-|-|"]
@@ -195,7 +206,7 @@ def _ratio(row: Json) -> str:
 
 
 def curves(results: Path) -> list[str]:
-    """The plots, with what they show in words."""
+    """The plots of ``curves.json``, each with an alternative text."""
     result = read(results, "curves.json")
     lines = [_measured(result, "curves.json", "python -m bench curves"), ""]
     for name in dict.fromkeys(curve["name"] for curve in result["curves"]):
@@ -234,6 +245,7 @@ def _is_linear(row: Json) -> bool:
 
 
 SECTIONS: dict[str, Callable[[Path], list[str]]] = {
+    "comparison": comparison,
     "quickstart": quickstart,
     "loss": loss,
     "targets": targets.table,

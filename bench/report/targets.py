@@ -1,4 +1,4 @@
-"""The targets that the project set itself, each beside what was measured: met, or missed and why.
+"""The project's performance targets beside what was measured: met, or missed and why.
 
 A limit is a ratio to what the same machine measured in the same run: the copy of the bytes that
 must be moved, the bare matrix products, naive autograd, the bare training step. They were set for
@@ -69,13 +69,13 @@ WHY = {
 
 
 class Target(NamedTuple):
-    """``measured`` should be at most ``limit``."""
+    """One target, which is met if ``measured`` is at most ``limit``."""
 
     what: str
     limit: float
     measured: float
     source: str  # of the number, in bench/results
-    why: str = ""  # it is missed
+    why: str = ""  # the reason, if it is missed
 
     @property
     def met(self) -> bool:
@@ -89,7 +89,7 @@ class Target(NamedTuple):
 
 
 def targets(results: Path) -> Iterator[Target]:
-    """All of them, from the files in ``results``."""
+    """All targets, with the measurements from the files in ``results``."""
     ceilings = _read(results / CEILINGS)
     yield from _rows(_read(results / TILES), _read(results / COUNTERS))
     yield from _few_rows_and_ema(ceilings)
@@ -103,7 +103,10 @@ def _read(path: Path) -> Json:
 
 
 def _rows(record: Json, counters: Json) -> Iterator[Target]:
-    """Launchers alone: ``statistics`` is the forward pass, with ``terms`` in it for a mixture."""
+    """The row kernels by themselves, over a copy of the bytes that they must move.
+
+    ``statistics`` is the forward pass, with a mixture's second kernel in it.
+    """
     ratios = {
         (row["loss"], row["kernel"]): row["ratio_copy"]
         for row in record["rows"]
@@ -129,6 +132,7 @@ def _why_top_k(counters: Json) -> str:
 
 
 def _few_rows_and_ema(record: Json) -> Iterator[Target]:
+    """Losses of 256 rows in a CUDA graph, and the moving averages."""
     for row in record["few_rows"]:
         what = f"{NAMES[row['loss']]}, {row['rows']} rows, both directions in a CUDA graph"
         work = ("statistics_kernel", "gradient_kernel")
@@ -144,7 +148,7 @@ def _few_rows_and_ema(record: Json) -> Iterator[Target]:
 
 
 def _logits(record: Json) -> Iterator[Target]:
-    """Eager calls of 8192 rows beside those of the fastest peer."""
+    """Losses of 8192 rows of logits, called eagerly, over the fastest peer."""
     for case, name in (("ce", "cross-entropy"), ("kd/forward_kl", "forward KL")):
         rows = {r["peer"]: r for r in record["rows"] if r["case"] == case and r["status"] == "ok"}
         ours = rows.pop("ours")
@@ -156,8 +160,8 @@ def _logits(record: Json) -> Iterator[Target]:
 
 
 def _linear(record: Json, ceilings: Json) -> Iterator[Target]:
-    """Over the bare products where the heads are as wide as the targets are for; over every peer
-    at every shape."""
+    """Losses from hidden states: over their bare products and in memory at the width that these
+    targets are set for, and over the fastest peer at every shape."""
     for (case, D), of_case in _by_shape(record).items():
         name, limit = PRODUCTS.get(case, (case, None))
         ours = of_case.pop("ours")
@@ -195,6 +199,7 @@ def _why_linear(ceilings: Json, loss: str, gradients: float) -> str:
 
 
 def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
+    """The torch path over naive autograd on a CPU, and the trainer over a bare step."""
     for row, limit in zip(loss["rows"], (0.6, 0.4), strict=True):
         what = f"CE + KL from hidden states on a CPU, {row['dtype']}, over naive autograd"
         yield Target(f"{what}: time", limit, row["time_ratio"], "loss.json", WHY["bf16"])
@@ -204,9 +209,12 @@ def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
 
 
 def table(results: Path) -> list[str]:
-    """Markdown, one line for each."""
-    lines = ["| what | on | target | measured | |", "|-|-|-|-|-|"]
-    for t in targets(results):
+    """Markdown: how many are met, and a line for each."""
+    found = list(targets(results))
+    met = sum(t.met for t in found)
+    lines = [f"{met} of {len(found)} are met.", ""]
+    lines += ["| what | on | target | measured | |", "|-|-|-|-|-|"]
+    for t in found:
         card = _read(results / t.source)["machine"]["gpu"] or "CPU"
         card = next((name for name in ("H200", "H100") if name in card), card)
         lines.append(f"| {t.what} | {card} | {t.limit:.3g} | {t.measured:.3g} | {t.verdict} |")

@@ -30,10 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sad.metrics import headline_metrics
+
 Json = dict[str, Any]
 
 SEEDS = (0, 1, 2)
-METRICS = ("perplexity", "kl", "agreement")
 KEPT_LAYERS = (0, -1)  # of the mixture, in the student cut from it
 REHEARSED = ("--max_steps", "1", "--warmup_steps", "0", "--max_eval_rows", "2")
 
@@ -103,7 +104,7 @@ def measure(
     for arm in chosen:
         base = next(other for other in chosen if other.group == arm.group)
         row: Json = {"group": arm.group, "arm": arm.name, "words": list(arm.words)}
-        for metric in METRICS:
+        for metric in [shown.name for shown in headline_metrics()]:
             values = [scores[arm, seed]["student"][metric] for seed in seeds]
             changes = [
                 value - scores[base, seed]["student"][metric]

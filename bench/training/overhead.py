@@ -52,7 +52,8 @@ def _measure(folder: str, rounds: int, steps: int) -> dict[str, Any]:
     def bare() -> None:
         for batch in batches:
             assert inputs.teacher is not None
-            out = bare_student(batch, inputs.teacher(batch), objective, batch.num_targets)
+            target = inputs.teacher.forward(batch)
+            out = bare_student(batch, target, objective, batch.counts)
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

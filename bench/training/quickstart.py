@@ -9,9 +9,8 @@ import time
 from typing import Any
 
 from sad.config.load import load_config
+from sad.metrics import table_metrics
 from sad.training.run import distill
-
-METRICS = ("perplexity", "nll", "kl", "agreement", "accuracy", "bits_per_byte")
 
 
 def measure(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
@@ -19,7 +18,8 @@ def measure(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
     runs = [_run(seed) for seed in seeds]
     table = []
     for i, row in enumerate(runs[0]["results"]):
-        values = {m: [run["results"][i][m] for run in runs] for m in METRICS if row[m] is not None}
+        names = [column.name for column in table_metrics() if row[column.name] is not None]
+        values = {name: [run["results"][i][name] for run in runs] for name in names}
         table.append(
             {"name": row["name"], "parameters": row["parameters"]}
             | {m: {"mean": statistics.fmean(v), "seeds": v} for m, v in values.items()}

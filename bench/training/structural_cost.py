@@ -22,10 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 from bench.kernels.timing import MIB, peak_bytes
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
-from sad.losses.structural import StructuralLosses
 from sad.optim.precision import Precision
 from sad.teachers.frozen import FrozenTeacher
-from sad.training.student import StructuredStudent, build_student
+from sad.training.student import build_student
 
 Json = dict[str, Any]
 
@@ -102,27 +101,17 @@ def _step(
         use_curriculum=False, **keys,
     )  # fmt: skip
     device = torch.device(setup.device)
-    student = build_student(config, model, setup.vocab, Precision(config, device)).train()
+    precision = Precision(config, device)
+    student = build_student(config, model, setup.vocab, precision, teacher_model).train()
     teacher = FrozenTeacher(teacher_model, setup.vocab, device=device)
     objective, weights = config.objective(), config.structural_weights
-    if not weights:
+    capture = student.teacher_capture(weights)
 
-        def plain() -> Tensor:
-            out = student(batch, teacher(batch), objective, batch.num_targets)
-            return _backward(model, out.loss)
+    def step() -> Tensor:
+        output = teacher.forward(batch, capture)
+        return _backward(student, student(batch, output, objective, batch.counts, weights).loss)
 
-        return plain
-    structural = StructuralLosses(config, model, teacher_model)
-    root, capture = (
-        StructuredStudent(student, structural),
-        structural.teacher_capture(tuple(weights)),
-    )
-
-    def structural_student() -> Tensor:
-        seen = teacher.forward(batch, capture)
-        return _backward(root, root(batch, seen, objective, weights, batch.counts).loss)
-
-    return structural_student
+    return step
 
 
 def _backward(module: torch.nn.Module, loss: Tensor) -> Tensor:

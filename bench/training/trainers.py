@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from sad_kernels import DistillOutput, Objective, TeacherHidden
+from sad_kernels import DistillOutput, Objective
 from torch import Tensor
 
 from bench.kernels.rss import _kib
@@ -23,11 +23,18 @@ from bench.kernels.timing import MIB, one_line
 from bench.peers.base import Unable, attribute, module
 from bench.training.task import Setup, Task, prepare, quality
 from sad.checkpoint.run_directory import RunDirectory
-from sad.data.batch import IGNORE_INDEX, Batch
+from sad.data.batch import IGNORE_INDEX, Batch, LossCounts
 from sad.optim.precision import Precision
 from sad.report.log import RunLog
+from sad.teachers.frozen import TeacherOutput
 from sad.training.meters import ThroughputMeter
-from sad.training.student import StudentWithLoss, Targets, build_student
+from sad.training.student import (
+    NO_WEIGHTS,
+    LossWeights,
+    StepOutput,
+    StudentWithLoss,
+    build_student,
+)
 from sad.training.trainer import Trainer
 
 OURS, NAIVE = "sad distill", "sad distill, naive loss"
@@ -138,16 +145,23 @@ class NaiveStudent(StudentWithLoss):
     """Sad's student with a loss written by hand. It counts no hits, and pays for none."""
 
     def forward(
-        self, batch: Batch, teacher: Targets, objective: Objective, num_items: int
-    ) -> DistillOutput:
-        assert isinstance(teacher, TeacherHidden)
+        self,
+        batch: Batch,
+        teacher: TeacherOutput | None,
+        objective: Objective,
+        counts: LossCounts,
+        weights: LossWeights = NO_WEIGHTS,
+    ) -> StepOutput:
+        assert teacher is not None and not weights.keys() - {"kd"}
+        (target,) = teacher.targets
         ids, positions = batch.input_ids, batch.position_ids
         logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        teacher_logits = teacher.head(teacher.hidden)
+        teacher_logits = target.head(target.hidden)
         ce, kd, count = naive_sums(logits, teacher_logits, batch.labels, objective.temperature)
-        loss = (objective.ce_weight * ce + objective.kd_weight * kd) / num_items
+        loss = (objective.ce_weight * ce + objective.kd_weight * kd) / max(counts.targets, 1)
         none = torch.zeros_like(ce)
-        return DistillOutput(loss, ce.detach(), kd.detach(), none, count, none, none, none)
+        out = DistillOutput(loss, ce.detach(), kd.detach(), none, count, none, none, none)
+        return StepOutput(loss, out, {})
 
 
 def naive_sums(

@@ -1,7 +1,8 @@
 """Argument checks: shapes, dtypes, devices and ranges, before any work is done.
 
-A bad *shape* or *kind* raises here, in one form: what must hold, what came, what to do. A bad
-*value* inside a tensor is not looked for, which would cost a pass: it poisons its own row.
+A bad shape, dtype or option raises here, in one form: what must hold, what came, what to do. A bad
+value inside a tensor is not looked for, which would cost a pass over it and a wait for the device:
+it turns its own row's loss into NaN.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels.objective import (
     Head,
     Objective,
@@ -28,7 +30,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def require_rows(name: str, x: object) -> Tensor:
-    """A floating-point tensor [..., features]."""
+    """Require a floating-point tensor [..., features], and return it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
     if x.dtype not in FLOATS:
@@ -43,7 +45,7 @@ def require_rows(name: str, x: object) -> Tensor:
 
 
 def require_labels(labels: object, x: Tensor, name: str) -> Tensor:
-    """One integer per row of ``x``."""
+    """Require a tensor of one integer per row of ``x``, and return it."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}; pass one")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
@@ -65,7 +67,7 @@ def require_device(what: str, tensor: Tensor, x: Tensor, name: str) -> None:
 
 
 def require_head(head: object, hidden: Tensor, whose: str = "") -> Head:
-    """A head that fits hidden states [..., D]; a 16-bit D may meet a float32 weight."""
+    """Require a head for hidden states [..., D]: of one dtype, or fp32 beside 16-bit states."""
     if not isinstance(head, Head):
         raise TypeError(f"{whose}head must be a Head, got {type(head).__name__}; wrap the weight")
     weight, bias = head.weight, head.bias
@@ -91,7 +93,7 @@ def require_head(head: object, hidden: Tensor, whose: str = "") -> Head:
 
 
 def require_objective(objective: object, teacher: object) -> Objective:
-    """An objective that this teacher can serve."""
+    """Require an objective whose divergence can be computed with this teacher."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective must be an Objective, got {type(objective).__name__}; build one"
@@ -107,16 +109,17 @@ def require_objective(objective: object, teacher: object) -> Objective:
                 "teacher_share must be 1 for a TeacherTopK, whose logits are not known, got "
                 f"{objective.teacher_share}; pass TeacherHidden or TeacherLogits"
             )
-        if teacher.tail == "zero" and objective.divergence == "reverse_kl":
+        name = objective.divergence
+        if teacher.tail == "zero" and DIVERGENCES[name].needs_full_support:
             raise ValueError(
-                "divergence must not be reverse_kl for a teacher with tail='zero', got reverse_kl; "
+                f"divergence must not be {name} for a teacher with tail='zero', got {name}; "
                 "it is infinite there: use tail='bucket' or another divergence"
             )
     return objective
 
 
 def require_teacher(teacher: object, x: Tensor, name: str) -> None:
-    """A teacher with one row per row of ``x``, on its device, without a gradient."""
+    """Require a teacher with one row per row of ``x``, on its device, without a gradient."""
     match teacher:
         case None:
             return
@@ -148,7 +151,7 @@ def require_teacher(teacher: object, x: Tensor, name: str) -> None:
 
 
 def common_vocab(width: int, valid_vocab: int | None, teacher: Teacher | None) -> int:
-    """The number of columns that count on both sides."""
+    """The number of columns that count on both sides; raise if the two do not agree on it."""
     match teacher:
         case TeacherHidden(head=head):
             teacher_width, teacher_valid = head.weight.shape[0], head.valid_vocab
@@ -182,9 +185,26 @@ def require_reduction(reduction: object) -> None:
         )
 
 
-def require_int(name: str, value: object) -> None:
+def require_int(name: str, value: object, low: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}; pass a Python int")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}; pass the size there is")
+
+
+def require_float_dtype(name: str, dtype: object) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {dtype}; pass one of these"
+        )
+
+
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}; choose one of "
+            "these"
+        )
 
 
 def require_softcap(softcap: object) -> None:

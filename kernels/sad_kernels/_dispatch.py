@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and whether its request can be met."""
+"""The choice between the Triton kernels and the torch path."""
 
 from __future__ import annotations
 
@@ -27,29 +27,35 @@ def resolve_impl(impl: str, *tensors: Tensor) -> Literal["triton", "torch"]:
     Raises ``TypeError`` and ``ValueError`` for an ``impl`` that does not exist or does not work on
     these tensors, ``ModuleNotFoundError`` for ``impl="triton"`` where that package is missing.
     """
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    device = tensors[0].device.type if tensors else None
+    return choose_impl(impl, device, double)
+
+
+def choose_impl(impl: str, device: str | None, double: bool) -> Literal["triton", "torch"]:
+    """``resolve_impl`` for a type of device, None for any, and float64 or narrower numbers."""
     if not isinstance(impl, str):
         raise TypeError(f"impl must be a string, got {impl!r}; pass 'auto', 'triton' or 'torch'")
     if impl not in get_args(Impl):
         raise ValueError(
             f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}; choose one of these"
         )
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    device = tensors[0].device.type if tensors else "cpu"
     if impl == "auto":
         compiled = HAS_TRITON and not INTERPRETED and device in TRITON_DEVICES
         return "triton" if compiled and not double else "torch"
     if impl == "triton":
-        _require_triton(device, double, any_tensor=len(tensors) > 0)  # bool() stops torch 2.11
+        _require_triton(device, double)
         return "triton"
     return "torch"
 
 
-def _require_triton(device: str, double: bool, any_tensor: bool) -> None:
+def _require_triton(device: str | None, double: bool) -> None:
     if not HAS_TRITON:
         raise ModuleNotFoundError(
             "impl='triton' must find the package triton, got none; install it or pass impl='torch'"
         )
-    if any_tensor and device not in TRITON_DEVICES and not (INTERPRETED and device == "cpu"):
+    works_on = (*TRITON_DEVICES, "cpu") if INTERPRETED else TRITON_DEVICES
+    if device is not None and device not in works_on:
         raise ValueError(
             f"impl='triton' must get tensors on a GPU, got {device}; pass impl='torch', or set "
             "TRITON_INTERPRET=1 before the first import to interpret the kernels on a CPU"

@@ -1,4 +1,4 @@
-"""The divergences, term by term: one function for every path that holds log-probabilities.
+"""The terms of each divergence and of its gradient, from log-probabilities: one function by name.
 
 Any divergence here is a sum over outcomes, ``D = sum_v f(p_v, q_v)``, of a teacher ``p`` and a
 student ``q = softmax(z)``. With ``h_v = q_v df/dq_v`` its gradient is
@@ -23,45 +23,65 @@ Sources: Hinton et al. 1503.02531, MiniLLM 2306.08543, GKD 2306.13649, DistiLLM 
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sad_kernels.objective import Divergence, Tail
+from sad_kernels._divergence_table import missing
+from sad_kernels.objective import Tail
+
+Terms = Callable[[float, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(beta, log q, log p) -> ``f`` and ``h`` of every outcome, which may be one tensor.
+
+The log-probabilities are read only. ``0 log 0 = 0``, and a NaN among them gives 0 as well: whoever
+sums the terms poisons that row.
+"""
 
 
-def divergence_terms(
-    divergence: Divergence,
-    beta: float,
-    log_q: Tensor,  # student
-    log_p: Tensor,  # teacher, same shape
-) -> tuple[Tensor, Tensor]:
-    """Return ``f`` and ``h`` of every outcome, with ``0 log 0 = 0``.
+def terms_of(divergence: str) -> Terms:
+    """The function of ``f`` and ``h`` for a name of the table of divergences."""
+    if divergence not in TERMS:
+        raise missing(divergence, f"{__name__}.TERMS")
+    return TERMS[divergence]
 
-    A NaN among the log-probabilities also gives 0: whoever sums the terms poisons that row.
-    """
-    match divergence:
-        case "forward_kl":
-            p = log_p.exp()
-            return _zero_nan(p * (log_p - log_q)), -p
-        case "reverse_kl":
-            f = _zero_nan(log_q.exp() * (log_q - log_p))
-            return f, f
-        case "jsd":
-            over_q, over_p = _over_mixture(1 - beta, log_q, log_p)
-            h = _zero_nan(over_q.mul_(log_q.exp())).mul_(1 - beta)
-            return _zero_nan(over_p.mul_(log_p.exp())).mul_(beta).add_(h), h
-        case "skew_forward_kl":
-            _, over_p = _over_mixture(1 - beta, log_q, log_p)
-            f = _zero_nan(over_p * log_p.exp())
-            return f, _zero_nan(over_p.add_(log_q).exp_()).mul_(beta - 1)
-        case "skew_reverse_kl":
-            over_q, _ = _over_mixture(beta, log_q, log_p)
-            f = _zero_nan(over_q * log_q.exp())
-            return f, f - _zero_nan(over_q.add_(log_q).exp_()).mul_(beta)
-        case _:
-            assert_never(divergence)
+
+def _forward_kl(beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    return _zero_nan(p * (log_p - log_q)), -p
+
+
+def _reverse_kl(beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    f = _zero_nan(log_q.exp() * (log_q - log_p))
+    return f, f
+
+
+def _jsd(beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    over_q, over_p = _over_mixture(1 - beta, log_q, log_p)
+    h = _zero_nan(over_q.mul_(log_q.exp())).mul_(1 - beta)
+    return _zero_nan(over_p.mul_(log_p.exp())).mul_(beta).add_(h), h
+
+
+def _skew_forward_kl(beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    _, over_p = _over_mixture(1 - beta, log_q, log_p)
+    f = _zero_nan(over_p * log_p.exp())
+    # p q/m = exp(log(p/m) + log q): as one exponential it cannot overflow on the way.
+    return f, _zero_nan(over_p.add_(log_q).exp_()).mul_(beta - 1)
+
+
+def _skew_reverse_kl(beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    over_q, _ = _over_mixture(beta, log_q, log_p)
+    f = _zero_nan(over_q * log_q.exp())
+    return f, f - _zero_nan(over_q.add_(log_q).exp_()).mul_(beta)
+
+
+TERMS: dict[str, Terms] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
 
 
 def _over_mixture(share: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +91,7 @@ def _over_mixture(share: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, T
     argument stays between the smaller share and 1.
     """
     gap = log_q - log_p
+    # m = larger * (its share + the other share * e^-|gap|)
     larger_share = torch.where(gap >= 0, gap.new_tensor(share), gap.new_tensor(1 - share))
     log_m = gap.abs().neg_().exp_().mul_(1 - larger_share).add_(larger_share).log_()
     return gap.clamp(max=0).sub_(log_m), gap.neg_().clamp_(max=0).sub_(log_m)

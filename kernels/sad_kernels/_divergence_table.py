@@ -1,19 +1,26 @@
-"""The table of divergences: what every implementation has to know of each one.
+"""The table of divergences: their names, and what every implementation has to know of each.
 
 This module imports neither torch nor Triton, so that a configuration can be checked without them.
-Each implementation keeps a table of its own functions by the names used here (``reference.py``,
-``_divergence.py``, ``_triton/tile.py``) and refuses, by ``missing``, a name it has no function for.
+Each implementation keeps its own functions in a table by the names used here (``reference.py``,
+``_divergence.py``, ``_triton/tile.py``) and raises ``missing`` for a name it has no function for: a
+divergence works in a path, or fails there with an error, and is never left out of a sum.
 
-To add a divergence: a row here, its name in ``objective.Divergence``, its definition in
-``reference.py``, its ``f`` and ``h`` in ``_divergence.py``, and for Triton a code in
-``_triton/tile.py`` with a branch in ``divergence_terms`` there.
+To add a divergence ``D(p, q) = sum_v f(p_v, q_v)``:
+
+1. here: a row, with ``forward_passes=2`` unless running sums give its value;
+2. ``objective.py``: its name in the type ``Divergence``, its formula in ``Objective``'s docstring;
+3. ``reference.py``: its definition, a function of log-probabilities, in ``DEFINITIONS``;
+4. ``_divergence.py``: its ``f`` and ``h``, a function in ``TERMS``, for all of the torch path;
+5. ``_triton/tile.py``: a code, and a branch of ``divergence_terms`` there.
+
+``tests/sad_kernels/test_divergence_table.py`` fails until none of them is missing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class DivergenceInfo(NamedTuple):
@@ -21,12 +28,15 @@ class DivergenceInfo(NamedTuple):
 
     reads_beta: bool
     """Whether it compares with a mixture of both sides, whose share is ``beta`` in (0, 1)."""
-    forward_passes: int
+    forward_passes: Literal[1, 2]
     """Readings of dense logits in forward: 1 if running sums give the value (the two KLs), 2 if
-    both normalisers must be known first."""
+    both normalisers must be known before the first term can be formed."""
     gradient_bound: Callable[[float], float]
     """``beta`` -> a bound on ``|h - q sum h|``, the gradient by one logit times T: fp16 gradients
     are scaled by it."""
+    needs_full_support: bool = False
+    """Whether it is infinite where p is 0 and q is not, as for a ``TeacherTopK`` with tail "zero",
+    which is refused then."""
 
 
 def _one(beta: float) -> float:
@@ -35,9 +45,12 @@ def _one(beta: float) -> float:
 
 DIVERGENCES: dict[str, DivergenceInfo] = {
     "forward_kl": DivergenceInfo(reads_beta=False, forward_passes=1, gradient_bound=_one),
-    # Not bounded; 32 covers a student and teacher whose log-probabilities lie 128 nats apart.
     "reverse_kl": DivergenceInfo(
-        reads_beta=False, forward_passes=1, gradient_bound=lambda beta: 32.0
+        reads_beta=False,
+        forward_passes=1,
+        # Not bounded; 32 covers a student and teacher whose log-probabilities lie 128 nats apart.
+        gradient_bound=lambda beta: 32.0,
+        needs_full_support=True,
     ),
     "jsd": DivergenceInfo(reads_beta=True, forward_passes=2, gradient_bound=_one),
     "skew_forward_kl": DivergenceInfo(reads_beta=True, forward_passes=2, gradient_bound=_one),

@@ -1,4 +1,4 @@
-"""Where the elements of tensors lie in memory, and the check that no two tensors overlap."""
+"""Memory extents of tensors, and the check that no two tensors overlap."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Extent(NamedTuple):
-    """Where a pair lies in memory."""
+    """Device, dtypes, addresses and size of a shadow and its parameter."""
 
     device: torch.device
     shadow_dtype: torch.dtype

@@ -1,4 +1,9 @@
-"""What happens around the rows: leading dimensions are flattened, row losses are reduced."""
+"""What both implementations share of a loss: its specification, its rows, their reduction.
+
+In this order: ``LossSpec`` says what to compute for each row; ``RowLayout`` flattens the leading
+dimensions of the inputs to rows and back; ``RowResults`` holds one number of each kind per row; and
+the functions at the end reduce these to what the public functions return.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,30 @@ from torch import Tensor
 
 from sad_kernels.objective import DistillOutput, Objective
 
+# --- What is computed ----------------------------------------------------------------------------
+
+
+class LossSpec(NamedTuple):
+    """What a loss computes for each row, without any tensor."""
+
+    objective: Objective
+    vocab: int
+    """Columns of the logits that count; labels lie in [0, vocab)."""
+    ignore_index: int
+    compute_ce: bool
+    """Whether labels are classes and have a CE; in ``kl_div`` they only say which rows count."""
+    compute_metrics: bool
+    """Whether entropy, correct and agree are computed."""
+
+
+# --- In which layout -----------------------------------------------------------------------------
+
 
 class RowLayout:
-    """The leading dimensions of logits [..., V], in an order that flattens them without a copy.
+    """The order in which the leading dimensions of ``x`` [..., K] are flattened to rows [N, K].
 
-    Logits laid out [s, b, V] and seen as [b, s, V] would otherwise be copied whole.
+    By falling stride, so that a transposed input is flattened without a copy: logits laid out
+    [s, b, V] and seen as [b, s, V] would otherwise be copied whole.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -32,7 +56,8 @@ class RowLayout:
 
 
 def _by_falling_stride(x: Tensor) -> list[int]:
-    """The leading dimensions, by insertion: torch.compile cannot sort by unknown strides."""
+    """The leading dimensions, largest stride first, equal ones in their own order."""
+    # An insertion sort, because torch.compile cannot call sorted() on symbolic strides.
     order: list[int] = []
     for dim in range(x.ndim - 1):
         at = len(order)
@@ -42,8 +67,23 @@ def _by_falling_stride(x: Tensor) -> list[int]:
     return order
 
 
+# --- Results, and their reduction ----------------------------------------------------------------
+
+
+class RowResults(NamedTuple):
+    """The losses and metrics of the rows, each [N], 0 in rows that do not count."""
+
+    loss: Tensor  # ce_weight * ce + kd_weight * kd + z_loss * z; the only one with a gradient
+    ce: Tensor
+    kd: Tensor
+    z: Tensor
+    correct: Tensor
+    agree: Tensor
+    entropy: Tensor
+
+
 def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor:  # x: [..., K]
-    """The number of rows of ``x`` that count, in the dtype of their loss."""
+    """The number of rows of ``x`` that count, on the device, in the dtype of their loss."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if labels is None:
         return x.new_full((), x[..., 0].numel(), dtype=dtype)
@@ -51,13 +91,14 @@ def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor: 
 
 
 def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, layout: RowLayout) -> Tensor:
+    """The row losses [N] as "none" [...], "sum" [] or "mean" [], which is 0 over no rows."""
     if reduction == "none":
         return layout.restore(loss)
     return loss.sum() if reduction == "sum" else loss.sum() / num_tokens.clamp(min=1)
 
 
 def divisor(num_tokens: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """What the sum over rows is divided by, at least 1, in the dtype of ``num_tokens``."""
+    """``num_items``, or the number of valid rows if it is None; at least 1, [] on the device."""
     if isinstance(num_items, int):
         return torch.full_like(num_tokens, max(num_items, 1))
     items = num_tokens if num_items is None else num_items.to(num_tokens.dtype)
@@ -65,6 +106,7 @@ def divisor(num_tokens: Tensor, num_items: int | Tensor | None) -> Tensor:
 
 
 def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> DistillOutput:
+    """The public result: the loss, and sums over the rows of everything else."""
     return DistillOutput(
         loss=loss,
         ce=rows.ce.sum(),
@@ -75,27 +117,3 @@ def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> Distil
         agree=rows.agree.sum(),
         entropy=rows.entropy.sum(),
     )
-
-
-class LossSpec(NamedTuple):
-    """What is asked of the rows, without any tensor."""
-
-    objective: Objective
-    vocab: int
-    ignore_index: int
-    compute_ce: (
-        bool  # labels name classes, so there is a CE; in kl_div they only say which rows count
-    )
-    compute_metrics: bool  # entropy, correct, agree
-
-
-class RowResults(NamedTuple):
-    """One number per row. ``loss`` is the weighted sum of the three that follow."""
-
-    loss: Tensor
-    ce: Tensor
-    kd: Tensor
-    z: Tensor
-    correct: Tensor
-    agree: Tensor
-    entropy: Tensor

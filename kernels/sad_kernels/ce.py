@@ -1,4 +1,4 @@
-r"""Cross-entropy of logits that are there, with label smoothing, z-loss and softcap.
+r"""Cross-entropy from logits, with label smoothing, z-loss and softcap.
 
 For a row ``s`` of V logits with label ``y``, in nats, ``lse = log sum_v exp(s_v)``,
 ``q = softmax(s)`` and ``eps`` the label smoothing:
@@ -14,9 +14,9 @@ Algorithm. Forward reads the logits once into running maxima and sums relative t
 reads them again, forms the gradient from the saved maximum and sum with the true upstream, in fp32,
 and rounds it once: right for any reduction and upstream, and the caller's logits stay as they are.
 Saved: the logits, a few numbers per row. With N rows of V logits of e bytes, forward moves e N V
-bytes and backward 2 e N V, which is the least this can be done with. ``impl="triton"`` does it in
-kernels (``_triton/rows.py``) and needs no memory beyond the gradient and some numbers per row;
-``impl="torch"`` in tiles of about 8 MB (``_torch.py``).
+bytes and backward 2 e N V, the least possible. ``impl="triton"`` runs kernels over rows
+(``_triton/``) and needs no memory beyond the gradient and some numbers per row; ``impl="torch"``
+works in tiles of about 8 MB (``_torch/``).
 
 Sources: Szegedy et al. 1512.00567 (smoothing), PaLM 2204.02311 (z-loss).
 """
@@ -51,6 +51,10 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats, smoothed over the valid classes, plus ``z_loss * lse^2``.
 
+    Per row ``lse - (1 - eps) s_y - (eps / V) sum_v s_v + z_loss lse^2``, with
+    ``s = softcap tanh(logits / softcap)``, ``lse = logsumexp(s)`` and ``eps = label_smoothing``.
+    Labels are not shifted: row i is compared with ``labels[i]``.
+
     Logits in fp32, bf16, fp16 or fp64, labels of any integer dtype. Columns at or past
     ``valid_vocab`` have probability 0 and gradient 0. Rows labelled ``ignore_index`` may hold
     anything, get a gradient of exactly 0, and do not count; ``mean`` divides by the number of the
@@ -58,7 +62,7 @@ def cross_entropy(
     ``[0, V)`` makes its row's loss NaN and leaves the other rows alone.
 
     Returns a scalar, or with ``reduction="none"`` a loss of the labels' shape, in fp32 (fp64 for
-    fp64 logits). The gradient has the dtype of the logits. Memory: see the module's docstring.
+    fp64 logits). The gradient has the dtype of the logits. Memory and sources: see the module.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.

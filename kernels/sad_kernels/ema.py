@@ -1,31 +1,38 @@
-"""Exponential moving average of a whole model in one call, and the swap that evaluates it in place.
+"""Exponential moving average (EMA) of a model's parameters, and a lossless swap of the two.
 
-Update, elementwise, ``s`` a shadow and ``p`` its parameter, ``w = 1 - decay``:
+The averages, one "shadow" per parameter, are updated by ``ema_update_``; to evaluate the averaged
+model without a third copy of it, ``ema_swap_`` exchanges shadows and parameters in place, and a
+second call restores both bit for bit.
+
+Update. Elementwise, with ``s`` a shadow, ``p`` its parameter and ``w = 1 - decay``:
 
     s <- s + w (p - s)              for w < 1/2
     s <- p - (1 - w) (p - s)        otherwise
 
-computed in fp32 (fp64 for fp64 pairs), as in ``torch.lerp``. ``w`` and ``1 - w`` are formed in
-float64 and rounded once: in fp32, ``1 - 0.9999`` is off by 1.7e-4. ``w = 0`` keeps every bit of the
-shadow, -0.0 included, and ``w = 1`` copies the parameter, whatever the other side holds: a skipped
-step lets no NaN in.
+This is ``torch.lerp``, computed in fp32 (fp64 for fp64 pairs). ``w`` and ``1 - w`` are formed in
+float64 and rounded once: ``1 - 0.9999`` in fp32 has a relative error of 1.7e-4. ``w = 0``
+keeps every bit of the shadow, -0.0 included, and ``w = 1`` copies the parameter, whatever the other
+side holds: a skipped step lets no NaN in.
 
-Swap of a bf16 parameter with an fp32 shadow, on bit patterns: with ``hi`` and ``low`` the upper and
-lower 16 bits of the shadow,
+Swap. Equal dtypes exchange their bits. A bf16 parameter cannot hold its fp32 shadow, so it gets the
+shadow rounded to bf16, and the shadow's 32 bits keep the old parameter and what rounding dropped.
+With ``hi`` and ``low`` the upper and lower 16 bits of the shadow:
 
     parameter <- pi(hi)
     shadow    <- pi^-1(bits(parameter)) << 16 | low
 
-where pi is the identity for ``low < 0x8000`` and otherwise moves the magnitude one bf16 value up:
-that is rounding half away from zero. The parameter then holds the rounded shadow, the shadow's slot
-keeps what both need to come back, and since pi is a permutation that depends on ``low`` alone, a
-second swap restores both bit for bit. pi goes round in a circle on the magnitudes 1 to 0x7F80 (the
-finite values and infinity) and leaves zero and NaNs alone, so no NaN can turn into a number.
+``pi`` rounds half away from zero: the identity for ``low < 0x8000``, else one bf16 value further
+from zero. It is a permutation of the bf16 values that depends on ``low`` alone, and ``low`` stays:
+so a second swap applies ``pi^-1`` where the first applied ``pi``, and undoes it. To be one, pi maps
+infinity, which has no next value, to the smallest number above zero; zeros and NaNs stay as they
+are, so that no NaN turns into a number.
 
-Both functions look at every pair before they write to any and read and write each element once.
-Extra memory: on a GPU, where they are one launch per pair of dtypes, 24 bytes for every
-4096 elements; elsewhere a few blocks of ``BLOCK`` elements, whatever the model's size. Compilers
-see each as one operator that writes to its arguments.
+Both functions check every pair before they write to any, and read and write each element once.
+Extra memory: on a GPU, where a call is one launch per pair of dtypes, 24 bytes for every 4096
+elements; elsewhere a few blocks of ``BLOCK`` elements, whatever the model's size. Compilers see
+each as one operator that writes to its arguments.
+
+Sources: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 1703.01780 (EMA of weights).
 """
 
 from __future__ import annotations
@@ -40,10 +47,10 @@ from sad_kernels._dispatch import resolve_impl
 from sad_kernels._extents import Extent, _is_dense, _layout, _require_apart
 
 BLOCK = 1 << 18  # elements per step of the torch path: its few temporaries stay in a core's cache
-EXPONENT_ALL_ONES = 0x7F80  # bf16 magnitude of infinity; larger ones are NaNs
+INFINITY = 0x7F80  # bits of the bf16 magnitude of infinity; larger ones are NaNs
 
 Pairs = list[tuple[Tensor, Tensor]]
-Kind = tuple[torch.device, torch.dtype, torch.dtype]
+Kind = tuple[torch.device, torch.dtype, torch.dtype]  # of a shadow, and of its parameter
 
 UPDATE_DTYPES = {
     (torch.float32, torch.float32),
@@ -63,6 +70,7 @@ def ema_update_(
 ) -> None:
     """Move every shadow towards its parameter: ``shadow <- decay * shadow + (1 - decay) * param``.
 
+    ``shadows`` and ``params`` are lists of equal length, one shadow per parameter, in one order.
     ``decay`` is a number in [0, 1] or a 0-d floating-point tensor, which is read on the device
     without a host sync; make it float64. 1 leaves the shadow untouched and 0 copies. A tensor's
     value is not checked: NaN makes every shadow NaN.
@@ -171,9 +179,9 @@ swap_op.register_fake(lambda shadows, params, impl: None)
 
 
 def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
-    """What Triton and what torch works on, after no two tensors have been found to overlap.
+    """The pairs for Triton, as extents, and those for torch; raise if any two tensors overlap.
 
-    A model may have several devices, or float64 parts.
+    Both may be present: a model may lie on several devices, or have float64 parts.
     """
     extents = tuple(
         Extent(s.device, s.dtype, p.dtype, s.data_ptr(), p.data_ptr(), s.numel()) for s, p in pairs
@@ -186,7 +194,7 @@ def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
 
 
 def _impls(pairs: Pairs, impl: str) -> dict[Kind, str]:
-    """The implementation for each device and pair of dtypes."""
+    """The implementation for each device and pair of dtypes, from one example of each."""
     kinds = {(s.device, s.dtype, p.dtype): (s, p) for s, p in pairs}
     return {kind: resolve_impl(impl, *pair) for kind, pair in kinds.items()}
 
@@ -195,7 +203,7 @@ def _impls(pairs: Pairs, impl: str) -> dict[Kind, str]:
 
 
 def _update_torch(pairs: Pairs, decay: Tensor) -> None:
-    coefficients = {}
+    coefficients = {}  # once per device and dtype of shadows
     for shadow, param in pairs:
         key = (shadow.device, shadow.dtype)
         if key not in coefficients:
@@ -205,11 +213,13 @@ def _update_torch(pairs: Pairs, decay: Tensor) -> None:
             p = p.to(s.dtype)
             base = torch.where(from_param, p, s)
             moved = torch.addcmul(base, step, p - s)
+            # A decay of 0 or 1 copies: arithmetic would turn 0 * NaN into NaN and -0.0 into 0.0.
             torch.where(exact, base, moved, out=s)
 
 
 def _coefficients(decay: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """0-d tensors: start from the parameter?, the factor of ``p - s``, is the start the result?"""
+    """0-d tensors of an update ``base + step (p - s)``, without a host sync: whether ``base`` is
+    the parameter (else the shadow), ``step``, and whether ``base`` is the result already."""
     keep = _on_device(decay, shadow.device)
     w = 1.0 - keep
     from_param = w >= 0.5
@@ -227,7 +237,7 @@ def _swap_torch(pairs: Pairs) -> None:
 
 
 def _exchange(s: Tensor, p: Tensor) -> None:
-    """Swap two blocks as integers: moving NaNs as floats may change their bits."""
+    """Swap two blocks as integers: copying NaNs as floats may change their bits."""
     integer = INTEGER_OF_SIZE[s.element_size()]
     s, p = s.view(integer), p.view(integer)
     kept = s.clone()
@@ -238,6 +248,7 @@ def _exchange(s: Tensor, p: Tensor) -> None:
 def _exchange_rounded(s: Tensor, p: Tensor) -> None:
     """Swap an fp32 with a bf16 block; the formulas are at the top of this file."""
     s, p = s.view(torch.int32), p.view(torch.int16)
+    # Both results before either is written: pi of the upper half, pi^-1 of the parameter.
     low = s & 0xFFFF
     up = (low >= 0x8000).to(torch.int32)
     rounded = _turn((s >> 16) & 0xFFFF, up)
@@ -247,10 +258,13 @@ def _exchange_rounded(s: Tensor, p: Tensor) -> None:
 
 
 def _turn(bits: Tensor, by: Tensor) -> Tensor:
-    """Move bf16 patterns (as int32) ``by`` -1, 0 or 1 along the circle of non-zero magnitudes."""
+    """``pi`` (by = 1), its inverse (-1) or the identity (0) of bf16 bits held in int32.
+
+    Steps along the circle of the magnitudes 1 to ``INFINITY``; zeros and NaNs are not on it.
+    """
     magnitude = bits & 0x7FFF
-    turned = torch.remainder(magnitude - 1 + by, EXPONENT_ALL_ONES) + 1
-    on_circle = (magnitude >= 1) & (magnitude <= EXPONENT_ALL_ONES)
+    turned = torch.remainder(magnitude - 1 + by, INFINITY) + 1
+    on_circle = (magnitude >= 1) & (magnitude <= INFINITY)
     return (bits & 0x8000) | torch.where(on_circle, turned, magnitude)
 
 
@@ -265,7 +279,7 @@ def _blocks(shadow: Tensor, param: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: str) -> Pairs:
-    """Every non-empty pair, after all of them have been found to match."""
+    """The non-empty pairs; raise if the lists or any of their pairs do not match."""
     resolve_impl(impl)
     if len(shadows) != len(params):
         raise ValueError(
@@ -324,7 +338,7 @@ def _as_decay(decay: float | Tensor) -> float | Tensor:
 
 
 def _on_device(decay: float | Tensor, device: torch.device) -> Tensor:  # [] float64
-    """``decay`` where it is read, without waiting for either device."""
+    """``decay`` as a tensor on the device, without waiting for it."""
     if isinstance(decay, Tensor):
         return decay.to(device, torch.float64, non_blocking=True)
     return torch.full((), decay, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-r"""Distillation from logits that are there: five divergences, and CE + KD in one pass.
+r"""Distillation losses from logits: a divergence of the softmaxes, and CE + KD in one pass.
 
 With ``s, t`` the logits of student and teacher, T the temperature, ``p = softmax(t / T)`` and
 ``q = softmax(s / T)``, in nats, times ``T^2`` unless ``scale_t2=False``:
@@ -19,7 +19,7 @@ forward KL infinite. Of a ``TeacherTopK`` the ids are compared, and everything e
 outcome.
 
 Algorithm. As in ``ce.py``, over two tensors: one reading for the KLs, whose sums are kept relative
-to both running maxima, a second for the mixtures, which need both normalisers first. Backward
+to both running maxima, a second for the others, which need both normalisers first. Backward
 reads both again and writes one gradient, of CE and KD together. Saved: the logits, 6 numbers per
 row (and K for a ``TeacherTopK``). Bytes moved, of e-byte logits on both sides: 2 e N V forward (4
 for the mixtures), 3 e N V backward. Memory beyond the inputs and the gradient: some numbers per row
@@ -74,7 +74,11 @@ def kl_div(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """A divergence between teacher and student in nats, see the module's docstring.
+    """Divergence between the softmaxes of teacher and student, in nats, times T^2.
+
+    Per row ``D(softmax(teacher_logits / T), softmax(student_logits / T))`` with T the
+    ``temperature``, and without the factor T^2 if ``scale_t2=False``. The divergences, their
+    gradients and sources are in the module's docstring, ``beta`` in ``Objective``'s.
 
     Logits in fp32, bf16, fp16 or fp64, not necessarily of one dtype; a teacher's must not require a
     gradient. They need equally many columns, or a ``valid_vocab``, at or past which columns have
@@ -114,7 +118,7 @@ def kl_div(
             return mean_loss_from_logits(*rows_of).loss
         rows = row_losses_from_logits(*rows_of)
     else:
-        rows = _rows(spec, student_logits, y, teacher, layout)
+        rows = _torch_rows(spec, student_logits, y, teacher, layout)
     num_tokens = count_valid(y, ignore_index, student_logits)
     return reduce_rows(rows.loss, num_tokens, reduction, layout)
 
@@ -129,7 +133,7 @@ def distill_loss(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> DistillOutput:
-    """CE, KD and z-loss of every row in one pass, with the counts that one watches.
+    """CE, KD and z-loss of every row in one pass, with accuracy, agreement and entropy.
 
     ``loss = sum over rows of (ce_weight CE + kd_weight KD + z_loss lse^2) / num_items``. CE and the
     z-loss are taken at temperature 1, ``num_items`` is the number of rows that count, unless given:
@@ -169,18 +173,19 @@ def distill_loss(
         if isinstance(items, int):
             items = torch.full((), items, dtype=torch.float32, device=x.device)
         return mean_loss_from_logits(spec, x, None, y, teacher, layout, items)
-    rows = _rows(spec, student_logits, y, teacher, layout)
+    rows = _torch_rows(spec, student_logits, y, teacher, layout)
     num_tokens = count_valid(y, ignore_index, student_logits)
     loss = rows.loss.sum() / divisor(num_tokens, num_items)
     return distill_output(loss, rows, num_tokens)
 
 
-def _rows(
+def _torch_rows(
     spec: LossSpec,
     logits: Tensor,
     labels: Tensor | None,
     teacher: Teacher | None,
     layout: RowLayout,
 ) -> RowResults:
+    """The row losses by the torch path."""
     student, other = ModelInput(layout.rows(logits)), teacher_input(teacher, layout)
     return row_losses(spec, student, labels, other, shape=logit_tiles(spec.vocab))

@@ -1,28 +1,28 @@
-r"""Losses from hidden states and a head, piece by piece: never N x V logits.
+r"""Losses from hidden states and a head, computed in chunks: the N x V logits never exist.
 
 With ``z = softcap(logit_scale * (h W^T + b))`` the losses are those of ``ce.py`` and ``kd.py``, and
 for a gradient ``g`` of the logits, taken before softcap and scale,
 
     dhidden = g W        dweight = g^T h        dbias = sum over rows of g
 
-``impl="triton"`` cuts the rows into chunks and computes the gradients in forward, while the logits
-of a chunk are there (``_triton/chunks.py``, ``_triton/linear.py``): ``N V (6 D_s + 2 D_t)`` FLOP in
+``impl="triton"`` cuts the rows into chunks and computes the gradients in forward, while a chunk's
+logits are in memory (``_triton/chunks.py``, ``_triton/linear.py``): ``N V (6 D_s + 2 D_t)`` FLOP in
 library products with fp32 results, and row kernels that read every logit twice (three times for the
 mixtures) and write ``g`` once, in the dtype of the hidden states. Backward multiplies by the
-upstream. With ``reduction="none"`` backward makes the logits again. Memory beyond inputs and
+upstream. With ``reduction="none"`` backward computes the logits again. Memory beyond inputs and
 gradients: ``chunk_bytes``, the fp32 sum of ``dweight``, and copies of the hidden states of a chunk.
 
 ``impl="torch"`` cuts the vocabulary into slices and the rows into blocks, so that what is alive at
-a time fits ``chunk_bytes``. Forward makes the student's and the teacher's logits of a slice and
+a time fits ``chunk_bytes``. Forward computes the student's and the teacher's logits of a slice and
 adds them to row statistics, a few numbers per row; a mixture (JSD, the skews) needs a second round.
-Backward makes them again, forms ``g`` with the true upstream gradient, adds ``g W`` to ``dhidden``
-and writes the slice of ``dweight`` once. Work: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s + 2 D_t``
-for the mixtures), of which the logits made twice are ``N V (2 D_s + 2 D_t)``: the price for any
-reduction, any upstream gradient, ``retain_graph`` and checkpointing with the same code. A frozen
-leaf costs nothing, and without gradients the statistics are all there is.
+Backward computes them again, forms ``g`` with the true upstream gradient, adds ``g W`` to
+``dhidden`` and writes the slice of ``dweight`` once. Work: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s
++ 2 D_t`` for the mixtures), of which ``N V (2 D_s + 2 D_t)`` are spent on the logits of backward:
+the price for any reduction, any upstream gradient, ``retain_graph`` and checkpointing with the same
+code. A frozen leaf costs nothing, and without gradients the statistics are all there is.
 
-Memory of it beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for
-fp64) and ``n <= N`` the rows that count:
+Its memory beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for
+fp64) and ``n <= N`` the rows that count (``linear_memory_bytes`` adds it up):
 
     forward    a chunk_bytes + copies + b N
     backward   a chunk_bytes + copies + b N + gradients + i n D_s        a = 1.25, b = 256
@@ -42,22 +42,17 @@ does, and gets its gradient in its own dtype, unrounded.
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
 from sad_kernels import _check
 from sad_kernels._dispatch import HAS_TRITON, resolve_impl
 from sad_kernels._rows import LossSpec, RowLayout, RowResults, count_valid, distill_output, divisor
-from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles
+from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles, term_tiles
 from sad_kernels._torch.autograd import ModelInput, TopKInput, head_input, row_losses, teacher_input
-from sad_kernels.objective import (
-    MIXTURES,
-    DistillOutput,
-    Head,
-    Objective,
-    Teacher,
-    dense_tensors,
-)
+from sad_kernels.objective import DistillOutput, Head, Objective, Teacher, dense_tensors
 
 if HAS_TRITON:
     from sad_kernels._triton.linear import mean_loss, row_losses_from_hidden
@@ -98,15 +93,22 @@ def linear_cross_entropy(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
     _check.require_reduction(reduction)
-    spec, y, layout, impl = _prepare(
-        hidden, head, labels, None, objective, False, ignore_index, chunk_bytes, impl
+    call = _checked_call(
+        hidden,
+        head,
+        labels,
+        None,
+        objective,
+        compute_metrics=False,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        impl=impl,
     )
     if reduction == "none":
-        rows = _rows(spec, hidden, head, y, None, layout, chunk_bytes, impl)
-        return layout.restore(rows.loss)
-    num_tokens = count_valid(y, ignore_index, hidden)
-    items = divisor(num_tokens, None if reduction == "mean" else 1)
-    return _total(spec, hidden, head, y, None, layout, items, chunk_bytes, impl)[0]
+        return call.layout.restore(_rows(call).loss)
+    num_tokens = count_valid(call.labels, ignore_index, hidden)
+    loss, _ = _total(call, divisor(num_tokens, None if reduction == "mean" else 1))
+    return loss
 
 
 def linear_distill_loss(
@@ -143,27 +145,48 @@ def linear_distill_loss(
     """
     _check.require_rows("hidden", hidden)
     _check.require_num_items(num_items, hidden, "hidden")
-    spec, y, layout, impl = _prepare(
-        hidden, head, labels, teacher, objective, True, ignore_index, chunk_bytes, impl
+    call = _checked_call(
+        hidden,
+        head,
+        labels,
+        teacher,
+        objective,
+        compute_metrics=True,
+        ignore_index=ignore_index,
+        chunk_bytes=chunk_bytes,
+        impl=impl,
     )
-    num_tokens = count_valid(y, ignore_index, hidden)
-    items = divisor(num_tokens, num_items)
-    loss, rows = _total(spec, hidden, head, y, teacher, layout, items, chunk_bytes, impl)
+    num_tokens = count_valid(call.labels, ignore_index, hidden)
+    loss, rows = _total(call, divisor(num_tokens, num_items))
     return distill_output(loss, rows, num_tokens)
 
 
-def _prepare(
+class _Call(NamedTuple):
+    """A checked call of one of the two functions."""
+
+    spec: LossSpec
+    hidden: Tensor  # [..., D_s]
+    head: Head
+    labels: Tensor  # [N]
+    teacher: Teacher | None
+    layout: RowLayout
+    chunk_bytes: int | None
+    impl: Literal["triton", "torch"]
+
+
+def _checked_call(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
     objective: Objective,
+    *,
     compute_metrics: bool,
     ignore_index: int,
     chunk_bytes: int | None,
     impl: str,
-) -> tuple[LossSpec, Tensor, RowLayout, str]:
-    """Check the arguments; return the task, flat labels, the order of rows, and who does it."""
+) -> _Call:
+    """Check the arguments, flatten the labels, and choose the implementation."""
     _check.require_rows("hidden", hidden)
     _check.require_head(head, hidden)
     _check.require_labels(labels, hidden, "hidden")
@@ -172,49 +195,50 @@ def _prepare(
     _check.require_int("ignore_index", ignore_index)
     _check.require_chunk_bytes(chunk_bytes)
     vocab = _check.common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
-    impl = resolve_impl(impl, hidden, head.weight, labels, *dense_tensors(teacher))
+    resolved = resolve_impl(impl, hidden, head.weight, labels, *dense_tensors(teacher))
     layout = RowLayout(hidden)
     y = layout.flat(labels)
     assert y is not None
-    return LossSpec(objective, vocab, ignore_index, True, compute_metrics), y, layout, impl
+    spec = LossSpec(
+        objective, vocab, ignore_index, compute_ce=True, compute_metrics=compute_metrics
+    )
+    return _Call(spec, hidden, head, y, teacher, layout, chunk_bytes, resolved)
 
 
-def _total(
-    spec: LossSpec,
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    teacher: Teacher | None,
-    layout: RowLayout,
-    items: Tensor,
-    chunk_bytes: int | None,
-    impl: str,
-) -> tuple[Tensor, RowResults]:
-    """The sum of all row losses over ``items``, and the rows."""
-    if impl == "triton":
-        rows = layout.rows(hidden)
-        return mean_loss(spec, rows, head, labels, teacher, layout, items, chunk_bytes)
-    rows = _rows(spec, hidden, head, labels, teacher, layout, chunk_bytes, impl)
-    return rows.loss.sum() / items, rows
+def _total(call: _Call, items: Tensor) -> tuple[Tensor, RowResults]:
+    """The sum of all row losses over ``items``, differentiable, and the rows."""
+    if call.impl == "torch":
+        rows = _rows(call)
+        return rows.loss.sum() / items, rows
+    return mean_loss(
+        call.spec,
+        call.layout.rows(call.hidden),
+        call.head,
+        call.labels,
+        call.teacher,
+        call.layout,
+        items,
+        call.chunk_bytes,
+    )
 
 
-def _rows(
-    spec: LossSpec,
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    teacher: Teacher | None,
-    layout: RowLayout,
-    chunk_bytes: int | None,
-    impl: str,
-) -> RowResults:
+def _rows(call: _Call) -> RowResults:
     """The losses of all rows, each differentiable on its own."""
-    if impl == "triton":
-        rows = layout.rows(hidden)
-        return row_losses_from_hidden(spec, rows, head, labels, teacher, layout, chunk_bytes)
-    student, other = head_input(hidden, head, layout), teacher_input(teacher, layout)
-    shape = _tile_shape(student, other, spec.objective, spec.vocab, chunk_bytes)
-    return row_losses(spec, student, labels, other, shape=shape)
+    if call.impl == "triton":
+        return row_losses_from_hidden(
+            call.spec,
+            call.layout.rows(call.hidden),
+            call.head,
+            call.labels,
+            call.teacher,
+            call.layout,
+            call.chunk_bytes,
+        )
+    student = head_input(call.hidden, call.head, call.layout)
+    teacher = teacher_input(call.teacher, call.layout)
+    spec = call.spec
+    shape = _tile_shape(student, teacher, spec.objective, spec.vocab, call.chunk_bytes)
+    return row_losses(spec, student, call.labels, teacher, shape=shape)
 
 
 def _tile_shape(
@@ -224,7 +248,7 @@ def _tile_shape(
     vocab: int,
     chunk_bytes: int | None,
 ) -> TileShape:
-    """Tiles for which all that is alive at a time fits ``chunk_bytes``."""
+    """The tiles of the torch path for which everything alive at a time fits ``chunk_bytes``."""
     N, D = student.x.shape
     slabs = 3  # the student's logits, scratch, and a product's previous partial sum
     per_column = 4 * D  # the weight's slice, oneDNN's copy, its gradient with a partial sum
@@ -235,10 +259,7 @@ def _tile_shape(
         if teacher.weight is not None:
             per_column += 2 * teacher.x.shape[1]
             caps.append(teacher.transform.softcap)
-        if objective.divergence in MIXTURES:
-            slabs += 6  # temporaries of the mixture's terms
-        elif objective.divergence == "reverse_kl":
-            slabs += 3
+        slabs += term_tiles(objective.divergence)
     if any(cap is not None for cap in caps):
         slabs += 1  # the derivative
     itemsize = torch.promote_types(student.x.dtype, torch.float32).itemsize

@@ -1,7 +1,6 @@
-"""What is minimised: the objective, the head that makes logits of hidden states, the teachers.
+"""Arguments and results of the losses: objective, head, kinds of teacher, output.
 
-Everything here is a frozen value that says *what*, never *how*: no kernel, no chunk size, no device
-choice.
+They are frozen values that say *what* is computed, never *how*: no kernel, chunk size or device.
 
 Notation, shared by the whole package. ``N`` tokens, ``V`` vocabulary, ``D_s`` and ``D_t`` hidden
 sizes of student and teacher, ``s`` and ``t`` their logits after bias, scale and softcap, ``T`` the
@@ -18,17 +17,18 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES
+
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 Tail = Literal["bucket", "zero"]
 
-DIVERGENCES: tuple[str, ...] = get_args(Divergence)
-MIXTURES: frozenset[str] = frozenset({"jsd", "skew_forward_kl", "skew_reverse_kl"})
-"""The divergences that compare with a mixture of both sides: the only ones that read ``beta``."""
+MIXTURES = frozenset(name for name, info in DIVERGENCES.items() if info.forward_passes == 2)
+"""Of ``_triton/launch.py``, until it reads the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    r"""One row's loss: ``ce_weight * CE + kd_weight * KD + z_loss * lse^2``.
+    r"""The loss of one token: ``ce_weight * CE + kd_weight * KD + z_loss * lse^2``, in nats.
 
     ``CE = lse - (1 - eps) * s_y - (eps / V) * sum_v s_v`` with ``eps = label_smoothing`` spread
     over all valid classes, the target included (torch's convention). ``KD`` is a divergence between
@@ -46,10 +46,12 @@ class Objective:
     ==================  =========================================  ==========================
 
     ``beta`` is read by the last three only and must lie strictly between 0 and 1 there: the two KLs
-    are asked for by name, not as limits. For the skews it is DistiLLM's alpha (arXiv 2402.03898).
-    With ``teacher_share = u`` below 1 the teacher's logits are replaced by ``(1 - u) sg(s) + u t``:
-    a target between student and teacher, through which no gradient flows (TAID, arXiv 2501.16937).
-    It must lie in (0, 1], and a sparse teacher, whose logits are not known, takes 1 only.
+    are chosen by name, not as limits. For JSD it is the teacher's share of the mixture (GKD, arXiv
+    2306.13649), for the skews DistiLLM's alpha (arXiv 2402.03898).
+
+    With ``teacher_share = u`` below 1 the teacher's logits are replaced by ``(1 - u) sg(s) + u t``,
+    ``sg`` the stop-gradient: a target between student and teacher (TAID, arXiv 2501.16937). It must
+    lie in (0, 1]; a ``TeacherTopK``, whose logits are not known, takes 1 only.
 
     CE and the z-loss are taken at temperature 1. The z-loss (PaLM, arXiv 2204.02311) is not
     multiplied by ``ce_weight``.
@@ -76,12 +78,12 @@ class Objective:
         _require_number("temperature", self.temperature, "be a finite number > 0", above=0.0)
         if not isinstance(self.scale_t2, bool):
             raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
-        if self.divergence not in DIVERGENCES:
+        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}; "
                 "choose one of these"
             )
-        if self.divergence in MIXTURES:
+        if DIVERGENCES[self.divergence].reads_beta:
             remedy = "beta=0 and beta=1 are no mixtures: ask for forward_kl or reverse_kl by name"
             _require_number(
                 "beta",
@@ -111,13 +113,15 @@ class Objective:
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: ``z = softcap(logit_scale * (h W^T + b))``.
+    """Output projection of a language model: ``z = softcap(logit_scale * (h W^T + b))``.
 
-    ``softcap(x) = softcap * tanh(x / softcap)``. Columns at or past ``valid_vocab`` have
-    probability 0 and gradient 0: they are the padding that makes a matrix size round. Calling the
-    head gives the full logits, for self-checks and tests; training never holds them.
+    ``softcap(x) = softcap * tanh(x / softcap)``, or x for None. Columns at or past ``valid_vocab``
+    are padding: their probability and gradient are 0. Calling the head gives the full logits, for
+    checks and tests; training never holds them.
 
     Shapes: ``weight`` [V, D], ``bias`` [V]; ``head(hidden [..., D])`` is [..., valid_vocab or V].
+
+    Raises ``TypeError`` and ``ValueError`` for a value of the wrong kind, shape or range.
     """
 
     weight: Tensor  # [V, D]
@@ -147,7 +151,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """The number of columns that exist: ``valid_vocab``, or all of them."""
+        """The number of columns that count: ``valid_vocab``, or all rows of the weight."""
         return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -161,7 +165,11 @@ class Head:
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """A teacher given by its final hidden states and its head: its logits are never whole."""
+    """A teacher given by its last hidden states [..., D_t] and its head.
+
+    In the ``linear_*`` losses its logits are computed in pieces and never held whole. Raises
+    ``ValueError`` for tensors that require a gradient: a teacher never gets one.
+    """
 
     hidden: Tensor  # [..., D_t]
     head: Head
@@ -176,7 +184,10 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """A teacher given by its logits, of which the first ``valid_vocab`` columns count."""
+    """A teacher given by its logits [..., V_t], of which the first ``valid_vocab`` columns count.
+
+    Raises ``ValueError`` for logits that require a gradient: a teacher never gets one.
+    """
 
     logits: Tensor  # [..., V_t]
     valid_vocab: int | None = None
@@ -189,7 +200,7 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """A sparse teacher: K token ids per row, distinct within it, and their log-probabilities.
+    """A teacher given by its K most likely tokens per row: distinct ids and log-probabilities.
 
     ``log_probs`` are full-vocabulary log-probabilities at the objective's temperature; -inf marks
     padding, whose id may be anything. A row with another id outside the vocabulary, or with one
@@ -222,7 +233,10 @@ Teacher = TeacherHidden | TeacherLogits | TeacherTopK
 
 
 def dense_tensors(teacher: Teacher | None) -> tuple[Tensor, ...]:
-    """What a dense teacher's logits are or are computed from; a sparse one's numbers are final."""
+    """The tensors that a dense teacher's logits are computed from, whose dtypes decide ``impl``.
+
+    None for a top-k teacher: its log-probabilities are final.
+    """
     match teacher:
         case TeacherHidden(hidden=hidden, head=head):
             return hidden, head.weight
@@ -233,7 +247,7 @@ def dense_tensors(teacher: Teacher | None) -> tuple[Tensor, ...]:
 
 
 class DistillOutput(NamedTuple):
-    """The loss, and what one wants to know about it, from the same pass over the data.
+    """The loss and its metrics, from the same pass over the data.
 
     Only ``loss`` carries a gradient. The others are detached fp32 sums over the valid rows *before*
     their weights, so ``loss * num_items = ce_weight * ce + kd_weight * kd + z_loss * z``.
@@ -265,7 +279,7 @@ def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
 
 
 def require_no_grad(name: str, tensor: Tensor) -> None:
-    """Raise if a teacher's tensor requires a gradient: it would never get one."""
+    """Raise ``ValueError`` for a tensor that requires a gradient which it would never get."""
     if tensor.requires_grad:
         raise ValueError(
             f"{name} must not require a gradient, got requires_grad=True; compute them under "

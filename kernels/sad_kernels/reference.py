@@ -1,12 +1,12 @@
-"""The specification: what every public function means, written as plainly as eager PyTorch allows.
+"""Reference definitions of the public functions in eager PyTorch: the specification.
 
 Read this file to learn what is computed, and the others to learn how. Nothing here is optimised
 and nothing is shared with the code it judges: whole [N, V] tensors, one expression per formula,
 gradients from autograd. float64 inputs are computed in float64, which makes this the oracle of the
 tests; anything narrower is computed in float32. Results have the dtype they were computed in.
 
-The functions take the arguments of their namesakes except ``impl`` and ``chunk_bytes``: those say
-how, and there is only one way here. Two conventions hold everywhere:
+The functions take the arguments of their namesakes except ``impl`` and ``chunk_bytes``, which do
+not change what is computed. Two conventions hold everywhere:
 
 * Rows whose label is ``ignore_index`` are removed *before* any arithmetic, so they may hold
   anything, NaN included.
@@ -22,13 +22,14 @@ student and teacher, ``T`` temperature, ``p = softmax(t / T)``, ``q = softmax(s 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels.objective import (
     DistillOutput,
     Divergence,
@@ -171,7 +172,7 @@ def _distilled(
     if teacher is not None:
         kd, teacher_choice = _kd(s, teacher, keep, objective)
     elif objective.kd_weight == 0:
-        kd, teacher_choice = torch.zeros_like(ce), -torch.ones_like(y)  # -1: the choice of nobody
+        kd, teacher_choice = torch.zeros_like(ce), -torch.ones_like(y)  # -1 agrees with no id
     else:
         raise ValueError(
             f"kd_weight must be 0 without a teacher, got {objective.kd_weight}; "
@@ -227,7 +228,7 @@ def _kd(
     keep: Tensor,  # [N] bool, True n times
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence after T^2, [n], and the id that the teacher finds most likely, [n]."""
+    """The divergence after T^2, [n], and the teacher's argmax, [n]."""
     T, V = objective.temperature, s.shape[-1]
     log_q = (s / T).log_softmax(-1)
     if isinstance(teacher, TeacherTopK):
@@ -236,10 +237,10 @@ def _kd(
                 f"teacher_share must be 1 for a sparse teacher, got {objective.teacher_share}; "
                 "its logits are not known"
             )
-        if teacher.tail == "zero" and objective.divergence == "reverse_kl":
+        if teacher.tail == "zero" and DIVERGENCES[objective.divergence].needs_full_support:
             raise ValueError(
-                "tail must be 'bucket' for reverse_kl, got 'zero'; the reverse KL to a teacher "
-                "that gives the other tokens no mass is infinite"
+                f"tail must be 'bucket' for {objective.divergence}, got 'zero'; its value for a "
+                "teacher that gives the other tokens no mass is infinite"
             )
         ids, log_probs = _rows(teacher.ids, keep).long(), _rows(teacher.log_probs, keep)
         log_probs = log_probs.to(_math_dtype(s, log_probs))
@@ -253,28 +254,48 @@ def _kd(
         else:
             t = _rows(teacher.logits, keep)[:, :V].to(_math_dtype(s, teacher.logits))
         u = objective.teacher_share
-        if u != 1:  # TAID: a target between both, through which no gradient flows
+        if u != 1:  # TAID: a target between student and teacher, without a gradient
             t = (1 - u) * s.detach() + u * t
         log_p, choice = (t / T).log_softmax(-1), t.argmax(-1)
     value = _divergence(objective.divergence, log_p, log_q, objective.beta)
     return objective.kd_scale * value, choice
 
 
-def _divergence(name: Divergence, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # [n]
-    match name:
-        case "forward_kl":
-            return _kl(log_p, log_q)
-        case "reverse_kl":
-            return _kl(log_q, log_p)
-        case "jsd":
-            log_m = _log_mixture(beta, log_p, log_q)
-            return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-        case "skew_forward_kl":
-            return _kl(log_p, _log_mixture(beta, log_p, log_q))
-        case "skew_reverse_kl":
-            return _kl(log_q, _log_mixture(beta, log_q, log_p))
-        case _:
-            assert_never(name)
+def _divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # [n]
+    if name not in DEFINITIONS:
+        raise missing(name, f"{__name__}.DEFINITIONS")
+    return DEFINITIONS[name](log_p, log_q, beta)
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_p, log_q)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_q, log_p)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    log_m = _log_mixture(beta, log_p, log_q)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _skew_forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_p, _log_mixture(beta, log_p, log_q))
+
+
+def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return _kl(log_q, _log_mixture(beta, log_q, log_p))
+
+
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
+"""Name -> the divergence of teacher ``p`` and student ``q``, [n], from their log-probabilities."""
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -393,12 +414,12 @@ def _rows(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def _one_or_nan(y: Tensor, V: int) -> Tensor:
-    """1 for a label inside the vocabulary, NaN for one outside."""
+    """1 for a label inside the vocabulary, NaN for one outside, [n]: multiplied into the loss."""
     return torch.where((y >= 0) & (y < V), 1.0, math.nan)
 
 
 def _nonzero(count: int | Tensor) -> int | Tensor:
-    """What to divide a sum over ``count`` rows by: the mean over none is 0, not 0 / 0."""
+    """``count``, or 1 for 0: the mean over no rows is 0, not 0 / 0."""
     return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 
 
@@ -469,12 +490,14 @@ def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor]) -> None:
 
 
 def _up(x: Tensor) -> Tensor:
+    """The next bf16 bits away from zero; infinity becomes the smallest magnitude."""
     sign, magnitude = x & 0x8000, x & 0x7FFF
     step = (magnitude >= 1) & (magnitude < 0x7F80)
     return sign | torch.where(magnitude == 0x7F80, 1, magnitude + step)
 
 
 def _down(x: Tensor) -> Tensor:
+    """The inverse of ``_up``."""
     sign, magnitude = x & 0x8000, x & 0x7FFF
     step = (magnitude >= 2) & (magnitude <= 0x7F80)
     return sign | torch.where(magnitude == 1, 0x7F80, magnitude - step.long())

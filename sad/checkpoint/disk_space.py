@@ -1,4 +1,4 @@
-"""Whether the disk will hold a run, asked before anything is loaded.
+"""Disk space: refuse a run that its disk cannot hold, before anything is loaded.
 
 What a run leaves behind follows from the student's configuration: checkpoints (weights, the
 optimizer's moments, EMA, the gradients of an open window) and the exported weights of ``best/`` and

@@ -1,4 +1,4 @@
-"""A run's directory: claimed once, resumed only on request, and honest about how the run ended.
+"""The directory of a run: its paths, who may write to it, its status and its exported models.
 
 ::
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sad.checkpoint.atomic_files import probe_writable, publish_directory, write_atomic
+from sad.checkpoint.parts import entry
 from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, sweep_stale
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
@@ -29,7 +30,7 @@ from sad.models.heads import output_embedding
 
 
 class RunDirectory:
-    """Paths of one run, and the few files that are written whole."""
+    """Paths of one run, and the files in it that are replaced as a whole."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -46,7 +47,7 @@ class RunDirectory:
         return (self.path / "config.yaml").exists() and self.read_status().get("state") != "failed"
 
     def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
-        """Make the directory this run's own; return the checkpoint to resume from, if any.
+        """Claim the directory for this run; return the checkpoint to resume from, if any.
 
         Raises ``UsageError`` for a directory that holds a run nobody asked to resume, for a
         checkpoint that is not there or of another configuration, and ``OutputError`` for a
@@ -62,7 +63,7 @@ class RunDirectory:
         sweep_stale(self.path)
         checkpoint = self._checkpoint(wanted, report)
         if checkpoint is not None:
-            require_same_config(checkpoint.state["identity"], config)
+            require_same_config(entry(checkpoint, "identity"), config)
         write_atomic(self.path / "config.yaml", config_to_yaml(config))
         return checkpoint
 
@@ -107,7 +108,7 @@ class RunDirectory:
         valid_vocab: int,
         facts: dict[str, Any],
     ) -> None:
-        """Publish the weights that ``model`` holds right now, whole or not at all.
+        """Export the weights that ``model`` holds right now, completely or not at all.
 
         Ids past ``valid_vocab`` were never trained, so generation is told to suppress them.
         ``facts`` (metric, value, kind of weights, position) become ``sad.json``.
@@ -136,7 +137,7 @@ class RunDirectory:
 
 @contextmanager
 def _rust_disk_errors() -> Iterator[None]:
-    """safetensors and tokenizers write files in Rust: a full disk is no ``OSError`` there."""
+    """Turn disk errors of safetensors and tokenizers, which write in Rust, into ``OSError``."""
     try:
         yield
     except Exception as error:

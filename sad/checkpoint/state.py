@@ -1,4 +1,4 @@
-"""Live objects to plain JSON and named tensors, and back into the same objects.
+"""Save modules, optimizers, gradients and random generators as JSON and tensors; restore in place.
 
 Everything goes by name and comes back *in place*: an optimizer keeps pointing at the parameters it
 was built with. (A module that is replaced after its optimizer was built trains nothing.)
@@ -63,11 +63,11 @@ def optimizer_state(
     ``parameters`` names every parameter of the optimizer; with fp32 master weights these are the
     masters.
     """
-    names = _names(optimizer, parameters)
+    names = _parameter_names(optimizer, parameters)
     groups = [
         {
             "names": [names[id(parameter)] for parameter in group["params"]],
-            "options": {key: _plain(group[key]) for key in group if key not in _LIVE_OPTIONS},
+            "options": {key: _json_value(group[key]) for key in group if key not in _LIVE_OPTIONS},
         }
         for group in optimizer.param_groups
     ]
@@ -79,7 +79,7 @@ def optimizer_state(
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value
             else:
-                values.setdefault(name, {})[key] = _plain(value)
+                values.setdefault(name, {})[key] = _json_value(value)
     return {"groups": groups, "values": values}, tensors
 
 
@@ -96,16 +96,19 @@ def load_optimizer(
     moments of bf16 parameters. Here every tensor keeps its dtype.
     """
     _require_same_groups(optimizer, parameters, state["groups"])
+    # Plain values and tensors of one parameter belong together again: name -> key -> value.
     restored: dict[str, dict[str, Any]] = {n: dict(v) for n, v in state["values"].items()}
     for path in saved:
         name, _, key = path.rpartition("/")
         restored.setdefault(name, {})[key] = saved[path]
     _require_known(restored, parameters, "optimizer state")
 
-    names = _names(optimizer, parameters)
+    names = _parameter_names(optimizer, parameters)
+    # All checks are done; from here on the optimizer changes.
     optimizer.state.clear()
     for group, saved_group in zip(optimizer.param_groups, state["groups"], strict=True):
         for key, value in saved_group["options"].items():
+            # JSON has no tuples: betas must come back as one.
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         for parameter in group["params"]:
             values = restored.get(names[id(parameter)])
@@ -115,7 +118,8 @@ def load_optimizer(
                 }
 
 
-def _names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, str]:
+def _parameter_names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, str]:
+    """``id`` of each of the optimizer's parameters -> its name in ``parameters``."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -130,7 +134,7 @@ def _names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, 
 def _require_same_groups(
     optimizer: Optimizer, parameters: Mapping[str, Tensor], saved: list[dict[str, Any]]
 ) -> None:
-    names = _names(optimizer, parameters)
+    names = _parameter_names(optimizer, parameters)
     live = [
         [names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups
     ]
@@ -144,14 +148,15 @@ def _require_same_groups(
 
 
 def _state_value(parameter: Tensor, key: str, value: Any, group: dict[str, Any]) -> Any:
+    """A saved item of a parameter's state, as this optimizer would have created it."""
     if not isinstance(value, Tensor):
         return value
     if key == "step" and not (group.get("fused") or group.get("capturable")):
         return value.to("cpu", copy=True)  # counted on the host: no synchronisation in a step
-    return _beside(parameter, value)
+    return _copy_like(parameter, value)
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -159,26 +164,27 @@ def _plain(value: Any) -> Any:
 
 
 def gradient_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients accumulated so far, as they are (scaled, in fp16). None is left out."""
+    """The gradients accumulated so far, in fp16 with their loss scale; parameters without one are
+    left out."""
     return {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
 
 @torch.no_grad()
 def load_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Restore every ``.grad``, the ones that were None included."""
+    """Restore every ``.grad``; that of a parameter that ``saved`` does not name becomes None."""
     _require_known(saved, parameters, "gradient")
     for name, gradient in saved.items():
         if gradient.shape != parameters[name].shape:
-            raise _unlike(f"gradient {name!r}", parameters[name], gradient)
+            raise _mismatch(f"gradient {name!r}", parameters[name], gradient)
     for name, parameter in parameters.items():
-        parameter.grad = _beside(parameter, saved[name]) if name in saved else None
+        parameter.grad = _copy_like(parameter, saved[name]) if name in saved else None
 
 
 # Random numbers
 
 
 def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The global generators of this process: torch (CPU and each CUDA device), Python, numpy."""
+    """The state of this process's global generators: torch (CPU, CUDA devices), Python, numpy."""
     version, words, gauss = random.getstate()
     _, key, position, has_gauss, cached = cast(tuple, np.random.get_state(legacy=True))
     state = {
@@ -193,7 +199,7 @@ def rng_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]:
-    """Restore the generators. Do this last: building and loading other objects draws numbers.
+    """Restore the global generators. Do this last: other objects draw numbers while loading.
 
     Returns the names of saved generators whose device this machine lacks: if there are any, random
     draws on devices do not continue where they stopped.
@@ -217,7 +223,7 @@ def load_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]
 # Shared by the above
 
 
-def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+def _copy_like(parameter: Tensor, value: Tensor) -> Tensor:
     """A copy on the parameter's device, in the parameter's memory layout if it has its shape.
 
     Fused optimizers walk through parameter, gradient and moments by address, so the strides of a
@@ -250,10 +256,10 @@ def _require_known(saved: Iterable[str], live: Mapping[str, Tensor], what: str) 
 
 def _require_alike(live: Tensor, saved: Tensor, what: str) -> None:
     if live.shape != saved.shape or live.dtype != saved.dtype:
-        raise _unlike(what, live, saved)
+        raise _mismatch(what, live, saved)
 
 
-def _unlike(what: str, live: Tensor, saved: Tensor) -> CheckpointError:
+def _mismatch(what: str, live: Tensor, saved: Tensor) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint's {what} must be {live.dtype} {tuple(live.shape)}, got {saved.dtype} "
         f"{tuple(saved.shape)}; {_REMEDY}"

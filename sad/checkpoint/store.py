@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and are believed only after they have been verified.
+"""Checkpoints on disk: written completely or not at all, and verified before they are used.
 
 ::
 
@@ -155,7 +155,7 @@ def latest_checkpoint(run_dir: str | Path, report: Report = print) -> Path | Non
 
 
 def load_latest(run_dir: str | Path, report: Report = print) -> Checkpoint | None:
-    """The same, read: its hashes, seconds for a large model, are computed this once."""
+    """Read the newest checkpoint that verifies, if any; its hashes are computed this once."""
     for path in _newest_first(Path(run_dir) / "checkpoints"):
         try:
             return load_checkpoint(path)
@@ -257,10 +257,14 @@ def _extent(tensor: Tensor) -> int:
 def _safetensors(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
     """The safetensors format, one tensor at a time.
 
-    The library's own ``save`` holds the whole file twice (measured with 0.8.0: 763 MiB for 381 MiB
-    of tensors), and its ``save_file`` writes behind the back of ``files.OPERATIONS``. The format:
-    length of the header as a little-endian u64, the header as JSON padded with spaces to 8 bytes,
-    then the tensors without gaps; wide dtypes first, so that every one is aligned.
+    A writer of our own because the bytes must pass through ``files.OPERATIONS``, where faults are
+    injected and files forced to disk, and are hashed on the way; the library's ``save_file`` opens
+    the file itself. It takes contiguous tensors only, and copies all tensors of a device to the
+    host before it writes the first (tensors on the CPU it writes from where they lie); ``save``
+    returns the whole file as bytes and holds it twice meanwhile (0.8.0: 763 MiB for 381 MiB).
+
+    The format: length of the header as a little-endian u64, the header as JSON padded with spaces
+    to 8 bytes, then the tensors without gaps; wide dtypes first, so that every one is aligned.
     """
     order = sorted(named, key=lambda name: (-named[name].element_size(), name))
     header, end = {}, 0
@@ -341,7 +345,7 @@ def _rotate(saved: Path, limit: int, report: Report) -> None:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    """What bears a checkpoint's name, complete or not."""
+    """Entries with the name of a checkpoint, complete or not."""
     if not directory.is_dir():
         return []
     numbered = [

@@ -1,6 +1,6 @@
 """The configuration of a run: keys, types, ranges, files and command line."""
 
-from sad.config.identity import config_hash, trajectory_changes
+from sad.config.identity import config_hash, flatten, trajectory_changes
 from sad.config.schema import DistillConfig, ce_only, config_to_dict, config_to_yaml
 from sad.config.sections import DataConfig
 from sad.config.values import ConfigError
@@ -13,5 +13,6 @@ __all__ = [
     "config_hash",
     "config_to_dict",
     "config_to_yaml",
+    "flatten",
     "trajectory_changes",
 ]

@@ -1,6 +1,7 @@
-"""The text of ``sad distill --help``: every key with its type, its default and its docstring.
+"""The text of ``sad distill --help``, and explanations of keys that do not exist.
 
-The docstrings are read from the source of the schema, where each stands under its field.
+The help has every key with its type, its default and its docstring, which is read from the source
+of the schema, where it stands under the field.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import difflib
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
 from sad.config.schema import DistillConfig
-from sad.config.values import field_types, leaf_types, without_none
+from sad.config.values import field_types, leaf_types, section_types, without_none
 
 WIDTH = 96
 TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
@@ -24,12 +25,13 @@ TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
 def keys_help() -> str:
     """One entry per key, under the headings that the schema's source gives them."""
     headings = field_headings(DistillConfig)
+    sections = section_types(DistillConfig)
     blocks: list[str] = []
     for item in fields(DistillConfig):
         if item.name in headings:
             blocks.append(f"{headings[item.name]}:")
-        section = field_types(DistillConfig)[item.name]
-        if is_dataclass(section) and isinstance(section, type):
+        if item.name in sections:
+            section = sections[item.name]
             blocks += [_entry(section, inner, f"{item.name}.") for inner in fields(section)]
         else:
             blocks.append(_entry(DistillConfig, item, ""))
@@ -37,8 +39,9 @@ def keys_help() -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field -> the docstring under it, on one line."""
+    """Field -> its docstring, the string literal under it in the source, on one line."""
     docs: dict[str, str] = {}
+    # A field's docstring is a bare string after it, which only the source has.
     for statement, following in pairwise(_class_node(cls).body):
         match statement, following:
             case (
@@ -50,7 +53,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def field_headings(cls: type) -> dict[str, str]:
-    """First field of each group -> the comment line above it, which is the group's heading."""
+    """First field of each group -> the group's heading, the comment line above the field."""
     source = inspect.getsource(cls)
     return {name: title for title, name in re.findall(r"^    # (.+)\n    (\w+):", source, re.M)}
 
@@ -82,8 +85,10 @@ def _type_word(hint: Any) -> str:
 
 
 def about_unknown_key(key: str) -> str:
-    """One sentence about a key that does not exist, as helpful as we can make it."""
+    """Explain in one sentence why a key is refused: a section, a misspelling, a foreign name."""
     known = leaf_types(DistillConfig)
+    # From certain to uncertain: a section without its keys, our key in another spelling or without
+    # its section, a key of another library, the nearest of our keys.
     if any(name.startswith(f"{key}.") for name in known):
         inner = [name for name in known if name.startswith(f"{key}.")]
         return f"{key} must be a section, got a value; set one of its keys: {', '.join(inner)}"

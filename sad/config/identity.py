@@ -1,25 +1,25 @@
-"""What makes a resumed run the same run, and the refusal of one that would take another course."""
+"""Comparison of a run and its resumption by the keys that decide the trajectory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.config.sections import MAY_CHANGE_ON_RESUME
-from sad.config.values import (
-    field_types,
-)
+from sad.config.values import section_types
 from sad.errors import UsageError
 
 
 def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
-    """Refuse another configuration than the one in the checkpoint's identity ``old``.
+    """Raise ``UsageError`` if ``config`` differs from the one in ``old`` in a key that decides the
+    trajectory, unless ``allow_config_change``.
 
-    It needs neither text nor models, so it can be asked before anything is loaded or written.
+    ``old`` is the run's fingerprint in a checkpoint. Neither text nor models are needed, so this
+    check comes before anything is loaded or written.
     """
     _refuse(_config_changes(old, config), config)
 
@@ -27,10 +27,11 @@ def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
 def require_same_run(
     old: dict[str, Any], new: dict[str, Any], config: DistillConfig, warn: Callable[[str], None]
 ) -> bool:
-    """Refuse to resume what would not be the same run; return whether changes were allowed.
+    """Raise ``UsageError`` unless the fingerprints agree; return whether changes were allowed.
 
-    Configuration keys that decide the trajectory, the packed rows and the tokenizer must be equal;
-    versions of libraries may differ, with a warning.
+    ``old`` is the fingerprint in the checkpoint, ``new`` that of the present run. Configuration
+    keys that decide the trajectory, the packed rows and the tokenizer must be equal, unless
+    ``allow_config_change``. Versions of libraries may differ, with a warning.
     """
     changes = _config_changes(old, config) + [
         f"{key}: {old[key][:12]} -> {new[key][:12]}"
@@ -63,14 +64,15 @@ def _refuse(changes: list[str], config: DistillConfig) -> None:
 
 def config_hash(config: DistillConfig) -> str:
     """SHA-256 of the keys that decide the trajectory: equal for a run and its resumption."""
+    # Sorted, so that the order of fields in the source does not matter.
     return hashlib.sha256(json.dumps(_trajectory(config), sort_keys=True).encode()).hexdigest()
 
 
 def trajectory_changes(old: dict[str, Any], new: DistillConfig) -> list[tuple[str, Any, Any]]:
-    """The keys that decide the trajectory and differ: (dotted key, old value, new value).
+    """Differences in keys that decide the trajectory: (dotted key, old value, new value).
 
-    ``old`` is a ``config_to_dict`` of the past. A key it does not have yet counts as having had its
-    default: that is how the run behaved before the key existed.
+    ``old`` is a ``config_to_dict`` of an earlier configuration. A key that it lacks counts as
+    having its default: that is how the run behaved before the key existed.
     """
     before = _trajectory_defaults() | flatten(old)
     return [
@@ -90,19 +92,20 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _trajectory(config: DistillConfig) -> dict[str, Any]:
-    cadence = set(_cadence_keys(DistillConfig))
-    return {k: v for k, v in flatten(config_to_dict(config)).items() if k not in cadence}
+    free = set(_keys_that_may_change(DistillConfig))
+    return {k: v for k, v in flatten(config_to_dict(config)).items() if k not in free}
 
 
-def _cadence_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    types = field_types(cls)
+def _keys_that_may_change(cls: type, prefix: str = "") -> Iterator[str]:
+    sections = section_types(cls)
     for f in fields(cls):
-        if is_dataclass(types[f.name]):
-            yield from _cadence_keys(types[f.name], f"{prefix}{f.name}.")
+        if f.name in sections:
+            yield from _keys_that_may_change(sections[f.name], f"{prefix}{f.name}.")
         elif f.metadata == MAY_CHANGE_ON_RESUME:
             yield prefix + f.name
 
 
 def _trajectory_defaults() -> dict[str, Any]:
+    # The two names have no default that a run can have; any will do to build the others.
     defaults = _trajectory(DistillConfig(student="-", teacher="-"))
     return {key: value for key, value in defaults.items() if key not in ("student", "teacher")}

@@ -1,7 +1,13 @@
-"""A recipe or a YAML or JSON file, then the command line's overrides, into a ``DistillConfig``.
+"""Reading a ``DistillConfig`` from a recipe or a YAML or JSON file, and command-line overrides.
 
-Precedence: defaults < file < command line. Every complaint names the key and where its value came
-from. A key of another library is answered with its translation, a misspelt one with the nearest.
+Precedence: defaults < file < command line. Every error names the key and where its value came from,
+file and line. A key of another library is answered with its translation, a misspelt one with the
+nearest.
+
+No library for command lines (tyro, jsonargparse) is used. tyro was tried: it refuses
+``--use_ema false`` and ``--eval_steps null``, which our files and users write, misreads lists of
+pairs such as ``--layerwise.layers "[[0, 0], [-1, -1]]"``, and takes 0.9 s to import. It would
+replace ``read_overrides`` alone: lines in files and foreign keys need the rest in any case.
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
@@ -18,19 +24,14 @@ import yaml
 
 from sad.config.help import about_unknown_key
 from sad.config.schema import ConfigError, DistillConfig
-from sad.config.values import leaf_types, without_none
+from sad.config.values import input_paths, leaf_types, without_none
 from sad.errors import UsageError
 from sad.recipes import recipe_names, recipe_path
-
-SUFFIXES = (".yaml", ".yml", ".json")
-
-PATH_KEYS = ("student", "teacher", "tokenizer", "data.train", "data.eval")
-"""Keys whose relative paths, in a file, mean the file's own folder first."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value somebody gave for a key, and where: ``recipe.yaml:12`` or ``command line``."""
+    """A value given for a key, and where: ``recipe.yaml:12`` or ``command line``."""
 
     value: Any
     where: str
@@ -41,18 +42,19 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> DistillCon
 
     ``source`` is a recipe's name (see ``sad.recipes``) or the path of a YAML or JSON file.
     ``overrides`` are command-line words: ``--key value``, ``--key.sub value``, ``--key=value``, for
-    lists ``--key a b``, for switches also the bare ``--key``. A relative path in ``PATH_KEYS`` that
-    exists beside the file is taken from there, else from the current directory.
+    lists ``--key a b``, for switches also the bare ``--key``. A relative path in the file, under
+    one of the keys that name models or text, means the file's folder if it exists there, else the
+    current directory.
 
     Raises ``UsageError`` naming key, file and line.
     """
     path = find_config(source)
-    settings = _beside(path, read_file(path)) | read_overrides(overrides)
+    settings = _resolve_paths(path, read_file(path)) | read_overrides(overrides)
     return _build(settings, path)
 
 
 def find_config(source: str | Path) -> Path:
-    """The file behind a recipe's name or a path; raises ``UsageError`` if there is none."""
+    """The path of a recipe's or a configuration file; raises ``UsageError`` if there is none."""
     if source in recipe_names():
         return recipe_path(str(source))
     path = Path(source)
@@ -63,26 +65,26 @@ def find_config(source: str | Path) -> Path:
             f"configuration must be a file or one of the recipes {', '.join(recipe_names())}, "
             f"got {str(source)!r}; {remedy}"
         )
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in FILE_READERS:
         raise UsageError(
-            f"configuration must end in {', '.join(SUFFIXES)}, got {str(path)!r}; rename it"
+            f"configuration must end in {', '.join(FILE_READERS)}, got {str(path)!r}; rename it"
         )
     return path
 
 
 def read_file(path: Path) -> dict[str, Setting]:
-    """The file's settings under dotted keys, unchecked."""
+    """Read a file's settings under dotted keys; values are not checked yet."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} must be readable as UTF-8 text, got {error}; check the file"
         ) from None
-    return _read_json(path, text) if path.suffix == ".json" else _read_yaml(path, text)
+    return FILE_READERS[path.suffix](path, text)
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Setting]:
-    """``--key value`` words as settings, unchecked; the last of two equal keys wins."""
+    """Read ``--key value`` words as settings, unchecked; the last of two equal keys wins."""
     settings: dict[str, Setting] = {}
     rest = list(words)
     while rest:
@@ -94,6 +96,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, Setting]:
             )
         key, equals, value = word[2:].partition("=")
         values = [value] if equals else []
+        # A value never starts with two dashes; -1 is one.
         while not equals and rest and not rest[0].startswith("--"):
             values.append(rest.pop(0))
         settings[key] = Setting(_from_words(key, values), "command line")
@@ -167,6 +170,14 @@ def _read_yaml(path: Path, text: str) -> dict[str, Setting]:
     return settings
 
 
+FILE_READERS: Mapping[str, Callable[[Path, str], dict[str, Setting]]] = {
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+    ".json": _read_json,
+}
+"""Suffix of a configuration file -> reader of its text."""
+
+
 def _walk_yaml(
     loader: yaml.SafeLoader,
     mapping: yaml.MappingNode,
@@ -174,6 +185,7 @@ def _walk_yaml(
     path: Path,
     settings: dict[str, Setting],
 ) -> None:
+    # Nodes, not loaded values: they know their lines, and a key given twice is seen.
     for name, value in mapping.value:
         key, where = f"{prefix}{name.value}", f"{path}:{name.start_mark.line + 1}"
         if isinstance(value, yaml.MappingNode):
@@ -194,8 +206,8 @@ def _no_mapping(path: Path, kind: str) -> UsageError:
     )
 
 
-def _beside(path: Path, settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Take relative paths of a file's settings from the file's folder, where they exist there."""
+def _resolve_paths(path: Path, settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Make relative paths in a file's settings absolute where they exist beside the file."""
 
     def resolve(value: Any) -> Any:
         if isinstance(value, list):
@@ -203,14 +215,16 @@ def _beside(path: Path, settings: dict[str, Setting]) -> dict[str, Setting]:
         candidate = path.parent / value if isinstance(value, str) and value else None
         return os.path.abspath(candidate) if candidate and candidate.exists() else value
 
+    paths = input_paths(DistillConfig)
     return {
-        key: Setting(resolve(setting.value), setting.where) if key in PATH_KEYS else setting
+        key: Setting(resolve(setting.value), setting.where) if key in paths else setting
         for key, setting in settings.items()
     }
 
 
 def _build(settings: dict[str, Setting], path: Path) -> DistillConfig:
     known = leaf_types(DistillConfig)
+    # Unknown keys come before wrong values: a misspelt key may be the reason for one.
     nested: dict[str, Any] = {}
     for key, setting in settings.items():
         if key in known:
@@ -225,13 +239,13 @@ def _build(settings: dict[str, Setting], path: Path) -> DistillConfig:
         )
     try:
         return DistillConfig(**nested)
-    except ConfigError as error:
+    except ConfigError as error:  # a default that contradicts a given key has no place of its own
         where = settings[error.key].where if error.key in settings else str(path)
         raise ConfigError(error.key, f"{error} ({where})") from None
 
 
 def _empty_section(key: str, setting: Setting) -> bool:
-    """Whether this is a heading with nothing under it, such as a bare ``data:``."""
+    """Whether this is a section without keys, such as a bare ``data:`` in YAML."""
     return setting.value is None and key in {
         k.rpartition(".")[0] for k in leaf_types(DistillConfig)
     }

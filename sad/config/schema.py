@@ -1,19 +1,24 @@
-"""The configuration: frozen dataclasses that are schema, YAML file and command line at once.
+"""The configuration of a run: one frozen dataclass defines Python, YAML and command-line keys.
 
 Names that users know from ``transformers.TrainingArguments`` are reused where the meaning is the
 same. Suffixes tell the unit: ``_steps`` counts optimizer steps, ``_batches`` micro-batches,
 ``_ratio`` is a fraction of training.
 
-Whatever builds a configuration, its values are converted and checked here, so that everything that
-costs time (loading weights, reading text) comes after. ``sad.config.load`` reads files and the
-command line.
+A configuration converts and checks its values when it is built, wherever they come from: a mistake
+is found before weights are loaded or text is read. ``sad.config.load`` reads files and the command
+line.
+
+To add a key: a field with its type, its default and a docstring, which becomes its line in
+``sad distill --help``; then its use. What its value must satisfy is part of the type, as in
+``PositiveInt``, and so is that it names something to read (``sad.config.values``). Conditions
+between keys are checked by the functions at the end of this file.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -30,34 +35,48 @@ from sad.config.sections import (
     RelationsConfig,
     RouterConfig,
     RoutingConfig,
+    StructuralSection,
     TAIDConfig,
 )
 from sad.config.values import (
-    BELOW_ONE,
-    FRACTION,
-    NOT_EMPTY,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_INT,
+    INPUT_PATH,
     ConfigError,
-    Range,
+    Constraint,
+    Fraction,
+    FractionBelowOne,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     convert_and_check,
-    field_types,
     require,
+    section_types,
 )
-
-STRUCTURAL = ("feature", "attention", "relations", "layerwise", "contrastive", "router")
-"""Losses that look inside both models. Each is a section with a ``weight``."""
+from sad.metrics import best_model_metrics
 
 SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
+"""The names of ``sad.optim.schedule.SCHEDULES``."""
+SchedulerUnit = Literal["batch", "optimizer_step"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "triton", "torch"]
+
+ModelPath = Annotated[NonEmptyStr, INPUT_PATH]
+MaxSteps = Annotated[int, Constraint("be -1 or at least 1", lambda v: v == -1 or v >= 1)]
+StepsOrFraction = Annotated[
+    float,
+    Constraint(
+        "be a whole number of steps, or a fraction below 1",
+        lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
+    ),
+]
+Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
+AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Everything that decides a run. The resolved configuration is saved with the run and in every
-    checkpoint.
+    """The configuration of a run, saved in resolved form with the run and in every checkpoint.
 
     Values are converted to the types of their fields (``"1e-4"`` to a float, a text to a tuple of
     one) and checked. Raises ``UsageError`` for a wrong type, a value out of range, or keys that
@@ -65,12 +84,12 @@ class DistillConfig:
     """
 
     # Models
-    student: str
+    student: ModelPath
     """Hugging Face id or local path of the student, or with `student_init: random` of its
     configuration."""
-    teacher: str | None = None
+    teacher: ModelPath | None = None
     """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
-    tokenizer: str | None = None
+    tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the student from its configuration alone, with weights drawn from `seed`."""
@@ -92,10 +111,10 @@ class DistillConfig:
 
     # Data
     data: DataConfig = field(default_factory=DataConfig)
-    max_length: int = 1024
+    max_length: PositiveInt = 1024
     """Tokens per row."""
     packing: bool = True
-    """Several documents per row, each blind to the others. `false`: one document per row,
+    """Pack several documents into a row; none attends to another. `false`: one document per row,
     right-padded."""
 
     # Objective
@@ -106,7 +125,7 @@ class DistillConfig:
     temperature: float = 2.0
     """Softens both distributions in the divergence."""
     scale_t2: bool = True
-    """Multiply the divergence by temperature^2, which keeps its gradient's size."""
+    """Multiply the divergence by temperature^2, so that its gradient keeps its size."""
     divergence: Divergence = "forward_kl"
     """Which divergence; see `sad_kernels.Objective`."""
     beta: float = 0.5
@@ -114,14 +133,14 @@ class DistillConfig:
     label_smoothing: float = 0.1
     """Mass spread over all classes in the training cross-entropy. Evaluation uses none."""
     z_loss: float = 0.0
-    """Weight of lse^2."""
-    chunk_bytes: int | None = None
-    """Memory budget of the loss. Default: that of `sad_kernels`."""
+    """Weight of lse^2, the squared log-normaliser of the student's logits."""
+    chunk_bytes: PositiveInt | None = None
+    """Memory budget of the loss in bytes. Default: that of `sad_kernels`."""
     impl: Impl = "auto"
-    """Which implementation of the kernels."""
+    """Implementation of the kernels; `auto` takes Triton on GPUs, else torch."""
     use_curriculum: bool = True
     """Phase the structural losses in: see `sad.curriculum`."""
-    projector_lr_ratio: float = 1.0
+    projector_lr_ratio: NonNegativeFloat = 1.0
     """Learning rate of the projectors of structural losses, relative to `learning_rate`."""
     feature: FeatureConfig = field(default_factory=FeatureConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -137,45 +156,45 @@ class DistillConfig:
     add it to the result table."""
 
     # Length
-    num_train_epochs: float = 1.0
+    num_train_epochs: PositiveFloat = 1.0
     """Passes over the data, if `max_steps` is not given."""
-    max_steps: int = -1
+    max_steps: MaxSteps = -1
     """Optimizer steps; positive values override `num_train_epochs`."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: PositiveInt = 8
     """Rows per micro-batch."""
-    per_device_eval_batch_size: int = field(default=8, metadata=MAY_CHANGE_ON_RESUME)
+    per_device_eval_batch_size: PositiveInt = field(default=8, metadata=MAY_CHANGE_ON_RESUME)
     """Rows per evaluation batch."""
-    max_eval_rows: int | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    max_eval_rows: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate on at most this many held-out rows."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
 
     # Optimizer and schedule
-    learning_rate: float = 5e-5
+    learning_rate: NonNegativeFloat = 5e-5
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
-    adam_beta1: float = 0.9
+    adam_beta1: FractionBelowOne = 0.9
     """Decay of AdamW's first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: FractionBelowOne = 0.999
     """Decay of AdamW's second moment."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: PositiveFloat = 1e-8
     """Added to the root of AdamW's second moment."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Global norm the gradient is clipped to; 0 turns clipping off."""
     lr_scheduler_type: SchedulerName = "linear"
     """Shape of the schedule after warm-up."""
-    scheduler_unit: Literal["batch", "optimizer_step"] = "batch"
+    scheduler_unit: SchedulerUnit = "batch"
     """When the scheduler steps: once per micro-batch, or once per optimizer step."""
-    warmup_steps: float = 0
+    warmup_steps: StepsOrFraction = 0
     """Warm-up in optimizer steps; below 1: as a fraction of training, as in transformers 5."""
-    warmup_batches: int = 0
+    warmup_batches: NonNegativeInt = 0
     """Warm-up in micro-batches."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Fraction = 0.0
     """Warm-up as a fraction of training."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Fraction = 0.0
     """Floor of the schedule, relative to the peak."""
-    decay_ratio: float = 0.2
+    decay_ratio: Fraction = 0.2
     """Length of the final decay of `wsd`, as a fraction of training."""
 
     # Precision
@@ -187,21 +206,21 @@ class DistillConfig:
     """Dtype of the student's parameters."""
     master_weights: bool = True
     """With bfloat16 parameters: keep fp32 masters that the optimizer updates."""
-    max_nonfinite_steps: int = 3
+    max_nonfinite_steps: PositiveInt = 3
     """So many updates in a row with a non-finite gradient stop the run."""
 
     # EMA
     use_ema: bool = True
     """Keep an exponential moving average of the student, evaluate it, export it if it is better."""
-    ema_decay: float = 0.9999
+    ema_decay: FractionBelowOne = 0.9999
     """Decay of the average."""
     ema_warmup: bool = True
     """Lower the decay in the first updates: min(ema_decay, (1 + n) / (10 + n))."""
 
     # Run
-    output_dir: str = field(default="runs/sad", metadata=MAY_CHANGE_ON_RESUME)
-    """The run's directory."""
-    seed: int = 42
+    output_dir: NonEmptyStr = field(default="runs/sad", metadata=MAY_CHANGE_ON_RESUME)
+    """Directory of the run: log, checkpoints, report, exported models."""
+    seed: Seed = 42
     """Seed of initialisation, order and dropout."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms on GPUs, at some cost."""
@@ -209,13 +228,13 @@ class DistillConfig:
     """`auto`, or the path of a checkpoint."""
     allow_config_change: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Resume although keys that decide the trajectory have changed."""
-    logging_steps: int = field(default=10, metadata=MAY_CHANGE_ON_RESUME)
+    logging_steps: PositiveInt = field(default=10, metadata=MAY_CHANGE_ON_RESUME)
     """Log every so many optimizer steps."""
-    eval_steps: int | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    eval_steps: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate every so many optimizer steps. Default: at the end only."""
-    save_steps: int | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    save_steps: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Save every so many optimizer steps. Default: at the end of each epoch only."""
-    save_total_limit: int = field(default=2, metadata=MAY_CHANGE_ON_RESUME)
+    save_total_limit: AtLeastTwo = field(default=2, metadata=MAY_CHANGE_ON_RESUME)
     """Checkpoints kept (at least 2: one to fall back to)."""
     metric_for_best_model: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Smallest wins. Default: `eval_ema/nll`, else `eval/nll`."""
@@ -227,23 +246,23 @@ class DistillConfig:
     """Show tracebacks for every error."""
 
     def __post_init__(self) -> None:
-        convert_and_check(self, _RANGES)
+        convert_and_check(self)
         _check_models(self)
         _check_objective(self)
-        _check_structure(self)
+        _check_teacher_sections(self)
         _check_schedule(self)
         _check_precision(self)
         _check_metric(self)
 
     @property
     def structural_weights(self) -> dict[str, float]:
-        """Loss -> its full weight, of the structural losses that are on."""
+        """Structural loss -> its full weight, of those above 0."""
         weights = {name: getattr(self, name).weight for name in STRUCTURAL}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
-        """What is minimised while the divergence has the weight ``kd_weight`` (default: the
-        configured one). The weight of the cross-entropy does not follow it."""
+        """The objective while the divergence has the weight ``kd_weight`` (default: the configured
+        one). The weight of the cross-entropy does not depend on it."""
         return Objective(
             ce_weight=1 - self.kd_weight if self.ce_weight is None else self.ce_weight,
             kd_weight=self.kd_weight if kd_weight is None else kd_weight,
@@ -257,63 +276,32 @@ class DistillConfig:
         )
 
 
+STRUCTURAL = tuple(
+    name
+    for name, section in section_types(DistillConfig).items()
+    if issubclass(section, StructuralSection)
+)
+"""The names of the structural losses: the sections that derive from ``StructuralSection``."""
+
+
 def ce_only() -> dict[str, Any]:
-    """The keys, for ``dataclasses.replace``, of the same run without anything of the teacher's."""
-    sections = (*STRUCTURAL, "curriculum", "taid", "routing")
-    types = field_types(DistillConfig)
-    return {"kd_weight": 0.0, "ce_weight": 1.0} | {name: types[name]() for name in sections}
+    """Changes, for ``dataclasses.replace``, that make a run train on cross-entropy alone.
+
+    Every section but ``data`` configures something of the teacher's, and returns to its default.
+    """
+    sections = section_types(DistillConfig).items()
+    defaults = {name: section() for name, section in sections if name != "data"}
+    return {"kd_weight": 0.0, "ce_weight": 1.0} | defaults
 
 
 def config_to_dict(config: DistillConfig) -> dict[str, Any]:
-    """The configuration as JSON knows it: nested dicts, lists for tuples."""
+    """The configuration as JSON represents it: nested dicts, lists for tuples."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def config_to_yaml(config: DistillConfig) -> str:
     """The resolved configuration as YAML that loads to an equal one."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-_RANGES = {
-    "student": NOT_EMPTY,
-    "teacher": NOT_EMPTY,
-    "tokenizer": NOT_EMPTY,
-    "output_dir": NOT_EMPTY,
-    "max_length": POSITIVE_INT,
-    "chunk_bytes": POSITIVE_INT,
-    "num_train_epochs": POSITIVE,
-    "max_steps": Range("be -1 or at least 1", lambda v: v == -1 or v >= 1),
-    "per_device_train_batch_size": POSITIVE_INT,
-    "per_device_eval_batch_size": POSITIVE_INT,
-    "max_eval_rows": POSITIVE_INT,
-    "gradient_accumulation_steps": POSITIVE_INT,
-    "learning_rate": NOT_NEGATIVE,
-    "projector_lr_ratio": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
-    "adam_epsilon": POSITIVE,
-    "max_grad_norm": NOT_NEGATIVE,
-    "warmup_steps": Range(
-        "be a whole number of steps, or a fraction below 1",
-        lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
-    ),
-    "warmup_batches": NOT_NEGATIVE,
-    "warmup_ratio": FRACTION,
-    "min_lr_ratio": FRACTION,
-    "decay_ratio": FRACTION,
-    "max_nonfinite_steps": POSITIVE_INT,
-    "ema_decay": BELOW_ONE,
-    "seed": Range("lie in [0, 2^32)", lambda v: 0 <= v < 2**32),
-    "logging_steps": POSITIVE_INT,
-    "eval_steps": POSITIVE_INT,
-    "save_steps": POSITIVE_INT,
-    "save_total_limit": Range("be at least 2", lambda v: v >= 2),
-}
-"""Key -> what its value must satisfy, unless it is None. ``Objective`` checks its own."""
-
-_METRICS = ("nll", "perplexity", "bits_per_byte", "kl")
-"""The figures of an evaluation of which less is better."""
 
 
 def _check_models(config: DistillConfig) -> None:
@@ -359,8 +347,8 @@ def _check_objective(config: DistillConfig) -> None:
     )
 
 
-def _check_structure(config: DistillConfig) -> None:
-    """What needs the divergence from the teacher is refused without it."""
+def _check_teacher_sections(config: DistillConfig) -> None:
+    """Refuse TAID and routing, which need the divergence from the teacher, without it."""
     for key, on in (
         ("taid.enabled", config.taid.enabled),
         ("routing.mode", config.routing.mode != "teacher"),
@@ -405,7 +393,7 @@ def _check_metric(config: DistillConfig) -> None:
     if config.metric_for_best_model is None:
         return
     prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
-    names = [name for name in _METRICS if name != "kl" or config.teacher is not None]
+    names = best_model_metrics(with_teacher=config.teacher is not None)
     choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
     require(
         "metric_for_best_model",

@@ -1,137 +1,167 @@
-"""Sections of the configuration: what a run reads, one frozen dataclass each."""
+"""Sections of the configuration, one frozen dataclass each: data, structural losses, routing ...
+
+A key is a field with its type, its default and, as a docstring under it, its line in
+``sad distill --help``. The type carries the constraint on the value (``sad.config.values``). To add
+a section: its class here, and a field of ``sad.config.schema.DistillConfig`` under its name. The
+sections of structural losses are recognised by their base class.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from sad.config.values import (
-    BELOW_ONE,
-    FRACTION,
-    NOT_EMPTY,
-    NOT_NEGATIVE,
-    POSITIVE,
-    POSITIVE_INT,
-    Range,
+    INPUT_PATH,
+    Constraint,
+    Fraction,
+    FractionBelowOne,
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     convert_and_check,
     field_types,
     require,
 )
 from sad.curriculum import is_schedule
 
-MAY_CHANGE_ON_RESUME = {"cadence": True}
+MAY_CHANGE_ON_RESUME = {"may_change_on_resume": True}
 """Metadata of keys that may differ between a run and its resumption: they say when, where and with
-whose permission, and move no weight. Every other key decides the trajectory, and so does a key that
-only changes rounding, such as ``impl``: a resumed run promises the same bits."""
+whose permission, and change no weight. Every other key decides the trajectory, and so does a key
+that only changes rounding, such as ``impl``: a resumed run promises the same bits."""
 
-DATA_RANGES = {
-    "eval_fraction": BELOW_ONE,
-    "text_field": NOT_EMPTY,
-    "dataset_split": NOT_EMPTY,
-    "dataset_eval_split": NOT_EMPTY,
-    "document_separator": Range("not be empty", lambda v: v != ""),
-    "max_documents": POSITIVE_INT,
-}
+TextSources = Annotated[tuple[str, ...], INPUT_PATH]
+Distance = Literal["cosine", "relative_mse"]
+
+Pairs = Annotated[
+    tuple[tuple[int, ...], ...],
+    Constraint(
+        "be pairs [student layer, teacher layer]",
+        lambda pairs: len(pairs) > 0 and all(len(pair) == 2 for pair in pairs),
+        "for example [[0, 0], [-1, -1]]",
+    ),
+]
+"""Student layer, teacher layer, both counted from 0; negative numbers count from the end."""
+
+Points = Annotated[
+    tuple[tuple[float, ...], ...],
+    Constraint(
+        "be points [share of training, factor] with shares rising from 0 to 1 at most and factors "
+        "of at least 0",
+        is_schedule,
+        "for example [[0, 0], [0.3, 0], [0.6, 1]]",
+    ),
+]
+"""Share of training, factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the text comes from and how it becomes rows of tokens."""
+class Section:
+    """A section of the configuration; values are converted and checked when it is built."""
 
-    train: tuple[str, ...] = ()
+    name: ClassVar[str]
+    """Its key in the configuration."""
+
+    def __post_init__(self) -> None:
+        convert_and_check(self, f"{self.name}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Sources of text, the documents held out, and the cache of packed rows."""
+
+    name = "data"
+
+    train: TextSources = ()
     """Files (.txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set, or
     `python-stdlib`: the source of the standard library of the Python that runs this."""
-    eval: tuple[str, ...] = ()
+    eval: TextSources = ()
     """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
-    eval_fraction: float = 0.05
+    eval_fraction: FractionBelowOne = 0.05
     """Share of the documents held out for evaluation, chosen by a hash of each document's name."""
-    text_field: str = "text"
-    """The field that holds the text in .jsonl, .parquet and `datasets` records."""
-    document_separator: str | None = None
+    text_field: NonEmptyStr = "text"
+    """The field that holds the text in records: .jsonl, .parquet and `datasets`."""
+    document_separator: Annotated[str | None, Constraint("not be empty", bool)] = None
     """Splits a .txt file into documents; without it each file is one document."""
     dataset_config: str | None = None
     """Configuration name of a `datasets` data set."""
-    dataset_split: str = "train"
+    dataset_split: NonEmptyStr = "train"
     """Split of a `datasets` data set named in `train`."""
-    dataset_eval_split: str = "validation"
+    dataset_eval_split: NonEmptyStr = "validation"
     """Split of a `datasets` data set named in `eval`."""
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     """Use only this many documents of `data.train`, chosen by the hash of their names."""
     cache_dir: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
 
-    def __post_init__(self) -> None:
-        convert_and_check(self, DATA_RANGES, "data.")
 
-
-# Structural losses. A weight of 0, the default, computes and keeps nothing. By `python -m bench
-# ablation` relations, contrastive and attention help small models in every seed at the weights of
-# the README, feature, layerwise, router and TAID do not reliably, and student-aware routing harms.
-# Those that help are off as well: they ask of both models what not all have, and cost time.
-
-Distance = Literal["cosine", "relative_mse"]
-Pairs = tuple[tuple[int, ...], ...]
-"""Student layer, teacher layer, both counted from 0; negative numbers count from the end."""
-Points = tuple[tuple[float, ...], ...]
-"""Share of training, factor."""
-
-_WEIGHT = {"weight": NOT_NEGATIVE}
+# Structural losses. With a weight of 0, the default, nothing is captured or computed for one. By
+# `python -m bench ablation` relations, contrastive and attention help small models in every seed at
+# the weights of the README, feature, layerwise, router and TAID do not reliably, and student-aware
+# routing harms. Those that help are off by default as well: not every model supports them, and they
+# cost time.
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
+class StructuralSection(Section):
+    """The section of a structural loss, which a weight above 0 turns on."""
+
+    weight: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig(StructuralSection):
     """Last hidden states, after the final norm: see `sad.losses.feature`."""
 
-    weight: float = 0.0
+    name = "feature"
+
+    weight: NonNegativeFloat = 0.0
     """Weight of the distance between the last hidden states of student and teacher."""
     distance: Distance = "cosine"
     """`cosine`, or `relative_mse`, which also compares magnitudes."""
 
-    def __post_init__(self) -> None:
-        convert_and_check(self, _WEIGHT, "feature.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(StructuralSection):
     """Attention maps: see `sad.losses.attention`."""
 
-    weight: float = 0.0
+    name = "attention"
+
+    weight: NonNegativeFloat = 0.0
     """Weight of the divergence between attention maps."""
     layers: Pairs = ((-1, -1),)
     """Pairs of student and teacher layers whose maps are compared."""
     head_map: Literal["block", "learned"] = "block"
     """How teacher heads are combined for student heads when their numbers differ."""
-    query_block: int = 256
-    """Query rows whose maps exist at a time: the memory bound."""
-
-    def __post_init__(self) -> None:
-        convert_and_check(self, _WEIGHT | {"query_block": POSITIVE_INT}, "attention.")
-        _check_pairs(self.layers, "attention.layers")
+    query_block: PositiveInt = 256
+    """Query rows whose maps are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelationsConfig:
+class RelationsConfig(StructuralSection):
     """Relations between queries, keys and values of a layer: see `sad.losses.relations`."""
 
-    weight: float = 0.0
+    name = "relations"
+
+    weight: NonNegativeFloat = 0.0
     """Weight of the divergence between relations (MiniLMv2), whatever the numbers of heads."""
     layers: Pairs = ((-1, -1),)
     """Pairs of student and teacher layers whose projections are compared."""
-    query_block: int = 256
-    """Rows whose relations exist at a time: the memory bound."""
-
-    def __post_init__(self) -> None:
-        convert_and_check(self, _WEIGHT | {"query_block": POSITIVE_INT}, "relations.")
-        _check_pairs(self.layers, "relations.layers")
+    query_block: PositiveInt = 256
+    """Rows whose relations are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerwiseConfig:
+class LayerwiseConfig(StructuralSection):
     """Outputs of decoder layers: see `sad.losses.layerwise`."""
 
-    weight: float = 0.0
+    name = "layerwise"
+
+    weight: NonNegativeFloat = 0.0
     """Weight of the distance between outputs of paired layers."""
-    num_pairs: int = 4
+    num_pairs: PositiveInt = 4
     """Pairs of layers, spread evenly and ending with the last of both."""
     layers: Pairs | None = None
     """Pairs of student and teacher layers, in place of `num_pairs`; the last pair must be the last
@@ -141,106 +171,89 @@ class LayerwiseConfig:
     pair_weights: Literal["uniform", "adaptive"] = "uniform"
     """`adaptive` gives closer pairs more weight, as far as the entropy of the weights allows."""
 
-    def __post_init__(self) -> None:
-        convert_and_check(self, _WEIGHT | {"num_pairs": POSITIVE_INT}, "layerwise.")
-        _check_pairs(self.layers or ((0, 0),), "layerwise.layers")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveConfig:
+class ContrastiveConfig(StructuralSection):
     """Whole segments of text: see `sad.losses.contrastive`."""
 
-    weight: float = 0.0
-    """Weight of the symmetric InfoNCE between pooled hidden states."""
-    queue_size: int = 1024
-    """Teacher embeddings of earlier segments that serve as further negatives; 0: none."""
-    temperature: float = 0.07
-    """Of the similarities."""
+    name = "contrastive"
 
-    def __post_init__(self) -> None:
-        ranges = {"queue_size": NOT_NEGATIVE, "temperature": POSITIVE}
-        convert_and_check(self, _WEIGHT | ranges, "contrastive.")
+    weight: NonNegativeFloat = 0.0
+    """Weight of the symmetric InfoNCE between pooled hidden states."""
+    queue_size: NonNegativeInt = 1024
+    """Teacher embeddings of earlier segments that serve as further negatives; 0: none."""
+    temperature: PositiveFloat = 0.07
+    """Temperature of the similarities."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(StructuralSection):
     """Routers of mixture-of-experts students: see `sad.losses.router`."""
 
-    weight: float = 0.0
+    name = "router"
+
+    weight: NonNegativeFloat = 0.0
     """Weight of the divergence between the gates of student and teacher, which must have equally
     many experts, the student's descending from the teacher's."""
     layers: Pairs | None = None
     """Pairs of student and teacher layers. Default: every layer with experts, in order."""
-    balance_weight: float = 0.001
-    """Of the student's load balance (Switch), beside the above."""
-    z_weight: float = 0.001
-    """Of the squared log-normaliser of the student's gates, beside the above."""
-
-    def __post_init__(self) -> None:
-        ranges = {"balance_weight": NOT_NEGATIVE, "z_weight": NOT_NEGATIVE}
-        convert_and_check(self, _WEIGHT | ranges, "router.")
-        _check_pairs(self.layers or ((0, 0),), "router.layers")
+    balance_weight: NonNegativeFloat = 0.001
+    """Weight of the student's load-balancing loss (Switch Transformer), added to the above."""
+    z_weight: NonNegativeFloat = 0.001
+    """Weight of the squared log-normaliser of the student's gates (z-loss), added to the above."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
-    """How the weight of each loss changes while training: points `[share of training, factor]`,
-    joined by straight lines, constant before the first and after the last. Default: the phases of
+class CurriculumConfig(Section):
+    """Schedules of loss weights, one key per loss: points `[share of training, factor]`, joined by
+    straight lines, constant before the first and after the last. Default: the phases of
     `sad.curriculum`."""
 
-    kd: Points | None = None
-    """Of `kd_weight`."""
-    feature: Points | None = None
-    """Of `feature.weight`."""
-    attention: Points | None = None
-    """Of `attention.weight`."""
-    relations: Points | None = None
-    """Of `relations.weight`."""
-    layerwise: Points | None = None
-    """Of `layerwise.weight`."""
-    contrastive: Points | None = None
-    """Of `contrastive.weight`."""
-    router: Points | None = None
-    """Of `router.weight`."""
+    name = "curriculum"
 
-    def __post_init__(self) -> None:
-        convert_and_check(self, {}, "curriculum.")
-        for name in field_types(CurriculumConfig):
-            points = getattr(self, name)
-            require(
-                f"curriculum.{name}",
-                "be points [share of training, factor] with shares rising from 0 to 1 at most and "
-                "factors of at least 0",
-                points,
-                "for example [[0, 0], [0.3, 0], [0.6, 1]]",
-                holds=points is None or is_schedule(points),
-            )
+    kd: Points | None = None
+    """Schedule of `kd_weight`."""
+    feature: Points | None = None
+    """Schedule of `feature.weight`."""
+    attention: Points | None = None
+    """Schedule of `attention.weight`."""
+    relations: Points | None = None
+    """Schedule of `relations.weight`."""
+    layerwise: Points | None = None
+    """Schedule of `layerwise.weight`."""
+    contrastive: Points | None = None
+    """Schedule of `contrastive.weight`."""
+    router: Points | None = None
+    """Schedule of `router.weight`."""
 
     def schedules(self) -> dict[str, Any]:
-        """The schedules that were given, by the name of their loss."""
+        """Loss -> its schedule, of the losses that were given one."""
         given = {name: getattr(self, name) for name in field_types(CurriculumConfig)}
         return {name: points for name, points in given.items() if points is not None}
 
 
+TeacherShare = Annotated[float, Constraint("lie in (0, 1]", lambda v: 0 < v <= 1)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class TAIDConfig:
-    """A target that moves from student to teacher: see `sad.losses.taid.TAIDSchedule`."""
+class TAIDConfig(Section):
+    """Targets interpolated between student and teacher: see `sad.losses.taid.TAIDSchedule`."""
+
+    name = "taid"
 
     enabled: bool = False
     """Compare the student with a mixture of its own and the teacher's logits (TAID)."""
-    start: float = 0.4
+    start: TeacherShare = 0.4
     """Share of the teacher in the mixture at the beginning."""
-    end: float = 1.0
+    end: TeacherShare = 1.0
     """Share of the teacher at the end."""
-    alpha: float = 5e-4
+    alpha: NonNegativeFloat = 5e-4
     """How fast the share may run ahead of a straight line while the loss falls."""
-    beta: float = 0.99
+    beta: FractionBelowOne = 0.99
     """Decay of the moving average of the loss's relative change."""
 
     def __post_init__(self) -> None:
-        share = Range("lie in (0, 1]", lambda v: 0 < v <= 1)
-        ranges = {"start": share, "end": share, "alpha": NOT_NEGATIVE, "beta": BELOW_ONE}
-        convert_and_check(self, ranges, "taid.")
+        super().__post_init__()
         require(
             "taid.start",
             "be at most taid.end",
@@ -251,38 +264,21 @@ class TAIDConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
-    """What a mixture-of-experts teacher does with its experts: see `sad.teachers.routing`."""
+class RoutingConfig(Section):
+    """Routing of a mixture-of-experts teacher: see `sad.teachers.routing`."""
+
+    name = "routing"
 
     mode: Literal["teacher", "student_aware", "knowledge_augmentation"] = "teacher"
-    """`teacher` leaves its routing alone. `student_aware` trains the teacher's gates, with all
+    """`teacher` keeps its own routing. `student_aware` trains the teacher's gates, with all
     experts active, to teach this student. `knowledge_augmentation` averages over several passes
     with different experts."""
-    learning_rate: float = 1e-4
-    """Of the teacher's gates."""
-    balance_weight: float = 0.01
-    """Of the variation between the experts' loads, while the gates learn."""
-    passes: int = 2
+    learning_rate: NonNegativeFloat = 1e-4
+    """Learning rate of the teacher's gates."""
+    balance_weight: NonNegativeFloat = 0.01
+    """Weight of the variation between the experts' loads, while the gates learn."""
+    passes: PositiveInt = 2
     """Teacher passes per micro-batch in `knowledge_augmentation`."""
-    explore: float = 0.05
+    explore: Fraction = 0.05
     """Probability, per token and layer, of experts drawn from the gate in
     `knowledge_augmentation`."""
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "learning_rate": NOT_NEGATIVE,
-            "balance_weight": NOT_NEGATIVE,
-            "passes": POSITIVE_INT,
-            "explore": FRACTION,
-        }
-        convert_and_check(self, ranges, "routing.")
-
-
-def _check_pairs(pairs: Pairs, key: str) -> None:
-    require(
-        key,
-        "be pairs [student layer, teacher layer]",
-        pairs,
-        "for example [[0, 0], [-1, -1]]",
-        holds=len(pairs) > 0 and all(len(pair) == 2 for pair in pairs),
-    )

@@ -1,7 +1,8 @@
-"""Plain values into the types of dataclass fields, wherever they come from.
+"""Conversion of plain values to the types of dataclass fields, and constraints on them.
 
 A value may be a text (from the command line; also YAML's ``1e-4``, which PyYAML reads as one), a
-Python number, a list for a tuple, or a mapping for a nested dataclass.
+Python number, a list for a tuple, or a mapping for a nested dataclass. A constraint stands in the
+field's type, ``Annotated[int, Constraint(...)]``, mostly under a name such as ``PositiveInt``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from sad.errors import UsageError
 
@@ -22,7 +23,7 @@ NULL_WORDS = frozenset({"null", "none"})
 
 
 class Mismatch(Exception):
-    """A value that does not fit a type: what the value must be, and what to do about it."""
+    """A value cannot be converted to a type: what it must be, and what to do about it."""
 
     def __init__(self, expectation: str, remedy: str) -> None:
         super().__init__(expectation)
@@ -38,27 +39,35 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 @cache
+def section_types(cls: type) -> dict[str, type]:
+    """Name -> class of each field that is itself a dataclass, in order."""
+    hints = field_types(cls).items()
+    return {name: hint for name, hint in hints if isinstance(hint, type) and is_dataclass(hint)}
+
+
+@cache
 def leaf_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> type of every field that is not itself a dataclass, nested ones included."""
     leaves: dict[str, Any] = {}
+    sections = section_types(cls)
     for name, hint in field_types(cls).items():
-        nested = is_dataclass(hint) and isinstance(hint, type)
+        nested = name in sections
         leaves |= leaf_types(hint, f"{prefix}{name}.") if nested else {prefix + name: hint}
     return leaves
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """``value`` as an instance of ``hint``; raises ``Mismatch`` if it is no such thing."""
+    """Convert ``value`` to the type ``hint``; raise ``Mismatch`` where that is impossible."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
+    if origin in (Union, types.UnionType):  # X | None is the only union in a configuration
         null = value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)
         return None if null else convert(without_none(hint), value)
     if origin is tuple:
-        inner = get_args(hint)[0]
+        inner = get_args(hint)[0]  # of tuple[X, ...]
         if get_origin(inner) is tuple:
-            value = _written_out(value)
+            value = _parse_nested_list(value)
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(convert(inner, item) for item in items)
     if origin is Literal:
@@ -68,8 +77,8 @@ def convert(hint: Any, value: Any) -> Any:
     return _SCALARS[hint](value)
 
 
-def _written_out(value: Any) -> Any:
-    """Lists of lists as a command line gives them: one word, ``[[0, 0], [-1, -1]]``."""
+def _parse_nested_list(value: Any) -> Any:
+    """Parse lists of lists as a command line gives them: one word, ``[[0, 0], [-1, -1]]``."""
     word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
     if not isinstance(word, str):
         return value
@@ -132,12 +141,13 @@ def _to_str(value: Any) -> str:
 
 def _number(value: Any) -> float | int | None:
     if isinstance(value, str):
+        # int first: a float has no room for every digit of a large whole number.
         for parse in (int, float):
             try:
                 return parse(value)
             except ValueError:
                 continue
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):  # a bool is an int to Python
         return None
     return int(value) if isinstance(value, Integral) else float(value)
 
@@ -158,34 +168,56 @@ class ConfigError(UsageError):
         self.key = key
 
 
-class Range(NamedTuple):
+class Constraint(NamedTuple):
+    """A condition on a field's value, unless that is None."""
+
     expectation: str
+    """What completes "KEY must ..."."""
     holds: Callable[[Any], bool]
+    remedy: str = "choose such a value, or leave the key out for its default"
 
 
-POSITIVE_INT = Range("be at least 1", lambda v: v >= 1)
+NonEmptyStr = Annotated[str, Constraint("not be empty", lambda v: v.strip() != "")]
+PositiveInt = Annotated[int, Constraint("be at least 1", lambda v: v >= 1)]
+NonNegativeInt = Annotated[int, Constraint("be at least 0", lambda v: v >= 0)]
+PositiveFloat = Annotated[float, Constraint("be above 0", lambda v: v > 0)]
+NonNegativeFloat = Annotated[float, Constraint("be at least 0", lambda v: v >= 0)]
+Fraction = Annotated[float, Constraint("lie in [0, 1]", lambda v: 0 <= v <= 1)]
+FractionBelowOne = Annotated[float, Constraint("lie in [0, 1)", lambda v: 0 <= v < 1)]
 
 
-NOT_NEGATIVE = Range("be at least 0", lambda v: v >= 0)
+INPUT_PATH = "input path"
+"""Marks the type of a key that may name a file or folder to read: in a configuration file a
+relative path is looked up in the file's own folder first."""
 
 
-POSITIVE = Range("be above 0", lambda v: v > 0)
+@cache
+def field_annotations(cls: type) -> dict[str, tuple[Any, ...]]:
+    """Name -> what ``Annotated`` adds to its type, for each field of a dataclass."""
+    hints = get_type_hints(cls, include_extras=True)
+    types_of = {f.name: without_none(hints[f.name]) for f in fields(cls)}
+    return {
+        name: get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        for name, hint in types_of.items()
+    }
 
 
-FRACTION = Range("lie in [0, 1]", lambda v: 0 <= v <= 1)
+@cache
+def input_paths(cls: type, prefix: str = "") -> tuple[str, ...]:
+    """Dotted names of the fields that are marked ``INPUT_PATH``, nested ones included."""
+    marked = field_annotations(cls).items()
+    own = tuple(prefix + name for name, extras in marked if INPUT_PATH in extras)
+    sections = section_types(cls).items()
+    nested = (input_paths(section, f"{prefix}{name}.") for name, section in sections)
+    return own + tuple(key for keys in nested for key in keys)
 
 
-BELOW_ONE = Range("lie in [0, 1)", lambda v: 0 <= v < 1)
-
-
-NOT_EMPTY = Range("not be empty", lambda v: v.strip() != "")
-
-
-def convert_and_check(config: Any, ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Convert every field of a dataclass to its type, and hold each to its range, if it has one.
+def convert_and_check(config: Any, prefix: str = "") -> None:
+    """Convert every field of a dataclass to its type and check its constraints.
 
     ``prefix`` is the name of a section with its dot. Raises ``ConfigError``.
     """
+    annotations = field_annotations(type(config))
     for name, hint in field_types(type(config)).items():
         key, value = prefix + name, getattr(config, name)
         try:
@@ -193,12 +225,13 @@ def convert_and_check(config: Any, ranges: Mapping[str, Range], prefix: str = ""
         except Mismatch as error:
             message = f"{key} must {error.expectation}, got {value!r}; {error.remedy}"
             raise ConfigError(key, message) from None
-        object.__setattr__(config, name, value)
-        if name in ranges and value is not None:
-            remedy = "choose such a value, or leave the key out for its default"
-            require(key, ranges[name].expectation, value, remedy, holds=ranges[name].holds(value))
+        object.__setattr__(config, name, value)  # the dataclass is frozen
+        for extra in annotations[name]:
+            if isinstance(extra, Constraint) and value is not None:
+                require(key, extra.expectation, value, extra.remedy, holds=extra.holds(value))
 
 
 def require(key: str, expectation: str, value: object, remedy: str, *, holds: bool) -> None:
+    """Raise ``ConfigError``, "KEY must EXPECTATION, got VALUE; REMEDY", unless ``holds``."""
     if not holds:
         raise ConfigError(key, f"{key} must {expectation}, got {value!r}; {remedy}")

@@ -11,17 +11,18 @@ IGNORE_INDEX = -100
 
 
 class Batch(NamedTuple):
-    """B rows of L tokens; ``labels[b, i]`` is what follows ``input_ids[b, i]``."""
+    """B rows of L tokens; ``labels[b, i]`` is the token that follows ``input_ids[b, i]``."""
 
     input_ids: Tensor  # int64 [B, L]
     labels: Tensor  # int64 [B, L]; -100 where the document ends, and on padding
     position_ids: Tensor  # int64 [B, L]; from 0 at the start of a row and of a document
-    lengths: Tensor  # int64 [B]; what follows in a row is padding
+    lengths: Tensor  # int64 [B]; tokens of a row before its padding
     counts: LossCounts
     target_bytes: int  # length of the targets' text in UTF-8
 
     @property
     def num_targets(self) -> int:
+        """Labels that are not -100."""
         return self.counts.targets
 
     def to(self, device: torch.device) -> Batch:
@@ -35,13 +36,14 @@ class Batch(NamedTuple):
 
 
 class LossCounts(NamedTuple):
-    """What losses are divided by, counted on the host before any forward pass.
+    """Denominators of the losses, counted on the host before any forward pass.
 
-    A *segment* is what a row holds of one document. Its first position is a token that every other
-    one may attend to and many do for want of anything better: it is no unit of a structural loss.
+    A *segment* is the part of one document that lies in a row. Its first position is an attention
+    sink (every later one may attend to it, and many do for want of anything better), so structural
+    losses leave it out.
     """
 
     targets: int  # labels that are not -100
-    tokens: int  # positions that are no padding and not the first of their segment
-    sequences: int  # segments with such a token
-    max_segments: int = 1  # in one row
+    tokens: int  # positions that are neither padding nor the first of their segment
+    sequences: int  # segments of at least two tokens
+    max_segments: int = 1  # largest number of segments in one row

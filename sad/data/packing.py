@@ -1,18 +1,18 @@
-"""Documents become rows of tokens, written to a folder once.
+"""Tokenizing documents and packing them into rows, written to a folder once.
 
-Every document is tokenised and ended by the end-of-text token; all of them form one stream, and a
-row is a window of at most ``L = max_length`` inputs on it. The target of an input is the next token
-of the stream, if that belongs to the same document: so each token except the first of a document is
-a target exactly once, wherever rows are cut.
+Every document is tokenized and ended by the end-of-text token. All of them are concatenated into
+one token stream, and a row is a window of at most ``L = max_length`` inputs on it. The target of an
+input is the next token of the stream, if that belongs to the same document: each token except the
+first of a document is a target exactly once, wherever rows are cut.
 
-* Packed: row ``r`` begins at input ``r * L``. Several documents share a row, blind to each other,
-  and a long one goes on in the next row, where it does not see its beginning.
-* Not packed: a row holds one document; a longer one goes on in the next rows.
+* Packed: row ``r`` begins at input ``r * L``. Several documents share a row without attending to
+  each other; a long one goes on in the next row, where it does not see its beginning.
+* Not packed: a row holds one document; one longer than L goes on in the next rows.
 
 Only a row that runs out of inputs is padded, on the right.
 
-The folder holds the stream, where its documents begin, the UTF-8 bytes behind the targets of each
-row, and an index with a hash of each file. The rows themselves follow from these by arithmetic.
+The folder holds the stream, the offsets of its documents, the number of UTF-8 bytes of each row's
+targets, and an index with a hash of each file. Rows are not stored: ``cut_rows`` computes them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _BATCH_TEXTS = 4096
 def fingerprint_rows(
     documents: DocumentSet, tokenizer: PreTrainedTokenizerFast, max_length: int, *, packing: bool
 ) -> str:
-    """Equal for equal rows: 32 hexadecimal digits."""
+    """Hash of everything that decides the rows' content: 32 hexadecimal digits."""
     return _digest(
         format=FORMAT,
         documents=documents.digest,
@@ -67,11 +67,11 @@ def write_rows(
     *,
     packing: bool,
 ) -> None:
-    """Fill an empty folder with the rows of these documents; ``name`` is their fingerprint.
+    """Write the packed rows of ``documents`` to an empty folder; ``name`` is their fingerprint.
 
-    Memory hardly grows with the text: documents are tokenised in batches of 2^18 characters. A
-    longer one is cut for that, after the last line end before the limit, which can change a token
-    at the cut.
+    Memory hardly grows with the text: documents are tokenized in batches of 2^18 characters. A
+    longer document is cut for that, after the last line end before the limit, which can change a
+    token at the cut.
 
     Raises ``UnfitError`` if the tokenizer has no end-of-text token or the documents give no tokens.
     """
@@ -82,6 +82,7 @@ def write_rows(
             "tokenizer_config.json"
         )
     token_dtype = "<u2" if valid_vocab(tokenizer) <= 1 << 16 else "<i4"
+    # Bytes per token are needed until the rows are cut, and only their sums per row are kept.
     token_bytes = folder / "token_bytes.bin"
     with (folder / TOKENS).open("wb") as ids_file, token_bytes.open("wb") as sizes_file:
         bar = tqdm(documents, desc="tokenizing", unit=" documents", leave=False, disable=None)
@@ -97,6 +98,7 @@ def write_rows(
     _sum_over_targets(token_bytes, *rows).tofile(folder / TARGET_BYTES)
     token_bytes.unlink()
 
+    # Written last: a folder without its index is never read.
     index = {
         "fingerprint": name,
         "max_length": max_length,
@@ -110,13 +112,13 @@ def write_rows(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The facts about rows on disk, after a check of every byte.
+    """The index of packed rows on disk; every byte of every file is checked against its hash.
 
     Raises ``ValueError``, ``KeyError`` or ``OSError`` if anything is not as ``write_rows`` left it.
     """
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     if not isinstance(index, dict):
-        raise ValueError(f"{INDEX} is no object")
+        raise ValueError(f"{INDEX} is not a JSON object")
     if index.pop("digest") != _digest(**index):
         raise ValueError(f"{INDEX} does not match its digest")
     for name, expected in index["files"].items():
@@ -138,7 +140,11 @@ def _file_digest(path: Path) -> str:
 def cut_rows(
     documents: np.ndarray, num_tokens: int, max_length: int, *, packing: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First input and number of inputs of each row. The last token of a stream is no input."""
+    """First input and number of inputs of each row, both [rows].
+
+    The last token of a stream is never an input, and unpacked neither is that of a document: it
+    has no target.
+    """
     if packing:
         starts = np.arange(0, num_tokens - 1, max_length)
         return starts, np.minimum(max_length, num_tokens - 1 - starts)
@@ -163,16 +169,20 @@ def _write_stream(
     ids_file: BinaryIO,
     sizes_file: BinaryIO,
 ) -> _Stream:
-    """Write the tokens and, as uint32, the bytes behind each of them that can be a target."""
+    """Write the token ids and, as uint32, the UTF-8 bytes that each of them stands for.
+
+    The first token of a document, which is never a target, and end-of-text, which stands for no
+    text, get 0 bytes. A document without tokens leaves nothing in the stream.
+    """
     starts, num_tokens, max_token_id = array("q"), 0, 0
-    inside = False
+    in_document = False
     for ids, sizes, ends_document in pieces:
-        if not inside and len(ids):
-            inside = True
+        if not in_document and len(ids):
+            in_document = True
             starts.append(num_tokens)
             sizes[0] = 0  # never a target
-        if inside and ends_document:
-            inside = False
+        if in_document and ends_document:
+            in_document = False
             ids = np.append(ids, end_of_text)
             sizes = np.append(sizes, 0)
         ids_file.write(ids.astype(token_dtype).tobytes())
@@ -183,7 +193,7 @@ def _write_stream(
 
 
 def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Bytes behind the targets of each row, int64."""
+    """UTF-8 bytes of each row's targets, int64 [rows]."""
     sizes = np.memmap(token_bytes, dtype="<u4", mode="r")
     sums = (
         int(sizes[start + 1 : start + length + 1].sum(dtype=np.int64))
@@ -192,17 +202,21 @@ def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray
     return np.fromiter(sums, dtype="<i8", count=len(starts))
 
 
-# Tokenising
+# Tokenizing
 
 
-class _Piece(NamedTuple):
+class _TextPiece(NamedTuple):
+    """Part of a document that is tokenized at once: the whole of it, unless it is very long."""
+
     text: str
     ends_document: bool
 
 
 class _TokenPiece(NamedTuple):
+    """The tokens of a ``_TextPiece``."""
+
     ids: np.ndarray  # int64
-    sizes: np.ndarray  # int64: bytes of text behind each
+    sizes: np.ndarray  # int64: UTF-8 bytes that each token stands for
     ends_document: bool
 
 
@@ -214,7 +228,7 @@ def _tokenize(
 
 
 def _tokenize_batch(
-    pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerFast
+    pieces: Sequence[_TextPiece], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[_TokenPiece]:
     encoded = tokenizer(
         [piece.text for piece in pieces],
@@ -230,8 +244,8 @@ def _tokenize_batch(
         yield _TokenPiece(np.array(ids, dtype=np.int64), sizes, piece.ends_document)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[_TextPiece]]:
+    batch: list[_TextPiece] = []
     chars = 0
     for document in documents:
         for piece in _pieces(document.text):
@@ -244,30 +258,33 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _pieces(text: str) -> Iterator[_Piece]:
+def _pieces(text: str) -> Iterator[_TextPiece]:
+    """Cut a text after line ends, where there are any, into pieces of ``_BATCH_CHARS`` at most."""
     start = 0
     while len(text) - start > _BATCH_CHARS:
         limit = start + _BATCH_CHARS
         cut = text.rfind("\n", start, limit) + 1 or limit
-        yield _Piece(text[start:cut], ends_document=False)
+        yield _TextPiece(text[start:cut], ends_document=False)
         start = cut
-    yield _Piece(text[start:], ends_document=True)
+    yield _TextPiece(text[start:], ends_document=True)
 
 
 def _utf8_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """UTF-8 bytes of ``text`` behind each token, int64; their sum is the length of the text.
+    """UTF-8 bytes of ``text`` that each token stands for, int64; they add up to its length.
 
-    Offsets count characters. Tokens that share a character (byte tokens) have equal offsets: it
-    counts at the first of them. Characters that no token covers (white space that a tokenizer
-    drops) count at the next token, at the end of the text at the last.
+    Offsets count characters. Tokens that share a character (byte tokens) have equal offsets: the
+    first of them gets its bytes. Characters that no token covers (white space that a tokenizer
+    drops) go to the next token, at the end of the text to the last.
     """
     if not offsets:
         return np.zeros(0, dtype=np.int64)
     ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
     ends[-1] = len(text)
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    # UTF-8 takes 1 byte for code points below 0x80 and one more past each of these limits.
     widths = np.ones(len(text), dtype=np.int64)
     for first_wider in (0x80, 0x800, 0x10000):
         widths += code_points >= first_wider
     bytes_before = np.concatenate(([0], np.cumsum(widths)))
+    # A token's bytes run from the end of the tokens before it to its own.
     return np.diff(bytes_before[np.maximum.accumulate(ends)], prepend=0)

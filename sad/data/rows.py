@@ -1,7 +1,8 @@
-"""Rows of tokens become batches, in an order that is a pure function of seed, epoch and position.
+"""Packed rows, their cache on disk, and batches of them in a reproducible order.
 
-Rows are packed once (``sad.data.packing`` says how) and kept in a cache, in a folder whose name is
-a fingerprint of everything that decides their content.
+Rows are packed once (see ``sad.data.packing``) and kept in a cache, in a folder whose name is a
+fingerprint of everything that decides their content. Their order in an epoch is a pure function of
+the seed and the epoch's number.
 """
 
 from __future__ import annotations
@@ -41,11 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class PackedRows:
-    """Rows in a folder of the cache; the token stream stays on disk, mapped into memory.
+    """Packed rows in a folder of the cache; the token stream is memory-mapped.
 
     ``num_targets``, ``num_segments``, ``num_sequences`` and ``target_bytes`` are int64 arrays with
-    one entry per row. Whoever trains on the rows checks ``max_token_id`` against the model's
-    embedding.
+    one entry per row. The caller checks ``max_token_id`` against the model's embedding.
 
     Raises ``ValueError``, ``KeyError`` or ``OSError`` if the folder is not as it was written.
     """
@@ -62,17 +62,19 @@ class PackedRows:
         self._starts, self._lengths = cut_rows(
             self._documents, len(self._tokens), self.max_length, packing=index["packing"]
         )
-        # Of the inputs of a row only those that end a document have no target.
+        # Every input has a target, except the last token of a document.
         last_tokens = self._ends - 1
         self.num_targets = self._lengths - (
             np.searchsorted(last_tokens, self._starts + self._lengths)
             - np.searchsorted(last_tokens, self._starts)
         )
+        # Segments are what lies between cuts: the beginnings of documents, and the row bounds.
         ends = self._starts + self._lengths
         cuts = np.unique(np.concatenate([self._documents, self._starts, ends]))
         sizes = np.diff(cuts, append=len(self._tokens))
         rows = np.searchsorted(self._starts, cuts, side="right") - 1
-        in_row = (rows >= 0) & (cuts < ends[rows])  # not: the last token of a document, on its own
+        # Unpacked rows leave out the last token of each document: such a piece is in no row.
+        in_row = (rows >= 0) & (cuts < ends[rows])
         rows, sizes = rows[in_row], sizes[in_row]
         self.num_segments = np.bincount(rows, minlength=len(self))
         self.num_sequences = np.bincount(rows[sizes > 1], minlength=len(self))
@@ -89,7 +91,7 @@ class PackedRows:
         return len(self._tokens)
 
     def counts(self, row_numbers: Sequence[int] | np.ndarray) -> LossCounts:
-        """What a batch of these rows will hold; nothing is read for it."""
+        """The loss denominators of a batch of these rows, without reading their tokens."""
         rows = np.asarray(row_numbers, dtype=np.int64)
         segments = self.num_segments[rows]
         return LossCounts(
@@ -100,13 +102,13 @@ class PackedRows:
         )
 
     def batch(self, row_numbers: Sequence[int] | np.ndarray) -> Batch:
-        """The rows of these numbers, in their order."""
+        """A batch of the rows ``row_numbers``, in that order."""
         rows = np.asarray(row_numbers, dtype=np.int64)
         start = self._starts[rows][:, None]  # [B, 1]
         length = self._lengths[rows][:, None]  # [B, 1]
         column = np.arange(self.max_length)  # [L]
-        # Padding repeats the last input of its row. It has no target, and what comes before it
-        # cannot see it, so neither its tokens nor its positions matter: positions run on.
+        # Padding repeats the last input of its row. It has no target, and under causal attention
+        # no token before it sees it, so neither its ids nor its positions matter.
         at = start + np.minimum(column, length - 1)  # [B, L], positions in the stream
         document = np.searchsorted(self._documents, at, side="right") - 1
         has_target = (column < length) & (at + 1 < self._ends[document])
@@ -123,7 +125,7 @@ class PackedRows:
 
 
 def epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of the rows in an epoch, int64 [num_rows]: a pure function of its arguments.
+    """The order of the rows in an epoch, int64 [num_rows]; a pure function of its arguments.
 
     Row ``i`` sorts by output ``i`` of the SplitMix64 generator (Steele, Lea, Flood: Fast splittable
     pseudorandom number generators, 2014) whose state is a BLAKE2b hash of seed and epoch. Nothing
@@ -142,7 +144,7 @@ def epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 def load_rows(
     config: DistillConfig, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PackedRows, PackedRows]:
-    """Training rows and held-out rows; raises what reading and ``pack_documents`` raise."""
+    """Training rows and held-out rows; raises like ``split_documents`` and ``pack_documents``."""
     cache = _cache_directory(config.data.cache_dir)
     train, held_out = (
         pack_documents(
@@ -165,7 +167,7 @@ def pack_documents(
     packing: bool,
     cache_dir: Path,
 ) -> PackedRows:
-    """Rows of these documents, from the cache if they are there and undamaged.
+    """Packed rows of ``documents``, from the cache if it has them undamaged.
 
     Raises ``UnfitError`` if the tokenizer has no end-of-text token or the documents give no tokens,
     and ``OutputError`` if the cache cannot be written.
@@ -176,6 +178,7 @@ def pack_documents(
     if rows is not None:
         return rows
 
+    # Written under another name and renamed when complete: processes may share a cache.
     tmp = cache_dir / f"{TEMPORARY}rows-{secrets.token_hex(8)}"
     try:
         tmp.mkdir(parents=True)
@@ -205,7 +208,7 @@ def _cache_directory(configured: str | None) -> Path:
 
 
 def _from_cache(folder: Path) -> PackedRows | None:
-    """Rows that are whole; what is damaged is removed."""
+    """The rows in ``folder`` if it is complete; a damaged folder is removed."""
     if not folder.exists():
         return None
     try:
@@ -217,11 +220,14 @@ def _from_cache(folder: Path) -> PackedRows | None:
 
 
 def _publish(tmp: Path, folder: Path) -> PackedRows:
-    """Give finished rows their name. Nothing forces them to disk: damage is found when reading."""
+    """Rename finished rows to their final name and open them.
+
+    Nothing is flushed to disk: hashes show damage when rows are read again.
+    """
     try:
         tmp.rename(folder)
     except OSError:
-        rows = _from_cache(folder)  # of another process that was faster
+        rows = _from_cache(folder)  # another process may have packed the same rows first
         if rows is None:
             raise
         return rows
@@ -229,7 +235,7 @@ def _publish(tmp: Path, folder: Path) -> PackedRows:
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Remove what processes left behind that were killed while they packed."""
+    """Remove week-old temporary folders of processes that were killed while packing."""
     for path in cache_dir.glob(f"{TEMPORARY}rows-*"):
         with suppress(FileNotFoundError):  # another process has just finished or swept it
             if time.time() - path.stat().st_mtime > _WEEK:

@@ -1,7 +1,7 @@
-"""Which documents train and which are held out: decided by a hash of each document's name.
+"""Split of the documents into training and held-out ones, by a hash of each document's name.
 
-Documents are read twice in a run: once for their names and a digest of their text, once to be used.
-In between 16 bytes are kept of each.
+Documents are read twice in a run: once to hash their names and texts, once to be tokenized. In
+between 16 bytes are kept of each.
 """
 
 from __future__ import annotations
@@ -11,49 +11,50 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sad.config.schema import DataConfig
-from sad.data.documents import Document, Side, read_documents
+from sad.config.sections import DataConfig
+from sad.data.documents import Document, SourceKey, read_documents
 from sad.errors import UnfitError
 
 
 class DocumentSet:
-    """Documents of one side of a split; may be iterated any number of times.
+    """The training or the held-out documents; may be iterated any number of times.
 
-    ``chosen`` says which of the documents that ``read_documents(config, side)`` yields belong here;
-    ``source_digest`` is the hash of all their texts. An iteration whose sources give other texts by
-    now raises ``UnfitError`` at its end.
+    ``selected`` is a mask over the documents that ``read_documents(config, key)`` yields, and
+    ``source_digest`` the hash of all their texts. An iteration that reads other texts than were
+    hashed raises ``UnfitError`` at its end.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        side: Side,
-        chosen: np.ndarray,  # bool [documents read]
+        key: SourceKey,
+        selected: np.ndarray,  # bool [documents read]
         source_digest: str,
     ) -> None:
         self._config = config
-        self._side: Side = side
-        self._chosen = chosen
+        self._key: SourceKey = key
+        self._selected = selected
         self._source_digest = source_digest
 
     @property
     def digest(self) -> str:
         """Equal only for the same texts in the same order."""
-        mask = np.packbits(self._chosen).tobytes()
+        mask = np.packbits(self._selected).tobytes()
         return hashlib.blake2b(self._source_digest.encode() + mask, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
-        return int(self._chosen.sum())
+        return int(self._selected.sum())
 
     def __iter__(self) -> Iterator[Document]:
         digest = _TextDigest()
-        for index, document in enumerate(read_documents(self._config, self._side)):
+        for index, document in enumerate(read_documents(self._config, self._key)):
             digest.add(document.text)
-            if index < len(self._chosen) and self._chosen[index]:
+            if index < len(self._selected) and self._selected[index]:
                 yield document
+        # Text that changed on disk would make the rows differ from their fingerprint.
         if digest.hex() != self._source_digest:
             raise UnfitError(
-                f"data.{self._side} must stay as it is while it is read, got other text in the "
+                f"data.{self._key} must stay as it is while it is read, got other text in the "
                 "second pass than in the first; start again when nobody writes to it"
             )
 
@@ -63,47 +64,48 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
 
     With ``config.eval`` these are two sources. Otherwise a document is held out if the hash of its
     name, a number in [0, 1), is below ``eval_fraction``, so adding documents moves no other from
-    one side to the other. Each side gets at least one document, which decides only among a handful.
-    ``max_documents`` limits ``config.train`` before anything is held out, by another hash of the
-    names.
+    one set to the other. Each set gets at least one document, which matters only for a handful of
+    them. ``max_documents`` limits ``config.train`` before anything is held out, by another hash of
+    the names.
 
-    Raises ``UnfitError`` if a side would be empty, and whatever ``read_documents`` raises.
+    Raises ``UnfitError`` if a set would be empty, and whatever ``read_documents`` raises.
     """
-    names, digest = _survey(config, "train")
-    wanted = _smallest(names["limit"], config.max_documents)
+    names, digest = _hash_documents(config, "train")
+    selected = _smallest(names["limit"], config.max_documents)
     if config.eval:
-        eval_names, eval_digest = _survey(config, "eval")
+        eval_names, eval_digest = _hash_documents(config, "eval")
         everything = np.ones(len(eval_names), dtype=bool)
-        train = DocumentSet(config, "train", wanted, digest)
+        train = DocumentSet(config, "train", selected, digest)
         return train, DocumentSet(config, "eval", everything, eval_digest)
 
-    if wanted.sum() < 2:
+    if selected.sum() < 2:
         raise UnfitError(
             "data.train must hold at least 2 documents so that one can be held out, got "
-            f"{wanted.sum()}; name held-out text in data.eval, or cut the text into documents with "
-            "data.document_separator"
+            f"{selected.sum()}; name held-out text in data.eval, or cut the text into documents "
+            "with data.document_separator"
         )
-    held_out = _held_out(names["split"], wanted, config.eval_fraction)
+    held_out = _held_out(names["split"], selected, config.eval_fraction)
     return (
-        DocumentSet(config, "train", wanted & ~held_out, digest),
-        DocumentSet(config, "train", wanted & held_out, digest),
+        DocumentSet(config, "train", selected & ~held_out, digest),
+        DocumentSet(config, "train", selected & held_out, digest),
     )
 
 
 _NAME_HASH = np.dtype([("split", "<u8"), ("limit", "<u8")])
+"""The halves of a name's 128-bit hash: one decides on holding out, one on ``max_documents``."""
 
 
-def _survey(config: DataConfig, side: Side) -> tuple[np.ndarray, str]:
-    """Read everything once: the hash of each document's name and the digest of all texts."""
+def _hash_documents(config: DataConfig, key: SourceKey) -> tuple[np.ndarray, str]:
+    """Read every document once; return the hashes of their names and one digest of their texts."""
     hashes, digest = bytearray(), _TextDigest()
-    for document in read_documents(config, side):
+    for document in read_documents(config, key):
         hashes += hashlib.blake2b(
             document.name.encode(errors="surrogateescape"), digest_size=16
         ).digest()
         digest.add(document.text)
     if not hashes:
         raise UnfitError(
-            f"data.{side} must hold text, got no document in {', '.join(getattr(config, side))} "
+            f"data.{key} must hold text, got no document in {', '.join(getattr(config, key))} "
             "that is not empty; name other files"
         )
     return np.frombuffer(hashes, dtype=_NAME_HASH), digest.hex()
@@ -116,17 +118,18 @@ def _smallest(hashes: np.ndarray, count: int | None) -> np.ndarray:
     return mask
 
 
-def _held_out(hashes: np.ndarray, among: np.ndarray, fraction: float) -> np.ndarray:
-    candidates = np.flatnonzero(among)
+def _held_out(hashes: np.ndarray, candidates_mask: np.ndarray, fraction: float) -> np.ndarray:
+    """A mask of the documents whose hash, as a number in [0, 1), is below ``fraction``."""
+    candidates = np.flatnonzero(candidates_mask)
     held_out = hashes < np.uint64(fraction * 2**64)
-    # This changes something only where a handful of documents all fell on one side.
+    # At least one candidate on each side: this changes something only among a handful.
     held_out[candidates[np.argmin(hashes[candidates])]] = True
     held_out[candidates[np.argmax(hashes[candidates])]] = False
     return held_out
 
 
 class _TextDigest:
-    """Hash of a sequence of texts that also tells where one ends."""
+    """Hash of a sequence of texts; the boundaries between texts count, too."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)

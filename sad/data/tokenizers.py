@@ -1,4 +1,4 @@
-"""Tokenizers: loading them, proving that two are the same, training a small one."""
+"""Loading tokenizers, requiring that two are equal, training a small one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _PROBES = (
     "\U0001f600 \U0001f469\u200d\U0001f680 \U0001d54f \x00\x7f\ufeff",
     "0123456789 12345678901234567890 \u0663\u0664 ½",
 )
-"""What tokenizers of equal vocabulary treat differently: cases, apostrophes, runs of digits and of
-white space, code, composed and combining characters, scripts, emoji, control characters."""
+"""Texts that tokenizers of equal vocabulary may split differently: upper and lower case,
+apostrophes, runs of digits and white space, code, composed and combining characters, scripts,
+emoji, control characters."""
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer at a local path or of a Hugging Face id.
+    """Load the fast tokenizer at a local path or Hugging Face id.
 
-    It is a fast one: bytes are counted from its offsets. Raises ``UsageError`` if nothing is found,
-    ``UnfitError`` if what is found is no usable tokenizer.
+    It must be a fast one, which gives offsets: bytes are counted from them. Raises ``UsageError``
+    if nothing is found, ``UnfitError`` if what is found is not a usable tokenizer.
     """
     try:
         with quiet_libraries():
@@ -65,11 +66,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def require_same_tokenizer(
     teacher_tok: PreTrainedTokenizerFast, student_tok: PreTrainedTokenizerFast
 ) -> None:
-    """Raise ``UnfitError`` unless both give every text the same ids, as far as can be told.
+    """Raise ``UnfitError`` unless both tokenizers encode text alike, as far as can be tested.
 
-    Compared are the maps from token to id, the ids of the special tokens that may stand in text
-    (padding carries no loss and may differ), and the ids of a few texts chosen to be difficult.
-    Sizes prove nothing: models pad their vocabularies differently.
+    Compared are the vocabularies (token -> id), the ids of the special tokens that may stand in
+    text (padding carries no loss and may differ), and the ids of a few difficult texts. Sizes of
+    embeddings prove nothing: models pad their vocabularies differently.
     """
     _require_same_ids(teacher_tok.get_vocab(), student_tok.get_vocab())
     for role in ("bos_token", "eos_token", "unk_token"):
@@ -100,6 +101,7 @@ def _require_same_ids(teacher_ids: dict[str, int], student_ids: dict[str, int]) 
     def lowest_id(token: str) -> tuple[int, str]:
         return min(ids[token] for ids in (teacher_ids, student_ids) if token in ids), token
 
+    # The lowest id, not the first by chance: a set's order changes from process to process.
     first = min(different, key=lowest_id)
     raise UnfitError(
         f"teacher and student tokenizers must be equal, got {len(different)} of {len(tokens)} "
@@ -113,23 +115,24 @@ def _or_none(token_id: int | None) -> str:
 
 
 def valid_vocab(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id this tokenizer can produce; heads are often wider."""
+    """Number of logits that count: one more than the tokenizer's largest id. Heads are often
+    padded beyond it."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Equal for tokenizers that turn text into the same ids; 32 hexadecimal digits."""
+    """Hash of the tokenizer's definition: 32 hexadecimal digits, equal for equal encodings."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls to the tokenizer leave their padding and truncation behind in it.
+    # A call with padding or truncation leaves these settings behind in the tokenizer.
     definition |= {"padding": None, "truncation": None, "eos": tokenizer.eos_token_id}
     text = json.dumps(definition, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``vocab_size`` entries: 256 bytes, one special token and merges.
+    """Train a byte-level BPE of at most ``vocab_size`` tokens: 256 bytes, a special one, merges.
 
-    The special token (id 0) ends a text and pads. The same texts give the same tokenizer.
+    The special token (id 0) is end-of-text and padding. The same texts give the same tokenizer.
     Raises ``UsageError`` if ``vocab_size`` has no room for the bytes.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -1,4 +1,4 @@
-"""What several losses share: fp32, teachers without gradients, unit vectors, KL row by row."""
+"""Helpers of the structural losses: upcasting, checks on teachers, unit vectors, KL by rows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ Rows = Callable[[slice], Tensor]
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """The tensor in fp32; float64 stays as it is."""
+    """Cast a tensor to fp32; float64 stays as it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:
-    """A context in which products of this device's fp32 tensors stay fp32."""
+    """Context without autocast: matrix products of fp32 tensors stay fp32."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def require_no_grad(*teacher: Tensor) -> None:
-    """Raise ``ValueError`` for a teacher that the loss could train instead of the student."""
+    """Check that no teacher tensor requires a gradient: the loss would train the teacher.
+
+    Raises ``ValueError``.
+    """
     if any(tensor.requires_grad for tensor in teacher):
         raise ValueError(
             "the teacher's tensors must not require a gradient, got requires_grad=True; compute "
@@ -34,7 +37,7 @@ def require_no_grad(*teacher: Tensor) -> None:
 
 
 def normalize(vectors: Tensor) -> Tensor:
-    """Each vector [..., D] divided by its 2-norm, which may be too large or small to be squared.
+    """Divide each vector [..., D] by its 2-norm, also where squares overflow or vanish.
 
     The largest element is divided out first, as a constant: the direction does not depend on it,
     nor does the gradient. A vector of zeros stays one.
@@ -50,7 +53,7 @@ def row_kl(
     log_p: Tensor,  # [..., n]
     log_q: Tensor,  # [..., n]
 ) -> Tensor:
-    """``KL(p||q) = sum p (log p - log q)`` in nats, [...]; 0 where p = 0, whatever the logs are.
+    """KL divergence of each row, ``sum p (log p - log q)`` in nats, [...]; a term with p = 0 is 0.
 
     The logs are replaced, not the product: its gradient would be ``0 * inf``.
     """
@@ -63,7 +66,7 @@ def sum_of_row_kl(
     layout: Layout,
     block: int,
 ) -> Tensor:
-    """The sum over query rows that count of the mean over heads of ``KL(teacher||student)``, [].
+    """Sum over the queries that count of the mean over heads of ``KL(teacher||student)``, [].
 
     ``teacher`` yields probabilities and their logarithms. ``block`` rows at a time, computed again
     in backward: what is held at once is a few tensors [B, H, block, L].

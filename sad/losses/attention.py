@@ -1,4 +1,4 @@
-"""Attention transfer: the student's attention maps follow the teacher's, row by row.
+"""Attention transfer: KL divergence between the attention maps of teacher and student, per query.
 
 A map is ``A = softmax(scaling * q k^T + mask)``, rebuilt from queries and keys; the mask is ours
 (``visible``): causal, within the document, no padding, within the layer's window. The teacher's
@@ -25,13 +25,13 @@ from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, upcast
 from sad.losses.base import (
     AttentionInputs,
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     heads_of,
-    mean_of,
-    resolved,
+    mean_term,
+    resolve_layer_pairs,
 )
 from sad.losses.layout import Layout, visible
 
@@ -46,10 +46,10 @@ SPREAD_WEIGHT = 0.1
 
 
 def head_map(student_heads: int, teacher_heads: int) -> Tensor:
-    """P fp32 [h_s, h_t]: neighbouring teacher heads shared out to student heads, rows sum to 1.
+    """The fixed head map P, fp32 [h_s, h_t]: each student head averages neighbouring teacher heads.
 
     Teacher head t serves student head ``floor(t h_s / h_t)``; with fewer teacher heads, student
-    head s reads teacher head ``floor(s h_t / h_s)``.
+    head s reads teacher head ``floor(s h_t / h_s)``. Rows sum to 1.
     """
     serves = torch.zeros(student_heads, teacher_heads)
     if teacher_heads >= student_heads:
@@ -62,7 +62,7 @@ def head_map(student_heads: int, teacher_heads: int) -> Tensor:
 
 
 class LearnedHeadMap(nn.Module):
-    """P = softmax of trainable logits [h_s, h_t] over teacher heads; starts near ``head_map``.
+    """A trainable head map: P = softmax of logits [h_s, h_t] over teacher heads, near ``head_map``.
 
     It stands on the teacher's side of the loss: mixing keeps A' in the hull of real maps, but the
     loss alone would drift to whatever heads are easiest. Add ``regularizer()`` to it.
@@ -73,11 +73,13 @@ class LearnedHeadMap(nn.Module):
         self.logits = nn.Parameter(START_LOGIT * (head_map(student_heads, teacher_heads) > 0))
 
     def forward(self) -> Tensor:
-        """P [h_s, h_t], rows sum to 1."""
+        """The head map P [h_s, h_t], whose rows sum to 1."""
         return self.logits.softmax(dim=-1)
 
     def regularizer(self) -> Tensor:
-        """``0.1 (h_t sum_t c_t^2 - 1)`` with ``c_t = mean_s P[s, t]``, []; 0 if all c_t are equal.
+        """Penalty for teacher heads left unread: ``0.1 (h_t sum_t c_t^2 - 1)``, [].
+
+        ``c_t = mean_s P[s, t]`` is how much head t is read; 0 if all are read alike.
 
         A penalty per optimizer step, not per token.
         """
@@ -89,7 +91,7 @@ def project_heads(
     maps: Tensor,  # [B, h_t, s1, s2]
     P: Tensor,  # [h_s, h_t]
 ) -> Tensor:
-    """Mix heads, and nothing else: [B, h_s, s1, s2]; commutes with permutations of s1 and s2."""
+    """Mix the head axis by P: [B, h_s, s1, s2]. Commutes with permutations of s1 and s2."""
     with no_autocast(maps):
         mixed = rearrange(maps, "b h s1 s2 -> b s1 s2 h") @ P.to(maps.dtype).T
     return rearrange(mixed, "b s1 s2 h -> b h s1 s2")
@@ -99,7 +101,7 @@ def project_heads(
 
 
 def attention_maps(inputs: AttentionInputs, layout: Layout, rows: slice) -> Tensor:
-    """Log-probabilities of the query rows ``rows`` over all keys, [B, H, rows, L].
+    """Attention maps of the queries ``rows`` as log-probabilities over all keys, [B, H, rows, L].
 
     fp32 (float64 if the inputs are); -inf where a query may not look. Rows and keys of padding are
     zeros before any product, so what they held reaches neither a value nor a gradient.
@@ -115,8 +117,8 @@ def attention_maps(inputs: AttentionInputs, layout: Layout, rows: slice) -> Tens
     scores = rearrange(scores, "b kv (group rows) l -> b (kv group) rows l", group=group)
     if inputs.softcap is not None:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    seen = visible(layout, rows, inputs.window)[:, None]
-    return scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+    mask = visible(layout, rows, inputs.window)[:, None]
+    return scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
 
 
 def attention_loss(
@@ -126,7 +128,9 @@ def attention_loss(
     P: Tensor,  # [h_s, h_t]
     block: int = 256,
 ) -> LossTerm:
-    """Sum over query rows of the mean over student heads of ``KL(A' || A_s)``; unit: tokens.
+    """Attention loss: sum over queries of the mean over student heads of ``KL(A' || A_s)``.
+
+    Unit: tokens.
 
     Memory beyond the inputs: the student's in fp32 and, made again in backward, a few tensors
     [B, h, block, L] a side. P may require a gradient. Raises ``ValueError`` for layers whose
@@ -147,7 +151,7 @@ def attention_loss(
             f"{list(P.shape)}; make it with head_map or LearnedHeadMap"
         )
 
-    # Widened here: in the blocks, their gradients would be added up in 16 bits.
+    # Upcast here: inside the blocks, their gradients would be added up in 16 bits.
     student = student._replace(query=upcast(student.query), key=upcast(student.key))
     P = upcast(P)
 
@@ -162,14 +166,14 @@ def attention_loss(
 
 
 class AttentionLoss(StructuralLoss):
-    """Attention maps of paired layers; the mean over pairs."""
+    """``attention_loss`` of paired layers, the mean over pairs; the section ``attention``."""
 
     name = "attention"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
         section = config.attention
-        self.pairs = resolved(section.layers, "attention", student, teacher)
+        self.pairs = resolve_layer_pairs(section.layers, "attention", student, teacher)
         self.block = section.query_block
         self.student_spec, self.teacher_spec = (
             CaptureSpec(attention=layers) for layers in zip(*self.pairs, strict=True)
@@ -179,18 +183,18 @@ class AttentionLoss(StructuralLoss):
         self.maps = nn.ModuleList(LearnedHeadMap(*heads) for _ in self.pairs if self.learned)
         self.register_buffer("fixed", head_map(*heads), persistent=False)
 
-    def forward(self, view: View) -> Terms:
-        terms, regular = [], []
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        terms, penalties = [], []
         for i, (s, t) in enumerate(self.pairs):
             P = cast(Tensor, self.maps[i]() if self.learned else self.fixed)
-            inputs = view.student.attention[s], view.teacher.attention[t]
-            terms.append(attention_loss(*inputs, view.layout, P, self.block))
+            student, teacher = inputs.student.attention[s], inputs.teacher.attention[t]
+            terms.append(attention_loss(student, teacher, inputs.layout, P, self.block))
             if self.learned:
-                regular.append(cast(LearnedHeadMap, self.maps[i]).regularizer())
-        result = {"attention": mean_of(terms)}
+                penalties.append(cast(LearnedHeadMap, self.maps[i]).regularizer())
+        result = {"attention": mean_term(terms)}
         if self.learned:  # one number per step: times the tokens, it is that after the division
-            count = view.layout.units.tokens
-            result["head_map"] = LossTerm(torch.stack(regular).mean() * count, count)
+            count = inputs.layout.units.tokens
+            result["head_map"] = LossTerm(torch.stack(penalties).mean() * count, count)
         return result
 
     def weights(self, weight: float) -> dict[str, float]:

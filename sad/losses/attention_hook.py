@@ -1,9 +1,10 @@
-"""Listening where the decoder layers of transformers' models call their attention function.
+"""Hooks on the attention calls of transformers' models: what goes into attention, and comes out.
 
-Models built on ``AttentionInterface`` look that function up by the name in their configuration.
-While a tapped layer runs, the name is ``sad_capture``, whose function hands the call on to the
-implementation named before and deposits what went in and came out. Masks are built outside of the
-layers, so for the implementation that the model really has, and nothing in the model is patched.
+Models built on ``AttentionInterface`` look their attention function up by the name in their
+configuration. While a hooked layer runs, the name is ``sad_capture``, whose function passes the
+call on to the implementation named before and reports what went in and came out. Masks are built
+outside of the layers, so for the implementation that the model really has, and nothing in the model
+is patched.
 (Checked against transformers 5.12.1, 5.17.0 and 5.23.0.)
 """
 
@@ -46,19 +47,19 @@ class AttentionCall(NamedTuple):
 class _Hook(NamedTuple):
     what: str
     names: list[tuple[Any, str]]  # configurations that name an implementation, and which
-    deposit: Callable[[AttentionCall], None]
+    on_call: Callable[[AttentionCall], None]
 
 
 _HOOKS: dict[nn.Module, _Hook] = {}
-"""The tap of each attention module in a tapped layer, since all that an attention function is told
-is its module. Empty while nothing is tapped."""
+"""Attention module -> its hook, while it has one: an attention function is given nothing else by
+which to find it."""
 
 
 @contextmanager
-def hooked(layer: nn.Module, what: str, deposit: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Within this, each attention call of ``layer`` is deposited; its results stay what they were.
+def hooked(layer: nn.Module, what: str, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Context in which ``on_call`` gets every attention call of ``layer``, unchanged in result.
 
-    ``what`` names the layer in messages. Raises ``RuntimeError`` if it is tapped already. Its
+    ``what`` names the layer in messages. Raises ``RuntimeError`` if it is hooked already. Its
     forward raises ``UnfitError`` for attention with sinks.
     """
     AttentionInterface.register(NAME, _attend)
@@ -66,25 +67,26 @@ def hooked(layer: nn.Module, what: str, deposit: Callable[[AttentionCall], None]
     modules: list[Any] = [module for module in layer.modules() if _names_attention(module)]
     if any(module in _HOOKS for module in modules):
         raise RuntimeError(f"{what} must be captured once at a time, got a second capture")
+    # Modules of a layer share their configuration: it is renamed once.
     configs = {id(module.config): module.config for module in modules}.values()
-    tap = _Hook(what, [(config, config._attn_implementation) for config in configs], deposit)
-    _HOOKS.update(dict.fromkeys(modules, tap))
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_: _rename(tap)),
-        layer.register_forward_hook(lambda *_: _restore(tap)),
+    hook = _Hook(what, [(config, config._attn_implementation) for config in configs], on_call)
+    _HOOKS.update(dict.fromkeys(modules, hook))
+    handles = [
+        layer.register_forward_pre_hook(lambda *_: _rename(hook)),
+        layer.register_forward_hook(lambda *_: _unrename(hook)),
     ]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        _restore(tap)  # the layer may have raised before its hook could
+        for handle in handles:
+            handle.remove()
+        _unrename(hook)  # the layer may have raised before its own hook could
         for module in modules:
             del _HOOKS[module]
 
 
 def states_its_window(config: Any, layer: int, window: int | None) -> bool:
-    """Whether a text model's layer sees all earlier keys unless it called attention with a window.
+    """Whether the window of a layer's attention call is all that limits which keys it sees.
 
     Chunks, windows known to the mask alone and keys chosen by an index show in long rows only, so
     what a short one does is no evidence: ``config`` has to exclude them.
@@ -98,7 +100,7 @@ def states_its_window(config: Any, layer: int, window: int | None) -> bool:
 
 
 def rebuilding_error(call: AttentionCall) -> float:
-    """How far ``maps @ value`` is from the output, relative in the 2-norm.
+    """Relative error, in the 2-norm, of ``maps @ value`` against the attention's own output.
 
     The maps are what ``attention_maps`` makes of the inputs for a row that is one document.
     """
@@ -114,15 +116,18 @@ def rebuilding_error(call: AttentionCall) -> float:
 
 
 def after(hooks: ExitStack, module: nn.Module, act: Callable[[nn.Module, Any, Any], None]) -> None:
-    """Call ``act(module, arguments, output)`` after each forward of the module, until the end."""
+    """Call ``act(module, arguments, output)`` after each forward, until ``hooks`` is closed."""
     hooks.callback(module.register_forward_hook(act).remove)
 
 
-def listen_to_projections(
-    hooks: ExitStack, layer: nn.Module, attention: nn.Module, put: Callable[[Projections], None]
+def capture_projections(
+    hooks: ExitStack, layer: nn.Module, attention: nn.Module, store: Callable[[Projections], None]
 ) -> None:
-    """Deposit ``Projections`` after the layer's forward: what q_norm and k_norm return, where
-    there are such and they come before rotary embedding, else what q_proj and k_proj return."""
+    """Pass ``Projections`` to ``store`` after the layer's forward pass.
+
+    Queries and keys are what q_norm and k_norm return, where the layer has them before rotary
+    embedding, else what q_proj and k_proj return.
+    """
     seen: dict[str, Tensor] = {}
 
     def on_projection(name: str, _module: nn.Module, _: Any, output: Tensor) -> None:
@@ -135,7 +140,7 @@ def listen_to_projections(
 
     def on_layer(*_: Any) -> None:
         if seen.keys() == {"q", "k", "v"}:
-            put(Projections(seen["q"], seen["k"], seen["v"]))
+            store(Projections(seen["q"], seen["k"], seen["v"]))
         seen.clear()
 
     for name in ("q", "k", "v"):
@@ -170,14 +175,14 @@ def _names_attention(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
 
 
-def _rename(tap: _Hook) -> None:
-    for config, _ in tap.names:
+def _rename(hook: _Hook) -> None:
+    for config, _ in hook.names:
         # The property's setter would rename the attention of nested configurations too.
         config._attn_implementation_internal = NAME
 
 
-def _restore(tap: _Hook) -> None:
-    for config, name in tap.names:
+def _unrename(hook: _Hook) -> None:
+    for config, name in hook.names:
         config._attn_implementation_internal = name
 
 
@@ -189,20 +194,24 @@ def _attend(
     attention_mask: Any,
     **options: Any,
 ) -> tuple[Tensor, Any]:
-    """``sad_capture``. ``options`` differ from model to model, and all of them are handed on."""
-    tap = _HOOKS[module]
+    """The attention function ``sad_capture``: call the model's own one, and report the call.
+
+    ``options`` differ from model to model, and all of them are passed on.
+    """
+    hook = _HOOKS[module]
+    # Sinks are one more logit: with them rows of the map do not sum to 1 over the keys.
     if options.get("s_aux") is not None:
         raise UnfitError(
-            f"{tap.what} must have attention whose weights sum to 1 over the keys, got sinks that "
+            f"{hook.what} must have attention whose weights sum to 1 over the keys, got sinks that "
             "take a share; choose another model or turn the attention loss off"
         )
-    _restore(tap)  # implementations read the name as well
+    _unrename(hook)  # implementations read the name as well
     try:
         name = module.config._attn_implementation
         attend = _implementation(module, name)
         output, weights = attend(module, query, key, value, attention_mask, **options)
     finally:
-        _rename(tap)
+        _rename(hook)
     scaling, window = options.get("scaling"), options.get("sliding_window")
     inputs = AttentionInputs(
         query=query,
@@ -212,19 +221,22 @@ def _attend(
         # sdpa has no softcap: before it came to refuse one, transformers went on without.
         softcap=None if name == "sdpa" else options.get("softcap"),
     )
-    tap.deposit(AttentionCall(inputs, value, output))
+    hook.on_call(AttentionCall(inputs, value, output))
     return output, weights
 
 
 def _implementation(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
-    """What the module would have called: looked up where its own forward does."""
+    """The attention function that a module would have called, looked up as its forward does."""
     names = inspect.unwrap(type(module).forward).__globals__
     functions = names.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     return functions.get_interface(name, names.get("eager_attention_forward"))
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Asked for a mask by a name that it does not know, transformers would go on without one."""
+    """The mask function of ``sad_capture``, which refuses: no mask must be built inside a layer.
+
+    For a name without a mask function transformers would go on without a mask.
+    """
     raise UnfitError(
         "a captured model must build its attention masks outside of its decoder layers, got one "
         "built inside; choose another model or turn the attention loss off"

@@ -1,4 +1,4 @@
-"""What every structural loss shares: its inputs, its outputs, its projector."""
+"""The interface of structural losses: what they are given, what they return, their projector."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class LossTerm(NamedTuple):
     """Targets, tokens or sequences in it, known before the forward pass."""
 
 
-Terms = dict[str, LossTerm]
-
+LossTerms = dict[str, LossTerm]
+"""Terms by the name under which they are logged."""
 
 LayerPairs = tuple[tuple[int, int], ...]
+"""(student layer, teacher layer), both counted from 0."""
 
 
 class AttentionInputs(NamedTuple):
-    """What one layer's attention maps are made of: H query heads, H_kv divides H."""
+    """Queries and keys of one layer, and how its attention scores follow; H_kv divides H."""
 
     query: Tensor  # [B, H, L, d], after rotary embedding
     key: Tensor  # [B, H_kv, L, d], after rotary embedding
@@ -56,7 +57,7 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """The decoder layers, counted from 0, at which each kind is wanted."""
+    """Which activations to capture: for each kind the decoder layers, counted from 0."""
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
@@ -66,7 +67,7 @@ class CaptureSpec:
 
 @dataclass(frozen=True)
 class Activations:
-    """What one forward pass left behind, by layer."""
+    """Activations captured in one forward pass, by decoder layer."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """[B, L, D] as the layer returns it. ``output_hidden_states[i + 1]`` is the same, but for the
@@ -77,8 +78,8 @@ class Activations:
     """Logits [B * L, E] over experts."""
 
 
-class View(NamedTuple):
-    """What there is to compare, of one micro-batch; everything of the teacher is detached."""
+class LossInputs(NamedTuple):
+    """The tensors of one micro-batch that structural losses compare; the teacher's are detached."""
 
     student_hidden: Tensor  # [B, L, D_s] after the final norm
     teacher_hidden: Tensor  # [B, L, D_t]
@@ -88,24 +89,33 @@ class View(NamedTuple):
 
 
 class StructuralLoss(nn.Module):
-    """One of them. ``name`` is its section in the configuration and its term, ``unit`` what its sum
-    is divided by."""
+    """Base of the structural losses: a module that turns ``LossInputs`` into ``LossTerms``.
+
+    Subclasses are constructed with ``(config, student, teacher)`` and registered in
+    ``sad.losses.structural.LOSSES``. Their parameters (projectors) are trained with the student,
+    and their buffers (queues) are saved in checkpoints.
+    """
 
     name: str
+    """Section of the configuration, and name of the main term."""
     unit = "tokens"
+    """Field of ``LossCounts`` that the terms are divided by."""
+    diagnostics: tuple[str, ...] = ()
+    """Terms that ``forward`` returns for the log alone: they have no weight and no gradient."""
     student_spec = CaptureSpec()
     teacher_spec = CaptureSpec()
+    """Which activations ``forward`` needs from inside the two models."""
 
-    def __call__(self, view: View) -> Terms:
-        return super().__call__(view)
+    def __call__(self, inputs: LossInputs) -> LossTerms:
+        return super().__call__(inputs)
 
     def weights(self, weight: float) -> dict[str, float]:
-        """The weight of each term while the loss has ``weight``."""
+        """The weight of each term of the total loss while the whole loss has ``weight``."""
         return {self.name: weight}
 
 
-def mean_of(terms: Sequence[LossTerm]) -> LossTerm:
-    """Of terms over the same units."""
+def mean_term(terms: Sequence[LossTerm]) -> LossTerm:
+    """The mean of terms that have the same units."""
     return LossTerm(torch.stack([term.sum for term in terms]).mean(), terms[0].count)
 
 
@@ -123,15 +133,18 @@ def make_projector(student_width: int, teacher_width: int) -> nn.Module:
     return projector
 
 
-def projected(projector: nn.Module, x: Tensor) -> Tensor:
-    """``x`` in the teacher's width, the product in the dtype of ``x``."""
+def project(projector: nn.Module, x: Tensor) -> Tensor:
+    """Apply a projector of ``make_projector`` to ``x`` [..., D_s], in the dtype of ``x``."""
     return F.linear(x, projector.weight.to(x.dtype)) if isinstance(projector, nn.Linear) else x
 
 
-def resolved(
+def resolve_layer_pairs(
     pairs: Pairs, loss: str, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> LayerPairs:
-    """Layers counted from 0; ``UnfitError`` for one that does not exist."""
+    """Turn configured pairs, which may count from the end, into layers counted from 0.
+
+    ``loss`` names the section in errors. Raises ``UnfitError`` for a layer that does not exist.
+    """
     models = (("student", student), ("teacher", teacher))
     result = []
     for pair in pairs:
@@ -149,13 +162,14 @@ def resolved(
 
 
 def width_of(model: PreTrainedModel) -> int:
-    """The width of hidden states."""
-    return _text(model).hidden_size
+    """The width of a model's hidden states."""
+    return _text_config(model).hidden_size
 
 
 def heads_of(model: PreTrainedModel) -> int:
-    return _text(model).num_attention_heads
+    """The number of a model's query heads."""
+    return _text_config(model).num_attention_heads
 
 
-def _text(model: PreTrainedModel) -> Any:
+def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config()

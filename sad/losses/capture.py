@@ -1,9 +1,10 @@
-"""What a loss needs from inside a model: hidden states, attention, projections, router logits.
+"""Capture activations of a forward pass: hidden states, attention, projections, router logits.
 
-``Capture(model, sites, role=..., detach=...)`` checks once that the model can give all of it, with
-one short row; ``with capture.armed() as got:`` collects it from one forward pass. Hooks sit on the
-mapped layers alone and only while armed, so gradient checkpointing, which runs layers again in
-backward, finds none. What the model computes is the same to the bit.
+``Capture(model, spec, role=..., detach=...)`` checks once, with one short row, that the model can
+supply what ``spec`` names; ``with capture.capturing() as activations:`` collects it from one
+forward pass. Hooks sit on the mapped layers alone and only within that context, so gradient
+checkpointing, which runs layers again in backward, finds none. What the model computes is the same
+to the bit.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from sad.errors import UnfitError, UsageError
 from sad.losses.attention_hook import (
     AttentionCall,
     after,
+    capture_projections,
     hooked,
-    listen_to_projections,
     rebuilding_error,
     states_its_window,
 )
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 
 class _Kind(NamedTuple):
-    """How messages speak of a field of ``CaptureSpec``."""
+    """How error messages describe a kind of activation: a field of ``CaptureSpec``."""
 
     loss: str
     expectation: str
@@ -56,10 +57,10 @@ KINDS = {
 
 
 class Capture:
-    """Collects what ``spec`` name from forward passes of ``model``.
+    """Collects the activations that ``spec`` names from forward passes of ``model``.
 
     ``role`` ("teacher", "student") is for messages. With ``detach`` nothing collected carries a
-    gradient. Without sites there is neither a check nor, ever, a hook.
+    gradient. With an empty ``spec`` there is neither a check nor, ever, a hook.
 
     Raises ``UsageError`` for a layer that the model does not have. Raises ``UnfitError`` for layers
     without a router, without separate query, key and value projections, or with attention whose
@@ -71,9 +72,9 @@ class Capture:
         self, model: PreTrainedModel, spec: CaptureSpec, *, role: str, detach: bool
     ) -> None:
         self._who = f"the {role} {type(model).__name__}"
-        self._sites = spec
+        self._spec = spec
         self._detach = detach
-        self._armed = False
+        self._active = False
         self._tracks_gradients = False
         if spec == CaptureSpec():
             return
@@ -81,23 +82,23 @@ class Capture:
         self._require_in_range()
         self._projecting = {i: self._find_projections(i) for i in spec.projections}
         self._routers = {i: self._find_router(i) for i in spec.routers}
-        self._examine(model)
+        self._check_model(model)
 
     @contextmanager
     def capturing(self) -> Iterator[Activations]:
         """Collect from the one forward pass that runs within this; backward passes come after.
 
         Raises ``UnfitError`` if a mapped layer left nothing, ``UsageError`` under reentrant
-        checkpointing, which would cut gradients off, and ``RuntimeError`` if armed twice.
+        checkpointing, which would cut gradients off, and ``RuntimeError`` if contexts are nested.
         """
-        got = Activations()
+        activations = Activations()
 
         def on_attention(layer: int, call: AttentionCall) -> None:
-            self._put(got.attention, layer, call.inputs)
+            self._store(activations.attention, layer, call.inputs)
 
-        with self._listening(got, on_attention):
-            yield got
-            self._require_all(got)
+        with self._hooks_installed(activations, on_attention):
+            yield activations
+            self._require_all(activations)
 
     # Checks
 
@@ -111,7 +112,7 @@ class Capture:
     def _require_in_range(self) -> None:
         last = len(self._layers) - 1
         for kind in fields(CaptureSpec):
-            for layer in getattr(self._sites, kind.name):
+            for layer in getattr(self._spec, kind.name):
                 if not 0 <= layer <= last:
                     raise UsageError(
                         f"layers of the {KINDS[kind.name].loss} loss must be 0 to {last} in "
@@ -137,41 +138,41 @@ class Capture:
             raise self._refusal("routers", layer, "none")
         return router
 
-    def _require_all(self, got: Activations) -> None:
+    def _require_all(self, activations: Activations) -> None:
         for kind in fields(CaptureSpec):
-            for layer in getattr(self._sites, kind.name):
-                if layer not in getattr(got, kind.name):
+            for layer in getattr(self._spec, kind.name):
+                if layer not in getattr(activations, kind.name):
                     raise self._refusal(kind.name, layer, "a forward pass without")
 
-    def _examine(self, model: PreTrainedModel) -> None:
-        """Run one short row through the model, and rebuild what its attention did."""
+    def _check_model(self, model: PreTrainedModel) -> None:
+        """Run one short row through the model, and recompute its attention from the capture."""
         backbone, head = split_head(model)
         ids = (torch.arange(PROBE_LENGTH, device=head.weight.device) * 7 % head.vocab_size)[None]
-        got = Activations()
-        calls: dict[int, list[AttentionCall]] = {layer: [] for layer in self._sites.attention}
+        activations = Activations()
+        calls: dict[int, list[AttentionCall]] = {layer: [] for layer in self._spec.attention}
         with eval_no_grad(model):
-            with self._listening(got, lambda layer, call: calls[layer].append(call)):
+            with self._hooks_installed(activations, lambda layer, call: calls[layer].append(call)):
                 hidden = backbone(ids)
-            for layer, seen in calls.items():
-                if len(seen) != 1:
-                    raise self._refusal("attention", layer, f"{len(seen)} calls")
-                got.attention[layer] = seen[0].inputs
-            self._require_all(got)
+            for layer, layer_calls in calls.items():
+                if len(layer_calls) != 1:
+                    raise self._refusal("attention", layer, f"{len(layer_calls)} calls")
+                activations.attention[layer] = layer_calls[0].inputs
+            self._require_all(activations)
             if calls:
                 self._require_unchanged(backbone, ids, hidden)
-            for layer, seen in calls.items():
-                self._require_plain(model.config.get_text_config(), layer, seen[0])
+            for layer, layer_calls in calls.items():
+                self._require_softmax(model.config.get_text_config(), layer, layer_calls[0])
 
     def _require_unchanged(self, backbone: Backbone, ids: Tensor, hidden: Tensor) -> None:
         plain = backbone(ids)
         if torch.equal(plain, hidden) or not torch.equal(plain, backbone(ids)):
-            return  # the same, or never twice the same
+            return  # equal with hooks and without, or a model that never repeats itself
         raise UnfitError(
             f"{self._who} must give the same hidden states while its attention is captured, got "
             "others; choose another attn_implementation or turn the attention loss off"
         )
 
-    def _require_plain(self, config: Any, layer: int, call: AttentionCall) -> None:
+    def _require_softmax(self, config: Any, layer: int, call: AttentionCall) -> None:
         where = f"attention of layer {layer} of {self._who}"
         if not states_its_window(config, layer, call.inputs.window):
             raise UnfitError(
@@ -191,54 +192,56 @@ class Capture:
     # Hooks
 
     @contextmanager
-    def _listening(
-        self, got: Activations, on_attention: Callable[[int, AttentionCall], None]
+    def _hooks_installed(
+        self, activations: Activations, on_attention: Callable[[int, AttentionCall], None]
     ) -> Iterator[None]:
-        if self._armed:
-            raise RuntimeError(f"{self._who} must be captured once at a time, got armed twice")
-        self._armed = True
+        if self._active:
+            raise RuntimeError(
+                f"{self._who} must be captured once at a time, got a capture within another"
+            )
+        self._active = True
         self._tracks_gradients = torch.is_grad_enabled() and not self._detach
         try:
             with ExitStack() as hooks:
-                if self._sites != CaptureSpec():
-                    self._listen(hooks, got, on_attention)
+                if self._spec != CaptureSpec():
+                    self._install(hooks, activations, on_attention)
                 yield
         finally:
-            self._armed = False
+            self._active = False
 
-    def _listen(
+    def _install(
         self,
         hooks: ExitStack,
-        got: Activations,
+        activations: Activations,
         on_attention: Callable[[int, AttentionCall], None],
     ) -> None:
-        for i in dict.fromkeys(self._sites.hidden):
-            after(hooks, self._layers[i], partial(self._on_hidden, got, i))
-        for i in dict.fromkeys(self._sites.attention):
+        for i in dict.fromkeys(self._spec.hidden):
+            after(hooks, self._layers[i], partial(self._on_hidden, activations, i))
+        for i in dict.fromkeys(self._spec.attention):
             what = f"layer {i} of {self._who}"
             hooks.enter_context(hooked(self._layers[i], what, partial(on_attention, i)))
         for i, module in self._projecting.items():
-            put = partial(self._put, got.projections, i)
-            listen_to_projections(hooks, self._layers[i], module, put)
+            put = partial(self._store, activations.projections, i)
+            capture_projections(hooks, self._layers[i], module, put)
         for i, router in self._routers.items():
-            after(hooks, router, partial(self._on_router, got, i))
+            after(hooks, router, partial(self._on_router, activations, i))
 
     def _on_hidden(
-        self, got: Activations, layer: int, _module: nn.Module, _: Any, output: Any
+        self, activations: Activations, layer: int, _module: nn.Module, _: Any, output: Any
     ) -> None:
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(hidden, Tensor) or hidden.ndim != 3:
             raise self._refusal("hidden", layer, "no tensor [B, L, D]")
-        self._put(got.hidden, layer, hidden)
+        self._store(activations.hidden, layer, hidden)
 
     def _on_router(
-        self, got: Activations, layer: int, router: nn.Module, _: Any, output: Any
+        self, activations: Activations, layer: int, router: nn.Module, _: Any, output: Any
     ) -> None:
         from sad.models import experts
 
-        self._put(got.routers, layer, experts.router_logits(router, output))
+        self._store(activations.routers, layer, experts.router_logits(router, output))
 
-    def _put(self, store: dict[int, T], layer: int, value: T) -> None:
+    def _store(self, store: dict[int, T], layer: int, value: T) -> None:
         if layer in store:
             raise RuntimeError(
                 f"layer {layer} of {self._who} must run once while captured, got a second time"
@@ -252,7 +255,7 @@ class Capture:
 
 
 def _detached(value: Any) -> Any:
-    """A tensor, or a named tuple with tensors in it, without its graph."""
+    """Detach a tensor, or every tensor in a named tuple."""
     if isinstance(value, Tensor):
         return value.detach()
     return type(value)(*(v.detach() if isinstance(v, Tensor) else v for v in value))

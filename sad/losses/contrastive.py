@@ -1,7 +1,8 @@
-"""Contrastive loss: a student's sequence is told apart from others by its teacher's view of it.
+"""Contrastive loss: symmetric InfoNCE between pooled hidden states of student and teacher.
 
 Each sequence is the mean of its tokens' states after the final norm, the student's then projected;
-z are those vectors divided by their norms. Symmetric InfoNCE in nats, targets on the diagonal:
+z are those vectors divided by their norms. A student's sequence has to be told apart from all
+others by the teacher's embedding of it, in nats, with targets on the diagonal:
 
     L = (CE(z_s [z_t; queue]^T / tau) + CE(z_t z_s^T / tau)) / 2
 
@@ -22,19 +23,19 @@ from transformers import PreTrainedModel
 from sad.config.schema import DistillConfig
 from sad.losses._rows import no_autocast, normalize, require_no_grad, upcast
 from sad.losses.base import (
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     make_projector,
-    projected,
+    project,
     width_of,
 )
 from sad.losses.layout import Layout
 
 
 class ContrastiveResult(NamedTuple):
-    """The term, and what its value has to be read with; both latter detached."""
+    """The loss term, and two detached numbers without which its value cannot be judged."""
 
     term: LossTerm  # unit: sequences
     accuracy: Tensor  # [] share of sequences whose own teacher embedding is the nearest
@@ -42,7 +43,7 @@ class ContrastiveResult(NamedTuple):
 
 
 class TeacherQueue(nn.Module):
-    """First in, first out: the last ``size`` teacher embeddings, fp32 unit vectors of ``width``.
+    """FIFO queue of the last ``size`` teacher embeddings, fp32 unit vectors of ``width``.
 
     All state is in buffers: ``embeddings`` [size, width], ``position`` where the next one goes,
     ``filled`` how many there are.
@@ -64,25 +65,25 @@ class TeacherQueue(nn.Module):
         z: Tensor,  # [S, width]
         valid: Tensor,  # bool [S]
     ) -> None:
-        """Put the valid rows in, in their order, over the oldest; call it after the loss.
+        """Append the valid rows, in order, in place of the oldest; call it after the loss.
 
         Of more than ``size`` rows the last ``size`` stay. Nothing waits for the device.
         """
+        # Every row is written, so that no shape depends on data: rows that are invalid, or too old
+        # to stay, into a spare slot that is cut off again.
         size = len(self.embeddings)
         rank = valid.cumsum(0)  # [S] from 1
         count = rank[-1:].sum()
         stays = valid & (rank > count - size)
         slot = torch.where(stays, (self.position + rank - 1) % size, size)
         spare = torch.cat([self.embeddings, self.embeddings.new_zeros(1, z.shape[1])])
-        spare[slot] = normalize(upcast(z)).to(
-            spare.dtype
-        )  # the others all fall into the spare slot
+        spare[slot] = normalize(upcast(z)).to(spare.dtype)
         self.embeddings.copy_(spare[:size])
         self.position.copy_((self.position + count) % size)
         self.filled.copy_((self.filled + count).clamp_max(size))
 
     def negatives(self) -> tuple[Tensor, Tensor]:
-        """Embeddings [size, width], and which of them are filled, bool [size]."""
+        """The embeddings [size, width], and which slots are filled, bool [size]."""
         slots = torch.arange(len(self.embeddings), device=self.embeddings.device)
         return self.embeddings, slots < self.filled
 
@@ -91,7 +92,7 @@ def mean_pool(
     hidden: Tensor,  # [B, L, D]
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:
-    """The mean over each segment's tokens, [B, K, D], and which segments have one, bool [B, K].
+    """Mean over the tokens of each segment, [B, K, D], and which segments have any, bool [B, K].
 
     K is ``layout.units.max_segments``. A segment without tokens has zeros. Other positions may hold
     anything; the first of a segment is one of them, whose norm would dominate the mean.
@@ -115,7 +116,7 @@ def contrastive_loss(
     temperature: float = 0.07,
     others: Tensor | None = None,  # [M, D]
 ) -> ContrastiveResult:
-    """Sum over valid rows of L; ``count`` is their number, ``layout.units.sequences``.
+    """Contrastive loss: sum over valid rows of L; their number is ``count``. Unit: sequences.
 
     ``others`` are pooled teacher embeddings of other ranks, further negatives for the student; rows
     of zeros among them, ``mean_pool``'s segments without tokens, are left out. ``chance`` is
@@ -127,6 +128,7 @@ def contrastive_loss(
     z_s, z_t = (
         normalize(upcast(z).masked_fill(~valid[:, None], 0.0)) for z in (student_z, teacher_z)
     )
+    # Candidates for the student: its own micro-batch, the queue, and other ranks.
     candidates, known = [z_t], [valid]
     if queue is not None:
         embeddings, filled = queue.negatives()
@@ -158,10 +160,11 @@ def contrastive_loss(
 
 
 class ContrastiveLoss(StructuralLoss):
-    """Pooled segments, told apart from those of this micro-batch and of a queue."""
+    """``contrastive_loss`` over the segments of a micro-batch; the section ``contrastive``."""
 
     name = "contrastive"
     unit = "sequences"
+    diagnostics = ("contrastive_accuracy", "contrastive_chance")
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
@@ -170,17 +173,22 @@ class ContrastiveLoss(StructuralLoss):
         size = config.contrastive.queue_size
         self.queue = TeacherQueue(size, width_of(teacher)) if size else None
 
-    def forward(self, view: View) -> Terms:
-        pooled, valid = mean_pool(view.student_hidden, view.layout)
-        teacher, _ = mean_pool(view.teacher_hidden, view.layout)
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        pooled, valid = mean_pool(inputs.student_hidden, inputs.layout)
+        teacher, _ = mean_pool(inputs.teacher_hidden, inputs.layout)
         result = contrastive_loss(
-            projected(self.projector, pooled).flatten(0, 1),
+            project(self.projector, pooled).flatten(0, 1),
             teacher.flatten(0, 1),
             valid.flatten(),
             self.queue,
-            count=view.layout.units.sequences,
+            count=inputs.layout.units.sequences,
             temperature=self.temperature,
         )
         if self.training and self.queue is not None:  # the loss holds a copy of what was in it
             self.queue.enqueue(teacher.flatten(0, 1), valid.flatten())
-        return {"contrastive": result.term}
+        count = result.term.count
+        return {
+            "contrastive": result.term,
+            "contrastive_accuracy": LossTerm(result.accuracy * count, count),
+            "contrastive_chance": LossTerm(result.chance * count, count),
+        }

@@ -1,4 +1,4 @@
-"""Feature loss: the student's projected hidden states point, or lie, where the teacher's do.
+"""Feature loss: distance between projected student and teacher hidden states.
 
 Per token, y the student's projected state and h the teacher's, D elements each:
 
@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 from sad.config.schema import DistillConfig
 from sad.losses._rows import normalize, require_no_grad, upcast
 from sad.losses.base import (
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     make_projector,
-    projected,
+    project,
     width_of,
 )
 from sad.losses.layout import Layout
@@ -40,7 +40,7 @@ def distances(
     teacher: Tensor,  # [..., D]
     kind: Distance,
 ) -> Tensor:
-    """The distance of each pair of vectors, [...], fp32 (float64 if an input is).
+    """Distance between each pair of vectors, [...], fp32 (float64 if an input is).
 
     A vector of zeros has no direction: its cosine distance to another is 0, to any other vector
     1/2. A teacher of zeros has no scale: ``relative_mse`` is then the mean square of the student.
@@ -64,7 +64,7 @@ def feature_loss(
     layout: Layout,
     kind: Distance = "cosine",
 ) -> LossTerm:
-    """Sum over tokens of ``distances``; unit: tokens.
+    """Feature loss: sum over tokens of ``distances``. Unit: tokens.
 
     Other positions may hold anything. Memory: a few tensors [B, L, D] in fp32. Raises what
     ``distances`` raises.
@@ -75,7 +75,7 @@ def feature_loss(
 
 
 class FeatureLoss(StructuralLoss):
-    """Last hidden states."""
+    """``feature_loss`` of the last hidden states; the section ``feature``."""
 
     name = "feature"
 
@@ -84,6 +84,6 @@ class FeatureLoss(StructuralLoss):
         self.distance: Distance = config.feature.distance
         self.projector = make_projector(width_of(student), width_of(teacher))
 
-    def forward(self, view: View) -> Terms:
-        y = projected(self.projector, view.student_hidden)
-        return {"feature": feature_loss(y, view.teacher_hidden, view.layout, self.distance)}
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        y = project(self.projector, inputs.student_hidden)
+        return {"feature": feature_loss(y, inputs.teacher_hidden, inputs.layout, self.distance)}

@@ -1,4 +1,4 @@
-"""Layerwise (patient) loss: several of the student's layers follow layers of the teacher.
+"""Layerwise (patient) loss: distance between outputs of paired student and teacher layers.
 
 Layers are paired by relative depth, the last with the last; outputs are those of the decoder layers
 themselves, before the final norm. The term is the mean over pairs of the feature loss. Pair weights
@@ -23,13 +23,13 @@ from sad.errors import UnfitError
 from sad.losses._rows import upcast
 from sad.losses.base import (
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
     make_projector,
-    projected,
-    resolved,
+    project,
+    resolve_layer_pairs,
     width_of,
 )
 from sad.losses.feature import Distance, feature_loss
@@ -45,7 +45,7 @@ LEAST_ENTROPY = 0.9
 def layer_pairs(
     student_layers: int, teacher_layers: int, num_pairs: int = 4
 ) -> tuple[tuple[int, int], ...]:
-    """Pairs (student layer, teacher layer) at equal relative depths, both counted from 0.
+    """Pair (student layer, teacher layer) at equal relative depths, both counted from 0.
 
     With ``n = min(L_s, L_t, num_pairs)``, pair j is ``floor((2 (j+1) L + n) / (2 n)) - 1`` on each
     side: strictly increasing, the last pair (L_s - 1, L_t - 1).
@@ -61,13 +61,17 @@ def layer_pairs(
 def check_layer_map(
     pairs: Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
 ) -> None:
-    """Raise ``ValueError`` unless both sides strictly increase from 0 on and end in the last layer.
+    """Check a layer map: both sides strictly increase from 0 on and end in the last layer.
 
     Pairs that cross, or a last pair short of the last layers, ask the student for what its depth
-    cannot give.
+    cannot give. Raises ``ValueError``.
     """
     last = (student_layers - 1, teacher_layers - 1)
-    if pairs and tuple(pairs[-1]) == last and all(map(_climbs, zip(*pairs, strict=True))):
+    if (
+        pairs
+        and tuple(pairs[-1]) == last
+        and all(map(_strictly_increases, zip(*pairs, strict=True)))
+    ):
         return
     proposal = layer_pairs(student_layers, teacher_layers, len(pairs) or 4)
     raise ValueError(
@@ -84,7 +88,7 @@ def layerwise_loss(
     kind: Distance = "cosine",
     pair_weights: PairWeights = "uniform",
 ) -> LossTerm:
-    """Sum over tokens of the mean over pairs of ``distances``; unit: tokens.
+    """Layerwise loss: sum over tokens of the mean over pairs of ``distances``. Unit: tokens.
 
     Adaptive weights come from the micro-batch's own losses, so with them the sum depends on how a
     window is split; with uniform ones it does not. Raises what ``feature_loss`` raises.
@@ -103,7 +107,7 @@ def layerwise_loss(
 def adaptive_pair_weights(
     losses: Tensor,  # [n]
 ) -> Tensor:
-    """Weights w [n] in proportion to ``exp(-L / tau)``: easy pairs first, but none alone.
+    """Adaptive weights w [n] of pairs, in proportion to ``exp(-L / tau)``: closer pairs get more.
 
     They minimise ``sum w L - tau H(w)``, with the smallest tau for which the entropy H(w) is at
     least ``0.9 ln n``. No gradient passes through them. fp32; they sum to 1.
@@ -114,8 +118,9 @@ def adaptive_pair_weights(
     gaps = gaps / torch.where(widest == 0, 1.0, widest)  # in [0, 1]: weights are softmax(-b gaps)
     floor = LEAST_ENTROPY * math.log(len(losses))
 
-    # H falls as b = (widest gap) / tau grows. At b = 1/2 it is above the floor for any gaps; past
-    # 2^25 even neighbouring fp32 numbers are told apart. Halving log2 b 26 times leaves 4e-7.
+    # Bisection: H falls as b = (widest gap) / tau grows. At b = 1/2 it is above the floor for any
+    # gaps; past 2^25 even neighbouring fp32 numbers are told apart. Halving log2 b 26 times leaves
+    # an uncertainty of 4e-7.
     low, high = torch.full_like(widest, -1.0), torch.full_like(widest, 25.0)
     for _ in range(26):
         middle = (low + high) / 2
@@ -125,7 +130,7 @@ def adaptive_pair_weights(
     return torch.softmax(-gaps * low.exp2(), dim=0)
 
 
-def _climbs(side: Sequence[int]) -> bool:
+def _strictly_increases(side: Sequence[int]) -> bool:
     return side[0] >= 0 and all(a < b for a, b in pairwise(side))
 
 
@@ -134,7 +139,7 @@ def _text(pairs: Sequence[tuple[int, int]]) -> str:
 
 
 class LayerwiseLoss(StructuralLoss):
-    """Outputs of paired decoder layers."""
+    """``layerwise_loss`` of paired decoder layers, each with a projector; section ``layerwise``."""
 
     name = "layerwise"
 
@@ -145,7 +150,7 @@ class LayerwiseLoss(StructuralLoss):
         if section.layers is None:
             self.pairs = layer_pairs(*depths, section.num_pairs)
         else:
-            self.pairs = resolved(section.layers, "layerwise", student, teacher)
+            self.pairs = resolve_layer_pairs(section.layers, "layerwise", student, teacher)
             try:
                 check_layer_map(self.pairs, *depths)
             except ValueError as error:
@@ -158,11 +163,11 @@ class LayerwiseLoss(StructuralLoss):
             CaptureSpec(hidden=layers) for layers in zip(*self.pairs, strict=True)
         )
 
-    def forward(self, view: View) -> Terms:
+    def forward(self, inputs: LossInputs) -> LossTerms:
         students = [
-            projected(projector, view.student.hidden[layer])
+            project(projector, inputs.student.hidden[layer])
             for projector, (layer, _) in zip(self.projectors, self.pairs, strict=True)
         ]
-        teachers = [view.teacher.hidden[layer] for _, layer in self.pairs]
-        term = layerwise_loss(students, teachers, view.layout, self.distance, self.pair_weights)
+        teachers = [inputs.teacher.hidden[layer] for _, layer in self.pairs]
+        term = layerwise_loss(students, teachers, inputs.layout, self.distance, self.pair_weights)
         return {"layerwise": term}

@@ -1,4 +1,4 @@
-"""Which positions of a micro-batch the structural losses look at, and who may attend to whom."""
+"""The layout of a micro-batch: segments, padding, positions that count, the attention mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sad.data.batch import Batch, LossCounts
 
 
 class Layout(NamedTuple):
-    """B rows of L positions: segments (what a row holds of one document), then padding.
+    """Layout of B rows of L positions: segments (parts of one document each), then padding.
 
     ``tokens`` leaves out padding and the first position of each segment, the attention sink.
     """
@@ -31,7 +31,7 @@ def layout_of(batch: Batch) -> Layout:
 
 
 def visible(layout: Layout, rows: slice, window: int | None = None) -> Tensor:
-    """bool [B, rows, L]: which keys the queries ``rows`` may see.
+    """The attention mask of the queries ``rows``, bool [B, rows, L]: True where a key is seen.
 
     Keys that are no padding, of the query's segment, not later than it and, with a ``window``, less
     than so many positions before it. Every query sees itself, padding too: no row is empty.
@@ -42,5 +42,5 @@ def visible(layout: Layout, rows: slice, window: int | None = None) -> Tensor:
     near = key <= query
     if window is not None:
         near &= key > query - window
-    together = layout.segment[:, rows, None] == layout.segment[:, None, :]
-    return (near & together & layout.real[:, None, :]) | (key == query)
+    same_segment = layout.segment[:, rows, None] == layout.segment[:, None, :]
+    return (near & same_segment & layout.real[:, None, :]) | (key == query)

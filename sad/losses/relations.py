@@ -1,4 +1,4 @@
-"""Relation transfer (MiniLMv2, arXiv 2012.15828): which tokens' projections resemble each other.
+"""Relation transfer: KL between self-relations of queries, keys and values (MiniLMv2).
 
 For X in queries, keys and values of a layer, heads are concatenated and split again into A_r
 relation heads, as many on both sides, of width d_r:
@@ -7,7 +7,8 @@ relation heads, as many on both sides, of width d_r:
 
 with the mask of attention (causal, within the document, no padding, no window). Neither the number
 of heads nor their width need be the same. Projections are taken before rotary embedding: splitting
-rotated heads would separate rotary pairs and make R depend on absolute positions.
+rotated heads would separate rotary pairs and make R depend on absolute positions. Source: arXiv
+2012.15828.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from sad.losses.attention import attention_maps
 from sad.losses.base import (
     AttentionInputs,
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     Projections,
     StructuralLoss,
-    Terms,
-    View,
-    mean_of,
-    resolved,
+    mean_term,
+    resolve_layer_pairs,
 )
 from sad.losses.layout import Layout
 
@@ -38,7 +39,7 @@ MIN_HEAD_WIDTH = 16
 
 
 def relation_heads(student_width: int, teacher_width: int) -> int:
-    """A_r: the largest common divisor of both widths that leaves heads at least 16 wide.
+    """Number of relation heads A_r: the largest common divisor that leaves heads 16 wide or more.
 
     Raises ``ValueError`` for a width below 16.
     """
@@ -59,10 +60,11 @@ def relation_loss(
     layout: Layout,
     block: int = 256,
 ) -> LossTerm:
-    """Sum over Q, K, V and query rows of the mean over heads of ``KL(R_t || R_s)``; unit: tokens.
+    """Relation loss: sum over Q, K, V and queries of the mean over heads of ``KL(R_t || R_s)``.
 
+       Unit: tokens.
     The gradient reaches a position as a query and as a key. Memory as ``attention_loss``. Raises
-    what ``relation_heads`` raises, and ``ValueError`` for a teacher that requires a gradient.
+       what ``relation_heads`` raises, and ``ValueError`` for a teacher that requires a gradient.
     """
     require_no_grad(*teacher)
     sums = []
@@ -82,29 +84,27 @@ def relation_loss(
 
 
 def _relation(x: Tensor, heads: int) -> AttentionInputs:
-    """R as an attention map: X [B, L, W] attends to itself with ``heads`` heads."""
+    """The relation R as an attention map: X [B, L, W] attends to itself with ``heads`` heads."""
     x = rearrange(x, "b l (heads d) -> b heads l d", heads=heads)
     return AttentionInputs(x, x, scaling=x.shape[-1] ** -0.5, window=None, softcap=None)
 
 
 class RelationLoss(StructuralLoss):
-    """Relations among queries, keys and values of paired layers; the mean over pairs."""
+    """``relation_loss`` of paired layers, the mean over pairs; the section ``relations``."""
 
     name = "relations"
 
     def __init__(self, config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel):
         super().__init__()
-        self.pairs = resolved(config.relations.layers, "relations", student, teacher)
+        self.pairs = resolve_layer_pairs(config.relations.layers, "relations", student, teacher)
         self.block = config.relations.query_block
         self.student_spec, self.teacher_spec = (
             CaptureSpec(projections=layers) for layers in zip(*self.pairs, strict=True)
         )
 
-    def forward(self, view: View) -> Terms:
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        student, teacher = inputs.student.projections, inputs.teacher.projections
         terms = [
-            relation_loss(
-                view.student.projections[s], view.teacher.projections[t], view.layout, self.block
-            )
-            for s, t in self.pairs
+            relation_loss(student[s], teacher[t], inputs.layout, self.block) for s, t in self.pairs
         ]
-        return {"relations": mean_of(terms)}
+        return {"relations": mean_term(terms)}

@@ -1,4 +1,4 @@
-"""Losses on the gates of mixture-of-experts layers, over all E experts of a layer, chosen or not.
+"""Router losses of mixture-of-experts layers, on the gates of all E experts, chosen or not.
 
     router_loss     KL(g_t || g_s), the student's gate follows the teacher's
     balance_loss    E sum_e f_e P_e (Switch, arXiv 2101.03961): f_e tokens sent to e per token,
@@ -25,11 +25,11 @@ from sad.errors import UnfitError
 from sad.losses._rows import require_no_grad, row_kl, upcast
 from sad.losses.base import (
     CaptureSpec,
+    LossInputs,
     LossTerm,
+    LossTerms,
     StructuralLoss,
-    Terms,
-    View,
-    resolved,
+    resolve_layer_pairs,
 )
 from sad.losses.layout import Layout
 from sad.models.experts import GateKind, MoeBlock, require_moe
@@ -39,7 +39,7 @@ def gates(
     logits: Tensor,  # [..., E]
     kind: GateKind,
 ) -> Tensor:
-    """A distribution over experts, [..., E], fp32 at least; sigmoid scores divided by their sum."""
+    """Gates as distributions over experts, [..., E], fp32 at least; sigmoids are normalised."""
     return _log_gates(logits, kind).exp()
 
 
@@ -50,7 +50,7 @@ def router_loss(
     student_kind: GateKind,
     teacher_kind: GateKind,
 ) -> LossTerm:
-    """Sum over tokens of the mean over layers of ``KL(g_t || g_s)``; unit: tokens.
+    """Router loss: sum over tokens of the mean over layers of ``KL(g_t || g_s)``. Unit: tokens.
 
     Raises ``ValueError`` for layers with different numbers of experts and for a teacher that
     requires a gradient.
@@ -76,7 +76,7 @@ def balance_loss(
     top_k: int,
     kind: GateKind = "softmax",
 ) -> LossTerm:
-    """``E sum_e f_e P_e``, mean over layers, times the number of tokens; unit: tokens.
+    """Load-balance loss ``E sum_e f_e P_e``, mean over layers, times the tokens. Unit: tokens.
 
     A function of the micro-batch as a whole: after division by the window's tokens it is the mean
     of the micro-batches' values by their tokens, and depends on how the window is split. Tokens
@@ -97,7 +97,10 @@ def router_z_loss(
     logits: Sequence[Tensor],  # of [B L, E]
     layout: Layout,
 ) -> LossTerm:
-    """Sum over tokens of the mean over layers of ``logsumexp(logits)^2``; unit: tokens."""
+    """Router z-loss: sum over tokens of the mean over layers of ``logsumexp(logits)^2``.
+
+    Unit: tokens.
+    """
     tokens = layout.tokens.flatten()
     squares = torch.stack([upcast(_only(tokens, x)).logsumexp(-1).square() for x in logits])
     return LossTerm(torch.where(tokens, squares.mean(0), 0.0).sum(), layout.units.tokens)
@@ -132,17 +135,17 @@ def _log_gates(logits: Tensor, kind: GateKind) -> Tensor:
 
 
 def _only(tokens: Tensor, values: Tensor) -> Tensor:
-    """Zeros in the rows [N, E] that do not count: they may hold NaN."""
+    """Zero the rows of [N, E] that do not count: they may hold NaN."""
     return values.masked_fill(~tokens[:, None], 0.0)
 
 
 def _sum_over(tokens: Tensor, values: Tensor) -> Tensor:
-    """[N, E] -> [E]."""
+    """Sum of ``values`` [N, E] over the rows that count, [E]."""
     return torch.where(tokens[:, None], values, 0.0).sum(0)
 
 
 class RouterLoss(StructuralLoss):
-    """Gates of paired mixture-of-experts layers, and what keeps the student's from collapsing."""
+    """``router_loss`` of paired layers, with balance and z-loss; the section ``router``."""
 
     name = "router"
 
@@ -151,7 +154,7 @@ class RouterLoss(StructuralLoss):
         section = config.router
         ours, theirs = (require_moe(m, "router.weight") for m in (student, teacher))
         if section.layers is not None:
-            self.pairs = resolved(section.layers, "router", student, teacher)
+            self.pairs = resolve_layer_pairs(section.layers, "router", student, teacher)
         elif len(ours) == len(theirs):
             self.pairs = tuple(zip(ours, theirs, strict=True))
         else:
@@ -177,15 +180,15 @@ class RouterLoss(StructuralLoss):
             CaptureSpec(routers=layers) for layers in zip(*self.pairs, strict=True)
         )
 
-    def forward(self, view: View) -> Terms:
-        ours = [view.student.routers[s] for s, _ in self.pairs]
-        theirs = [view.teacher.routers[t] for _, t in self.pairs]
+    def forward(self, inputs: LossInputs) -> LossTerms:
+        ours = [inputs.student.routers[s] for s, _ in self.pairs]
+        theirs = [inputs.teacher.routers[t] for _, t in self.pairs]
         student, teacher = self.student_blocks[0], self.teacher_blocks[0]
-        terms = {"router": router_loss(ours, theirs, view.layout, student.kind, teacher.kind)}
+        terms = {"router": router_loss(ours, theirs, inputs.layout, student.kind, teacher.kind)}
         if self.factors["router_balance"]:
-            terms["router_balance"] = balance_loss(ours, view.layout, student.top_k, student.kind)
+            terms["router_balance"] = balance_loss(ours, inputs.layout, student.top_k, student.kind)
         if self.factors["router_z"]:
-            terms["router_z"] = router_z_loss(ours, view.layout)
+            terms["router_z"] = router_z_loss(ours, inputs.layout)
         return terms
 
     def weights(self, weight: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Targets that follow the student: TAID's interpolation schedule, adaptive KL.
+"""Distillation targets that adapt to the student: TAID's interpolation schedule, adaptive KL.
 
 TAID (arXiv 2501.16937) distils from ``softmax(((1 - u) sg s + u t) / T)``, a teacher mixed with
 the student itself, and moves u from ``start`` to ``end``, faster while training goes well.
@@ -18,7 +18,7 @@ from sad.losses._rows import require_no_grad, row_kl, upcast
 
 
 class TAIDSchedule:
-    """The teacher's share u in TAID's target. Once per optimizer step, with the window's loss J:
+    """Schedule of the teacher's share u in TAID's target; per optimizer step, with its loss J:
 
         m <- beta m + (1 - beta) (J_prev - J) / J_prev
         u <- min(end, max(start + (end - start) progress, u + alpha sigmoid(m) (1 - u)))
@@ -36,11 +36,11 @@ class TAIDSchedule:
 
     @property
     def value(self) -> float:
-        """u, for the next step's target."""
+        """The teacher's share u in the next step's target."""
         return self._u
 
     def update(self, loss: float, progress: float) -> None:
-        """Take over a step's loss and the share of training done, ``progress`` from 0 to 1.
+        """Advance by a step with this loss; ``progress`` is the share of training done, 0 to 1.
 
         The first loss has nothing to be compared with and leaves m at 0, as does a loss that
         follows 0. One that is not finite moves u by the floor alone: its step was skipped.

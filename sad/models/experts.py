@@ -1,11 +1,12 @@
-"""Gates and experts of mixture-of-experts models, read and switched without replacing anything.
+"""Routers and experts of mixture-of-experts models: reading gates, choosing experts, by hooks.
 
 A *block* holds a router and E experts. The router turns a token x [D] into logits ``W x + b`` [E],
-the *gate* into probabilities of experts; the k experts it prefers see the token, and the block adds
-up their outputs. transformers lays this out in a dozen ways that change between its versions: who
-is router and who are the experts is told by the shapes of their weights, and what a router returns
-by dtype and width. What shapes cannot tell, how logits become a gate, stands in the table ``GATES``
-by ``config.model_type``; a family that is not in it is refused, never guessed.
+the *gate* turns these into weights of experts; the k experts with the largest see the token, and
+the block adds up their weighted outputs. transformers lays this out in a dozen ways that change
+between its versions, so router and experts are recognised by the shapes of their weights, and what
+a router returns by dtype and width. What shapes cannot tell, how logits become a gate, stands in
+the table ``GATES`` by ``config.model_type``; a family that is not in it is refused, never guessed.
+Nothing of the model is replaced.
 
 (Checked with transformers 5.12.1, 5.17.0 and 5.23.0.)
 """
@@ -15,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 
 from sad.errors import UnfitError
-from sad.losses._rows import upcast
+
+GateKind = Literal["softmax", "sigmoid"]
+"""How router logits become weights: softmax over experts, or a sigmoid of each."""
 
 GATES: dict[str, GateKind] = {
     "mixtral": "softmax",
@@ -35,14 +38,14 @@ GATES: dict[str, GateKind] = {
     "phimoe": "softmax",
     "llama4_text": "sigmoid",
 }
-"""Families whose router logits can be read, and what makes a gate of them."""
+"""Families whose router logits can be read: model_type -> kind of gate."""
 
 READ_ONLY = frozenset({"phimoe", "llama4_text"})
-"""Of these only the logits can be read: PhiMoE always takes two experts, and those of Llama 4 are
-not called with ids."""
+"""Families of which only the logits can be read: PhiMoE always takes two experts, and those of
+Llama 4 are not called with ids."""
 
 SUPPORTED = tuple(name for name in GATES if name not in READ_ONLY)
-"""Families whose experts can be called one by one and activated at will."""
+"""Families whose experts can be called one by one, and chosen by ``choosing_experts``."""
 
 Choose = Callable[["MoeBlock", Tensor], tuple[Tensor, Tensor]]
 """A block and its logits [N, E] -> ids of experts int64 [N, k] and their weights [N, k]."""
@@ -50,7 +53,7 @@ Choose = Callable[["MoeBlock", Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """One block: its decoder layer's index, its parts, and how its gate is made of logits."""
+    """A mixture-of-experts block: its layer's index, router, experts and kind of gate."""
 
     layer: int
     block: nn.Module
@@ -64,15 +67,15 @@ class MoeBlock:
 
     @property
     def top_k(self) -> int:
-        """How many experts see a token, now."""
+        """Number of experts that see a token, at present."""
         return self.setting("top_k")
 
     def setting(self, name: str) -> Any:
-        """A number that decides the routing: of the router, or in older versions of the block."""
+        """A routing setting: an attribute of the router, in older versions of the block."""
         return next(vars(part)[name] for part in (self.router, self.block) if name in vars(part))
 
 
-# Finding them
+# Finding blocks
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoeBlock]:
@@ -113,17 +116,18 @@ def require_moe(model: nn.Module, what: str) -> dict[int, MoeBlock]:
 
 
 def router_of(decoder_layer: nn.Module) -> nn.Module | None:
-    """The router inside a decoder layer; None if the layer is dense."""
+    """The router of a decoder layer; None if the layer is dense."""
     found = (_parts(module) for module in decoder_layer.modules())
     return next((parts[0] for parts in found if parts is not None), None)
 
 
 def _parts(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None:
-    """Router and experts, if this module is a block.
+    """Router and experts of ``block``; None if this module is no mixture-of-experts block.
 
     Experts are stacked: at least two weights [E, ., .], in one child or, in the oldest layout, in
     several. The router is the child whose one matrix has E rows.
     """
+    # Only parameters of a child itself: its own children are looked at when their turn comes.
     stacks = {child: _own(child, ndim=3) for child in block.children()}
     stacks = {child: weights for child, weights in stacks.items() if weights}
     sizes = {weight.shape[0] for weights in stacks.values() for weight in weights}
@@ -153,11 +157,11 @@ def _name(model: nn.Module) -> str:
     return f"{type(model).__name__} (model_type {config.model_type!r})"
 
 
-# Reading them
+# Reading routers and experts
 
 
 def router_logits(router: nn.Module, output: Any) -> Tensor:  # [tokens, E]
-    """The logits among what a router returned.
+    """Find the logits in a router's output.
 
     They are the floating-point tensor with E columns. With all experts active the weights have E
     columns too, but stand between logits and ids in every version. Llama 4 returns no ids: its
@@ -177,13 +181,14 @@ def router_logits(router: nn.Module, output: Any) -> Tensor:  # [tokens, E]
             f"{type(router).__name__}; use a version of transformers that "
             "sad.models.experts was tested with"
         )
+    # The candidate farthest from the ids: weights, which may be as wide, stand next to them.
     ids = next((i for i, t in tables.items() if not t.dtype.is_floating_point), -1)
     return tables[max(found, key=lambda i: abs(i - ids))].reshape(-1, num_experts)
 
 
 @contextmanager
 def reading_routers(blocks: Mapping[int, MoeBlock]) -> Iterator[dict[int, Tensor]]:
-    """Collect the logits [tokens, E] of one forward pass, by layer.
+    """Within, collect the router logits [tokens, E] of one forward pass, by layer.
 
     Leave before backward: recomputed activations would otherwise be collected a second time.
     """
@@ -202,12 +207,12 @@ def reading_routers(blocks: Mapping[int, MoeBlock]) -> Iterator[dict[int, Tensor
 
 
 def expert_output(block: MoeBlock, x: Tensor, expert: int) -> Tensor:  # [N, D], [N, D]
-    """What one expert alone makes of the tokens ``x``, shared experts and weights left out.
+    """Output of one expert for the tokens ``x``, without shared experts and without its weight.
 
     Raises ``UnfitError`` for a family in ``READ_ONLY``.
     """
     require_callable(block)
-    if block.experts is None:
+    if block.experts is None:  # the block calls its experts on tokens sorted by expert
         sizes = [0] * block.num_experts
         sizes[expert] = len(x)
         whole: Any = block.block
@@ -222,33 +227,38 @@ def expert_weights(
     logits: Tensor,  # [N, E]
     ids: Tensor,  # int64 [N, k]
 ) -> Tensor:  # [N, k], fp32 at least
-    """The weights with which the chosen experts' outputs are added up.
+    """Weights of the chosen experts' outputs in the sum that a block returns.
 
-    ``softmax`` over the chosen; for sigmoid gates the scores, divided by the sum of the chosen
-    ones where the family does that, times its scaling factor. So does every family itself, but for
-    those with ``norm_topk_prob: false`` (OLMoE, Qwen 2 MoE), whose weights add up to less than 1
-    as long as not all experts are chosen: here they add up to 1 for any choice.
+    For softmax gates the softmax over the chosen experts. For sigmoid gates the scores, divided by
+    the sum of the chosen ones where the family does that, times its scaling factor. This is what
+    the families compute themselves, except those with ``norm_topk_prob: false`` (OLMoE, Qwen 2
+    MoE), whose weights add up to less than 1 unless all experts are chosen: here they add up to 1
+    for any choice.
     """
-    chosen = upcast(logits).gather(-1, ids)
-    if block.kind == "softmax":
-        return chosen.softmax(-1)
-    scores = chosen.sigmoid()
-    if block.setting("norm_topk_prob"):
-        scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    return scores * block.setting("routed_scaling_factor")
+    chosen = logits.to(torch.promote_types(logits.dtype, torch.float32)).gather(-1, ids)
+    match block.kind:
+        case "softmax":
+            return chosen.softmax(-1)
+        case "sigmoid":
+            scores = chosen.sigmoid()
+            if block.setting("norm_topk_prob"):
+                scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+            return scores * block.setting("routed_scaling_factor")
+        case _:
+            assert_never(block.kind)
 
 
-# Switching them
+# Choosing experts
 
 
 @contextmanager
 def all_experts(model: nn.Module) -> Iterator[dict[int, MoeBlock]]:
-    """Within, every token is seen by all E experts of a block, with the weights of its own gate.
+    """Within, all E experts of a block see every token, with the weights of the block's own gate.
 
     Backward passes that recompute activations belong inside too. Each forward pass checks, by
     shapes alone, that E experts were called for each token: a version whose blocks ignore the
-    switch is refused with ``UnfitError``, and so are dense models and the families in
-    ``READ_ONLY``. Afterwards everything is as it was.
+    setting is refused with ``UnfitError``, and so are dense models and the families in
+    ``READ_ONLY``. Afterwards the model's own settings are restored.
     """
     blocks = require_moe(model, "the use of all experts")
     with ExitStack() as restore:
@@ -270,16 +280,21 @@ def choosing_experts(blocks: Mapping[int, MoeBlock], choose: Choose) -> Iterator
     with reading_routers(blocks) as logits, ExitStack() as hooks:
 
         def replace(block: MoeBlock, called: list[bool]) -> Callable[..., Any]:
+            """A hook before the experts' forward: other ids and weights in its arguments."""
+
             def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 ids, weights = _routing(block, args)
                 new_ids, new_weights = choose(block, logits.pop(block.layer))
                 called.append(True)
+                # By identity: which argument is which differs between versions.
                 new = {id(ids): new_ids, id(weights): new_weights.to(weights.dtype)}
                 return tuple(new.get(id(arg), arg) for arg in args)
 
             return hook
 
         def regroup(block: MoeBlock, called: list[bool]) -> Callable[..., Any]:
+            """A hook after the router's forward, where the router sorts tokens by expert."""
+
             def hook(_: nn.Module, args: tuple[Tensor], __: Any) -> tuple[Any, ...]:
                 scores = logits.pop(block.layer)
                 ids, weights = choose(block, scores)
@@ -310,8 +325,9 @@ def require_callable(block: MoeBlock) -> None:
 
 
 def _switch(owner: nn.Module, num_experts: int, restore: ExitStack) -> None:
-    """Let a router or block take every expert, of every group."""
+    """Set a router or block to take every expert, of every group; ``restore`` undoes it."""
     own = vars(owner)
+    # Families with groups of experts first choose groups: all of these, too.
     wanted = {"top_k": num_experts, "topk_group": own.get("num_group", own.get("n_group"))}
     for name, value in wanted.items():
         if name in own and value is not None:
@@ -320,7 +336,7 @@ def _switch(owner: nn.Module, num_experts: int, restore: ExitStack) -> None:
 
 
 def _require_width(block: MoeBlock, restore: ExitStack) -> None:
-    """Refuse forward passes in which fewer than E experts see a token."""
+    """Raise ``UnfitError`` in forward passes in which fewer than E experts see a token."""
     called = _require_calls(block, f"all {block.num_experts} experts", restore)
 
     def check_ids(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -339,10 +355,14 @@ def _require_width(block: MoeBlock, restore: ExitStack) -> None:
 
 
 def _require_calls(block: MoeBlock, who: str, restore: ExitStack) -> list[bool]:
-    """Refuse a block's output unless the list returned holds True, and nothing else, by then."""
+    """Raise ``UnfitError`` after a block's forward unless its experts were called as required.
+
+    Hooks append to the list returned, once per call, whether that call was as required.
+    """
     called: list[bool] = []
 
     def conclude(*_: Any) -> None:
+        # No call at all is as bad as a wrong one: the hooks sat where the block does not pass.
         fits = bool(called) and all(called)
         called.clear()
         if not fits:
@@ -357,7 +377,7 @@ def _require_calls(block: MoeBlock, who: str, restore: ExitStack) -> list[bool]:
 
 
 def _routing(block: MoeBlock, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Ids and weights, both [N, k], among what experts are called with."""
+    """Expert ids and weights, both [N, k], found among the arguments of an experts' forward."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     ids = [t for t in tensors if not t.dtype.is_floating_point and t.ndim == 2]
     weights = [t for t in tensors if t.dtype.is_floating_point and ids and t.shape == ids[0].shape]
@@ -375,13 +395,10 @@ def _grouped(
     weights: Tensor,  # [N, k]
     num_experts: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Routing as Granite MoE's blocks want it before transformers 5.17: sorted by expert.
+    """Routing sorted by expert, as Granite MoE's blocks take it before transformers 5.17.
 
     Returns the order int64 [N k], tokens int64 [N k], weights [N k], and tokens per expert.
     """
     order = ids.flatten().argsort(stable=True)
     sizes = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
     return order, order // ids.shape[1], weights.flatten()[order], sizes
-
-
-GateKind = Literal["softmax", "sigmoid"]

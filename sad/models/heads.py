@@ -1,14 +1,14 @@
-"""Hidden states and a head instead of logits: how a causal language model is taken apart.
+"""Splitting a causal language model into its backbone and its output head.
 
 ``split_head(model)`` returns ``(backbone, Head)``. The backbone yields final hidden states, the
 ``Head`` says how they become logits, so that ``Head(backbone(ids))`` equals ``model(ids).logits``
 and the loss can work on both chunk by chunk. Nothing in the model is patched or replaced.
 
-Most families multiply by a weight and stop there. Some do more, under names that mislead: Granite
-*divides* by ``logits_scaling``, HyperCLOVA X *multiplies* by the same key, softcaps go by three
-names. So heads are read from two tables keyed by ``config.model_type``, never guessed from
-attributes. A family in neither is tried as a plain weight and accepted only if its own logits
-agree. (Both tables were checked against transformers 5.23.)
+Most families only multiply by a weight. Some do more, under misleading names: Granite *divides* by
+``logits_scaling``, HyperCLOVA X *multiplies* by the same key, softcaps have three names. So heads
+are read from two tables keyed by ``config.model_type``, never guessed from attributes. A family in
+neither is tried as a plain weight and accepted only if its own logits agree. To add a family whose
+head does more: one row in ``SCALED_HEADS``. (Both tables were checked against transformers 5.23.)
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ SCALED_HEADS: dict[str, HeadFields] = {
         _softcapped(config) | {"valid_vocab": config.unpadded_vocab_size}
     ),
 }
-"""Families whose head does more than weight and bias."""
+"""Families whose head does more than weight and bias: model_type -> other fields of ``Head``."""
 
 PLAIN_HEADS = frozenset(
     """
@@ -106,12 +106,12 @@ TABLES = "the tables SCALED_HEADS and PLAIN_HEADS of sad/models/heads.py"
 
 
 class Backbone:
-    """``backbone(input_ids, position_ids=None) -> hidden``: everything of a model but its head.
+    """A model without its head: ``backbone(input_ids, position_ids=None) -> hidden``.
 
     ``input_ids`` and ``position_ids`` [B, L] int64, ``hidden`` [B, L, D] after the final norm.
-    There is no cache and no attention mask: only then do positions that restart isolate the
-    documents packed into one row. Models that know no ``position_ids`` are given none; what that
-    means for packed rows is for the start-up self-check to find out.
+    No cache and no attention mask are passed: only then do positions that restart isolate the
+    documents packed into one row. Models without the argument ``position_ids`` are given none;
+    ``sad.models.preflight`` tests whether they isolate packed documents.
 
     Under autocast the result may be fp32 (Llama-like models never cast their residual stream):
     cast it to the compute dtype before the loss, or the head's product runs in fp32.
@@ -148,6 +148,7 @@ def split_head(model: PreTrainedModel) -> tuple[Backbone, Head]:
     ``torch.nn.Linear`` (a LoRA layer has a weight too, but multiplies by more), and for a family in
     neither table unless its logits, probed once, are those of a causal model with a plain head.
     """
+    # Families in the tables are not probed: that takes several forward passes.
     model = _inner_model(model)
     head, backbone = read_head(model), Backbone(model)
     if model.config.model_type not in PLAIN_HEADS | SCALED_HEADS.keys():
@@ -156,18 +157,19 @@ def split_head(model: PreTrainedModel) -> tuple[Backbone, Head]:
 
 
 def read_head(model: PreTrainedModel) -> Head:
-    """The head as the tables describe it, on the word of ``config.model_type`` alone."""
+    """The head as the tables describe it for ``config.model_type``, without a probe."""
     linear = output_embedding(model)
     fields: dict[str, Any] = {}
     if model.config.model_type in SCALED_HEADS:
         fields = SCALED_HEADS[model.config.model_type](model.config.get_text_config())
+    # A configuration may promise more columns than a resized head has.
     if (fields.get("valid_vocab") or 0) > linear.out_features:
         fields["valid_vocab"] = None
     return Head(linear.weight, linear.bias, **fields)
 
 
 def output_embedding(model: PreTrainedModel) -> nn.Linear:
-    """The layer that makes logits; ``UnfitError`` unless it is exactly ``torch.nn.Linear``."""
+    """The output embedding; ``UnfitError`` unless it is exactly ``torch.nn.Linear``."""
     name = type(model).__name__
     try:
         linear = model.get_output_embeddings()
@@ -188,7 +190,7 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
 
 
 def with_valid_vocab(head: Head, valid_vocab: int) -> Head:
-    """The same head cut to the ids that the tokenizer can produce; the rows beyond are padding.
+    """The same head limited to the ids that the tokenizer can produce; rows beyond are padding.
 
     Raises ``UnfitError`` if the tokenizer has more ids than the head has rows.
     """
@@ -201,16 +203,16 @@ def with_valid_vocab(head: Head, valid_vocab: int) -> Head:
 
 
 def _inner_model(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; any other model as it is."""
+    """The transformers model inside a PEFT model; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# Probing: what a model's own outputs say
+# Probing a model with tokens
 
 
 @contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes and random states are afterwards what they were."""
+    """Within, eval mode and no gradients; training modes and random states are restored after."""
     modes = [(module, module.training) for module in model.modules()]
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
@@ -225,7 +227,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 def require_head(
     model: PreTrainedModel, backbone: Backbone, head: Head, input_ids: Tensor
 ) -> float:
-    """Return ``head_error``; ``UnfitError`` past 1e-5, in 16 bits past twice their rounding."""
+    """Return ``head_error``; raise ``UnfitError`` above ``rounding_tolerance``."""
     error = head_error(model, backbone, head, input_ids)
     tolerance = rounding_tolerance(head.weight.dtype)
     if not error <= tolerance:  # NaN fails too
@@ -238,10 +240,11 @@ def require_head(
 
 
 def head_error(model: PreTrainedModel, backbone: Backbone, head: Head, input_ids: Tensor) -> float:
-    """Largest difference of ``head(hidden)`` from the model's logits, relative to the largest.
+    """Largest difference of ``head(hidden)`` from the model's logits, over the largest logit.
 
     Measured twice: as the model is, and with the input of its head scaled up until logits reach
-    32. A young model's logits are so small that a softcap changes them less than rounding does.
+    32. The logits of an untrained model are so small that a softcap changes them less than
+    rounding does.
     """
     hidden = backbone(input_ids).to(head.weight.dtype)
     largest = _largest(replace(head, softcap=None)(hidden))
@@ -250,11 +253,13 @@ def head_error(model: PreTrainedModel, backbone: Backbone, head: Head, input_ids
 
 
 def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor) -> float:
-    """How much the first half of a row [1, L] changes when the second half is cut off.
+    """Measure how much the first half of a row [1, L] changes when the second half is cut off.
 
-    Returns the relative difference of hidden states; ``UnfitError`` past ``isolation_tolerance``.
+    Returns the relative difference of hidden states; raises ``UnfitError`` above
+    ``isolation_tolerance``.
     """
     half = input_ids.shape[1] // 2
+    # A non-finite state would make the comparison below meaningless, and has another remedy.
     alone = backbone(input_ids[:, :half])
     if not torch.isfinite(alone).all():
         raise UnfitError(
@@ -273,16 +278,16 @@ def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:
-    """What two ways of computing one product may differ by: 1e-5, or twice a 16-bit rounding."""
+    """Allowed relative difference of two ways of computing a product: 1e-5, in 16 bits eps."""
     return 1e-5 if dtype.itemsize >= 4 else torch.finfo(dtype).eps
 
 
 def isolation_tolerance(dtype: torch.dtype) -> float:
-    """How much hidden states may change when tokens that must not matter join the row.
+    """Allowed relative change of hidden states by tokens that must not influence them.
 
-    In fp32 rounding gave at most 5e-6 and the faintest leak, of a freshly initialised hybrid, 3e-4
-    (93 families on CPU). In 16 bits another shape may choose another kernel, and rounding adds up
-    over layers.
+    In fp32 rounding gave at most 5e-6, and the faintest real influence, of a freshly initialised
+    hybrid, 3e-4 (93 families on CPU). In 16 bits another shape may choose another kernel, and
+    rounding adds up over layers.
     """
     return 1e-4 if dtype.itemsize >= 4 else 4 * torch.finfo(dtype).eps
 
@@ -301,6 +306,7 @@ def _head_error_at(
     hidden: Tensor,
     input_ids: Tensor,
 ) -> float:
+    # The pre-hook scales the head's input inside the model's own forward.
     with _scaled_input(output_embedding(model), gain):
         own = model(input_ids=input_ids, use_cache=False).logits
     if own.shape[-1] < head.vocab_size:  # the model cuts columns that the head keeps
@@ -326,12 +332,14 @@ def _largest(tensor: Tensor) -> float:
 # Families in neither table
 
 _FOUND_PLAIN: WeakSet[PreTrainedModel] = WeakSet()
-"""Models whose probe has passed: a training step splits its model anew each time."""
+"""Models whose probe has passed: a training step splits its model each time, and probes once."""
 
 
 def _require_plain(model: PreTrainedModel, backbone: Backbone, head: Head) -> None:
+    """Raise ``UnfitError`` unless the model is causal and its logits are ``hidden W^T + bias``."""
     if model in _FOUND_PLAIN:
         return
+    # Tokens that differ, so that a wrong position or a wrong order shows.
     ids = (torch.arange(16, device=head.weight.device) * 7 % head.vocab_size)[None]
     with eval_no_grad(model):
         try:
@@ -355,7 +363,7 @@ def _unknown(model: PreTrainedModel, finding: str) -> UnfitError:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of ``num_hidden_layers`` blocks in the model's backbone, whatever it is called.
+    """The ``ModuleList`` of decoder layers in a model's backbone, found by its length.
 
     Raises ``UnfitError`` for a model without one, and what ``split_head`` raises.
     """
@@ -368,5 +376,5 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             f"{type(model).__name__} must keep its {count} decoder layers in one ModuleList, got "
             "none of that length; choose another model or turn the losses on inner layers off"
         )
-    # Experts or residual mixers may be as many; they hold less. Of equals the outermost is first.
+    # Lists of experts may be as long but hold fewer parameters. max takes the outermost of equals.
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))

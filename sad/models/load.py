@@ -1,7 +1,7 @@
-"""Loading teacher and student; how they are taken apart is in ``sad.models.heads``.
+"""Loading teacher and student models from local folders or the Hugging Face Hub.
 
-Whatever goes wrong with a model that a user named ends as one line: ``UsageError`` if there is no
-such model, ``UnfitError`` if there is one but it cannot do the job.
+Errors about a model that a user named are one line: ``UsageError`` if there is no such model,
+``UnfitError`` if it cannot serve as student or teacher.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from safetensors import SafetensorError
@@ -25,27 +25,12 @@ from transformers import (
 from sad.config.schema import DistillConfig
 from sad.environment import quiet_libraries, resolve_device
 from sad.errors import SadError, UnfitError, UsageError, one_line
-from sad.models.heads import Backbone, split_head, with_valid_vocab
-
-__all__ = [
-    "Backbone",
-    "build_model",
-    "compute_dtype",
-    "enable_checkpointing",
-    "load_student",
-    "load_teacher",
-    "read_model_config",
-    "resolve_device",
-    "split_head",
-    "teacher_dtype",
-    "with_valid_vocab",
-]
 
 Role = Literal["student", "teacher"]
 
 
 def load_student(config: DistillConfig) -> PreTrainedModel:
-    """The student in ``param_dtype`` on ``device``, in training mode and without a cache.
+    """Load the student in ``param_dtype`` on ``device``, in training mode, without a KV cache.
 
     With ``student_init: random`` only its configuration is read, and the weights are drawn from
     ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes.
@@ -55,10 +40,13 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
     causal or its weights are incomplete or damaged.
     """
     device, dtype = resolve_device(config.device), getattr(torch, config.param_dtype)
-    if config.student_init == "random":
-        model: Any = _random_student(config).to(dtype)
-    else:
-        model = _pretrained_model(config, "student", dtype)
+    match config.student_init:
+        case "random":
+            model: Any = _random_student(config).to(dtype)
+        case "pretrained":
+            model = _pretrained_model(config, "student", dtype)
+        case _:
+            assert_never(config.student_init)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         enable_checkpointing(model)
@@ -66,7 +54,7 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
 
 
 def load_teacher(config: DistillConfig) -> PreTrainedModel:
-    """The teacher in its own dtype on ``teacher_device``: frozen, in eval mode, without a cache.
+    """Load the teacher in its own dtype on ``teacher_device``: frozen, in eval mode, no KV cache.
 
     Raises like ``load_student``.
     """
@@ -77,13 +65,14 @@ def load_teacher(config: DistillConfig) -> PreTrainedModel:
 
 
 def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
-    """What transformers knows of the student or the teacher without reading its weights.
+    """Read a model's transformers configuration; its weights are not read.
 
     Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
     """
     name, trust = _name_and_trust(config, role)
     with quiet_libraries(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    # A repository with code of its own says in auto_map which classes that defines.
     own_code = getattr(model_config, "auto_map", None) or {}
     known = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
     if not known or getattr(model_config, "is_encoder_decoder", False):
@@ -95,7 +84,7 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
 
 
 def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture alone, its weights drawn at random on the device that is current.
+    """Build a model's architecture with random weights on torch's default device.
 
     Raises like ``read_model_config``.
     """
@@ -124,6 +113,7 @@ def teacher_dtype(config: DistillConfig) -> torch.dtype:
 
 
 def _random_student(config: DistillConfig) -> PreTrainedModel:
+    # No GPU's generator is forked: weights are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build_model(config, "student", torch.float32)
@@ -154,7 +144,7 @@ def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> 
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in backward (non-reentrant); ``UsageError`` if the model cannot."""
+    """Turn on non-reentrant activation checkpointing; ``UsageError`` if the model cannot."""
     if not model.supports_gradient_checkpointing:
         raise UsageError(
             f"gradient_checkpointing must be false for {type(model).__name__}, which does not "
@@ -166,11 +156,14 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
-    """The local path or hub id of a model, and whether its own code may run."""
-    if role == "student":
-        name, trust = config.student, config.trust_remote_code_student
-    else:
-        name, trust = config.teacher, config.trust_remote_code_teacher
+    """The local path or Hub id of a model, and whether its own code may run."""
+    match role:
+        case "student":
+            name, trust = config.student, config.trust_remote_code_student
+        case "teacher":
+            name, trust = config.teacher, config.trust_remote_code_teacher
+        case _:
+            assert_never(role)
     if not name:
         raise UsageError(f"{role} must be a folder or a Hugging Face id, got none; set `{role}`")
     path = Path(name).expanduser()
@@ -192,10 +185,10 @@ def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
 def _attention(
     config: DistillConfig, role: Role, name: str, model_config: PreTrainedConfig
 ) -> str | None:
-    """The attention to ask for; None leaves the choice to transformers.
+    """The attention implementation to request; None leaves the choice to transformers.
 
-    It is not left where scores are capped: before 5.23 transformers chose sdpa there, or took it,
-    and went on without the cap.
+    Where scores are capped (Gemma 2) it is eager: before 5.23 transformers chose or accepted sdpa
+    there, and dropped the cap.
     """
     chosen = config.attn_implementation
     if not getattr(model_config, "attn_logit_softcapping", None):
@@ -214,7 +207,7 @@ def _no_such_attention(role: Role, name: str, attention: str) -> UsageError:
 
 @contextmanager
 def _explained(role: Role, name: str, attention: str | None = None) -> Iterator[None]:
-    """Turn what transformers raises about a model into one line."""
+    """Within, turn errors of transformers about a model into ours, of one line."""
     try:
         yield
     except OSError as error:  # no such model, no network, no permission, nothing in the folder

@@ -21,14 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from sad_kernels._dispatch import HAS_TRITON, TRITON_DEVICES
-from sad_kernels._tiles import (
-    DEFAULT_CHUNK_BYTES,
-    HEAD_ROWS,
-    TRITON_CHUNK_BYTES,
-    chunk_rows,
-    pitch,
-)
+from sad_kernels import LinearMemory, linear_memory_bytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
@@ -153,8 +146,8 @@ def _forward_items(
     tokens = _tokens(config)
     head = output_embedding(student)
     heads = [head] if teacher is None else [head, output_embedding(teacher)]
-    chunked = HAS_TRITON and device.type in TRITON_DEVICES
-    tiles = ("loss: tiles of logits", (_slab_bytes if chunked else _tile_bytes)(config, heads))
+    loss = _loss_bytes(config, device, heads)
+    tiles = ("loss: tiles of logits", loss.logits)
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
     if config.gradient_checkpointing:
@@ -172,31 +165,26 @@ def _forward_items(
         ("loss: hidden states and their gradient", tokens * width * FP32),
         ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
-    if chunked:
-        items.append(("loss: fp32 sum of that gradient", FP32 * head.weight.numel()))
+    if loss.weight_sum > 0:
+        items.append(("loss: fp32 sum of that gradient", loss.weight_sum))
     return items
 
 
-def _slab_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:
-    """The Triton path's chunks of rows: fp32 logits of each side, and the student's gradient."""
-    budget = TRITON_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
-    vocab, tokens = heads[0].out_features, _tokens(config)
-    itemsize = compute_dtype(config).itemsize
-    rows = chunk_rows(vocab, len(heads), itemsize, budget)
-    slabs = FP32 * len(heads) * min(rows.forward, tokens)
-    return pitch(vocab) * (slabs + itemsize * min(rows.gradient, tokens))
-
-
-def _tile_bytes(config: DistillConfig, heads: list[nn.Linear]) -> int:
-    """Tiles of logits and one of scratch; slices of the heads, and of the first one's gradient.
-
-    The budget caps how many columns are held; a small vocabulary does not exhaust it.
-    """
-    budget = DEFAULT_CHUNK_BYTES if config.chunk_bytes is None else config.chunk_bytes
-    student, *_ = heads
-    tiles = (len(heads) + 1) * min(_tokens(config), HEAD_ROWS)
-    slices = sum(head.in_features for head in heads) + student.in_features
-    return min(budget, (tiles + slices) * student.out_features * FP32)
+def _loss_bytes(
+    config: DistillConfig, device: torch.device, heads: list[nn.Linear]
+) -> LinearMemory:
+    """What the loss takes on this device, with the student's head first."""
+    student, *teacher = heads
+    return linear_memory_bytes(
+        _tokens(config),
+        student.out_features,
+        student.in_features,
+        teacher="hidden" if teacher else None,
+        teacher_width=sum(head.in_features for head in teacher),
+        dtype=compute_dtype(config),
+        chunk_bytes=config.chunk_bytes,
+        device=device,
+    )
 
 
 def _activation_bytes(

@@ -1,19 +1,19 @@
-"""The start-up self-check: models and loss prove what training assumes of them.
+"""Checks of models and loss before a run: training relies on what is tested here.
 
-Of each model, in eval mode and in the dtype of its weights:
+For each model, in eval mode and in the dtype of its weights:
 
-* It takes rows of the length that it will get. A table of positions may be shorter.
+* It runs rows of ``max_length`` tokens. A table of positions may be shorter.
 * ``causality``: hidden states are finite and do not depend on later tokens.
 * ``head``: ``Head(hidden)`` reproduces the model's own logits. This catches the softcaps, scales
   and biases of families that the tables of ``sad.models.heads`` do not know, or no longer know.
-* ``packing``, where rows hold several documents: document B after document A gives what B gives
-  alone. Positions that restart achieve that in most families; in OPT, BLOOM, GPT-OSS, Falcon and
-  all recurrent ones B still sees A.
+* ``packing``, where rows hold several documents: document B after document A has the hidden states
+  of B alone. Positions that restart achieve that in most families; in OPT, BLOOM, GPT-OSS, Falcon
+  and all recurrent ones B still sees A.
 
 Then ``loss`` and ``loss_gradient``: what training computes for a few targets, against the
 definitions in ``sad_kernels.reference``, evaluated in float64.
 
-Whoever fails is refused. There is no slower path to fall back to: its numbers would differ.
+A model that fails is refused. There is no slower path to fall back to: its numbers would differ.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from sad.models.heads import (
 )
 
 POSITIONS = 64
-"""Tokens that a model is probed with, at most."""
+"""Largest number of tokens in a probe of a model."""
 
 TARGETS = 16
-"""Targets whose loss is compared, at most."""
+"""Largest number of targets whose loss is compared."""
 
 SLICE = 4096
 """Rows of a head that are upcast to float64 at a time."""
 
 
-def check_run(
+def check_models_and_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     input_ids: Tensor,  # [B, L]
@@ -70,11 +70,11 @@ def check_run(
 ) -> dict[str, float]:
     """Check both models and the loss on the first row of a batch; return the relative errors.
 
-    Their names are ``student/causality``, ``student/head``, ``student/packing``, the same of the
+    Their names are ``student/causality``, ``student/head``, ``student/packing``, the same for the
     teacher, ``loss`` and ``loss_gradient``. Weights, gradients, training modes and random states
-    are left as they are, to the bit. The models may be on different devices.
+    keep every bit. The models may be on different devices.
 
-    Raises ``UnfitError`` that names what failed, by how much and what to do.
+    Raises ``UnfitError`` with the check that failed, its error and the remedy.
     """
     errors = _prefixed("student", check_model(student, input_ids, packing=packing))
     row = probe_row(input_ids)
@@ -93,7 +93,11 @@ def check_run(
 
 
 def check_model(model: PreTrainedModel, input_ids: Tensor, *, packing: bool) -> dict[str, float]:
-    """The errors ``causality``, ``head`` and, for packed rows, ``packing``, on a batch [B, L]."""
+    """Check a model on the first row of a batch [B, L]; return the relative errors.
+
+    Their names are ``causality``, ``head`` and, for packed rows, ``packing``. Raises
+    ``UnfitError`` for an error above its tolerance.
+    """
     backbone, head = split_head(model)
     row = probe_row(input_ids).to(head.weight.device)
     with eval_no_grad(model):
@@ -113,11 +117,11 @@ def probe_row(input_ids: Tensor) -> Tensor:
 
 
 def require_length(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> None:
-    """``UnfitError`` if the model cannot run a row [1, L] at all, for it is too long.
+    """Raise ``UnfitError`` if a row [1, L] is too long for the model to run at all.
 
-    Families that compute positions run rows of any length, with or without sense. Those with a
-    table of them fail, on a GPU in a way that leaves no process to go on with. A row within the
-    ``max_position_embeddings`` that the model declares needs no trial.
+    Families that compute positions run rows of any length, whether or not they learned to. Those
+    with a table of positions fail, on a GPU by a device assertion after which the process cannot
+    use the GPU any more. A row within the model's ``max_position_embeddings`` is not tried.
     """
     length = row.shape[1]
     declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -135,13 +139,14 @@ def require_length(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> N
 
 
 def require_isolation(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> float:
-    """How much the second half of a packed row [1, L] depends on the first, another document.
+    """Measure how much the second document of a packed row [1, L] depends on the first.
 
-    Returns the relative difference from its hidden states alone; ``UnfitError`` past
-    ``isolation_tolerance``.
+    Returns the relative difference of its hidden states from those without the first; raises
+    ``UnfitError`` above ``isolation_tolerance``.
     """
     length = row.shape[1]
     half = length // 2
+    # The second half of the row is a document of its own: its positions start at 0 again.
     restarting = torch.cat([torch.arange(half), torch.arange(length - half)])[None].to(row.device)
     alone = backbone(row[:, half:], restarting[:, half:])
     error = relative_error(backbone(row, restarting)[:, half:], alone)
@@ -164,11 +169,12 @@ def check_loss(
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> dict[str, float]:
-    """The errors ``loss`` and ``loss_gradient`` (by ``hidden``) against float64 definitions.
+    """Check the loss and its gradient by ``hidden`` against the definitions in float64.
 
-    The loss's error is relative to itself or to 1 nat, the gradient's to its largest entry or to
-    what one wrong token of probability 1 contributes: near equal models have hardly a gradient.
-    Raises ``UnfitError`` past 1e-5, in 16 bits past twice their rounding.
+    Returns ``loss``, the error relative to the loss or to 1 nat, and ``loss_gradient``, the error
+    relative to the gradient's largest entry or to what one wrong token of probability 1
+    contributes: nearly equal models have hardly a gradient. Raises ``UnfitError`` above
+    ``rounding_tolerance``.
     """
     hidden = hidden.detach().requires_grad_()
     out = linear_distill_loss(
@@ -177,6 +183,8 @@ def check_loss(
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     true_loss, true_gradient = _reference_loss(hidden.detach(), head, labels, teacher, objective)
 
+    # A wrong token of probability 1 has the gradient 1 / n by its logit, and by an entry of its
+    # hidden state at most that times the largest weight.
     one_token = float(head.weight.abs().max()) * abs(head.logit_scale) / len(labels)
     size = max(float(true_gradient.abs().max()), one_token)
     errors = {
@@ -213,7 +221,7 @@ def _moved(head: Head, device: torch.device) -> Head:
     return replace(head, weight=head.weight.detach().to(device), bias=bias)
 
 
-# The definition, in float64, without a copy of the head in float64
+# The reference loss in float64, without a copy of the whole head in float64
 
 
 def _reference_loss(
@@ -223,13 +231,14 @@ def _reference_loss(
     teacher: TeacherHidden | None,
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient by ``hidden`` [n, D]."""
+    """The reference loss and its gradient by ``hidden`` [n, D]."""
     logits = _exact_logits(hidden, head).requires_grad_()
     known = None
     if teacher is not None:
         known = TeacherLogits(_exact_logits(teacher.hidden, teacher.head))
     loss = reference.distill_loss(logits, labels, known, objective).loss
     (by_logits,) = torch.autograd.grad(loss, logits)
+    # The chain rule slice by slice; gradients by hidden states add up in the leaf.
     leaf = hidden.double().requires_grad_()
     for columns, part in _slices(head):
         part(leaf).backward(by_logits[:, columns])

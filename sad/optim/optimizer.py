@@ -1,8 +1,8 @@
-"""The optimizer's part of a step: AdamW, one global norm, and an update that can be skipped.
+"""AdamW, clipping by the global gradient norm, and optimizer steps that can be skipped.
 
-A step whose gradient is not finite must change nothing: no parameter, no moment, no counter. The
-verdict ``ok`` is a tensor on the device, and a fused optimizer reads it there, so that nothing
-waits.
+A step whose gradient is not finite must change nothing: no parameter, no moment, no step count.
+Whether it is finite, ``ok``, is a tensor on the device; a fused optimizer reads it there, without a
+sync.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def build_adamw(
     parameters: Mapping[str, Tensor],
     projectors: Mapping[str, Tensor] | None = None,
 ) -> AdamW:
-    """Fused AdamW over named parameters; matrices decay, vectors (norms, biases) do not.
+    """Fused AdamW over named parameters, with weight decay for matrices alone.
 
-    ``projectors`` are trained beside them at ``projector_lr_ratio`` times their learning rate.
+    Vectors (norms, biases) do not decay. ``projectors``, the parameters of structural losses, are
+    groups of their own at ``projector_lr_ratio`` times the learning rate.
     """
-    own = config.learning_rate * config.projector_lr_ratio
     groups = _groups(config, parameters, config.learning_rate)
-    groups += _groups(config, projectors or {}, own)
+    groups += _groups(config, projectors or {}, config.learning_rate * config.projector_lr_ratio)
     return AdamW(
         groups,
         lr=config.learning_rate,
@@ -42,6 +42,7 @@ def build_adamw(
 def _groups(
     config: DistillConfig, parameters: Mapping[str, Tensor], lr: float
 ) -> list[dict[str, Any]]:
+    """Parameter groups: matrices with weight decay, vectors without; empty groups are left out."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
     return [
@@ -53,10 +54,10 @@ def _groups(
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most ``max_norm``; return it unscaled.
+    """Clip the gradients to a global 2-norm of ``max_norm``; return the norm before clipping.
 
-    The norm is computed in fp32 at least and stays on the device. 0 clips nothing, but the norm is
-    still needed: it tells whether every gradient is finite. Without gradients it is 0.
+    The norm, [], is computed in fp32 at least and stays on the device. ``max_norm`` 0 clips
+    nothing; the norm still tells whether every gradient is finite. Without gradients it is 0.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in with_gradient if p.grad is not None]
@@ -65,6 +66,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     dtype = torch.float32
     for grad in grads:
         dtype = torch.promote_types(dtype, grad.dtype)
+    # Few launches for many tensors, and in ``dtype``: squares of 16-bit gradients would overflow.
     norms = torch._foreach_norm(grads, 2, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
@@ -73,21 +75,22 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def guarded_step(optimizer: Optimizer, ok: Tensor) -> None:
-    """``optimizer.step()`` where the 0-d bool ``ok`` holds; else nothing changes, to the bit.
+    """Run ``optimizer.step()`` if the 0-d bool ``ok`` is true; else nothing changes, to the bit.
 
-    Fused Adam and AdamW get the verdict as ``found_inf``, the way GradScaler tells it, and skip
-    parameters, moments and step counts on the device. Others cost one wait for the device; so does
-    fused SGD, which leaves its momentum uninitialised if the very first step is skipped (torch
-    2.13). Hooks on ``step`` are no sign of an update: with a fused optimizer they run in any case.
+    Fused Adam and AdamW take it as ``found_inf``, as GradScaler passes it, and skip parameters,
+    moments and step counts on the device. Others cost a sync; so does fused SGD, which leaves its
+    momentum uninitialised if the very first step is skipped (torch 2.13). A hook on ``step`` is no
+    sign of an update: with a fused optimizer it runs in any case.
     """
     if not (isinstance(optimizer, Adam) and optimizer.defaults["fused"]):
-        if bool(ok):
+        if bool(ok):  # waits for the device
             optimizer.step()
         return
-    told: dict[str, Tensor | None] = {"found_inf": (~ok).float(), "grad_scale": None}
-    vars(optimizer).update(told)
+    # GradScaler's protocol: attributes of the optimizer for the duration of the step.
+    flags: dict[str, Tensor | None] = {"found_inf": (~ok).float(), "grad_scale": None}
+    vars(optimizer).update(flags)
     try:
         optimizer.step()
     finally:
-        for name in told:
+        for name in flags:
             delattr(optimizer, name)

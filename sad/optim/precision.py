@@ -1,4 +1,4 @@
-"""Number formats of a run: of the parameters, of the computation, and of what is accumulated.
+"""Mixed precision: dtypes of parameters, computation and gradients, master weights, loss scale.
 
 ====================================  ============  ====================  ======================
 configuration                         parameters    computation           bytes per parameter
@@ -12,8 +12,8 @@ neither ``bf16`` nor ``fp16``         fp32          fp32                  16
 ``master_weights: false``
 ====================================  ============  ====================  ======================
 
-(parameters, gradients and AdamW's moments; an EMA adds 4). The last form loses small updates: an
-update below half a bf16 step of its weight, which is 1/256 to 1/512 of it, does nothing.
+Bytes are those of parameters, gradients and AdamW's moments; an EMA adds 4. The last form loses
+small updates: one below half a bf16 step of its weight, 1/512 to 1/256 of the weight, does nothing.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from sad.errors import UsageError
 from sad.optim.optimizer import build_adamw, clip_gradients, guarded_step
 
 
-class Update(NamedTuple):
-    """What became of one optimizer step. Everything stays on the device."""
+class UpdateResult(NamedTuple):
+    """Outcome of an optimizer step, on the device."""
 
-    norm: Tensor  # [] of the whole gradient, before clipping
-    ok: Tensor  # [] bool: finite, so the update was applied
-    skipped: Tensor  # [] bool: not applied, and no loss scale that was too high explains it
+    norm: Tensor  # [] norm of the whole gradient before clipping
+    ok: Tensor  # [] bool: the gradient was finite, and the update applied
+    skipped: Tensor  # [] bool: not applied, and not because the loss scale was too high
 
 
 class MasterWeights:
     """fp32 copies of bf16 parameters, which the optimizer trains in their place.
 
-    Gradients add up in fp32 too: over 64 micro-batches, adding in bf16 errs by 0.8 %. A parameter
-    of another dtype is its own master.
+    Gradients accumulate in fp32 too: over 64 micro-batches, adding in bf16 errs by 0.8 %. A
+    parameter of another dtype is its own master.
 
-    ``tensors`` names what the optimizer trains, ``separate`` those of them that are copies. These
-    are the truth, and the model's parameters are their rounded images.
+    ``tensors`` are the masters by parameter name, ``separate`` those of them that are copies. The
+    model's parameters are the masters rounded to bf16.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -61,13 +61,13 @@ class MasterWeights:
             parameter.grad_dtype = torch.float32
 
     def take_gradients(self) -> None:
-        """Move the gradients of the model to the masters, for the optimizer to find."""
+        """Move the gradients of the model's parameters to their masters."""
         for name, parameter in self._rounded.items():
             self.separate[name].grad, parameter.grad = parameter.grad, None
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters into the model."""
+        """Round the masters into the model's parameters."""
         for name, parameter in self._rounded.items():
             parameter.copy_(self.separate[name])
 
@@ -77,18 +77,17 @@ class MasterWeights:
             parameter.grad = None
 
 
-def structural_parameters(structural: nn.Module | None) -> dict[str, Tensor]:
-    """Name -> parameter of what structural losses train, apart from any name of a model."""
+def structural_loss_parameters(structural: nn.Module | None) -> dict[str, Tensor]:
+    """Parameters of structural losses, under names that no parameter of a model has."""
     named = () if structural is None else structural.named_parameters()
     return {f"structure/{name}": parameter for name, parameter in named}
 
 
 class Precision:
-    """Everything in a run that depends on its number formats: one object, one set of choices.
+    """The mixed-precision policy of a run: autocast, loss scaling, master weights, optimizer steps.
 
-    Make the optimizer with ``build_optimizer`` before the EMA with ``build_ema``. Then, for every
-    micro-batch, the forward pass under ``autocast()`` and ``backward(loss)``; at the end of a
-    window ``step`` and ``zero_grad``.
+    Call ``build_optimizer`` before ``build_ema``. Then, for every micro-batch, run the forward pass
+    under ``autocast()`` and ``backward(loss)``; at the end of a window ``step`` and ``zero_grad``.
     """
 
     def __init__(self, config: DistillConfig, device: torch.device | str = "cpu") -> None:
@@ -103,14 +102,14 @@ class Precision:
         self._parameters: dict[str, Tensor] = {}
 
     def autocast(self) -> AbstractContextManager[object]:
-        """For the forward pass: matrix products in the compute dtype, over fp32 parameters."""
+        """Context of the forward pass: matrix products of fp32 parameters in the compute dtype."""
         if self.compute_dtype == self.param_dtype:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def build_optimizer(self, model: nn.Module, structural: nn.Module | None = None) -> AdamW:
-        """AdamW over the trainable parameters of ``model``, or over their fp32 masters, and over
-        those of ``structural``, which are fp32, under names of their own.
+        """AdamW over the trainable parameters of ``model``, or their fp32 masters, and over those
+        of the structural losses, which are fp32.
 
         Raises ``UsageError`` for float16 parameters: their gradients underflow, and a GradScaler
         cannot unscale them.
@@ -124,34 +123,37 @@ class Precision:
                 )
         if self.param_dtype == torch.bfloat16 and self.config.master_weights:
             self.masters = MasterWeights(trainable)
+        # By the names of the model's parameters: checkpoints store the optimizer's state by name.
         trained: dict[str, Tensor] = dict(trainable)
         if self.masters is not None:
             trained = self.masters.tensors
-        projectors = structural_parameters(structural)
+        projectors = structural_loss_parameters(structural)
         self._parameters = trained | projectors
         return build_adamw(self.config, trained, projectors)
 
     def build_ema(self, model: nn.Module) -> ModelEMA:
-        """The moving average of ``model``; with masters, of these."""
+        """The moving average of ``model``; with master weights, of these."""
         masters = None if self.masters is None else self.masters.separate
         return ModelEMA(model, self.config.ema_decay, self.config.ema_warmup, masters=masters)
 
     @property
     def optimizer_parameters(self) -> dict[str, Tensor]:
-        """What the optimizer trains, by the names of the model's and the structure's parameters."""
+        """Tensors that the optimizer trains, by parameter name; structural losses' are prefixed."""
         return self._parameters
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, in fp16 times the loss scale."""
+        """Accumulate the gradient of ``loss``, in fp16 multiplied by the loss scale."""
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: Optimizer, max_grad_norm: float) -> Update:
-        """Close a window: unscale, clip, check, and update if the gradient is finite.
+    def step(self, optimizer: Optimizer, max_grad_norm: float) -> UpdateResult:
+        """Unscale and clip the window's gradient, and update the weights if it is finite.
 
-        Does not wait for the device if the optimizer is a fused AdamW. A gradient that overflowed
-        because the loss scale was too high is no fault of the run: the scale is lowered, and
-        ``skipped`` stays false until it has fallen below 1.
+        No sync if the optimizer is a fused AdamW. A gradient that overflows because the loss scale
+        is too high is expected now and then: the scale is lowered, and ``skipped`` stays false
+        until it has fallen below 1.
         """
+        # The order matters: masters need the gradients before they are unscaled and clipped, the
+        # scaler learns from unscale_ whether any overflowed, and the model is rounded last.
         if self.masters is not None:
             self.masters.take_gradients()
         self.scaler.unscale_(optimizer)
@@ -161,7 +163,7 @@ class Precision:
         self.scaler.update()
         if self.masters is not None:
             self.masters.publish()
-        return Update(norm, ok, skipped=~ok & self._scale_is_no_excuse(norm))
+        return UpdateResult(norm, ok, skipped=~ok & self._loss_scale_is_low(norm))
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Drop every gradient of the window."""
@@ -182,7 +184,8 @@ class Precision:
         """Continue with the loss scale of ``state``."""
         self.scaler.load_state_dict(state)
 
-    def _scale_is_no_excuse(self, norm: Tensor) -> Tensor:
+    def _loss_scale_is_low(self, norm: Tensor) -> Tensor:
+        """Whether the loss scale, [] bool, is too low to explain an overflow."""
         if not self.scaler.is_enabled():
             return torch.ones_like(norm, dtype=torch.bool)
         return self.scaler.scale(torch.ones_like(norm)) < 1.0

@@ -1,20 +1,24 @@
-"""How long a run is, and the learning rate at every point of it.
+"""Length of a run in micro-batches and optimizer steps, and the learning-rate schedule over it.
 
-Lengths are integers: rows, micro-batches, windows (one window is one optimizer step). The learning
-rate is a pure function of the point of training, stepped once per *micro-batch* unless
-``scheduler_unit: optimizer_step`` asks for once per window, with its horizon in the same unit. A
-horizon in the wrong unit is silent and ruinous: with 100 micro-batches, windows of 8 and a horizon
-of 13, a linear schedule is at zero after the second update. So the trainer builds the scheduler
-itself, and one that is passed in is checked.
+Lengths are integers: rows, micro-batches, windows (the micro-batches of one optimizer step). The
+learning rate is a pure function of the number of steps taken. It is stepped once per *micro-batch*,
+or with ``scheduler_unit: optimizer_step`` once per window; the schedule's length is counted in the
+same unit. A length in the wrong unit fails silently: with 100 micro-batches, windows of 8 and a
+schedule of 13 steps, a linear schedule is at zero after the second update. So the trainer builds
+the scheduler itself, and checks one that is passed in.
+
+To add a schedule: a function beside ``linear``, a row in ``SCHEDULES``, and its name in
+``sad.config.schema.SchedulerName``.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -25,10 +29,8 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
-from sad.config.schema import DistillConfig, SchedulerName
+from sad.config.schema import DistillConfig, SchedulerName, SchedulerUnit
 from sad.errors import UsageError
-
-SchedulerUnit = Literal["batch", "optimizer_step"]
 
 
 class Window(NamedTuple):
@@ -42,7 +44,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLength:
-    """The planned length of a run, and where each micro-batch lies in it.
+    """The planned length of a run, and the epoch and window of each of its micro-batches.
 
     An epoch has ``ceil(num_rows / batch_size)`` micro-batches; ``accumulation_steps`` of them make
     a window. Windows never cross the end of an epoch or of the run: the last one there has
@@ -84,7 +86,7 @@ class RunLength:
     @property
     def micro_batches(self) -> int:
         """Planned micro-batches of the run."""
-        if self.max_steps > 0:
+        if self.max_steps > 0:  # whole epochs, each with a shorter last window, then whole windows
             epochs, windows = divmod(self.max_steps, self.windows_per_epoch)
             return epochs * self.batches_per_epoch + windows * self.accumulation_steps
         return math.ceil(_as_written(self.num_train_epochs) * self.batches_per_epoch)
@@ -95,12 +97,23 @@ class RunLength:
         epochs, batches = divmod(self.micro_batches, self.batches_per_epoch)
         return epochs * self.windows_per_epoch + _ceil_div(batches, self.accumulation_steps)
 
+    def steps(self, unit: SchedulerUnit) -> int:
+        """Planned scheduler steps of the run, for a scheduler that steps once per ``unit``."""
+        match unit:
+            case "batch":
+                return self.micro_batches
+            case "optimizer_step":
+                return self.windows
+            case _:
+                assert_never(unit)
+
     def window(self, micro_step: int) -> Window:
         """The window that contains micro-batch ``micro_step``, counted from 0."""
         _require_inside(micro_step, self.micro_batches - 1)
         epoch, batch = divmod(micro_step, self.batches_per_epoch)
         done = batch % self.accumulation_steps
         first = micro_step - done
+        # Micro-batches left in the epoch and in the run, from the window's first on.
         left = min(self.batches_per_epoch - (batch - done), self.micro_batches - first)
         return Window(epoch, batch - done, first, min(self.accumulation_steps, left))
 
@@ -125,55 +138,89 @@ def warmup_batches(config: DistillConfig, run_length: RunLength) -> int:
     return config.warmup_batches + int(steps) * run_length.accumulation_steps
 
 
+class SchedulePoint(NamedTuple):
+    """A point of a run after its warm-up."""
+
+    left: float  # steps still to come, as a share of the steps after the warm-up
+    left_of_run: float  # steps still to come, as a share of all steps
+    decay_ratio: float  # configured length of a final decay, as a share of all steps
+
+
+def linear(point: SchedulePoint) -> float:
+    """``g = x``: a straight line from 1 to 0."""
+    return point.left
+
+
+def cosine(point: SchedulePoint) -> float:
+    """``g = (1 - cos(pi x)) / 2``: half a period of a cosine from 1 to 0."""
+    return 0.5 * (1.0 - math.cos(math.pi * point.left))
+
+
+def constant(point: SchedulePoint) -> float:
+    """``g = 1``."""
+    return 1.0
+
+
+def wsd(point: SchedulePoint) -> float:
+    """``g = 1``, then linear to 0 over the last ``decay_ratio`` of all steps: warm-up, stable,
+    decay (MiniCPM, arXiv 2404.06395)."""
+    if point.left_of_run >= point.decay_ratio:
+        return 1.0
+    return point.left_of_run / point.decay_ratio
+
+
+SCHEDULES: Mapping[SchedulerName, Callable[[SchedulePoint], float]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "constant": constant,
+    "wsd": wsd,
+}
+"""``lr_scheduler_type`` -> the schedule's shape after the warm-up, g in [0, 1]."""
+
+
 def lr_factor(
     name: SchedulerName,
     t: int,
-    run_length: int,
+    length: int,
     *,
     warmup: float = 0,
     min_lr_ratio: float = 0.0,
     decay_ratio: float = 0.2,
 ) -> float:
-    """The learning rate after ``t`` of ``run_length`` steps, as a share of its peak.
+    """The learning rate after ``t`` of ``length`` steps, relative to its peak.
 
-    ``t / warmup`` up to ``warmup``. Then ``f + (1 - f) g`` with ``f = min_lr_ratio`` and, ``x``
-    being the share of the steps after the warm-up that is still to come,
+    ``t / warmup`` during the warm-up. After it ``f + (1 - f) g(x)`` with ``f = min_lr_ratio``,
+    ``x`` the share of the steps after the warm-up that is still to come, and ``g`` the function
+    that ``SCHEDULES`` has under ``name``. All but ``constant`` end at ``f`` and stay there. All
+    steps are in one unit, micro-batches or windows; only their ratios matter.
 
-        linear      g = x
-        cosine      g = (1 - cos(pi x)) / 2
-        wsd         g = 1, then linear to 0 over the last ``decay_ratio`` of all steps
-        constant    g = 1
-
-    so that all but ``constant`` end at ``f`` and stay there. wsd is warm-up, stable, decay
-    (MiniCPM, arXiv 2404.06395). All steps are in one unit, micro-batches or windows; only their
-    ratios matter.
+    Raises ``UsageError`` for a name that ``SCHEDULES`` does not have.
     """
+    if name not in SCHEDULES:
+        raise UsageError(
+            f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {name!r}; choose one "
+            "of these, or add its function to SCHEDULES in sad/optim/schedule.py"
+        )
     if t < warmup:
         return t / warmup
-    left = max(0, run_length - t)
-    x = left / (run_length - warmup) if left else 0.0
-    if name == "linear":
-        shape = x
-    elif name == "cosine":
-        shape = 0.5 * (1.0 - math.cos(math.pi * x))
-    elif name == "wsd":
-        shape = 1.0 if left / run_length >= decay_ratio else left / run_length / decay_ratio
-    else:
-        shape = 1.0
+    steps_left = max(0, length - t)
+    # Without steps left the denominator may be 0: the warm-up may be as long as the run.
+    left = steps_left / (length - warmup) if steps_left else 0.0
+    left_of_run = steps_left / length if steps_left else 0.0
+    shape = SCHEDULES[name](SchedulePoint(left, left_of_run, decay_ratio))
     return min_lr_ratio + (1.0 - min_lr_ratio) * shape
 
 
 def build_scheduler(optimizer: Optimizer, config: DistillConfig, run_length: RunLength) -> LambdaLR:
-    """The scheduler of ``config``, to be stepped once per ``scheduler_unit``.
+    """The learning-rate scheduler of ``config``, to be stepped once per ``scheduler_unit``.
 
-    Build the optimizer, then the scheduler; load the optimizer's state, then the scheduler's. Built
-    after loading, it would overwrite the learning rate that was loaded.
+    Build the optimizer, then the scheduler, and only then load their states: a scheduler that is
+    built later would overwrite the learning rate that was loaded.
     """
+    length = run_length.steps(config.scheduler_unit)
     warmup = warmup_batches(config, run_length)
     if config.scheduler_unit == "optimizer_step":
-        length, warmup = run_length.windows, warmup / run_length.accumulation_steps
-    else:
-        length = run_length.micro_batches
+        warmup = warmup / run_length.accumulation_steps
 
     def factor(t: int) -> float:
         return lr_factor(
@@ -189,7 +236,7 @@ def build_scheduler(optimizer: Optimizer, config: DistillConfig, run_length: Run
 
 
 def step_scheduler(scheduler: LRScheduler) -> None:
-    """``scheduler.step()``, after the optimizer's step and whether or not that was skipped.
+    """Run ``scheduler.step()``, after the optimizer's step, also where that was skipped.
 
     torch expects an optimizer step before the first scheduler step. With gradient accumulation the
     scheduler rightly goes first, so that warning, and no other, is silenced on the first step.
@@ -207,18 +254,18 @@ def step_scheduler(scheduler: LRScheduler) -> None:
 def check_foreign_scheduler(
     scheduler: Any, run_length: RunLength, unit: SchedulerUnit = "batch"
 ) -> None:
-    """Refuse a scheduler made elsewhere that cannot be stepped as this trainer steps.
+    """Raise ``UsageError`` for a user's scheduler that cannot be stepped as this trainer steps it.
 
-    Raises ``UsageError`` for ``ReduceLROnPlateau``, which waits for a metric, and for a
-    ``OneCycleLR`` or ``CosineAnnealingLR`` that ends before the run: the first would raise there,
-    the second climb again.
+    These are ``ReduceLROnPlateau``, which needs a metric, and a ``OneCycleLR`` or
+    ``CosineAnnealingLR`` that ends before the run: the first would raise there, the second climb
+    again.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UsageError(
             "the scheduler must be a function of the step, got ReduceLROnPlateau; "
             "use lr_scheduler_type: constant, or wsd"
         )
-    needed = run_length.micro_batches if unit == "batch" else run_length.windows
+    needed = run_length.steps(unit)
     lengths = {OneCycleLR: "total_steps", CosineAnnealingLR: "T_max"}
     for kind, attribute in lengths.items():
         if isinstance(scheduler, kind) and getattr(scheduler, attribute) < needed:
@@ -229,7 +276,7 @@ def check_foreign_scheduler(
 
 
 def describe(config: DistillConfig, run_length: RunLength) -> str:
-    """The run's length: ``12,000 micro-batches = 1,500 windows, warm-up 400 = 50``."""
+    """The run's length in words: ``12,000 micro-batches = 1,500 windows, warm-up 400 = 50``."""
     warmup = warmup_batches(config, run_length)
     warmup_windows = f"{warmup / run_length.accumulation_steps:,.2f}".removesuffix(".00")
     return (
@@ -243,7 +290,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _as_written(x: float) -> Fraction:
-    """The decimal number that a float was written as: 1/10 for 0.1, not its binary neighbour."""
+    """The decimal number that a float was written as: 1/10 for 0.1, not its binary value."""
     return Fraction(repr(float(x)))
 
 

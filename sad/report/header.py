@@ -1,4 +1,4 @@
-"""The first thing a run shows: what it is about to do, for a person to check before leaving."""
+"""The header of a run: models, data, length, objective and machine, shown before it trains."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sad.optim.precision import Precision
 from sad.optim.schedule import RunLength, describe
 
 Line = tuple[str, str]
+"""Label and text."""
 
 
 def run_header(
@@ -33,12 +34,17 @@ def run_header(
     checks: dict[str, float],
     checkpoint: Path | None,
 ) -> list[Line]:
-    """Labels and texts, in the order they are read."""
+    """What the run is about to do, for a person to check before leaving it alone.
+
+    ``checks`` are the errors that the self-checks measured, by name. ``checkpoint`` is the one that
+    the run goes on from, None for a run from the start.
+    """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
         ("student", _model_line(config.student, student)),
     ]
     if teacher is not None:
+        # A teacher without a weight in the loss is still what evaluations compare with.
         teaches = config.kd_weight or config.structural_weights
         role = "" if teaches else ", for evaluation only"
         lines.append(("teacher", _model_line(config.teacher or "", teacher) + role))
@@ -65,7 +71,12 @@ def run_header(
 
 
 def memory_line(predicted: int, rss_before: int, now: dict[str, int]) -> str:
-    """What the run took against what was predicted; on CPU the process itself is counted apart."""
+    """Peak memory beside the prediction of ``sad plan``, both in MiB; arguments are in bytes.
+
+    ``now`` is what ``sad.environment.memory_now`` returns, ``rss_before`` the resident memory
+    before anything was loaded. On a GPU, a prediction more than 20 % off the peak is a warning; on
+    CPU the resident memory includes Python and its libraries, which no prediction covers.
+    """
     mib = 2**20
     if "cuda_peak_bytes" in now:
         peak, total = now["cuda_peak_bytes"], now["cuda_total_bytes"]
@@ -118,10 +129,12 @@ def _objective_line(config: DistillConfig) -> str:
 
 
 def _precision_line(precision: Precision) -> str:
+    # What is stored, and what products are computed in.
     names = [
         str(d).removeprefix("torch.") for d in (precision.param_dtype, precision.compute_dtype)
     ]
     masters = ", fp32 master weights" if precision.masters is not None else ""
+    # bf16 has 8 bits of mantissa: without fp32 masters, small updates round to nothing.
     lossy = precision.param_dtype == torch.bfloat16 and precision.masters is None
     warning = "; warning: updates below half a bf16 step are lost" if lossy else ""
     return f"parameters {names[0]}, compute {names[1]}{masters}{warning}"

@@ -1,7 +1,8 @@
-"""The log of a run: one JSON line per record for programs, a bar or aligned lines for people.
+"""The log of a run: JSON lines in a file for programs, a progress bar or a table for people.
 
 ``RUN_DIR/log.jsonl`` is append-only. Each record is one ``write``, so a killed process loses no
-earlier record and tears at most its last line, which readers skip. Every record holds
+earlier record and tears at most its last line, which readers skip. Any numbers may be logged; how
+they are shown is said by ``sad.metrics``. Every record holds
 
 * ``attempt``: 1 for the first process that worked on the run, 2 for the one that resumed it, ...
 * ``kind``: ``start``, ``train``, ``eval``, ``save``, ``warning`` or ``end``;
@@ -45,7 +46,7 @@ TEXT_KINDS = frozenset({"start", "warning"})
 
 
 class RunLog:
-    """Records what a run does, and shows it.
+    """Writer of a run's log: appends records to the file, shows them, and feeds trackers.
 
     The directory is made if it is missing. ``total_batches`` are the micro-batches of the whole
     run, ``initial`` those already done before this process. On a terminal there is one progress bar
@@ -73,6 +74,7 @@ class RunLog:
         out = sys.stdout if stream is None else stream
         self._initial = initial
         self._stream = out
+        # Before anything is appended: this process is the next attempt after those in the file.
         earlier = (record["attempt"] for record in _records(run_dir / "log.jsonl"))
         self.attempt = 1 + max(earlier, default=0)
         self._trackers = [
@@ -82,6 +84,7 @@ class RunLog:
         self._file = _AppendOnly(run_dir / "log.jsonl")
         self._lines = AlignedLines(total_batches, initial)
         self._bar: tqdm | None = None
+        # A bar where somebody watches; elsewhere lines, which a file or a pipe can hold.
         self._make_bar: Callable[[], tqdm] | None = None
         if out.isatty():
             self._make_bar = lambda: progress_bar(name, total_batches, initial, out)
@@ -98,14 +101,14 @@ class RunLog:
         self.close()
 
     def header(self, lines: Sequence[tuple[str, str]]) -> None:
-        """Show what is about to run, as aligned labels and texts, and record it."""
+        """Record and show the header of the run: aligned pairs of label and text."""
         facts = {"resumed_from": self._initial, "header": [list(line) for line in lines]}
         self._record("start", facts)
         self.message(aligned_pairs(lines))
         self._start_bar()
 
     def train(self, record: Mapping[str, Any]) -> None:
-        """Record the numbers since the last such record, and show them."""
+        """Record and show the numbers of training since the last such record."""
         self._record("train", record)
         self._track(record["micro_step"], _train_scalars(record))
         self._start_bar()
@@ -137,14 +140,14 @@ class RunLog:
         self.message(f"warning: {text}")
 
     def message(self, text: str) -> None:
-        """Show a text without breaking the progress bar. Nothing is recorded."""
+        """Show a text above the progress bar, if there is one. Nothing is recorded."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 
     def end(self, record: Mapping[str, Any]) -> None:
-        """Record how this process ended, and leave the progress bar as it stands."""
+        """Record how this process ended, and leave the progress bar where it is."""
         self._record("end", record)
         self._close_bar()
 
@@ -189,6 +192,7 @@ def read_log(run_dir: str | Path) -> list[Record]:
     kept. Lines that a killed process left torn are skipped.
     """
     records = list(_records(Path(run_dir) / "log.jsonl"))
+    # The highest attempt at each position; the second pass then keeps the file's order.
     newest: dict[tuple[str, int | None], int] = {}
     for record in records:
         newest[_position(record)] = max(record["attempt"], newest.get(_position(record), 0))
@@ -210,7 +214,7 @@ def from_json(text: str) -> Any:
 
 
 class _AppendOnly:
-    """A file that grows by whole lines, each handed to the system at once."""
+    """Append-only file of lines, each handed to the operating system in one unbuffered write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -225,14 +229,15 @@ class _AppendOnly:
         self._failed = False
 
     def append(self, line: str) -> OSError | None:
-        """Write a line, on a new one if the last is torn. Returns the first failure, then None."""
+        """Write a line; return the error if this is the first write that fails, else None."""
+        # A line that a kill or a full disk left torn is ended first, so that it spoils no other.
         data = ("\n" * self._torn + line + "\n").encode()
         try:
             self._torn = self._file.write(data) < len(data)
         except OSError as error:
-            news = None if self._failed else error
+            first_failure = None if self._failed else error
             self._failed = True
-            return news
+            return first_failure
         return None
 
     def close(self) -> None:

@@ -1,59 +1,23 @@
-"""How numbers are shown to people: formats, the progress bar, and aligned lines elsewhere.
+"""Records as text for the terminal: the progress bar, or aligned lines where there is no terminal.
 
-Everything here turns records into text and writes nothing but the bar. Terminal, result table and
-report share the formats: one number reads the same everywhere.
+Which metrics are shown, under which titles and in which format, is said by ``sad.metrics``, for the
+report as well: a number reads the same everywhere. Nothing here writes anything but the bar.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
+
+from sad.metrics import Metric, format_metric, in_order, is_number
 
 LINES_PER_TITLE = 20
 """How many lines of numbers follow one line of column titles."""
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n:,}/{total:,} [{elapsed}<{remaining}{postfix}]"
-
-METRIC_TITLES = {
-    "perplexity": "perplexity",
-    "nll": "NLL",
-    "kl": "KL",
-    "agreement": "agreement",
-    "accuracy": "accuracy",
-    "bits_per_byte": "bits/byte",
-}
-"""What an evaluation reports, in the order it is shown."""
-
-
-def format_metric(name: str, value: float | None) -> str:
-    """A metric as people read it: shares in per cent, the rest to four decimals, ``-`` for none."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return f"{value:f}"
-    if name in ("agreement", "accuracy"):
-        return f"{100 * value:.1f} %"
-    if name == "perplexity":
-        return (
-            f"{value:,.2f}" if value < 1e4 else f"{value:,.0f}" if value < 1e8 else f"{value:.2e}"
-        )
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.2e}"
-
-
-def format_count(value: float | None) -> str:
-    """A count to three digits, with a unit prefix from 1000 on: ``950``, ``12.3k``, ``4.52M``."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return f"{value:f}"
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= 0.9995 * size:  # below that three digits do not round up to the unit
-            return f"{value / size:#.3g}".rstrip(".") + unit
-    return f"{value:.0f}"
 
 
 def format_duration(seconds: float) -> str:
@@ -71,13 +35,19 @@ def aligned_pairs(lines: Sequence[tuple[str, str]]) -> str:
 
 def evaluation_lines(record: Mapping[str, Any]) -> str:
     """One line of aligned metrics per set of weights that was scored: raw, EMA, teacher."""
-    prefixes = list(dict.fromkeys(key.partition("/")[0] for key in record if "/" in key))
-    names = [m for m in METRIC_TITLES if any(f"{prefix}/{m}" in record for prefix in prefixes)]
-    width = max(map(len, prefixes), default=0)
+    scored: dict[str, None] = {}
+    recorded: set[str] = set()
+    for key in record:
+        prefix, slash, name = key.partition("/")
+        if slash:
+            scored[prefix] = None
+            recorded.add(name)
+    shown = [row for row in in_order(recorded) if row.eval_line]
+    width = max(map(len, scored), default=0)
     lines = []
-    for prefix in prefixes:
-        texts = [format_metric(name, record.get(f"{prefix}/{name}")) for name in names]
-        cells = [f"{METRIC_TITLES[n]} {t:>7}" for n, t in zip(names, texts, strict=True)]
+    for prefix in scored:
+        texts = (format_metric(row.name, record.get(f"{prefix}/{row.name}")) for row in shown)
+        cells = [f"{row.title} {text:>7}" for row, text in zip(shown, texts, strict=True)]
         where = f"{prefix.ljust(width)} at micro-batch {record['micro_step']:,}"
         lines.append(f"{where}: {'  '.join(cells)}")
     return "\n".join(lines)
@@ -98,14 +68,18 @@ def progress_bar(name: str, total: int, initial: int, stream: TextIO) -> tqdm:
 
 def bar_postfix(record: Mapping[str, Any]) -> str:
     """What the bar says besides its position. A narrow terminal cuts it from the right."""
-    losses = " ".join(f"{cell.title} {cell.text}" for cell in _loss_cells(record))
-    lr, _, rate, memory = (cell.text for cell in _state_cells(record))
-    skipped = f" skipped {record['skipped']}" if record.get("skipped") else ""
-    return f"{losses} lr {lr} {rate} tok/s {memory} GiB{skipped}"
+    weights = record.get("weights", {})
+    texts = []
+    for row in _train_metrics(record, lambda row: row.bar or row.loss_term or row.name in weights):
+        value = record[row.name]
+        if value != row.neutral:
+            template = row.bar or f"{row.title} {{}}"
+            texts.append(template.format(format_metric(row.name, value)))
+    return " ".join(texts)
 
 
 class AlignedLines:
-    """Train records as lines in columns; titles return now and then, or with new columns."""
+    """Train records as lines in columns; titles come again now and then, and with new columns."""
 
     def __init__(self, total: int, initial: int) -> None:
         self._total = total
@@ -125,6 +99,7 @@ class AlignedLines:
 
     def _cells(self, record: Mapping[str, Any]) -> list[_Cell]:
         step = record["micro_step"]
+        # The rate is that of this process: what was done before it resumed took other time.
         elapsed = time.monotonic() - self._began
         left = elapsed * (self._total - step) / max(step - self._initial, 1)
         total = f"{self._total:,}"
@@ -132,8 +107,7 @@ class AlignedLines:
             _Cell("micro-batch", f"{step:,}/{total}", max(11, 2 * len(total) + 1)),
             _Cell("step", f"{record['global_step']:,}", 7),
             _Cell("epoch", f"{record['epoch']:.2f}", 6),
-            *_loss_cells(record),
-            *_state_cells(record),
+            *_metric_cells(record),
             _Cell("elapsed", format_duration(elapsed), 8),
             _Cell("left", format_duration(left), 8),
         ]
@@ -145,20 +119,31 @@ class _Cell(NamedTuple):
     width: int
 
 
-def _loss_cells(record: Mapping[str, Any]) -> list[_Cell]:
-    """The loss and those of its parts that count; CE always: it says what the student knows."""
-    weights = record.get("weights", {})
-    names = dict.fromkeys(["ce", "kd", "z", *weights])
-    parts = [name for name in names if name in record and (name == "ce" or weights.get(name))]
-    names = ("loss", *parts)
-    return [_Cell(name, format_metric(name, record[name]), max(9, len(name))) for name in names]
-
-
-def _state_cells(record: Mapping[str, Any]) -> list[_Cell]:
-    memory = record.get("cuda_used_bytes", record.get("rss_bytes"))
+def _metric_cells(record: Mapping[str, Any]) -> list[_Cell]:
     return [
-        _Cell("lr", f"{record['lr']:.2e}", 9),
-        _Cell("grad norm", format_metric("grad_norm", record.get("grad_norm")), 9),
-        _Cell("tok/s", format_count(record.get("tokens_per_second")), 6),
-        _Cell("GiB", "-" if memory is None else f"{memory / 2**30:.2f}", 6),
+        _Cell(row.title, format_metric(row.name, record[row.name]), max(row.width, len(row.title)))
+        for row in _train_metrics(record, lambda row: row.train_line)
     ]
+
+
+def _train_metrics(
+    record: Mapping[str, Any], wanted: Callable[[Metric], object]
+) -> Iterator[Metric]:
+    """The wanted metrics of a train record, of those with one title the first.
+
+    The loss and its terms come before the rest. A term needs a weight to be shown, but for CE: it
+    says what the student knows.
+    """
+    weights = record.get("weights", {})
+
+    def is_part_of_loss(row: Metric) -> bool:
+        return row.name == "loss" or row.loss_term or row.name in weights
+
+    recorded = in_order({key for key, value in record.items() if is_number(value)})
+    seen = set()
+    for row in sorted(recorded, key=is_part_of_loss, reverse=True):  # stable, also in reverse
+        is_term = is_part_of_loss(row) and row.name != "loss"
+        weighted = row.name == "ce" or bool(weights.get(row.name))
+        if wanted(row) and row.title not in seen and (weighted or not is_term):
+            seen.add(row.title)
+            yield row

@@ -1,4 +1,4 @@
-"""Trackers that the log goes to besides its file: the packages that ``report_to`` may name."""
+"""Experiment trackers that receive the log's numbers: the packages ``report_to`` may name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sad.errors import UsageError
 
 
 class Tracker(Protocol):
-    """Takes the scalars at a position, which is counted in micro-batches."""
+    """What a tracker must do: take scalars at a position, counted in micro-batches; be closed."""
 
     def log(self, scalars: Mapping[str, float], micro_step: int) -> None: ...
 
@@ -29,7 +29,10 @@ def open_tracker(package: str, run_dir: Path, *, attempt: int, initial: int) -> 
 
 
 class _TensorBoard:
-    """Event files under ``RUN_DIR/tensorboard``; steps that a resumed run repeats are purged."""
+    """TensorBoard: event files under ``RUN_DIR/tensorboard``.
+
+    Steps that a resumed run repeats are purged from what an earlier process wrote.
+    """
 
     def __init__(self, run_dir: Path, initial: int) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
@@ -44,7 +47,7 @@ class _TensorBoard:
 
 
 class _HostedTracker:
-    """wandb, or trackio, which has the same functions. Each attempt is a run of its own there."""
+    """wandb, or trackio, which has the same functions. Each attempt of a run is a run there."""
 
     def __init__(self, package: str, run_dir: Path, attempt: int) -> None:
         self._module = _import(package, package)

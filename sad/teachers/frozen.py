@@ -16,14 +16,12 @@ from sad.models.heads import split_head, with_valid_vocab
 
 
 class TeacherOutput(NamedTuple):
-    """A teacher's answers to a batch, one or several, and what was captured inside of it."""
+    """A teacher's forward pass over a batch, or several of them: targets and captured tensors."""
 
     targets: tuple[TeacherHidden, ...]
-    activations: Activations
-
-    @property
-    def teacher(self) -> TeacherHidden | tuple[TeacherHidden, ...]:
-        return self.targets[0] if len(self.targets) == 1 else self.targets
+    """One per forward pass; the student's divergence is the mean over them."""
+    activations: Activations = Activations()
+    """Of the first pass; empty unless something was to be captured."""
 
 
 class FrozenTeacher:
@@ -43,22 +41,25 @@ class FrozenTeacher:
         self._head: Head = with_valid_vocab(replace(head, weight=weight, bias=bias), valid_vocab)
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
-    def __call__(self, batch: Batch) -> TeacherHidden:
-        there = batch.to(self._layers_device)
-        hidden = self._backbone(there.input_ids, there.position_ids)
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
+        """Run the teacher once. ``capture`` collects activations of this teacher's model.
+
+        Everything returned is on the student's device and carries no gradient.
+        """
+        if capture is None:
+            return TeacherOutput((self._target(batch),))
+        with capture.capturing() as activations:
+            target = self._target(batch)
+        return TeacherOutput((target,), _to_device(activations, self.device))
+
+    def _target(self, batch: Batch) -> TeacherHidden:
+        moved = batch.to(self._layers_device)
+        hidden = self._backbone(moved.input_ids, moved.position_ids)
         return TeacherHidden(hidden.to(self.device), self._head)
 
-    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
-        """The same, with a look inside: ``capture`` is one of this model."""
-        if capture is None:
-            return TeacherOutput((self(batch),), Activations())
-        with capture.capturing() as activations:
-            target = self(batch)
-        return TeacherOutput((target,), _moved(activations, self.device))
 
-
-def _moved(activations: Activations, device: torch.device) -> Activations:
-    """On the student's device; what is there stays where it is."""
+def _to_device(activations: Activations, device: torch.device) -> Activations:
+    """The same activations on ``device``; tensors that are there already are not copied."""
     return Activations(
         hidden={i: x.to(device) for i, x in activations.hidden.items()},
         attention={

@@ -1,12 +1,12 @@
-"""How a run's teacher answers: as it is, with gates that learn, or several times.
+"""Teacher policies: which forward passes of the frozen teacher become the student's targets.
 
 =========================  ======================================================================
 ``routing.mode``           the student's targets
 =========================  ======================================================================
-teacher                    the frozen teacher's
-student_aware              of all experts, mixed by gates that learn what this student can follow,
-                           once per window, before the student does
-knowledge_augmentation     of several passes in which other experts have their say
+teacher                    one pass of the teacher as it is
+student_aware              one pass with all experts active, mixed by gates that are trained, once
+                           per window and before the student, towards what this student can follow
+knowledge_augmentation     several passes, each with some experts that the gates would not choose
 =========================  ======================================================================
 
 The last two take a mixture-of-experts teacher: see ``sad.teachers.routing``. Evaluation scores
@@ -16,48 +16,70 @@ for ``knowledge_augmentation``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
-from torch import Tensor
 
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
+from sad.losses.base import LossTerm, LossTerms
 from sad.losses.capture import Capture
 from sad.models.experts import all_experts, require_callable, require_moe
 from sad.models.heads import eval_no_grad, split_head, with_valid_vocab
 from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 from sad.teachers.routing import StudentAwareRouter, augmented
-from sad.training.student import StudentWithLoss
+
+if TYPE_CHECKING:
+    from sad.training.student import StudentWithLoss
 
 
 class TeacherPolicy:
-    """The frozen teacher as it is; the others refine it. It owns state that checkpoints hold."""
+    """One pass of the teacher as it is; subclasses change its routing.
 
-    def __init__(self, teacher: FrozenTeacher) -> None:
-        self.teacher = teacher
+    ``teacher`` is None in a run that trains on the text alone: no targets are asked for then.
+    """
 
-    def prepare(
-        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, counts: LossCounts
-    ) -> None:
-        """Called before a window's first micro-batch; ``batches`` are all of the window's."""
+    def __init__(self, teacher: FrozenTeacher | None) -> None:
+        self._teacher = teacher
+
+    @property
+    def teacher(self) -> FrozenTeacher:
+        if self._teacher is None:
+            raise RuntimeError("a run needs a teacher to distil from, got none; set kd_weight: 0")
+        return self._teacher
+
+    diagnostics: tuple[str, ...] = ()
+    """Names of what ``begin_window`` returns."""
+
+    def begin_window(
+        self, batches: Iterable[Batch], student: StudentWithLoss, counts: LossCounts
+    ) -> LossTerms:
+        """Prepare for a window, before its first forward pass; return terms for the train record.
+
+        ``batches`` yields all of its micro-batches if it is iterated, ``counts`` are their units
+        together.
+        """
+        return {}
 
     def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         """The targets of a micro-batch in training."""
         return self.teacher.forward(batch, capture)
 
-    def scoring(self) -> AbstractContextManager[object]:
-        """Within, the bare teacher answers as evaluation wants it."""
+    def evaluating(self) -> AbstractContextManager[object]:
+        """A context in which ``teacher`` itself routes as evaluation wants it."""
         return nullcontext()
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Plain values and named tensors."""
-        return {}, {}
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and named ``tensors``."""
+        return {"tensors": {}}
 
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Continue from there, bit for bit."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there, bit for bit.
+
+        A state of another policy is passed over: the configuration was allowed to change.
+        """
 
 
 class StudentAwarePolicy(TeacherPolicy):
@@ -75,35 +97,46 @@ class StudentAwarePolicy(TeacherPolicy):
             impl=config.impl,
         )
 
-    def prepare(
-        self, batches: Callable[[], Iterable[Batch]], student: StudentWithLoss, counts: LossCounts
-    ) -> None:
+    diagnostics = ("routing_loss", "routing_balance")
+
+    def begin_window(
+        self, batches: Iterable[Batch], student: StudentWithLoss, counts: LossCounts
+    ) -> LossTerms:
+        """Train the gates on the window that the student learns from next.
+
+        Returns their divergence from the student, whose unit is targets, and their balance, a mean
+        over tokens.
+        """
         if not counts.targets:  # momentum and the balance would move the gates all the same
-            return
+            return {}
         _, head = split_head(student.model)
         head = with_valid_vocab(head, student.valid_vocab)
-        for batch in batches():
-            with eval_no_grad(
-                student
-            ):  # without dropout, without a gradient, without a random draw
+        losses = []
+        for batch in batches:
+            with eval_no_grad(student):  # no dropout, no graph, and no random number drawn
                 hidden = student.hidden(batch)
-            self.router.backward(batch, hidden, head, counts)
+            loss = self.router.backward(batch, hidden, head, counts)
+            losses.append((loss.kl, loss.balance * batch.counts.tokens))
         self.router.step()
+        kl, balance = (torch.stack(sums).sum() for sums in zip(*losses, strict=True))
+        return {
+            "routing_loss": LossTerm(kl, counts.targets),
+            "routing_balance": LossTerm(balance, counts.tokens),
+        }
 
     def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         with all_experts(self.teacher.model):
             return super().forward(batch, capture)
 
-    def scoring(self) -> AbstractContextManager[object]:
+    def evaluating(self) -> AbstractContextManager[object]:
         return all_experts(self.teacher.model)
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        state = self.router.state_dict()
-        return {"optimizer": state["optimizer"]}, state["tensors"]
+    def state_dict(self) -> dict[str, Any]:
+        return self.router.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        if state:  # none: routing was another, and the configuration was allowed to change
-            self.router.load_state_dict({**state, "tensors": tensors})
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "optimizer" in state:
+            self.router.load_state_dict(state)
 
 
 class AugmentedPolicy(TeacherPolicy):
@@ -121,27 +154,29 @@ class AugmentedPolicy(TeacherPolicy):
         for i in range(self.passes):
             with augmented(self.teacher.model, self.generator, probability=self.explore):
                 passes.append(self.teacher.forward(batch, None if i else capture))
-        targets = tuple(target for seen in passes for target in seen.targets)
+        targets = tuple(target for output in passes for target in output.targets)
         return TeacherOutput(targets, passes[0].activations)
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {}, {"generator": self.generator.get_state()}
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensors": {"generator": self.generator.get_state()}}
 
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        if "generator" in tensors:
-            self.generator.set_state(tensors["generator"].clone())
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "generator" in state["tensors"]:
+            self.generator.set_state(state["tensors"]["generator"].clone())
 
 
 def build_teacher_policy(
     config: DistillConfig, teacher: FrozenTeacher | None, valid_vocab: int
-) -> TeacherPolicy | None:
-    """What ``routing.mode`` asks for; ``UnfitError`` for a teacher that has no experts."""
+) -> TeacherPolicy:
+    """The policy that ``routing.mode`` names; ``UnfitError`` for a teacher that has no experts."""
     if teacher is None:
-        return None
+        return TeacherPolicy(None)
     match config.routing.mode:
         case "student_aware":
             return StudentAwarePolicy(config, teacher, valid_vocab)
         case "knowledge_augmentation":
             return AugmentedPolicy(config, teacher)
-        case _:
+        case "teacher":
             return TeacherPolicy(teacher)
+        case _:
+            assert_never(config.routing.mode)

@@ -1,6 +1,6 @@
-"""Student-aware teachers: a mixture of experts that learns to be understood (arXiv 2502.12947).
+"""Routing of mixture-of-experts teachers for distillation (arXiv 2502.12947).
 
-A frozen mixture of experts shows its student what k of its E experts say. Two ways to show more:
+A frozen mixture of experts shows its student the outputs of k of its E experts. To show more:
 
 * **Student-aware routing.** All experts are active, and the teacher's *gates*, nothing else of it,
   are trained to bring the teacher closer to the student. Per window: first the gates minimise
@@ -47,7 +47,7 @@ from sad.models.experts import (
 )
 from sad.models.heads import split_head, with_valid_vocab
 from sad.optim.optimizer import clip_gradients, guarded_step
-from sad.optim.precision import MasterWeights, Update
+from sad.optim.precision import MasterWeights, UpdateResult
 
 # The kernels' teacher never gets a gradient, so teacher and student change places:
 # KL(student || teacher) of theirs is KL(p_T || p_S) of ours.
@@ -55,7 +55,7 @@ _OBJECTIVE = Objective(kd_weight=1.0, divergence="reverse_kl", temperature=1.0)
 
 
 class RoutingLoss(NamedTuple):
-    """What the gates were trained on in one micro-batch; detached, on the device."""
+    """The gates' loss on one micro-batch; detached, on the device."""
 
     kl: Tensor  # [] nats: KL(p_T || p_S) summed over the targets
     balance: Tensor  # [] cv^2, mean over layers, before its weight
@@ -124,11 +124,12 @@ class StudentAwareRouter:
         of the micro-batches' values weighted by their tokens. With several ranks, gradients of
         ``gate_parameters()`` are to be summed before ``step``.
         """
-        there = batch.to(self._layers_device)
+        moved = batch.to(self._layers_device)
+        # To the kernels the student is the teacher here: see _OBJECTIVE.
         student = TeacherHidden(student_hidden.detach(), _detached(student_head, self.device))
         with all_experts(self.model), torch.enable_grad():
-            with _recomputing(self.model), reading_routers(self._blocks) as logits:
-                hidden = self._backbone(there.input_ids, there.position_ids)
+            with _activation_checkpointing(self.model), reading_routers(self._blocks) as logits:
+                hidden = self._backbone(moved.input_ids, moved.position_ids)
             out = linear_distill_loss(
                 hidden.to(self.device, self._head.weight.dtype),
                 self._head,
@@ -141,14 +142,14 @@ class StudentAwareRouter:
             )
             balance = gate_variation(
                 [gates(logits[layer], block.kind) for layer, block in self._blocks.items()],
-                layout_of(there).tokens.flatten(),
+                layout_of(moved).tokens.flatten(),
             ).to(self.device)
             share = batch.counts.tokens / max(totals.tokens, 1)
             (out.loss + self.balance_weight * share * balance).backward()
         return RoutingLoss(out.kd, balance.detach())
 
-    def step(self) -> Update:
-        """One step of AdamW on the masters; a gradient that is not finite changes nothing.
+    def step(self) -> UpdateResult:
+        """Take one AdamW step on the masters; a gradient that is not finite changes nothing.
 
         The gates become the rounded masters, and all gradients are dropped. Does not wait for the
         device.
@@ -159,10 +160,10 @@ class StudentAwareRouter:
         guarded_step(self.optimizer, ok)
         self._masters.publish()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, ok, skipped=~ok)
+        return UpdateResult(norm, ok, skipped=~ok)
 
     def state_dict(self) -> dict[str, Any]:
-        """``optimizer``, plain values, and ``tensors``: the live masters and moments by name.
+        """State as ``optimizer``, plain values, and ``tensors``: live masters and moments by name.
 
         Raises ``RuntimeError`` between ``backward`` and ``step``, whose gradients it lacks.
         """
@@ -182,9 +183,12 @@ class StudentAwareRouter:
         Raises ``CheckpointError`` for the state of another teacher.
         """
         tensors: Mapping[str, Tensor] = state["tensors"]
-        load_tensors(self._masters.tensors, _under(_GATE, tensors), "gate")
+        load_tensors(self._masters.tensors, _without_prefix(_GATE, tensors), "gate")
         load_optimizer(
-            self.optimizer, self._masters.tensors, state["optimizer"], _under(_MOMENT, tensors)
+            self.optimizer,
+            self._masters.tensors,
+            state["optimizer"],
+            _without_prefix(_MOMENT, tensors),
         )
         self._masters.publish()
 
@@ -194,28 +198,21 @@ def augmented(
     model: nn.Module,
     generator: torch.Generator,
     *,
-    active: int | None = None,
     probability: float = 0.05,
 ) -> Iterator[None]:
-    """Within, teacher forwards see other experts than the gate would choose, now and then.
+    """Context in which teacher forwards mix other experts than the gate would choose.
 
-    In each layer ``active`` experts see a token: with ``probability``, independently per token and
-    layer, drawn from the gate without replacement, else those that the gate prefers most (without
-    limits on groups of experts). Their weights are ``expert_weights``. ``active=None`` is all
-    experts but one, the N - 1 of the paper, where N counts all experts of a layer. The generator
-    alone decides the draws, on its own device: its state says how they go on.
+    In each layer all experts but one see a token, the N - 1 of the paper, where N counts all
+    experts of a layer: with ``probability``, independently per token and layer, drawn from the gate
+    without replacement, else those that the gate prefers most (without limits on groups of
+    experts). Their weights are ``expert_weights``. The generator alone decides the draws, on its
+    own device: its state says how they go on.
 
     Forwards must not build a graph: recomputed activations would be drawn anew. Raises
     ``ValueError`` if one does and for arguments out of range, and ``UnfitError`` unless the model
     is of a family in ``sad.models.experts.SUPPORTED``.
     """
     blocks = require_moe(model, "knowledge augmentation")
-    fewest = min(block.num_experts for block in blocks.values())
-    if active is not None and not 1 <= active <= fewest:
-        raise ValueError(
-            f"active experts must lie in [1, {fewest}], the experts of a layer, got {active}; "
-            "leave it out for all but one"
-        )
     if not 0 <= probability <= 1:
         raise ValueError(
             f"the probability of drawn experts must lie in [0, 1], got {probability}; 0.05 is usual"
@@ -227,18 +224,17 @@ def augmented(
                 "an augmented teacher must not build a graph, got logits that require a gradient; "
                 "compute it under torch.no_grad()"
             )
-        count = block.num_experts - 1 if active is None else active
-        ids = _draw(block, logits, count, probability, generator)
+        ids = _draw_experts(block, logits, block.num_experts - 1, probability, generator)
         return ids, expert_weights(block, logits, ids)
 
     with choosing_experts(blocks, choose):
         yield
 
 
-_GATE, _MOMENT = "gate/", "optimizer/"
+_GATE, _MOMENT = "gate/", "optimizer/"  # prefixes of tensor names in a checkpoint
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
 
 
@@ -262,12 +258,13 @@ def _gate_parameters(model: nn.Module, blocks: Mapping[int, MoeBlock]) -> dict[s
 
 
 @contextmanager
-def _recomputing(model: nn.Module) -> Iterator[None]:
-    """Forward passes keep the inputs of decoder layers only; backward computes the rest again.
+def _activation_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Context in which forward passes keep the inputs of decoder layers only, for backward to redo.
 
     transformers' own switch works in training mode alone and makes embeddings require gradients for
     good. Here the layers, and nothing inside them, are in training mode: dropout stays off.
     """
+    # Set past transformers' own switch, in the layers' attributes, and undone afterwards.
     ours = {
         "gradient_checkpointing": True,
         "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
@@ -286,17 +283,18 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
             vars(layer).update(before)
 
 
-def _draw(
+def _draw_experts(
     block: MoeBlock,
     logits: Tensor,  # [N, E]
     count: int,
     probability: float,
     generator: torch.Generator,
 ) -> Tensor:  # int64 [N, count]
-    """Ids of experts: the first to arrive where a token's are drawn, else the gate's first choice.
+    """Choose ``count`` experts per token: drawn with ``probability``, else the gate's top ones.
 
-    Expert e arrives after an exponential time with rate g_e. The order of arrivals is that of draws
-    without replacement, each in proportion to what is left of the gate (Plackett-Luce).
+    Expert e arrives after an exponential time with rate g_e, and the first to arrive are drawn. The
+    order of arrivals is that of draws without replacement, each in proportion to what is left of
+    the gate (Plackett-Luce).
     """
     where = {"generator": generator, "device": generator.device}
     times = torch.empty(logits.shape, device=generator.device).exponential_(generator=generator)

@@ -1,4 +1,4 @@
-"""Evaluation: what a student knows, and how close it is to its teacher, on held-out rows.
+"""Evaluation on held-out rows: what a student knows, and how close it is to its teacher.
 
 Temperature 1, no smoothing, no z-loss, no dropout: one pass over a batch gives cross-entropy and
 forward KL of every target. Sums are added in float64 on the device and divided once, at the end.
@@ -10,22 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
-from sad_kernels import DistillOutput, Objective, linear_distill_loss
+from sad_kernels import Objective, linear_distill_loss
 
 from sad.data.batch import Batch
-from sad.losses.base import Terms
-from sad.losses.structural import StructuralLosses
 from sad.models.heads import eval_no_grad
 from sad.teachers.frozen import FrozenTeacher
-from sad.training.meters import EvalMeter
-from sad.training.student import StructuredStudent, StudentWithLoss
+from sad.training.meters import EvalMetrics
+from sad.training.student import StudentWithLoss
 
 Variants = Mapping[str, Callable[[], AbstractContextManager[object]]]
 """Prefix of the metrics -> context under which the student has the weights to score."""
 
 
-SCORING = Objective(ce_weight=1.0, kd_weight=1.0)
-SCORING_ALONE = Objective(ce_weight=1.0, kd_weight=0.0)
+OBJECTIVE = Objective(ce_weight=1.0, kd_weight=1.0)
+OBJECTIVE_CE_ONLY = Objective(ce_weight=1.0, kd_weight=0.0)
 
 
 def evaluate_student(
@@ -33,65 +31,34 @@ def evaluate_student(
     teacher: FrozenTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
-    structural: StructuralLosses | None = None,
 ) -> dict[str, float]:
     """Score the student under each variant of its weights, running the teacher once for all.
 
     Returns ``<prefix>/nll`` (nats per target), ``perplexity = exp(nll)``, ``kl`` (forward KL to the
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
-    teacher's, the label), ``entropy`` (nats) and ``bits_per_byte``; with a ``structural`` each of
-    its terms under its name, unweighted, per unit. Without a teacher there is no ``kl`` and no
-    ``agreement``. Training mode, queues and random generators are left as they were.
+    teacher's, the label), ``entropy`` (nats), ``bits_per_byte``, and each term of the student's
+    structural losses under its name, unweighted, per unit. Without a teacher there is no ``kl`` and
+    no ``agreement``. Training mode, queues and random generators are left as they were.
     """
-    scores = {prefix: EvalMeter() for prefix in variants}
-    if structural is None or teacher is None:
-        root, scored = student, _score_logits(student, teacher)
-    else:
-        root = StructuredStudent(student, structural)
-        scored = _score_structure(root, teacher)
-    with eval_no_grad(root):
+    objective = OBJECTIVE_CE_ONLY if teacher is None else OBJECTIVE
+    # Every structural loss, whatever the curriculum has it at; terms are reported unweighted.
+    losses = () if student.structural is None else student.structural.losses
+    weights = dict.fromkeys(losses, 1.0)
+    capture = student.teacher_capture(weights)
+
+    metrics = {prefix: EvalMetrics(student.term_names) for prefix in variants}
+    with eval_no_grad(student):
         for batch in batches:
-            for prefix, (out, terms) in scored(batch, variants):
-                scores[prefix].add(out, batch)
-                scores[prefix].add_terms(terms)
-    metrics: dict[str, float] = {}
-    for prefix, score in scores.items():
-        metrics |= score.metrics(prefix, against_teacher=teacher is not None)
-    return metrics
-
-
-Scored = Iterator[tuple[str, tuple[DistillOutput, Terms]]]
-
-
-def _score_logits(
-    student: StudentWithLoss, teacher: FrozenTeacher | None
-) -> Callable[[Batch, Variants], Scored]:
-    objective = SCORING_ALONE if teacher is None else SCORING
-
-    def score(batch: Batch, variants: Variants) -> Scored:
-        target = None if teacher is None else teacher(batch)
-        for prefix, weights in variants.items():
-            with weights():
-                out = student(batch, target, objective, num_items=max(batch.num_targets, 1))
-            yield prefix, (out, {})
-
-    return score
-
-
-def _score_structure(
-    student: StructuredStudent, teacher: FrozenTeacher
-) -> Callable[[Batch, Variants], Scored]:
-    every = dict.fromkeys(student.structural.losses, 1.0)
-    capture = student.structural.teacher_capture(tuple(every))
-
-    def score(batch: Batch, variants: Variants) -> Scored:
-        seen = teacher.forward(batch, capture)
-        for prefix, weights in variants.items():
-            with weights():
-                result = student(batch, seen, SCORING, every, batch.counts)
-            yield prefix, (result.distill, result.terms)
-
-    return score
+            output = None if teacher is None else teacher.forward(batch, capture)
+            for prefix, with_weights in variants.items():
+                with with_weights():
+                    result = student(batch, output, objective, batch.counts, weights)
+                metrics[prefix].update(result.distill, batch, result.terms)
+    return {
+        f"{prefix}/{name}": value
+        for prefix, of_variant in metrics.items()
+        for name, value in of_variant.compute(against_teacher=teacher is not None).items()
+    }
 
 
 @torch.no_grad()
@@ -99,9 +66,10 @@ def evaluate_teacher(
     teacher: FrozenTeacher, batches: Iterator[Batch], prefix: str = "eval_teacher"
 ) -> dict[str, float]:
     """Score the teacher itself: the mark that its student is measured against."""
-    score = EvalMeter()
+    metrics = EvalMetrics()
     for batch in batches:
-        output = teacher(batch)
-        out = linear_distill_loss(output.hidden, output.head, batch.labels, None, SCORING_ALONE)
-        score.add(out, batch)
-    return score.metrics(prefix, against_teacher=False)
+        (target,) = teacher.forward(batch).targets
+        out = linear_distill_loss(target.hidden, target.head, batch.labels, None, OBJECTIVE_CE_ONLY)
+        metrics.update(out, batch)
+    values = metrics.compute(against_teacher=False)
+    return {f"{prefix}/{name}": value for name, value in values.items()}

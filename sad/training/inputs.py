@@ -1,5 +1,4 @@
-"""What a run needs and does not train: text, tokenizer, frozen teacher, and that they fit
-together."""
+"""The inputs of a run that are not trained: text, tokenizer, frozen teacher; checked to match."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from sad.teachers.frozen import FrozenTeacher
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Shared by the student, its baseline, and whoever scores them again."""
+    """Everything a run reads; shared by the student, its baseline and a later evaluation."""
 
     tokenizer: PreTrainedTokenizerFast
     valid_vocab: int
@@ -33,15 +32,14 @@ class RunInputs:
     """Resident memory in bytes before any of this was loaded."""
 
     def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
-        """The held-out rows, or ``max_eval_rows`` of them from all over: always the same ones."""
+        """Batches of the held-out rows, or of ``max_eval_rows`` of them: always the same sample."""
         rows = epoch_permutation(0, 0, len(self.eval_rows))[: config.max_eval_rows]
         size = config.per_device_eval_batch_size
         for start in range(0, len(rows), size):
             yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:
-        """What must be equal for a resumed run to be the same run, and what explains if it is
-        not."""
+        """The run's identity, which checkpoints hold: what a resumed run must share with it."""
         return {
             "config": config_to_dict(config),
             "train_rows": self.train_rows.fingerprint,
@@ -53,7 +51,7 @@ class RunInputs:
 
 
 def load_inputs(config: DistillConfig) -> RunInputs:
-    """Load what does not learn.
+    """Load tokenizer, teacher and rows of text, and seed the random generators.
 
     Raises ``UsageError`` for what cannot be found and ``UnfitError`` for what cannot be used, such
     as a teacher with another tokenizer.
@@ -61,7 +59,8 @@ def load_inputs(config: DistillConfig) -> RunInputs:
     seed_everything(config.seed, deterministic=config.deterministic)
     rss_before = memory_now()["rss_bytes"]
     device = resolve_device(config.device)
-    # Models before tokenizers: whoever misspelt `student` should not hear about `tokenizer`.
+    # Configurations of models before tokenizers: a misspelt `student` must not be reported as a
+    # missing `tokenizer`.
     read_model_config(config, "student")
     if config.teacher is not None:
         read_model_config(config, "teacher")
@@ -69,8 +68,8 @@ def load_inputs(config: DistillConfig) -> RunInputs:
     vocabulary = valid_vocab(tokenizer)
     teacher = None
     if config.teacher is not None:
-        theirs = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
-        require_same_tokenizer(theirs, tokenizer)
+        teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
+        require_same_tokenizer(teacher_tokenizer, tokenizer)
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
     train_rows, eval_rows = load_rows(config, tokenizer)
     return RunInputs(tokenizer, vocabulary, train_rows, eval_rows, teacher, device, rss_before)

@@ -1,11 +1,12 @@
-"""What is counted and timed while training and evaluating."""
+"""Counters and meters: sums, means and rates that become log records and evaluation metrics."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,17 +14,41 @@ from sad_kernels import DistillOutput
 from torch import Tensor, nn
 
 from sad.data.batch import Batch
-from sad.losses.base import Terms
+from sad.losses.base import LossTerms
+from sad.metrics import table_metrics
+from sad.optim.precision import UpdateResult
+
+
+@dataclass
+class Counters:
+    """Where the run stands, in plain numbers."""
+
+    micro_step: int = 0
+    global_step: int = 0
+    tokens: int = 0
+    """Targets seen so far."""
+    best_value: float = math.inf
+    best_micro_step: int = -1
+    evaluated_at: int = -1
+    """``micro_step`` of the newest evaluation, whose figures are ``metrics``."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(vars(Counters(**state)))
 
 
 class ThroughputMeter:
-    """Targets per second since it was last asked, pauses left out."""
+    """Targets per second since the last call of ``rate``, pauses left out."""
 
     def __init__(self, tokens: int) -> None:
         self._since = time.perf_counter()
         self._tokens = tokens
 
     def rate(self, tokens: int) -> float:
+        """The rate since the last call; ``tokens`` are all targets seen so far in the run."""
         now = time.perf_counter()
         rate = (tokens - self._tokens) / max(now - self._since, 1e-9)
         self._since, self._tokens = now, tokens
@@ -31,6 +56,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Time spent within does not count."""
         begin = time.perf_counter()
         try:
             yield
@@ -39,50 +65,144 @@ class ThroughputMeter:
 
 
 LOGGED = ("loss", "ce", "kd", "z", "num_tokens", "correct", "agree")
-"""What is summed on the device between two log lines, in this order."""
+"""What is summed over targets between two log lines, in the order of ``TrainMeter.sums``."""
 
 
-class EvalMeter:
-    """Float64 sums of one pass over the held-out rows."""
+class MeanMeter:
+    """Means of named quantities since the last reset: sums on the device, counts on the host."""
 
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None  # [6]
-        self.bytes = 0
-        self.terms: dict[str, tuple[Tensor, int]] = {}
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self._counts = [0] * len(self.names)
 
-    def add(self, out: DistillOutput, batch: Batch) -> None:
+    def add(self, terms: LossTerms) -> None:
+        """Add sums and counts by name. Does not wait for the device."""
+        for i, name in enumerate(self.names):
+            if name in terms:
+                self._sums[i] += terms[name].sum.detach()
+                self._counts[i] += terms[name].count
+
+    def means(self) -> dict[str, float]:
+        """The mean of each quantity that has come up. Waits for the device."""
+        sums = zip(self.names, self._sums.tolist(), self._counts, strict=True)
+        return {name: value / count for name, value, count in sums if count}
+
+    def reset(self) -> None:
+        self._sums.zero_()
+        self._counts = [0] * len(self.names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``sums`` and ``counts``, in the order of the names."""
+        return {"sums": self._sums.tolist(), "counts": list(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there, or from 0 if the losses have changed."""
+        if len(state["counts"]) == len(self.names):
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self._counts = list(state["counts"])
+
+
+class TrainMeter:
+    """What a train record says of the micro-batches since the last one.
+
+    ``sums`` (see ``LOGGED``), ``terms`` and ``skipped`` are in checkpoints: a run that was stopped
+    between two log lines writes the same numbers. Everything stays on the device until it is
+    reported.
+    """
+
+    def __init__(self, terms: Sequence[str], device: torch.device) -> None:
+        self.sums = torch.zeros(len(LOGGED), dtype=torch.float64, device=device)
+        self.terms = MeanMeter(terms, device)
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=device)
+        """Updates skipped for a non-finite gradient: in all, in a row just now, in a row at most
+        since the last record."""
+        self.lr = 0.0
+        self.grad_norm = torch.zeros(())
+
+    def add(self, out: DistillOutput, terms: LossTerms, num_items: int) -> None:
+        """Add a micro-batch whose loss was divided by ``num_items``. Waits for nothing."""
+        loss = out.loss.detach() * num_items
+        parts = (loss, out.ce, out.kd, out.z, out.num_tokens, out.correct, out.agree)
+        self.sums += torch.stack([part.double() for part in parts])
+        self.terms.add(terms)
+
+    def add_update(self, update: UpdateResult) -> None:
+        """Add what became of an optimizer step. Waits for nothing."""
+        self.grad_norm = update.norm
+        total, streak, longest = self.skipped
+        streak = (streak + 1) * update.skipped
+        longest = torch.maximum(longest, streak)
+        self.skipped.copy_(torch.stack([total + update.skipped, streak, longest]))
+
+    def losses(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The total loss and its parts, as means over their own units. Waits for the device.
+
+        ``weights`` are those of the structural terms that count now.
+        """
+        loss, ce, kd, z, targets, correct, agree = self.sums.tolist()
+        per_target = 1 / targets if targets else math.nan
+        terms = self.terms.means()
+        structural = sum(w * terms[name] for name, w in weights.items() if name in terms)
+        return {
+            "loss": loss * per_target + structural,
+            "ce": ce * per_target,
+            "kd": kd * per_target,
+            "z": z * per_target,
+            "accuracy": correct * per_target,
+            "agreement": agree * per_target,
+            **terms,
+        }
+
+    def reset(self) -> None:
+        """Begin anew after a record. A row of skipped updates that is not over goes on."""
+        self.sums.zero_()
+        self.terms.reset()
+        self.skipped[2] = self.skipped[1]
+
+
+class EvalMetrics:
+    """Metrics of one pass over the held-out rows: float64 sums, divided once at the end.
+
+    ``terms`` are the structural terms to report.
+    """
+
+    def __init__(self, terms: Sequence[str] = ()) -> None:
+        self._names = terms
+        self._sums: Tensor | None = None  # [6] on the device
+        self._bytes = 0
+        self._terms: dict[str, tuple[Tensor, int]] = {}  # sum on the device, count
+
+    def update(self, out: DistillOutput, batch: Batch, terms: LossTerms | None = None) -> None:
+        """Add a batch. Does not wait for the device."""
         parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)
         sums = torch.stack([part.double() for part in parts])
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.bytes += batch.target_bytes
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._bytes += batch.target_bytes
+        for name in self._names:
+            if terms and name in terms:
+                term = terms[name]
+                value, count = self._terms.get(name, (0.0, 0))
+                self._terms[name] = (value + term.sum.double(), count + term.count)
 
-    def add_terms(self, terms: Terms) -> None:
-        for name, term in terms.items():
-            value, count = self.terms.get(name, (0.0, 0))
-            self.terms[name] = (value + term.sum.double(), count + term.count)
-
-    def metrics(self, prefix: str, *, against_teacher: bool) -> dict[str, float]:
-        if self.sums is None:
+    def compute(self, *, against_teacher: bool) -> dict[str, float]:
+        """The metrics by name; none if there was no batch. Waits for the device."""
+        if self._sums is None:
             return {}
-        ce, kd, targets, correct, agree, entropy = self.sums.tolist()
+        ce, kd, targets, correct, agree, entropy = self._sums.tolist()
         nll = ce / targets
         result = {
             "nll": nll,
             "perplexity": math.exp(nll) if nll < 700 else math.inf,
-            "bits_per_byte": ce / (math.log(2) * self.bytes) if self.bytes else math.nan,
+            "bits_per_byte": ce / (math.log(2) * self._bytes) if self._bytes else math.nan,
             "accuracy": correct / targets,
             "entropy": entropy / targets,
         }
         if against_teacher:
             result |= {"kl": kd / targets, "agreement": agree / targets}
-        result |= {
-            name: float(value) / max(count, 1) for name, (value, count) in self.terms.items()
+        return result | {
+            name: float(value) / max(count, 1) for name, (value, count) in self._terms.items()
         }
-        return {f"{prefix}/{name}": value for name, value in result.items()}
-
-
-TABLE = ("nll", "perplexity", "bits_per_byte", "kl", "agreement", "accuracy")
-"""The metrics of the result table."""
 
 
 ResultRow = dict[str, Any]
@@ -90,5 +210,5 @@ ResultRow = dict[str, Any]
 
 def result_row(name: str, model: nn.Module, metrics: Mapping[str, float], prefix: str) -> ResultRow:
     """One line of the result table; a metric that does not apply is None."""
-    scores = {metric: metrics.get(f"{prefix}/{metric}") for metric in TABLE}
+    scores = {m.name: metrics.get(f"{prefix}/{m.name}") for m in table_metrics()}
     return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores

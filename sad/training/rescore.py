@@ -1,4 +1,4 @@
-"""``sad eval``: score the best student of a run again, from what the run left on disk."""
+"""``sad eval``: evaluate the best student of a run again, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sad.training.student import build_student
 
 
 def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
-    """Score the best student of a finished or stopped run again, from what the run left on disk.
+    """Evaluate the best student of a finished or stopped run again, from its run directory.
 
     Student and tokenizer come from ``best/``, as their users load them; text and teacher are those
     of the run's configuration. Returns rows of the result table: the teacher, if there is one, and

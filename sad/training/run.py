@@ -1,12 +1,11 @@
-"""``distill(config)``: from a configuration to a student, a table of what it learned, a report.
+"""``distill(config)``: the whole run, from a configuration to a student, metrics and a report.
 
     sad distill quickstart                          on any machine, in minutes
     sad distill FILE.yaml --output_dir runs/one     on one GPU
     sad distill FILE.yaml --output_dir runs/one --resume_from_checkpoint auto
 
-How one student is trained lies in ``sad.training.trainer``; here is the story around it: text,
-frozen teacher, the baseline that learns without the teacher, the student, what is written at the
-end.
+How one student is trained is in ``sad.training.trainer``. Around it, here: load text and teacher,
+score the teacher, train the baseline without it, train the student, write results and report.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory
@@ -26,18 +25,18 @@ from sad.checkpoint.store import Checkpoint
 from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
 from sad.errors import OutputError, SadError, StoppedError
-from sad.losses.structural import StructuralLosses
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
-from sad.models.preflight import check_model, check_run
+from sad.models.preflight import check_model, check_models_and_loss
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, run_header
 from sad.report.log import RunLog
-from sad.report.page import format_results, write_report
+from sad.report.page import write_report
+from sad.report.results import BASELINE_NAME, format_results
 from sad.training.evaluate import evaluate_teacher
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ResultRow, result_row
-from sad.training.student import build_student
+from sad.training.student import build_structural, build_student
 from sad.training.trainer import MakeScheduler, Trainer
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
@@ -47,7 +46,7 @@ it knows fewer positions)."""
 
 @dataclass(frozen=True)
 class RunResult:
-    """What ``distill`` leaves behind.
+    """Result of ``distill``: the run's directory, and what its last evaluation measured.
 
     ``metrics`` are those of the last evaluation under their logged names (``eval_ema/nll``, ...);
     ``results`` the rows of the printed table: teacher, baseline if there is one, student.
@@ -102,7 +101,7 @@ def _distill(
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
 ) -> RunResult:
-    require_space(config)
+    require_space(config)  # before anything that takes time
     inputs = load_inputs(config)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
@@ -137,23 +136,25 @@ def _train_baseline(
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
 ) -> ResultRow:
-    """The same student from the same weights on the same batches, without its teacher.
+    """Train the same student from the same weights on the same batches, without its teacher.
 
     It is a run of its own in ``baseline/``: resumed by itself, and not repeated once finished.
     """
-    alone = replace(
+    config_ce_only = replace(
         config,
         **ce_only(),
         baseline=False,
         output_dir=str(run_dir.baseline),
         resume_from_checkpoint=config.resume_from_checkpoint and "auto",
     )
-    name = "student, text alone"
+    name = BASELINE_NAME
     baseline = RunDirectory(run_dir.baseline)
     if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
         return baseline.read_run()["results"][0]
-    checkpoint = baseline.claim(alone, report=print)
-    trainer = _train(alone, baseline, checkpoint, inputs, signals, make_scheduler, name=name)
+    checkpoint = baseline.claim(config_ce_only, report=print)
+    trainer = _train(
+        config_ce_only, baseline, checkpoint, inputs, signals, make_scheduler, name=name
+    )
     row = _student_row(name, trainer)
     baseline.write_run(baseline.read_run() | {"results": [row]})
     baseline.write_status("finished")
@@ -171,13 +172,14 @@ def _train(
     name: str,
 ) -> Trainer:
     """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
+    # Seeded again, so that a student does not depend on whether a baseline was trained before it.
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
-    student = build_student(config, load_student(config), inputs.valid_vocab, precision)
-    structural = build_structural(config, student.model, inputs)
-    checks = check_run(
+    teacher = None if inputs.teacher is None else inputs.teacher.model
+    student = build_student(config, load_student(config), inputs.valid_vocab, precision, teacher)
+    checks = check_models_and_loss(
         student.model,
-        None if inputs.teacher is None else inputs.teacher.model,
+        teacher,
         inputs.eval_rows.batch([0]).input_ids,
         config.objective(),
         valid_vocab=inputs.valid_vocab,
@@ -186,7 +188,7 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler, structural)
+    trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler)
     with RunLog(
         run_dir.path,
         total_batches=trainer.run_length.micro_batches,
@@ -203,7 +205,7 @@ def _train(
             run_length=trainer.run_length,
             precision=precision,
             student=student.model,
-            teacher=inputs.teacher and inputs.teacher.model,
+            teacher=teacher,
             vocabulary=inputs.valid_vocab,
             train_rows=inputs.train_rows,
             eval_rows=inputs.eval_rows,
@@ -221,19 +223,10 @@ def _train(
     return trainer
 
 
-def build_structural(
-    config: DistillConfig, model: PreTrainedModel, inputs: RunInputs
-) -> StructuralLosses | None:
-    """The structural losses that ``config`` asks for, if any."""
-    if not config.structural_weights or inputs.teacher is None:
-        return None
-    return StructuralLosses(config, model, inputs.teacher.model)
-
-
 def _require_structural(config: DistillConfig, inputs: RunInputs) -> None:
-    """``UnfitError`` if the models cannot supply a structural loss that is asked for."""
-    if config.structural_weights:
-        build_structural(config, load_student(config), inputs)
+    """Raise ``UnfitError`` if the models cannot supply a structural loss of the configuration."""
+    if config.structural_weights and inputs.teacher is not None:
+        build_structural(config, load_student(config), inputs.teacher.model)
 
 
 def _student_row(name: str, trainer: Trainer) -> ResultRow:
@@ -244,7 +237,7 @@ def _student_row(name: str, trainer: Trainer) -> ResultRow:
 
 @torch.no_grad()
 def _samples(final: Path, inputs: RunInputs) -> list[dict[str, str]]:
-    """What the exported student writes after the beginning of two held-out rows.
+    """Texts that the exported student generates from the beginning of held-out rows.
 
     It is loaded as a user would load it: an export that cannot be used fails the run here.
     """
@@ -270,7 +263,7 @@ def _samples(final: Path, inputs: RunInputs) -> list[dict[str, str]]:
 
 
 def _write_failure(run_dir: RunDirectory, error: BaseException) -> None:
-    """``status.json`` repeats code and message; writing it must not fail in turn."""
+    """Write exit code and message to ``status.json``; a failure to do so is ignored."""
     code = error.exit_code if isinstance(error, SadError) else 1
     state = "stopped" if isinstance(error, StoppedError) else "failed"
     message = str(error) or type(error).__name__

@@ -1,7 +1,7 @@
-"""The two networks of a run: the student with its loss inside its forward, and the frozen teacher.
+"""The student as a root module: its forward pass returns the loss, structural terms included.
 
-The loss belongs inside the root module's forward because that is where the head's weight is whole
-when parameters are sharded: nothing outside ever touches a piece of it.
+The loss is computed inside ``forward`` because that is where a sharded head's weight is whole
+(FSDP2 gathers parameters around the root module's forward): nothing outside may touch a shard.
 """
 
 from __future__ import annotations
@@ -18,21 +18,35 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
-from sad.losses.base import Terms, View
+from sad.losses.base import LossInputs, LossTerms
+from sad.losses.capture import Capture
 from sad.losses.layout import layout_of
 from sad.losses.structural import StructuralLosses
 from sad.models.heads import split_head, with_valid_vocab
 from sad.optim.precision import Precision
 from sad.teachers.frozen import TeacherOutput
 
-Targets = TeacherHidden | Sequence[TeacherHidden] | None
-"""One teacher's answer, several, or none."""
-
 ContextFactory = Callable[[], AbstractContextManager[object]]
+
+LossWeights = Mapping[str, float]
+"""Weight of each loss by its name in the configuration; a loss that is not named is off."""
+
+NO_WEIGHTS: LossWeights = {}
+
+
+class StepOutput(NamedTuple):
+    """The loss of a micro-batch and its parts."""
+
+    loss: Tensor  # [] differentiable; the sum over a window's micro-batches is the window's loss
+    distill: DistillOutput
+    terms: LossTerms  # structural terms and diagnostics, unweighted
 
 
 class StudentWithLoss(nn.Module):
     """A student whose forward pass returns the loss of a batch: its logits never exist whole.
+
+    ``structural`` are the run's structural losses, if it has any: they belong to the root module,
+    whose forward pass computes them, and not to ``model``, which is what is exported.
 
     ``valid_vocab`` is the number of ids the tokenizer can produce; ``autocast`` is entered around
     the layers, and their hidden states are cast to ``compute_dtype`` before the loss.
@@ -43,6 +57,7 @@ class StudentWithLoss(nn.Module):
         model: PreTrainedModel,
         valid_vocab: int,
         *,
+        structural: StructuralLosses | None = None,
         compute_dtype: torch.dtype = torch.float32,
         autocast: ContextFactory = nullcontext,
         chunk_bytes: int | None = None,
@@ -50,6 +65,7 @@ class StudentWithLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.structural = structural
         self.valid_vocab = valid_vocab
         self.compute_dtype = compute_dtype
         self.autocast = autocast
@@ -57,14 +73,68 @@ class StudentWithLoss(nn.Module):
         self.impl = impl
 
     def forward(
-        self, batch: Batch, teacher: Targets, objective: Objective, num_items: int
-    ) -> DistillOutput:
-        """The objective's weighted sum over the batch's targets divided by ``num_items``.
+        self,
+        batch: Batch,
+        teacher: TeacherOutput | None,
+        objective: Objective,
+        counts: LossCounts,
+        weights: LossWeights = NO_WEIGHTS,
+    ) -> StepOutput:
+        """The objective's sum over the batch's targets, plus the weighted structural terms.
 
-        ``num_items`` is the number of targets in the whole accumulation window: adding the
-        gradients of its micro-batches then gives the gradient of their mean over tokens.
+        Each sum is divided by its units in ``counts``, those of the *whole* accumulation window:
+        adding the gradients of the window's micro-batches then gives the gradient of the mean over
+        the window. Structural losses without a weight are neither captured nor computed.
         """
-        return self.loss(self.hidden(batch), batch, teacher, objective, num_items)
+        num_items = max(counts.targets, 1)
+        targets = teacher.targets if teacher is not None and objective.kd_weight else ()
+        active = self.active_losses(weights)
+        if self.structural is None or teacher is None or not active:
+            distill = self._distill(self.hidden(batch), batch, targets, objective, num_items)
+            return StepOutput(distill.loss, distill, {})
+
+        # Hooks listen during this one forward pass of the layers and are gone before the loss.
+        with self.structural.student_capture(active).capturing() as activations:
+            hidden = self.hidden(batch)
+        distill = self._distill(hidden, batch, targets, objective, num_items)
+        inputs = LossInputs(
+            student_hidden=hidden,
+            teacher_hidden=teacher.targets[0].hidden,
+            student=activations,
+            teacher=teacher.activations,
+            layout=layout_of(batch),
+        )
+        terms = self.structural.terms(active, inputs)
+        loss = distill.loss
+        for name, weight in self.term_weights(weights).items():
+            count = max(getattr(counts, self.structural.unit_of(name)), 1)
+            loss = loss + weight * (terms[name].sum / count)
+        return StepOutput(loss, distill, terms)
+
+    def active_losses(self, weights: LossWeights) -> tuple[str, ...]:
+        """The structural losses whose weight is above 0."""
+        return () if self.structural is None else self.structural.active(weights)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Every term of the structural losses."""
+        return () if self.structural is None else self.structural.names
+
+    @property
+    def diagnostics(self) -> tuple[str, ...]:
+        """What the structural losses report besides their terms, for the train record."""
+        return () if self.structural is None else self.structural.diagnostics
+
+    def term_weights(self, weights: LossWeights) -> dict[str, float]:
+        """Term -> weight, of the structural losses whose weight is above 0."""
+        return {} if self.structural is None else self.structural.weights(weights)
+
+    def teacher_capture(self, weights: LossWeights) -> Capture | None:
+        """What the active structural losses need from inside the teacher; None for nothing."""
+        active = self.active_losses(weights)
+        if self.structural is None or not active:
+            return None
+        return self.structural.teacher_capture(active)
 
     def hidden(self, batch: Batch) -> Tensor:  # [B, L, D]
         """Final hidden states, in the dtype that the loss computes in."""
@@ -75,15 +145,15 @@ class StudentWithLoss(nn.Module):
         # Autocast leaves the residual stream of Llama-like models in fp32.
         return hidden.to(self.compute_dtype)
 
-    def loss(
+    def _distill(
         self,
         hidden: Tensor,  # [B, L, D]
         batch: Batch,
-        teacher: Targets,
+        targets: Sequence[TeacherHidden],
         objective: Objective,
         num_items: int,
     ) -> DistillOutput:
-        """What ``forward`` returns, from hidden states that are there already.
+        """The loss on logits, against no teacher, one target or several.
 
         With several targets the divergence, ``kd`` and ``agree`` are means over them.
         """
@@ -102,11 +172,11 @@ class StudentWithLoss(nn.Module):
                 impl=self.impl,
             )
 
-        if teacher is None or isinstance(teacher, TeacherHidden):
-            return against(teacher, objective)
-        first = replace(objective, kd_weight=objective.kd_weight / len(teacher))
+        if len(targets) <= 1:
+            return against(targets[0] if targets else None, objective)
+        first = replace(objective, kd_weight=objective.kd_weight / len(targets))
         rest = replace(first, ce_weight=0.0, z_loss=0.0)  # these do not depend on the target
-        outs = [against(target, rest if i else first) for i, target in enumerate(teacher)]
+        outs = [against(target, rest if i else first) for i, target in enumerate(targets)]
         return outs[0]._replace(
             loss=torch.stack([out.loss for out in outs]).sum(),
             kd=torch.stack([out.kd for out in outs]).mean(),
@@ -115,16 +185,22 @@ class StudentWithLoss(nn.Module):
 
 
 def build_student(
-    config: DistillConfig, model: PreTrainedModel, valid_vocab: int, precision: Precision
+    config: DistillConfig,
+    model: PreTrainedModel,
+    valid_vocab: int,
+    precision: Precision,
+    teacher: PreTrainedModel | None = None,
 ) -> StudentWithLoss:
-    """The student as ``config`` wants its loss computed.
+    """``model`` with the losses of ``config``; the structural ones only if a ``teacher`` is given.
 
-    Raises ``UnfitError`` if its head cannot be taken apart or is narrower than the vocabulary.
+    Raises ``UnfitError`` if the student's head cannot be taken apart or is narrower than the
+    vocabulary, and for a structural loss that the two models cannot supply.
     """
     with_valid_vocab(split_head(model)[1], valid_vocab)
     return StudentWithLoss(
         model,
         valid_vocab,
+        structural=build_structural(config, model, teacher),
         compute_dtype=precision.compute_dtype,
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
@@ -132,44 +208,13 @@ def build_student(
     )
 
 
-class StepOutput(NamedTuple):
-    """A micro-batch's loss and what it is made of."""
+def build_structural(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> StructuralLosses | None:
+    """The structural losses that have a weight in ``config``; None without any, or a teacher.
 
-    loss: Tensor  # [] differentiable; the window's sum of these is its loss
-    distill: DistillOutput
-    terms: Terms
-
-
-class StructuredStudent(nn.Module):
-    """A student whose forward pass returns all of its loss, structural terms included.
-
-    The root module of a run, like ``StudentWithLoss``, which it calls.
+    Raises ``UnfitError`` for a loss that the models cannot supply.
     """
-
-    def __init__(self, student: StudentWithLoss, structural: StructuralLosses) -> None:
-        super().__init__()
-        self.student = student
-        self.structural = structural
-
-    def forward(
-        self,
-        batch: Batch,
-        seen: TeacherOutput,
-        objective: Objective,
-        weights: Mapping[str, float],  # of the structural losses
-        counts: LossCounts,  # of the whole accumulation window
-    ) -> StepOutput:
-        """Each term is divided by the number of its units in the window."""
-        structural = self.structural
-        names = structural.active(weights)
-        with structural.student_capture(names).capturing() as activations:
-            hidden = self.student.hidden(batch)
-        teacher = seen.teacher if objective.kd_weight else None
-        out = self.student.loss(hidden, batch, teacher, objective, max(counts.targets, 1))
-        view = View(hidden, seen.targets[0].hidden, activations, seen.activations, layout_of(batch))
-        terms = structural.terms(names, view)
-        loss = out.loss
-        for name, weight in structural.weights(weights).items():
-            count = max(getattr(counts, structural.unit_of(name)), 1)
-            loss = loss + weight * (terms[name].sum / count)
-        return StepOutput(loss, out, terms)
+    if not config.structural_weights or teacher is None:
+        return None
+    return StructuralLosses(config, student, teacher)

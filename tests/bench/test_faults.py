@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,13 +43,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def wide_tiles(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def wide_tiles(small_tiles: None) -> Iterator[None]:
     """As without a GPU in the benchmark: the narrow tiles of other tests take ten times as long."""
-    if INTERPRETED:
-        from sad_kernels._triton import launch
-
-        monkeypatch.setattr(launch, "choose_tile", launch.choose_tile)
-        interpreter.widen_tiles()
+    with interpreter.wide_tiles() if INTERPRETED else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -298,14 +296,13 @@ def test_rows_come_from_another_process(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_interpreter_rounds_as_a_gpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     import triton.language as tl
-    from sad_kernels._triton import launch
+    from sad_kernels._triton.tile_sizes import choose_tile
     from triton.runtime import interpreter as its
 
     monkeypatch.setattr(its, "_convert_float", lambda *_: "its own way")
-    monkeypatch.setattr(launch, "choose_tile", launch.choose_tile)
-    interpreter.prepare()
+    with interpreter.prepared():
+        assert choose_tile(torch.device("cpu"), "gradient", 2000, 1).block == 2048
     x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8], [-1.7, 3e-39]])
     bits: Any = its._convert_float(x.numpy(), tl.float32, tl.bfloat16, None)  # pyright: ignore
     assert np.array_equal(bits, x.bfloat16().view(torch.int16).numpy().view(np.uint16))
     assert its._convert_float(x.numpy(), tl.float32, tl.float16, None) == "its own way"  # pyright: ignore
-    assert launch.choose_tile("gradient", 2000, 1).block == 2048

@@ -287,6 +287,16 @@ def test_a_planted_fault_is_seen(planted: Reports, kernel: str, target: str) -> 
         assert any(expected in message for message in said), said
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    ["statistics_kernel", "merge_kernel", "mixture_kernel", "gradient_kernel", "merge_kernel 3"],
+)
+def test_a_divergence_without_a_branch_does_not_compile(planted: Reports, kernel: str) -> None:
+    """It would be taken for another; the third merge is that of a top-k teacher."""
+    said = planted[f"planted: unknown divergence: {kernel}"]["sm_90"].get("error", "")
+    assert "divergence must have a branch in every kernel that asks for it" in said
+
+
 def test_a_planted_spill_is_seen(planted: Reports) -> None:
     """On sm_90 only: gfx942 has registers for 512 numbers per thread."""
     assert any("must spill at most 0" in m for m in messages(planted, "too_large", "sm_90"))

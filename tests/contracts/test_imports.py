@@ -1,7 +1,8 @@
-"""Who may import whom, what importing may touch, and what may be missing.
+"""Import rules: between packages, between the rooms of a package, side effects, extras.
 
-Arrows: scripts, bench, tests -> sad -> sad_kernels -> torch, triton. Each checker is shown a
-planted violation that it must flag.
+Packages: scripts, bench, tests -> sad -> sad_kernels -> torch, triton. Within a package a *room* is
+a folder or a file at its top; rooms lie in layers and import downwards only. Each checker is shown
+a planted violation that it must flag.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS, SAD = ROOT / "kernels" / "sad_kernels", ROOT / "sad"
+KERNELS, SAD, BENCH = ROOT / "kernels" / "sad_kernels", ROOT / "sad", ROOT / "bench"
 
 TORCH_ONLY = frozenset({"torch", "sad_kernels"}) | sys.stdlib_module_names
 """What ``sad_kernels`` may import anywhere; the package ``_triton`` adds triton."""
 
 REQUIRED = TORCH_ONLY | {
     "einops",
+    "jinja2",
     "numpy",
     "psutil",
     "sad",
@@ -40,6 +43,40 @@ OPTIONAL = frozenset({"datasets", "matplotlib", "pyarrow", "tensorboard", "track
 
 BEHIND_EXTRAS = {"report.plots": frozenset({"matplotlib"})}
 """Modules of ``sad`` that are nothing without an extra: they import it, and are imported late."""
+
+LAYERS: dict[Path, tuple[str, ...]] = {
+    KERNELS: (
+        "_dispatch _divergence_table _extents _tiles",
+        "objective",
+        "_check _divergence _rows reference",
+        "_torch _triton",
+        "ce ema kd linear",
+        "__init__",
+    ),
+    SAD: (
+        "accumulate curriculum ema errors metrics recipes",
+        "config environment selftest",
+        "models optim",
+        "checkpoint",
+        "data",
+        "losses",
+        "report teachers",
+        "training",
+        "cli",
+        "__init__ __main__",
+    ),
+    BENCH: (
+        "problems table",
+        "peers",
+        "record",
+        "kernels",
+        "faults training",
+        "report",
+        "__init__ __main__",
+    ),
+}
+"""Package -> its rooms in layers, the lowest first. A room imports from layers below its own: from
+no other room of its layer, and so never in a circle."""
 
 
 class Import(NamedTuple):
@@ -88,6 +125,92 @@ def trainer_violations(name: str, source: str) -> list[str]:
         if i.package not in (early | OPTIONAL if i.late else early)
         or (i.module.startswith(behind_extras) and not i.late)
     ]
+
+
+def room_of(root: Path, module: str) -> str:
+    """``sad.config.schema`` is of the room ``config``, ``sad.distill`` of ``__init__``."""
+    name = module.split(".")[1] if "." in module else "__init__"
+    return name if (root / name).is_dir() or (root / f"{name}.py").is_file() else "__init__"
+
+
+def layer_violations(root: Path, room: str, source: str) -> list[str]:
+    """Imports of a file in ``room`` that do not lead to a lower layer of the package."""
+    depth = {name: i for i, layer in enumerate(LAYERS[root]) for name in layer.split()}
+    package = root.name
+    if room not in depth:
+        return [f"{package}.{room} has no layer: give it one in LAYERS of {Path(__file__).name}"]
+    return [
+        f"{package}.{room} imports {i.module}, which is not in a layer below its own"
+        for i in imports(source)
+        if i.package == package
+        and (target := room_of(root, i.module)) != room
+        and depth.get(target, 0) >= depth[room]
+    ]
+
+
+@pytest.mark.parametrize("root", LAYERS, ids=lambda root: root.name)
+def test_rooms_import_downwards_only(root: Path) -> None:
+    files = sorted(root.rglob("*.py"))
+    assert len(files) > 10
+    rooms = {f: f.relative_to(root).with_suffix("").parts[0] for f in files}
+    found = [v for f in files for v in layer_violations(root, rooms[f], f.read_text())]
+    assert not found, "\n".join(dict.fromkeys(found))
+
+
+HANDED_ON = {
+    "sad.checkpoint": "Checkpoint latest_checkpoint load_checkpoint save_checkpoint",
+    "sad.config": "ConfigError DataConfig DistillConfig ce_only config_hash config_to_dict "
+    "config_to_yaml flatten trajectory_changes",
+    "sad.data": "Batch LossCounts",
+    "sad.models": "Backbone load_student load_teacher split_head with_valid_vocab",
+    "sad.report": "format_results verdict write_report",
+}
+"""Names that a room hands on from its files, for users."""
+
+
+@pytest.mark.parametrize("room", HANDED_ON)
+def test_rooms_hand_on_what_users_import(room: str) -> None:
+    module, names = import_module(room), HANDED_ON[room].split()
+    assert sorted(module.__all__) == sorted(names)
+    assert all(hasattr(module, name) for name in names)
+
+
+@pytest.mark.parametrize("root", [KERNELS, SAD], ids=lambda root: root.name)
+def test_imports_name_their_package(root: Path) -> None:
+    """The checkers read absolute imports; relative ones would pass them unseen."""
+    for path in root.rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        relative = [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.level]
+        assert not relative, f"{path}, lines {relative}"
+
+
+@pytest.mark.parametrize(
+    ("root", "room", "source"),
+    [
+        (SAD, "models", "from sad.losses._rows import upcast"),
+        (SAD, "teachers", "def f():\n    from sad.training.student import StudentWithLoss"),
+        (SAD, "report", "from sad import teachers"),
+        (SAD, "config", "import sad.models.load"),
+        (SAD, "training", "from sad import distill"),
+        (SAD, "a_new_room", "import torch"),
+        (KERNELS, "_torch", "from sad_kernels._triton import rows"),
+        (KERNELS, "_triton", "from sad_kernels._torch.gemm import times"),
+        (KERNELS, "_triton", "from sad_kernels import kd"),
+        (KERNELS, "objective", "from sad_kernels._rows import LossSpec"),
+        (BENCH, "peers", "from bench.kernels.timing import timed"),
+    ],
+)
+def test_a_planted_import_upwards_is_flagged(root: Path, room: str, source: str) -> None:
+    assert layer_violations(root, room, source)
+
+
+def test_imports_downwards_and_within_a_room_are_not_flagged() -> None:
+    assert not layer_violations(SAD, "training", "from sad.losses.base import View\nimport torch")
+    assert not layer_violations(SAD, "losses", "from sad.losses._rows import upcast")
+    assert not layer_violations(SAD, "data", "from sad import errors")
+    assert not layer_violations(KERNELS, "ce", "from sad_kernels import _check, _torch")
+    for_typing = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sad.training.run"
+    assert not layer_violations(SAD, "teachers", for_typing)
 
 
 def test_sad_kernels_imports_torch_only() -> None:

@@ -54,6 +54,10 @@ HOW = frozenset({"impl", "chunk_bytes"})
 """Arguments that say how, not what: the reference has none of them."""
 
 
+WITHOUT_DEFINITION = frozenset({"linear_memory_bytes"})
+"""Functions that compute nothing of a tensor, so that the reference has nothing to define."""
+
+
 def public_api() -> list[str]:
     """One line per name, field and method, with signature and default."""
     names = {"sad_kernels": sad_kernels.__all__, "sad": sad.__all__} | PARTS
@@ -139,7 +143,7 @@ def functions() -> list[str]:
     return [name for name in sad_kernels.__all__ if inspect.isfunction(getattr(sad_kernels, name))]
 
 
-@pytest.mark.parametrize("name", functions())
+@pytest.mark.parametrize("name", [n for n in functions() if n not in WITHOUT_DEFINITION])
 def test_every_function_has_a_specification_with_its_arguments(name: str) -> None:
     ours = inspect.signature(getattr(sad_kernels, name)).parameters
     specified = inspect.signature(getattr(reference, name)).parameters

@@ -1,26 +1,40 @@
-"""What the READMEs show is what the program takes."""
+"""What the READMEs show is what the program takes: their code runs, their lists are complete."""
 
 from __future__ import annotations
 
+import os
 import re
+import tomllib
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import sad_kernels
+import torch
+import torch.nn.functional as F
+from sad_kernels.objective import Divergence
+from support.tiny import save_tiny, tiny_llama, write_texts
+from torch import Tensor, nn
 
+from sad import errors
 from sad.config.load import load_config
 from sad.config.schema import STRUCTURAL
 
 ROOT = Path(__file__).parents[2]
-READMES = [
-    path
-    for folder in (".", "sad", "kernels", "bench")
-    if (path := ROOT / folder / "README.md").exists()
-]
-YAML = [
-    shown
-    for path in READMES
-    for shown in re.findall(r"```yaml\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-]
+README, KERNELS, TRAINER = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "kernels/README.md", "sad/README.md")
+)
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCUMENTS = {"README": README, "kernels": KERNELS, "sad": TRAINER}
+N, D_S, D_T, V = 12, 16, 24, 40
+
+
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+YAML = [block for text in DOCUMENTS.values() for block in blocks("yaml", text)]
 
 
 @pytest.mark.parametrize("text", YAML, ids=lambda text: text.split(":")[0].strip("# \n"))
@@ -34,4 +48,158 @@ def test_configurations_load(text: str, tmp_path: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert len(YAML) >= 2
+    assert len(YAML) == 2
+    assert {name: len(blocks("python", text)) for name, text in DOCUMENTS.items()} == {
+        "README": 3,
+        "kernels": 2,
+        "sad": 1,
+    }
+
+
+# --- Code -----------------------------------------------------------------------------------------
+
+
+def names() -> dict[str, Any]:
+    """What the code of the READMEs takes as given, small; each call gives the same values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def linear(D: int) -> nn.Linear:
+        layer = nn.Linear(D, V, bias=False)
+        layer.weight.data.copy_(normal(V, D) * D**-0.5)
+        return layer
+
+    model, lm_head = linear(D_S), linear(D_S)
+    return {
+        "torch": torch,
+        "F": F,
+        "hidden": normal(N, D_S).requires_grad_(),
+        "lm_head": lm_head,
+        "weight": lm_head.weight,
+        "teacher_hidden": normal(N, D_T),
+        "teacher_head": linear(D_T).requires_grad_(False),
+        "logits": normal(N, V).requires_grad_(),
+        "teacher_logits": normal(N, V),
+        "labels": torch.randint(V, (N,), generator=generator),
+        "model": model,
+        "shadows": [p.detach().clone() for p in model.parameters()],
+        "student_model": tiny_llama(),
+        "teacher_model": tiny_llama(seed=1, hidden_size=48),
+        "input_ids": torch.randint(512, (2, 9), generator=generator),
+    }
+
+
+def run(code: str, given: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(code, "README", "exec"), given)
+    return given
+
+
+@pytest.mark.parametrize("name", ["README", "kernels"])
+def test_code_runs_from_top_to_bottom(name: str) -> None:
+    given = names()
+    for code in blocks("python", DOCUMENTS[name]):
+        run(code, given)
+    assert torch.isfinite(given["out"].loss)
+
+
+def test_six_lines_before_and_after_give_the_same() -> None:
+    """Loss and gradients, where every row has a label; at most six lines each, imports apart."""
+    before, after = (run(code, names()) for code in blocks("python", README)[:2])
+    torch.testing.assert_close(after["out"].loss, before["loss"], rtol=1e-5, atol=0)
+    for tensor in ("hidden", "weight"):
+        torch.testing.assert_close(after[tensor].grad, before[tensor].grad, rtol=1e-4, atol=1e-7)
+    for code in blocks("python", README)[:2]:
+        lines = [line for line in code.splitlines() if line and not line.startswith("from")]
+        assert len(lines) <= 6
+
+
+def test_labels_are_not_shifted_and_all_but_the_loss_are_sums() -> None:
+    given = run(blocks("python", README)[1], names())
+    out, s = given["out"], given["hidden"] @ given["weight"].T
+    summed = F.cross_entropy(s, given["labels"], label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(out.ce, summed.detach(), rtol=1e-5, atol=0)
+    assert out.num_tokens == N
+    mean = (0.3 * out.ce + 0.7 * out.kd) / N
+    torch.testing.assert_close(out.loss.detach(), mean, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_the_trainer_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_tiny(Path("path/of/the/student"), tiny_llama())
+    save_tiny(Path("path/of/the/teacher"), tiny_llama(seed=1))
+    write_texts(Path("my_texts"), count=40)
+    [code] = blocks("python", TRAINER)
+    result = run(code, {})["result"]
+    shown = re.findall(r"(?m)^  ([\w.]+/?)", TRAINER.partition("```\nruns/mine/")[2][:1200])
+    assert {"best/", "final/", "status.json"} <= set(shown)
+    left = {f"{path.name}{os.sep if path.is_dir() else ''}" for path in result.run_dir.iterdir()}
+    assert set(shown) - {"baseline/"} <= left
+
+
+# --- Lists ----------------------------------------------------------------------------------------
+
+
+def test_every_loss_and_divergence_is_described() -> None:
+    functions = {n for n in sad_kernels.__all__ if n.islower() and n != "reference"}
+    rows = set(re.findall(r"(?m)^\| `(\w+)`", KERNELS))
+    assert functions <= rows
+    assert set(get_args(Divergence)) <= rows
+
+
+def test_every_exit_code_is_described() -> None:
+    kinds = [k for k in vars(errors).values() if isinstance(k, type)]
+    codes = {str(kind.exit_code) for kind in kinds if issubclass(kind, errors.SadError)}
+    assert set(re.findall(r"(?m)^\| (\d+) \|", TRAINER)) == {"0"} | codes
+
+
+def test_requirements_are_those_of_the_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = dict(re.findall(r"(?m)^\| (?:extra )?`(\w+)` \| (.*) \|$", README))
+    named = {"torch", "triton"}
+    for requirement in project["dependencies"]:
+        package = re.split(r"[>=;]", requirement)[0]
+        wanted = requirement.partition(";")[0] if package in named | {"transformers"} else package
+        assert wanted in needs["sad_kernels" if package in named else "sad"]
+    for extra in ("data", "report"):
+        for requirement in project["optional-dependencies"][extra]:
+            assert re.split(r"[>=]", requirement)[0] in needs[extra]
+    floor = project["requires-python"].removeprefix(">=")
+    assert README.count(f"Python {floor} or newer") == 2
+
+
+def anchors(text: str) -> set[str]:
+    """The names under which GitHub links to headings."""
+    found = re.findall(r"(?m)^#+ (.*)$", text)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "kernels/README.md", "sad/README.md", "bench/README.md",
+             ".github/CONTRIBUTING.md"],
+)  # fmt: skip
+def test_links_and_pictures_lead_somewhere(name: str) -> None:
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", text)
+    links += re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_files_that_are_named_exist() -> None:
+    """Paths in code spans with a suffix or a trailing slash, in the guide for contributors."""
+    found = re.findall(
+        r"`((?:kernels|sad|tests|bench|scripts|\.ci|\.github)/[\w./*]+)`", CONTRIBUTING
+    )
+    assert len(found) > 20
+    for path in found:
+        assert list(ROOT.glob(path)), path

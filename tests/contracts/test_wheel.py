@@ -1,5 +1,4 @@
-"""The wheel holds both packages whole but for READMEs, with recipes and typing marks, and nothing
-else."""
+"""The wheel holds both packages whole, with recipes, templates and typing marks, and no READMEs."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ SOURCES = {"sad": ROOT / "sad", "sad_kernels": ROOT / "kernels" / "sad_kernels"}
 
 
 def expected_files() -> set[str]:
-    """Every file of both packages under the name it has in a wheel."""
+    """Every file of both packages but READMEs, under the name it has in a wheel."""
     return {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in SOURCES.items()
@@ -25,6 +24,7 @@ def expected_files() -> set[str]:
 
 
 def complaints(names: set[str], expected: set[str]) -> list[str]:
+    """What a wheel with these names lacks, and what it has too much of."""
     packed = {name for name in names if ".dist-info/" not in name}
     info = {name.partition(".dist-info/")[2] for name in names - packed}
     needed = {"entry_points.txt", "licenses/LICENSE"}
@@ -46,6 +46,7 @@ def test_the_wheel_holds_what_it_should(tmp_path: Path) -> None:
         assert "sad = sad.cli:main" in archive.read(entry).decode()
     assert complaints(names, expected_files()) == []
     assert {"sad/py.typed", "sad_kernels/py.typed", "sad/recipes/quickstart.yaml"} <= names
+    assert {"sad/report/page.html.jinja", "sad/report/page.css"} <= names
 
 
 SOUND = {"sad/a.py", "sad-1.dist-info/entry_points.txt", "sad-1.dist-info/licenses/LICENSE"}

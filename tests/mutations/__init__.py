@@ -85,6 +85,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "48": ("what structural losses and gates have learned, lost at a stop", ("trainer",)),
     "49": ("losses of weight 0 that are computed", ("trainer",)),
     "50": ("a call that goes past whoever listens to torch's operators", ("triton",)),
+    "51": ("a new divergence that is left out of the sums without an error", ("torch",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

@@ -214,7 +214,7 @@ MUTATIONS = [
     fault(
         "a helper of the kernels is used",
         "from sad_kernels.objective import (\n    DistillOutput,",
-        "from sad_kernels._divergence import divergence_terms\n"
+        "from sad_kernels._divergence import terms_of\n"
         "from sad_kernels.objective import (\n    DistillOutput,",
         mathematics("test_the_reference_shares_no_code_with_what_it_judges"),
     ),

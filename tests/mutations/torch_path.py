@@ -376,13 +376,13 @@ MUTATIONS = [
         "the mixture is formed from probabilities that underflow",
         edit(
             DIVERGENCE,
-            "            over_q, over_p = _over_mixture(1 - beta, log_q, log_p)\n"
-            "            h = _zero_nan(over_q.mul_(log_q.exp())).mul_(1 - beta)\n"
-            "            return _zero_nan(over_p.mul_(log_p.exp())).mul_(beta).add_(h), h\n",
-            "            q, p = log_q.exp(), log_p.exp()\n"
-            "            log_m = ((1 - beta) * q + beta * p).log()\n"
-            "            h = (1 - beta) * q * (log_q - log_m)\n"
-            "            return beta * p * (log_p - log_m) + h, h\n",
+            "    over_q, over_p = _over_mixture(1 - beta, log_q, log_p)\n"
+            "    h = _zero_nan(over_q.mul_(log_q.exp())).mul_(1 - beta)\n"
+            "    return _zero_nan(over_p.mul_(log_p.exp())).mul_(beta).add_(h), h\n",
+            "    q, p = log_q.exp(), log_p.exp()\n"
+            "    log_m = ((1 - beta) * q + beta * p).log()\n"
+            "    h = (1 - beta) * q * (log_q - log_m)\n"
+            "    return beta * p * (log_p - log_m) + h, h\n",
         ),
         regressions(
             "test_probabilities_that_underflow[jsd-kl_div-torch]",
@@ -420,7 +420,11 @@ MUTATIONS = [
     Mutation(
         "13",
         "beta is the student's share",
-        edit(DIVERGENCE, "    match divergence:\n", "    beta = 1 - beta\n    match divergence:\n"),
+        edit(
+            DIVERGENCE,
+            "    return TERMS[divergence]\n",
+            "    return lambda beta, *logs: TERMS[divergence](1 - beta, *logs)\n",
+        ),
         regressions("test_beta_is_the_teachers_share[torch]"),
     ),
     Mutation(
@@ -432,6 +436,27 @@ MUTATIONS = [
             "    num_items = None\n    if isinstance(num_items, int):\n",
         ),
         both("test_the_normaliser_belongs_to_the_window", "linear_distill_loss"),
+    ),
+    Mutation(
+        "51",
+        "divergences that need a second reading are a list of names",
+        edit(
+            STATISTICS,
+            "self.terms = terms_of(objective.divergence)",
+            "self.terms = TERMS_OF_MIXTURES.get(objective.divergence)",
+        )
+        + edit(
+            STATISTICS,
+            'Side = Literal["student", "teacher"]\n',
+            'Side = Literal["student", "teacher"]\n'
+            "MIXTURES = 'jsd', 'skew_forward_kl', 'skew_reverse_kl'\n"
+            "TERMS_OF_MIXTURES = {name: terms_of(name) for name in MIXTURES}\n",
+        ),
+        tests(
+            "sad_kernels/test_divergence_table.py",
+            "test_an_added_divergence_is_right[torch-logits-logits]",
+            "test_an_added_divergence_is_right[torch-hidden-hidden]",
+        ),
     ),
     # --- The head --------------------------------------------------------------------------------
     Mutation(

@@ -9,6 +9,7 @@ CHECKPOINT = "sad/checkpoint/store.py"
 EMA = "sad/ema.py"
 EVALUATE = "sad/training/evaluate.py"
 FILES = "sad/checkpoint/atomic_files.py"
+PARTS = "sad/checkpoint/parts.py"
 OPTIMIZER = "sad/optim/optimizer.py"
 PRECISION = "sad/optim/precision.py"
 SCHEDULE = "sad/optim/schedule.py"
@@ -39,8 +40,8 @@ MUTATIONS = [
         "each micro-batch is divided by its own targets",
         edit(
             TRAINING,
-            "num_items=max(counts.targets, 1)",
-            "num_items=max(batch.num_targets, 1)",
+            "self.student(batch, teacher, objective, counts, weights)",
+            "self.student(batch, teacher, objective, batch.counts, weights)",
         ),
         ANY_SPLIT,
     ),
@@ -59,8 +60,8 @@ MUTATIONS = [
         "the student divides by the targets of its batch, whatever it is told",
         edit(
             "sad/training/student.py",
-            "num_items=num_items,",
-            "num_items=max(batch.num_targets, 1),",
+            "num_items = max(counts.targets, 1)",
+            "num_items = max(batch.num_targets, 1)",
         ),
         training("test_every_split_of_a_batch_gives_the_same_gradient"),
     ),
@@ -69,8 +70,8 @@ MUTATIONS = [
         "a short last window is divided as if it were whole",
         edit(
             TRAINING,
-            "        counts = self._counts(window)\n",
-            "        counts = self._counts(window)\n"
+            "        counts = self.batches.counts(window)\n",
+            "        counts = self.batches.counts(window)\n"
             "        whole = counts.targets * accumulator.accumulation_steps // window.size\n"
             "        counts = counts._replace(targets=whole)\n",
         ),
@@ -216,9 +217,9 @@ MUTATIONS = [
         "37",
         "the average starts anew on resumption",
         edit(
-            TRAINING,
-            '        if self.ema is not None and state["ema"] is not None:\n',
-            "        if False:\n",
+            EMA,
+            "            shadow.copy_(saved[name])\n",
+            "            pass\n",
         ),
         ANY_STOP,
     ),
@@ -236,7 +237,11 @@ MUTATIONS = [
     Mutation(
         "39",
         "a schedule in micro-batches ends after as many of them as there are windows",
-        edit(SCHEDULE, "length = run_length.micro_batches", "length = run_length.windows"),
+        edit(
+            SCHEDULE,
+            "length = run_length.steps(config.scheduler_unit)",
+            "length = run_length.windows",
+        ),
         tests(
             "sad/optim/test_schedule.py",
             "test_100_batches_are_100_scheduler_steps[linear-8-()]",
@@ -258,7 +263,7 @@ MUTATIONS = [
         edit(
             TRAINING,
             'if closes or self.config.scheduler_unit == "batch":',
-            "if self._grad_norm.isfinite():",
+            "if self.meter.grad_norm.isfinite():",
         ),
         LAST_GRADIENT,
     ),
@@ -267,9 +272,9 @@ MUTATIONS = [
         "40",
         "numbers are drawn after the generators were restored",
         edit(
-            TRAINING,
-            "        if lacking:\n",
-            "        torch.rand(self.counters.micro_step)\n        if lacking:\n",
+            "sad/training/state.py",
+            "    if missing:\n",
+            '    __import__("torch").rand(trainer.counters.micro_step)\n    if missing:\n',
         ),
         ANY_STOP,
     ),
@@ -283,9 +288,9 @@ MUTATIONS = [
         "40",
         "gradients of an unfinished window are lost",
         edit(
-            TRAINING,
-            '        load_gradients(self._trained(), tensors["grads"])\n',
-            "",
+            PARTS,
+            "        load_gradients(self._parameters, saved.tensors[self._group])\n",
+            "        pass\n",
         ),
         ANY_STOP,
     ),
@@ -293,9 +298,10 @@ MUTATIONS = [
         "41",
         "the order of the rows depends on where the process began",
         edit(
-            TRAINING,
-            "epoch_permutation(self.config.seed, epoch,",
-            "epoch_permutation(self.config.seed + self.counters.micro_step, epoch,",
+            "sad/training/batches.py",
+            "    def row_numbers(self, micro_step: int) -> np.ndarray:\n",
+            "    def row_numbers(self, micro_step: int) -> np.ndarray:\n"
+            "        self._seed += micro_step * (self._order is None)\n",
         ),
         training("test_rows_come_once_per_epoch_of_a_resumed_run") + ANY_STOP,
     ),
@@ -435,8 +441,8 @@ MUTATIONS = [
         "attention maps are soft-maxed twice",
         edit(
             "sad/losses/attention.py",
-            "return scores.masked_fill(~seen, -torch.inf).log_softmax(-1)",
-            "return scores.masked_fill(~seen, -torch.inf).softmax(-1).log_softmax(-1)",
+            "return scores.masked_fill(~mask, -torch.inf).log_softmax(-1)",
+            "return scores.masked_fill(~mask, -torch.inf).softmax(-1).log_softmax(-1)",
         ),
         tests(
             "sad/losses/test_attention.py",
@@ -449,8 +455,8 @@ MUTATIONS = [
         "a structural term is divided by the units of its micro-batch",
         edit(
             "sad/training/student.py",
-            "count = max(getattr(counts, structural.unit_of(name)), 1)",
-            "count = max(getattr(batch.counts, structural.unit_of(name)), 1)",
+            "count = max(getattr(counts, self.structural.unit_of(name)), 1)",
+            "count = max(getattr(batch.counts, self.structural.unit_of(name)), 1)",
         ),
         structural("test_the_split_of_a_window_does_not_matter"),
     ),
@@ -458,9 +464,10 @@ MUTATIONS = [
         "48",
         "projectors and queues are saved and not restored",
         edit(
-            TRAINING,
-            'tensors.get("structure", {}), "structure")',
-            'model_tensors(self.structure), "structure")',
+            PARTS,
+            "        self._view().load_state_dict(saved)\n",
+            '        if self._group != "structure":\n'
+            "            self._view().load_state_dict(saved)\n",
         ),
         structural("test_a_stop_after_any_micro_batch_changes_no_bit"),
     ),
@@ -468,8 +475,8 @@ MUTATIONS = [
         "48",
         "the teacher's gates start anew after a stop",
         edit(
-            TRAINING,
-            'self.policy.load_state_dict(state.get("teaching", {}), tensors.get("teaching", {}))',
+            "sad/teachers/policy.py",
+            "self.router.load_state_dict(state)",
             "pass",
         ),
         structural("test_routing_survives_a_stop[student_aware]"),

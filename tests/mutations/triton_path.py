@@ -39,7 +39,7 @@ def far_apart(divergence: str) -> tuple[str, ...]:
 # The first lines of the kernels that begin alike.
 STATISTICS = '''"""Partial sums of one row over one segment of the vocabulary."""
     row = tl.program_id(0)'''
-TERMS = '''"""Value and expectation of a mixture's divergence over one segment: [2, segments, N]."""
+MIXTURE = '''expectation of a mixture's divergence over one segment: [2, segments, N]."""
     row = tl.program_id(0)'''
 GRADIENT = '''``width``: the gradient up to V, zeros from there on."""
     row = tl.program_id(0)'''
@@ -51,8 +51,8 @@ MUTATIONS = [
         "in the kernel the softmax is rounded to bf16 before the label's share is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g += exp_1 * q_1_factor - smooth_share",
-            "g += (exp_1 * q_1_factor).to(tl.bfloat16).to(tl.float32) - smooth_share",
+            "g += exp_1 * scalars.q_1_factor - ",
+            "g += (exp_1 * scalars.q_1_factor).to(tl.bfloat16).to(tl.float32) - ",
         ),
         regressions(
             "test_p_is_rounded_after_the_subtraction[dtype1-cross_entropy-triton]",
@@ -64,8 +64,8 @@ MUTATIONS = [
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g = exp_T * (kd / d) - ",
-            "g = (exp_T * (kd / d)).to(tl.bfloat16).to(tl.float32) - ",
+            "g = exp_T * (kd / scalars.d) - ",
+            "g = (exp_T * (kd / scalars.d)).to(tl.bfloat16).to(tl.float32) - ",
         ),
         regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
     ),
@@ -126,9 +126,8 @@ MUTATIONS = [
         "in the kernel the label's logit is rounded to bf16, the sum is not",
         edit(
             MERGE,
-            "tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)",
-            "tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0)"
-            ".to(tl.bfloat16).to(tl.float32)",
+            "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)",
+            "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.bfloat16).to(tl.float32)",
         ),
         regressions("test_no_probability_exceeds_one[dtype0-triton]"),
     ),
@@ -150,8 +149,8 @@ MUTATIONS = [
         "without gradients the kernel's mean is over all rows, not over those that count",
         edit(
             LOGITS,
-            "row_mean(*arguments, items)",
-            "row_mean(*arguments, items if logits.requires_grad else logits.new_tensor(1.0 * "
+            "row_mean(*inputs, items)",
+            "row_mean(*inputs, items if logits.requires_grad else logits.new_tensor(1.0 * "
             "len(logits)))",
         ),
         regressions(
@@ -198,7 +197,7 @@ MUTATIONS = [
     Mutation(
         "5",
         "the gradient is written over the caller's logits",
-        edit(LOGITS, "out = student.new_empty(student.shape)", "out = student")
+        edit(LOGITS, "out = inputs.student.new_empty(inputs.student.shape)", "out = inputs.student")
         + edit(
             LOGITS,
             "upstream, out)\n    return out\n",
@@ -304,7 +303,7 @@ MUTATIONS = [
     Mutation(
         "15",
         "in the gradient the ignore index is always -100",
-        edit(GRADIENT_KERNEL, "        if label == ignore_index:\n", "        if label == -100:\n"),
+        edit(GRADIENT_KERNEL, "if label == ignore_index:", "if label == -100:"),
         regressions(
             "test_ignored_rows_are_as_good_as_absent[3-cross_entropy-triton]",
             "test_ignored_rows_are_as_good_as_absent[-1-linear_distill_loss-triton]",
@@ -361,8 +360,8 @@ MUTATIONS = [
         "the kernel reads labels as if they lay next to each other",
         edit(
             LAUNCH,
-            "    y = partials if labels is None else labels.contiguous()\n",
-            "    y = partials if labels is None else labels\n",
+            "    y = None if labels is None else labels.contiguous()\n    with on_device(x.device)",
+            "    y = labels\n    with on_device(x.device)",
         ),
         regressions(
             "test_layouts_are_only_layouts[cross_entropy-triton]",
@@ -374,9 +373,8 @@ MUTATIONS = [
         "the kernel reads rows of the student as if they touched",
         edit(
             STATISTICS_KERNEL,
-            "    s_row = s_ptr + row * s_stride\n    t_row = s_row\n    if TEACHER == DENSE:",
-            "    s_row = s_ptr + row * tl.minimum(s_stride, V)\n    t_row = s_row\n"
-            "    if TEACHER == DENSE:",
+            "LogitsRow(s_ptr + row * s_stride, ",
+            "LogitsRow(s_ptr + row * tl.minimum(s_stride, V), ",
         ),
         regressions(
             "test_layouts_are_only_layouts[cross_entropy-triton]",
@@ -388,8 +386,8 @@ MUTATIONS = [
         "the kernel reads rows of the teacher as if they touched",
         edit(
             STATISTICS_KERNEL,
-            "        t_row = t_ptr + row * t_stride\n    ids = ids_ptr\n",
-            "        t_row = t_ptr + row * tl.minimum(t_stride, V)\n    ids = ids_ptr\n",
+            "LogitsRow(t_ptr + row * t_stride, ",
+            "LogitsRow(t_ptr + row * tl.minimum(t_stride, V), ",
         ),
         regressions(
             "test_layouts_are_only_layouts[kl_div-triton]",
@@ -472,7 +470,7 @@ MUTATIONS = [
         edit(
             LINEAR,
             "inverse = 1 / items.float()",
-            "inverse = 1 / (labels != args.spec.ignore_index).sum().clamp(min=1).float()",
+            "inverse = 1 / (inputs.labels != args.spec.ignore_index).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
     ),
@@ -588,7 +586,7 @@ MUTATIONS = [
     Mutation(
         "8",
         "rows are 32-bit offsets where the terms of a mixture are formed",
-        edit(MIXTURE_KERNEL, f"{TERMS}.to(tl.int64)\n", f"{TERMS}\n"),
+        edit(MIXTURE_KERNEL, f"{MIXTURE}.to(tl.int64)\n", f"{MIXTURE}\n"),
         far_apart("jsd"),
     ),
     Mutation(
@@ -650,8 +648,8 @@ MUTATIONS = [
         "in the kernel what a top-k teacher's ids leave is summed from the row's maximum",
         edit(
             STATISTICS_KERNEL,
-            "        s, gone, id, next_id = mask_ids(s, at, ",
-            "        every = s\n        s, gone, id, next_id = mask_ids(s, at, ",
+            "        s, masked, cursor = mask_ids(s, start, ",
+            "        every = s\n        s, masked, cursor = mask_ids(s, start, ",
         )
         + edit(
             STATISTICS_KERNEL,
@@ -678,7 +676,7 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel a top-k teacher's ids count twice in the mean logit",
-        edit(STATISTICS_KERNEL, "number -= gone", "number -= 0 * gone"),
+        edit(STATISTICS_KERNEL, "number -= masked", "number -= 0 * masked"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.1-triton]",

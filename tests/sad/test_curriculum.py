@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sad.curriculum import Curriculum
+from sad.curriculum import RAMPS, Curriculum
 
 FULL = {
     "kd": 0.7,
@@ -80,6 +80,18 @@ def test_state_goes_through_json() -> None:
 def test_unknown_losses_are_refused_naming_the_known(name: str) -> None:
     with pytest.raises(ValueError, match="kd, feature, attention, router, layerwise, contrastive"):
         Curriculum({"kd": 0.7, name: 0.1}, 10)
+
+
+def test_a_loss_is_a_row_of_the_ramps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for losses in ({"toy": 0.1}, {"kd": 0.7, "toy": 0.1}):
+        with pytest.raises(ValueError, match=r"weights must be of kd, .*, got 'toy'.*RAMPS"):
+            Curriculum(losses, 10)
+        with pytest.raises(ValueError, match=r"schedules must be of kd, .*, got 'toy'.*RAMPS"):
+            Curriculum({"kd": 0.7}, 10, {name: [[0, 1]] for name in losses})
+    monkeypatch.setitem(RAMPS, "toy", (0.5, 1.0))
+    curriculum = Curriculum({"kd": 0.7, "toy": 0.2}, 100)
+    assert [curriculum.weights(step)["toy"] for step in (0, 50, 75, 100)] == [0, 0, 0.1, 0.2]
+    assert Curriculum({"toy": 0.2}, 100, {"toy": [[0, 1]]}).weights(0) == {"toy": 0.2}
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "0.1", None, True])

@@ -248,6 +248,13 @@ def with_masters() -> tuple[nn.Linear, dict[str, Tensor], ModelEMA]:
     return model, masters, ModelEMA(model, masters=masters)
 
 
+def test_a_master_of_no_parameter_is_refused() -> None:
+    model = linear(torch.bfloat16)
+    masters = {"weight": model.weight.detach().float(), "wieght": torch.zeros(3, 5)}
+    with pytest.raises(ValueError, match=r"masters must have the names .*, got 'wieght'; pass"):
+        ModelEMA(model, masters=masters)
+
+
 def test_the_average_follows_the_masters() -> None:
     """Their small steps are below the resolution of the live bf16 weights."""
     model, masters, average = with_masters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -94,16 +94,16 @@ def test_auto_takes_the_torch_path_on_a_cpu(op: str, spy: Callable[[], list[str]
 
 
 @pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+def spy() -> Iterator[Callable[[], list[str]]]:
     """The names of the kernels that have been launched so far."""
-    from sad_kernels._triton import launch
+    from sad_kernels._triton.tile_sizes import Tile, current_rule, tile_rule
 
     seen: list[str] = []
-    choose = launch.choose_tile
+    rule = current_rule()
 
-    def note(kernel: str, *how: Any, **more: Any) -> launch.Tile:
+    def note(arch: str, kernel: str, *how: Any) -> Tile:
         seen.append(kernel)
-        return choose(kernel, *how, **more)
+        return rule(arch, kernel, *how)
 
-    monkeypatch.setattr(launch, "choose_tile", note)
-    return lambda: seen
+    with tile_rule(note):
+        yield lambda: seen

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from sad_kernels._rows import LossSpec
 from sad_kernels._triton import launch, linear, logits, operator
-from sad_kernels._triton.operator import OpArgs, Packed, encode
+from sad_kernels._triton.operator import Encoded, OpArgs, encode
 
 N, V, D, K = 5, 40, 6, 3
 
@@ -56,7 +56,7 @@ def labels_of(x: Tensor) -> Tensor:
     return y
 
 
-def packed(scale: float = 1.0, softcap: float | None = None, **options: Any) -> Packed:
+def packed(scale: float = 1.0, softcap: float | None = None, **options: Any) -> Encoded:
     objective = Objective(ce_weight=0.5, z_loss=0.01, temperature=3.0, **options)
     spec = LossSpec(objective, V - 2, -100, compute_ce=True, compute_metrics=True)
     return encode(OpArgs(spec, scale, softcap))

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from sad_kernels._rows import LossSpec
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale
 from sad_kernels._triton.rows import PARTS
+from sad_kernels._triton.tile_sizes import table_rule, tile_rule
 from sad_kernels.objective import Divergence, Objective
 from torch import Tensor
 from triton import knobs
@@ -105,10 +107,11 @@ def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
         )
         return True  # do not compile, do not launch
 
-    launch.THREADS_PER_WARP = target.warp_size
     driver.set_active(NoDevice(target))  # pyright: ignore[reportArgumentType]
     knobs.runtime.jit_cache_hook = take_note
-    call()
+    arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    with tile_rule(lambda _, *how: table_rule(arch, *how)):  # not the tiles of a CPU
+        call()
     knobs.runtime.jit_cache_hook = None
     return launches
 
@@ -442,6 +445,14 @@ def planted_cases() -> Iterator[Case]:
             kernel[(N,)], x, x, x.stride(0), 151665, 0.5, BLOCK=2048, num_warps=4
         )
         yield Case(kernel.__name__, call, True)
+    yield Case("unknown divergence", of_unknown_divergence, True)
+
+
+def of_unknown_divergence() -> None:
+    """A mixture of whose code no kernel knows anything, beside a dense and a top-k teacher."""
+    with mock.patch.dict(launch.DIVERGENCES, jsd=99):
+        distill(BF16, BF16, "aligned", divergence="jsd")()
+        top_k(BF16, "aligned", 64, divergence="jsd")()
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {

@@ -14,7 +14,6 @@ from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.report.log import RunLog
 from sad.training.inputs import RunInputs, load_inputs
-from sad.training.run import build_structural
 from sad.training.student import build_student
 from sad.training.trainer import Trainer
 
@@ -25,10 +24,9 @@ def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trai
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
     model = load_student(config)
-    student = build_student(config, model, inputs.valid_vocab, precision)
-    structural = build_structural(config, model, inputs)
-    run_dir = RunDirectory(config.output_dir)
-    return Trainer(config, student, inputs, precision, run_dir, structural=structural)
+    teacher = None if inputs.teacher is None else inputs.teacher.model
+    student = build_student(config, model, inputs.valid_vocab, precision, teacher)
+    return Trainer(config, student, inputs, precision, RunDirectory(config.output_dir))
 
 
 def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:

@@ -1,9 +1,9 @@
-"""The torch path: one loop over tiles of logits, for every loss of the package.
+"""The autograd function of the torch path: one loop over tiles of logits, for every loss.
 
-Forward reads each tile once (mixtures: twice) into row statistics. Backward reads it again, forms
-its gradient with the true upstream, and hands it to where the logits came from. So one path serves
-every reduction and any upstream, backward may run twice, and without gradients nothing extra is
-computed or kept.
+Forward reads each tile once (twice for some divergences) into row statistics. Backward reads it
+again, forms its gradient with the true upstream, and hands it to the source of the logits. So one
+path serves every reduction and any upstream, backward may run twice, and without gradients nothing
+extra is computed or kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tile = tuple[slice, slice, Tensor, Tensor | None, Tensor]  # rows, columns, s, t
 
 
 class ModelInput(NamedTuple):
-    """One model: hidden states and head if there is a weight, otherwise its logits."""
+    """The tensors of one model: hidden states and head if it has a weight, otherwise logits."""
 
     x: Tensor  # [N, D] or [N, >= V]
     weight: Tensor | None = None  # [>= V, D]
@@ -36,7 +36,7 @@ class ModelInput(NamedTuple):
 
 
 class TopKInput(NamedTuple):
-    """A teacher known at K ids."""
+    """The tensors of a ``TeacherTopK``, and its tail in the place of a transform."""
 
     ids: Tensor  # [N, K]
     log_probs: Tensor  # [N, K]
@@ -44,8 +44,8 @@ class TopKInput(NamedTuple):
 
 
 def head_input(hidden: Tensor, head: Head, layout: RowLayout) -> ModelInput:
-    finish = LogitTransform(float(head.logit_scale), head.softcap)
-    return ModelInput(layout.rows(hidden), head.weight, head.bias, finish)
+    transform = LogitTransform(float(head.logit_scale), head.softcap)
+    return ModelInput(layout.rows(hidden), head.weight, head.bias, transform)
 
 
 def teacher_input(teacher: Teacher | None, layout: RowLayout) -> ModelInput | TopKInput | None:
@@ -68,6 +68,7 @@ def row_losses(
     shape: TileShape,
 ) -> RowResults:
     """Every row's loss, differentiable, and its parts, detached: [N] each, 0 in ignored rows."""
+    # Autograd only sees tensors that are arguments of their own, so the records are flattened.
     *student_tensors, student_transform = student
     *teacher_tensors, teacher_transform = teacher or (None,)
     call = _Call(spec, student_transform, teacher_transform, shape)
@@ -75,7 +76,7 @@ def row_losses(
 
 
 class _Call(NamedTuple):
-    """What a call is, apart from its tensors, which autograd has to see."""
+    """The arguments of a call that are no tensors."""
 
     spec: LossSpec
     student: LogitTransform
@@ -91,11 +92,13 @@ class _RowLosses(torch.autograd.Function):
             statistics = problem.statistics()
             for tile in problem.tiles():
                 statistics.add(*tile)
+            # Both normalisers are known now: log-probabilities can be formed and compared.
             if statistics.reads_twice:
                 for rows, _, s, t, _ in problem.tiles():
-                    statistics.add_mixture(rows, s, t)
+                    statistics.add_terms(rows, s, t)
             results, saved = statistics.finish()
 
+        # The inputs and a few numbers per row are kept, never a tile.
         ctx.call, ctx.num_tensors = call, len(tensors)
         ctx.save_for_backward(*tensors, *saved)
         loss, *parts = (problem.scatter(x) for x in results)
@@ -112,19 +115,23 @@ class _RowLosses(torch.autograd.Function):
         with _no_autocast(tensors):
             problem = _Problem(ctx.call, tensors)
             gradient = problem.gradient(saved, upstream)
-            problem.student.want_gradients(*ctx.needs_input_grad[1:4])
+            problem.student.want_gradients(*ctx.needs_input_grad[1:4])  # x, weight, bias
+
+            # A gradient belongs to the tile that was made last: each is added before the next.
             for tile in problem.tiles(with_teacher=gradient.has_kd):
                 problem.student.add_gradient(tile[0], gradient.tile(*tile))
             student_gradients = problem.student.gradients()
+        # In the order of forward's arguments: the call, the student's three, everything else.
         return None, *student_gradients, *[None] * (ctx.num_tensors - 3)
 
 
 class _Problem:
-    """The rows that count, where their logits come from, and the tiles these are read in."""
+    """The rows that count, the sources of their logits, and the loop over tiles."""
 
     def __init__(self, call: _Call, tensors: tuple[Tensor | None, ...]) -> None:
         x, weight, bias, labels, *teacher = tensors
         assert x is not None
+        # Only the n rows that count exist from here on.
         self.call, self.num_rows = call, len(x)
         self.kept, self.labels = _kept(labels, call.spec.ignore_index)
         n = self.num_rows if self.kept is None else len(self.kept)
@@ -168,7 +175,10 @@ class _Problem:
         return x.new_zeros(self.num_rows).index_copy_(0, self.kept, x)
 
     def tiles(self, with_teacher: bool = True) -> Iterator[Tile]:
-        """Read every tile once: slices of the vocabulary outside, rows inside."""
+        """Read every tile once: slices of the vocabulary outside, rows inside.
+
+        In this order a slice of the head is read, and its gradient written, once.
+        """
         n, V, shape = len(self.zeros), self.call.spec.vocab, self.call.shape
         share = self.call.spec.objective.teacher_share
         teacher = self.teacher if with_teacher else None
@@ -187,14 +197,15 @@ class _Problem:
 
 
 def _kept(labels: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
-    """The rows that count, None for all of them, and their labels."""
+    """The indices of the rows that count, None for all of them, and their labels."""
     if labels is None:
         return None, None
+    # nonzero waits for the device, as the number of rows has to be known here.
     kept = (labels != ignore_index).nonzero().squeeze(1)
     return (None, labels) if len(kept) == len(labels) else (kept, labels[kept])
 
 
 def _no_autocast(tensors: tuple[Tensor | None, ...]) -> torch.autocast:
-    """Autocast acts inside an autograd function too; the dtypes here are chosen, not cast."""
+    """Autocast off: it would act inside an autograd function too, whose dtypes are chosen."""
     assert tensors[0] is not None
     return torch.autocast(tensors[0].device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU: oneDNN's for fp32, torch's for everything else."""
+"""The matrix product of the torch path: oneDNN for fp32 on a CPU, ``torch.mm`` elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PIECE = 512
-"""Terms that oneDNN sums one after the other. MKL sums in blocks, and over thousands of terms the
-longest sum would decide the error: 2.2 times MKL's at 2048 terms, 1.6 times in pieces of 512."""
+"""The most terms that oneDNN may sum one after the other. MKL sums in blocks, and over thousands of
+terms the longest sum would decide the error: 2.2 times MKL's at 2048 terms, 1.6 times in pieces of
+512."""
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # [m, k], [n, k] -> [m, n]
@@ -21,6 +22,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:  # [m, k], [n, k] -> [m, n]
     if not (HAS_ONEDNN and a.is_cpu and a.dtype == torch.float32):
         return a @ b.T
     linear = torch.ops.mkldnn._linear_pointwise
+    # Pieces of the inner dimension, each added to the sum of those before it.
     total = None
     for k in range(0, a.shape[1], PIECE):
         x, w = a[:, k : k + PIECE].contiguous(), b[:, k : k + PIECE]

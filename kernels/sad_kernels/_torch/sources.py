@@ -1,11 +1,14 @@
-"""Where tiles of logits come from, and where tiles of their gradient go.
+"""Sources of logit tiles: a model's logits, or its hidden states and head, and their gradients.
 
 A source gives the logits of a model in tiles of rows x columns, in the dtype of the arithmetic,
-after bias, scale and softcap. A source that was asked for gradients takes tiles of the gradient
-with respect to these logits and turns them into gradients of what the logits were made of.
+after bias, scale and softcap. After ``want_gradients`` it takes the gradient of each tile of logits
+in turn, and accumulates the gradients of the logits, or of hidden states, weight and bias.
 
-Only the rows whose loss counts exist here (``kept``; None: all of them). The others are never
-read, so they may hold anything, and their gradients are exact zeros.
+Only the rows whose loss counts exist here (``kept`` has their indices; None: all rows). The others
+are never read, so they may hold anything, and their gradients are exact zeros.
+
+Protocol: ``open(columns)``, then ``tile(rows)``, each followed by ``add_gradient(rows, g)`` if
+there are gradients, then ``close()``; for every slice of columns; then ``gradients()``.
 """
 
 from __future__ import annotations
@@ -21,24 +24,24 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class LogitTransform(NamedTuple):
-    """What follows the matrix product: ``softcap(logit_scale * x)``."""
+    """What turns products into logits: ``softcap(logit_scale * x)``."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
 
 
 class LogitSource:
-    """Logits that are there: [N, >= V] in any floating-point dtype and with any row stride."""
+    """Materialised logits [N, >= V], of any floating-point dtype and row stride."""
 
     def __init__(
-        self, logits: Tensor, finish: LogitTransform, kept: Tensor | None, dtype: torch.dtype
+        self, logits: Tensor, transform: LogitTransform, kept: Tensor | None, dtype: torch.dtype
     ) -> None:
         self.logits, self.kept, self.dtype = logits, kept, dtype
-        self.softcap = _Softcap(finish.softcap)
+        self.softcap = _Softcap(transform.softcap)
         self.dlogits: Tensor | None = None
 
     def open(self, columns: slice) -> None:
-        """Turn to a slice of the vocabulary; the tiles that follow belong to it."""
+        """Start a slice of the vocabulary, to which the tiles that follow belong."""
         self.columns = columns
 
     def tile(self, rows: slice) -> Tensor:  # [rows, columns], the receiver's to overwrite
@@ -50,13 +53,13 @@ class LogitSource:
         self.softcap.differentiable = True
 
     def add_gradient(self, rows: slice, g: Tensor) -> None:
-        """Take the gradient of the logits that ``tile`` gave last; overwrites it."""
+        """Store the gradient ``g`` of the logits that ``tile`` gave last; ``g`` is overwritten."""
         if self.dlogits is not None:
             g = self.softcap.backward_(g).to(self.dlogits.dtype)
             self.dlogits[self._rows(rows), self.columns] = g
 
     def close(self) -> None:
-        """The slice of the vocabulary is complete: nothing more will be added to it."""
+        """End the slice of the vocabulary."""
 
     def gradients(self) -> Gradients:
         return self.dlogits, None, None
@@ -66,11 +69,11 @@ class LogitSource:
 
 
 class HeadSource:
-    """Logits made slice by slice from hidden states and a head: never N x V of them.
+    """Hidden states and a head, whose logits are computed tile by tile: never N x V of them.
 
-    The factors of every product have the hidden states' precision, a weight of another dtype is
-    rounded to it one slice at a time. The products are computed in ``dtype``, the gradient is not
-    rounded before them, and what they sum over many slices is kept in ``dtype`` to the end.
+    The factors of every product have the precision of the hidden states: a weight of another dtype
+    is rounded to it, one slice at a time. The products and their sums over slices are in ``dtype``;
+    the gradient of the logits is never rounded, those of the leaves once, at the end.
     """
 
     def __init__(
@@ -78,13 +81,13 @@ class HeadSource:
         hidden: Tensor,  # [N, D]
         weight: Tensor,  # [>= V, D]
         bias: Tensor | None,  # [>= V]
-        finish: LogitTransform,
+        transform: LogitTransform,
         kept: Tensor | None,  # [n]
         dtype: torch.dtype,
         vocab: int,
     ) -> None:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
-        self.logit_scale, self.softcap = finish.logit_scale, _Softcap(finish.softcap)
+        self.logit_scale, self.softcap = transform.logit_scale, _Softcap(transform.softcap)
         self.dtype, self.vocab = dtype, vocab
         self.x = (hidden if kept is None else hidden[kept]).to(dtype)  # [n, D]
         self.dx: Tensor | None = None  # [n, D]
@@ -110,13 +113,14 @@ class HeadSource:
             self.dx = torch.zeros_like(self.x)
         if weight:
             self.dweight = torch.empty_like(self.weight)
-            self.dweight[self.vocab :] = 0
+            self.dweight[self.vocab :] = 0  # padding; the slices before it are written by close
         if bias and self.bias is not None:
             self.dbias = torch.zeros_like(self.bias, dtype=self.dtype)
         self.softcap.differentiable = True
 
     def add_gradient(self, rows: slice, g: Tensor) -> None:
         g = self.softcap.backward_(g)
+        # From the logits' gradient to that of the products h W^T + b.
         if self.logit_scale != 1:
             g.mul_(self.logit_scale)
         if self.dx is not None:
@@ -146,7 +150,7 @@ Source = LogitSource | HeadSource
 
 
 class _Softcap:
-    """``cap tanh(x / cap)``, and its derivative ``1 - tanh^2`` for the tile that was made last."""
+    """``cap tanh(x / cap)``, with the derivative ``1 - tanh^2`` of the last tile kept."""
 
     def __init__(self, cap: float | None) -> None:
         self.cap, self.differentiable = cap, False

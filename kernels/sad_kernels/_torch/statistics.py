@@ -1,4 +1,4 @@
-"""Row statistics of logits that arrive in tiles of rows x columns, and the losses they give.
+"""Online softmax statistics of rows whose logits arrive in tiles, and the losses they give.
 
 Every sum is kept relative to the running maxima ``m`` of its row, which stay apart from the sums:
 large numbers are never subtracted from each other, so an offset of 1e4 costs nothing. With
@@ -15,28 +15,33 @@ A = sum e^a' (a - b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - lo
 
 with ``a - b`` in A short for ``(a - m_a) - (b - m_b)``. Maxima start at -1e30, not at -inf, so a
 slice of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it multiplies, -inf included. NaN
-and +inf reach the sums ``d`` of their own row and poison it. The mixtures compare
-log-probabilities, so they must know ``d`` first and read the logits twice.
+and +inf reach the sums ``d`` of their own row and poison it. A divergence that is no KL is summed
+from log-probabilities, term by term: it must know both ``d`` first, and reads the logits twice.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import divergence_terms
+from sad_kernels._divergence import Terms, terms_of
+from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels._rows import LossSpec, RowResults
 from sad_kernels._torch.topk import TopKRows
-from sad_kernels.objective import MIXTURES
 
 LOWEST = -1e30
-ROUNDING = 1e-5  # a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
+ROUNDING = 1e-5  # nats: a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
+
+Side = Literal["student", "teacher"]
+
+ONE_PASS_KL: dict[str, Side] = {"forward_kl": "teacher", "reverse_kl": "student"}
+"""The divergences that one reading gives, each a KL(a || b): whose distribution ``a`` is."""
 
 
 class SavedRows(NamedTuple):
-    """What the gradient needs besides the logits: a few numbers per row, [n]."""
+    """Statistics that backward needs besides the logits, [n] each."""
 
     maximum: Tensor  # of the student
     total: Tensor  # sum exp((s - maximum) / T)
@@ -59,7 +64,10 @@ class RunningSoftmax:
         self.argmax = torch.full_like(like, -1, dtype=torch.long) if argmax else None
 
     def shift_(self, rows: slice, columns: slice, x: Tensor, scratch: Tensor) -> Tensor:
-        """Subtract the maximum of the columns so far from the tile; return its move, [rows]."""
+        """Update the maximum and subtract it from the tile; return how far it moved, [rows].
+
+        ``x`` is overwritten with ``x - maximum``, ``scratch`` with anything.
+        """
         maximum = self.maximum[rows]
         before = maximum.clone()
         torch.maximum(before, x.amax(1), out=maximum)
@@ -78,10 +86,11 @@ class RunningSoftmax:
 
 
 class RowStatistics:
-    """Feed it every tile once (``add``), for a mixture again (``add_mixture``), then ``finish``.
+    """Accumulates the statistics of n rows over tiles of their logits, and makes losses of them.
 
-    A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch ``u``, all three
-    [rows, columns] and overwritten. Labels may lie outside the vocabulary.
+    Call ``add`` with every tile once; if ``reads_twice``, then ``add_terms`` with every tile again;
+    then ``finish``. A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch
+    ``u``, all three [rows, columns] and overwritten. Labels may lie outside the vocabulary.
     """
 
     def __init__(
@@ -90,11 +99,21 @@ class RowStatistics:
         objective, zeros = spec.objective, torch.zeros_like(like)  # [n]
         self.spec, self.temperature, self.labels = spec, objective.temperature, labels
         self.topk = teacher if isinstance(teacher, TopKRows) else None
+
+        # One softmax per side, each with its own maximum and normaliser.
         self.student = RunningSoftmax(like, self.temperature, spec.compute_metrics)
         self.rest = RunningSoftmax(like, self.temperature, argmax=False)  # outside a top-k's ids
         self.teacher: RunningSoftmax | None = None
+        self.kl_left: Side | None = None  # a of a KL(a || b) from running sums
+        self.terms: Terms | None = None  # of any other divergence of a dense teacher
         if teacher is True:
             self.teacher = RunningSoftmax(like, self.temperature, spec.compute_metrics)
+            if DIVERGENCES[objective.divergence].forward_passes == 1:
+                self.kl_left = _one_pass_kl(objective.divergence)
+            else:
+                self.terms = terms_of(objective.divergence)
+
+        # The sums of the module's docstring that are not normalisers at T.
         self.label_logit = torch.full_like(like, torch.nan)
         self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
         self.cross = zeros.clone()  # A
@@ -103,9 +122,13 @@ class RowStatistics:
     # --- one tile ---------------------------------------------------------------------------------
 
     def add(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> None:
+        """First reading: update every sum of these rows with one tile."""
+        # The label's and the ids' logits are picked while the tile still holds logits.
         self._note_label(rows, columns, s)
         if self.topk is not None:
             self._add_rest(self.topk, rows, columns, s, u)
+
+        # From here on s and t hold differences to their running maxima, and u exponentials.
         move = self.student.shift_(rows, columns, s, u)
         if t is not None:
             self._add_both(rows, columns, s, t, u, move)
@@ -115,6 +138,7 @@ class RowStatistics:
             self._add_untempered(rows, columns, s, u, move)
 
     def _note_label(self, rows: slice, columns: slice, s: Tensor) -> None:
+        """Keep the logit of each label that lies in this tile."""
         if self.labels is None:
             return
         column = self.labels[rows] - columns.start
@@ -127,16 +151,17 @@ class RowStatistics:
         self, rows: slice, columns: slice, s: Tensor, t: Tensor, u: Tensor, move: Tensor
     ) -> None:
         """Both sums ``d`` and, for a KL, ``A``; leave ``exp(s / T)`` in ``u``."""
-        student, teacher, kind = self.student, self.teacher, self.spec.objective.divergence
+        student, teacher = self.student, self.teacher
         assert teacher is not None
+        # A is rescaled by the totals from before this tile, so it comes before ``add`` of its side.
         teacher_move = teacher.shift_(rows, columns, t, u)
         tempered_exp(t, self.temperature, out=u)
-        if kind == "forward_kl":
+        if self.kl_left == "teacher":
             self._add_cross(rows, u, t.sub_(s), teacher.total[rows], teacher_move, move)
         teacher.add(rows, teacher_move, u)
 
         tempered_exp(s, self.temperature, out=u)
-        if kind == "reverse_kl":
+        if self.kl_left == "student":
             self._add_cross(rows, u, t.neg_().add_(s), student.total[rows], move, teacher_move)
         student.add(rows, move, u)
 
@@ -149,13 +174,14 @@ class RowStatistics:
         move_a: Tensor,
         move_b: Tensor,
     ) -> None:
+        """Rescale A to the new maxima and add ``sum(weights * gap)``; a is the weighted side."""
         factor = (move_a / self.temperature).exp_()
         rescale_cross = (self.cross[rows] + total * (move_a - move_b)) * factor
         # nansum: what is not a number here is 0 * inf, a weight of 0. Real NaNs show in the totals.
         self.cross[rows] = rescale_cross.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
 
     def _add_rest(self, topk: TopKRows, rows: slice, columns: slice, s: Tensor, u: Tensor) -> None:
-        """The sum ``d`` of the columns that the teacher's ids leave, from their own maximum."""
+        """The sum ``d`` of the columns outside the teacher's ids, from their own maximum."""
         row, _, column = topk.note_logits(rows, columns, s)
         u.copy_(s)[row, column] = -torch.inf
         move = self.rest.shift_(rows, columns, u, u)
@@ -167,21 +193,22 @@ class RowStatistics:
         """The sums at temperature 1, from ``exp(s / T)`` in ``u``."""
         if self.spec.objective.label_smoothing > 0:
             self.plain[rows] += columns.start * move + s.sum(1)
+
         weights = u if self.temperature == 1 else tempered_exp(s, 1.0, out=u)
         factor, total = move.exp(), self.total_1[rows]
         if self.spec.compute_metrics:
             self.weighted[rows] = (self.weighted[rows] + total * move) * factor
         self.total_1[rows] = total * factor + weights.sum(1)
-        if self.spec.compute_metrics:
+        if self.spec.compute_metrics:  # after the sum, because the weights are overwritten
             self.weighted[rows] += weights.mul_(s).nansum(1)
 
-    def add_mixture(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
-        """Second reading: value and expectation of a divergence of log-probabilities."""
+    def add_terms(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
+        """Second reading: the sums of ``f`` and ``h`` (see ``_divergence.py``) of these rows."""
         student, teacher, objective = self.student, self.teacher, self.spec.objective
-        assert teacher is not None and t is not None
+        assert teacher is not None and t is not None and self.terms is not None
         log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
         log_p = log_softmax_(t, teacher.maximum[rows], teacher.total[rows], self.temperature)
-        f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        f, h = self.terms(objective.beta, log_q, log_p)
         self.divergence[rows] += f.sum(1)
         self.expectation[rows] += h.sum(1)
 
@@ -189,16 +216,20 @@ class RowStatistics:
 
     @property
     def reads_twice(self) -> bool:
-        return self.teacher is not None and self.spec.objective.divergence in MIXTURES
+        """Whether every tile has to be read again, by ``add_terms``."""
+        return self.terms is not None
 
     def finish(self) -> tuple[RowResults, SavedRows]:
+        """The losses of the rows, and what backward needs of them."""
         objective = self.spec.objective
         divergence, saved = self._finish_divergence()
         poison = self._poison()
 
+        # A KL of 0 may come out as -1e-8: a divergence within rounding below 0 is 0.
         kd = torch.where((divergence < 0) & (divergence > -ROUNDING), 0, divergence)
         kd = kd * objective.kd_scale + poison
         ce, z, entropy = self._finish_untempered(poison)
+
         weighted = (objective.ce_weight, ce), (objective.kd_weight, kd), (objective.z_loss, z)
         loss = poison.clone()
         for weight, term in weighted:
@@ -208,7 +239,7 @@ class RowStatistics:
         return RowResults(loss, ce, kd, z, correct, agree, entropy), saved
 
     def _poison(self) -> Tensor:
-        """NaN in rows with a label or a teacher's id outside the vocabulary, 0 in the others."""
+        """NaN in rows with a label outside the vocabulary, 0 in the others."""
         poison = torch.zeros_like(self.total_1)
         if self.labels is not None:
             outside = (self.labels < 0) | (self.labels >= self.spec.vocab)
@@ -216,6 +247,7 @@ class RowStatistics:
         return poison
 
     def _finish_divergence(self) -> tuple[Tensor, SavedRows]:
+        """The bare divergence, before T^2, and what its gradient needs."""
         student, teacher, objective = self.student, self.teacher, self.spec.objective
         saved = SavedRows(student.maximum, student.total, self.total_1)
         if self.topk is not None:
@@ -229,14 +261,14 @@ class RowStatistics:
             return torch.zeros_like(self.total_1), saved
 
         log_student, log_teacher = student.total.log(), teacher.total.log()
-        match objective.divergence:
-            case "forward_kl":
+        match self.kl_left:
+            case "teacher":
                 value = self.cross / (self.temperature * teacher.total) - log_teacher + log_student
                 expectation = torch.full_like(value, -1)
-            case "reverse_kl":
+            case "student":
                 value = self.cross / (self.temperature * student.total) - log_student + log_teacher
                 expectation = value
-            case _:
+            case None:
                 value = self.divergence + 0 * (log_student + log_teacher)  # NaN from either side
                 expectation = self.expectation
         return value, saved._replace(
@@ -244,7 +276,7 @@ class RowStatistics:
         )
 
     def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CE, squared log-normaliser, entropy."""
+        """CE, ``lse^2`` and entropy, all at temperature 1."""
         if not self.spec.compute_ce:
             return poison, poison, torch.zeros_like(poison)
         eps, log_d = self.spec.objective.label_smoothing, self.total_1.log()
@@ -255,6 +287,7 @@ class RowStatistics:
         return ce, z, log_d - self.weighted / self.total_1
 
     def _finish_counts(self) -> tuple[Tensor, Tensor]:
+        """Whether the student's argmax is the label, and whether it is the teacher's: 0 or 1."""
         column, nothing = self.student.argmax, torch.zeros_like(self.total_1)
         if column is None:
             return nothing, nothing
@@ -264,6 +297,12 @@ class RowStatistics:
         if self.teacher is not None:
             return correct, (column == self.teacher.argmax).to(nothing.dtype)
         return correct, nothing
+
+
+def _one_pass_kl(divergence: str) -> Side:
+    if divergence not in ONE_PASS_KL:
+        raise missing(divergence, f"{__name__}.ONE_PASS_KL")
+    return ONE_PASS_KL[divergence]
 
 
 def tempered_exp(x: Tensor, temperature: float, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of a teacher that is known at K ids only: k + 1 outcomes, the ids and everything else.
+"""A top-k teacher's rows in the torch path: K + 1 outcomes, the ids and everything else.
 
 The student's share of everything else comes from its own sum over the columns outside K, relative
 to their own maximum. Taking ``1 - sum_K q`` instead would cancel: in fp32 it is 11 % off at 1e-6.
@@ -13,18 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import divergence_terms, teacher_outcomes
+from sad_kernels._divergence import teacher_outcomes, terms_of
 from sad_kernels.objective import Objective, Tail
 
 Positions = tuple[Tensor, Tensor, Tensor]
 
 
 class TopKGradient(NamedTuple):
-    """``dD/dz``: ``inside`` in the columns of K, ``outside * exp((s - rest_maximum) / T)`` in the
-    others, relative to the largest of these."""
+    """The gradient ``dD/dz`` of the bare divergence, times T, by the student's logits."""
 
-    inside: Tensor  # [n, K]
-    outside: Tensor  # [n]
+    inside: Tensor  # [n, K], in the columns of the ids
+    outside: Tensor  # [n], times exp((s - rest_maximum) / T) in all other columns
 
 
 class TopKRows:
@@ -33,6 +32,7 @@ class TopKRows:
     def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int, like: Tensor):
         self.log_probs = log_probs.to(like.dtype)
         self.present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
+        # Foreign and repeated ids poison their row; padding and foreign ids get the id -1.
         known = (ids >= 0) & (ids < vocab) & self.log_probs.isfinite()
         self.ids = ids.long().where(self.present & known, -1)
         self.poisoned = (self.present & ~known).any(1) | self._has_repeated_ids()  # [n]
@@ -44,7 +44,7 @@ class TopKRows:
         return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
     def positions(self, rows: slice, columns: slice) -> Positions:
-        """Where in a tile the ids lie: indices of its rows, of K, of its columns."""
+        """The ids that lie in a tile: indices of its rows, of K, of its columns."""
         ids = self.ids[rows]
         row, k = ((ids >= columns.start) & (ids < columns.stop)).nonzero(as_tuple=True)
         return row, k, ids[row, k] - columns.start
@@ -56,6 +56,7 @@ class TopKRows:
         return row, k, column
 
     def argmax(self) -> Tensor:  # [n]
+        """The id with the highest log-probability."""
         best = self.log_probs.argmax(1, keepdim=True)
         return self.ids.gather(1, best).squeeze(1)
 
@@ -67,15 +68,19 @@ class TopKRows:
         ``maximum`` is the student's over all columns, ``rest_maximum`` the one over those outside
         K, and ``rest`` the sum of ``exp((s - rest_maximum) / T)`` over these.
         """
+        # log q of the K ids and of the rest, relative to the student's maximum.
         at_ids = (self.logits - maximum[:, None]) / objective.temperature
         at_ids = at_ids.where(self.present, -torch.inf)
         below = (rest_maximum - maximum) / objective.temperature
         total = rest * below.exp() + at_ids.exp().sum(1)
         log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1) - total.log()[:, None]
+
         log_p, log_p_rest = teacher_outcomes(self.log_probs, self.tail, self.vocab)
         log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
-        f, h = divergence_terms(objective.divergence, objective.beta, log_q, log_p)
+        f, h = terms_of(objective.divergence)(objective.beta, log_q, log_p)
 
+        # The gradient of a column outside K is its share q_v / q_rest of the rest's gradient
+        # h_rest - q_rest sum h. Both terms are kept as factors of exp((s - rest_maximum) / T).
         q, expectation = log_q.exp(), h.sum(1, keepdim=True)
         outside = (h[:, -1] / rest).where(rest > 0, 0) - expectation[:, 0] * below.exp() / total
         inside = (h - q * expectation)[:, :-1].contiguous()

@@ -1,15 +1,21 @@
-"""The Triton implementation: kernels, their launchers, and the operators that torch knows them by.
+"""The Triton implementation: kernels, their launchers, and the operators that torch knows.
 
-tile.py     what is done to one tile of logits (device functions)
-rows.py     the four kernels over rows of logits: statistics, merge, terms, gradient
-launch.py   tiles, warps and grids; the only place that launches the kernels of rows.py
-operator.py operators that torch knows by name, and the shorter way where only autograd looks
-reduce.py   rows to their mean, their count and the sums of their parts
-logits.py   operators for losses of logits that are there
-linear.py   operators for losses of hidden states and a head; what they ask for is in request.py
-chunks.py   the loop of a linear loss over chunks of rows; its products are in gemm.py
-scale.py    a gradient times a number on the device
-ema.py      update and swap of a whole model in one launch
+Imported only where triton is installed. From device code to public functions:
 
-Imported only where triton is installed.
+tile.py        mathematics of one tile of logits: exponentials, softcap, divergences
+rows.py        how the four row kernels work together (read this first); what they share
+statistics.py  kernel: partial sums of each row over each segment of the vocabulary
+merge.py       kernel: segments to rows, and the losses of each row
+mixture.py     kernel: divergences against a mixture, which take a second reading
+gradient.py    kernel: the gradient by the logits
+tile_sizes.py  the table of tile sizes; the rule that sweeps and tests replace
+launch.py      tensors to launches of these four kernels: ``forward`` and ``gradient``
+reduce.py      kernel: row losses to their mean, and the sums of their parts
+scale.py       kernel: a gradient times a number on the device
+operator.py    registration of torch operators, and the encoding of their options
+logits.py      operators and entry points for losses of logits
+chunks.py      linear losses in chunks of rows: products, row kernels, products again
+gemm.py        matrix products with fp32 results
+linear.py      operators and entry points for losses of hidden states and a head
+ema.py         kernels: averaging and swapping of a whole model in one launch per device
 """

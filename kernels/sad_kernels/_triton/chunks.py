@@ -1,18 +1,20 @@
-"""Hidden states through a head in chunks of rows: losses and gradients, never N x V logits.
+"""Linear losses in chunks of rows: losses and gradients without N x V logits in memory.
 
-Forward blocks of ``C_f`` rows: the student's and the teacher's products go to fp32 slabs, the row
-kernels read them and write the gradient of the logits, in the hidden states' dtype, to its slab of
-``C_g = 4 C_f`` rows. When that is full, or the rows are, come the products that need many rows:
+Two sizes of chunks share two kinds of slabs. A forward block has ``C_f`` rows: the products of the
+student's and the teacher's hidden states with their heads go to fp32 slabs, the row kernels read
+these and write the gradient ``g`` of the logits, in the hidden states' dtype, to its own slab of
+``C_g = 4 C_f`` rows. When that slab is full, or the rows have ended, follow the products that are
+efficient for many rows only:
 
-    dhidden = g W                 one cast at the end of its chunk
-    dweight += g^T hidden         in fp32 over all chunks
-    dbias   += column sums of g   in fp32
+    dhidden  = g W                 one cast at the end of its chunk
+    dweight += g^T hidden          in fp32 over all chunks
+    dbias   += column sums of g    in fp32
 
 Both sizes follow from ``chunk_bytes`` alone, never from free memory: the order of summation must
-not move with the machine.
+not depend on the machine.
 
-Rows that do not count are zeroed in the chunk's copy of the hidden states: their ``g`` is 0, but 0
-times what they hold need not be.
+Rows that do not count are zeroed in the chunk's copy of the hidden states: their ``g`` is 0, but
+0 times inf or NaN is not.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from sad_kernels._triton.rows import PARTS
 
 @dataclass(frozen=True)
 class HiddenWithHead:
-    """One model: hidden states, and the head that makes them logits."""
+    """One model: its final hidden states, and the head that turns them into logits."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [>= V, D], in the dtype of the hidden states
@@ -42,14 +44,14 @@ class HiddenWithHead:
     softcap: float | None
 
     def logits(self, rows: slice, slab: Tensor, vocab: int) -> Logits:
-        """The products of some rows, written to the slab; bias, scale and softcap come later."""
+        """Write the products of some rows to the slab; kernels apply bias, scale and softcap."""
         out = slab[: rows.stop - rows.start, :vocab]
         times(self.hidden[rows], self.weight[:vocab].T, out=out)
         return Logits(out, self.bias, self.scale, self.softcap)
 
 
 class GradMask(NamedTuple):
-    """Which gradients are wanted."""
+    """Which of the three gradients are computed."""
 
     hidden: bool
     weight: bool
@@ -57,7 +59,7 @@ class GradMask(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of all rows. A gradient that is not wanted is empty."""
+    """Losses of all rows, and gradients; one that is not wanted is empty."""
 
     loss: Tensor  # [N]
     parts: Tensor  # [PARTS, N]
@@ -77,7 +79,7 @@ def run(
     dhidden_dtype: torch.dtype,  # the others are left in fp32
     chunk_bytes: int | None,
 ) -> Result:
-    """Losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
+    """Compute the losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
     hidden, V = student.hidden, spec.vocab
     N = len(hidden)
     fp32 = hidden.new_empty(0, dtype=torch.float32)
@@ -101,6 +103,8 @@ def run(
     if any_grad and grad_mask.bias:
         result = result._replace(dbias=fp32.new_zeros(len(student.weight)))
 
+    # The slabs, of the largest block and chunk that occur, serve all of them in turn. A pitch of
+    # whole 16 bytes lets the kernels load vectors whatever V is.
     chunks = cut(N, sizes.gradient)
     blocks_of = [cut(chunk.stop - chunk.start, sizes.forward) for chunk in chunks]
     most = max((block.stop - block.start for blocks in blocks_of for block in blocks), default=0)
@@ -108,13 +112,13 @@ def run(
     rows_of_g = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     g = hidden.new_empty(rows_of_g if any_grad else 0, pitch(V))
     for chunk, blocks in zip(chunks, blocks_of, strict=True):
-        for block in blocks:
+        for block in blocks:  # block: rows within the chunk; rows: the same among all
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             s, y = student.logits(rows, slabs[0], V), labels[rows]
             t = _teacher_rows(teacher, rows, slabs[-1], V)
             forward = launch.forward(spec, s, y, t)
             result.loss[rows], result.parts[:, rows] = forward.loss, forward.parts
-            if any_grad:
+            if any_grad:  # while the products are in their slabs, which the next block overwrites
                 up = upstream if len(upstream) == 1 else upstream[rows]
                 launch.gradient(spec, s, y, t, forward, up, g[block, :V])
         if any_grad:
@@ -131,6 +135,7 @@ def _add_gradients(
     result: Result,
     grad_mask: GradMask,
 ) -> None:
+    """Write a chunk's rows of dhidden, and add its products to dweight and dbias."""
     V = spec.vocab
     g = g[: chunk.stop - chunk.start, :V]
     if grad_mask.hidden:
@@ -143,6 +148,7 @@ def _add_gradients(
     if grad_mask.weight:
         counts = (labels[chunk] != spec.ignore_index)[:, None]
         x = student.hidden[chunk].where(counts, 0)
+        # The first chunk overwrites dweight, which saves a pass of zeros over it.
         if chunk.start == 0:
             times(g.T, x, out=result.dweight[:V])
         else:
@@ -154,13 +160,14 @@ def _add_gradients(
 def _teacher_rows(
     teacher: HiddenWithHead | Logits | SortedTopK | None, rows: slice, slab: Tensor, vocab: int
 ) -> Logits | SortedTopK | None:
+    """Some rows of a teacher of any kind, as the row kernels take it."""
     match teacher:
         case HiddenWithHead():
             return teacher.logits(rows, slab, vocab)
         case Logits():
             return Logits(teacher.x[rows], teacher.bias, teacher.scale, teacher.softcap)
         case SortedTopK():
-            return SortedTopK(*(x[rows] for x in (teacher.ids, teacher.log_p)),
-                        teacher.log_rest[rows], teacher.best[rows])  # fmt: skip
+            fields = teacher.ids, teacher.log_p, teacher.log_rest, teacher.best
+            return SortedTopK(*(x[rows] for x in fields))
         case None:
             return None

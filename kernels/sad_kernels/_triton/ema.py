@@ -1,14 +1,15 @@
-"""Update and swap of a whole model: one launch per device, pair of dtypes and alignment.
+"""Kernels: averaging (update) and swapping of a whole model's tensors in few launches.
 
-A program works on one block of at most ``BLOCK`` elements of one pair. Where the block lies stands
-in a table on the device, one row of int64 per program: the address of its shadows, the address of
-its parameters, the number of its elements. Offsets are thus added once, on the host and in 64
-bits, and a table takes 24 bytes per ``BLOCK`` elements. The decay is read from device memory,
-so that new values and new tensors never compile a kernel anew.
+There is one launch per device, pair of dtypes and alignment. A program works on one block of at
+most ``BLOCK`` elements of one pair of shadow and parameter. A table on the device says where its
+block lies, in one row of int64 per program: the address of the shadows, the address of the
+parameters, the number of elements. Offsets are thus added once, on the host and in 64 bits, and a
+table takes 24 bytes per ``BLOCK`` elements. The decay is read from device memory, so that new
+values and new tensors never compile a kernel anew.
 
-An address that is loaded carries no alignment: accesses would be as narrow as one element. Where
-both tensors of a pair begin at a multiple of 16 bytes the kernels are told so, and read and write
-16 bytes at a time; the other pairs have a launch of their own.
+Triton knows nothing of the alignment of an address that was loaded, and would access one element at
+a time. Where both tensors of a pair begin at a multiple of 16 bytes the kernels are told so, and
+access 16 bytes at a time; the other pairs have a launch of their own.
 
 The tables of the last ``PLANS`` sets of tensors are kept and found again by address, dtype and
 size, so that replaced storage gets a new table and the same storage does not. A new table is copied
@@ -53,9 +54,10 @@ def _update_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Move one block of shadows towards its parameters."""
     w = tl.load(coefficients_ptr)
     keep = tl.load(coefficients_ptr + 1)
-    if w == 0.0:
+    if w == 0.0:  # a decay of 1 leaves the shadows' bits alone
         return
     s_ptr, p_ptr, n = _block(table_ptr, tl.float32, PARAM, ALIGNED)
     o_n = tl.arange(0, BLOCK)
@@ -72,7 +74,10 @@ def _update_kernel(
 
 @triton.jit
 def _moved(s, p, w, keep):
-    """From the nearer end, so that the result is exact at both; a copy lets no NaN of ``s`` in."""
+    """``keep s + w p``, computed from the nearer of the two so that both ends are exact.
+
+    With ``keep`` 0 the result is ``p``, even where ``s`` is NaN.
+    """
     step = p - s
     moved = tl.where(w < 0.5, s + w * step, p - keep * step)
     return tl.where(keep == 0.0, p, moved)
@@ -86,6 +91,7 @@ def _swap_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Exchange one block of shadows with its parameters."""
     s_ptr, p_ptr, n = _block(table_ptr, SHADOW, PARAM, ALIGNED)
     o_n = tl.arange(0, BLOCK)
     if n == BLOCK:
@@ -126,7 +132,7 @@ def _turned(bits, by):
 
 @triton.jit
 def _block(table_ptr, SHADOW: tl.constexpr, PARAM: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where this program's shadows and parameters begin, and how many there are."""
+    """Read this program's row of the table: pointers to shadows and parameters, their number."""
     row_ptr = table_ptr + tl.program_id(0).to(tl.int64) * 3
     s_ptr = tl.load(row_ptr).to(tl.pointer_type(SHADOW))
     p_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(PARAM))
@@ -179,7 +185,7 @@ def _coefficients(decay: Tensor, device: torch.device) -> Tensor:  # [2] fp32
 
 
 class Launch(NamedTuple):
-    """One launch, but for the decay."""
+    """The arguments of one launch, without the decay."""
 
     device: torch.device
     shadow_dtype: torch.dtype
@@ -190,10 +196,11 @@ class Launch(NamedTuple):
 
 
 _captured: dict[tuple[Extent, ...], tuple[Launch, ...]] = {}
-"""Plans that CUDA graphs replay with: they hold the tables' addresses, so these must never go."""
+"""Plans used under capture, never evicted: a CUDA graph replays with the tables' addresses."""
 
 
 def _plan_of(extents: tuple[Extent, ...]) -> tuple[Launch, ...]:
+    """The launches of these pairs, kept for as long as a CUDA graph may replay them."""
     launches = _plan(extents, BLOCK)
     if any(_is_capturing(launch.device) for launch in launches):
         _captured[extents] = launches

@@ -1,4 +1,4 @@
-"""Matrix products with fp32 results, whatever the factors' dtype: library calls on every device."""
+"""Matrix products of factors in any dtype, accumulated and returned in fp32 (library calls)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def times(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:  # [m, k], [k, n] -> [m, n]
-    """``a b`` in fp32, never rounded to 16 bits."""
-    if a.dtype == torch.float32 or a.device.type == "cpu":  # interpreted; a CPU has no other way
+    """The product ``a b`` in fp32, never rounded to 16 bits."""
+    # torch.mm has no out_dtype on a CPU, where interpreted kernels run: cast the factors.
+    if a.dtype == torch.float32 or a.device.type == "cpu":
         return torch.mm(a.float(), b.float(), out=out)
     if out is None:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -16,7 +17,7 @@ def times(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:  # [m, k],
 
 
 def add_times_(total: Tensor, a: Tensor, b: Tensor) -> None:  # [m, n] fp32, [m, k], [k, n]
-    """``total += a b`` without a temporary of its size."""
+    """Add the product ``a b`` to ``total``, without a temporary of its size."""
     if a.dtype == torch.float32 or a.device.type == "cpu":
         total.addmm_(a.float(), b.float())
     else:

@@ -1,7 +1,7 @@
-"""From tensors to launches: tiles, warps and grids of the kernels over rows.
+"""Launches of the four kernels over rows: arguments, flags and grids, from tensors.
 
-Tiles are fixed tables. Nothing is tuned at run time, so that two runs sum in the same order, and a
-launch costs no search.
+``forward`` and ``gradient`` are the only callers of these kernels. ``rows.py`` explains how the
+kernels work together.
 """
 
 from __future__ import annotations
@@ -14,116 +14,68 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import teacher_outcomes
+from sad_kernels._divergence_table import DIVERGENCES as DIVERGENCE_TABLE
+from sad_kernels._divergence_table import missing
 from sad_kernels._rows import LossSpec
 from sad_kernels._triton import rows, tile
 from sad_kernels._triton.gradient import gradient_kernel
 from sad_kernels._triton.merge import merge_kernel
 from sad_kernels._triton.mixture import mixture_kernel
+from sad_kernels._triton.rows import Flags
 from sad_kernels._triton.statistics import statistics_kernel
-from sad_kernels.objective import MIXTURES, Divergence, Tail
+from sad_kernels._triton.tile_sizes import choose_tile, power_of_2
+from sad_kernels.objective import Tail
 
-SEGMENT = 16384
-"""Columns that one program sums up. 256 rows of 128256 columns make 2048 programs."""
+MERGE_NUMBERS = 128  # rows, or rows times ids, per program of ``merge``
 
-MERGE_NUMBERS = 128  # rows, or rows times ids, that one program of ``merge`` holds
-
-DIVERGENCES: dict[Divergence, int] = {
+DIVERGENCES: dict[str, int] = {
     "forward_kl": tile.FORWARD_KL.value,
     "reverse_kl": tile.REVERSE_KL.value,
     "jsd": tile.JSD.value,
     "skew_forward_kl": tile.SKEW_FORWARD_KL.value,
     "skew_reverse_kl": tile.SKEW_REVERSE_KL.value,
 }
+"""The divergences that these kernels compute, and their codes in ``tile.py``.
 
+A new one also needs a branch where ``statistics``, ``merge``, ``gradient`` and
+``tile.divergence_terms`` tell them apart: without it the kernel does not compile.
+"""
 
 T_CASES = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
 
 
-VECTOR_BYTES = 16  # the widest load of one thread
-THREADS_PER_WARP = 64 if torch.version.hip else 32
-
-
-class Tile(NamedTuple):
-    """Columns at a time, the columns of one program (a multiple), and its warps."""
-
-    block: int
-    segment: int
-    warps: int
-
-    def lanes(self, *logits: Tensor) -> dict[str, int]:
-        """Columns that a thread loads at once, and the threads that hold different ones.
-
-        As Triton lays out the tiles of all that is read, so that a lane's sum stays within a thread
-        and equal logits of two dtypes are summed in the same order.
-        """
-        vector = min(self.block, VECTOR_BYTES // min(x.element_size() for x in logits))
-        return {
-            "VECTOR": vector,
-            "LANES": min(self.block // vector, THREADS_PER_WARP * self.warps),
-        }
-
-
-def choose_tile(kernel: str, vocab: int, pressure: int, *, ids: bool = False) -> Tile:
-    """The one place where tiles are chosen.
-
-    ``pressure`` counts what occupies registers: each tensor read, a softcap, a divergence that
-    needs logarithms, and two for a top-k teacher. With ``ids`` of such a teacher to look for a
-    program takes twice the columns, as it does for a gradient, which is written and not summed, so
-    that few programs are as good as many. These tiles are the fastest on an H200 with 8192 rows, or
-    within 2 % of it, a quarter faster than larger segments with 256, and spill in no loop; with two
-    tensors only small programs keep enough resident. Times are in ``bench/LOG.md`` and come from
-    ``python -m bench tiles``; what each kernel takes on sm_80 to sm_120 and gfx942 is in
-    ``tests/contracts/budgets.json``.
-    """
-    match kernel:
-        case "statistics":
-            block, warps = (2048, 4) if pressure == 1 else (512, 1)
-        case "gradient":
-            block, warps = {1: (2048, 8), 2: (2048, 4)}.get(pressure, (1024, 4))
-        case _:  # terms
-            block, warps = 2048, 4
-    block = min(block, max(128, power_of_2(vocab)))
-    most = block // (8 * THREADS_PER_WARP)  # 16 bytes of 16-bit logits per thread
-    segment = 2 * SEGMENT if ids or kernel == "gradient" else SEGMENT
-    return Tile(block, segment, warps=max(1, min(warps, most)))
-
-
 @dataclass(frozen=True)
 class Logits:
-    """Rows of one model: logits, or products that bias, scale and softcap make logits."""
+    """One model's rows of logits, or of products that become logits by bias, scale and softcap."""
 
-    x: Tensor  # [N, >= V], columns next to each other
+    x: Tensor  # [N, >= V], of column stride 1
     bias: Tensor | None = None  # [>= V]
     scale: float = 1.0
     softcap: float | None = None
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        bias = self.x if self.bias is None else self.bias
-        return self.x, self.x.stride(0), bias, float(self.scale), float(self.softcap or 1.0)
-
-    def flags(self, side: str) -> dict[str, bool]:
-        return {
-            f"{side}_BIAS": self.bias is not None,
-            f"{side}_SCALE": self.scale != 1,
-            f"{side}_CAP": self.softcap is not None,
-        }
+        """The kernels' five arguments for one side; None for a step that this model lacks."""
+        scale = None if self.scale == 1 else float(self.scale)
+        softcap = None if self.softcap is None else float(self.softcap)
+        return self.x, self.x.stride(0), self.bias, scale, softcap
 
 
 @dataclass(frozen=True)
 class SortedTopK:
-    """A teacher's ids in ascending order, and its log-probabilities there and everywhere else."""
+    """A top-k teacher with each row's ids in ascending order."""
 
     ids: Tensor  # [N, K] int32; rows.PAD_ID is padding
-    log_p: Tensor  # [N, K]
-    log_rest: Tensor  # [N]
-    best: Tensor  # [N] int64
+    log_p: Tensor  # [N, K] log-probabilities of the ids
+    log_rest: Tensor  # [N] log-probability of everything else
+    best: Tensor  # [N] int64, the likeliest id
 
     @classmethod
     def prepare(cls, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int) -> SortedTopK:
-        """Sort the ids of each row, so that a tile finds its own in one stretch."""
+        """Sort the ids of each row, so that those of one tile lie next to each other."""
         log_p = log_probs.float()
         best = ids.gather(1, log_p.argmax(1, keepdim=True)).squeeze(1).long()
+        # Padding sorts last. Foreign ids stay foreign in int32: -1 below, PAD_ID - 1 above.
         present = log_p != -torch.inf
         ids = ids.long().clamp(-1, rows.PAD_ID.value - 1).where(present, rows.PAD_ID.value)
         ids, order = ids.sort(dim=1, stable=True)
@@ -132,19 +84,19 @@ class SortedTopK:
 
 
 class Forward(NamedTuple):
-    """Row losses, and what the gradient needs of the rows."""
+    """Row losses, and the numbers per row that the gradient needs."""
 
     loss: Tensor  # [N]
-    parts: Tensor  # [6, N]: ce, kd, z, correct, agree, entropy
+    parts: Tensor  # [PARTS, N]: ce, kd, z, correct, agree, entropy
     saved: Tensor  # [SAVED, N]
-    inside: Tensor  # [N, K], of a top-k teacher
-    outside: Tensor  # [N]
+    inside: Tensor  # [N, K], of a top-k teacher: the gradient by the ids' logits
+    outside: Tensor  # [N]: and by all others, see merge.py
 
 
 def forward(
     spec: LossSpec, student: Logits, labels: Tensor | None, teacher: Logits | SortedTopK | None
 ) -> Forward:
-    """All losses of all rows: one reading of the logits, for a mixture a second."""
+    """Compute all losses of all rows in one pass over the logits; a mixture takes a second."""
     x, V = student.x, spec.vocab
     N = len(x)
     empty = x.new_empty(0, dtype=torch.float32)
@@ -156,29 +108,37 @@ def forward(
         inside=empty.new_empty((0, 0) if top_k is None else top_k.ids.shape),
         outside=empty.new_empty(0 if top_k is None else N),
     )
-    if N == 0:
+    objective = spec.objective
+    flags = _flags(spec, teacher)._replace(
+        COMPUTE_CE=spec.compute_ce,
+        COMPUTE_METRICS=spec.compute_metrics,
+        SMOOTH=spec.compute_ce and objective.label_smoothing > 0,
+    )
+    if N == 0:  # a grid must not be empty
         return result
-    kind, flags, dense = _teacher(spec, student, labels, teacher)
-    objective, numbers, share = spec.objective, _numbers(spec), float(spec.objective.teacher_share)
-    mixture = kind == rows.DENSE.value and objective.divergence in MIXTURES
-    flags |= {"COMPUTE_CE": spec.compute_ce, "COMPUTE_METRICS": spec.compute_metrics}
-    flags |= {"SMOOTH": spec.compute_ce and objective.label_smoothing > 0}
+    dense = teacher if isinstance(teacher, Logits) else student
+    numbers, share = _numbers(spec), _target_share(spec)
+    two_passes = DIVERGENCE_TABLE[objective.divergence].forward_passes == 2
+    mixture = isinstance(teacher, Logits) and two_passes
 
-    pressure = _pressure(student, dense, teacher)
-    shape = choose_tile("statistics", V, pressure, ids=top_k is not None)
+    # Statistics: one program per row and segment. Where there is no teacher, no ids, the pointers
+    # are of tensors that exist and the kernel does not read them.
+    pressure = _pressure(student, teacher)
+    shape = choose_tile(x.device, "statistics", V, pressure, ids=top_k is not None)
     segments = ceil_div(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, K = (partials, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
-    y = partials if labels is None else labels.contiguous()
+    y = None if labels is None else labels.contiguous()
     with on_device(x.device):
         statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments, share,
             ids, K, y, spec.ignore_index, partials, N, V, numbers[0],
-            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, dense.x), **flags,
-            **_target_flags(spec, dense), num_warps=shape.warps, enable_fp_fusion=True,
+            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, dense.x), FLAGS=flags,
+            num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
-    terms = partials
+    # Merge: one program for a few rows, fewer beside a top-k teacher, whose K ids it holds.
+    mixture_sums = partials  # not read until there are such sums
     block_k = 1 if top_k is None else power_of_2(top_k.ids.shape[1])
     rows_at_a_time = max(1, MERGE_NUMBERS // block_k)
 
@@ -187,45 +147,45 @@ def forward(
             (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
         )
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
-            partials, terms, segments, shape.segment, N, V, *student.arguments,
+            partials, mixture_sums, segments, shape.segment, N, V, *student.arguments,
             ids, log_p, log_rest, best, K, y, spec.ignore_index,
             result.loss, result.parts, result.saved, result.inside, result.outside,
             *numbers,
             ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_MIXTURE=mixture and final,
-            **flags, num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
+            FLAGS=flags, num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
             enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(x.device):
-        if mixture:
+        if mixture:  # the normalisers first, then the second pass, which needs them
             merge(final=False)
-            terms = _terms(spec, student, dense, y, result.saved, flags)
+            mixture_sums = _mixture(spec, student, dense, y, result.saved, flags.DIVERGENCE)
         merge(final=True)
     return result
 
 
-def _terms(
+def _mixture(
     spec: LossSpec,
     student: Logits,
     teacher: Logits,
-    y: Tensor,
+    labels: Tensor | None,
     saved: Tensor,
-    flags: dict[str, object],
-) -> Tensor:
-    N, V = len(student.x), spec.vocab
-    (inv_T, _, beta, *_), share = _numbers(spec), float(spec.objective.teacher_share)
-    shape = choose_tile("terms", V, 2)
+    divergence: int,
+) -> Tensor:  # [2, segments, N]
+    """The sums of ``f`` and ``h`` of a mixture's divergence over each segment."""
+    x, V = student.x, spec.vocab
+    N = len(x)
+    inv_T, _, beta, *_ = _numbers(spec)
+    shape = choose_tile(x.device, "mixture", V, 2)
     segments = ceil_div(V, shape.segment)
-    terms = saved.new_empty(2, segments, N)
-    needed = ("HAS_LABELS", "DIVERGENCE", "S_BIAS", "S_SCALE", "S_CAP")
+    sums = saved.new_empty(2, segments, N)
     mixture_kernel[(N, segments)](
-        *student.arguments, *teacher.arguments, share, y, spec.ignore_index,
-        saved, terms, N, V, inv_T, beta,
-        BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(student.x, teacher.x),
-        **{name: flags[name] for name in needed}, **_target_flags(spec, teacher),
-        num_warps=shape.warps, enable_fp_fusion=True,
+        *student.arguments, *teacher.arguments, _target_share(spec), labels, spec.ignore_index,
+        saved, sums, N, V, inv_T, beta,
+        BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, teacher.x),
+        DIVERGENCE=divergence, num_warps=shape.warps, enable_fp_fusion=True,
     )  # fmt: skip
-    return terms
+    return sums
 
 
 def gradient(
@@ -237,83 +197,93 @@ def gradient(
     upstream: Tensor,  # [N], or [1] for all rows
     out: Tensor,  # [N, >= V], columns next to each other
 ) -> None:
-    """Write the gradient of ``sum(upstream * loss)`` by the student's logits, past V zeros."""
+    """Write the gradient of ``sum(upstream * loss)`` by the student's logits to ``out``.
+
+    Columns from V on get zeros.
+    """
     N, V = len(student.x), spec.vocab
     if N == 0:
         return
-    objective, numbers, share = spec.objective, _numbers(spec), float(spec.objective.teacher_share)
-    if objective.kd_weight == 0:
+    objective = spec.objective
+    if objective.kd_weight == 0:  # its logits need not be read
         teacher = None
-    _, flags, dense = _teacher(spec, student, labels, teacher)
-    logarithms = dense is not student and objective.divergence != "forward_kl"
-    pressure = _pressure(student, dense, teacher) + logarithms
-    shape = choose_tile("gradient", V, pressure)
+    dense = teacher if isinstance(teacher, Logits) else student
+    logarithms = isinstance(teacher, Logits) and objective.divergence != "forward_kl"
+    pressure = _pressure(student, teacher) + logarithms
+    shape = choose_tile(student.x.device, "gradient", V, pressure)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
-    y = saved.saved if labels is None else labels.contiguous()
+    y = None if labels is None else labels.contiguous()
     width = out.shape[1]
-    flags |= {"HAS_CE": spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0)}
+    flags = _flags(spec, teacher)._replace(
+        COMPUTE_CE=spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0)
+    )
     with on_device(student.x.device):
         gradient_kernel[(N, ceil_div(width, shape.segment))](
-            *student.arguments, *dense.arguments, share,
+            *student.arguments, *dense.arguments, _target_share(spec),
             ids, saved.inside, saved.outside, K, y, spec.ignore_index,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
             out, out.stride(0), N, V, width,
-            *numbers,
-            BLOCK=shape.block, SEGMENT=shape.segment, **flags, **_target_flags(spec, dense),
+            *_numbers(spec),
+            BLOCK=shape.block, SEGMENT=shape.segment, FLAGS=flags,
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def _pressure(student: Logits, dense: Logits, teacher: Logits | SortedTopK | None) -> int:
-    """What ``choose_tile`` counts, but for the logarithms of a divergence."""
-    capped = student.softcap is not None or dense.softcap is not None
-    return 1 + capped + (2 if isinstance(teacher, SortedTopK) else teacher is not None)
+def _pressure(student: Logits, teacher: Logits | SortedTopK | None) -> int:
+    """The register pressure as ``choose_tile`` counts it, without a divergence's logarithms."""
+    match teacher:
+        case Logits():
+            tensors, capped = 2, student.softcap is not None or teacher.softcap is not None
+        case SortedTopK():
+            tensors, capped = 3, student.softcap is not None
+        case None:
+            tensors, capped = 1, student.softcap is not None
+    return tensors + capped
 
 
 def _numbers(spec: LossSpec) -> tuple[float, ...]:
-    """Run-time numbers, in the kernels' order."""
+    """The kernels' run-time numbers in their order, ``inv_T`` to ``kd_scale``."""
     o = spec.objective
     T = float(o.temperature)
     weights = o.label_smoothing, o.ce_weight, o.kd_weight, o.z_loss, o.kd_scale
     return (tile.LOG2_E.value / T, T, float(o.beta), *map(float, weights))
 
 
-def _teacher(
-    spec: LossSpec, student: Logits, labels: Tensor | None, teacher: Logits | SortedTopK | None
-) -> tuple[int, dict[str, object], Logits]:
-    """Its kind, the flags that all kernels share, and what stands for its logits."""
-    kind = rows.NO_TEACHER
-    if isinstance(teacher, Logits):
-        kind = rows.DENSE
-    elif teacher is not None:
-        kind = rows.TOP_K
+def _target_share(spec: LossSpec) -> float | None:
+    """The teacher's share of the target; None: the teacher alone."""
+    share = float(spec.objective.teacher_share)
+    return None if share == 1 else share
+
+
+def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
+    """The flags that ``forward`` and ``gradient`` share."""
     objective = spec.objective
-    flags: dict[str, object] = {
-        "T_CASE": T_CASES.get(objective.temperature, tile.ANY.value),
-        "DIVERGENCE": DIVERGENCES[objective.divergence],
-        "TEACHER": kind.value,
-        "HAS_LABELS": labels is not None,
-    }
-    dense = teacher if isinstance(teacher, Logits) else student
-    return kind.value, flags | student.flags("S"), dense
+    match teacher:
+        case Logits():
+            kind = rows.DENSE
+        case SortedTopK():
+            kind = rows.TOP_K
+        case None:
+            kind = rows.NO_TEACHER
+    return Flags(
+        TEACHER=kind.value,
+        DIVERGENCE=_divergence_code(objective.divergence),
+        T_CASE=T_CASES.get(objective.temperature, tile.ANY.value),
+    )
 
 
-def _target_flags(spec: LossSpec, teacher: Logits) -> dict[str, bool]:
-    return teacher.flags("T") | {"T_MIXED": spec.objective.teacher_share != 1}
-
-
-# Triton's own take 20 microseconds each: they serve inside kernels too.
+def _divergence_code(divergence: str) -> int:
+    if divergence not in DIVERGENCES:
+        raise missing(divergence, "impl='triton' (sad_kernels/_triton/launch.py)")
+    return DIVERGENCES[divergence]
 
 
 def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up; Triton's own takes 20 microseconds, because it serves kernels too."""
     return -(-a // b)
 
 
-def power_of_2(at_least: int) -> int:
-    return 1 << max(0, at_least - 1).bit_length()
-
-
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors say."""
+    """A context with ``device`` current: Triton launches there, whatever device tensors are on."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -1,9 +1,10 @@
-"""Operators for losses of hidden states and a head.
+"""Operators and entry points for losses of hidden states and a head.
 
-``linear_loss`` is the sum over rows divided by ``items``, and has its gradients computed while the
-logits are there: ``6 N V D`` FLOP for a student alone. Backward multiplies them by its upstream.
-``linear_rows`` gives a loss per row; its gradients need the upstream of each row first, so backward
-makes the logits again, ``8 N V D`` FLOP. Without gradients both are statistics only.
+``linear_loss`` is the sum over rows divided by ``items``. Its forward also computes the gradients,
+chunk by chunk, while a chunk's logits are in memory (``6 N V D`` FLOP for a student alone), and
+backward multiplies them by the upstream gradient. ``linear_rows`` returns a loss per row, whose
+gradients need each row's upstream first, so backward computes the logits again (``8 N V D`` FLOP).
+Where no gradient is wanted both compute losses only.
 
 fp16. The gradient ``g`` of the logits, divided by the number of items, would vanish below fp16's
 smallest number. It is stored as ``c g`` near the top of fp16's range instead, with a power of two
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowLayout, RowResults
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
@@ -46,7 +48,7 @@ from sad_kernels.objective import (
     TeacherTopK,
 )
 
-LARGEST_EXPONENT = 14  # what is stored stays below 2^15, fp16 ends at 2^16
+LARGEST_EXPONENT = 14  # stored gradients stay below 2^15; fp16 ends at 2^16
 
 
 def mean_loss(
@@ -59,10 +61,10 @@ def mean_loss(
     items: Tensor,  # []
     chunk_bytes: int | None,
 ) -> tuple[Tensor, RowResults]:
-    """``sum of row losses / items``, differentiable, and the rows, detached."""
-    tensors, args = _arguments(spec, hidden, head, labels, teacher, layout)
+    """``sum of row losses / items``, differentiable, and the row losses and parts, detached."""
+    inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
     grad_mask = list(_grad_mask(hidden, head))
-    total, rows, parts, *_ = linear_loss(*tensors, *encode(args), chunk_bytes, items, grad_mask)
+    total, rows, parts, *_ = linear_loss(*inputs, items, grad_mask)
     return total, RowResults(rows.detach(), *parts.detach())
 
 
@@ -75,27 +77,29 @@ def row_losses_from_hidden(
     layout: RowLayout,
     chunk_bytes: int | None,
 ) -> RowResults:
-    """Every row's loss, differentiable, and its parts, detached."""
-    tensors, args = _arguments(spec, hidden, head, labels, teacher, layout)
-    loss, parts = linear_rows(*tensors, *encode(args), chunk_bytes)
+    """The loss of every row, differentiable, and its parts, detached."""
+    inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
+    loss, parts = linear_rows(*inputs)
     return RowResults(loss, *parts.detach())
 
 
 def _grad_mask(hidden: Tensor, head: Head) -> GradMask:
+    """Which gradients forward has to compute: none where autograd is off."""
     bias = head.bias is not None and head.bias.requires_grad
     needed = GradMask(hidden.requires_grad, head.weight.requires_grad, bias)
     return needed if torch.is_grad_enabled() else GradMask(False, False, False)
 
 
-def _arguments(
+def _inputs(
     spec: LossSpec,
     hidden: Tensor,
     head: Head,
     labels: Tensor,
     teacher: Teacher | None,
     layout: RowLayout,
-) -> tuple[tuple[Tensor | None, ...], OpArgs]:
-    """The tensors that come first in all operators, and what is asked of them."""
+    chunk_bytes: int | None,
+) -> LinearInputs:
+    """The common inputs of the operators, from what a caller passes."""
     t_hidden = t_weight = t_bias = None
     top_k: TopKTensors = (None, None, None, None)
     args = OpArgs(spec, float(head.logit_scale), head.softcap)
@@ -110,34 +114,67 @@ def _arguments(
             t_hidden = layout.rows(logits)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
-    return (hidden, head.weight, head.bias, labels, t_hidden, t_weight, t_bias, *top_k), args
+    student = hidden, head.weight, head.bias, labels
+    return LinearInputs(*student, t_hidden, t_weight, t_bias, *top_k, *encode(args), chunk_bytes)
+
+
+class LinearInputs(NamedTuple):
+    """What all operators of this file take first, in the schema's order."""
+
+    hidden: Tensor  # [N, D_s]
+    weight: Tensor  # [>= V, D_s]
+    bias: Tensor | None  # [>= V]
+    labels: Tensor  # [N]
+    t_hidden: Tensor | None  # [N, D_t]; without t_weight the teacher's logits [N, >= V]
+    t_weight: Tensor | None  # [>= V, D_t]
+    t_bias: Tensor | None  # [>= V]
+    ids: Tensor | None  # the fields of a SortedTopK
+    log_p: Tensor | None
+    log_rest: Tensor | None
+    best: Tensor | None
+    integers: Sequence[int]  # these three are an OpArgs, see encode
+    numbers: Sequence[float]
+    words: str
+    chunk_bytes: int | None
+
+    @property
+    def args(self) -> OpArgs:
+        return decode(self.integers, self.numbers, self.words)
+
+    def student(self) -> HiddenWithHead:
+        args, weight = self.args, self.weight.to(self.hidden.dtype)
+        return HiddenWithHead(self.hidden, weight, _adjacent(self.bias), args.scale, args.softcap)
+
+    def teacher(self) -> HiddenWithHead | Logits | SortedTopK | None:
+        x, weight, args = self.t_hidden, self.t_weight, self.args
+        if x is None or weight is None:
+            return teacher_of(x, self.ids, self.log_p, self.log_rest, self.best)
+        scale, softcap = args.teacher_scale, args.teacher_softcap
+        return HiddenWithHead(x, weight.to(x.dtype), _adjacent(self.t_bias), scale, softcap)
 
 
 @Operator
 def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
-    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
-    items: Tensor, want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss [], its rows [N] and parts [6, N]; dhidden, dweight, dbias, and a factor on them []."""
-    args = decode(integers, numbers, words)
-    student, teacher = _sides(
-        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
-    )
+    inputs: LinearInputs,
+    items: Tensor,  # []
+    want: Sequence[bool],  # a GradMask
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss [], row losses [N] and parts [6, N]; dhidden, dweight, dbias, their factor [].
+
+    The gradients are those of the loss once multiplied by the factor, see ``unit_scale``.
+    """
+    args, hidden = inputs.args, inputs.hidden
     inverse = 1 / items.float()
     upstream, factor = unit_scale(args, inverse, hidden.dtype)
-    grad_mask = GradMask(*want)
-    result = _run(args.spec, student, labels, teacher, grad_mask, upstream[None], chunk_bytes)
+    result = _run(inputs, GradMask(*want), upstream[None])
     loss = result.loss.sum() / items
     gradients = result.dhidden, result.dweight, result.dbias
     return loss, result.loss, result.parts, *gradients, factor
 
 
 @linear_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    want_hidden, want_weight, want_bias = rest[-1]
+def _(inputs: LinearInputs, items: Tensor, want: Sequence[bool]) -> tuple[Tensor, ...]:
+    hidden, wanted = inputs.hidden, GradMask(*want)
     N = hidden.shape[0]
     rows = hidden.new_empty(N, dtype=torch.float32)
 
@@ -148,19 +185,20 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[
         rows.new_empty(()),
         rows,
         rows.new_empty(PARTS, N),
-        like(hidden, want_hidden, _dhidden_dtype(hidden)),
-        like(weight, want_weight),
-        like(bias, want_bias),
+        like(hidden, wanted.hidden, _dhidden_dtype(hidden)),
+        like(inputs.weight, wanted.weight),
+        like(inputs.bias, wanted.bias),
         rows.new_empty(()),
     )
 
 
 def _dhidden_dtype(hidden: Tensor) -> torch.dtype:
-    """In which forward leaves it for backward."""
+    """The dtype in which forward leaves dhidden for backward."""
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the gradients for backward, in place of the inputs that they were computed from."""
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
     ctx.grad_mask = inputs[-1]
@@ -170,6 +208,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Backward of ``linear_loss``: the saved gradients times factor and upstream."""
     *gradients, factor = ctx.saved_tensors
     if upstream is None:
         return (None,) * ctx.num_inputs
@@ -198,44 +237,29 @@ linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 @Operator
-def linear_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
-    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses [N] and their parts [6, N]."""
-    args = decode(integers, numbers, words)
-    student, teacher = _sides(
-        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
-    )
-    nothing = GradMask(False, False, False)
-    result = _run(args.spec, student, labels, teacher, nothing, None, chunk_bytes)
+def linear_rows(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
+    """Row losses [N] and their parts [6, N]."""
+    result = _run(inputs, GradMask(False, False, False), None)
     return result.loss, result.parts
 
 
 @linear_rows.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    N = hidden.shape[0]
-    rows = hidden.new_empty(N, dtype=torch.float32)
+def _(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
+    N = inputs.hidden.shape[0]
+    rows = inputs.hidden.new_empty(N, dtype=torch.float32)
     return rows, rows.new_empty(PARTS, N)
 
 
 @Operator
 def linear_rows_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    ids: Tensor | None, log_p: Tensor | None, log_rest: Tensor | None, best: Tensor | None,
-    integers: Sequence[int], numbers: Sequence[float], words: str, chunk_bytes: int | None,
-    want: Sequence[bool], upstream: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dhidden, dweight, dbias of ``sum(upstream * losses)``; what is not wanted is empty."""
-    args = decode(integers, numbers, words)
-    student, teacher = _sides(
-        args, hidden, weight, bias, t_hidden, t_weight, t_bias, ids, log_p, log_rest, best
-    )
-    upstream, factor = unit_scale(args, upstream.float(), hidden.dtype)
-    result = _run(args.spec, student, labels, teacher, GradMask(*want), upstream, chunk_bytes)
+    inputs: LinearInputs,
+    want: Sequence[bool],  # a GradMask
+    upstream: Tensor,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias of ``sum(upstream * losses)``, empty where not wanted."""
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    upstream, factor = unit_scale(inputs.args, upstream.float(), hidden.dtype)
+    result = _run(inputs, GradMask(*want), upstream)
     gradients = result.dhidden, result.dweight, result.dbias
     dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
     unscaled = hidden.dtype != torch.float16
@@ -247,12 +271,12 @@ def linear_rows_gradient(
 
 
 @linear_rows_gradient.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    want_hidden, want_weight, want_bias = rest[-2]
+def _(inputs: LinearInputs, want: Sequence[bool], upstream: Tensor) -> tuple[Tensor, ...]:
+    hidden, weight, bias, wanted = inputs.hidden, inputs.weight, inputs.bias, GradMask(*want)
     return (
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if want_bias else 0),
+        hidden.new_empty(hidden.shape if wanted.hidden else 0),
+        weight.new_empty(weight.shape if wanted.weight else 0),
+        hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape if wanted.bias else 0),
     )
 
 
@@ -261,6 +285,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Backward of ``linear_rows``: the logits again, with each row's upstream."""
     inputs, _saved = saved_call(ctx)
     if upstream is None:
         return (None,) * len(inputs)
@@ -275,7 +300,7 @@ linear_rows_gradient.register_autograd(no_second_backward)
 
 
 def _no_vmap(*_: Any) -> None:
-    """Within vmap nobody can tell which inputs want a gradient: some would silently get none."""
+    """Refuse vmap, within which the inputs that want a gradient cannot be told from the others."""
     raise RuntimeError(
         "a loss of hidden states must not be batched by vmap, got batched inputs; "
         "pass all rows at once"
@@ -287,7 +312,7 @@ for _operator in (linear_loss, linear_rows, linear_rows_gradient):
 
 
 def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What ``g`` is multiplied by before it is stored, and what its products are after that.
+    """The upstream that the stored ``g`` gets, and the factor that its products get afterwards.
 
     For fp32 and bf16, whose exponents reach far enough, the second is 1. For fp16 ``upstream = u
     2^x`` with ``1 <= max |u| < 2``, and the first is ``u 2^k`` with k as large as the bound on
@@ -302,47 +327,29 @@ def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 
 def _bound(o: Objective) -> float:
-    """Of the gradient by a logit; for the unbounded reverse KL up to a spread of 128 nats."""
-    factor = {"reverse_kl": 32.0, "skew_reverse_kl": 2 - math.log(o.beta)}.get(o.divergence, 1.0)
+    """A bound on a row's gradient by a logit, for an lse of up to 128 in the z-loss.
+
+    The table of divergences says how far the unbounded reverse KL is covered.
+    """
+    factor = DIVERGENCES[o.divergence].gradient_bound(o.beta)
     bound = o.ce_weight + 256 * o.z_loss + o.kd_weight * o.kd_scale / o.temperature * factor
     return max(bound, 2.0**-100)
 
 
-def _run(
-    spec: LossSpec,
-    student: HiddenWithHead,
-    labels: Tensor,
-    teacher: HiddenWithHead | Logits | SortedTopK | None,
-    grad_mask: GradMask,
-    upstream: Tensor | None,
-    chunk_bytes: int | None,
-) -> Result:
-    with torch.autocast(student.hidden.device.type, enabled=False):  # it acts inside operators too
+def _run(inputs: LinearInputs, grad_mask: GradMask, upstream: Tensor | None) -> Result:
+    """Losses, and the wanted gradients of ``sum(upstream * loss)``; None: losses only."""
+    hidden = inputs.hidden
+    with torch.autocast(hidden.device.type, enabled=False):  # it acts inside operators too
         return chunks.run(
-            spec,
-            student,
-            labels.contiguous(),
-            teacher,
+            inputs.args.spec,
+            inputs.student(),
+            inputs.labels.contiguous(),
+            inputs.teacher(),
             grad_mask=grad_mask,
             upstream=upstream,
-            dhidden_dtype=_dhidden_dtype(student.hidden),
-            chunk_bytes=chunk_bytes,
+            dhidden_dtype=_dhidden_dtype(hidden),
+            chunk_bytes=inputs.chunk_bytes,
         )
-
-
-def _sides(
-    args: OpArgs,
-    hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    t_hidden: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None,
-    *top_k: Tensor | None,
-) -> tuple[HiddenWithHead, HiddenWithHead | Logits | SortedTopK | None]:  # fmt: skip
-    weight = weight.to(hidden.dtype)
-    student = HiddenWithHead(hidden, weight, _adjacent(bias), args.scale, args.softcap)
-    if t_hidden is None or t_weight is None:
-        return student, teacher_of(t_hidden, *top_k)
-    weight = t_weight.to(t_hidden.dtype)
-    scale, softcap = args.teacher_scale, args.teacher_softcap
-    return student, HiddenWithHead(t_hidden, weight, _adjacent(t_bias), scale, softcap)
 
 
 def _adjacent(bias: Tensor | None) -> Tensor | None:

@@ -1,16 +1,16 @@
-"""Operators for losses of logits that are there: what torch differentiates, compiles and traces.
+"""Operators and entry points for losses of logits.
 
-``row_losses`` returns row losses, ``row_mean`` their mean, which is all that most callers want: one
-operator, because each costs the host more time than a kernel of few rows takes. Both return the few
-numbers per row that ``row_gradient`` needs, which reads the logits again and takes the true
-upstream gradient: right for any reduction, for ``retain_graph`` and under activation checkpointing,
-and the caller's logits stay as they are.
+``row_losses`` returns a loss per row. ``row_mean`` returns their mean, which most callers want, in
+one operator, because each costs the host more time than a kernel of few rows takes. Both also
+return the few numbers per row that ``row_gradient`` needs. That reads the logits again in backward
+and multiplies by the upstream gradient it is given: right for any reduction, for ``retain_graph``
+and under activation checkpointing, and the caller's logits are not overwritten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def row_losses_from_logits(
     teacher: Teacher | None,
     layout: RowLayout,
 ) -> RowResults:
-    """Every row's loss, differentiable by the logits, and its parts, detached."""
-    loss, parts, *_ = row_losses(*_arguments(spec, logits, softcap, labels, teacher, layout))
+    """The loss of every row, differentiable by the logits, and its parts, detached."""
+    loss, parts, *_ = row_losses(*_inputs(spec, logits, softcap, labels, teacher, layout))
     return RowResults(loss, *parts.detach())
 
 
@@ -62,23 +62,25 @@ def mean_loss_from_logits(
     layout: RowLayout,
     items: Tensor | None = None,
 ) -> DistillOutput:
-    """``loss``: sum of row losses / max(items, 1), differentiable. Items are the rows that count,
-    unless given. The other fields are detached, and sums over all rows."""
-    arguments = _arguments(spec, logits, softcap, labels, teacher, layout)
-    loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*arguments, items)
+    """``loss``: sum of row losses / max(items, 1), differentiable by the logits.
+
+    Items are the rows that count, unless given. The other fields are sums over rows, detached.
+    """
+    inputs = _inputs(spec, logits, softcap, labels, teacher, layout)
+    loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*inputs, items)
     sums = (x.detach() for x in (ce, kd, z, num_tokens, correct, agree, entropy))
     return DistillOutput(loss, *sums)
 
 
-def _arguments(
+def _inputs(
     spec: LossSpec,
     logits: Tensor,
     softcap: float | None,
     labels: Tensor | None,
     teacher: Teacher | None,
     layout: RowLayout,
-) -> tuple[Any, ...]:
-    """What all operators take first."""
+) -> RowInputs:
+    """The common inputs of the operators, from what a caller passes."""
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
     match teacher:
@@ -88,22 +90,44 @@ def _arguments(
             t_logits = head_logits(layout.rows(hidden), head, spec.vocab)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
-    return logits, labels, t_logits, *top_k, *encode(OpArgs(spec, softcap=softcap))
+    return RowInputs(logits, labels, t_logits, *top_k, *encode(OpArgs(spec, softcap=softcap)))
+
+
+class RowInputs(NamedTuple):
+    """What all operators of this file take first, in the schema's order."""
+
+    student: Tensor  # [N, >= V]
+    labels: Tensor | None  # [N]
+    teacher: Tensor | None  # [N, >= V]
+    ids: Tensor | None  # [N, K], the first field of a SortedTopK; the others follow
+    log_p: Tensor | None  # [N, K]
+    log_rest: Tensor | None  # [N]
+    best: Tensor | None  # [N]
+    integers: Sequence[int]  # these three are an OpArgs, see encode
+    numbers: Sequence[float]
+    words: str
+
+    def sides(self) -> tuple[LossSpec, Logits, Logits | SortedTopK | None]:
+        """The loss, the student's logits and the teacher's."""
+        args = decode(self.integers, self.numbers, self.words)
+        teacher = teacher_of(self.teacher, self.ids, self.log_p, self.log_rest, self.best)
+        return args.spec, columns_adjacent(self.student, args.softcap), teacher
 
 
 TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""The fields of a ``TopK``, as operators take them."""
+"""The fields of a ``SortedTopK``, as operators take them."""
 
 
 def top_k_tensors(teacher: TeacherTopK, layout: RowLayout, vocab: int) -> TopKTensors:
+    """Flatten a top-k teacher to rows and sort its ids."""
     ids, log_probs = layout.rows(teacher.ids), layout.rows(teacher.log_probs)
     top_k = SortedTopK.prepare(ids, log_probs, teacher.tail, vocab)
     return top_k.ids, top_k.log_p, top_k.log_rest, top_k.best
 
 
 def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
-    """Whole logits of a teacher, in fp32, beside a student whose logits are whole anyway."""
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round what is not
+    """The logits of a teacher given by its head, in fp32, beside a student's whole logits."""
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the factors
         z = times(hidden, head.weight[:vocab].to(hidden.dtype).T)
     if head.bias is not None:
         z += head.bias[:vocab]
@@ -112,29 +136,16 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
 
 
 @Operator
-def row_losses(
-    student: Tensor,  # [N, >= V]
-    labels: Tensor | None,  # [N]
-    teacher: Tensor | None,  # [N, >= V]
-    ids: Tensor | None,  # [N, K], and what else a TopK holds
-    log_p: Tensor | None,  # [N, K]
-    log_rest: Tensor | None,  # [N]
-    best: Tensor | None,  # [N]
-    integers: Sequence[int],
-    numbers: Sequence[float],
-    words: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses [N], their parts [6, N], and what the gradient needs of the rows."""
-    args = decode(integers, numbers, words)
-    other = teacher_of(teacher, ids, log_p, log_rest, best)
-    x = columns_adjacent(student, args.softcap)
-    result = launch.forward(args.spec, x, labels, other)
+def row_losses(inputs: RowInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Row losses [N], their parts [6, N]; saved, inside and outside of a ``Forward``."""
+    spec, student, teacher = inputs.sides()
+    result = launch.forward(spec, student, inputs.labels, teacher)
     return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
 @row_losses.register_fake
-def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
-    return _fake_rows(student, ids)
+def _(inputs: RowInputs) -> Any:
+    return _fake_rows(inputs.student, inputs.ids)
 
 
 def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
@@ -148,7 +159,7 @@ def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
 
 @row_losses.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-    """Rows know nothing of each other: the batch is more of them."""
+    """Rows are independent, so a batch of B times N rows is B N rows."""
     B = info.batch_size
 
     def joined(x: Any, dim: int | None) -> Any:  # [N, ...] with B at dim -> [B N, ...]
@@ -164,37 +175,27 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 @Operator
 def row_mean(
-    student: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor | None,
-    ids: Tensor | None,
-    log_p: Tensor | None,
-    log_rest: Tensor | None,
-    best: Tensor | None,
-    integers: Sequence[int],
-    numbers: Sequence[float],
-    words: str,
+    inputs: RowInputs,
     items: Tensor | None,  # []
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
-    """What ``reduced`` makes of the rows, the divisor last; and what the gradient needs of them."""
-    args = decode(integers, numbers, words)
-    spec, x = args.spec, columns_adjacent(student, args.softcap)
-    rows = launch.forward(spec, x, labels, teacher_of(teacher, ids, log_p, log_rest, best))
-    mean, divisor, *sums = reduced(rows.loss, rows.parts, labels, spec.ignore_index, items)
+    """The fields of ``Reduced``, the divisor last; saved, inside and outside of a ``Forward``."""
+    spec, student, teacher = inputs.sides()
+    rows = launch.forward(spec, student, inputs.labels, teacher)
+    mean, divisor, *sums = reduced(rows.loss, rows.parts, inputs.labels, spec.ignore_index, items)
     return mean, *sums, divisor, rows.saved, rows.inside, rows.outside  # pyright: ignore
 
 
 @row_mean.register_fake
-def _(student: Tensor, labels: Any, teacher: Any, ids: Tensor | None, *_: Any) -> Any:
-    loss, _parts, *saved = _fake_rows(student, ids)
+def _(inputs: RowInputs, items: Tensor | None) -> Any:
+    loss, _parts, *saved = _fake_rows(inputs.student, inputs.ids)
     return *(loss.new_empty(()) for _ in Reduced._fields), *saved
 
 
 @row_mean.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-    """One after the other: each has its own rows to count."""
+    """A loop over the batch: each element divides by its own number of rows."""
 
     def each(x: Any, dim: int | None) -> Sequence[Any]:
         batched = isinstance(x, Tensor) and dim is not None
@@ -208,34 +209,19 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 
 @Operator
 def row_gradient(
-    student: Tensor,
-    labels: Tensor | None,
-    teacher: Tensor | None,
-    ids: Tensor | None,
-    log_p: Tensor | None,
-    log_rest: Tensor | None,
-    best: Tensor | None,
-    integers: Sequence[int],
-    numbers: Sequence[float],
-    words: str,
-    saved: Tensor,
-    inside: Tensor,
-    outside: Tensor,
-    upstream: Tensor,
+    inputs: RowInputs, saved: Tensor, inside: Tensor, outside: Tensor, upstream: Tensor
 ) -> Tensor:
     """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
-    args = decode(integers, numbers, words)
-    other = teacher_of(teacher, ids, log_p, log_rest, best)
-    out = student.new_empty(student.shape)
+    spec, student, teacher = inputs.sides()
+    out = inputs.student.new_empty(inputs.student.shape)
     forward = Forward(upstream, upstream, saved, inside, outside)
-    x = columns_adjacent(student, args.softcap)
-    launch.gradient(args.spec, x, labels, other, forward, upstream, out)
+    launch.gradient(spec, student, inputs.labels, teacher, forward, upstream, out)
     return out
 
 
 @row_gradient.register_fake
-def _(student: Tensor, *_: Any) -> Tensor:
-    return student.new_empty(student.shape)
+def _(inputs: RowInputs, *_: Tensor) -> Tensor:
+    return inputs.student.new_empty(inputs.student.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -243,7 +229,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _setup_context_of_mean(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    save_call(ctx, inputs[:-1], output[-4:])  # the items may change until backward
+    # The divisor is saved, not the items, which may change in place until backward.
+    save_call(ctx, inputs[:-1], output[-4:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -269,10 +256,12 @@ row_gradient.register_autograd(no_second_backward)
 
 
 def teacher_of(logits: Tensor | None, *top_k: Tensor | None) -> Logits | SortedTopK | None:
+    """The teacher that an operator's tensors stand for: logits, a top-k teacher, or none."""
     if top_k[0] is not None:
         return SortedTopK(*top_k)  # pyright: ignore[reportArgumentType]
     return None if logits is None else columns_adjacent(logits)
 
 
 def columns_adjacent(x: Tensor, softcap: float | None = None) -> Logits:
+    """Rows of logits as kernels read them, copied if their columns are strided."""
     return Logits(x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(), softcap=softcap)

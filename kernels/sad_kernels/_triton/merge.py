@@ -1,6 +1,12 @@
-"""Kernel: the segments of a row put together, and its losses."""
+"""Kernel ``merge``: the segments of each row put together, and the row's losses.
+
+A program holds a few whole rows: there are a dozen numbers per segment and, beside a top-k teacher,
+K logits per row to read.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -25,181 +31,266 @@ from sad_kernels._triton.rows import (
     WEIGHTED,
     product,
     rescale_cross,
-    to_fp32,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
     LOG2_E,
     LOWEST,
     REVERSE_KL,
+    LogitsRow,
     divergence_terms,
     exponentials,
-    finish,
+    require_mixture,
+    to_fp32,
+    to_logits,
 )
+
+
+class RowSums(NamedTuple):
+    """The sums of whole rows, [ROWS] each, named as in ``rows.py``."""
+
+    m: Any
+    m_t: Any
+    d: Any
+    d_1: Any
+    S: Any
+    count: Any
+    E: Any
+    A: Any
+    d_t: Any
+    best: Any  # the student's argmax, a number in fp32
+    best_t: Any
+
+
+@triton.jit
+def merge_segments(
+    partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
+    ROWS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Add up the segments of ``rows`` in their order; of rows that do not count, none."""
+    zero = tl.zeros([ROWS], tl.float32)
+    m, m_t = zero + LOWEST, zero + LOWEST
+    d, d_1, S, count, E, A, d_t = zero, zero, zero, zero, zero, zero, zero
+    best, best_t = zero, zero
+    step = tl.full((), num_segments, tl.int64) * N  # from one kind of partial sum to the next
+    at = partials_ptr + rows
+    for segment in range(num_segments):
+        # The segment's maximum, and by how much either side moves to the larger of the two.
+        m_b = tl.load(at + MAXIMUM * step, mask=counts, other=LOWEST)
+        d_b = tl.load(at + TOTAL * step, mask=counts, other=0.0)
+        m_new = tl.maximum(m, m_b)
+        move, move_b = m - m_new, m_b - m_new
+        decay_T, decay_1 = exponentials(move, inv_T, FLAGS.T_CASE)
+        decay_T_b, decay_1_b = exponentials(move_b, inv_T, FLAGS.T_CASE)
+        if FLAGS.COMPUTE_METRICS:
+            best_b = tl.load(at + BEST * step, mask=counts, other=0.0)
+            best = tl.where(m_b > m, best_b, best)
+
+        if FLAGS.TEACHER == DENSE:
+            m_t_b = tl.load(at + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
+            d_t_b = tl.load(at + TEACHER_TOTAL * step, mask=counts, other=0.0)
+            m_t_new = tl.maximum(m_t, m_t_b)
+            move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
+            if FLAGS.COMPUTE_METRICS:
+                best_t_b = tl.load(at + TEACHER_BEST * step, mask=counts, other=0.0)
+                best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
+            if FLAGS.DIVERGENCE == FORWARD_KL:
+                A_b = tl.load(at + CROSS * step, mask=counts, other=0.0)
+                A = rescale_cross(d_t, A, move_t, move, inv_T)
+                A += rescale_cross(d_t_b, A_b, move_t_b, move_b, inv_T)
+            elif FLAGS.DIVERGENCE == REVERSE_KL:
+                A_b = tl.load(at + CROSS * step, mask=counts, other=0.0)
+                A = rescale_cross(d, A, move, move_t, inv_T)
+                A += rescale_cross(d_b, A_b, move_b, move_t_b, inv_T)
+            else:
+                require_mixture(FLAGS.DIVERGENCE)  # its sums come from ``mixture``
+            d_t = d_t * tl.exp2(move_t * inv_T) + d_t_b * tl.exp2(move_t_b * inv_T)
+            m_t = m_t_new
+
+        if FLAGS.COMPUTE_CE:
+            d_1_b = tl.load(at + TOTAL_1 * step, mask=counts, other=0.0)
+            if FLAGS.SMOOTH:
+                S_b = tl.load(at + PLAIN * step, mask=counts, other=0.0)
+                count_b = zero + tl.minimum(segment_length, V - segment * segment_length)
+                if FLAGS.TEACHER == TOP_K:
+                    count_b = tl.load(at + COUNT * step, mask=counts, other=0.0)
+                S = (S + count * move) + (S_b + count_b * move_b)
+                count += count_b
+            if FLAGS.COMPUTE_METRICS:
+                E_b = tl.load(at + WEIGHTED * step, mask=counts, other=0.0)
+                E = (E + d_1 * move) * decay_1 + (E_b + d_1_b * move_b) * decay_1_b
+            d_1 = d_1 * decay_1 + d_1_b * decay_1_b
+        d = d * decay_T + d_b * decay_T_b
+        m = m_new
+        at += N
+    return RowSums(m, m_t, d, d_1, S, count, E, A, d_t, best, best_t)
+
+
+@triton.jit
+def add_top_k(
+    sums, rows, counts, student, ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr,
+    K, V, inv_T, beta,
+    BLOCK_K: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """Add the logits at a top-k teacher's ids to the sums, which leave them out until here.
+
+    Returns the sums and the divergence [ROWS], and stores its gradient: at the ids
+    (``inside_ptr``) and of everything else (``outside_ptr``). ``m_t`` and ``d_t`` become maximum
+    and sum of the columns without an id, which ``gradient`` needs.
+    """
+    # The ids, and which of them can be used: a repeated id, or one outside [0, V), is foreign and
+    # poisons its row; padding is not present.
+    k = tl.arange(0, BLOCK_K)
+    at = rows[:, None] * K + k[None, :]
+    given = counts[:, None] & (k < K)[None, :]
+    ids = tl.load(ids_ptr + at, mask=given, other=0)
+    log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf")) * LOG2_E
+    repeated = ids == tl.load(ids_ptr + at - 1, mask=given & (k > 0)[None, :], other=-2)
+    present = given & (log_p != float("-inf"))
+    foreign = present & ((ids < 0) | (ids >= V) | repeated)
+    usable = present & (ids >= 0) & (ids < V)
+
+    # The student's logits there.
+    z = tl.load(student.ptr + ids, mask=usable, other=0.0).to(tl.float32)
+    z, _ = to_logits(z, ids, student, usable, True)
+    z = tl.where(usable, z, float("-inf"))
+    top_z = tl.max(z, 1)
+    best = sums.best
+    if FLAGS.COMPUTE_METRICS:
+        # Where an id is above all other columns, ``best`` may be any id, and is not looked at.
+        best_id = tl.min(tl.where(z == top_z[:, None], ids, 0x7FFFFFFF), 1).to(tl.float32)
+        first_of_both = tl.minimum(best, best_id)
+        best = tl.where(top_z > sums.m, best_id, tl.where(top_z == sums.m, first_of_both, best))
+
+    # All sums relative to the maximum of all columns.
+    m_t, d_t = sums.m, sums.d  # of the columns without ids; from here on the others are in
+    m = tl.maximum(m_t, top_z)
+    move = m_t - m
+    x = z - m[:, None]
+    x_T, move_T = x * inv_T, move * inv_T
+    total = d_t * tl.exp2(move_T) + tl.sum(tl.exp2(x_T), 1)
+    d_1, S, E = sums.d_1, sums.S, sums.E
+    if FLAGS.COMPUTE_CE:
+        once = usable & ~repeated
+        x = tl.where(once, x, float("-inf"))
+        exp_1, decay_1 = tl.exp2(x * LOG2_E), tl.exp2(move * LOG2_E)
+        if FLAGS.SMOOTH:
+            S += sums.count * move + tl.sum(tl.where(once, x, 0.0), 1)
+        if FLAGS.COMPUTE_METRICS:
+            E = (E + d_1 * move) * decay_1 + tl.sum(product(exp_1, x), 1)
+        d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)
+
+    # The divergence over K + 1 outcomes, the last of which is everything else.
+    log_total = tl.log2(total)
+    log_q = x_T - log_total[:, None]
+    f, h = divergence_terms(log_q, log_p, beta, FLAGS.DIVERGENCE)
+    log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
+    log_q_rest = move_T + tl.log2(d_t) - log_total
+    f_rest, h_rest = divergence_terms(log_q_rest, log_rest, beta, FLAGS.DIVERGENCE)
+    expectation = tl.sum(h, 1) + h_rest
+    inside = h - tl.exp2(log_q) * expectation[:, None]
+    outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(move_T) / total
+    tl.store(inside_ptr + at, inside, mask=given)
+    tl.store(outside_ptr + rows, outside, mask=counts)
+    given_p = tl.where(present, log_p, 0.0)
+    # NaN and inf of a total, and NaN of the teacher, poison the row.
+    kd = tl.sum(f, 1) + f_rest + 0 * total + 0 * tl.sum(given_p, 1)
+    kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
+    sums = RowSums(m, m_t, sums.d, d_1, S, sums.count, E, sums.A, d_t, best, sums.best_t)
+    return sums, kd
+
+
+@triton.jit
+def dense_divergence(
+    sums, rows, counts, mixture_ptr, num_segments, N, temperature,
+    FLAGS: tl.constexpr, HAS_MIXTURE: tl.constexpr,
+):  # fmt: skip
+    """The divergence from a dense teacher, and ``sum h``, which its gradient needs."""
+    if FLAGS.DIVERGENCE == FORWARD_KL:
+        kd = sums.A / (temperature * sums.d_t) + tl.log(sums.d / sums.d_t)
+        expectation = tl.zeros_like(kd) - 1
+    elif FLAGS.DIVERGENCE == REVERSE_KL:
+        kd = sums.A / (temperature * sums.d) + tl.log(sums.d_t / sums.d)
+        expectation = kd
+    else:
+        require_mixture(FLAGS.DIVERGENCE)
+        kd = 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
+        expectation = tl.zeros_like(kd)
+    if HAS_MIXTURE:
+        step = tl.full((), num_segments, tl.int64) * N
+        at = mixture_ptr + rows
+        for _ in range(num_segments):
+            kd += tl.load(at, mask=counts, other=0.0)
+            expectation += tl.load(at + step, mask=counts, other=0.0)
+            at += N
+    return kd, expectation
 
 
 @triton.jit
 def merge_kernel(
-    partials_ptr, mixture_ptr, num_segments, segment_length, N, V,
-    s_ptr, s_stride, s_bias, s_scale, s_cap,
-    ids_ptr, log_p_ptr, log_rest_ptr, top_id_ptr, K,
-    labels_ptr, ignore_index,
-    loss_ptr, parts_ptr, saved_ptr, inside_ptr, outside_ptr,
+    partials_ptr,  # [PARTIALS, segments, N] fp32, of ``statistics``
+    mixture_ptr,  # [2, segments, N] fp32, of ``mixture``
+    num_segments, segment_length, N, V,
+    s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; what follows as in LogitsRow
+    ids_ptr,  # [N, K] int32 of a TOP_K teacher, ascending in each row
+    log_p_ptr,  # [N, K] fp32
+    log_rest_ptr,  # [N] fp32: log-probability of everything else
+    top_id_ptr,  # [N] int64: the likeliest id
+    K,
+    labels_ptr,  # None, or [N]
+    ignore_index,
+    loss_ptr,  # [N] fp32, written, as all that follow
+    parts_ptr,  # [PARTS, N]
+    saved_ptr,  # [SAVED, N]
+    inside_ptr,  # [N, K] of a TOP_K teacher
+    outside_ptr,  # [N] of a TOP_K teacher
     inv_T, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
     ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    T_CASE: tl.constexpr,
-    FINAL: tl.constexpr,
-    HAS_MIXTURE: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    COMPUTE_CE: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    COMPUTE_METRICS: tl.constexpr,
-    TEACHER: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # a power of 2 from K on
+    FINAL: tl.constexpr,  # not FINAL: only what ``mixture`` has to know
+    HAS_MIXTURE: tl.constexpr,  # ``mixture_ptr`` has been filled
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """Segments to rows. Not FINAL: only what ``terms`` has to know."""
+    """Segments to rows: their losses, and what the gradient needs of them."""
+    # Which rows count: those of a label other than the ignored one. A label outside [0, V) counts,
+    # and poisons its row.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     counts = rows < N
     in_range = counts
     label = rows
-    if HAS_LABELS:
+    if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask=counts, other=0)
         counts = counts & (label != ignore_index)
         in_range = (label >= 0) & (label < V)
     inv_T, temperature, beta = to_fp32(inv_T), to_fp32(temperature), to_fp32(beta)
     zero = tl.zeros([ROWS], tl.float32)
-    step = tl.full((), num_segments, tl.int64) * N
 
-    m, m_t = zero + LOWEST, zero + LOWEST
-    d, d_1, S, count, E, A, d_t = zero, zero, zero, zero, zero, zero, zero
-    best, best_t = zero, zero
-    of = partials_ptr + rows
-    for segment in range(num_segments):
-        m_b = tl.load(of + MAXIMUM * step, mask=counts, other=LOWEST)
-        d_b = tl.load(of + TOTAL * step, mask=counts, other=0.0)
-        m_new = tl.maximum(m, m_b)
-        move, move_b = m - m_new, m_b - m_new
-        decay_T, decay_1 = exponentials(move, inv_T, T_CASE)
-        decay_T_b, decay_1_b = exponentials(move_b, inv_T, T_CASE)
-        if COMPUTE_METRICS:
-            best_b = tl.load(of + BEST * step, mask=counts, other=0.0)
-            best = tl.where(m_b > m, best_b, best)
-        if TEACHER == DENSE:
-            m_t_b = tl.load(of + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
-            d_t_b = tl.load(of + TEACHER_TOTAL * step, mask=counts, other=0.0)
-            m_t_new = tl.maximum(m_t, m_t_b)
-            move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
-            if COMPUTE_METRICS:
-                best_t_b = tl.load(of + TEACHER_BEST * step, mask=counts, other=0.0)
-                best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
-            A_b = zero
-            if (DIVERGENCE == FORWARD_KL) | (DIVERGENCE == REVERSE_KL):
-                A_b = tl.load(of + CROSS * step, mask=counts, other=0.0)
-            if DIVERGENCE == FORWARD_KL:
-                A = rescale_cross(d_t, A, move_t, move, inv_T)
-                A += rescale_cross(d_t_b, A_b, move_t_b, move_b, inv_T)
-            if DIVERGENCE == REVERSE_KL:
-                A = rescale_cross(d, A, move, move_t, inv_T)
-                A += rescale_cross(d_b, A_b, move_b, move_t_b, inv_T)
-            d_t = d_t * tl.exp2(move_t * inv_T) + d_t_b * tl.exp2(move_t_b * inv_T)
-            m_t = m_t_new
-        if COMPUTE_CE:
-            d_1_b = tl.load(of + TOTAL_1 * step, mask=counts, other=0.0)
-            if SMOOTH:
-                S_b = tl.load(of + PLAIN * step, mask=counts, other=0.0)
-                here = zero + tl.minimum(segment_length, V - segment * segment_length)
-                if TEACHER == TOP_K:
-                    here = tl.load(of + COUNT * step, mask=counts, other=0.0)
-                S = (S + count * move) + (S_b + here * move_b)
-                count += here
-            if COMPUTE_METRICS:
-                E_b = tl.load(of + WEIGHTED * step, mask=counts, other=0.0)
-                E = (E + d_1 * move) * decay_1 + (E_b + d_1_b * move_b) * decay_1_b
-            d_1 = d_1 * decay_1 + d_1_b * decay_1_b
-        d = d * decay_T + d_b * decay_T_b
-        m = m_new
-        of += N
-
+    sums = merge_segments(
+        partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T, ROWS, FLAGS
+    )
     saved = saved_ptr + rows
     kd = zero
-    if TEACHER == TOP_K:
-        k = tl.arange(0, BLOCK_K)
-        at = rows[:, None] * K + k[None, :]
-        given = counts[:, None] & (k < K)[None, :]
-        ids = tl.load(ids_ptr + at, mask=given, other=0)
-        log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf")) * LOG2_E
-        repeated = ids == tl.load(ids_ptr + at - 1, mask=given & (k > 0)[None, :], other=-2)
-        present = given & (log_p != float("-inf"))
-        foreign = present & ((ids < 0) | (ids >= V) | repeated)
-        usable = present & (ids >= 0) & (ids < V)
-        z = tl.load(s_ptr + rows[:, None] * s_stride + ids, mask=usable, other=0.0).to(tl.float32)
-        z, _ = finish(
-            z, ids, s_bias, to_fp32(s_scale), to_fp32(s_cap), usable, True, S_BIAS, S_SCALE, S_CAP
-        )
-        z = tl.where(usable, z, float("-inf"))
-        top_z = tl.max(z, 1)
-        if COMPUTE_METRICS:
-            # Where an id is above all other columns, ``best`` may be any id, and is not looked at.
-            best_id = tl.min(tl.where(z == top_z[:, None], ids, 0x7FFFFFFF), 1).to(tl.float32)
-            first_of_both = tl.minimum(best, best_id)
-            best = tl.where(top_z > m, best_id, tl.where(top_z == m, first_of_both, best))
-        m_t, d_t = m, d  # of the columns without ids; from here on the others are in
-        m = tl.maximum(m_t, top_z)
-        move = m_t - m
-        x = z - m[:, None]
-        x_T, below = x * inv_T, move * inv_T
-        total = d_t * tl.exp2(below) + tl.sum(tl.exp2(x_T), 1)
-        if COMPUTE_CE:
-            once = usable & ~repeated
-            x = tl.where(once, x, float("-inf"))
-            exp_1, decay_1 = tl.exp2(x * LOG2_E), tl.exp2(move * LOG2_E)
-            if SMOOTH:
-                S += count * move + tl.sum(tl.where(once, x, 0.0), 1)
-            if COMPUTE_METRICS:
-                E = (E + d_1 * move) * decay_1 + tl.sum(product(exp_1, x), 1)
-            d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)
-        log_total = tl.log2(total)
-        log_q = x_T - log_total[:, None]
-        f, h = divergence_terms(log_q, log_p, beta, DIVERGENCE)
-        log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
-        log_q_rest = below + tl.log2(d_t) - log_total
-        f_rest, h_rest = divergence_terms(log_q_rest, log_rest, beta, DIVERGENCE)
-        expectation = tl.sum(h, 1) + h_rest
-        inside = h - tl.exp2(log_q) * expectation[:, None]
-        outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(below) / total
-        tl.store(inside_ptr + at, inside, mask=given)
-        tl.store(outside_ptr + rows, outside, mask=counts)
-        given_p = tl.where(present, log_p, 0.0)
-        # NaN and inf of a total, and NaN of the teacher, poison the row.
-        kd = tl.sum(f, 1) + f_rest + 0 * total + 0 * tl.sum(given_p, 1)
-        kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
-    if TEACHER != NO_TEACHER:
-        tl.store(saved + SAVED_TEACHER_MAXIMUM * N, m_t, mask=counts)
-        tl.store(saved + SAVED_TEACHER_TOTAL * N, d_t, mask=counts)
-    tl.store(saved + MAXIMUM * N, m, mask=counts)
-    tl.store(saved + TOTAL * N, d, mask=counts)
-    if COMPUTE_CE:
-        tl.store(saved + TOTAL_1 * N, d_1, mask=counts)
+    if FLAGS.TEACHER == TOP_K:
+        student = LogitsRow(s_ptr + rows[:, None] * s_stride, s_bias, s_scale, s_softcap)
+        sums, kd = add_top_k(
+            sums, rows, counts, student, ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr,
+            K, V, inv_T, beta, BLOCK_K, FLAGS,
+        )  # fmt: skip
+
+    # What ``mixture`` and ``gradient`` need of each row.
+    if FLAGS.TEACHER != NO_TEACHER:
+        tl.store(saved + SAVED_TEACHER_MAXIMUM * N, sums.m_t, mask=counts)
+        tl.store(saved + SAVED_TEACHER_TOTAL * N, sums.d_t, mask=counts)
+    tl.store(saved + MAXIMUM * N, sums.m, mask=counts)
+    tl.store(saved + TOTAL * N, sums.d, mask=counts)
+    if FLAGS.COMPUTE_CE:
+        tl.store(saved + TOTAL_1 * N, sums.d_1, mask=counts)
 
     if FINAL:
-        if TEACHER == DENSE:
-            if DIVERGENCE == FORWARD_KL:
-                kd = A / (temperature * d_t) + tl.log(d / d_t)
-                expectation = zero - 1
-            elif DIVERGENCE == REVERSE_KL:
-                kd = A / (temperature * d) + tl.log(d_t / d)
-                expectation = kd
-            else:
-                kd = 0 * tl.log(d / d_t)  # NaN of either side
-                expectation = zero
-            if HAS_MIXTURE:
-                of = mixture_ptr + rows
-                for _ in range(num_segments):
-                    kd += tl.load(of, mask=counts, other=0.0)
-                    expectation += tl.load(of + step, mask=counts, other=0.0)
-                    of += N
+        if FLAGS.TEACHER == DENSE:
+            kd, expectation = dense_divergence(
+                sums, rows, counts, mixture_ptr, num_segments, N, temperature, FLAGS, HAS_MIXTURE
+            )
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 
         exists = rows < N
@@ -208,35 +299,40 @@ def merge_kernel(
         kd = tl.where((kd < 0) & (kd > -1e-5), 0.0, kd) * to_fp32(kd_scale) + poison
         kd_weight = to_fp32(kd_weight)
         loss = poison
-        if TEACHER != NO_TEACHER:
+        if FLAGS.TEACHER != NO_TEACHER:
             loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
+
+        # CE and z-loss: the label's logit is read here, one number per row.
         ce, square, correct, agree, entropy = zero, zero, zero, zero, zero
-        if COMPUTE_CE:
+        if FLAGS.COMPUTE_CE:
             at = tl.where(in_range, label, 0)
-            z = tl.load(s_ptr + rows * s_stride + at, mask=counts, other=0.0).to(tl.float32)
-            scale, cap = to_fp32(s_scale), to_fp32(s_cap)
-            z, _ = finish(z, at, s_bias, scale, cap, counts, True, S_BIAS, S_SCALE, S_CAP)
-            log_1 = tl.log(d_1)
+            student = LogitsRow(s_ptr + rows * s_stride, s_bias, s_scale, s_softcap)
+            z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
+            z, _ = to_logits(z, at, student, counts, True)
+            log_1 = tl.log(sums.d_1)
             smoothing = to_fp32(smoothing)
-            ce = log_1 - (1 - smoothing) * (z - m) + poison
-            if SMOOTH:
-                ce -= smoothing * (S / V)
-            lse = m + log_1
+            ce = log_1 - (1 - smoothing) * (z - sums.m) + poison
+            if FLAGS.SMOOTH:
+                ce -= smoothing * (sums.S / V)
+            lse = sums.m + log_1
             square = lse * lse + poison
             ce_weight, z_loss = to_fp32(ce_weight), to_fp32(z_loss)
             loss += tl.where(ce_weight > 0, ce_weight * ce, 0.0)
             loss += tl.where(z_loss > 0, z_loss * square, 0.0)
-            if COMPUTE_METRICS:
-                entropy = log_1 - E / d_1
-        if COMPUTE_METRICS:
-            column = best.to(tl.int64)
-            if HAS_LABELS:
+            if FLAGS.COMPUTE_METRICS:
+                entropy = log_1 - sums.E / sums.d_1
+
+        if FLAGS.COMPUTE_METRICS:
+            column = sums.best.to(tl.int64)
+            if labels_ptr is not None:
                 correct = (column == label).to(tl.float32)
-            if TEACHER != NO_TEACHER:
-                other = best_t.to(tl.int64)
-                if TEACHER == TOP_K:
+            if FLAGS.TEACHER != NO_TEACHER:
+                other = sums.best_t.to(tl.int64)
+                if FLAGS.TEACHER == TOP_K:
                     other = tl.load(top_id_ptr + rows, mask=counts, other=-1)
                 agree = (column == other).to(tl.float32)
+
+        # Rows that do not count are 0, never products with 0: they may hold NaN.
         parts = parts_ptr + rows
         tl.store(parts, tl.where(counts, ce, 0.0), mask=exists)
         tl.store(parts + 1 * N, tl.where(counts, kd, 0.0), mask=exists)

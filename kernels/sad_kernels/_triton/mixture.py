@@ -1,4 +1,7 @@
-"""Kernel: divergences against a mixture of both sides, which need both normalisers first."""
+"""Kernel ``mixture``: divergences against a mixture of both sides (JSD and the skews).
+
+They need both normalisers first, so the logits are read a second time in forward.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,26 @@ from sad_kernels._triton.rows import (
     SAVED_TEACHER_TOTAL,
     TOTAL,
     lane_sum,
-    to_fp32,
     to_lanes,
 )
 from sad_kernels._triton.tile import (
+    LogitsRow,
     load_logits,
     load_target,
     mixture_parts,
     mixture_terms,
+    to_fp32,
 )
 
 
 @triton.jit
 def mixture_sums(
-    s, t, log_d, log_d_t, m, m_t, inv_T, beta,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
+    student, teacher, t_share, columns, V, log_d, log_d_t, m, m_t, inv_T, beta,
+    MASKED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
+    """The two summands of ``mixture_parts``, summed up by lane over a tile."""
+    s, _ = load_logits(student, columns, V, MASKED)
+    t = load_target(s, teacher, t_share, columns, V, MASKED)
     log_q = (s - m) * inv_T - log_d
     log_p = (t - m_t) * inv_T - log_d_t
     _, u, v = mixture_parts(log_q, log_p, beta, DIVERGENCE, True)
@@ -35,30 +42,29 @@ def mixture_sums(
 
 @triton.jit
 def mixture_kernel(
-    s_ptr, s_stride, s_bias, s_scale, s_cap,
-    t_ptr, t_stride, t_bias, t_scale, t_cap, t_share,
-    labels_ptr, ignore_index,
-    saved_ptr, mixture_ptr, N, V, inv_T, beta,
+    s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; what follows as in LogitsRow
+    t_ptr, t_stride, t_bias, t_scale, t_softcap,  # [N, >= V]
+    t_share,  # None, or the teacher's share of the target
+    labels_ptr,  # None, or [N]
+    ignore_index,
+    saved_ptr,  # [SAVED, N] fp32, of ``merge``
+    mixture_ptr,  # [2, segments, N] fp32, written: f and h summed up
+    N, V, inv_T, beta,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    S_BIAS: tl.constexpr, S_SCALE: tl.constexpr, S_CAP: tl.constexpr,
-    T_BIAS: tl.constexpr, T_SCALE: tl.constexpr, T_CAP: tl.constexpr, T_MIXED: tl.constexpr,
 ):  # fmt: skip
     """Value and expectation of a mixture's divergence over one segment: [2, segments, N]."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
-    if HAS_LABELS:
+    if labels_ptr is not None:
         if tl.load(labels_ptr + row) == ignore_index:
             return
     inv_T, beta = to_fp32(inv_T), to_fp32(beta)
-    s_scale, s_cap = to_fp32(s_scale), to_fp32(s_cap)
-    t_scale, t_cap, t_share = to_fp32(t_scale), to_fp32(t_cap), to_fp32(t_share)
-    s_row = s_ptr + row * s_stride
-    t_row = t_ptr + row * t_stride
+    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap)
+    teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap)
     saved = saved_ptr + row
     m = tl.load(saved + MAXIMUM * N)
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
@@ -72,22 +78,18 @@ def mixture_kernel(
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, False, S_BIAS, S_SCALE, S_CAP)
-        t = load_target(
-            s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
-            False, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+        u, v = mixture_sums(
+            student, teacher, t_share, columns, V, log_d, log_d_t, m, m_t, inv_T, beta,
+            False, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        u, v = mixture_sums(s, t, log_d, log_d_t, m, m_t, inv_T, beta, LANES, VECTOR, DIVERGENCE)
         u_sum += u
         v_sum += v
-    if whole < last:
+    if whole < last:  # the last tile, which V cuts
         columns = whole + tl.arange(0, BLOCK)
-        s, _ = load_logits(s_row, columns, V, s_bias, s_scale, s_cap, True, S_BIAS, S_SCALE, S_CAP)
-        t = load_target(
-            s, t_row, columns, V, t_bias, t_scale, t_cap, t_share,
-            True, T_BIAS, T_SCALE, T_CAP, T_MIXED,
+        u, v = mixture_sums(
+            student, teacher, t_share, columns, V, log_d, log_d_t, m, m_t, inv_T, beta,
+            True, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        u, v = mixture_sums(s, t, log_d, log_d_t, m, m_t, inv_T, beta, LANES, VECTOR, DIVERGENCE)
         u_sum += u
         v_sum += v
     out = mixture_ptr + segment.to(tl.int64) * N + row

@@ -1,16 +1,20 @@
-"""Operators that torch knows by name, called past torch's machinery where nothing asks for it.
+"""Registration of our functions as torch operators, with a short cut for plain eager calls.
 
-A compiler, ``vmap`` or a dispatch mode has to find a function by its name, with what is registered
-beside it. That way is long: to go it costs the host more time than a GPU spends on 256 rows of
-128256 logits. Nothing but autograd looks at most calls: those become a plain ``autograd.Function``
-of the same parts.
+torch.compile, ``vmap`` and dispatch modes have to find an operator by its name, with its schema and
+what is registered beside it. The dispatcher's way to it costs the host more time than a GPU spends
+on 256 rows of 128256 logits. In most calls autograd alone looks on: those run as an
+``autograd.Function`` made of the same forward and backward.
+
+A schema holds tensors, numbers and strings, no objects: ``encode`` writes what a loss is asked to
+compute (``OpArgs``) as integers, floats and words, and ``decode`` reads it back in the operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,18 +25,41 @@ from sad_kernels.objective import Objective
 
 
 class Operator:
-    """``torch.ops.sad_kernels.<the function's name>``, of a function with that operator's schema.
+    """The operator ``torch.ops.sad_kernels.<name>`` of a function of that name.
 
-    It mutates nothing and returns new tensors. What is registered is what
-    ``torch.library.custom_op`` takes under the same names.
+    The schema follows from the function's annotations. If its first parameter is a ``NamedTuple``,
+    as with operators that begin alike, the schema has the tuple's fields in its place: callers pass
+    these one by one, and the function gets the tuple; so does the function of ``register_fake``.
+
+    The function mutates nothing and returns new tensors. ``register_*`` take what the methods of
+    ``torch.library.custom_op`` take under the same names.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+        self._head = _record_of_first_parameter(function)
+        self.function = self._flat(function)
+        self.function.__signature__ = inspect.Signature(  # pyright: ignore
+            list(_flat_parameters(function)), return_annotation=get_type_hints(function)["return"]
+        )
         name = f"sad_kernels::{function.__name__}"
-        self.registered = torch.library.custom_op(name, function, mutates_args=())
-        self.register_fake = self.registered.register_fake
+        self.registered = torch.library.custom_op(name, self.function, mutates_args=())
         self.register_vmap = self.registered.register_vmap
+
+    def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, called with the fields of its first parameter one by one."""
+        head = self._head
+        if head is None:
+            return function
+        count = len(head._fields)
+
+        @wraps(function, assigned=("__name__", "__doc__"), updated=())
+        def flat(*inputs: Any) -> Any:
+            return function(head(*inputs[:count]), *inputs[count:])
+
+        return flat
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        self.registered.register_fake(self._flat(function))
 
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
@@ -55,8 +82,26 @@ class Operator:
         return self.registered(*inputs)
 
 
+def _record_of_first_parameter(function: Callable[..., Any]) -> Any:
+    """The ``NamedTuple`` that the first parameter is annotated with, if it is one."""
+    first = next(iter(get_type_hints(function).values()))
+    return first if isinstance(first, type) and issubclass(first, tuple) else None
+
+
+def _flat_parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(function)
+    del hints["return"]
+    for name, kind in hints.items():
+        is_record = isinstance(kind, type) and issubclass(kind, tuple)
+        fields = get_type_hints(kind) if is_record else {name: kind}
+        for field, annotation in fields.items():
+            yield inspect.Parameter(
+                field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation
+            )
+
+
 def no_second_backward(*_: Any) -> None:
-    """What an operator that is itself a gradient registers as its backward."""
+    """The backward of an operator that is itself a gradient: an error."""
     raise RuntimeError(
         "the gradient of a loss must not be differentiated again, got a second backward through "
         "it; use impl='torch' and no create_graph, or sad_kernels.reference"
@@ -64,7 +109,7 @@ def no_second_backward(*_: Any) -> None:
 
 
 def save_call(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...] = ()) -> None:
-    """Keep for backward what an operator got, tensors or not, and some of what it returned."""
+    """Save an operator's inputs, tensors or not, and some of its outputs for backward."""
     tensors, plain = [], []
     for value in inputs:
         tensor = isinstance(value, Tensor)
@@ -76,14 +121,14 @@ def save_call(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...] = (
 
 
 def saved_call(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    """What ``save_call`` was given."""
+    """The inputs and the outputs that ``save_call`` has saved."""
     tensors, count = ctx.saved_tensors, len(ctx.plain)
     inputs = [t if t is not None else p for t, p in zip(tensors, ctx.plain, strict=False)]
     return inputs, tensors[count:]
 
 
 def eager_autograd_only(inputs: tuple[Any, ...]) -> bool:
-    """Nothing compiles, traces or transforms this call, and all tensors are plain ones."""
+    """Whether nothing but autograd looks on: no compiler, transform, mode or tensor subclass."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
@@ -91,11 +136,12 @@ def eager_autograd_only(inputs: tuple[Any, ...]) -> bool:
     return all(type(x) in (Tensor, Parameter) for x in inputs if isinstance(x, Tensor))
 
 
-Packed = tuple[list[int], list[float], str]
+Encoded = tuple[list[int], list[float], str]
+"""``OpArgs`` as an operator's last common arguments: integers, numbers and words."""
 
 
 class OpArgs(NamedTuple):
-    """A task, and how products become logits on either side."""
+    """What an operator computes: the loss, and how products become logits on either side."""
 
     spec: LossSpec
     scale: float = 1.0
@@ -104,7 +150,8 @@ class OpArgs(NamedTuple):
     teacher_softcap: float | None = None
 
 
-def encode(args: OpArgs) -> Packed:
+def encode(args: OpArgs) -> Encoded:
+    """Write the fields of ``args`` as values that a schema can hold; a softcap of 0 is none."""
     spec, o = args.spec, args.spec.objective
     caps = args.softcap or 0.0, args.teacher_softcap or 0.0
     numbers = (
@@ -116,6 +163,7 @@ def encode(args: OpArgs) -> Packed:
 
 
 def decode(integers: Sequence[int], numbers: Sequence[float], words: str) -> OpArgs:
+    """Read back what ``encode`` wrote."""
     return _decode(tuple(integers), tuple(numbers), words)
 
 

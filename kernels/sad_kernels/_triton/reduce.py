@@ -1,6 +1,6 @@
-"""Rows to what a caller gets: their mean, how many count, and the sums of their parts.
+"""Kernel: row losses to their mean, the number of rows that count, and the sums of their parts.
 
-One launch in place of torch's dozen, each of which takes longer to start than to run.
+One launch in place of a dozen of torch's, each of which takes longer to start than to run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sad_kernels._triton.launch import on_device
-from sad_kernels._triton.rows import PARTS, to_fp32
+from sad_kernels._triton.rows import PARTS
+from sad_kernels._triton.tile import to_fp32
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -20,16 +21,22 @@ NUM_WARPS = 4
 
 @triton.jit
 def reduce_kernel(
-    loss_ptr, parts_ptr, labels_ptr, ignore_index, items_ptr, N,
-    mean_ptr, divisor_ptr, num_tokens_ptr,
-    ce_ptr, kd_ptr, z_ptr, correct_ptr, agree_ptr, entropy_ptr,
+    loss_ptr,  # [N]
+    parts_ptr,  # [PARTS, N]
+    labels_ptr,  # [N], read if HAS_LABELS
+    ignore_index,
+    items_ptr,  # [], read if HAS_ITEMS
+    N,
+    mean_ptr, divisor_ptr, num_tokens_ptr,  # [] each, written
+    ce_ptr, kd_ptr, z_ptr, correct_ptr, agree_ptr, entropy_ptr,  # [] each, written
     BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """The first program: ``sum(loss) / max(items, 1)``. The others: a part's sum each."""
+    """Program 0 computes ``sum(loss) / max(items, 1)``, program i the sum of part i - 1."""
     part = tl.program_id(0)
     of = loss_ptr
     if part > 0:
         of = parts_ptr + (part - 1).to(tl.int64) * N
+    # Each lane sums up its own rows; the lanes are added in the end, so the order is fixed.
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, N, BLOCK):
@@ -39,6 +46,7 @@ def reduce_kernel(
             label = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
             count += (label != ignore_index).to(tl.int32)
     total = tl.sum(total, 0)
+    # The divisor: the given items, or the rows that count; at least 1, so that no rows give 0.
     if part == 0:
         num_tokens = to_fp32(N)
         if HAS_LABELS:
@@ -59,7 +67,7 @@ def reduce_kernel(
 
 
 class Reduced(NamedTuple):
-    """Tensors of their own, 0-d and in fp32: callers add to them in place."""
+    """Sums over rows: 0-d fp32 tensors, each of its own storage, because callers add in place."""
 
     mean: Tensor  # the losses' sum over the divisor
     divisor: Tensor  # at least 1
@@ -79,6 +87,7 @@ def reduced(
     ignore_index: int,
     items: Tensor | None = None,  # [], of any dtype; None: the rows that count
 ) -> Reduced:
+    """Reduce row losses and their parts, in one launch."""
     result = Reduced(*(loss.new_empty(()) for _ in Reduced._fields))
     y = loss if labels is None else labels.contiguous()
     with on_device(loss.device):

@@ -1,11 +1,16 @@
-"""The four kernels over rows of logits. Together they are every loss and gradient of the package.
+"""What the four kernels over rows of logits share: how they work together, constants, helpers.
+
+Every loss and gradient of the package is made of these kernels, each in the file of its name:
 
 ``statistics``  reads the logits once, in segments of the vocabulary, one program per row and
                 segment, and writes a dozen partial sums for each
 ``merge``       puts the segments of a row together in their order and finishes its losses
-``terms``       reads once more for the mixtures (JSD, the skews), which need both normalisers
+``mixture``     reads once more for the mixtures (JSD, the skews), which need both normalisers;
+                ``merge`` runs before it, for the normalisers, and again after it
 ``gradient``    reads once more and writes the gradient once, in any dtype
 
+Partial sums
+------------
 A row is always cut into the same segments, whether one program or many work on it, so its bits do
 not depend on how many rows come with it, and few rows still fill the machine.
 
@@ -22,33 +27,42 @@ E = sum e^x x         (E + d move) r                   entropy         log d - E
 A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
 ====================  ===============================  ====================================
 
+Lanes
+-----
 Maxima and sums belong to a thread ("lane"), which takes those of what it has loaded, and the lanes
 are put together at the end of a segment: a tile costs no exchange between threads at all. What all
 lanes load at once is a *piece*; a tile is one or a few. Of an argmax a lane keeps where its tile
 begins, which is read once more in the end.
 
-Beside a top-k teacher ``statistics`` sums up the columns without an id alone: what is outside the
-ids then comes without cancellation, and does not underflow beside an id that stands far above it.
-Tiles end before the next id, and only pieces are compared with ids: most columns cost as ever.
-``merge``, which reads the K logits anyway, adds them to every sum.
+Top-k teachers
+--------------
+Beside a top-k teacher ``statistics`` sums up only the columns without an id: the probability of
+everything outside the ids then comes without cancellation, and does not underflow beside an id that
+stands far above it. Tiles end before the next id, and only pieces are compared with ids, so that
+most columns cost what they cost without ids. ``merge``, which reads the K logits anyway, adds them
+to every sum.
 
+Offsets and ignored rows
+------------------------
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
 in ``gradient``, where they write zeros without reading.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 MASKED_LOGIT = tl.constexpr(-1.2345679e34)
-"""In place of the logit of a column that is not to be counted: e^MASKED_LOGIT is 0, and no logit of
-16 bits, nor one that a model has made, is this number."""
+"""Stands for the logit of a column that must not count: e^MASKED_LOGIT is 0, and no logit of 16
+bits, nor one that a model has made, is this number."""
 
 PAD_ID = tl.constexpr(2**31 - 1)  # the id of padding: no column, and last in order
-ID_CHUNK = tl.constexpr(128)  # ids looked at together
+ID_CHUNK = tl.constexpr(128)  # ids that first_id_at compares at a time
 
-# Teachers
+# Kinds of teachers
 NO_TEACHER = tl.constexpr(0)
 DENSE = tl.constexpr(1)
 TOP_K = tl.constexpr(2)
@@ -77,58 +91,69 @@ SAVED = 6
 PARTS = 6  # ce, kd, z, correct, agree, entropy
 
 
-@triton.jit
-def to_fp32(x):
-    """A run-time number, which a compiler in front of us may hand over in fp64."""
-    return tl.full((), x, tl.float32)
+class Flags(NamedTuple):
+    """What a kernel is compiled for, one argument ``FLAGS`` of all kernels.
+
+    The fields are plain numbers that kernels compare with the constants above and of ``tile.py``.
+    """
+
+    TEACHER: int  # NO_TEACHER, DENSE or TOP_K
+    DIVERGENCE: int
+    T_CASE: int  # whether the temperature is 1, 2 or any
+    COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
+    SMOOTH: bool = False  # label smoothing above 0
+    COMPUTE_METRICS: bool = False  # correct, agree, entropy
 
 
 @triton.jit
 def first_id_at(ids, K, column):
-    """Where in the K ascending ``ids`` those of ``column`` and of later columns begin."""
-    at = 0
+    """The position of the first of the K ascending ``ids`` that is not below ``column``."""
+    position = 0
     for k in range(0, K, ID_CHUNK):
-        some = k + tl.arange(0, ID_CHUNK)
-        at += tl.sum((tl.load(ids + some, mask=some < K, other=PAD_ID) < column).to(tl.int32), 0)
-    return at
+        at = k + tl.arange(0, ID_CHUNK)
+        below = tl.load(ids + at, mask=at < K, other=PAD_ID) < column
+        position += tl.sum(below.to(tl.int32), 0)
+    return position
 
 
 @triton.jit
-def id_at(ids, K, at):
-    return tl.load(ids + at, mask=at < K, other=PAD_ID)
+def id_at(ids, K, position):
+    """The id at ``position``; past the last one ``PAD_ID``, which no column reaches."""
+    return tl.load(ids + position, mask=position < K, other=PAD_ID)
 
 
 @triton.jit
 def rescale_cross(total, cross, move, other_move, inv_T):
-    """``A`` after both maxima have moved; 0 * inf is 0."""
+    """The cross sum ``A`` after both maxima have moved, with 0 * inf = 0."""
     decay = tl.exp2(move * inv_T)
     return tl.where(decay > 0, (cross + total * (move - other_move)) * decay, 0.0)
 
 
 @triton.jit
 def to_lanes(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """[BLOCK] -> [tile's rows, LANES, VECTOR]: as threads have loaded it, VECTOR at a time."""
+    """View a tile as its threads have loaded it: [BLOCK] -> [pieces, LANES, VECTOR]."""
     return tl.reshape(x, [x.shape[0] // (LANES * VECTOR), LANES, VECTOR])
 
 
 @triton.jit
 def lane_sum(x):
-    """Over what each thread has: [rows, LANES, VECTOR] -> [LANES]."""
+    """Sum within each thread: [pieces, LANES, VECTOR] -> [LANES]."""
     return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def lane_max(x):
+    """Maximum within each thread: [pieces, LANES, VECTOR] -> [LANES]."""
     return tl.max(tl.max(x, 2), 0)
 
 
 @triton.jit
 def over_lanes(x):
-    """[LANES] -> [1, LANES, 1]"""
+    """Broadcast a number per lane over a tile: [LANES] -> [1, LANES, 1]."""
     return x[None, :, None]
 
 
 @triton.jit
 def product(weights, x):
-    """0 where the weight is 0, whatever it multiplies."""
+    """``weights * x``, and 0 where the weight is 0, even of inf and NaN."""
     return weights * tl.where(weights > 0, x, 0.0)

@@ -1,4 +1,7 @@
-"""Gradients that are there, times a number on the device, in another dtype: one read, one write."""
+"""Kernel: a finished gradient times a number on the device, cast to another dtype.
+
+One read and one write, and no host sync for the number.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,14 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def scaled_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
+def scaled_kernel(
+    x_ptr,  # [n]
+    factor_ptr,  # [] fp32
+    out_ptr,  # [n], written in its own dtype
+    n,
+    BLOCK: tl.constexpr,
+):
+    """``out = x * factor`` of one block; whole blocks go without a mask."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     factor = tl.load(factor_ptr)
@@ -28,7 +38,7 @@ def scaled_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:  # factor: [] fp32
-    """``x * factor``, rounded once."""
+    """``x * factor`` in ``dtype``, computed in fp32 and rounded once."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=dtype)
     if x.numel():

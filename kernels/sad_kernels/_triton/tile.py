@@ -1,4 +1,4 @@
-"""What is done to one tile of logits: device functions that the kernels of ``rows.py`` share.
+"""Mathematics of one tile of logits: device functions shared by the kernels over rows.
 
 Logits are fp32 from the load on, and every exponent is taken of a difference: the row's maximum is
 subtracted first, then comes ``1 / T``. Folding both into one multiply-add would lose what a large
@@ -7,6 +7,8 @@ common offset hides.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # where maxima start: -inf - -inf would be NaN
 
-# Divergences
+# Codes of the divergences; ``launch.DIVERGENCES`` gives each name of the table its code.
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
@@ -22,14 +24,18 @@ SKEW_FORWARD_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
 
 LOG2_TINY = tl.constexpr(-150.0)  # log2 of a probability that is 0 in fp32
-LOG2_RATIO_MAX = tl.constexpr(
-    60.0
-)  # log2 of the largest ratio of two probabilities of which both count
+LOG2_RATIO_MAX = tl.constexpr(60.0)  # log2 of the largest p/q at which both still count
 
-# Temperatures: 1 and 2 save an exponential per element
+# Cases of the temperature: 1 and 2 save an exponential per element
 ANY = tl.constexpr(0)
 ONE = tl.constexpr(1)
 TWO = tl.constexpr(2)
+
+
+@triton.jit
+def to_fp32(x):
+    """A run-time number in fp32, which a compiler in front of us may hand over in fp64."""
+    return tl.full((), x, tl.float32)
 
 
 @triton.jit
@@ -85,57 +91,67 @@ def rounded_product(x, factor):
     return tl.fma(x, factor + zero, zero)
 
 
+class LogitsRow(NamedTuple):
+    """One row of logits in memory, and what turns its stored products into logits.
+
+    A step that a model does not have is None, and then costs nothing: Triton compiles a kernel for
+    which of them are there.
+    """
+
+    ptr: Any  # the row's first column, of any floating dtype
+    bias: Any  # None, or a pointer to [>= V]
+    scale: Any  # None, or a number
+    softcap: Any  # None, or a number
+
+
 @triton.jit
-def finish(
-    x, columns, bias, scale, cap, mask,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """Products to logits: bias, scale, softcap, in this order; and the softcap's derivative."""
-    if HAS_BIAS:
+def to_logits(x, columns, row, mask, MASKED: tl.constexpr):
+    """Bias, scale and softcap of ``row``, in this order, applied to its products ``x``.
+
+    Returns the logits at ``columns`` and the softcap's derivative there.
+    """
+    if row.bias is not None:
         if MASKED:
-            x += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+            x += tl.load(row.bias + columns, mask=mask, other=0.0).to(tl.float32)
         else:
-            x += tl.load(bias + columns).to(tl.float32)
-    if HAS_SCALE:
-        x = rounded_product(x, scale)
+            x += tl.load(row.bias + columns).to(tl.float32)
+    if row.scale is not None:
+        x = rounded_product(x, to_fp32(row.scale))
     slope = x
-    if HAS_CAP:
+    if row.softcap is not None:
+        cap = to_fp32(row.softcap)
         capped, slope = tanh(x / cap)
         x = rounded_product(capped, cap)
     return x, slope
 
 
 @triton.jit
-def load_logits(
-    row, columns, V, bias, scale, cap,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """The logits of one row at ``columns``, in fp32, -inf past the vocabulary; as ``finish``."""
+def load_logits(row, columns, V, MASKED: tl.constexpr):
+    """The logits of one row at ``columns`` in fp32, and the softcap's derivative.
+
+    MASKED: some columns may lie past the vocabulary, where the logit is -inf.
+    """
     if MASKED:
         mask = columns < V
-        x = tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
-        x, slope = finish(x, columns, bias, scale, cap, mask, True, HAS_BIAS, HAS_SCALE, HAS_CAP)
+        x = tl.load(row.ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        x, slope = to_logits(x, columns, row, mask, True)
         x = tl.where(mask, x, float("-inf"))
     else:
-        x = tl.load(row + columns).to(tl.float32)
-        x, slope = finish(
-            x, columns, bias, scale, cap, columns, False, HAS_BIAS, HAS_SCALE, HAS_CAP
-        )
+        x = tl.load(row.ptr + columns).to(tl.float32)
+        x, slope = to_logits(x, columns, row, columns, False)
     return x, slope
 
 
 @triton.jit
-def load_target(
-    s, row, columns, V, bias, scale, cap, share,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-    MIXED: tl.constexpr,
-):  # fmt: skip
+def load_target(s, teacher, share, columns, V, MASKED: tl.constexpr):
     """What the student's logits ``s`` are compared with: the teacher's, or a mixture of both.
 
-    The mixture is an explicit fma, so that every kernel gets the same bits.
+    ``share`` is the teacher's in the mixture; None: the teacher alone. The mixture is an explicit
+    fma, so that every kernel gets the same bits.
     """
-    t, _ = load_logits(row, columns, V, bias, scale, cap, MASKED, HAS_BIAS, HAS_SCALE, HAS_CAP)
-    if MIXED:
+    t, _ = load_logits(teacher, columns, V, MASKED)
+    if share is not None:
+        share = to_fp32(share)
         t = tl.fma(t, share + tl.zeros_like(t), s * (1 - share))
     return t
 
@@ -152,18 +168,30 @@ def exponentials(x, inv_T, T_CASE: tl.constexpr):
 
 
 @triton.jit
-def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
-    """Of a mixture's divergence, from ``a = log2 q`` and ``b = log2 p``: q, and the two products
-    that ``mixture_terms`` makes ``f`` and ``h`` of; of their sums it makes the sums.
+def require_mixture(DIVERGENCE: tl.constexpr):
+    """Stop the compiler at a divergence that no branch knows: it must not be taken for another."""
+    tl.static_assert(
+        (DIVERGENCE == JSD) | (DIVERGENCE == SKEW_FORWARD_KL) | (DIVERGENCE == SKEW_REVERSE_KL),
+        "divergence must have a branch in every kernel that asks for it, got an unknown code; "
+        "add it where the known ones are told apart",
+    )
 
-    Relative to q, with the gap bounded: a share below 2^-60 of the other adds nothing, and what is
-    left neither overflows nor takes p along when q underflows. No branch and no comparison, which
-    cost these kernels more than exponentials do. A ratio to m is an exponential where its logarithm
-    is there (HAS_LOG): a division takes six instructions.
+
+@triton.jit
+def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
+    """q and the two summands of a mixture's divergence, from ``a = log2 q`` and ``b = log2 p``.
+
+    ``mixture_terms`` makes ``f`` and ``h`` of the two summands, and the sums of f and h of their
+    sums. ``HAS_LOG`` says that the caller needs the first, so that its logarithm is there: a ratio
+    to the mixture m is then an exponential of it, where a division takes six instructions.
+
+    Everything is relative to q, with the gap between the two logarithms bounded: a share below
+    2^-60 of the other adds nothing, and what is left neither overflows nor takes p along when q
+    underflows. Neither branches nor comparisons, which cost these kernels more than exponentials.
     """
-    q_log = tl.maximum(
-        tl.maximum(a, b - LOG2_RATIO_MAX), LOG2_TINY
-    )  # finite, so that no -inf meets another
+    require_mixture(DIVERGENCE)
+    # q_log is finite, so that no -inf meets another.
+    q_log = tl.maximum(tl.maximum(a, b - LOG2_RATIO_MAX), LOG2_TINY)
     gap = tl.maximum(b - q_log, -LOG2_RATIO_MAX)
     share = beta if DIVERGENCE == SKEW_REVERSE_KL else 1 - beta  # of q in the mixture
     ratio = tl.exp2(gap)
@@ -176,20 +204,21 @@ def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
         p = q * ratio
         over_m = q * tl.exp2(gap - log_mix) if HAS_LOG else p / mix
         return q, p * (gap - log_mix), over_m  # p log2 p/m, pq/m
-    else:
+    else:  # SKEW_REVERSE_KL
         return q, q * log_mix, q * tl.exp2(-log_mix)  # q log2 m/q, qq/m
 
 
 @triton.jit
 def mixture_terms(u, v, beta, DIVERGENCE: tl.constexpr):
-    """``f`` and ``h`` of ``_divergence.py``, in nats, from what ``mixture_parts`` returns."""
+    """``f`` and ``h`` of ``_divergence.py``, in nats, from the summands of ``mixture_parts``."""
+    require_mixture(DIVERGENCE)
     if DIVERGENCE == JSD:
         h = (1 - beta) * -LN_2 * v
         f = beta * LN_2 * u + h
     elif DIVERGENCE == SKEW_FORWARD_KL:
         f = u * LN_2
         h = (beta - 1) * v
-    else:
+    else:  # SKEW_REVERSE_KL
         f = u * -LN_2
         h = f - beta * v
     return f, h

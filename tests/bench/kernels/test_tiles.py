@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sad_kernels._triton import launch
+from sad_kernels._triton import tile_sizes
 
 from bench.kernels import tiles
 from bench.kernels.timing import Cpu
@@ -19,20 +19,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("launches CPU tensors, which only the interpreter takes")
     for name, value in {"N": 4, "V": 96, "K": 3, "SEGMENTS": (64,)}.items():
         monkeypatch.setattr(tiles, name, value)
-    for name in ("STATISTICS", "GRADIENT", "TERMS"):
+    for name in ("STATISTICS", "GRADIENT", "MIXTURE"):
         monkeypatch.setattr(tiles, name, ((32, 1),))
 
 
 def test_every_kernel_is_swept_and_the_table_is_put_back() -> None:
-    table = launch.choose_tile
+    table = tile_sizes.current_rule()
     rows = list(tiles._rows(Cpu(), torch.float32, rounds=1))
-    assert launch.choose_tile is table
+    assert tile_sizes.current_rule() is table
     swept = {(row["loss"], row["kernel"]) for row in rows}
     mixtures = {"jsd", "skew_forward_kl", "skew_reverse_kl"}
     assert swept == {
         (loss.name, kernel)
         for loss in tiles.LOSSES
-        for kernel in ("statistics", "gradient", *(["terms"] if loss.name in mixtures else []))
+        for kernel in ("statistics", "gradient", *(["mixture"] if loss.name in mixtures else []))
     }
     assert {str(row["tile"]) for row in rows} == {"None", "[32, 64, 1]"}
     assert all(row["bytes"] > 0 and row["ms"] > 0 for row in rows)

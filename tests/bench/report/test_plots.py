@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from bench.record import RESULTS
 from bench.report import plots
@@ -221,7 +222,7 @@ def test_legends_and_labels_stay_off_the_data(figures: dict[str, Figure]) -> Non
                 assert not legend.get_window_extent().overlaps(frame), name
             assert page.x0 <= frame.x0 and frame.x1 <= page.x1 and page.y0 < frame.y0, name
     for axes in figures["time_memory"].axes:
-        boxes = [plots.Text.get_window_extent(text) for text in axes.texts]
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
         assert len(boxes) == len(PACKAGES) - 1
         assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 

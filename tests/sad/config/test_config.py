@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,27 @@ from sad.config.load import load_config
 from sad.config.schema import (
     MAY_CHANGE_ON_RESUME,
     STRUCTURAL,
+    CurriculumConfig,
     DataConfig,
     DistillConfig,
     FeatureConfig,
+    ce_only,
     config_to_dict,
     config_to_yaml,
 )
-from sad.config.values import field_types, leaf_types
+from sad.config.sections import Section
+from sad.config.values import (
+    ConfigError,
+    FractionBelowOne,
+    PositiveInt,
+    field_types,
+    input_paths,
+    leaf_types,
+    section_types,
+)
+from sad.curriculum import RAMPS
 from sad.errors import UsageError
+from sad.losses.structural import LOSSES
 from sad.recipes import recipe_names
 
 MINIMAL = "student: s\nteacher: t\n"
@@ -109,6 +122,8 @@ def test_paths_in_a_file_mean_its_own_folder_first(tmp_path: Path, monkeypatch: 
     assert loaded.data.train == (str(recipes / "text"), "more")
     assert loaded.output_dir == "text"  # what is written goes where the user is
     assert load(recipes, text, "--student", "model").student == "model"  # the user's own folder
+    paths = ("student", "teacher", "tokenizer", "data.train", "data.eval")
+    assert input_paths(DistillConfig) == paths
 
 
 def test_bundled_recipes_load() -> None:
@@ -335,6 +350,55 @@ def test_every_key_has_a_docstring_and_stands_in_the_help() -> None:
                 assert f"  --{prefix}{item.name} " in text, item.name
             assert not item.metadata or item.metadata == MAY_CHANGE_ON_RESUME
     assert "Optimizer and schedule:\n  --learning_rate NUMBER  [5e-05]" in text
+
+
+def test_every_section_knows_its_key() -> None:
+    for key, section in section_types(DistillConfig).items():
+        assert issubclass(section, Section) and section.name == key
+
+
+def test_a_structural_loss_is_a_section_with_a_weight_a_schedule_and_a_phase() -> None:
+    assert set(STRUCTURAL) == {name for name in RAMPS if name != "kd"}
+    assert field_types(CurriculumConfig).keys() == RAMPS.keys()
+    assert set(LOSSES) == set(STRUCTURAL)
+
+
+def test_cross_entropy_alone_leaves_nothing_of_the_teacher() -> None:
+    on = config(
+        **{name: {"weight": 0.1} for name in STRUCTURAL},
+        curriculum={"kd": [[0, 1], [1, 0]]},
+        taid={"enabled": True},
+        routing={"mode": "student_aware"},
+        data={"text_field": "body"},
+    )
+    off = replace(on, **ce_only())
+    plain = config(kd_weight=0, ce_weight=1, data={"text_field": "body"})
+    assert off == plain and on.structural_weights and not off.structural_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySection(Section):
+    name = "toy"
+
+    steps: PositiveInt = 1
+    """A key with a constraint."""
+    share: FractionBelowOne | None = None
+    """A key that may be None."""
+
+
+def test_a_key_is_a_field_whose_type_says_what_it_must_satisfy() -> None:
+    toy: Any = ToySection
+    assert toy(steps="3", share="null") == toy(steps=3)
+    with pytest.raises(ConfigError, match=r"toy\.steps must be at least 1, got 0; choose such"):
+        toy(steps=0)
+    with pytest.raises(
+        ConfigError, match=r"toy\.share must lie in \[0, 1\), got 1\.0; choose such"
+    ):
+        toy(share=1)
+    assert field_docs(ToySection) == {
+        "steps": "A key with a constraint.",
+        "share": "A key that may be None.",
+    }
 
 
 def test_sections_of_structural_losses(tmp_path: Path) -> None:

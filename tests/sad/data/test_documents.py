@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sad.config.help import field_docs
 from sad.config.schema import DataConfig
-from sad.data import documents
 from sad.data.documents import read_documents
+from sad.data.formats import READERS, parquet, txt
+from sad.data.formats.base import Document, require_field
 from sad.errors import UnfitError, UsageError
 
 
@@ -51,7 +54,7 @@ class TestTextFiles:
     ) -> None:
         text = "<><a><b><><c>><<d<><><e"
         (tmp_path / "a.txt").write_text(text)
-        monkeypatch.setattr(documents, "_CHUNK_CHARS", chunk)
+        monkeypatch.setattr(txt, "CHUNK_CHARS", chunk)
         expected = [piece for piece in text.split("<>") if piece]
         assert [text for _, text in read(tmp_path / "a.txt", document_separator="<>")] == expected
 
@@ -106,7 +109,7 @@ class TestJsonLines:
 
 class TestParquet:
     def test_a_row_is_a_document(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(documents, "_RECORDS_PER_READ", 2)  # rows count on across reads
+        monkeypatch.setattr(parquet, "ROWS_PER_READ", 2)  # rows count on across reads
         table = pa.table({"id": [1, 2, 3, 4, 5], "text": ["a", "b", "", "d", "e"]})
         pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
         assert read(tmp_path / "a.parquet") == [
@@ -141,6 +144,30 @@ class TestParquet:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(UsageError, match=r"pip install 'student-aware-distillation\[data\]'"):
             read(tmp_path / "a.parquet")
+
+
+def read_csv(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
+    column, *texts = path.read_text().splitlines()
+    require_field(config.text_field, [column], str(path))
+    yield from (Document(f"{name}:{row}", text) for row, text in enumerate(texts))
+
+
+class TestFormats:
+    def test_a_format_is_a_reader_and_its_suffix(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(READERS, ".csv", read_csv)  # pyright: ignore[reportArgumentType]
+        (tmp_path / "a.CSV").write_text("text\none\ntwo\n")
+        (tmp_path / "b.txt").write_text("three")
+        assert read(tmp_path / "a.CSV") == [("a.CSV:0", "one"), ("a.CSV:1", "two")]
+        assert [text for _, text in read(tmp_path)] == ["one", "two", "three"]
+        with pytest.raises(UnfitError, match=r"a\.CSV must have the field 'body', got 'text'"):
+            read(tmp_path / "a.CSV", text_field="body")
+        with pytest.raises(UsageError, match=r"must name text that exists, got absent\.csv"):
+            read("absent.csv")
+
+    def test_the_help_of_data_train_lists_them(self) -> None:
+        assert f"({', '.join(READERS)})" in field_docs(DataConfig)["train"]
 
 
 class TestFolders:
@@ -203,7 +230,9 @@ class TestBadSources:
 
     def test_other_kinds_of_files(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("a,b\n")
-        with pytest.raises(UsageError, match=r"must name \.txt, .* files, got .*a\.csv; convert"):
+        with pytest.raises(
+            UsageError, match=r"must name \.txt, \.jsonl, \.parquet files, got .*a\.csv; convert"
+        ):
             read(tmp_path / "a.csv")
 
     def test_unreadable_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sad.errors import SadError, UnfitError, UsageError
-from sad.losses import attention_hook as _attention_tap
+from sad.losses import attention_hook
 from sad.losses.base import Activations, AttentionInputs, CaptureSpec
 from sad.losses.capture import Capture
 from sad.models.heads import Backbone, decoder_layers, relative_error, rounding_tolerance
@@ -54,7 +54,7 @@ def hooks_in(model: nn.Module) -> set[nn.Module]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     yield
-    assert not _attention_tap._HOOKS
+    assert not attention_hook._HOOKS
 
 
 # Hidden states
@@ -402,7 +402,7 @@ def test_without_spec_nothing_is_looked_at_or_installed() -> None:
     assert got == Activations()
 
 
-def test_hooks_sit_on_mapped_layers_only_and_only_while_armed() -> None:
+def test_hooks_sit_on_mapped_layers_only_and_only_while_capturing() -> None:
     model = tiny_moe("qwen3_moe")
     capture = Capture(model, CaptureSpec((1,), (1,), (1,), (1,)), role="student", detach=False)
     assert not hooks_in(model)
@@ -420,7 +420,7 @@ def test_a_model_is_captured_once_at_a_time() -> None:
     second = Capture(model, CaptureSpec(attention=(1,)), role="teacher", detach=True)
     foreign = Capture(other, CaptureSpec(attention=(1,)), role="teacher", detach=True)
     with capture.capturing() as got, foreign.capturing() as foreign_got:
-        with pytest.raises(RuntimeError, match="armed twice"), capture.capturing():
+        with pytest.raises(RuntimeError, match="a capture within another"), capture.capturing():
             pass
         with pytest.raises(RuntimeError, match="got a second capture"), second.capturing():
             pass

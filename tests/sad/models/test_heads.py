@@ -262,6 +262,16 @@ def test_an_unknown_family_with_a_scaled_head_is_refused_naming_the_tables() -> 
         split_head(new_model(1.01))
 
 
+def test_an_odd_head_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(1.01)
+    monkeypatch.setitem(SCALED_HEADS, model.config.model_type, lambda config: {"logit_scale": 1.01})
+    backbone, head = split_head(model)
+    torch.testing.assert_close(head(backbone(TOKENS)), model(input_ids=TOKENS).logits)
+    monkeypatch.setitem(SCALED_HEADS, model.config.model_type, lambda config: {"logit_scal": 1.01})
+    with pytest.raises(TypeError, match="logit_scal"):
+        split_head(model)
+
+
 def test_an_unknown_family_whose_logits_are_0_is_refused() -> None:
     model = new_model(0.0)
     nn.init.zeros_(model.lm_head.weight)

@@ -197,8 +197,8 @@ def measured_peak(config: DistillConfig) -> int:
         for step in range(2):
             for _ in range(config.gradient_accumulation_steps):
                 batch = packed_batch(config, step)
-                target = None if teacher is None else teacher(batch)
-                out = student(batch, target, config.objective(), num_items=1000)
+                target = None if teacher is None else teacher.forward(batch)
+                out = student(batch, target, config.objective(), LossCounts(1000, 0, 0))
                 precision.backward(out.loss)
             ema.update(precision.step(optimizer, 1.0).ok)
             precision.zero_grad(optimizer)

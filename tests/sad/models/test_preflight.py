@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import sad.models.preflight
 from sad.errors import UnfitError
 from sad.models.heads import Backbone, eval_no_grad
-from sad.models.preflight import check_loss, check_model, check_run, require_isolation
+from sad.models.preflight import check_loss, check_model, check_models_and_loss, require_isolation
 
 IDS = torch.randint(0, 500, (2, 40), generator=torch.Generator().manual_seed(0))
 MIXED = Objective(ce_weight=0.3, kd_weight=0.7, temperature=2.0, label_smoothing=0.1)
@@ -26,7 +26,7 @@ def run(
     student: Any, teacher: Any, objective: Objective = MIXED, **options: Any
 ) -> dict[str, float]:
     settings: dict[str, Any] = {"valid_vocab": 500, "packing": True} | options
-    return check_run(student, teacher, IDS, objective, **settings)
+    return check_models_and_loss(student, teacher, IDS, objective, **settings)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
@@ -59,7 +59,7 @@ def test_equal_models_pass_although_their_divergence_has_no_gradient() -> None:
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_short_rows_are_enough(length: int) -> None:
     ids = IDS[:, :length]
-    check_run(
+    check_models_and_loss(
         tiny_llama(), None, ids, Objective(ce_weight=1, kd_weight=0), valid_vocab=500, packing=True
     )
 
@@ -68,7 +68,7 @@ def test_a_row_is_never_longer_than_the_models_positions() -> None:
     model = tiny_gpt2(n_positions=8)
     ids = IDS[:, :8].repeat(4, 1)
     objective = Objective(ce_weight=1, kd_weight=0)
-    check_run(model, None, ids, objective, valid_vocab=500, packing=True)
+    check_models_and_loss(model, None, ids, objective, valid_vocab=500, packing=True)
 
 
 def test_computed_positions_may_exceed_what_the_model_was_made_for() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,8 +20,10 @@ from torch.optim.lr_scheduler import (
 
 from sad.config.schema import DistillConfig, SchedulerName
 from sad.errors import UsageError
+from sad.optim import schedule
 from sad.optim.schedule import (
     RunLength,
+    SchedulePoint,
     build_scheduler,
     check_foreign_scheduler,
     describe,
@@ -30,7 +32,7 @@ from sad.optim.schedule import (
     warmup_batches,
 )
 
-SCHEDULES = get_args(SchedulerName)
+NAMES = get_args(SchedulerName)
 
 
 def config(**keys) -> DistillConfig:
@@ -190,10 +192,27 @@ def test_hand_computed_factors(name: SchedulerName, values: list[float], floor: 
         assert ours == pytest.approx(floored, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_warmup_longer_than_the_run_only_climbs(name: SchedulerName) -> None:
     factors = [lr_factor(name, t, 10, warmup=40) for t in range(11)]
     assert factors == [t / 40 for t in range(11)]
+
+
+def test_the_configuration_offers_the_schedules_that_there_are() -> None:
+    assert NAMES == tuple(schedule.SCHEDULES)
+
+
+def test_a_schedule_is_a_function_and_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def squared(point: SchedulePoint) -> float:
+        return point.left**2
+
+    name: Any = "squared"
+    with pytest.raises(UsageError, match=r"must be one of linear, cosine, .*, got 'squared'"):
+        lr_factor(name, 60, 100, warmup=20)
+    monkeypatch.setitem(schedule.SCHEDULES, name, squared)  # pyright: ignore[reportArgumentType]
+    assert lr_factor(name, 10, 100, warmup=20) == 0.5
+    assert lr_factor(name, 60, 100, warmup=20) == 0.25
+    assert lr_factor(name, 100, 100, warmup=20, min_lr_ratio=0.1) == 0.1
 
 
 def test_wsd_without_decay_stays_up() -> None:
@@ -222,7 +241,7 @@ def used_rates(
 
 @pytest.mark.parametrize("skipped", [(), (0,), (0, 1, 7)], ids=str)
 @pytest.mark.parametrize("accumulation_steps", [1, 8])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_100_batches_are_100_scheduler_steps(
     name: SchedulerName, accumulation_steps: int, skipped: tuple[int, ...]
 ) -> None:
@@ -237,7 +256,7 @@ def test_100_batches_are_100_scheduler_steps(
         assert rate == lr_factor(name, last, 100, warmup=10)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_optimizer_step_unit_has_its_own_horizon(name: SchedulerName) -> None:
     run = run_length(100, 8)
     keys = config(lr_scheduler_type=name, warmup_steps=2, scheduler_unit="optimizer_step")
@@ -247,7 +266,7 @@ def test_optimizer_step_unit_has_its_own_horizon(name: SchedulerName) -> None:
     assert used == [lr_factor(name, k, 13, warmup=2) for k in range(13)]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_both_units_agree_at_window_boundaries(name: SchedulerName) -> None:
     for k in range(101):
         per_window = lr_factor(name, k, 100, warmup=7, min_lr_ratio=0.1)
@@ -270,7 +289,7 @@ def test_the_warning_that_is_silenced_exists_and_no_other_is() -> None:
         step_scheduler(scheduler)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stop", [1, 3, 8, 50])
 def test_resumed_rates_are_equal(name: SchedulerName, stop: int) -> None:
     """Optimizer, then scheduler; load optimizer, then scheduler; the state goes through JSON."""

@@ -14,8 +14,9 @@ import pytest
 
 from sad.environment import memory_now
 from sad.errors import OutputError, UsageError
+from sad.metrics import format_count, format_metric
 from sad.report.log import RunLog, from_json, read_log, to_json
-from sad.report.terminal import aligned_pairs, format_count, format_duration, format_metric
+from sad.report.terminal import aligned_pairs, format_duration
 
 
 class Terminal(io.StringIO):
@@ -247,6 +248,13 @@ def test_a_loss_part_gets_its_column_when_it_gets_a_weight(tmp_path: Path) -> No
     first, _, second, _ = out.getvalue().splitlines()
     assert "kd" in first.split() and "feature" not in first.split()
     assert "kd" not in second.split() and "feature" in second.split()
+
+
+def test_a_loss_part_that_is_declared_nowhere_stands_with_the_others(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with open_log(tmp_path, out) as log:
+        log.train(train_record(2, mine=0.5, more=2.0, weights={"ce": 0.3, "kd": 0.7, "mine": 0.1}))
+    assert out.getvalue().split()[3:13] == "loss ce kd mine lr grad norm tok/s GiB more".split()
 
 
 def test_the_header_is_aligned(tmp_path: Path) -> None:

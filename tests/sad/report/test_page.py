@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from sad.errors import OutputError, UsageError
-from sad.report import plots
 from sad.report.log import RunLog
-from sad.report.page import format_results, verdict, write_report
+from sad.report.page import write_report
+from sad.report.panels import History, filled_panels
+from sad.report.results import format_results, verdict
 
 HOSTILE = (
     "</pre></style><script>alert('x')</script><img src=http://x.invalid/ onerror=\"alert(1)\">&$x_$"
@@ -32,9 +33,10 @@ TEACHER = {
     "agreement": None,
     "accuracy": 0.362,
     "bits_per_byte": 1.812,
+    "entropy": 4.2,
 }
 BASELINE = {
-    "name": "student, text alone",
+    "name": "student, CE only",
     "parameters": 372_352,
     "perplexity": math.exp(5.38),
     "nll": 5.38,
@@ -42,6 +44,7 @@ BASELINE = {
     "agreement": 0.45,
     "accuracy": 0.279,
     "bits_per_byte": 2.189,
+    "entropy": 5.1,
 }
 DISTILLED = BASELINE | {
     "name": "student, distilled",
@@ -119,7 +122,7 @@ def train_record(micro_step: int, **changes: Any) -> dict[str, Any]:
 def eval_record(micro_step: int, **changes: Any) -> dict[str, Any]:
     nll = 6.0 - micro_step / 80
     scores = {"nll": nll, "perplexity": math.exp(nll), "kl": nll / 10, "agreement": 1 / nll}
-    scores |= {"accuracy": 0.9 / nll, "bits_per_byte": nll / 3}
+    scores |= {"accuracy": 0.9 / nll, "bits_per_byte": nll / 3, "entropy": nll + 0.1}
     record: dict[str, Any] = {"micro_step": micro_step, "global_step": micro_step // 2}
     for prefix in ("eval", "eval_ema"):
         record |= {f"{prefix}/{name}": value for name, value in scores.items()}
@@ -241,23 +244,25 @@ def test_every_quantity_has_a_plot_with_units(finished: tuple[Path, str]) -> Non
         "KL to the teacher": "nats per target",
         "Top-1 agreement with the teacher": "% of targets",
         "Top-1 accuracy": "% of targets",
+        "Entropy of the predictions": "nats per target",
         "Training loss and its parts": "per target, token or sequence",
         "Learning rate": "learning rate",
         "Weights of the loss terms": "weight",
         "Gradient norm": "norm before clipping",
         "Throughput": "tokens per second",
         "Memory": "GiB",
+        "Decay of the averaged weights": "decay per update",
     }
     assert list(svgs) == list(counts)
     for title, unit in counts.items():
         assert f">{unit}<" in svgs[title] and ">micro-batches<" in svgs[title]
-    legend = ("student", "student, EMA", "text alone", "text alone, EMA", "teacher", "resumed")
+    legend = ("student", "student, EMA", "CE only", "CE only, EMA", "teacher", "resumed")
     assert all(f">{label}<" in svgs["Held-out loss"] for label in legend)
-    parts = ("loss", "CE", "KD", "feature", "CE, text alone", "resumed")
+    parts = ("loss", "CE", "KD", "feature", "CE, CE-only run", "resumed")
     assert all(f">{label}<" in svgs["Training loss and its parts"] for label in parts)
     assert ">clipped at 1.5<" in svgs["Gradient norm"]
     names = {path.name for path in (run_dir / "plots").iterdir()}
-    assert len(names) == 10 and {"loss.png", "eval_nll.png"} <= names
+    assert len(names) == 12 and {"loss.png", "eval_nll.png"} <= names
     for path in (run_dir / "plots").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -266,8 +271,8 @@ def test_parts_of_the_loss_can_be_told_apart() -> None:
     """However many there are: colours are fewer."""
     names = ["ce", *(f"part {i}" for i in range(9))]
     record = {"micro_step": 1, "loss": 1.0, "weights": dict.fromkeys(names, 1)}
-    history = plots.History([record | dict.fromkeys(names, 1.0)], [])
-    lines = plots._loss_lines(history, None)
+    history = History([record | dict.fromkeys(names, 1.0)], [])
+    (lines,) = (p.lines for p in filled_panels(history, None, {}) if p.name == "loss")
     assert len({(line.colour, str(line.dash)) for line in lines}) == len(lines) == 11
 
 
@@ -315,7 +320,7 @@ def test_an_empty_log_gives_a_page_without_plots(tmp_path: Path) -> None:
 def test_a_single_point_is_visible(tmp_path: Path) -> None:
     write_log(tmp_path, range(20, 21))
     svgs = svgs_of(page_of(tmp_path))
-    assert len(svgs) == 10
+    assert len(svgs) == 12
     assert all("<use " in markers(svg) for svg in svgs.values())
 
 
@@ -338,7 +343,7 @@ def test_missing_evaluations_leave_only_the_training_plots(tmp_path: Path) -> No
     write_log(tmp_path, range(4, 84, 4), eval_every=1000)
     html = page_of(tmp_path)
     assert "On held-out text" not in html
-    assert len(svgs_of(html)) == 6
+    assert len(svgs_of(html)) == 7
 
 
 def test_a_run_without_a_teacher_shows_no_agreement(tmp_path: Path) -> None:
@@ -423,6 +428,53 @@ def test_warnings_are_listed(tmp_path: Path) -> None:
     assert "three updates were skipped" in text and "3 updates skipped" in text
 
 
+def test_a_run_of_an_earlier_version_has_its_report(tmp_path: Path) -> None:
+    """As version 0.1.0 left them: other names in the table, no entropy in it, other keys."""
+    train = {
+        "attempt": 1, "kind": "train", "time": "2026-11-01T10:00:00.000Z", "micro_step": 4,
+        "global_step": 4, "epoch": 0.5, "tokens": 512, "loss": 3.0, "ce": 6.0, "kd": 2.0, "z": 90.0,
+        "accuracy": 0.1, "agreement": 0.2, "weights": {"ce": 0.3, "kd": 0.7}, "lr": 1e-3,
+        "grad_norm": "NaN", "loss_scale": 1.0, "skipped": 0, "tokens_per_second": 100.0,
+        "rss_bytes": 2**30, "rss_peak_bytes": 2**30, "num_updates": 4, "ema_decay": 0.5,
+    }  # fmt: skip
+    scores = {"eval/nll": 5.0, "eval/perplexity": 148.4, "eval/entropy": 4.0, "eval/loss": 3.0}
+    lines = [train, {**train, "kind": "eval"} | scores]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [TEACHER, BASELINE | {"name": "student, text alone"}, DISTILLED]
+    rows = [{key: value for key, value in row.items() if key != "entropy"} for row in rows]
+    (tmp_path / "run.json").write_text(json.dumps({"results": rows}))
+    html = page_of(tmp_path)
+    text = Page(html).text
+    assert "Distillation helped" in text and "student, text alone" in text
+    assert "entropy" not in text  # no row has it
+    assert list(svgs_of(html)) == [
+        "Held-out loss", "Entropy of the predictions", "Training loss and its parts",
+        "Learning rate", "Weights of the loss terms", "Gradient norm", "Throughput", "Memory",
+        "Top-1 in training", "Decay of the averaged weights",
+    ]  # fmt: skip
+    assert ">z-loss<" not in html
+
+
+def test_a_scale_and_skipped_updates_are_drawn_where_they_say_something(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_batches=80, stream=io.StringIO()) as log:
+        for step, scale in ((4, 65536.0), (8, 32768.0)):
+            log.train(train_record(step, loss_scale=scale, skipped=step // 8))
+    svgs = svgs_of(page_of(tmp_path))
+    assert {"Loss scale of fp16", "Updates skipped so far"} <= svgs.keys()
+
+
+def test_structural_losses_are_drawn_on_held_out_text(tmp_path: Path) -> None:
+    """Also one that is declared nowhere but among the weights."""
+    weights = {"weights": {"ce": 1.0, "feature": 0.1, "mine": 0.1}, "feature": 1.0, "mine": 2.0}
+    with RunLog(tmp_path, total_batches=80, stream=io.StringIO()) as log:
+        log.train(train_record(4, **weights))
+        log.evaluation({"micro_step": 4, "global_step": 2, "eval/feature": 1.0, "eval/mine": 2.0})
+    svgs = svgs_of(page_of(tmp_path))
+    for title in ("Structural losses on held-out text", "Training loss and its parts"):
+        assert ">feature<" in svgs[title] and ">mine<" in svgs[title]
+    assert "mine" not in svgs
+
+
 def test_a_directory_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run directory must exist"):
         write_report(tmp_path / "nowhere")
@@ -441,10 +493,12 @@ def test_a_directory_that_cannot_be_written_is_an_output_error(tmp_path: Path) -
 def test_the_table_is_aligned(tmp_path: Path) -> None:
     lines = format_results([*ROWS, {"name": "x", "nll": math.nan}]).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[0].split() == ("parameters perplexity NLL KL agreement accuracy bits/byte".split())
+    assert lines[0].split() == (
+        "parameters perplexity NLL KL agreement accuracy bits/byte entropy".split()
+    )
     assert set(lines[1]) == {"-"}
-    assert lines[2].split() == "teacher 4.52M 79.84 4.3800 - - 36.2 % 1.8120".split()
-    assert lines[-1].split() == "x - - nan - - - -".split()
+    assert lines[2].split() == "teacher 4.52M 79.84 4.3800 - - 36.2 % 1.8120 4.2000".split()
+    assert lines[-1].split() == "x - - nan - - - - -".split()
     ends = [len(line[: line.index(text)] + text) for line, text in zip(lines[2:6], (
         "4.3800", "5.3800", "5.0300", "4.9800"), strict=True)]  # fmt: skip
     assert len(set(ends)) == 1
@@ -456,15 +510,22 @@ def test_a_table_without_rows_has_its_titles() -> None:
 
 def test_the_verdict_compares_the_best_weights_with_the_baseline() -> None:
     assert verdict(ROWS) == (
-        "Distillation helped: against the same student trained on the text alone, for as many "
-        "steps on the same batches, perplexity fell from 217.02 to 145.47 (-33.0 %), KL to the "
+        "Distillation helped: against the same student trained with CE only, for as many steps on "
+        "the same batches, perplexity fell from 217.02 to 145.47 (-33.0 %), KL to the "
         "teacher fell from 0.8000 to 0.5000 (-37.5 %) and top-1 agreement rose from 45.0 % to "
         "56.0 % (+11.0 points). That closes 40 % of that student's gap to its teacher in NLL."
     )
 
 
+@pytest.mark.parametrize("name", ["student, CE only", "student, text alone (EMA)"])
+def test_the_baseline_is_known_by_its_names_of_now_and_before(name: str) -> None:
+    assert verdict([TEACHER, BASELINE | {"name": name}, DISTILLED]).startswith(
+        "Distillation helped: against the same student trained with CE only"
+    )
+
+
 def test_the_verdict_takes_the_better_of_two_baselines() -> None:
-    better = BASELINE | {"name": "student, text alone (EMA)", "perplexity": 100.0, "nll": 4.605}
+    better = BASELINE | {"name": "student, CE only (EMA)", "perplexity": 100.0, "nll": 4.605}
     assert "perplexity rose from 100.00 to 145.47 (+45.5 %)" in verdict([*ROWS, better])
 
 

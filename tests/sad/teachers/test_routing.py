@@ -13,7 +13,7 @@ import torch
 from sad_kernels import Head
 from support.layouts import total
 from support.tiny import tiny_llama
-from support.tiny_moe import NUM_EXPERTS, TOP_K, tiny_moe
+from support.tiny_moe import NUM_EXPERTS, tiny_moe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -431,12 +431,14 @@ def recorded(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
     "family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe"]
 )
 def test_without_draws_the_gate_chooses_as_ever(family: str) -> None:
-    model = tiny_moe(family, **({"n_group": 1} if family in SIGMOID else {}))
+    """A model whose own gate chooses all experts but one."""
+    groups = {"n_group": 1} if family in SIGMOID else {}
+    model = tiny_moe(family, num_experts_per_tok=NUM_EXPERTS - 1, **groups)
     batch, generator = make_batch(), torch.Generator()
     expected = logits_of(model, batch)
-    with augmented(model, generator, active=TOP_K, probability=0.0):
+    with augmented(model, generator, probability=0.0):
         torch.testing.assert_close(logits_of(model, batch), expected, rtol=1e-5, atol=1e-5)
-    with augmented(model, generator, active=TOP_K, probability=1.0):
+    with augmented(model, generator, probability=1.0):
         assert not torch.allclose(logits_of(model, batch), expected)
     assert torch.equal(logits_of(model, batch), expected)
 
@@ -459,7 +461,7 @@ def test_draws_are_a_function_of_the_generator(family: str) -> None:
 
     def once() -> Tensor:
         torch.rand(3)  # the global generator has no say
-        with augmented(model, generator, active=3, probability=0.5):
+        with augmented(model, generator, probability=0.5):
             return logits_of(model, batch)
 
     first = once()
@@ -476,13 +478,13 @@ def test_experts_are_drawn_from_the_gate_without_replacement() -> None:
     g = (logits.double().exp() / logits.double().exp().sum()).tolist()
     draws = 40_000
     table = logits.expand(draws, 4)
-    ids = routing._draw(block, table, 2, 1.0, torch.Generator().manual_seed(0))
+    ids = routing._draw_experts(block, table, 2, 1.0, torch.Generator().manual_seed(0))
     for a, b in permutations(range(4), 2):
         expected = g[a] * g[b] / (1 - g[a])  # first a, then b of what is left
         seen = ((ids[:, 0] == a) & (ids[:, 1] == b)).double().mean()
         assert abs(float(seen) - expected) < 4.5 * (expected / draws) ** 0.5, (a, b)
 
-    ids = routing._draw(block, table, 2, 0.05, torch.Generator().manual_seed(0))
+    ids = routing._draw_experts(block, table, 2, 0.05, torch.Generator().manual_seed(0))
     top = ((ids[:, 0] == 1) & (ids[:, 1] == 3)).double().mean()
     expected = 0.95 + 0.05 * g[1] * g[3] / (1 - g[1])
     assert abs(float(top) - expected) < 4.5 * (0.05 / draws) ** 0.5
@@ -495,8 +497,8 @@ def test_a_correction_of_the_choice_is_heeded_but_not_drawn_from() -> None:
     router.e_score_correction_bias = torch.tensor([0.0, 0.0, 0, 0, 0, 0, 0, 5.0])
     logits = torch.linspace(2, -6, NUM_EXPERTS).expand(4000, NUM_EXPERTS)
     generator = torch.Generator().manual_seed(0)
-    assert routing._draw(block, logits, 1, 0.0, generator).eq(7).all()
-    assert routing._draw(block, logits, 1, 1.0, generator).eq(7).double().mean() < 0.01
+    assert routing._draw_experts(block, logits, 1, 0.0, generator).eq(7).all()
+    assert routing._draw_experts(block, logits, 1, 1.0, generator).eq(7).double().mean() < 0.01
 
 
 def test_tokens_and_layers_draw_independently() -> None:
@@ -506,10 +508,11 @@ def test_tokens_and_layers_draw_independently() -> None:
     for block in moe_layers(model).values():
         torch.nn.init.zeros_(next(block.router.parameters()))  # every expert alike
     generator = torch.Generator().manual_seed(0)
-    with augmented(model, generator, active=1, probability=1.0), recorded(model) as calls:
+    with augmented(model, generator, probability=1.0), recorded(model) as calls:
         logits_of(model, batch)
-    (one, _), (two, _) = calls
-    assert len(one.unique()) > 4 and not torch.equal(one, two)
+    left_out = [sum(range(NUM_EXPERTS)) - ids.sum(-1) for ids, _ in calls]
+    assert all(len(experts.unique()) > 4 for experts in left_out)
+    assert not torch.equal(*left_out)
 
 
 def test_augmented_forwards_must_not_build_a_graph() -> None:
@@ -518,12 +521,10 @@ def test_augmented_forwards_must_not_build_a_graph() -> None:
         model(input_ids=batch.input_ids, use_cache=False)
 
 
-@pytest.mark.parametrize(
-    "options", [{"active": 0}, {"active": NUM_EXPERTS + 1}, {"probability": 1.5}]
-)
-def test_arguments_out_of_range_are_refused(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("probability", [-0.1, 1.5])
+def test_a_probability_out_of_range_is_refused(probability: float) -> None:
     with (
         pytest.raises(ValueError, match="must lie in"),
-        augmented(tiny_moe("mixtral"), torch.Generator(), **options),
+        augmented(tiny_moe("mixtral"), torch.Generator(), probability=probability),
     ):
         pass

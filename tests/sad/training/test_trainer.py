@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from sad_kernels import TeacherHidden
 from support.faulty_disk import tree
 from support.runs import assert_same_bits, everything, make_trainer, run_log
 from support.tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
 from sad.checkpoint import store
+from sad.checkpoint.parts import Entry, Part
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import latest_checkpoint, load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
@@ -32,9 +35,12 @@ from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals
 from sad.errors import CheckpointError, DivergedError, StoppedError, UnfitError, UsageError
 from sad.models.load import load_student
-from sad.optim.precision import Precision, Update
+from sad.optim.precision import Precision, UpdateResult
 from sad.optim.schedule import lr_factor
 from sad.report.log import RunLog, read_log
+from sad.teachers.frozen import TeacherOutput
+from sad.training import state as trainer_state
+from sad.training import trainer as trainer_module
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ThroughputMeter
 from sad.training.rescore import evaluate_run
@@ -272,6 +278,109 @@ def test_sigterm_saves_and_the_same_command_goes_on(
             assert torch.equal(saved.tensors[group][rest], tensor), name
 
 
+class Odometer:
+    """A toy with a state of its own: what it has seen of a run."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_a_new_part_costs_one_line(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered, it is saved when a run is stopped and restored when it goes on."""
+    config = make_config()
+    seen: list[int] = []
+    odometers: list[Odometer] = []
+    checkpoint_parts, micro_batch = trainer_state.checkpoint_parts, Trainer.micro_batch
+
+    def with_odometer(made: Trainer) -> list[Part]:
+        odometers.append(Odometer())
+        return [*checkpoint_parts(made), Entry("odometer", odometers[-1])]
+
+    def counted(self: Trainer) -> bool:
+        odometers[-1].seen += 1
+        seen.append(odometers[-1].seen)
+        if len(seen) == 6:  # in the middle of a window
+            os.kill(os.getpid(), signal.SIGTERM)
+        return micro_batch(self)
+
+    monkeypatch.setattr(Trainer, "micro_batch", counted)
+    monkeypatch.setattr(trainer_module, "checkpoint_parts", with_odometer)
+    with pytest.raises(StoppedError):
+        distill(config)
+    distill(replace(config, resume_from_checkpoint="auto"))
+    assert len(odometers) == 2 and len(seen) > 6
+    assert seen == list(range(1, len(seen) + 1))
+
+
+STATE_KEYS = [
+    "identity",
+    "counters",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "curriculum",
+    "ema",
+    "rng",
+    "sums",
+    "terms",
+    "window_loss",
+    "teaching",
+    "taid",
+    "skipped",
+    "accumulation_steps",
+    "gradient_accumulator_step_count",
+    "window_size",
+    "num_items",
+]
+TENSOR_GROUPS = [
+    "model",
+    "masters",
+    "optimizer",
+    "ema",
+    "teaching",
+    "structure",
+    "grads",
+    "rng",
+]
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"use_ema": False, "kd_weight": 0.0, "teacher": None}], ids=["all", "least"]
+)
+def test_checkpoints_keep_their_layout(make_config: Callable[..., Any], keys: Any) -> None:
+    """Names and order of schema 1, whatever a run has: another needs a new schema."""
+    config = make_config(**keys)
+    trainer = make_trainer(config)
+    state, tensors = trainer.capture()
+    assert list(state) == STATE_KEYS and list(tensors) == TENSOR_GROUPS
+    path = save_checkpoint(config.output_dir, 0, state, tensors, save_total_limit=2)
+    assert list(json.loads((path / "state.json").read_text())["state"]) == STATE_KEYS
+    files = list(json.loads((path / "manifest.json").read_text())["files"])
+    assert files == ["state.json", *(f"{group}.safetensors" for group in TENSOR_GROUPS)]
+    assert store.SCHEMA == 1
+
+
+@pytest.mark.parametrize("key", ["identity", "terms", "num_items"])
+def test_a_checkpoint_without_a_key_is_refused_in_one_line(
+    make_config: Callable[..., Any], key: str
+) -> None:
+    config = make_config()
+    state, tensors = make_trainer(config).capture()
+    del state[key]
+    save_checkpoint(config.output_dir, 0, state, tensors, save_total_limit=2)
+    with pytest.raises(CheckpointError, match=f"must hold '{key}' in state.json") as refusal:
+        distill(replace(config, resume_from_checkpoint="auto"))
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_changed_trajectory_is_refused(make_config: Callable[..., Any]) -> None:
     config = make_config(max_steps=1)
     distill(config)
@@ -459,10 +568,9 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
     lengths = (rows.labels != -100).sum(1)
     hidden = torch.randn(8, 64, 48, dtype=torch.float64)
     assert inputs.teacher is not None
-    head = inputs.teacher(rows).head
-    from sad_kernels import TeacherHidden
-
-    head = replace(head, weight=head.weight.double())
+    (target,) = inputs.teacher.forward(rows).targets
+    head = replace(target.head, weight=target.head.weight.double())
+    window = LossCounts(int(lengths.sum()), 0, 0)
 
     def gradient(micro_batches: int) -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -475,9 +583,8 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
                 LossCounts(int(lengths[part].sum()), 0, 0),
                 0,
             )
-            teacher = TeacherHidden(hidden[part], head)
-            out = student(batch, teacher, config.objective(), num_items=int(lengths.sum()))
-            out.loss.backward()
+            teacher = TeacherOutput((TeacherHidden(hidden[part], head),))
+            student(batch, teacher, config.objective(), window).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     whole = gradient(1)
@@ -499,10 +606,10 @@ def test_one_micro_batch_or_eight_give_one_gradient(
     shared |= {"use_ema": False, "use_curriculum": False}
     gradients: list[Tensor] = []
 
-    def record(self: Precision, optimizer: Any, max_grad_norm: float) -> Update:
+    def record(self: Precision, optimizer: Any, max_grad_norm: float) -> UpdateResult:
         parts = [p.grad.flatten() for p in self.optimizer_parameters.values() if p.grad is not None]
         gradients.append(torch.cat(parts))
-        return Update(torch.zeros(()), torch.tensor(True), torch.tensor(False))
+        return UpdateResult(torch.zeros(()), torch.tensor(True), torch.tensor(False))
 
     monkeypatch.setattr(Precision, "step", record)
     found = []
@@ -519,8 +626,8 @@ def test_one_micro_batch_or_eight_give_one_gradient(
             trainer.micro_batch()
         found.append(torch.stack(gradients))
         gradients.clear()
-    assert len(trainer.train_rows) % 8, "the last window should be a short one"
-    assert trainer.train_rows.num_targets.std() > 40, "equal lengths would hide the fault"
+    assert len(trainer.batches.rows) % 8, "the last window should be a short one"
+    assert trainer.batches.rows.num_targets.std() > 40, "equal lengths would hide the fault"
     for split in found[1:]:
         error = (split - found[0]).abs().amax(1) / found[0].abs().amax(1)
         assert (error < 1e-12).all()
@@ -536,7 +643,7 @@ def test_evaluation_gives_the_figures_of_training(
     """
     config = make_config(packing=False, label_smoothing=0.0, temperature=1.0)
     trainer = make_trainer(config)
-    batches = [trainer.train_rows.batch(trainer._rows(i)) for i in range(4)]
+    batches = [trainer.batches.batch(i) for i in range(4)]
     monkeypatch.setattr(RunInputs, "eval_batches", lambda self, config: iter(batches))
     with run_log(config, trainer) as log:
         trainer.evaluate(log)
@@ -561,13 +668,14 @@ def test_a_window_without_targets_updates_nothing(
     trainer = make_trainer(config)
     trainer.micro_batch()
     before = everything(trainer)
-    batch = trainer.train_rows.batch
+    batch = trainer.batches.rows.batch
     monkeypatch.setattr(
-        trainer.train_rows,
+        trainer.batches.rows,
         "batch",
         lambda rows: batch(rows)._replace(labels=torch.full_like(batch(rows).labels, -100)),
     )
-    monkeypatch.setattr(trainer.train_rows, "num_targets", trainer.train_rows.num_targets * 0)
+    none = trainer.batches.rows.num_targets * 0
+    monkeypatch.setattr(trainer.batches.rows, "num_targets", none)
     trainer.micro_batch()
     after = everything(trainer)
     for name in before:

@@ -1,0 +1,152 @@
+"""How much memory a ``linear_*`` loss takes, from sizes alone: nothing is computed or allocated.
+
+For planning: does a batch, a vocabulary or a ``chunk_bytes`` fit, before a run is started?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from sad_kernels import _check
+from sad_kernels._dispatch import choose_impl
+from sad_kernels._divergence_table import DIVERGENCES
+from sad_kernels._tiles import (
+    DEFAULT_CHUNK_BYTES,
+    HEAD_ROWS,
+    TRITON_CHUNK_BYTES,
+    chunk_rows,
+    pitch,
+    term_tiles,
+)
+from sad_kernels.objective import Divergence
+
+TeacherKind = Literal["hidden", "logits", "top_k"]
+Wrt = Literal["hidden", "weight", "bias"]
+
+FP32 = 4  # bytes of a number
+ROW_BYTES = 256  # of one row's statistics: b in linear.py
+ID_BYTES = 64  # more of them per id of a top-k teacher
+
+
+class LinearMemory(NamedTuple):
+    """Bytes beyond the inputs of a ``linear_*`` loss and its backward, by what they hold.
+
+    With ``impl="torch"`` the ``logits`` are made in forward and again in backward. With
+    ``impl="triton"`` forward computes the gradients as well, and backward needs no logits.
+    """
+
+    logits: int
+    """Tiles of the logits of both models and of their gradient, and the slices of the heads that
+    they are made of: ``chunk_bytes`` at most, whatever the vocabulary is."""
+    hidden: int
+    """Copies of hidden states in the dtype of the arithmetic, and the sum of their gradient."""
+    weight_copy: int
+    """The weight rounded to the dtype of the hidden states. 0 with ``impl="torch"``."""
+    weight_sum: int
+    """The fp32 sums of the gradients of weight and bias. 0 with ``impl="torch"``."""
+    rows: int
+    """A few numbers per row: maxima, normalisers, losses."""
+    gradients: int
+    """What backward returns."""
+
+    @property
+    def total(self) -> int:
+        """The sum: more than the peak, since not all of it is alive at one moment."""
+        return sum(self)
+
+
+def linear_memory_bytes(
+    num_tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    teacher: TeacherKind | None = None,
+    teacher_width: int = 0,
+    divergence: Divergence = "forward_kl",
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    gradients: Collection[Wrt] = ("hidden", "weight"),
+    chunk_bytes: int | None = None,
+    device: torch.device | str = "cpu",
+    impl: str = "auto",
+) -> LinearMemory:
+    """Bytes that ``linear_cross_entropy`` or ``linear_distill_loss`` takes beyond its inputs.
+
+    Of a call with ``N = num_tokens`` hidden states [N, D_s] and a head [V, D_s] under the mean or
+    sum of the rows, forward and backward. ``teacher`` is "hidden" for a ``TeacherHidden``, "logits"
+    or "top_k", and ``teacher_width`` is the D_t of its hidden states, or its K. ``dtype`` is that
+    of the hidden states, ``weight_dtype`` that of the student's weight, if another. ``gradients``
+    names the leaves that get one. ``device`` decides, as a tensor's would, what ``impl="auto"`` is;
+    it need not exist here.
+
+    An estimate, by the formulas of the module ``linear``: as if some row was ignored, so that the
+    hidden states are copied; without what an allocator rounds up. With ``impl="torch"`` temporaries
+    may take another quarter of ``logits``, and a softcap one more tile where the vocabulary is too
+    small to fill ``chunk_bytes``.
+
+    Raises ``TypeError`` and ``ValueError`` for sizes out of range, for names that do not exist and
+    for an ``impl`` that does not work on the device.
+
+    >>> plan = linear_memory_bytes(8192, 128256, 2048, dtype=torch.bfloat16)
+    >>> plan.logits, plan.gradients  # the default chunk_bytes; bf16 hidden states and weight
+    (33554432, 558891008)
+    """
+    for name, value, low in (
+        ("num_tokens", num_tokens, 0),
+        ("vocab_size", vocab_size, 1),
+        ("hidden_size", hidden_size, 1),
+        ("teacher_width", teacher_width, 1 if teacher in ("hidden", "top_k") else 0),
+    ):
+        _check.require_int(name, value, low)
+    _check.require_choice("teacher", teacher, (*get_args(TeacherKind), None))
+    for name in gradients:
+        _check.require_choice("gradients", name, get_args(Wrt))
+    _check.require_choice("divergence", divergence, tuple(DIVERGENCES))
+    for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype or dtype)):
+        _check.require_float_dtype(name, value)
+    _check.require_chunk_bytes(chunk_bytes)
+    impl = choose_impl(impl, torch.device(device).type, double=dtype == torch.float64)
+
+    N, V, D_s = num_tokens, vocab_size, hidden_size
+    D_t = teacher_width if teacher == "hidden" else 0
+    wrt_hidden, wrt_weight, wrt_bias = (name in gradients for name in get_args(Wrt))
+    itemsize, weight_itemsize = dtype.itemsize, (weight_dtype or dtype).itemsize
+    parameters = V * (D_s * wrt_weight + wrt_bias)  # numbers of the head that get a gradient
+    returned = itemsize * N * D_s * wrt_hidden + weight_itemsize * parameters
+    rows = N * (ROW_BYTES + (ID_BYTES * teacher_width if teacher == "top_k" else 0))
+
+    if impl == "torch":
+        dense = teacher in ("hidden", "logits")
+        tiles = 2 + dense + (term_tiles(divergence) if dense else 0)  # student, scratch, teacher
+        slices = D_s + D_t + D_s * wrt_weight  # of the heads, and of the weight's gradient
+        number = max(itemsize, FP32)
+        budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        return LinearMemory(
+            logits=min(budget, number * V * (tiles * min(N, HEAD_ROWS) + slices)),
+            hidden=number * N * (D_s + D_t + D_s * wrt_hidden),
+            weight_copy=0,
+            weight_sum=0,
+            rows=rows,
+            gradients=returned,
+        )
+
+    sides = 2 if teacher == "hidden" else 1  # models whose logits are made
+    budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    chunk = chunk_rows(V, sides, itemsize, budget)
+    forward_rows, gradient_rows = min(chunk.forward, N), min(chunk.gradient, N)
+    row_of_g = itemsize if gradients else 0
+    # dhidden stays in fp32 until backward for fp16, and is rounded chunk by chunk for bf16.
+    dhidden = (FP32 if dtype == torch.float16 else itemsize) * N
+    product = FP32 * gradient_rows if dtype == torch.bfloat16 else 0
+    masked = itemsize * gradient_rows  # the hidden states of a chunk, ignored rows zeroed
+    return LinearMemory(
+        logits=pitch(V) * (FP32 * sides * forward_rows + row_of_g * gradient_rows),
+        hidden=D_s * ((dhidden + product) * wrt_hidden + masked * wrt_weight),
+        weight_copy=itemsize * V * D_s if weight_itemsize != itemsize else 0,
+        weight_sum=FP32 * parameters,
+        rows=rows,
+        gradients=returned,
+    )

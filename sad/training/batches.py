@@ -1,0 +1,53 @@
+"""The micro-batches of a training run, found by their position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from sad.config.schema import DistillConfig
+from sad.data.batch import Batch, LossCounts
+from sad.data.rows import PackedRows, epoch_permutation
+from sad.optim.schedule import RunLength, Window
+
+
+class TrainBatches:
+    """Micro-batches as a pure function of seed and position: a resumed run needs no more state.
+
+    Every epoch has an order of its own, in which each row comes once.
+    """
+
+    def __init__(
+        self, config: DistillConfig, rows: PackedRows, run_length: RunLength, device: torch.device
+    ) -> None:
+        self.rows = rows
+        self.device = device
+        self._seed = config.seed
+        self._size = config.per_device_train_batch_size
+        self._run_length = run_length
+        self._order: tuple[int, np.ndarray] | None = None  # an epoch, and the order of its rows
+
+    def row_numbers(self, micro_step: int) -> np.ndarray:
+        """The numbers of the rows in a micro-batch."""
+        epoch, batch = self._run_length.position(micro_step)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, epoch_permutation(self._seed, epoch, len(self.rows))
+        return self._order[1][batch * self._size : (batch + 1) * self._size]
+
+    def batch(self, micro_step: int) -> Batch:
+        """A micro-batch, on the device."""
+        return self.rows.batch(self.row_numbers(micro_step)).to(self.device)
+
+    def window(self, window: Window) -> Iterator[Batch]:
+        """The micro-batches of a window, one by one."""
+        return (self.batch(step) for step in _steps(window))
+
+    def counts(self, window: Window) -> LossCounts:
+        """The units in all micro-batches of a window together, known before any is made."""
+        return self.rows.counts(np.concatenate([self.row_numbers(step) for step in _steps(window)]))
+
+
+def _steps(window: Window) -> range:
+    return range(window.first_micro_step, window.first_micro_step + window.size)
