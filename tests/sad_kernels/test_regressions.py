@@ -352,30 +352,20 @@ def test_layouts_are_only_layouts(op: str, impl: str) -> None:
 
     https://github.com/NVIDIA/TransformerEngine/pull/2746
     """
-    for i, layout in enumerate(("padded", "transposed", "offset")):
-        for j, label_layout in enumerate(("strided", "shifted")):
-            label_dtype = (torch.int32, torch.int64)[(i + j) % 2]
-            judge_layouts(op, impl, layout, label_layout, label_dtype)
-
-
-@pytest.mark.slow
-@every_implementation
-@every_op
-@pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("label_layout", ["strided", "shifted"])
-@pytest.mark.parametrize("layout", ["padded", "transposed", "offset"])
-def test_any_layout_beside_any_other(
-    op: str, layout: str, label_layout: str, label_dtype: torch.dtype, impl: str
-) -> None:
-    judge_layouts(op, impl, layout, label_layout, label_dtype)
-
-
-def judge_layouts(
-    op: str, impl: str, layout: str, label_layout: str, label_dtype: torch.dtype
-) -> None:
-    options: dict[str, Any] = {"layout": layout, "label_layout": label_layout}
-    options |= {"label_dtype": label_dtype, "reduction": "none", "ignore": "some", "N": 6}
-    judge(plain(op, torch.float32, **options), bound(impl))
+    for layout in ("padded", "transposed", "offset"):
+        for label_layout in ("strided", "shifted"):
+            for label_dtype in (torch.int32, torch.int64):
+                problem = plain(
+                    op,
+                    torch.float32,
+                    layout=layout,
+                    label_layout=label_layout,
+                    label_dtype=label_dtype,
+                    reduction="none",
+                    ignore="some",
+                    N=4,
+                )
+                judge(problem, bound(impl))
 
 
 @every_implementation
