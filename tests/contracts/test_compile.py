@@ -16,12 +16,18 @@ to the last point only. After a change of kernels or tiles, write the new budget
 changed:
 
     python tests/contracts/test_compile.py [FAMILY ...]
+
+The default run compiles the common launches for one target, and for one of the other vendor where
+that is cheap; ``-m slow`` compiles everything. What was compiled is kept in ``.pytest_cache`` until
+a source, an argument or a version changes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +45,16 @@ BUDGETS = HERE / "budgets.json"
 
 FAMILIES = ("cross_entropy", "kl_div", "distill_loss", "top_k", "linear", "ema", "scale", "reduce")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-SHORT = ("sm_90", "gfx942")  # what the default run compiles for: one of each vendor
+SHORT = ("sm_90", "gfx942")  # one of each vendor
+BY_DEFAULT = {
+    family: SHORT if family in ("distill_loss", "ema", "scale", "reduce") else SHORT[:1]
+    for family in FAMILIES
+}
+"""What the default run compiles for: every kernel for both vendors, every family for one."""
+
+CACHE = ROOT / ".pytest_cache" / "compiled"
+KEPT = 100  # results
+SOURCES = ("kernels/sad_kernels", "tests/support")
 
 STREAMS = (
     "s_ptr",
@@ -78,25 +93,50 @@ def gating_version() -> str:
     return next(line.removeprefix("triton==") for line in lines if line.startswith("triton=="))
 
 
+def fingerprint(root: Path, arguments: Sequence[str]) -> str:
+    """A name for everything that decides what ``launches.py`` prints."""
+    packages = [f"{name} {version(name)}" for name in ("triton", "torch")]
+    found = hashlib.sha256(json.dumps([*arguments, sys.version, *packages]).encode())
+    for file in sorted(path for folder in SOURCES for path in (root / folder).rglob("*.py")):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        found.update(f"{file.relative_to(root)} {content}\n".encode())
+    return found.hexdigest()
+
+
 def launches(*arguments: str) -> Any:
-    """What ``tests/support/launches.py`` prints, from an environment without settings of Triton."""
+    """What ``tests/support/launches.py`` prints, or printed before for the same sources."""
+    stored = CACHE / f"{fingerprint(ROOT, arguments)}.json"
+    if not stored.exists():
+        printed = print_launches(*arguments)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = stored.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(printed)
+        unfinished.replace(stored)
+        for old in sorted(CACHE.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    return json.loads(stored.read_text())
+
+
+def print_launches(*arguments: str) -> str:
+    """Run ``launches.py`` in an environment without settings of Triton."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    jobs = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
     with tempfile.TemporaryDirectory() as cache_dir:
         environment |= {"TRITON_CACHE_DIR": cache_dir, "TRITON_DEFAULT_FP_FUSION": "1"}
-        environment["PYTHONPATH"] = str(ROOT / "tests")
+        environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / x) for x in ("kernels", "tests"))
+        script = ROOT / "tests" / "support" / "launches.py"
         done = subprocess.run(
-            [sys.executable, ROOT / "tests" / "support" / "launches.py", *arguments],
+            [sys.executable, script, "--jobs", jobs, *arguments],
             env=environment,
             capture_output=True,
             text=True,
         )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def compiled(family: str, targets: tuple[str, ...], *options: str) -> Reports:
-    jobs = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-    return launches(family, "--targets", ",".join(targets), "--jobs", jobs, *options)
+    return launches(family, "--targets", ",".join(targets), *options)
 
 
 def budgets() -> dict[str, dict[str, Report]]:
@@ -186,7 +226,7 @@ def check(reports: Reports) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_within_their_budgets(family: str) -> None:
     """Scalars in fp64 under torch.compile: https://github.com/linkedin/Liger-Kernel/pull/1350"""
-    check(compiled(family, SHORT))
+    check(compiled(family, BY_DEFAULT[family]))
 
 
 @pytest.mark.slow
@@ -194,6 +234,18 @@ def test_kernels_compile_within_their_budgets(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_within_their_budgets_for_every_case_and_target(family: str) -> None:
     check(compiled(family, TARGETS, "--all"))
+
+
+def test_what_was_compiled_is_used_for_the_same_sources_only(tmp_path: Path) -> None:
+    for folder in SOURCES:
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    before = fingerprint(tmp_path, ["ema"])
+    assert before == fingerprint(ROOT, ["ema"]) != fingerprint(ROOT, ["ema", "--all"])
+    kernel = tmp_path / "kernels" / "sad_kernels" / "_triton" / "ema.py"
+    kernel.write_text(kernel.read_text() + "\n")
+    changed = fingerprint(tmp_path, ["ema"])
+    kernel.with_name("new.py").touch()
+    assert len({before, changed, fingerprint(tmp_path, ["ema"])}) == 3
 
 
 def test_every_launch_has_a_budget_and_every_budget_a_launch() -> None:

@@ -34,13 +34,13 @@ def test_the_language_is_as_before_after_a_launch() -> None:
     import triton.language as tl
 
     @triton.jit
-    def fails(x_ptr, N: tl.constexpr):  # pyright: ignore
+    def fails(x_ptr, N: tl.constexpr):
         tl.store(x_ptr, tl.sum(tl.arange(0, N)))
         raise ValueError
 
     x, before = torch.zeros(1, dtype=torch.int32), (tl.load, tl.arange, tl.range, tl.tensor.to)
     for _ in range(2):
         with pytest.raises(Exception, match="ValueError"):
-            fails[(1,)](x, N=4)
+            fails[(1,)](x, N=4)  # pyright: ignore[reportArgumentType]
         assert x.item() == 6
         assert (tl.load, tl.arange, tl.range, tl.tensor.to) == before

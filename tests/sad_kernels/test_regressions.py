@@ -12,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,8 +96,14 @@ def test_the_gradient_is_rounded_once(
 
 @every_implementation
 @linear_ops
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("chunk_bytes", [None, 4096, 1])
+@pytest.mark.parametrize(
+    ("chunk_bytes", "dtype"),
+    [
+        pytest.param(size, dtype, id=f"{size}-dtype{i}", marks=marks)
+        for i, dtype in enumerate(HALVES)
+        for size, marks in ((None, pytest.mark.slow), (4096, ()), (1, ()))
+    ],
+)
 def test_the_weight_gradient_does_not_depend_on_chunks(
     op: str,
     dtype: torch.dtype,
@@ -346,8 +352,6 @@ def test_layouts_are_only_layouts(op: str, impl: str) -> None:
 
     https://github.com/NVIDIA/TransformerEngine/pull/2746
     """
-    options = {"reduction": "none", "ignore": "some", "N": 6}
-    base = plain(op, torch.float32, **options)
     for layout in ("padded", "transposed", "offset"):
         for label_layout in ("strided", "shifted"):
             for label_dtype in (torch.int32, torch.int64):
@@ -357,10 +361,11 @@ def test_layouts_are_only_layouts(op: str, impl: str) -> None:
                     layout=layout,
                     label_layout=label_layout,
                     label_dtype=label_dtype,
-                    **options,
+                    reduction="none",
+                    ignore="some",
+                    N=4,
                 )
                 judge(problem, bound(impl))
-    assert base.leaves
 
 
 @every_implementation
@@ -395,6 +400,7 @@ def test_probabilities_that_underflow(op: str, divergence: Divergence, impl: str
             problem = plain(
                 op,
                 dtype,
+                N=3 if impl in SLOW else 8,
                 distribution="spread300",
                 temperature=temperature,
                 divergence=divergence,
@@ -406,7 +412,7 @@ def test_probabilities_that_underflow(op: str, divergence: Divergence, impl: str
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_bfloat16_teacher_makes_nothing_negative(divergence: Divergence, impl: str) -> None:
     """A negative JSD beside a 16-bit teacher. https://github.com/modelscope/ms-swift/issues/10156"""
-    N = 8 if impl in SLOW else 64
+    N = 4 if impl in SLOW else 64
     t = (3 * torch.randn(N, 300)).bfloat16()
     for noise in (0.0, 1e-6, 1e-4, 1e-2):
         s = t.float() + noise * torch.randn(N, 300)
@@ -671,11 +677,39 @@ def test_the_ce_of_a_distillation_is_the_cross_entropy(impl: str) -> None:
 @pytest.mark.parametrize("wrt", ["bias", "hidden,weight,bias"])
 def test_the_bias_has_its_gradient(op: str, dtype: torch.dtype, wrt: str, impl: str) -> None:
     """https://github.com/apple/ml-cross-entropy/pull/53"""
-    for options in ({}, {"logit_scale": 0.25}, {"softcap": 10.0}, {"cut": True}):
-        N = 6 if impl in SLOW else 40
-        problem = plain(op, dtype, wrt=wrt, N=N, ignore="some", **options)
-        for chunk_bytes in (None, 20_000, 4_000):  # the last cuts the rows as well
-            judge(problem, bound(impl, chunk_bytes))
+    for options in OF_HEADS:
+        sizes = CHUNKS if impl not in SLOW or not options else CHUNKS[-1:]
+        judge_bias(op, dtype, wrt, impl, options, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", SLOW)
+@linear_ops
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("wrt", ["bias", "hidden,weight,bias"])
+def test_the_bias_has_its_gradient_in_chunks_of_any_size(
+    op: str, dtype: torch.dtype, wrt: str, impl: str
+) -> None:
+    for options in OF_HEADS:
+        judge_bias(op, dtype, wrt, impl, options, CHUNKS)
+
+
+OF_HEADS: tuple[dict[str, Any], ...] = ({}, {"logit_scale": 0.25}, {"softcap": 10.0}, {"cut": True})
+CHUNKS = (None, 20_000, 4_000)  # the last cuts the rows as well
+
+
+def judge_bias(
+    op: str,
+    dtype: torch.dtype,
+    wrt: str,
+    impl: str,
+    options: dict[str, Any],
+    sizes: Sequence[int | None],
+) -> None:
+    N = 6 if impl in SLOW else 40
+    problem = plain(op, dtype, wrt=wrt, N=N, ignore="some", **options)
+    for chunk_bytes in sizes:
+        judge(problem, bound(impl, chunk_bytes))
 
 
 # --- The vocabulary ------------------------------------------------------------------------------

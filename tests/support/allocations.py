@@ -11,11 +11,10 @@ from torch.autograd.profiler import profile
 def peak_bytes(function: Callable[[], Any]) -> int:
     """The most bytes alive at once beyond those alive before; results that stay count."""
     # torch.profiler would turn every event into a Python object: twenty times the call's own time.
-    with profile(profile_memory=True) as profiler:
+    profiler: Any = profile(profile_memory=True)
+    with profiler:
         kept = function()
-    assert profiler is not None
-    results: Any = profiler.kineto_results
-    events = (e for e in results.events() if e.name() == "[memory]")
+    events = (e for e in profiler.kineto_results.events() if e.name() == "[memory]")
     alive = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()

@@ -84,7 +84,7 @@ def patch_language_once_per_launch(patch: pytest.MonkeyPatch) -> None:
     numpy_dtype = interpreter._get_np_dtype
 
     def cached_numpy_dtype(dtype: Any) -> np.dtype[Any]:
-        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        element: Any = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
         if isinstance(element, tl.pointer_type):
             return numpy_dtype(element)
         if element.name not in dtypes:

@@ -190,9 +190,7 @@ def measured_peak(config: DistillConfig) -> int:
         teacher = FrozenTeacher(loaded[1], vocab, device=torch.device("cpu"))
     alive = peak = sum(t.nbytes for m in loaded for t in (*m.parameters(), *m.buffers()))
 
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
-    ) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         optimizer, ema = precision.build_optimizer(student), precision.build_ema(student)
         for step in range(2):
             for _ in range(config.gradient_accumulation_steps):
@@ -202,7 +200,7 @@ def measured_peak(config: DistillConfig) -> int:
                 precision.backward(out.loss)
             ema.update(precision.step(optimizer, 1.0).ok)
             precision.zero_grad(optimizer)
-    events = profile.profiler.kineto_results.events()  # pyright: ignore
+    events = profile.kineto_results.events()  # pyright: ignore
     changes: list[Any] = [event for event in events if event.name() == "[memory]"]
     for event in sorted(changes, key=lambda event: event.start_ns()):
         alive += event.nbytes()
