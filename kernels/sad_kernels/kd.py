@@ -138,7 +138,8 @@ def distill_loss(
     ``loss = sum over rows of (ce_weight CE + kd_weight KD + z_loss lse^2) / num_items``. CE and the
     z-loss are taken at temperature 1, ``num_items`` is the number of rows that count, unless given:
     an int or a 0-d tensor, such as the number of tokens of a whole accumulation window. With no
-    rows to count the loss is 0 with zero gradients.
+    rows to count the loss is 0 with zero gradients. Labels are not shifted: row i is compared with
+    ``labels[i]``.
 
     Any kind of teacher; none at all (None) only with ``kd_weight=0``. A dense teacher's
     ``valid_vocab`` cuts the student's columns too. KD is computed for the record even at weight 0.

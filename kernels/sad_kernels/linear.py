@@ -76,9 +76,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy`` of the logits ``softcap(logit_scale * (hidden @ weight.T + bias))``.
 
-    Mathematics, masking, reductions and result as for ``cross_entropy``; gradients for ``hidden``,
-    ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` bounds the memory (see the
-    module's docstring) and moves results by rounding only.
+    The logits are computed in chunks and never held whole. Mathematics, masking, labels, reductions
+    and result as for ``cross_entropy``; gradients for ``hidden``, ``weight`` and ``bias``, each in
+    its own dtype. ``chunk_bytes`` bounds the memory (see the module's docstring; by default 32 MiB
+    with ``impl="torch"`` and 1 GiB with ``impl="triton"``) and moves results by rounding only.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.
@@ -123,13 +124,12 @@ def linear_distill_loss(
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> DistillOutput:
-    """``distill_loss`` of the logits ``head(hidden)``, which are never whole.
+    """``distill_loss`` of the logits ``head(hidden)``, computed in chunks and never held whole.
 
-    Mathematics, masking and result as for ``distill_loss``; any kind of teacher, and with
-    ``TeacherHidden`` its logits are never whole either. Gradients for ``hidden`` and for the head's
-    ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` bounds the memory (see the
-    module's docstring) and moves results by rounding only. ``hidden`` in 16 bits may meet a weight
-    in fp32, as under autocast.
+    Mathematics, masking, labels and result as for ``distill_loss``; any kind of teacher, and with
+    ``TeacherHidden`` its logits are never held whole either. Gradients for ``hidden`` and for the
+    head's ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` as for
+    ``linear_cross_entropy``. ``hidden`` in 16 bits may meet a weight in fp32, as under autocast.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.

@@ -1,3 +1,4 @@
+# Longer than other files: the whole specification is one file, to be read from top to bottom.
 """Reference definitions of the public functions in eager PyTorch: the specification.
 
 Read this file to learn what is computed, and the others to learn how. Nothing here is optimised

@@ -10,7 +10,7 @@ CHECK = KERNELS + "_check.py"
 DIVERGENCE = KERNELS + "_divergence.py"
 GRADIENT = KERNELS + "_torch/gradient.py"
 LINEAR = KERNELS + "linear.py"
-REDUCE = KERNELS + "_rows.py"
+ROWS = KERNELS + "_rows.py"
 SOURCES = KERNELS + "_torch/sources.py"
 STATISTICS = KERNELS + "_torch/statistics.py"
 TILES = KERNELS + "_tiles.py"
@@ -179,7 +179,7 @@ MUTATIONS = [
         "25",
         "without gradients the mean is over all rows, not over those that count",
         edit(
-            REDUCE,
+            ROWS,
             "loss.sum() / num_tokens.clamp(min=1)",
             "loss.sum() / (num_tokens.clamp(min=1) if loss.requires_grad else loss.numel())",
         ),
@@ -256,7 +256,7 @@ MUTATIONS = [
         "15",
         "ignored rows count in the mean",
         edit(
-            REDUCE,
+            ROWS,
             "return (labels != ignore_index).sum(dtype=dtype)",
             "return x.new_full((), labels.numel(), dtype=dtype)",
         ),
@@ -338,7 +338,7 @@ MUTATIONS = [
         "19",
         "labels are flattened in their own order, not in that of the logits",
         edit(
-            REDUCE,
+            ROWS,
             "labels.permute(self.order).flatten().long()",
             "labels.flatten().long()",
         ),
@@ -349,7 +349,7 @@ MUTATIONS = [
         "19",
         "rows are read as if they touched",
         edit(
-            REDUCE,
+            ROWS,
             "return x.permute(*self.order, -1).reshape(-1, x.shape[-1])",
             "return x.as_strided((x[..., 0].numel(), x.shape[-1]), (x.shape[-1], 1))",
         ),
@@ -431,7 +431,7 @@ MUTATIONS = [
         "14",
         "each micro-batch is divided by its own number of tokens",
         edit(
-            REDUCE,
+            ROWS,
             "    if isinstance(num_items, int):\n",
             "    num_items = None\n    if isinstance(num_items, int):\n",
         ),
