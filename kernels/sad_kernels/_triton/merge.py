@@ -203,17 +203,17 @@ def add_top_k(
 @triton.jit
 def dense_divergence(
     sums, rows, counts, mixture_ptr, num_segments, N, temperature,
-    FLAGS: tl.constexpr, HAS_MIXTURE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_MIXTURE: tl.constexpr,
 ):  # fmt: skip
     """The divergence from a dense teacher, and ``sum h``, which its gradient needs."""
-    if FLAGS.DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == FORWARD_KL:
         kd = sums.A / (temperature * sums.d_t) + tl.log(sums.d / sums.d_t)
         expectation = tl.zeros_like(kd) - 1
-    elif FLAGS.DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == REVERSE_KL:
         kd = sums.A / (temperature * sums.d) + tl.log(sums.d_t / sums.d)
         expectation = kd
     else:
-        require_mixture(FLAGS.DIVERGENCE)
+        require_mixture(DIVERGENCE)
         kd = 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
         expectation = tl.zeros_like(kd)
     if HAS_MIXTURE:
@@ -289,8 +289,9 @@ def merge_kernel(
     if FINAL:
         if FLAGS.TEACHER == DENSE:
             kd, expectation = dense_divergence(
-                sums, rows, counts, mixture_ptr, num_segments, N, temperature, FLAGS, HAS_MIXTURE
-            )
+                sums, rows, counts, mixture_ptr, num_segments, N, temperature,
+                FLAGS.DIVERGENCE, HAS_MIXTURE,
+            )  # fmt: skip
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 
         exists = rows < N
