@@ -145,7 +145,7 @@ class Trainer:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
         window = self.run_length.window(counters.micro_step)
-        counts = self.batches.counts(window)  # known on the host before any forward pass
+        counts = self.batches.counts(window)
         if not accumulator.pending:
             accumulator.open_window(window.size, counts.targets)
             batches = self.batches.window(window)

@@ -234,7 +234,7 @@ def test_recomputing_activations_changes_no_bit_and_leaves_no_trace(
     modes = [dict(vars(m)) for m in one.model.modules()]
     first = one.backward(batch, *states, batch.counts)
     assert [dict(vars(m)) for m in one.model.modules()] == modes
-    monkeypatch.setattr(routing, "_recomputing", lambda _: nullcontext())
+    monkeypatch.setattr(routing, "_activation_checkpointing", lambda _: nullcontext())
     second = two.backward(batch, *states, batch.counts)
     assert calls == {"recomputed": 2, "kept": 1}
     assert torch.equal(first.kl, second.kl) and same_bits(gradients(one), gradients(two))
