@@ -22,9 +22,6 @@ from sad_kernels._divergence_table import DIVERGENCES
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 Tail = Literal["bucket", "zero"]
 
-MIXTURES = frozenset(name for name, info in DIVERGENCES.items() if info.forward_passes == 2)
-"""Of ``_triton/launch.py``, until it reads the table."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:

@@ -46,10 +46,10 @@ BEHIND_EXTRAS = {"report.plots": frozenset({"matplotlib"})}
 
 LAYERS: dict[Path, tuple[str, ...]] = {
     KERNELS: (
-        "_dispatch _divergence_table _extents _tiles",
-        "objective",
+        "_dispatch _divergence_table _extents",
+        "_tiles objective",
         "_check _divergence _rows reference",
-        "_torch _triton",
+        "_torch _triton memory",
         "ce ema kd linear",
         "__init__",
     ),
