@@ -24,7 +24,7 @@ def run(out: Path, **more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
 @pytest.mark.parametrize(
     "where",
-    ["tests/sad_kernels/test_ce.py", pytest.param("tests/sad_kernels", marks=pytest.mark.slow)],
+    ["tests/sad_kernels/test_linear.py", pytest.param("tests/sad_kernels", marks=pytest.mark.slow)],
 )
 def test_every_step_runs_and_is_reported(tmp_path: Path, where: str) -> None:
     done = run(tmp_path, FAKE="1", BENCH_SECONDS="60", KERNEL_TESTS=where)
