@@ -32,7 +32,7 @@ RAMPS: dict[str, tuple[float, float] | None] = {
     "relations": (0.3, 0.6),
 }
 """Loss -> the shares of training at which it begins to be phased in and is fully on; None: always
-on. These are all the losses that a curriculum knows."""
+on. These are all the losses that a curriculum knows; the configuration has a key for each."""
 
 Points = Sequence[Sequence[float]]
 

@@ -40,7 +40,7 @@ def keys_help() -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """Field -> its docstring, the string literal under it in the source, on one line."""
-    docs: dict[str, str] = {}
+    docs: dict[str, str] = dict(getattr(cls, "field_docs", {}))  # of fields made by a program
     # A field's docstring is a bare string after it, which only the source has.
     for statement, following in pairwise(_class_node(cls).body):
         match statement, following:

@@ -9,7 +9,7 @@ sections of structural losses are recognised by their base class.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from sad.config.values import (
     INPUT_PATH,
@@ -22,10 +22,9 @@ from sad.config.values import (
     PositiveFloat,
     PositiveInt,
     convert_and_check,
-    field_types,
     require,
 )
-from sad.curriculum import is_schedule
+from sad.curriculum import RAMPS, is_schedule
 
 MAY_CHANGE_ON_RESUME = {"may_change_on_resume": True}
 """Metadata of keys that may differ between a run and its resumption: they say when, where and with
@@ -55,6 +54,8 @@ Points = Annotated[
     ),
 ]
 """Share of training, factor."""
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,33 +204,32 @@ class RouterConfig(StructuralSection):
     """Weight of the squared log-normaliser of the student's gates (z-loss), added to the above."""
 
 
+def _one_key_per_loss(cls: type[S]) -> type[S]:
+    """Add a field for each loss that a curriculum knows: a new loss is named in ``RAMPS`` alone."""
+    for loss in RAMPS:
+        cls.__annotations__[loss] = "Points | None"
+        setattr(cls, loss, None)
+    return cls
+
+
 @dataclass(frozen=True, kw_only=True)
+@_one_key_per_loss
 class CurriculumConfig(Section):
     """Schedules of loss weights, one key per loss: points `[share of training, factor]`, joined by
     straight lines, constant before the first and after the last. Default: the phases of
     `sad.curriculum`."""
 
     name = "curriculum"
-
-    kd: Points | None = None
-    """Schedule of `kd_weight`."""
-    feature: Points | None = None
-    """Schedule of `feature.weight`."""
-    attention: Points | None = None
-    """Schedule of `attention.weight`."""
-    relations: Points | None = None
-    """Schedule of `relations.weight`."""
-    layerwise: Points | None = None
-    """Schedule of `layerwise.weight`."""
-    contrastive: Points | None = None
-    """Schedule of `contrastive.weight`."""
-    router: Points | None = None
-    """Schedule of `router.weight`."""
+    field_docs: ClassVar[dict[str, str]] = {
+        loss: f"Schedule of `{'kd_weight' if loss == 'kd' else f'{loss}.weight'}`."
+        for loss in RAMPS
+    }
+    """Key -> its line in the help; the source has no field where it could stand."""
 
     def schedules(self) -> dict[str, Any]:
         """Loss -> its schedule, of the losses that were given one."""
-        given = {name: getattr(self, name) for name in field_types(CurriculumConfig)}
-        return {name: points for name, points in given.items() if points is not None}
+        given = {loss: getattr(self, loss) for loss in RAMPS}
+        return {loss: points for loss, points in given.items() if points is not None}
 
 
 TeacherShare = Annotated[float, Constraint("lie in (0, 1]", lambda v: 0 < v <= 1)]
