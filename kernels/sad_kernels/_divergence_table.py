@@ -11,7 +11,8 @@ To add a divergence ``D(p, q) = sum_v f(p_v, q_v)``:
 2. ``objective.py``: its name in the type ``Divergence``, its formula in ``Objective``'s docstring;
 3. ``reference.py``: its definition, a function of log-probabilities, in ``DEFINITIONS``;
 4. ``_divergence.py``: its ``f`` and ``h``, a function in ``TERMS``, for all of the torch path;
-5. ``_triton/tile.py``: a code, and a branch of ``divergence_terms`` there.
+5. ``_triton/tile.py``: a code (named in ``DIVERGENCE_CODES`` of ``_triton/launch.py``) and a branch
+   of ``divergence_terms`` there.
 
 ``tests/sad_kernels/test_divergence_table.py`` fails until none of them is missing.
 """

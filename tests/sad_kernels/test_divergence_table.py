@@ -199,8 +199,8 @@ def test_no_name_of_the_table_lacks_a_function() -> None:
 def test_no_name_of_the_table_lacks_a_code_in_the_kernels() -> None:
     from sad_kernels._triton import launch
 
-    assert list(launch.DIVERGENCES) == list(DIVERGENCES)
-    assert len(set(launch.DIVERGENCES.values())) == len(DIVERGENCES)
+    assert list(launch.DIVERGENCE_CODES) == list(DIVERGENCES)
+    assert len(set(launch.DIVERGENCE_CODES.values())) == len(DIVERGENCES)
 
 
 @pytest.mark.parametrize("divergence", [["forward_kl"], None, "kl", "JSD"])

@@ -450,7 +450,7 @@ def planted_cases() -> Iterator[Case]:
 
 def of_unknown_divergence() -> None:
     """A mixture of whose code no kernel knows anything, beside a dense and a top-k teacher."""
-    with mock.patch.dict(launch.DIVERGENCES, jsd=99):
+    with mock.patch.dict(launch.DIVERGENCE_CODES, jsd=99):
         distill(BF16, BF16, "aligned", divergence="jsd")()
         top_k(BF16, "aligned", 64, divergence="jsd")()
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence import teacher_outcomes
-from sad_kernels._divergence_table import DIVERGENCES as DIVERGENCE_TABLE
-from sad_kernels._divergence_table import missing
+from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels._rows import LossSpec
 from sad_kernels._triton import rows, tile
 from sad_kernels._triton.gradient import gradient_kernel
@@ -28,7 +27,7 @@ from sad_kernels.objective import Tail
 
 MERGE_NUMBERS = 128  # rows, or rows times ids, per program of ``merge``
 
-DIVERGENCES: dict[str, int] = {
+DIVERGENCE_CODES: dict[str, int] = {
     "forward_kl": tile.FORWARD_KL.value,
     "reverse_kl": tile.REVERSE_KL.value,
     "jsd": tile.JSD.value,
@@ -118,7 +117,7 @@ def forward(
         return result
     dense = teacher if isinstance(teacher, Logits) else student
     numbers, share = _numbers(spec), _target_share(spec)
-    two_passes = DIVERGENCE_TABLE[objective.divergence].forward_passes == 2
+    two_passes = DIVERGENCES[objective.divergence].forward_passes == 2
     mixture = isinstance(teacher, Logits) and two_passes
 
     # Statistics: one program per row and segment. Where there is no teacher, no ids, the pointers
@@ -274,9 +273,9 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
 
 
 def _divergence_code(divergence: str) -> int:
-    if divergence not in DIVERGENCES:
+    if divergence not in DIVERGENCE_CODES:
         raise missing(divergence, "impl='triton' (sad_kernels/_triton/launch.py)")
-    return DIVERGENCES[divergence]
+    return DIVERGENCE_CODES[divergence]
 
 
 def ceil_div(a: int, b: int) -> int:

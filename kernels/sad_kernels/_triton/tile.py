@@ -16,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # where maxima start: -inf - -inf would be NaN
 
-# Codes of the divergences; ``launch.DIVERGENCES`` gives each name of the table its code.
+# Codes of the divergences; ``launch.DIVERGENCE_CODES`` gives each name of the table its code.
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
