@@ -230,6 +230,8 @@ _ROWS = (
 METRICS = {row.name: row for row in _ROWS}
 """Name -> metric, in the order in which they are shown."""
 
+assert len(METRICS) == len(_ROWS), "two metrics bear one name"
+
 
 def metric(name: str) -> Metric:
     """The metric of that name; of one that is not declared, the defaults under its own name."""

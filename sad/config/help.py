@@ -15,6 +15,8 @@ from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
+from sad_kernels.objective import Divergence
+
 from sad.config.schema import DistillConfig
 from sad.config.values import field_types, leaf_types, section_types, without_none
 
@@ -151,7 +153,7 @@ RENAMED = {
 """Keys of other libraries that have the same meaning here under another name."""
 
 
-_DIRECTION = "divergence: forward_kl, reverse_kl, jsd, skew_forward_kl or skew_reverse_kl names it"
+_DIRECTION = f"divergence names it: {', '.join(get_args(Divergence))}"
 
 
 _16_BITS = "bf16: true or fp16: true computes in 16 bits, param_dtype stores them"

@@ -4,7 +4,7 @@ Each loss is a ``StructuralLoss`` in a file of its own: which activations of stu
 needs (``CaptureSpec``), its parameters (projectors, on the student's side) and buffers (a queue),
 and a ``forward`` from ``LossInputs`` to ``LossTerms``.
 
-To add one: the file; its class in ``LOSSES`` below; its section in ``sad.config``, under the same
+To add one: the file; its class in ``_CLASSES`` below; its section in ``sad.config``, under the same
 name. Until all are there, a run that gives it a weight is refused.
 
 Nothing is captured, computed or kept for a loss whose weight is 0 at the moment. What is trained
@@ -33,18 +33,19 @@ from sad.losses.layerwise import (
 from sad.losses.relations import RelationLoss
 from sad.losses.router import RouterLoss
 
-LOSSES: dict[str, type[Any]] = {
-    loss.name: loss
-    for loss in (
-        FeatureLoss,
-        AttentionLoss,
-        RelationLoss,
-        LayerwiseLoss,
-        ContrastiveLoss,
-        RouterLoss,
-    )
-}
+_CLASSES = (
+    FeatureLoss,
+    AttentionLoss,
+    RelationLoss,
+    LayerwiseLoss,
+    ContrastiveLoss,
+    RouterLoss,
+)
+LOSSES: dict[str, type[Any]] = {loss.name: loss for loss in _CLASSES}
 """Name of the loss, which is that of its section in the configuration -> its class."""
+
+
+assert len(LOSSES) == len(_CLASSES), "two structural losses bear one name"
 
 
 class StructuralLosses(nn.Module):

@@ -29,7 +29,7 @@ from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals, memory_now
-from sad.errors import CheckpointError, DivergedError, StoppedError
+from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
 from sad.losses.taid import TAIDSchedule
 from sad.metrics import DEFAULT_BEST
 from sad.optim.precision import Precision, structural_loss_parameters
@@ -265,6 +265,11 @@ class Trainer:
         counters.metrics, counters.evaluated_at = metrics, counters.micro_step
         log.evaluation(self._position() | metrics)
 
+        if self.metric_for_best not in metrics:
+            raise UsageError(
+                f"metric_for_best_model must name what an evaluation reports, got "
+                f"{self.metric_for_best}; it reported {', '.join(metrics)}"
+            )
         value = metrics[self.metric_for_best]
         if value < counters.best_value:  # a tie keeps the earlier one, NaN never wins
             counters.best_value, counters.best_micro_step = value, counters.micro_step

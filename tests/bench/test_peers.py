@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,6 @@ def test_names_are_unique_and_every_module_has_peers() -> None:
     folder = Path(peers.__file__).parent
     written = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
     assert written == set(peers.MODULES)
+    for name in peers.MODULES:
+        kinds = vars(import_module(f"bench.peers.{name}")).keys() & {"LOGITS", "HIDDEN", "EMA"}
+        assert kinds, f"bench.peers.{name} has none of LOGITS, HIDDEN, EMA"

@@ -232,3 +232,18 @@ def test_gradients_stay_within_their_bound(name: str, beta: float) -> None:
     _, h = TERMS[name](beta, log_q, log_p)
     gradient = h - log_q.exp() * h.sum(-1, keepdim=True)
     assert gradient.abs().max() <= DIVERGENCES[name].gradient_bound(beta)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_flags_of_the_table_are_true(name: Any) -> None:
+    """By the definitions, which read no flag but these of values that are refused."""
+    student, teacher = torch.randn(2, 5, dtype=torch.float64).split(1)
+
+    def value(beta: float, t: Tensor = teacher) -> float:
+        log_q, log_p = student.log_softmax(-1), t.log_softmax(-1)
+        return float(reference.DEFINITIONS[name](log_p, log_q, beta).sum())
+
+    assert (value(0.2) != value(0.8)) == DIVERGENCES[name].reads_beta
+    hole = teacher.clone()
+    hole[0, 0] = -torch.inf
+    assert (value(0.5, hole) == torch.inf) == DIVERGENCES[name].needs_full_support

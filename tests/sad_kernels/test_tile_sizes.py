@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -74,3 +75,27 @@ def test_a_rule_holds_in_all_threads_and_ends() -> None:
         assert choose_tile(CPU, "mixture", 50, 2) == (64, 128, 1, 32)
     assert seen == [("cpu", "gradient", 50, 1, True), ("cpu", "mixture", 50, 2, False)]
     assert choose_tile(CPU, "gradient", 50, 1) == before
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "tile"),
+    [
+        ("sm103", ("gradient", 1), (2048, 4)),
+        ("sm_103", ("gradeint", 1), (2048, 4)),
+        ("sm_103", "gradient", (2048, 4)),
+        ("sm_103", ("gradient", "1"), (2048, 4)),
+        ("sm_103", ("mixture", 1), (2048, 4)),
+        ("sm_103", ("gradient", 1), (3000, 4)),
+        ("sm_103", ("gradient", 1), (2048, 7)),
+        ("sm_103", ("gradient", 1), (1 << 17, 4)),
+    ],
+)
+def test_a_row_that_would_be_ignored_or_cannot_be_launched_is_refused(
+    arch: str, key: Any, tile: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=r"got .* in |got 'sm103'|got it in"):
+        tile_sizes.check_tiles({arch: {key: tile_sizes.BlockAndWarps(*tile)}})
+
+
+def test_a_row_for_another_gpu_is_taken() -> None:
+    tile_sizes.check_tiles({"sm_103": {("gradient", 1): tile_sizes.BlockAndWarps(4096, 8)}})

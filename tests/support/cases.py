@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from sad_kernels.objective import DIVERGENCES
 from torch import Generator, Tensor
 
 from support.oracle import IMPLS, SLOW, dtypes_of
@@ -84,7 +85,7 @@ _LOGITS: Options = {
 }
 _CE: Options = {"label_smoothing": (0.0, 0.1), "z_loss": (0.0, 1e-2), "softcap": (None, 20.0)}
 _KD: Options = {
-    "divergence": ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"),
+    "divergence": tuple(DIVERGENCES),
     "beta": (0.1, 0.5, 0.9),
     "temperature": (0.5, 1.0, 2.0, 20.0),
     "scale_t2": (True, False),

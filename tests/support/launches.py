@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -310,13 +310,7 @@ def linear(out: torch.dtype, layout: str, *, teacher: bool, finish: bool = False
     return call
 
 
-DIVERGENCES: tuple[Divergence, ...] = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-)
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 OTHER_DTYPES = ((FP32, FP32), (FP16, FP16), (FP32, BF16), (BF16, FP32))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, TeacherTopK
-from sad_kernels.objective import Teacher
+from sad_kernels.objective import DIVERGENCES, Teacher
 from torch import Generator, Tensor
 
 from support.cases import (
@@ -349,8 +349,8 @@ def _finite(distribution: str, divergence: str) -> str:
 
 def _joint_objective(o: Options, finite: bool) -> Objective:
     divergence = o["divergence"]
-    if (divergence, o["teacher"]) == ("reverse_kl", "zero"):
-        divergence = "jsd"  # the reverse KL is infinite there, and refused
+    if o["teacher"] == "zero" and DIVERGENCES[divergence].needs_full_support:
+        divergence = "jsd"  # the other is infinite there, and refused
     return Objective(
         ce_weight=o["ce_weight"],
         kd_weight=o["kd_weight"] if o["teacher"] else 0.0,

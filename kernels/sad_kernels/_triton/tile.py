@@ -204,8 +204,10 @@ def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
         p = q * ratio
         over_m = q * tl.exp2(gap - log_mix) if HAS_LOG else p / mix
         return q, p * (gap - log_mix), over_m  # p log2 p/m, pq/m
-    else:  # SKEW_REVERSE_KL
+    elif DIVERGENCE == SKEW_REVERSE_KL:
         return q, q * log_mix, q * tl.exp2(-log_mix)  # q log2 m/q, qq/m
+    else:
+        tl.static_assert(False, "divergence must have its summands in mixture_parts, got none")
 
 
 @triton.jit
@@ -218,9 +220,11 @@ def mixture_terms(u, v, beta, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == SKEW_FORWARD_KL:
         f = u * LN_2
         h = (beta - 1) * v
-    else:  # SKEW_REVERSE_KL
+    elif DIVERGENCE == SKEW_REVERSE_KL:
         f = u * -LN_2
         h = f - beta * v
+    else:
+        tl.static_assert(False, "divergence must have its terms in mixture_terms, got none")
     return f, h
 
 

@@ -8,10 +8,11 @@ Sweeps and tests choose tiles of their own within ``tile_rule``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,33 @@ TILES: dict[str, dict[tuple[str, int | None], BlockAndWarps]] = {
 }
 """Architecture (``sm_90``, ``gfx942``, ...) -> (kernel, pressure) -> tile. What an architecture
 does not list it takes from ``default``."""
+
+KERNELS = ("statistics", "mixture", "gradient")
+
+
+def check_tiles(tiles: Mapping[str, Mapping[Any, BlockAndWarps]]) -> None:
+    """Raise ``ValueError`` for a row that no launch would ask for, or that no kernel can take."""
+    for arch, table in tiles.items():
+        if arch != "default" and not re.fullmatch(r"sm_\d+|gfx\w+|xpu", arch):
+            raise ValueError(
+                f"architectures must be like sm_90, gfx942 or xpu, got {arch!r}; see architecture()"
+            )
+        for key, (block, warps) in table.items():
+            kernel, pressure = key if isinstance(key, tuple) and len(key) == 2 else (key, ANY)
+            if kernel not in KERNELS or not (pressure is ANY or pressure in (1, 2, 3, 4, 5)):
+                raise ValueError(
+                    f"tiles must be of (kernel, pressure), a kernel of {', '.join(KERNELS)} and a "
+                    f"pressure from 1 on or ANY, got {key!r} in {arch}"
+                )
+            if not isinstance(key, tuple) or (kernel == "mixture" and pressure not in (ANY, 2)):
+                raise ValueError(f"no launch asks for {key!r}, got it in {arch}")
+            powers = block == power_of_2(block) and warps == power_of_2(warps)
+            if not (powers and 128 <= block <= 1 << 16 and 1 <= warps <= 32):
+                raise ValueError(
+                    f"a tile must have a power of 2 of columns, 128 to 65536, and of warps, up to "
+                    f"32, got {block} and {warps} for {key!r} in {arch}"
+                )
+
 
 TileRule = Callable[[str, str, int, int, bool], Tile]
 """Architecture, kernel, vocabulary, pressure, whether there are ids -> tile."""
@@ -140,3 +168,6 @@ def threads_per_warp(arch: str) -> int:
 def power_of_2(at_least: int) -> int:
     """The smallest power of 2 that is not below; Triton's own takes 20 microseconds."""
     return 1 << max(0, at_least - 1).bit_length()
+
+
+check_tiles(TILES)

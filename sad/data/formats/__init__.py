@@ -28,3 +28,7 @@ READERS: Mapping[str, Reader] = {
     ".jsonl": jsonl.read,
     ".parquet": parquet.read,
 }
+
+assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in READERS), (
+    "a suffix begins with a dot and is in lower case, as names are compared"
+)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from sad_kernels import Objective
 
+from sad.config import schema
 from sad.config.help import EXPLAINED, RENAMED, about_unknown_key, field_docs, keys_help
 from sad.config.identity import config_hash, trajectory_changes
 from sad.config.load import load_config
@@ -414,7 +417,7 @@ def test_sections_of_structural_losses(tmp_path: Path) -> None:
     words = ["--layerwise.layers", "[[1, 2], [-1, -1]]", "--curriculum.kd", "[[0, 0], [1, 0.5]]"]
     config = load_config(path, words)
     assert config.layerwise.layers == ((1, 2), (-1, -1))
-    assert config.curriculum.kd == ((0.0, 0.0), (1.0, 0.5))
+    assert config.curriculum.schedules()["kd"] == ((0.0, 0.0), (1.0, 0.5))
     with pytest.raises(UsageError, match=r"must be a list of lists, got '0 1'"):
         load_config(path, ["--layerwise.layers", "0 1"])
     config = load_config(path, ["--layerwise.weight", "5e-2", "--taid.enabled", "true"])
@@ -451,3 +454,16 @@ def test_structural_values_that_cannot_be_meant(keys: dict[str, Any], message: s
     models: dict[str, Any] = {"student": "s", "teacher": "t"}
     with pytest.raises(UsageError, match=message):
         DistillConfig(**(models | keys))
+
+
+def unread(keys: Iterable[str], source: str) -> list[str]:
+    """The keys that no attribute access in ``source`` names."""
+    return [key for key in keys if not re.search(rf"\.{key.rpartition('.')[2]}\b", source)]
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """A key that is accepted, shown in the help and ignored would promise what nothing does."""
+    files = Path(schema.__file__).parents[1].rglob("*.py")
+    source = "".join(file.read_text() for file in files)
+    keys = [key for key in leaf_types(DistillConfig) if not key.startswith("curriculum.")]
+    assert unread([*keys, "feature.nobody_reads_this"], source) == ["feature.nobody_reads_this"]

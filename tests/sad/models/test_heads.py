@@ -307,3 +307,8 @@ def test_the_tables_are_trusted_without_a_probe(monkeypatch: pytest.MonkeyPatch)
     model = tiny_llama()
     monkeypatch.setattr(model, "forward", None)
     assert read_head(model) == split_head(model)[1]
+
+
+def test_no_family_is_in_both_tables() -> None:
+    """Its row would be read in the one place and not in the other."""
+    assert not PLAIN_HEADS & SCALED_HEADS.keys()

@@ -320,6 +320,34 @@ def test_a_new_part_costs_one_line(
     assert seen == list(range(1, len(seen) + 1))
 
 
+def forgotten(trainer: Trainer) -> list[str]:
+    """Attributes of a trainer that have a state to load and belong to no part."""
+    held = {id(held) for part in trainer.parts for held in (part, *vars(part).values())}
+    held.add(id(trainer.student))  # its model and its structural losses are parts
+    return [
+        name
+        for name, value in vars(trainer).items()
+        if hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+        if id(value) not in held
+    ]
+
+
+def test_whatever_has_a_state_is_a_part(make_config: Callable[..., Any]) -> None:
+    """An object that the trainer got without its line would start anew when a run goes on."""
+    trainer = make_trainer(make_config())
+    assert forgotten(trainer) == []
+    trainer.odometer = Odometer()  # pyright: ignore[reportAttributeAccessIssue]
+    assert forgotten(trainer) == ["odometer"]
+
+
+def test_a_best_metric_that_nothing_reports_is_refused(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "metric_for_best", "eval/toy")
+    with pytest.raises(UsageError, match="got eval/toy; it reported eval/"):
+        distill(make_config(max_steps=1))
+
+
 STATE_KEYS = [
     "identity",
     "counters",
