@@ -7,12 +7,11 @@ divergence works in a path, or fails there with an error, and is never left out 
 
 To add a divergence ``D(p, q) = sum_v f(p_v, q_v)``:
 
-1. here: a row, with ``forward_passes=2`` unless running sums give its value;
-2. ``objective.py``: its name in the type ``Divergence``, its formula in ``Objective``'s docstring;
-3. ``reference.py``: its definition, a function of log-probabilities, in ``DEFINITIONS``;
-4. ``_divergence.py``: its ``f`` and ``h``, a function in ``TERMS``, for all of the torch path;
-5. ``_triton/tile.py``: a code (named in ``DIVERGENCE_CODES`` of ``_triton/launch.py``) and a branch
-   of ``divergence_terms`` there.
+1. here: a row, with ``forward_passes=2`` unless running sums give its value, and its name in the
+   type ``Divergence``; its formula in the docstring of ``Objective``;
+2. ``reference.py``: its definition, a function of log-probabilities, in ``DEFINITIONS``;
+3. ``_divergence.py``: its ``f`` and ``h``, a function in ``TERMS``, for all of the torch path;
+4. ``_triton/tile.py``: a code in ``DIVERGENCE_CODES``, and the branches that are named there.
 
 ``tests/sad_kernels/test_divergence_table.py`` fails until none of them is missing.
 """
@@ -22,6 +21,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+"""The names of the table, for type checkers."""
 
 
 class DivergenceInfo(NamedTuple):

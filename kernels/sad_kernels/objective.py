@@ -17,9 +17,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence_table import DIVERGENCES
+from sad_kernels._divergence_table import DIVERGENCES, Divergence
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
 Tail = Literal["bucket", "zero"]
 
 

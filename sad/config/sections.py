@@ -76,8 +76,8 @@ class DataConfig(Section):
     name = "data"
 
     train: TextSources = ()
-    """Files (.txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set, or
-    `python-stdlib`: the source of the standard library of the Python that runs this."""
+    """Files (such as .txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set,
+    or `python-stdlib`: the source of the standard library of the Python that runs this."""
     eval: TextSources = ()
     """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
     eval_fraction: FractionBelowOne = 0.05

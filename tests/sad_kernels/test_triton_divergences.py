@@ -21,7 +21,7 @@ from sad_kernels import (
     kl_div,
     linear_distill_loss,
 )
-from sad_kernels._triton import launch
+from sad_kernels._triton import tile
 from torch import Tensor
 
 N, V, D, K = 3, 40, 8, 4
@@ -98,11 +98,11 @@ def test_a_code_without_a_branch_stops_the_kernel(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That it does not compile either is shown in ``test_compile.py``."""
-    monkeypatch.setitem(launch.DIVERGENCE_CODES, "skew_reverse_kl", 99)
+    monkeypatch.setitem(tile.DIVERGENCE_CODES, "skew_reverse_kl", 99)
     with pytest.raises(Exception, match="divergence must have a branch in every kernel"):
         PATHS[path]("skew_reverse_kl")
 
 
 def test_every_divergence_of_the_table_has_a_code_of_its_own() -> None:
-    assert launch.DIVERGENCE_CODES.keys() == _divergence_table.DIVERGENCES.keys()
-    assert len(set(launch.DIVERGENCE_CODES.values())) == len(launch.DIVERGENCE_CODES)
+    assert tile.DIVERGENCE_CODES.keys() == _divergence_table.DIVERGENCES.keys()
+    assert len(set(tile.DIVERGENCE_CODES.values())) == len(tile.DIVERGENCE_CODES)

@@ -29,7 +29,7 @@ import triton
 from sad_kernels._extents import Extent
 from sad_kernels._rows import LossSpec
 from sad_kernels._tiles import pitch
-from sad_kernels._triton import ema, launch, reduce, scale
+from sad_kernels._triton import ema, launch, reduce, scale, tile
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.tile_sizes import table_rule, tile_rule
 from sad_kernels.objective import Divergence, Objective
@@ -444,7 +444,7 @@ def planted_cases() -> Iterator[Case]:
 
 def of_unknown_divergence() -> None:
     """A mixture of whose code no kernel knows anything, beside a dense and a top-k teacher."""
-    with mock.patch.dict(launch.DIVERGENCE_CODES, jsd=99):
+    with mock.patch.dict(tile.DIVERGENCE_CODES, jsd=99):
         distill(BF16, BF16, "aligned", divergence="jsd")()
         top_k(BF16, "aligned", 64, divergence="jsd")()
 

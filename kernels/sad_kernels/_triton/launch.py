@@ -27,18 +27,6 @@ from sad_kernels.objective import Tail
 
 MERGE_NUMBERS = 128  # rows, or rows times ids, per program of ``merge``
 
-DIVERGENCE_CODES: dict[str, int] = {
-    "forward_kl": tile.FORWARD_KL.value,
-    "reverse_kl": tile.REVERSE_KL.value,
-    "jsd": tile.JSD.value,
-    "skew_forward_kl": tile.SKEW_FORWARD_KL.value,
-    "skew_reverse_kl": tile.SKEW_REVERSE_KL.value,
-}
-"""The divergences that these kernels compute, and their codes in ``tile.py``.
-
-A new one also needs a branch where ``statistics``, ``merge``, ``gradient`` and
-``tile.divergence_terms`` tell them apart: without it the kernel does not compile.
-"""
 
 T_CASES = {1.0: tile.ONE.value, 2.0: tile.TWO.value}
 
@@ -273,9 +261,9 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
 
 
 def _divergence_code(divergence: str) -> int:
-    if divergence not in DIVERGENCE_CODES:
-        raise missing(divergence, "impl='triton' (sad_kernels/_triton/launch.py)")
-    return DIVERGENCE_CODES[divergence]
+    if divergence not in tile.DIVERGENCE_CODES:
+        raise missing(divergence, "impl='triton' (sad_kernels/_triton/tile.py)")
+    return tile.DIVERGENCE_CODES[divergence]
 
 
 def ceil_div(a: int, b: int) -> int:

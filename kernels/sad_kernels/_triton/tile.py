@@ -16,12 +16,25 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # where maxima start: -inf - -inf would be NaN
 
-# Codes of the divergences; ``launch.DIVERGENCE_CODES`` gives each name of the table its code.
+# Codes of the divergences
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
 SKEW_FORWARD_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
+
+DIVERGENCE_CODES: dict[str, int] = {
+    "forward_kl": FORWARD_KL.value,
+    "reverse_kl": REVERSE_KL.value,
+    "jsd": JSD.value,
+    "skew_forward_kl": SKEW_FORWARD_KL.value,
+    "skew_reverse_kl": SKEW_REVERSE_KL.value,
+}
+"""The divergences that these kernels compute.
+
+A new one also needs a branch in ``divergence_terms`` and, if it takes two passes, in
+``require_mixture``, ``mixture_parts`` and ``mixture_terms``: without it the kernels do not compile.
+"""
 
 LOG2_TINY = tl.constexpr(-150.0)  # log2 of a probability that is 0 in fp32
 LOG2_RATIO_MAX = tl.constexpr(60.0)  # log2 of the largest p/q at which both still count
