@@ -26,10 +26,10 @@ RAMPS: dict[str, tuple[float, float] | None] = {
     "kd": None,
     "feature": (0.3, 0.6),
     "attention": (0.3, 0.6),
-    "router": (0.3, 0.6),
+    "relations": (0.3, 0.6),
     "layerwise": (0.6, 1.0),
     "contrastive": (0.6, 1.0),
-    "relations": (0.3, 0.6),
+    "router": (0.3, 0.6),
 }
 """Loss -> the shares of training at which it begins to be phased in and is fully on; None: always
 on. These are all the losses that a curriculum knows; the configuration has a key for each."""
