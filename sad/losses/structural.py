@@ -44,7 +44,6 @@ _CLASSES = (
 LOSSES: dict[str, type[Any]] = {loss.name: loss for loss in _CLASSES}
 """Name of the loss, which is that of its section in the configuration -> its class."""
 
-
 assert len(LOSSES) == len(_CLASSES), "two structural losses bear one name"
 
 

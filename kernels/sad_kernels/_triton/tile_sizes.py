@@ -68,7 +68,9 @@ TILES: dict[str, dict[tuple[str, int | None], BlockAndWarps]] = {
 """Architecture (``sm_90``, ``gfx942``, ...) -> (kernel, pressure) -> tile. What an architecture
 does not list it takes from ``default``."""
 
-KERNELS = ("statistics", "mixture", "gradient")
+PRESSURES = {"statistics": (1, 2, 3, 4, 5), "mixture": (2,), "gradient": (1, 2, 3, 4, 5)}
+LAUNCHED = [(kernel, p) for kernel, several in PRESSURES.items() for p in (*several, ANY)]
+"""The keys that a launch looks up: kernel, and its pressure or ``ANY``."""
 
 
 def check_tiles(tiles: Mapping[str, Mapping[Any, BlockAndWarps]]) -> None:
@@ -79,14 +81,11 @@ def check_tiles(tiles: Mapping[str, Mapping[Any, BlockAndWarps]]) -> None:
                 f"architectures must be like sm_90, gfx942 or xpu, got {arch!r}; see architecture()"
             )
         for key, (block, warps) in table.items():
-            kernel, pressure = key if isinstance(key, tuple) and len(key) == 2 else (key, ANY)
-            if kernel not in KERNELS or not (pressure is ANY or pressure in (1, 2, 3, 4, 5)):
+            if key not in LAUNCHED:
                 raise ValueError(
-                    f"tiles must be of (kernel, pressure), a kernel of {', '.join(KERNELS)} and a "
-                    f"pressure from 1 on or ANY, got {key!r} in {arch}"
+                    f"tiles must be of a (kernel, pressure) that launches ask for: "
+                    f"{', '.join(map(str, LAUNCHED))}, got {key!r} in {arch}"
                 )
-            if not isinstance(key, tuple) or (kernel == "mixture" and pressure not in (ANY, 2)):
-                raise ValueError(f"no launch asks for {key!r}, got it in {arch}")
             powers = block == power_of_2(block) and warps == power_of_2(warps)
             if not (powers and 128 <= block <= 1 << 16 and 1 <= warps <= 32):
                 raise ValueError(
