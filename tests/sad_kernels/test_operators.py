@@ -281,7 +281,7 @@ def test_without_gradients_there_is_no_gradient_work(
 def test_a_second_derivative_is_refused(op: str, reduction: str) -> None:
     leaves, wrt, loss = problem_and_loss(op, reduction=reduction)
     gradients = torch.autograd.grad(loss(*leaves.values()), wrt, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"must not be differentiated again, got .*; use "):
+    with pytest.raises(RuntimeError, match=r"must not be differentiated again, got .*; call "):
         torch.autograd.grad([g.square().sum() for g in gradients], wrt)
 
 

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import triton
 from sad_kernels._extents import Extent
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale, tile
 from sad_kernels._triton.rows import PARTS
@@ -240,9 +240,9 @@ def run_rows(
         objective, vocab, ignore_index=-100, compute_ce=ce, compute_metrics=compute_metrics
     )
     labels = None if label_dtype is None else torch.empty(rows, dtype=label_dtype)
-    saved = launch.forward(spec, student, labels, teacher)
+    saved = launch.forward(spec, student, RowTargets(labels), teacher)
     upstream = torch.empty(rows if per_row else 1)
-    launch.gradient(spec, student, labels, teacher, saved, upstream, out)
+    launch.gradient(spec, student, RowTargets(labels), teacher, saved, upstream, out)
 
 
 def ce(

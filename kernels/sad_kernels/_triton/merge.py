@@ -17,6 +17,7 @@ from sad_kernels._triton.rows import (
     CROSS,
     DENSE,
     EXPECTATION,
+    MASS,
     MAXIMUM,
     NO_TEACHER,
     PLAIN,
@@ -65,7 +66,9 @@ class RowSums(NamedTuple):
 @triton.jit
 def merge_segments(
     partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
-    ROWS: tl.constexpr, FLAGS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARES: tl.constexpr,  # S is a sum of classes with shares of their own
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Add up the segments of ``rows`` in their order; of rows that do not count, none."""
     zero = tl.zeros([ROWS], tl.float32)
@@ -112,7 +115,7 @@ def merge_segments(
             if FLAGS.SMOOTH:
                 S_b = tl.load(at + PLAIN * step, mask=counts, other=0.0)
                 count_b = zero + tl.minimum(segment_length, V - segment * segment_length)
-                if FLAGS.TEACHER == TOP_K:
+                if FLAGS.TEACHER == TOP_K or SHARES:
                     count_b = tl.load(at + COUNT * step, mask=counts, other=0.0)
                 S = (S + count * move) + (S_b + count_b * move_b)
                 count += count_b
@@ -239,6 +242,11 @@ def merge_kernel(
     K,
     labels_ptr,  # None, or [N]
     ignore_index,
+    other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
+    token_weights_ptr,  # None, or [N] fp32: of CE and z-loss
+    kd_weights_ptr,  # None, or [N] fp32: of the divergence; rows of weight 0 are not compared
+    soft_ptr,  # None, or what has been summed up are shares of the classes
+    class_weight_ptr,  # None, or [V]
     loss_ptr,  # [N] fp32, written, as all that follow
     parts_ptr,  # [PARTS, N]
     saved_ptr,  # [SAVED, N]
@@ -255,26 +263,37 @@ def merge_kernel(
     # Which rows count: those of a label other than the ignored one. A label outside [0, V) counts,
     # and poisons its row.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    counts = rows < N
-    in_range = counts
+    exists = rows < N
+    if other_rows_ptr is not None:
+        exists = exists & (tl.load(other_rows_ptr + rows, mask=exists, other=0) == wanted)
+    counts = exists
+    in_range = exists
     label = rows
     if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask=counts, other=0)
         counts = counts & (label != ignore_index)
         in_range = (label >= 0) & (label < V)
+    compared = counts  # with the teacher
+    if kd_weights_ptr is not None:
+        on_kd = tl.load(kd_weights_ptr + rows, mask=counts, other=0.0)
+        compared = counts & (on_kd != 0)
     inv_T, temperature, beta = to_fp32(inv_T), to_fp32(temperature), to_fp32(beta)
     zero = tl.zeros([ROWS], tl.float32)
 
+    SOFT: tl.constexpr = soft_ptr is not None
+    WEIGHTED_CLASSES: tl.constexpr = class_weight_ptr is not None
     sums = merge_segments(
-        partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T, ROWS, FLAGS
-    )
+        partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
+        ROWS, SOFT or WEIGHTED_CLASSES, FLAGS,
+    )  # fmt: skip
     saved = saved_ptr + rows
     kd = zero
     if FLAGS.TEACHER == TOP_K:
-        student = LogitsRow(s_ptr + rows[:, None] * s_stride, s_bias, s_scale, s_softcap)
+        student = LogitsRow(s_ptr + rows[:, None] * s_stride, s_bias, s_scale, s_softcap, None)
         sums, kd = add_top_k(
-            sums, rows, counts, student, ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr,
-            K, V, inv_T, beta, BLOCK_K, FLAGS,
+            sums, rows, compared, student,
+            ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr, K, V, inv_T, beta,
+            BLOCK_K, FLAGS,
         )  # fmt: skip
 
     # What ``mixture`` and ``gradient`` need of each row.
@@ -289,34 +308,53 @@ def merge_kernel(
     if FINAL:
         if FLAGS.TEACHER == DENSE:
             kd, expectation = dense_divergence(
-                sums, rows, counts, mixture_ptr, num_segments, N, temperature,
+                sums, rows, compared, mixture_ptr, num_segments, N, temperature,
                 FLAGS.DIVERGENCE, HAS_MIXTURE,
             )  # fmt: skip
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 
-        exists = rows < N
         poison = tl.where(in_range, zero, float("nan"))
         # A divergence in (-1e-5, 0) is a rounded zero; lower ones stay visible.
         kd = tl.where((kd < 0) & (kd > -1e-5), 0.0, kd) * to_fp32(kd_scale) + poison
+        if kd_weights_ptr is not None:
+            kd = tl.where(compared, on_kd * kd, 0.0)
         kd_weight = to_fp32(kd_weight)
         loss = poison
         if FLAGS.TEACHER != NO_TEACHER:
             loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
 
         # CE and z-loss: the label's logit is read here, one number per row.
-        ce, square, correct, agree, entropy = zero, zero, zero, zero, zero
+        ce, square, correct, agree, entropy, lse = zero, zero, zero, zero, zero, zero
         if FLAGS.COMPUTE_CE:
-            at = tl.where(in_range, label, 0)
-            student = LogitsRow(s_ptr + rows * s_stride, s_bias, s_scale, s_softcap)
-            z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
-            z, _ = to_logits(z, at, student, counts, True)
             log_1 = tl.log(sums.d_1)
-            smoothing = to_fp32(smoothing)
-            ce = log_1 - (1 - smoothing) * (z - sums.m) + poison
-            if FLAGS.SMOOTH:
-                ce -= smoothing * (sums.S / V)
+            if SOFT:
+                ce = sums.count * log_1 - sums.S
+                tl.store(saved + MASS * N, sums.count, mask=counts)
+            elif labels_ptr is not None:
+                at = tl.where(in_range, label, 0)
+                student = LogitsRow(s_ptr + rows * s_stride, s_bias, s_scale, s_softcap, None)
+                z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
+                z, _ = to_logits(z, at, student, counts, True)
+                smoothing = to_fp32(smoothing)
+                if WEIGHTED_CLASSES:
+                    label_share = (1 - smoothing) * tl.load(class_weight_ptr + at)
+                    mass = label_share
+                    ce = tl.where(label_share != 0, label_share * (log_1 - (z - sums.m)), 0.0)
+                    if FLAGS.SMOOTH:
+                        ce += (smoothing / V) * (sums.count * log_1 - sums.S)
+                        mass += (smoothing / V) * sums.count
+                    tl.store(saved + MASS * N, mass, mask=counts)
+                else:
+                    ce = log_1 - (1 - smoothing) * (z - sums.m)
+                    if FLAGS.SMOOTH:
+                        ce = tl.where(smoothing < 1, ce, log_1) - smoothing * (sums.S / V)
+                ce += poison
             lse = sums.m + log_1
             square = lse * lse + poison
+            if token_weights_ptr is not None:
+                on_ce = tl.load(token_weights_ptr + rows, mask=counts, other=0.0)
+                ce = tl.where(on_ce != 0, on_ce * ce, 0.0)
+                square = tl.where(on_ce != 0, on_ce * square, 0.0)
             ce_weight, z_loss = to_fp32(ce_weight), to_fp32(z_loss)
             loss += tl.where(ce_weight > 0, ce_weight * ce, 0.0)
             loss += tl.where(z_loss > 0, z_loss * square, 0.0)
@@ -330,8 +368,8 @@ def merge_kernel(
             if FLAGS.TEACHER != NO_TEACHER:
                 other = sums.best_t.to(tl.int64)
                 if FLAGS.TEACHER == TOP_K:
-                    other = tl.load(top_id_ptr + rows, mask=counts, other=-1)
-                agree = (column == other).to(tl.float32)
+                    other = tl.load(top_id_ptr + rows, mask=compared, other=-1)
+                agree = ((column == other) & compared).to(tl.float32)
 
         # Rows that do not count are 0, never products with 0: they may hold NaN.
         parts = parts_ptr + rows
@@ -341,4 +379,5 @@ def merge_kernel(
         tl.store(parts + 3 * N, tl.where(counts, correct, 0.0), mask=exists)
         tl.store(parts + 4 * N, tl.where(counts, agree, 0.0), mask=exists)
         tl.store(parts + 5 * N, tl.where(counts, entropy, 0.0), mask=exists)
+        tl.store(parts + 6 * N, tl.where(counts, lse, 0.0), mask=exists)
         tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)

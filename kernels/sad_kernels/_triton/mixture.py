@@ -47,6 +47,8 @@ def mixture_kernel(
     t_share,  # None, or the teacher's share of the target
     labels_ptr,  # None, or [N]
     ignore_index,
+    other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
+    kd_weights_ptr,  # None, or [N]: rows of weight 0 are not compared
     saved_ptr,  # [SAVED, N] fp32, of ``merge``
     mixture_ptr,  # [2, segments, N] fp32, written: f and h summed up
     N, V, inv_T, beta,
@@ -62,9 +64,15 @@ def mixture_kernel(
     if labels_ptr is not None:
         if tl.load(labels_ptr + row) == ignore_index:
             return
+    if other_rows_ptr is not None:
+        if tl.load(other_rows_ptr + row) != wanted:
+            return
+    if kd_weights_ptr is not None:
+        if tl.load(kd_weights_ptr + row) == 0:
+            return
     inv_T, beta = to_fp32(inv_T), to_fp32(beta)
-    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap)
-    teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap)
+    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
+    teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap, None)
     saved = saved_ptr + row
     m = tl.load(saved + MAXIMUM * N)
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)

@@ -46,6 +46,19 @@ Offsets and ignored rows
 ------------------------
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
 in ``gradient``, where they write zeros without reading.
+
+Weights of rows, and two divergences
+------------------------------------
+Losses are multiplied by the weights of tokens in ``merge``, gradients in ``gradient``. Where the
+divergence's weight is 0 no kernel reads the teacher's row. A choice between two divergences by row
+launches every kernel twice, once for each: programs of rows that take the other one return at once
+and write nothing.
+
+Weights of classes, and labels that are probabilities
+-----------------------------------------------------
+CE is ``sum_v a_v (lse - s_v)``, see ``ce.py``. With weights ``S`` is the sum of ``w_v x``, for
+labels that are probabilities that of ``a_v x``, and the columns so far are counted with the same
+factors. ``merge`` saves ``sum a``, of which the gradient takes a share ``q``.
 """
 
 from __future__ import annotations
@@ -78,17 +91,18 @@ TEACHER_MAXIMUM = tl.constexpr(6)
 TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
 CROSS = tl.constexpr(9)  # A
-COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher
+COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher or with weights of classes
 PARTIALS = 10
 
 # What the gradient needs, [SAVED, N], in the numbering above for the first three
 SAVED_TEACHER_MAXIMUM = tl.constexpr(3)
 SAVED_TEACHER_TOTAL = tl.constexpr(4)
 EXPECTATION = tl.constexpr(5)  # sum_u h_u of a dense divergence
+MASS = tl.constexpr(3)  # sum of a, with weights of classes, which have no teacher beside them
 SAVED = 6
 
 # Parts of the loss, [PARTS, N]
-PARTS = 6  # ce, kd, z, correct, agree, entropy
+PARTS = 7  # ce, kd, z, correct, agree, entropy, lse
 
 
 class Flags(NamedTuple):
@@ -101,7 +115,7 @@ class Flags(NamedTuple):
     DIVERGENCE: int
     T_CASE: int  # whether the temperature is 1, 2 or any
     COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
-    SMOOTH: bool = False  # label smoothing above 0
+    SMOOTH: bool = False  # each class has a share of CE: label smoothing, or probabilities
     COMPUTE_METRICS: bool = False  # correct, agree, entropy
 
 

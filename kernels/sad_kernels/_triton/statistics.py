@@ -38,9 +38,11 @@ from sad_kernels._triton.tile import (
     FORWARD_KL,
     LOWEST,
     REVERSE_KL,
+    ClassShares,
     LogitsRow,
     exponentials,
     load_logits,
+    load_shares,
     load_target,
     require_mixture,
     to_fp32,
@@ -100,7 +102,7 @@ def first_argmax(x, start, column, seen, SIZE: tl.constexpr):
 
 @triton.jit
 def add_columns(
-    sums, cursor, student, teacher, t_share, start, first, V, ids, K, inv_T,
+    sums, cursor, student, teacher, t_share, shares, start, first, V, ids, K, inv_T,
     SIZE: tl.constexpr,  # a tile or a piece
     MASKED: tl.constexpr,  # some columns may lie past V
     HAS_IDS: tl.constexpr,  # ids of a top-k teacher may be among the columns
@@ -156,7 +158,12 @@ def add_columns(
     d_1, S, count, E = sums.d_1, sums.S, sums.count, sums.E
     if FLAGS.COMPUTE_CE:
         if FLAGS.SMOOTH:
-            present = tl.where(s == MASKED_LOGIT, 0.0, x) if MASKED or HAS_IDS else x
+            if shares is None:
+                present = tl.where(s == MASKED_LOGIT, 0.0, x) if MASKED or HAS_IDS else x
+            else:
+                a = to_lanes(load_shares(shares, columns, V, MASKED), LANES, VECTOR)
+                present = tl.where(a != 0, a * x, 0.0)
+                number = lane_sum(a)
             S += count * move + lane_sum(present)
             count += number
         if FLAGS.COMPUTE_METRICS:
@@ -183,8 +190,12 @@ def statistics_kernel(
     ids_ptr, K,  # [N, K] int32 of a TOP_K teacher, ascending in each row
     labels_ptr,  # None, or [N]
     ignore_index,
+    other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
+    kd_weights_ptr,  # None, or [N]: of the divergence; the teacher's row is not read where it is 0
+    soft_ptr, soft_stride,  # None, or [N, >= V] probabilities of the classes
+    class_weight_ptr,  # None, or [V]
     partials_ptr,  # [PARTIALS, segments, N] fp32, written
-    N, V, inv_T,
+    N, V, inv_T, smoothing,
     BLOCK: tl.constexpr,  # columns of a tile: a multiple of a piece
     SEGMENT: tl.constexpr,  # columns of a program: a multiple of BLOCK
     LANES: tl.constexpr,
@@ -197,11 +208,25 @@ def statistics_kernel(
     if labels_ptr is not None:
         if tl.load(labels_ptr + row) == ignore_index:
             return
+    if other_rows_ptr is not None:
+        if tl.load(other_rows_ptr + row) != wanted:
+            return
     inv_T = to_fp32(inv_T)
-    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap)
+    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
     teacher = student
+    is_read = None
+    if kd_weights_ptr is not None:
+        is_read = (tl.load(kd_weights_ptr + row) != 0).to(tl.int32)
+        K *= is_read
     if FLAGS.TEACHER == DENSE:
-        teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap)
+        teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap, is_read)
+    shares = None
+    if soft_ptr is not None:
+        smoothing = to_fp32(smoothing)
+        soft = soft_ptr + row * soft_stride
+        shares = ClassShares(soft, class_weight_ptr, 1 - smoothing, smoothing / V)
+    elif class_weight_ptr is not None:
+        shares = ClassShares(None, class_weight_ptr, 0.0, 1.0)
     ids = ids_ptr
     if FLAGS.TEACHER == TOP_K:
         ids = ids_ptr + row * K
@@ -234,20 +259,20 @@ def statistics_kernel(
         stop = start + (stop - start) // BLOCK * BLOCK
         for at in range(start, stop, BLOCK):
             sums, cursor = add_columns(
-                sums, cursor, student, teacher, t_share, at, first, V, ids, K, inv_T,
+                sums, cursor, student, teacher, t_share, shares, at, first, V, ids, K, inv_T,
                 BLOCK, False, False, LANES, VECTOR, FLAGS,
             )  # fmt: skip
         if FLAGS.TEACHER == TOP_K:
             for at in range(stop, end, PIECE):
                 sums, cursor = add_columns(
-                    sums, cursor, student, teacher, t_share, at, first, V, ids, K, inv_T,
+                    sums, cursor, student, teacher, t_share, shares, at, first, V, ids, K, inv_T,
                     PIECE, False, True, LANES, VECTOR, FLAGS,
                 )  # fmt: skip
         start = end
     # The rest, in pieces, of which the last may reach past V.
     for at in range(whole, last, PIECE):
         sums, cursor = add_columns(
-            sums, cursor, student, teacher, t_share, at, first, V, ids, K, inv_T,
+            sums, cursor, student, teacher, t_share, shares, at, first, V, ids, K, inv_T,
             PIECE, True, FLAGS.TEACHER == TOP_K, LANES, VECTOR, FLAGS,
         )  # fmt: skip
 
@@ -263,7 +288,7 @@ def statistics_kernel(
         tl.store(out + TOTAL_1 * step, tl.sum(sums.d_1 * decay_1, 0))
         if FLAGS.SMOOTH:
             tl.store(out + PLAIN * step, tl.sum(sums.S + sums.count * move, 0))
-            if FLAGS.TEACHER == TOP_K:
+            if FLAGS.TEACHER == TOP_K or shares is not None:
                 tl.store(out + COUNT * step, tl.sum(sums.count, 0))
         if FLAGS.COMPUTE_METRICS:
             tl.store(out + WEIGHTED * step, tl.sum((sums.E + sums.d_1 * move) * decay_1, 0))

@@ -115,6 +115,7 @@ class LogitsRow(NamedTuple):
     bias: Any  # None, or a pointer to [>= V]
     scale: Any  # None, or a number
     softcap: Any  # None, or a number
+    is_read: Any  # None, or 0 for a row that is not read, in whose place there are zeros
 
 
 @triton.jit
@@ -146,9 +147,14 @@ def load_logits(row, columns, V, MASKED: tl.constexpr):
     """
     if MASKED:
         mask = columns < V
-        x = tl.load(row.ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        read = mask if row.is_read is None else mask & (tl.zeros_like(columns) < row.is_read)
+        x = tl.load(row.ptr + columns, mask=read, other=0.0).to(tl.float32)
         x, slope = to_logits(x, columns, row, mask, True)
         x = tl.where(mask, x, float("-inf"))
+    elif row.is_read is not None:
+        read = tl.zeros_like(columns) < row.is_read  # one truth for all: loads stay wide
+        x = tl.load(row.ptr + columns, mask=read, other=0.0).to(tl.float32)
+        x, slope = to_logits(x, columns, row, columns, False)
     else:
         x = tl.load(row.ptr + columns).to(tl.float32)
         x, slope = to_logits(x, columns, row, columns, False)
@@ -167,6 +173,36 @@ def load_target(s, teacher, share, columns, V, MASKED: tl.constexpr):
         share = to_fp32(share)
         t = tl.fma(t, share + tl.zeros_like(t), s * (1 - share))
     return t
+
+
+class ClassShares(NamedTuple):
+    """By how much each class counts in the CE of one row: ``w_v (label l_v + smooth)``."""
+
+    soft: Any  # None, or a pointer to the row's probabilities l
+    weight: Any  # None, or a pointer to the weights w
+    label: Any  # a number, 1 - eps
+    smooth: Any  # a number, eps / V
+
+
+@triton.jit
+def load_shares(shares, columns, V, MASKED: tl.constexpr):
+    """The shares of ``columns``, without a hard label's; 0 past the vocabulary."""
+    mask = columns < V
+    a = tl.zeros_like(columns).to(tl.float32) + shares.smooth
+    if shares.soft is not None:
+        if MASKED:
+            soft = tl.load(shares.soft + columns, mask=mask, other=0.0).to(tl.float32)
+        else:
+            soft = tl.load(shares.soft + columns).to(tl.float32)
+        a += shares.label * soft
+    if shares.weight is not None:
+        if MASKED:
+            a *= tl.load(shares.weight + columns, mask=mask, other=0.0)
+        else:
+            a *= tl.load(shares.weight + columns)
+    if MASKED:
+        a = tl.where(mask, a, 0.0)
+    return a
 
 
 @triton.jit
