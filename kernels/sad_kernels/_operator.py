@@ -112,9 +112,11 @@ def save_call(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...] = (
     """Save an operator's inputs, tensors or not, and some of its outputs for backward."""
     tensors, plain = [], []
     for value in inputs:
-        tensor = isinstance(value, Tensor)
-        tensors.append(value if tensor else None)
-        plain.append(None if tensor else value)
+        # Autograd does not save tensors of inference mode, such as a teacher's. It would watch for
+        # changes in place, and these are not counted.
+        saved = isinstance(value, Tensor) and not value.is_inference()
+        tensors.append(value if saved else None)
+        plain.append(None if saved else value)
     ctx.plain = plain
     ctx.set_materialize_grads(False)  # of outputs that nobody differentiates
     ctx.save_for_backward(*tensors, *outputs)

@@ -135,9 +135,7 @@ def mean_divisor(
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
-def reduce_rows(
-    loss: Tensor, divisor: Tensor | None, reduction: str, layout: RowLayout
-) -> Tensor:
+def reduce_rows(loss: Tensor, divisor: Tensor | None, reduction: str, layout: RowLayout) -> Tensor:
     """The row losses [N] as "none" [...], "sum" [] or "mean" []: the sum over ``divisor``."""
     if reduction == "none":
         return layout.restore(loss)

@@ -113,9 +113,7 @@ def kl_div(
     )
     spec = LossSpec(objective, vocab, ignore_index, compute_ce=False, compute_metrics=False)
     layout = RowLayout(student_logits)
-    targets = _check.row_targets(
-        student_logits, "student_logits", layout, objective, labels=labels
-    )
+    targets = _check.row_targets(student_logits, "student_logits", layout, objective, labels=labels)
     transform = LogitTransform(logit_scale, softcap)
     rows_of = spec, layout.rows(student_logits), transform, targets, teacher, layout
     if resolve_impl(impl, student_logits, teacher_logits) == "triton":

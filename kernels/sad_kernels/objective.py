@@ -77,9 +77,7 @@ class Objective:
     def __post_init__(self) -> None:
         for name in ("ce_weight", "kd_weight", "z_loss"):
             _require_number(name, getattr(self, name), "be a finite number >= 0", low=0.0)
-        _require_number(
-            "label_smoothing", self.label_smoothing, "lie in [0, 1]", low=0.0, high=1.0
-        )
+        _require_number("label_smoothing", self.label_smoothing, "lie in [0, 1]", low=0.0, high=1.0)
         _require_number("temperature", self.temperature, "be a finite number > 0", above=0.0)
         if not isinstance(self.scale_t2, bool):
             raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
