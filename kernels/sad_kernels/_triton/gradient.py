@@ -12,6 +12,7 @@ from sad_kernels._triton.rows import (
     EXPECTATION,
     MASS,
     MAXIMUM,
+    REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
     TOP_K,
@@ -19,21 +20,24 @@ from sad_kernels._triton.rows import (
     TOTAL_1,
     first_id_at,
     id_at,
+    product,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
     REVERSE_KL,
-    SKEW_FORWARD_KL,
     ClassShares,
     LogitsRow,
-    divergence_terms,
+    bounded_ratio,
+    dense_ratio,
     exponentials,
     load_logits,
     load_shares,
-    load_target,
-    mixture_parts,
+    mixture_gap,
+    mixture_row,
     mixture_terms,
+    to_dtype,
     to_fp32,
+    to_target,
 )
 
 
@@ -42,13 +46,13 @@ class RowScalars(NamedTuple):
 
     label: Any
     m: Any
-    d: Any
     m_t: Any
-    d_t: Any
-    log_d: Any  # log2
-    log_d_t: Any
-    expectation: Any  # sum_u h_u
-    kd: Any  # the weight of the divergence's gradient, the upstream's included
+    expectation: Any
+    reference: Any  # of a mixture
+    mixture: Any  # its MixtureRow
+    kd: Any  # the divergence's factor: its weight, the upstream's, and 1/d
+    near: Any  # forward_kl: d/d_t is near - rest
+    rest: Any
     outside: Any  # of a column without an id, by e^((s - m_t)/T)
     q_1_factor: Any  # the CE's and z-loss's gradient by e^x
     shares: Any  # what every column loses, a number or ClassShares
@@ -70,9 +74,9 @@ def gradient_tile(
     s, slope = load_logits(student, columns, V, MASKED)
     t = s
     if FLAGS.TEACHER == DENSE:
-        t = load_target(s, teacher, t_share, columns, V, MASKED)
+        t, _ = load_logits(teacher, columns, V, MASKED)
 
-    # The divergence: (h - q sum h) / T of every column.
+    # The divergence, from what lies between the two sides: near agreement little else is left.
     g = tl.zeros([BLOCK], tl.float32)
     if FLAGS.TEACHER == TOP_K:
         g = tl.exp2((s - scalars.m_t) * inv_T) * scalars.outside
@@ -83,20 +87,17 @@ def gradient_tile(
     x = s - scalars.m
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
     if FLAGS.TEACHER == DENSE:
-        m_t, kd = scalars.m_t, scalars.kd
-        if FLAGS.DIVERGENCE == FORWARD_KL:
-            g = exp_T * (kd / scalars.d) - tl.exp2((t - m_t) * inv_T) * (kd / scalars.d_t)
-        else:
-            log_q = x * inv_T - scalars.log_d
-            log_p = (t - m_t) * inv_T - scalars.log_d_t
-            if FLAGS.DIVERGENCE == REVERSE_KL:
-                q = tl.exp2(log_q)
-                _, h = divergence_terms(log_q, log_p, beta, FLAGS.DIVERGENCE)
-            else:  # a mixture, or an unknown one, at which mixture_parts stops the compiler
-                HAS_LOG: tl.constexpr = FLAGS.DIVERGENCE != SKEW_FORWARD_KL
-                q, u, v = mixture_parts(log_q, log_p, beta, FLAGS.DIVERGENCE, HAS_LOG)
-                _, h = mixture_terms(u, v, beta, FLAGS.DIVERGENCE)
-            g = (h - q * scalars.expectation) * kd
+        if FLAGS.DIVERGENCE == FORWARD_KL:  # q - p
+            y = to_target(s, t, t_share) - scalars.m_t
+            exp_T_t = tl.exp2(y * inv_T)
+            g = ((exp_T - exp_T_t * scalars.near) + exp_T_t * scalars.rest) * scalars.kd
+        elif FLAGS.DIVERGENCE == REVERSE_KL:  # q ((x - y)/T - its expectation)
+            y = to_target(s, t, t_share) - scalars.m_t
+            g = product(exp_T, (x - y) - scalars.expectation) * scalars.kd
+        else:  # q (phi - its expectation); mixture_terms stops the compiler at an unknown one
+            gap = mixture_gap(x, t, scalars.reference, t_share, inv_T)
+            phi, _ = mixture_terms(gap, scalars.mixture, beta, FLAGS.DIVERGENCE, False)
+            g = exp_T * (phi - scalars.expectation) * scalars.kd
         if teacher.is_read is not None:
             g = tl.where(tl.zeros_like(columns) < teacher.is_read, g, 0.0)
 
@@ -174,16 +175,28 @@ def gradient_kernel(
 
     # What ``merge`` has saved of the teacher.
     zero = tl.full((), 0, tl.float32)
-    m_t, d_t, expectation, outside = zero, zero, zero, zero
-    log_d, log_d_t = zero, zero
+    m_t, expectation, outside, near, rest = zero, zero, zero, zero, zero
+    reference, mixture = zero, zero
     ids, inside = ids_ptr + row * K, inside_ptr + row * K
     id, next_id = 0, 0
     if FLAGS.TEACHER == DENSE:
         teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap, is_read)
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
         d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
-        log_d, log_d_t = tl.log2(d), tl.log2(d_t)
         expectation = tl.load(saved + EXPECTATION * N)
+        if FLAGS.MIXTURE:
+            reference = tl.load(saved + REFERENCE * N)
+            ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
+            ratio = bounded_ratio(ratio, beta, FLAGS.DIVERGENCE)
+            mixture = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
+            kd /= d
+        elif FLAGS.DIVERGENCE == FORWARD_KL:
+            # d/d_t = 1 - B/d_t, in two numbers where the first is most of it
+            is_near = tl.abs(expectation * d_t) < 0.5 * d
+            near, rest = tl.where(is_near, 1.0, d / d_t), tl.where(is_near, expectation, 0.0)
+            kd /= d
+        else:
+            kd /= d * to_fp32(temperature)
     if FLAGS.TEACHER == TOP_K:
         if is_read is not None:
             K *= is_read
@@ -221,8 +234,8 @@ def gradient_kernel(
             label_share *= tl.load(class_weight_ptr + label, mask=in_range, other=0.0)
 
     scalars = RowScalars(
-        label=label, m=m, d=d, m_t=m_t, d_t=d_t, log_d=log_d, log_d_t=log_d_t,
-        expectation=expectation, kd=kd, outside=outside,
+        label=label, m=m, m_t=m_t, expectation=expectation, reference=reference,
+        mixture=mixture, kd=kd, near=near, rest=rest, outside=outside,
         q_1_factor=q_1_factor, shares=shares, label_share=label_share,
     )  # fmt: skip
     stop = tl.minimum(last, V)
@@ -233,7 +246,7 @@ def gradient_kernel(
             student, teacher, t_share, start, V, scalars, ids, inside, K, id, next_id, inv_T, beta,
             BLOCK, False, FLAGS,
         )  # fmt: skip
-        tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty))
+        tl.store(g_row + columns, to_dtype(g, g_ptr.dtype.element_ty))
     for start in range(whole, last, BLOCK):  # what is left up to V, then the padding
         columns = start + tl.arange(0, BLOCK)
         g = tl.zeros([BLOCK], tl.float32)
@@ -243,4 +256,4 @@ def gradient_kernel(
                 beta, BLOCK, True, FLAGS,
             )  # fmt: skip
             g = tl.where(columns < V, g, 0.0)
-        tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty), mask=columns < last)
+        tl.store(g_row + columns, to_dtype(g, g_ptr.dtype.element_ty), mask=columns < last)

@@ -146,8 +146,6 @@ def _forward(
     )
     dense = teacher if isinstance(teacher, Logits) else student
     numbers, share = _numbers(spec), _target_share(spec)
-    two_passes = DIVERGENCES[objective.divergence].forward_passes == 2
-    mixture = isinstance(teacher, Logits) and two_passes
 
     # Statistics: one program per row and segment. Where there is no teacher, no ids, the pointers
     # are of tensors that exist and the kernel does not read them.
@@ -181,18 +179,18 @@ def _forward(
             (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
         )
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
-            partials, mixture_sums, segments, shape.segment, N, V, *student.arguments,
+            partials, mixture_sums, segments, shape.segment, N, V, *student.arguments, share,
             ids, log_p, log_rest, best, K, *which,
             _adjacent(targets.token_weights), kd_weights, soft[0], class_weight,
             result.loss, result.parts, result.saved, result.inside, result.outside,
             *numbers,
-            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_MIXTURE=mixture and final,
-            FLAGS=flags, num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
+            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, FLAGS=flags,
+            num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
             enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(x.device):
-        if mixture:  # the normalisers first, then the second pass, which needs them
+        if flags.MIXTURE:  # the normalisers first, then the second pass, which needs them
             merge(final=False)
             mixture_sums = _mixture(
                 spec, student, dense, (*which, kd_weights), result.saved, flags.DIVERGENCE
@@ -208,7 +206,7 @@ def _mixture(
     saved: Tensor,
     divergence: int,
 ) -> Tensor:  # [2, segments, N]
-    """The sums of ``f`` and ``h`` of a mixture's divergence over each segment."""
+    """The sums of a mixture's divergence over each segment, see ``mixture.py``."""
     x, V = student.x, spec.vocab
     N = len(x)
     inv_T, _, beta, *_ = _numbers(spec)
@@ -259,18 +257,17 @@ def _gradient(
     N, V = len(student.x), spec.vocab
     objective = spec.objective
     dense = teacher if isinstance(teacher, Logits) else student
-    logarithms = isinstance(teacher, Logits) and objective.divergence != "forward_kl"
-    pressure = _pressure(student, teacher, targets) + logarithms
-    shape = choose_tile(student.x.device, "gradient", V, pressure)
-    top_k = teacher if isinstance(teacher, SortedTopK) else None
-    ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
-    width = out.shape[1]
-    weights = None if teacher is None else _adjacent(targets.kd_weights)
     smoothed = targets.class_weight is not None and objective.label_smoothing > 0
     flags = _flags(spec, teacher)._replace(
         COMPUTE_CE=spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0),
         SMOOTH=smoothed or targets.soft is not None,  # without these it takes the same of all
     )
+    pressure = _pressure(student, teacher, targets) + flags.MIXTURE  # its logarithms
+    shape = choose_tile(student.x.device, "gradient", V, pressure)
+    top_k = teacher if isinstance(teacher, SortedTopK) else None
+    ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
+    width = out.shape[1]
+    weights = None if teacher is None else _adjacent(targets.kd_weights)
     with on_device(student.x.device):
         gradient_kernel[(N, ceil_div(width, shape.segment))](
             *student.arguments, *dense.arguments, _target_share(spec),
@@ -337,6 +334,8 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
         TEACHER=kind.value,
         DIVERGENCE=_divergence_code(objective.divergence),
         T_CASE=T_CASES.get(objective.temperature, tile.ANY.value),
+        MIXTURE=isinstance(teacher, Logits)
+        and DIVERGENCES[objective.divergence].forward_passes == 2,
     )
 
 

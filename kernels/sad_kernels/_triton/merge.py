@@ -16,13 +16,17 @@ from sad_kernels._triton.rows import (
     COUNT,
     CROSS,
     DENSE,
+    DIFFERENCE,
     EXPECTATION,
     MASS,
     MAXIMUM,
     NO_TEACHER,
+    PAD_ID,
     PLAIN,
+    REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
+    TEACHER_AT_BEST,
     TEACHER_BEST,
     TEACHER_MAXIMUM,
     TEACHER_TOTAL,
@@ -32,15 +36,24 @@ from sad_kernels._triton.rows import (
     WEIGHTED,
     product,
     rescale_cross,
+    rescale_difference,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    LN_2,
     LOG2_E,
     LOWEST,
     REVERSE_KL,
+    SKEW_REVERSE_KL,
     LogitsRow,
-    divergence_terms,
+    bounded_ratio,
+    dense_ratio,
     exponentials,
+    kl_terms,
+    log2_1p,
+    mixture_row,
+    mixture_terms,
+    mixture_value,
     require_mixture,
     to_fp32,
     to_logits,
@@ -58,9 +71,11 @@ class RowSums(NamedTuple):
     count: Any
     E: Any
     A: Any
+    B: Any
     d_t: Any
     best: Any  # the student's argmax, a number in fp32
     best_t: Any
+    t_at_best: Any  # the teacher's logit at ``best``
 
 
 @triton.jit
@@ -73,8 +88,8 @@ def merge_segments(
     """Add up the segments of ``rows`` in their order; of rows that do not count, none."""
     zero = tl.zeros([ROWS], tl.float32)
     m, m_t = zero + LOWEST, zero + LOWEST
-    d, d_1, S, count, E, A, d_t = zero, zero, zero, zero, zero, zero, zero
-    best, best_t = zero, zero
+    d, d_1, S, count, E, A, B, d_t = zero, zero, zero, zero, zero, zero, zero, zero
+    best, best_t, t_at_best = zero, zero, zero
     step = tl.full((), num_segments, tl.int64) * N  # from one kind of partial sum to the next
     at = partials_ptr + rows
     for segment in range(num_segments):
@@ -88,12 +103,16 @@ def merge_segments(
         if FLAGS.COMPUTE_METRICS:
             best_b = tl.load(at + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
+        if FLAGS.MIXTURE:
+            t_at_best_b = tl.load(at + TEACHER_AT_BEST * step, mask=counts, other=0.0)
+            t_at_best = tl.where(m_b > m, t_at_best_b, t_at_best)
 
         if FLAGS.TEACHER == DENSE:
             m_t_b = tl.load(at + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
             d_t_b = tl.load(at + TEACHER_TOTAL * step, mask=counts, other=0.0)
             m_t_new = tl.maximum(m_t, m_t_b)
             move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
+            decay_T_t, decay_T_t_b = tl.exp2(move_t * inv_T), tl.exp2(move_t_b * inv_T)
             if FLAGS.COMPUTE_METRICS:
                 best_t_b = tl.load(at + TEACHER_BEST * step, mask=counts, other=0.0)
                 best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
@@ -107,7 +126,11 @@ def merge_segments(
                 A += rescale_cross(d_b, A_b, move_b, move_t_b, inv_T)
             else:
                 require_mixture(FLAGS.DIVERGENCE)  # its sums come from ``mixture``
-            d_t = d_t * tl.exp2(move_t * inv_T) + d_t_b * tl.exp2(move_t_b * inv_T)
+            if not FLAGS.MIXTURE:
+                B_b = tl.load(at + DIFFERENCE * step, mask=counts, other=0.0)
+                B = rescale_difference(d_t, B, decay_T_t, decay_T)
+                B += rescale_difference(d_t_b, B_b, decay_T_t_b, decay_T_b)
+            d_t = d_t * decay_T_t + d_t_b * decay_T_t_b
             m_t = m_t_new
 
         if FLAGS.COMPUTE_CE:
@@ -126,7 +149,7 @@ def merge_segments(
         d = d * decay_T + d_b * decay_T_b
         m = m_new
         at += N
-    return RowSums(m, m_t, d, d_1, S, count, E, A, d_t, best, best_t)
+    return RowSums(m, m_t, d, d_1, S, count, E, A, B, d_t, best, best_t, t_at_best)
 
 
 @triton.jit
@@ -146,8 +169,9 @@ def add_top_k(
     k = tl.arange(0, BLOCK_K)
     at = rows[:, None] * K + k[None, :]
     given = counts[:, None] & (k < K)[None, :]
-    ids = tl.load(ids_ptr + at, mask=given, other=0)
-    log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf")) * LOG2_E
+    ids = tl.load(ids_ptr + at, mask=given, other=PAD_ID)
+    log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf"))
+    log_p = tl.where(ids == PAD_ID, float("-inf"), log_p)  # NaN in a row of padding
     repeated = ids == tl.load(ids_ptr + at - 1, mask=given & (k > 0)[None, :], other=-2)
     present = given & (log_p != float("-inf"))
     foreign = present & ((ids < 0) | (ids >= V) | repeated)
@@ -184,57 +208,134 @@ def add_top_k(
         d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)
 
     # The divergence over K + 1 outcomes, the last of which is everything else.
-    log_total = tl.log2(total)
-    log_q = x_T - log_total[:, None]
-    f, h = divergence_terms(log_q, log_p, beta, FLAGS.DIVERGENCE)
-    log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
-    log_q_rest = move_T + tl.log2(d_t) - log_total
-    f_rest, h_rest = divergence_terms(log_q_rest, log_rest, beta, FLAGS.DIVERGENCE)
-    expectation = tl.sum(h, 1) + h_rest
-    inside = h - tl.exp2(log_q) * expectation[:, None]
-    outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(move_T) / total
-    tl.store(inside_ptr + at, inside, mask=given)
-    tl.store(outside_ptr + rows, outside, mask=counts)
-    given_p = tl.where(present, log_p, 0.0)
+    log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0)
+    x_rest = move_T + tl.log2(d_t)
+    if (FLAGS.DIVERGENCE == FORWARD_KL) | (FLAGS.DIVERGENCE == REVERSE_KL):
+        log_total = tl.log2(total)
+        a, a_rest = x_T - log_total[:, None], x_rest - log_total
+        f, h = kl_terms(a, log_p * LOG2_E, FLAGS.DIVERGENCE)
+        f_rest, h_rest = kl_terms(a_rest, log_rest * LOG2_E, FLAGS.DIVERGENCE)
+        kd = tl.sum(f, 1) + f_rest
+        expectation = tl.sum(h, 1) + h_rest
+        inside = h - tl.exp2(a) * expectation[:, None]
+        outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(move_T) / total
+    else:
+        kd, inside, outside = top_k_mixture(
+            x_T, x_rest, log_p, log_rest, total, beta, FLAGS.DIVERGENCE
+        )
+        outside *= tl.exp2(move_T) / total
+
+    # A teacher without any outcome, as of a row of padding with tail "zero", teaches nothing.
+    teaches = (tl.max(log_p, 1) != float("-inf")) | (log_rest != float("-inf"))
+    kd = tl.where(teaches, kd, 0.0)
+    tl.store(inside_ptr + at, tl.where(teaches[:, None], inside, 0.0), mask=given)
+    tl.store(outside_ptr + rows, tl.where(teaches, outside, 0.0), mask=counts)
     # NaN and inf of a total, and NaN of the teacher, poison the row.
-    kd = tl.sum(f, 1) + f_rest + 0 * total + 0 * tl.sum(given_p, 1)
+    given_p = tl.where(present, log_p, 0.0)
+    kd += 0 * total + 0 * tl.sum(given_p, 1)
     kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
-    sums = RowSums(m, m_t, sums.d, d_1, S, sums.count, E, sums.A, d_t, best, sums.best_t)
+    sums = RowSums(
+        m=m, m_t=m_t, d=sums.d, d_1=d_1, S=S, count=sums.count, E=E, A=sums.A, B=sums.B, d_t=d_t,
+        best=best, best_t=sums.best_t, t_at_best=sums.t_at_best,
+    )  # fmt: skip
     return sums, kd
 
 
 @triton.jit
-def dense_divergence(
-    sums, rows, counts, mixture_ptr, num_segments, N, temperature,
-    DIVERGENCE: tl.constexpr, HAS_MIXTURE: tl.constexpr,
-):  # fmt: skip
-    """The divergence from a dense teacher, and ``sum h``, which its gradient needs."""
-    if DIVERGENCE == FORWARD_KL:
-        kd = sums.A / (temperature * sums.d_t) + tl.log(sums.d / sums.d_t)
-        expectation = tl.zeros_like(kd) - 1
-    elif DIVERGENCE == REVERSE_KL:
-        kd = sums.A / (temperature * sums.d) + tl.log(sums.d_t / sums.d)
-        expectation = kd
+def top_k_mixture(x, x_rest, log_p, log_rest, total, beta, DIVERGENCE: tl.constexpr):
+    """A mixture's divergence over the ids' outcomes [ROWS, K] and all others as one [ROWS].
+
+    ``x`` is of the student, in bits, and ``total`` its sum of ``2^x``; ``log_p`` and ``log_rest``
+    are of the teacher, in nats. Returns the divergence, its gradient by the ids' logits, and the
+    gradient by any other logit over its probability.
+    """
+    # The student's most likely outcome, which ratios count from. The teacher may rule it out.
+    x_top = tl.max(x, 1)
+    log_p_top = tl.max(tl.where(x == x_top[:, None], log_p, float("-inf")), 1)
+    log_p_top = tl.where(x_rest > x_top, log_rest, log_p_top)
+    x_top = tl.maximum(x_top, x_rest)
+    q_top = tl.exp2(x_top) / total
+    ratio = tl.exp2(log_p_top * LOG2_E) / q_top
+    bounded = bounded_ratio(ratio, beta, DIVERGENCE)
+    log_p_top = tl.where(ratio == bounded, log_p_top, tl.log(bounded * q_top))
+    row = mixture_row(bounded, beta, DIVERGENCE)
+    row_of_ids = mixture_row(bounded[:, None], beta, DIVERGENCE)
+
+    gap = (log_p - log_p_top[:, None]) * LOG2_E - tl.maximum(x - x_top[:, None], LOWEST)
+    gap_rest = (log_rest - log_p_top) * LOG2_E - tl.maximum(x_rest - x_top, LOWEST)
+    phi, term = mixture_terms(gap, row_of_ids, beta, DIVERGENCE, True)
+    phi_rest, term_rest = mixture_terms(gap_rest, row, beta, DIVERGENCE, True)
+    q, q_rest = tl.exp2(x) / total[:, None], tl.exp2(x_rest) / total
+    expectation = tl.sum(q * phi, 1) + q_rest * phi_rest
+    if DIVERGENCE == SKEW_REVERSE_KL:
+        # As defined: a teacher's rounded probabilities need not sum up to 1 beside a bucket.
+        over_u = tl.sum(q * term, 1) + q_rest * term_rest
+        value = expectation - row.kappa * over_u - LN_2 * row.log_mu
     else:
-        require_mixture(DIVERGENCE)
-        kd = 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
-        expectation = tl.zeros_like(kd)
-    if HAS_MIXTURE:
+        p, p_rest = tl.exp2(log_p * LOG2_E), tl.exp2(log_rest * LOG2_E)
+        p_sum = tl.sum(p * term, 1) + p_rest * term_rest
+        value = mixture_value(p_sum, expectation, row, beta, DIVERGENCE)
+    return value, q * (phi - expectation[:, None]), phi_rest - expectation
+
+
+@triton.jit
+def mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE: tl.constexpr):
+    """The teacher's logit that a dense mixture's ratios count from, and ``r0``, the ratio there.
+
+    The logit at the student's argmax; where ``r0`` is out of bounds, what it would be at a bound.
+    """
+    t = sums.t_at_best
+    ratio = dense_ratio(t, sums.m, sums.m_t, sums.d, sums.d_t, t_share, inv_T)
+    bounded = bounded_ratio(ratio, beta, DIVERGENCE)
+    bound = sums.m_t + tl.log2(bounded * (sums.d_t / sums.d)) / inv_T
+    if t_share is not None:
+        share = to_fp32(t_share)
+        bound = (bound - (1 - share) * sums.m) / share
+    return tl.where(ratio == bounded, t, bound), bounded
+
+
+@triton.jit
+def dense_divergence(
+    sums, rows, counts, mixture_ptr, num_segments, N, t_share, inv_T, temperature, beta,
+    FLAGS: tl.constexpr,
+):  # fmt: skip
+    """The divergence from a dense teacher, and what its gradient needs as EXPECTATION."""
+    if FLAGS.DIVERGENCE == FORWARD_KL:
+        kd = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
+        expectation = sums.B / sums.d_t
+    elif FLAGS.DIVERGENCE == REVERSE_KL:
+        expectation = sums.A / sums.d
+        kd = expectation / temperature + log_totals_ratio(sums)
+    else:
+        require_mixture(FLAGS.DIVERGENCE)
+        p_sum, expectation = tl.zeros_like(sums.d), tl.zeros_like(sums.d)
         step = tl.full((), num_segments, tl.int64) * N
         at = mixture_ptr + rows
         for _ in range(num_segments):
-            kd += tl.load(at, mask=counts, other=0.0)
+            p_sum += tl.load(at, mask=counts, other=0.0)
             expectation += tl.load(at + step, mask=counts, other=0.0)
             at += N
+        expectation = expectation / sums.d + 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
+        _, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
+        row = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
+        kd = mixture_value(p_sum / sums.d_t, expectation, row, beta, FLAGS.DIVERGENCE)
     return kd, expectation
+
+
+@triton.jit
+def log_totals_ratio(sums):
+    """``log(d_t/d)``, from their difference where they are near."""
+    near = LN_2 * log2_1p(sums.B / sums.d)
+    return tl.where(tl.abs(sums.B) < 0.5 * sums.d, near, tl.log(sums.d_t / sums.d))
 
 
 @triton.jit
 def merge_kernel(
     partials_ptr,  # [PARTIALS, segments, N] fp32, of ``statistics``
-    mixture_ptr,  # [2, segments, N] fp32, of ``mixture``
+    mixture_ptr,  # [2, segments, N] fp32, of ``mixture``, read if FINAL
     num_segments, segment_length, N, V,
     s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; what follows as in LogitsRow
+    t_share,  # None, or a DENSE teacher's share of the target
     ids_ptr,  # [N, K] int32 of a TOP_K teacher, ascending in each row
     log_p_ptr,  # [N, K] fp32
     log_rest_ptr,  # [N] fp32: log-probability of everything else
@@ -255,8 +356,7 @@ def merge_kernel(
     inv_T, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,  # a power of 2 from K on
-    FINAL: tl.constexpr,  # not FINAL: only what ``mixture`` has to know
-    HAS_MIXTURE: tl.constexpr,  # ``mixture_ptr`` has been filled
+    FINAL: tl.constexpr,  # not FINAL: only what ``mixture`` has to know, which fills mixture_ptr
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Segments to rows: their losses, and what the gradient needs of them."""
@@ -300,6 +400,9 @@ def merge_kernel(
     if FLAGS.TEACHER != NO_TEACHER:
         tl.store(saved + SAVED_TEACHER_MAXIMUM * N, sums.m_t, mask=counts)
         tl.store(saved + SAVED_TEACHER_TOTAL * N, sums.d_t, mask=counts)
+    if FLAGS.MIXTURE:
+        reference, _ = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
+        tl.store(saved + REFERENCE * N, reference, mask=counts)
     tl.store(saved + MAXIMUM * N, sums.m, mask=counts)
     tl.store(saved + TOTAL * N, sums.d, mask=counts)
     if FLAGS.COMPUTE_CE:
@@ -308,8 +411,8 @@ def merge_kernel(
     if FINAL:
         if FLAGS.TEACHER == DENSE:
             kd, expectation = dense_divergence(
-                sums, rows, compared, mixture_ptr, num_segments, N, temperature,
-                FLAGS.DIVERGENCE, HAS_MIXTURE,
+                sums, rows, compared, mixture_ptr, num_segments, N, t_share, inv_T, temperature,
+                beta, FLAGS,
             )  # fmt: skip
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sad_kernels._triton.rows import (
     MAXIMUM,
+    REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
     TOTAL,
@@ -18,26 +19,33 @@ from sad_kernels._triton.rows import (
 )
 from sad_kernels._triton.tile import (
     LogitsRow,
+    bounded_ratio,
+    dense_ratio,
     load_logits,
-    load_target,
-    mixture_parts,
+    mixture_gap,
+    mixture_row,
     mixture_terms,
     to_fp32,
+    to_target,
 )
 
 
 @triton.jit
 def mixture_sums(
-    student, teacher, t_share, columns, V, log_d, log_d_t, m, m_t, inv_T, beta,
+    student, teacher, t_share, columns, V, m, m_t, reference, mixture, inv_T, beta,
     MASKED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """The two summands of ``mixture_parts``, summed up by lane over a tile."""
+    """What ``mixture_value`` needs the sums of, over p and q, summed up by lane over a tile."""
     s, _ = load_logits(student, columns, V, MASKED)
-    t = load_target(s, teacher, t_share, columns, V, MASKED)
-    log_q = (s - m) * inv_T - log_d
-    log_p = (t - m_t) * inv_T - log_d_t
-    _, u, v = mixture_parts(log_q, log_p, beta, DIVERGENCE, True)
-    return lane_sum(to_lanes(u, LANES, VECTOR)), lane_sum(to_lanes(v, LANES, VECTOR))
+    t, _ = load_logits(teacher, columns, V, MASKED)
+    x, y = s - m, to_target(s, t, t_share) - m_t
+    exp_T, exp_T_t = tl.exp2(x * inv_T), tl.exp2(y * inv_T)
+    gap = mixture_gap(x, t, reference, t_share, inv_T)
+    phi, term = mixture_terms(gap, mixture, beta, DIVERGENCE, True)
+    return (
+        lane_sum(to_lanes(exp_T_t * term, LANES, VECTOR)),
+        lane_sum(to_lanes(exp_T * phi, LANES, VECTOR)),
+    )
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def mixture_kernel(
     other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
     kd_weights_ptr,  # None, or [N]: rows of weight 0 are not compared
     saved_ptr,  # [SAVED, N] fp32, of ``merge``
-    mixture_ptr,  # [2, segments, N] fp32, written: f and h summed up
+    mixture_ptr,  # [2, segments, N] fp32, written: sums over p and over q
     N, V, inv_T, beta,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -58,7 +66,7 @@ def mixture_kernel(
     VECTOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """Value and expectation of a mixture's divergence over one segment: [2, segments, N]."""
+    """The sums of a mixture's divergence, see ``mixture_value``, over one segment."""
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
     if labels_ptr is not None:
@@ -76,31 +84,34 @@ def mixture_kernel(
     saved = saved_ptr + row
     m = tl.load(saved + MAXIMUM * N)
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
-    log_d = tl.log2(tl.load(saved + TOTAL * N))
-    log_d_t = tl.log2(tl.load(saved + SAVED_TEACHER_TOTAL * N))
+    d = tl.load(saved + TOTAL * N)
+    d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
+    reference = tl.load(saved + REFERENCE * N)
+    ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
+    ratio = bounded_ratio(ratio, beta, DIVERGENCE)
+    mixture = mixture_row(ratio, beta, DIVERGENCE)
 
-    u_sum = tl.zeros([LANES], tl.float32)
-    v_sum = tl.zeros([LANES], tl.float32)
+    p_sum = tl.zeros([LANES], tl.float32)
+    q_sum = tl.zeros([LANES], tl.float32)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        u, v = mixture_sums(
-            student, teacher, t_share, columns, V, log_d, log_d_t, m, m_t, inv_T, beta,
-            False, LANES, VECTOR, DIVERGENCE,
+        over_p, over_q = mixture_sums(
+            student, teacher, t_share, columns, V, m, m_t, reference, mixture,
+            inv_T, beta, False, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        u_sum += u
-        v_sum += v
+        p_sum += over_p
+        q_sum += over_q
     if whole < last:  # the last tile, which V cuts
         columns = whole + tl.arange(0, BLOCK)
-        u, v = mixture_sums(
-            student, teacher, t_share, columns, V, log_d, log_d_t, m, m_t, inv_T, beta,
-            True, LANES, VECTOR, DIVERGENCE,
+        over_p, over_q = mixture_sums(
+            student, teacher, t_share, columns, V, m, m_t, reference, mixture,
+            inv_T, beta, True, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        u_sum += u
-        v_sum += v
+        p_sum += over_p
+        q_sum += over_q
     out = mixture_ptr + segment.to(tl.int64) * N + row
-    value, expectation = mixture_terms(tl.sum(u_sum, 0), tl.sum(v_sum, 0), beta, DIVERGENCE)
-    tl.store(out, value)
-    tl.store(out + tl.num_programs(1).to(tl.int64) * N, expectation)
+    tl.store(out, tl.sum(p_sum, 0))
+    tl.store(out + tl.num_programs(1).to(tl.int64) * N, tl.sum(q_sum, 0))

@@ -25,7 +25,11 @@ d = sum e^(x/T)       d r                              log-normaliser  log d
 S = sum x             S + columns so far * move        smooth term     log d - S/V   (T = 1)
 E = sum e^x x         (E + d move) r                   entropy         log d - E/d   (T = 1)
 A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
+B = d_t - d           B r + d_t (r_t - r)              log (d_t/d) = log1p(B/d), and d_t/d - 1
 ====================  ===============================  ====================================
+
+``B``, of the teacher's total and the student's, is summed up as differences of exponentials: where
+both sides nearly agree, what is left of two rounded totals would be rounding.
 
 Lanes
 -----
@@ -90,16 +94,19 @@ BEST = tl.constexpr(5)  # argmax, or near it an id that is no smaller; exact in 
 TEACHER_MAXIMUM = tl.constexpr(6)
 TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
-CROSS = tl.constexpr(9)  # A
+CROSS = tl.constexpr(9)  # A of a KL
+DIFFERENCE = tl.constexpr(10)  # B of a KL
+TEACHER_AT_BEST = tl.constexpr(9)  # the teacher's logit at BEST, for a mixture
 COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher or with weights of classes
-PARTIALS = 10
+PARTIALS = 11
 
 # What the gradient needs, [SAVED, N], in the numbering above for the first three
 SAVED_TEACHER_MAXIMUM = tl.constexpr(3)
 SAVED_TEACHER_TOTAL = tl.constexpr(4)
-EXPECTATION = tl.constexpr(5)  # sum_u h_u of a dense divergence
+EXPECTATION = tl.constexpr(5)  # forward_kl: B/d_t; reverse_kl: A/d; a mixture: sum_v q_v phi_v
+REFERENCE = tl.constexpr(6)  # the teacher's logit that a mixture's ratios count from
 MASS = tl.constexpr(3)  # sum of a, with weights of classes, which have no teacher beside them
-SAVED = 6
+SAVED = 7
 
 # Parts of the loss, [PARTS, N]
 PARTS = 7  # ce, kd, z, correct, agree, entropy, lse
@@ -117,6 +124,7 @@ class Flags(NamedTuple):
     COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
     SMOOTH: bool = False  # each class has a share of CE: label smoothing, or probabilities
     COMPUTE_METRICS: bool = False  # correct, agree, entropy
+    MIXTURE: bool = False  # a dense teacher's divergence takes a second reading
 
 
 @triton.jit
@@ -141,6 +149,12 @@ def rescale_cross(total, cross, move, other_move, inv_T):
     """The cross sum ``A`` after both maxima have moved, with 0 * inf = 0."""
     decay = tl.exp2(move * inv_T)
     return tl.where(decay > 0, (cross + total * (move - other_move)) * decay, 0.0)
+
+
+@triton.jit
+def rescale_difference(total_t, difference, decay_t, decay):
+    """The difference of totals ``B`` after both maxima have moved; ``total_t`` is the teacher's."""
+    return difference * decay + total_t * (decay_t - decay)
 
 
 @triton.jit

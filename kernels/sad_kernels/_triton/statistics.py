@@ -15,9 +15,11 @@ from sad_kernels._triton.rows import (
     COUNT,
     CROSS,
     DENSE,
+    DIFFERENCE,
     MASKED_LOGIT,
     MAXIMUM,
     PLAIN,
+    TEACHER_AT_BEST,
     TEACHER_BEST,
     TEACHER_MAXIMUM,
     TEACHER_TOTAL,
@@ -32,6 +34,7 @@ from sad_kernels._triton.rows import (
     over_lanes,
     product,
     rescale_cross,
+    rescale_difference,
     to_lanes,
 )
 from sad_kernels._triton.tile import (
@@ -43,9 +46,9 @@ from sad_kernels._triton.tile import (
     exponentials,
     load_logits,
     load_shares,
-    load_target,
     require_mixture,
     to_fp32,
+    to_target,
 )
 
 
@@ -60,6 +63,7 @@ class LaneSums(NamedTuple):
     count: Any  # columns in S
     E: Any  # sum of e^x x
     A: Any  # cross sum of a KL
+    B: Any  # d_t - d
     d_t: Any  # sum of e^(y/T) over the teacher
     best: Any  # int32: where the tile that holds the maximum begins, from the segment's start
     best_t: Any
@@ -115,7 +119,8 @@ def add_columns(
     s, _ = load_logits(student, columns, V, MASKED)
     t = s
     if FLAGS.TEACHER == DENSE:
-        t = load_target(s, teacher, t_share, columns, V, MASKED)
+        t, _ = load_logits(teacher, columns, V, MASKED)
+        t = to_target(s, t, t_share)
     number = tl.full([LANES], SIZE // LANES, tl.float32)
     if MASKED:
         s = tl.where(columns < V, s, MASKED_LOGIT)
@@ -131,13 +136,13 @@ def add_columns(
     m = tl.maximum(sums.m, top)
     x = s - over_lanes(m)
     best = sums.best
-    if FLAGS.COMPUTE_METRICS:
+    if FLAGS.COMPUTE_METRICS or FLAGS.MIXTURE:
         best = tl.where(top > sums.m, start - first, best)  # ties stay to the left
     move = sums.m - m
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
     decay_T, decay_1 = exponentials(move, inv_T, FLAGS.T_CASE)
 
-    m_t, d_t, best_t, A = sums.m_t, sums.d_t, sums.best_t, sums.A
+    m_t, d_t, best_t, A, B = sums.m_t, sums.d_t, sums.best_t, sums.A, sums.B
     if FLAGS.TEACHER == DENSE:
         t = to_lanes(t, LANES, VECTOR)
         top_t = lane_max(t)
@@ -146,14 +151,16 @@ def add_columns(
         m_t = tl.maximum(m_t, top_t)
         move_t = sums.m_t - m_t
         y = t - over_lanes(m_t)
-        exp_T_t = tl.exp2(y * inv_T)
+        exp_T_t, decay_T_t = tl.exp2(y * inv_T), tl.exp2(move_t * inv_T)
         if FLAGS.DIVERGENCE == FORWARD_KL:
             A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
         elif FLAGS.DIVERGENCE == REVERSE_KL:
             A = rescale_cross(sums.d, A, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
         else:
             require_mixture(FLAGS.DIVERGENCE)  # takes a second reading, see ``mixture.py``
-        d_t = d_t * tl.exp2(move_t * inv_T) + lane_sum(exp_T_t)
+        if not FLAGS.MIXTURE:
+            B = rescale_difference(d_t, B, decay_T_t, decay_T) + lane_sum(exp_T_t - exp_T)
+        d_t = d_t * decay_T_t + lane_sum(exp_T_t)
 
     d_1, S, count, E = sums.d_1, sums.S, sums.count, sums.E
     if FLAGS.COMPUTE_CE:
@@ -171,7 +178,7 @@ def add_columns(
             E += lane_sum(exp_1 * tl.maximum(x, LOWEST))  # 0 * -inf is 0
         d_1 = d_1 * decay_1 + lane_sum(exp_1)
     d = sums.d * decay_T + lane_sum(exp_T)
-    return LaneSums(m, m_t, d, d_1, S, count, E, A, d_t, best, best_t), cursor
+    return LaneSums(m, m_t, d, d_1, S, count, E, A, B, d_t, best, best_t), cursor
 
 
 @triton.jit
@@ -235,8 +242,8 @@ def statistics_kernel(
     lowest = none + LOWEST
     start_of_tile = tl.zeros([LANES], tl.int32)
     sums = LaneSums(
-        m=lowest, m_t=lowest, d=none, d_1=none, S=none, count=none, E=none, A=none, d_t=none,
-        best=start_of_tile, best_t=start_of_tile,
+        m=lowest, m_t=lowest, d=none, d_1=none, S=none, count=none, E=none, A=none, B=none,
+        d_t=none, best=start_of_tile, best_t=start_of_tile,
     )  # fmt: skip
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
@@ -292,7 +299,7 @@ def statistics_kernel(
                 tl.store(out + COUNT * step, tl.sum(sums.count, 0))
         if FLAGS.COMPUTE_METRICS:
             tl.store(out + WEIGHTED * step, tl.sum((sums.E + sums.d_1 * move) * decay_1, 0))
-    if FLAGS.COMPUTE_METRICS:
+    if FLAGS.COMPUTE_METRICS or FLAGS.MIXTURE:
         # The argmax: one tile is read once more. It is that of all columns, a teacher's ids
         # included: where an id is no smaller, merge takes the best id.
         start = first + first_tile(sums.m, sums.best, top)
@@ -301,11 +308,18 @@ def statistics_kernel(
             s, _ = load_logits(student, at + tl.arange(0, PIECE), last, True)
             column, seen = first_argmax(s, at, column, seen, PIECE)
         tl.store(out + BEST * step, column)
+        if FLAGS.MIXTURE:
+            t_at_best = load_logits(teacher, column.to(tl.int32), V, False)[0]
+            tl.store(out + TEACHER_AT_BEST * step, t_at_best)
     if FLAGS.TEACHER == DENSE:
         top_t = tl.max(sums.m_t, 0)
         move_t = sums.m_t - top_t
         tl.store(out + TEACHER_MAXIMUM * step, top_t)
-        tl.store(out + TEACHER_TOTAL * step, tl.sum(sums.d_t * tl.exp2(move_t * inv_T), 0))
+        decay_T_t = tl.exp2(move_t * inv_T)
+        tl.store(out + TEACHER_TOTAL * step, tl.sum(sums.d_t * decay_T_t, 0))
+        if not FLAGS.MIXTURE:
+            B = rescale_difference(sums.d_t, sums.B, decay_T_t, decay_T)
+            tl.store(out + DIFFERENCE * step, tl.sum(B, 0))
         if FLAGS.DIVERGENCE == FORWARD_KL:
             A_out = out + CROSS * step
             tl.store(A_out, tl.sum(rescale_cross(sums.d_t, sums.A, move_t, move, inv_T), 0))
@@ -320,6 +334,7 @@ def statistics_kernel(
                 s = tl.zeros([PIECE], tl.float32)
                 if t_share is not None:
                     s, _ = load_logits(student, columns, last, True)
-                t = load_target(s, teacher, t_share, columns, last, True)
+                t, _ = load_logits(teacher, columns, last, True)
+                t = to_target(s, t, t_share)
                 column, seen = first_argmax(t, at, column, seen, PIECE)
             tl.store(out + TEACHER_BEST * step, column)

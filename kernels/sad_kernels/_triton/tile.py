@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from sad_kernels import _dispatch
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # where maxima start: -inf - -inf would be NaN
@@ -32,12 +34,16 @@ DIVERGENCE_CODES: dict[str, int] = {
 }
 """The divergences that these kernels compute.
 
-A new one also needs a branch in ``divergence_terms`` and, if it takes two passes, in
-``require_mixture``, ``mixture_parts`` and ``mixture_terms``: without it the kernels do not compile.
+A new one also needs a branch in ``require_mixture``, ``mixture_terms`` and ``mixture_value``, if it
+compares with a mixture: without it the kernels do not compile.
 """
 
-LOG2_TINY = tl.constexpr(-150.0)  # log2 of a probability that is 0 in fp32
-LOG2_RATIO_MAX = tl.constexpr(60.0)  # log2 of the largest p/q at which both still count
+LOG2_TINY = tl.constexpr(-150.0)  # log2 of a number that is 0 in fp32
+LOG2_GAP_MAX = tl.constexpr(120.0)  # of the largest ratio, whose products do not overflow
+MIN_REFERENCE_RATIO = tl.constexpr(2.0**-60)  # bounds of r0, see bounded_ratio
+MAX_REFERENCE_RATIO = tl.constexpr(16.0)
+
+INTERPRETED = tl.constexpr(_dispatch.INTERPRETED)  # in this process, not compiled
 
 # Cases of the temperature: 1 and 2 save an exponential per element
 ANY = tl.constexpr(0)
@@ -52,8 +58,23 @@ def to_fp32(x):
 
 
 @triton.jit
-def fast_log2(x):
-    """Of a normal number x > 0, within 3 ulps, near 1 too; fewer instructions than tl.log2.
+def to_dtype(x, DTYPE: tl.constexpr):
+    """fp32 numbers in the dtype of their store, rounded to nearest, ties to even.
+
+    Compiled, this is the conversion itself. Triton's interpreter truncates to bf16, so there the
+    bits that it drops are rounded away before.
+    """
+    if INTERPRETED:
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
+    return x.to(DTYPE)
+
+
+@triton.jit
+def log2_parts(x):
+    """``log2`` of a normal number x > 0 as an integer and the rest, which is small and precise.
 
     The polynomial's relative error is 2.6e-8 on the mantissas, 2/3 to 4/3 (Lawson's fit, degree 8).
     """
@@ -68,7 +89,21 @@ def fast_log2(x):
     p = p * f + 0.480895972
     p = p * f + -0.721346541
     p = p * f + 1.44269505
-    return exponent.to(tl.float32) * (1 / (1 << 23)) + p * f
+    return exponent.to(tl.float32) * (1 / (1 << 23)), p * f
+
+
+@triton.jit
+def fast_log2(x):
+    """Of a normal number x > 0, within 3 ulps, near 1 too; fewer instructions than tl.log2."""
+    whole, part = log2_parts(x)
+    return whole + part
+
+
+@triton.jit
+def log2_1p(z):
+    """``log2(1 + z)`` for z > -1, to relative precision near 0 as well."""
+    u = 1 + z
+    return fast_log2(u) + LOG2_E * (z - (u - 1)) / u  # what the rounding of u has lost, put back
 
 
 @triton.jit
@@ -162,13 +197,12 @@ def load_logits(row, columns, V, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_target(s, teacher, share, columns, V, MASKED: tl.constexpr):
+def to_target(s, t, share):
     """What the student's logits ``s`` are compared with: the teacher's, or a mixture of both.
 
     ``share`` is the teacher's in the mixture; None: the teacher alone. The mixture is an explicit
     fma, so that every kernel gets the same bits.
     """
-    t, _ = load_logits(teacher, columns, V, MASKED)
     if share is not None:
         share = to_fp32(share)
         t = tl.fma(t, share + tl.zeros_like(t), s * (1 - share))
@@ -226,59 +260,136 @@ def require_mixture(DIVERGENCE: tl.constexpr):
     )
 
 
+class MixtureRow(NamedTuple):
+    """What the terms of a mixture's divergence need of one row, made by ``mixture_row``."""
+
+    ratio: Any  # r0
+    rho: Any  # a r0/mu0, the teacher's part of the mixture there, mu0 = a r0 + 1 - a
+    kappa: Any  # (1 - a)/mu0, the student's
+    pull: Any  # (1 - beta)/mu0
+    log_mu: Any  # log2 mu0
+    whole: Any  # log2 r0/mu0, an integer near it
+    rest: Any  # and what is left
+    near: Any  # 1 where r0 is near 1, else 0
+
+
 @triton.jit
-def mixture_parts(a, b, beta, DIVERGENCE: tl.constexpr, HAS_LOG: tl.constexpr):
-    """q and the two summands of a mixture's divergence, from ``a = log2 q`` and ``b = log2 p``.
+def student_share(beta, DIVERGENCE: tl.constexpr):
+    """The student's share 1 - a of the mixture, not 0 where fp32 rounds ``beta`` to 1."""
+    if DIVERGENCE == SKEW_REVERSE_KL:
+        return beta
+    else:
+        return tl.maximum(1 - beta, 2.0**-25)
 
-    ``mixture_terms`` makes ``f`` and ``h`` of the two summands, and the sums of f and h of their
-    sums. ``HAS_LOG`` says that the caller needs the first, so that its logarithm is there: a ratio
-    to the mixture m is then an exponential of it, where a division takes six instructions.
 
-    Everything is relative to q, with the gap between the two logarithms bounded: a share below
-    2^-60 of the other adds nothing, and what is left neither overflows nor takes p along when q
-    underflows. Neither branches nor comparisons, which cost these kernels more than exponentials.
+@triton.jit
+def bounded_ratio(ratio, beta, DIVERGENCE: tl.constexpr):
+    """Bound ``r0``, so that it does not underflow and ``1 - rho`` keeps digits."""
+    most = tl.minimum(MAX_REFERENCE_RATIO, student_share(beta, DIVERGENCE) * (1 << 20))
+    return tl.minimum(tl.maximum(ratio, MIN_REFERENCE_RATIO), most)
+
+
+@triton.jit
+def mixture_row(ratio, beta, DIVERGENCE: tl.constexpr):
+    """The constants of a row whose ratios count from ``r0 = ratio``."""
+    require_mixture(DIVERGENCE)
+    share = student_share(beta, DIVERGENCE)
+    a = 1 - beta if DIVERGENCE == SKEW_REVERSE_KL else beta
+    mu = a * ratio + share
+    whole, part = log2_parts(ratio)
+    whole_mu, part_mu = log2_parts(mu)
+    above_1 = a * (ratio - 1)
+    part_mu = tl.where(tl.abs(above_1) < 0.5, log2_1p(above_1) - whole_mu, part_mu)
+    return MixtureRow(
+        ratio=ratio, rho=a * ratio / mu, kappa=share / mu, pull=(1 - beta) / mu,
+        log_mu=whole_mu + part_mu, whole=whole - whole_mu, rest=part - part_mu,
+        near=tl.where(tl.abs(ratio - 1) < 0.5, 1.0, 0.0),
+    )  # fmt: skip
+
+
+@triton.jit
+def dense_ratio(reference, m, m_t, d, d_t, share, inv_T):
+    """``p/q`` where the student's logit is its maximum ``m`` and the teacher's ``reference``."""
+    return tl.exp2((to_target(m, reference, share) - m_t) * inv_T) * (d / d_t)
+
+
+@triton.jit
+def mixture_gap(x, t, reference, share, inv_T):
+    """``log2 r/r0`` of the columns, from the student's logits less their maximum, ``x``.
+
+    ``reference`` is the teacher's logit that ratios count from. Neither normalisers nor a rounded
+    mixture of logits take part.
+    """
+    gap = (t - reference) - tl.maximum(x, LOWEST)  # -inf on both sides would leave NaN
+    if share is not None:
+        inv_T *= to_fp32(share)
+    return gap * inv_T
+
+
+@triton.jit
+def mixture_terms(gap, row, beta, DIVERGENCE: tl.constexpr, HAS_VALUE: tl.constexpr):
+    """``phi`` of an outcome, in nats, and what the value's sum over p adds up, see below.
+
+    ``gap`` is ``log2 r/r0`` of the outcome's ratio ``r = p/q``. With ``w = r/r0 - 1`` and
+    ``u = mu/mu0 = 1 + rho w``, the second number only if ``HAS_VALUE``:
+
+    ===============  =======================  ================================
+    divergence       phi                      value
+    ===============  =======================  ================================
+    jsd              -(1 - beta) log u        log2 r/mu
+    skew_forward_kl  -pull^2 r0 w/u           log2 r/mu - near pull rho w/u/ln 2
+    skew_reverse_kl  kappa rho w/u - log u    rho w/u
+    ===============  =======================  ================================
+
+    ``u`` is formed from ``w``, so that both are exact at the student's most likely outcome, which
+    the ratios count from. ``1/u`` is the square of a reciprocal root: a division takes four
+    instructions more, and an exponential of ``-log u`` loses digits of a large u. Of large
+    logarithms the integers are subtracted first.
     """
     require_mixture(DIVERGENCE)
-    # q_log is finite, so that no -inf meets another.
-    q_log = tl.maximum(tl.maximum(a, b - LOG2_RATIO_MAX), LOG2_TINY)
-    gap = tl.maximum(b - q_log, -LOG2_RATIO_MAX)
-    share = beta if DIVERGENCE == SKEW_REVERSE_KL else 1 - beta  # of q in the mixture
-    ratio = tl.exp2(gap)
-    mix = share + (1 - share) * ratio  # m/q
-    log_mix = fast_log2(mix)
-    q = tl.exp2(q_log)
+    gap = tl.minimum(gap, LOG2_GAP_MAX)
+    if HAS_VALUE and DIVERGENCE != SKEW_REVERSE_KL:
+        gap = tl.maximum(gap, LOG2_TINY)  # a finite log r
+    w = tl.exp2(gap) - 1
+    z = row.rho * w
+    u = z + 1
+    whole, part = log2_parts(u)
+    log_over_mu = ((gap + row.whole) - whole) + (row.rest - part)
+    root = tl.rsqrt(u)
     if DIVERGENCE == JSD:
-        return q, q * ratio * (gap - log_mix), q * log_mix  # p log2 p/m, q log2 m/q
+        return (beta - 1) * LN_2 * (whole + part), log_over_mu
     elif DIVERGENCE == SKEW_FORWARD_KL:
-        p = q * ratio
-        over_m = q * tl.exp2(gap - log_mix) if HAS_LOG else p / mix
-        return q, p * (gap - log_mix), over_m  # p log2 p/m, pq/m
+        over_u = w * root * root
+        phi = -(row.pull * row.pull * row.ratio) * over_u
+        return phi, log_over_mu - (row.near * row.pull * row.rho * LOG2_E) * over_u
     elif DIVERGENCE == SKEW_REVERSE_KL:
-        return q, q * log_mix, q * tl.exp2(-log_mix)  # q log2 m/q, qq/m
-    else:
-        tl.static_assert(False, "divergence must have its summands in mixture_parts, got none")
-
-
-@triton.jit
-def mixture_terms(u, v, beta, DIVERGENCE: tl.constexpr):
-    """``f`` and ``h`` of ``_divergence.py``, in nats, from the summands of ``mixture_parts``."""
-    require_mixture(DIVERGENCE)
-    if DIVERGENCE == JSD:
-        h = (1 - beta) * -LN_2 * v
-        f = beta * LN_2 * u + h
-    elif DIVERGENCE == SKEW_FORWARD_KL:
-        f = u * LN_2
-        h = (beta - 1) * v
-    elif DIVERGENCE == SKEW_REVERSE_KL:
-        f = u * -LN_2
-        h = f - beta * v
+        over_u = z * root * root
+        return row.kappa * over_u - LN_2 * (whole + part), over_u
     else:
         tl.static_assert(False, "divergence must have its terms in mixture_terms, got none")
-    return f, h
 
 
 @triton.jit
-def divergence_terms(a, b, beta, DIVERGENCE: tl.constexpr):
+def mixture_value(p_sum, q_sum, row, beta, DIVERGENCE: tl.constexpr):
+    """The divergence in nats, from the sums over p of ``mixture_terms``'s second and over q of its
+    first number.
+
+    That p and q sum up to 1 takes from the skews what would cancel near agreement. Far from it,
+    where there is more of that than of the divergence, the forward one does without.
+    """
+    require_mixture(DIVERGENCE)
+    if DIVERGENCE == JSD:
+        return beta * LN_2 * p_sum + (q_sum - (1 - beta) * LN_2 * row.log_mu)
+    elif DIVERGENCE == SKEW_FORWARD_KL:
+        return LN_2 * p_sum + row.near * (q_sum - row.pull * (row.ratio - 1))
+    elif DIVERGENCE == SKEW_REVERSE_KL:
+        return row.pull * (p_sum + (row.ratio - 1)) + (q_sum - LN_2 * row.log_mu)
+    else:
+        tl.static_assert(False, "divergence must have its value in mixture_value, got none")
+
+
+@triton.jit
+def kl_terms(a, b, DIVERGENCE: tl.constexpr):
     """``f`` and ``h`` of ``_divergence.py``, in nats, from ``a = log2 q`` and ``b = log2 p``.
 
     ``0 log 0 = 0``: a weight of 0 adds 0, whatever it multiplies.
@@ -286,10 +397,7 @@ def divergence_terms(a, b, beta, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == FORWARD_KL:
         p = tl.exp2(b)
         return tl.where(p > 0, p * (b - a), 0.0) * LN_2, -p
-    elif DIVERGENCE == REVERSE_KL:
+    else:
         q = tl.exp2(a)
         f = tl.where(q > 0, q * (a - b), 0.0) * LN_2
         return f, f
-    else:
-        _, u, v = mixture_parts(a, b, beta, DIVERGENCE, True)
-        return mixture_terms(u, v, beta, DIVERGENCE)
