@@ -18,13 +18,17 @@ from sad_kernels._triton.rows import (
     TOP_K,
     TOTAL,
     TOTAL_1,
+    TOTALS,
     first_id_at,
     id_at,
     product,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    JEFFREYS,
+    LN_2,
     REVERSE_KL,
+    TVD,
     ClassShares,
     LogitsRow,
     bounded_ratio,
@@ -35,9 +39,12 @@ from sad_kernels._triton.tile import (
     mixture_gap,
     mixture_row,
     mixture_terms,
+    probability_difference,
+    sign,
     to_dtype,
     to_fp32,
     to_target,
+    totals_ratio,
 )
 
 
@@ -90,7 +97,17 @@ def gradient_tile(
         if FLAGS.DIVERGENCE == FORWARD_KL:  # q - p
             y = to_target(s, t, t_share) - scalars.m_t
             exp_T_t = tl.exp2(y * inv_T)
-            g = ((exp_T - exp_T_t * scalars.near) + exp_T_t * scalars.rest) * scalars.kd
+            g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest) * scalars.kd
+        elif FLAGS.DIVERGENCE == JEFFREYS:  # both KLs
+            y = to_target(s, t, t_share) - scalars.m_t
+            exp_T_t = tl.exp2(y * inv_T)
+            forward = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest)
+            reverse = product(exp_T, (x - y) - scalars.expectation) * (inv_T * LN_2)
+            g = (beta * forward + (1 - beta) * reverse) * scalars.kd
+        elif FLAGS.DIVERGENCE == TVD:  # q (sign(q - p) - its expectation) / 2
+            exp_T_t = tl.exp2((to_target(s, t, t_share) - scalars.m_t) * inv_T)
+            above = sign(probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest))
+            g = exp_T * (above - scalars.expectation) * (0.5 * scalars.kd)
         elif FLAGS.DIVERGENCE == REVERSE_KL:  # q ((x - y)/T - its expectation)
             y = to_target(s, t, t_share) - scalars.m_t
             g = product(exp_T, (x - y) - scalars.expectation) * scalars.kd
@@ -191,9 +208,10 @@ def gradient_kernel(
             mixture = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
             kd /= d
         elif FLAGS.DIVERGENCE == FORWARD_KL:
-            # d/d_t = 1 - B/d_t, in two numbers where the first is most of it
-            is_near = tl.abs(expectation * d_t) < 0.5 * d
-            near, rest = tl.where(is_near, 1.0, d / d_t), tl.where(is_near, expectation, 0.0)
+            near, rest = totals_ratio(expectation, d, d_t)
+            kd /= d
+        elif FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD:
+            near, rest = totals_ratio(tl.load(saved + TOTALS * N), d, d_t)
             kd /= d
         else:
             kd /= d * to_fp32(temperature)

@@ -190,7 +190,9 @@ def _forward(
         )  # fmt: skip
 
     with on_device(x.device):
-        if flags.MIXTURE:  # the normalisers first, then the second pass, which needs them
+        if _takes_two_passes(
+            spec, teacher
+        ):  # the normalisers first, then the second pass, which needs them
             merge(final=False)
             mixture_sums = _mixture(
                 spec, student, dense, (*which, kd_weights), result.saved, flags.DIVERGENCE
@@ -334,9 +336,14 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
         TEACHER=kind.value,
         DIVERGENCE=_divergence_code(objective.divergence),
         T_CASE=T_CASES.get(objective.temperature, tile.ANY.value),
-        MIXTURE=isinstance(teacher, Logits)
-        and DIVERGENCES[objective.divergence].forward_passes == 2,
+        MIXTURE=_takes_two_passes(spec, teacher) and objective.divergence != "tvd",
     )
+
+
+def _takes_two_passes(spec: LossSpec, teacher: Logits | SortedTopK | None) -> bool:
+    """Whether forward reads the logits twice, as beside a dense teacher only."""
+    divergence = DIVERGENCES[spec.objective.divergence]
+    return isinstance(teacher, Logits) and divergence.forward_passes == 2
 
 
 def _divergence_code(divergence: str) -> int:

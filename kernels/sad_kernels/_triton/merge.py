@@ -15,6 +15,7 @@ from sad_kernels._triton.rows import (
     BEST,
     COUNT,
     CROSS,
+    CROSS_REVERSE,
     DENSE,
     DIFFERENCE,
     EXPECTATION,
@@ -33,6 +34,7 @@ from sad_kernels._triton.rows import (
     TOP_K,
     TOTAL,
     TOTAL_1,
+    TOTALS,
     WEIGHTED,
     product,
     rescale_cross,
@@ -40,20 +42,22 @@ from sad_kernels._triton.rows import (
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    JEFFREYS,
     LN_2,
     LOG2_E,
     LOWEST,
     REVERSE_KL,
     SKEW_REVERSE_KL,
+    TVD,
     LogitsRow,
     bounded_ratio,
     dense_ratio,
     exponentials,
-    kl_terms,
     log2_1p,
     mixture_row,
     mixture_terms,
     mixture_value,
+    outcome_terms,
     require_mixture,
     to_fp32,
     to_logits,
@@ -71,6 +75,7 @@ class RowSums(NamedTuple):
     count: Any
     E: Any
     A: Any
+    C: Any
     B: Any
     d_t: Any
     best: Any  # the student's argmax, a number in fp32
@@ -88,7 +93,7 @@ def merge_segments(
     """Add up the segments of ``rows`` in their order; of rows that do not count, none."""
     zero = tl.zeros([ROWS], tl.float32)
     m, m_t = zero + LOWEST, zero + LOWEST
-    d, d_1, S, count, E, A, B, d_t = zero, zero, zero, zero, zero, zero, zero, zero
+    d, d_1, S, count, E, A, C, B, d_t = zero, zero, zero, zero, zero, zero, zero, zero, zero
     best, best_t, t_at_best = zero, zero, zero
     step = tl.full((), num_segments, tl.int64) * N  # from one kind of partial sum to the next
     at = partials_ptr + rows
@@ -124,7 +129,14 @@ def merge_segments(
                 A_b = tl.load(at + CROSS * step, mask=counts, other=0.0)
                 A = rescale_cross(d, A, move, move_t, inv_T)
                 A += rescale_cross(d_b, A_b, move_b, move_t_b, inv_T)
-            else:
+            elif FLAGS.DIVERGENCE == JEFFREYS:
+                A_b = tl.load(at + CROSS * step, mask=counts, other=0.0)
+                A = rescale_cross(d_t, A, move_t, move, inv_T)
+                A += rescale_cross(d_t_b, A_b, move_t_b, move_b, inv_T)
+                C_b = tl.load(at + CROSS_REVERSE * step, mask=counts, other=0.0)
+                C = rescale_cross(d, C, move, move_t, inv_T)
+                C += rescale_cross(d_b, C_b, move_b, move_t_b, inv_T)
+            elif FLAGS.DIVERGENCE != TVD:
                 require_mixture(FLAGS.DIVERGENCE)  # its sums come from ``mixture``
             if not FLAGS.MIXTURE:
                 B_b = tl.load(at + DIFFERENCE * step, mask=counts, other=0.0)
@@ -149,7 +161,7 @@ def merge_segments(
         d = d * decay_T + d_b * decay_T_b
         m = m_new
         at += N
-    return RowSums(m, m_t, d, d_1, S, count, E, A, B, d_t, best, best_t, t_at_best)
+    return RowSums(m, m_t, d, d_1, S, count, E, A, C, B, d_t, best, best_t, t_at_best)
 
 
 @triton.jit
@@ -210,11 +222,12 @@ def add_top_k(
     # The divergence over K + 1 outcomes, the last of which is everything else.
     log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0)
     x_rest = move_T + tl.log2(d_t)
-    if (FLAGS.DIVERGENCE == FORWARD_KL) | (FLAGS.DIVERGENCE == REVERSE_KL):
+    IS_KL: tl.constexpr = FLAGS.DIVERGENCE == FORWARD_KL or FLAGS.DIVERGENCE == REVERSE_KL
+    if IS_KL or FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD:
         log_total = tl.log2(total)
         a, a_rest = x_T - log_total[:, None], x_rest - log_total
-        f, h = kl_terms(a, log_p * LOG2_E, FLAGS.DIVERGENCE)
-        f_rest, h_rest = kl_terms(a_rest, log_rest * LOG2_E, FLAGS.DIVERGENCE)
+        f, h = outcome_terms(a, log_p * LOG2_E, beta, FLAGS.DIVERGENCE)
+        f_rest, h_rest = outcome_terms(a_rest, log_rest * LOG2_E, beta, FLAGS.DIVERGENCE)
         kd = tl.sum(f, 1) + f_rest
         expectation = tl.sum(h, 1) + h_rest
         inside = h - tl.exp2(a) * expectation[:, None]
@@ -235,8 +248,8 @@ def add_top_k(
     kd += 0 * total + 0 * tl.sum(given_p, 1)
     kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
     sums = RowSums(
-        m=m, m_t=m_t, d=sums.d, d_1=d_1, S=S, count=sums.count, E=E, A=sums.A, B=sums.B, d_t=d_t,
-        best=best, best_t=sums.best_t, t_at_best=sums.t_at_best,
+        m=m, m_t=m_t, d=sums.d, d_1=d_1, S=S, count=sums.count, E=E, A=sums.A, C=sums.C, B=sums.B,
+        d_t=d_t, best=best, best_t=sums.best_t, t_at_best=sums.t_at_best,
     )  # fmt: skip
     return sums, kd
 
@@ -306,20 +319,33 @@ def dense_divergence(
     elif FLAGS.DIVERGENCE == REVERSE_KL:
         expectation = sums.A / sums.d
         kd = expectation / temperature + log_totals_ratio(sums)
+    elif FLAGS.DIVERGENCE == JEFFREYS:
+        expectation = sums.C / sums.d
+        forward = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
+        kd = beta * forward + (1 - beta) * (expectation / temperature + log_totals_ratio(sums))
+    elif FLAGS.DIVERGENCE == TVD:
+        total, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
+        kd = 0.5 * total / sums.d
     else:
         require_mixture(FLAGS.DIVERGENCE)
-        p_sum, expectation = tl.zeros_like(sums.d), tl.zeros_like(sums.d)
-        step = tl.full((), num_segments, tl.int64) * N
-        at = mixture_ptr + rows
-        for _ in range(num_segments):
-            p_sum += tl.load(at, mask=counts, other=0.0)
-            expectation += tl.load(at + step, mask=counts, other=0.0)
-            at += N
-        expectation = expectation / sums.d + 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
+        p_sum, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
         _, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
         row = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
         kd = mixture_value(p_sum / sums.d_t, expectation, row, beta, FLAGS.DIVERGENCE)
     return kd, expectation
+
+
+@triton.jit
+def second_sums(sums, rows, counts, mixture_ptr, num_segments, N):
+    """What ``mixture`` has summed up of the rows, the second of it over the student's total."""
+    first, second = tl.zeros_like(sums.d), tl.zeros_like(sums.d)
+    step = tl.full((), num_segments, tl.int64) * N
+    at = mixture_ptr + rows
+    for _ in range(num_segments):
+        first += tl.load(at, mask=counts, other=0.0)
+        second += tl.load(at + step, mask=counts, other=0.0)
+        at += N
+    return first, second / sums.d + 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
 
 
 @triton.jit
@@ -403,6 +429,8 @@ def merge_kernel(
     if FLAGS.MIXTURE:
         reference, _ = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
         tl.store(saved + REFERENCE * N, reference, mask=counts)
+    if FLAGS.TEACHER == DENSE and (FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD):
+        tl.store(saved + TOTALS * N, sums.B / sums.d_t, mask=counts)
     tl.store(saved + MAXIMUM * N, sums.m, mask=counts)
     tl.store(saved + TOTAL * N, sums.d, mask=counts)
     if FLAGS.COMPUTE_CE:

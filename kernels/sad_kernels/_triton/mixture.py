@@ -1,4 +1,4 @@
-"""Kernel ``mixture``: divergences against a mixture of both sides (JSD and the skews).
+"""Kernel ``mixture``: JSD and the skews, which compare with a mixture of both sides, and TVD.
 
 They need both normalisers first, so the logits are read a second time in forward.
 """
@@ -14,10 +14,12 @@ from sad_kernels._triton.rows import (
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
     TOTAL,
+    TOTALS,
     lane_sum,
     to_lanes,
 )
 from sad_kernels._triton.tile import (
+    TVD,
     LogitsRow,
     bounded_ratio,
     dense_ratio,
@@ -25,27 +27,42 @@ from sad_kernels._triton.tile import (
     mixture_gap,
     mixture_row,
     mixture_terms,
+    probability_difference,
+    sign,
     to_fp32,
     to_target,
+    totals_ratio,
 )
 
 
 @triton.jit
-def mixture_sums(
+def variation_sums(exp_T, exp_T_t, totals):
+    """``d |q - p|``, and ``d q sign(q - p)``, of a tile."""
+    near, rest = totals
+    difference = probability_difference(exp_T, exp_T_t, near, rest)
+    return tl.abs(difference), exp_T * sign(difference)
+
+
+@triton.jit
+def second_sums(
     student, teacher, t_share, columns, V, m, m_t, reference, mixture, inv_T, beta,
     MASKED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """What ``mixture_value`` needs the sums of, over p and q, summed up by lane over a tile."""
+    """What ``mixture_value`` needs the sums of, over p and q, summed up by lane over a tile.
+
+    Of TVD the sums of ``variation_sums``, for which ``mixture`` is its ``totals_ratio``.
+    """
     s, _ = load_logits(student, columns, V, MASKED)
     t, _ = load_logits(teacher, columns, V, MASKED)
     x, y = s - m, to_target(s, t, t_share) - m_t
     exp_T, exp_T_t = tl.exp2(x * inv_T), tl.exp2(y * inv_T)
-    gap = mixture_gap(x, t, reference, t_share, inv_T)
-    phi, term = mixture_terms(gap, mixture, beta, DIVERGENCE, True)
-    return (
-        lane_sum(to_lanes(exp_T_t * term, LANES, VECTOR)),
-        lane_sum(to_lanes(exp_T * phi, LANES, VECTOR)),
-    )
+    if DIVERGENCE == TVD:
+        first, second = variation_sums(exp_T, exp_T_t, mixture)
+    else:
+        gap = mixture_gap(x, t, reference, t_share, inv_T)
+        phi, term = mixture_terms(gap, mixture, beta, DIVERGENCE, True)
+        first, second = exp_T_t * term, exp_T * phi
+    return lane_sum(to_lanes(first, LANES, VECTOR)), lane_sum(to_lanes(second, LANES, VECTOR))
 
 
 @triton.jit
@@ -86,10 +103,14 @@ def mixture_kernel(
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
     d = tl.load(saved + TOTAL * N)
     d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
-    reference = tl.load(saved + REFERENCE * N)
-    ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
-    ratio = bounded_ratio(ratio, beta, DIVERGENCE)
-    mixture = mixture_row(ratio, beta, DIVERGENCE)
+    if DIVERGENCE == TVD:
+        reference = 0.0  # is not read
+        mixture = totals_ratio(tl.load(saved + TOTALS * N), d, d_t)
+    else:
+        reference = tl.load(saved + REFERENCE * N)
+        ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
+        ratio = bounded_ratio(ratio, beta, DIVERGENCE)
+        mixture = mixture_row(ratio, beta, DIVERGENCE)
 
     p_sum = tl.zeros([LANES], tl.float32)
     q_sum = tl.zeros([LANES], tl.float32)
@@ -98,7 +119,7 @@ def mixture_kernel(
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        over_p, over_q = mixture_sums(
+        over_p, over_q = second_sums(
             student, teacher, t_share, columns, V, m, m_t, reference, mixture,
             inv_T, beta, False, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
@@ -106,7 +127,7 @@ def mixture_kernel(
         q_sum += over_q
     if whole < last:  # the last tile, which V cuts
         columns = whole + tl.arange(0, BLOCK)
-        over_p, over_q = mixture_sums(
+        over_p, over_q = second_sums(
             student, teacher, t_share, columns, V, m, m_t, reference, mixture,
             inv_T, beta, True, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip

@@ -94,17 +94,20 @@ BEST = tl.constexpr(5)  # argmax, or near it an id that is no smaller; exact in 
 TEACHER_MAXIMUM = tl.constexpr(6)
 TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
-CROSS = tl.constexpr(9)  # A of a KL
-DIFFERENCE = tl.constexpr(10)  # B of a KL
+CROSS = tl.constexpr(9)  # A of a KL; of Jeffreys' two that of KL(p || q)
+CROSS_REVERSE = tl.constexpr(11)  # and that of KL(q || p)
+DIFFERENCE = tl.constexpr(10)  # B of what is no mixture
 TEACHER_AT_BEST = tl.constexpr(9)  # the teacher's logit at BEST, for a mixture
 COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher or with weights of classes
-PARTIALS = 11
+PARTIALS = 12
 
 # What the gradient needs, [SAVED, N], in the numbering above for the first three
 SAVED_TEACHER_MAXIMUM = tl.constexpr(3)
 SAVED_TEACHER_TOTAL = tl.constexpr(4)
-EXPECTATION = tl.constexpr(5)  # forward_kl: B/d_t; reverse_kl: A/d; a mixture: sum_v q_v phi_v
+# forward_kl: B/d_t; reverse_kl, jeffreys: A/d; a mixture: sum_v q_v phi_v; tvd: the same of signs
+EXPECTATION = tl.constexpr(5)
 REFERENCE = tl.constexpr(6)  # the teacher's logit that a mixture's ratios count from
+TOTALS = tl.constexpr(6)  # jeffreys and tvd: B/d_t
 MASS = tl.constexpr(3)  # sum of a, with weights of classes, which have no teacher beside them
 SAVED = 7
 
@@ -124,7 +127,7 @@ class Flags(NamedTuple):
     COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
     SMOOTH: bool = False  # each class has a share of CE: label smoothing, or probabilities
     COMPUTE_METRICS: bool = False  # correct, agree, entropy
-    MIXTURE: bool = False  # a dense teacher's divergence takes a second reading
+    MIXTURE: bool = False  # a dense teacher's divergence compares with a mixture
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from sad_kernels._triton.rows import (
     BEST,
     COUNT,
     CROSS,
+    CROSS_REVERSE,
     DENSE,
     DIFFERENCE,
     MASKED_LOGIT,
@@ -39,8 +40,10 @@ from sad_kernels._triton.rows import (
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    JEFFREYS,
     LOWEST,
     REVERSE_KL,
+    TVD,
     ClassShares,
     LogitsRow,
     exponentials,
@@ -63,6 +66,7 @@ class LaneSums(NamedTuple):
     count: Any  # columns in S
     E: Any  # sum of e^x x
     A: Any  # cross sum of a KL
+    C: Any  # cross sum of KL(q || p) beside that of KL(p || q)
     B: Any  # d_t - d
     d_t: Any  # sum of e^(y/T) over the teacher
     best: Any  # int32: where the tile that holds the maximum begins, from the segment's start
@@ -142,7 +146,7 @@ def add_columns(
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
     decay_T, decay_1 = exponentials(move, inv_T, FLAGS.T_CASE)
 
-    m_t, d_t, best_t, A, B = sums.m_t, sums.d_t, sums.best_t, sums.A, sums.B
+    m_t, d_t, best_t, A, B, C = sums.m_t, sums.d_t, sums.best_t, sums.A, sums.B, sums.C
     if FLAGS.TEACHER == DENSE:
         t = to_lanes(t, LANES, VECTOR)
         top_t = lane_max(t)
@@ -156,7 +160,10 @@ def add_columns(
             A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
         elif FLAGS.DIVERGENCE == REVERSE_KL:
             A = rescale_cross(sums.d, A, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
-        else:
+        elif FLAGS.DIVERGENCE == JEFFREYS:
+            A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
+            C = rescale_cross(sums.d, C, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
+        elif FLAGS.DIVERGENCE != TVD:
             require_mixture(FLAGS.DIVERGENCE)  # takes a second reading, see ``mixture.py``
         if not FLAGS.MIXTURE:
             B = rescale_difference(d_t, B, decay_T_t, decay_T) + lane_sum(exp_T_t - exp_T)
@@ -178,7 +185,7 @@ def add_columns(
             E += lane_sum(exp_1 * tl.maximum(x, LOWEST))  # 0 * -inf is 0
         d_1 = d_1 * decay_1 + lane_sum(exp_1)
     d = sums.d * decay_T + lane_sum(exp_T)
-    return LaneSums(m, m_t, d, d_1, S, count, E, A, B, d_t, best, best_t), cursor
+    return LaneSums(m, m_t, d, d_1, S, count, E, A, C, B, d_t, best, best_t), cursor
 
 
 @triton.jit
@@ -242,8 +249,8 @@ def statistics_kernel(
     lowest = none + LOWEST
     start_of_tile = tl.zeros([LANES], tl.int32)
     sums = LaneSums(
-        m=lowest, m_t=lowest, d=none, d_1=none, S=none, count=none, E=none, A=none, B=none,
-        d_t=none, best=start_of_tile, best_t=start_of_tile,
+        m=lowest, m_t=lowest, d=none, d_1=none, S=none, count=none, E=none, A=none, C=none,
+        B=none, d_t=none, best=start_of_tile, best_t=start_of_tile,
     )  # fmt: skip
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
@@ -326,6 +333,10 @@ def statistics_kernel(
         elif FLAGS.DIVERGENCE == REVERSE_KL:
             A_out = out + CROSS * step
             tl.store(A_out, tl.sum(rescale_cross(sums.d, sums.A, move, move_t, inv_T), 0))
+        elif FLAGS.DIVERGENCE == JEFFREYS:
+            A_out, C_out = out + CROSS * step, out + CROSS_REVERSE * step
+            tl.store(A_out, tl.sum(rescale_cross(sums.d_t, sums.A, move_t, move, inv_T), 0))
+            tl.store(C_out, tl.sum(rescale_cross(sums.d, sums.C, move, move_t, inv_T), 0))
         if FLAGS.COMPUTE_METRICS:
             start = first + first_tile(sums.m_t, sums.best_t, top_t)
             column, seen = start.to(tl.float32), tl.full((), float("-inf"), tl.float32)

@@ -24,6 +24,8 @@ REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
 SKEW_FORWARD_KL = tl.constexpr(3)
 SKEW_REVERSE_KL = tl.constexpr(4)
+JEFFREYS = tl.constexpr(5)
+TVD = tl.constexpr(6)
 
 DIVERGENCE_CODES: dict[str, int] = {
     "forward_kl": FORWARD_KL.value,
@@ -31,6 +33,8 @@ DIVERGENCE_CODES: dict[str, int] = {
     "jsd": JSD.value,
     "skew_forward_kl": SKEW_FORWARD_KL.value,
     "skew_reverse_kl": SKEW_REVERSE_KL.value,
+    "jeffreys": JEFFREYS.value,
+    "tvd": TVD.value,
 }
 """The divergences that these kernels compute.
 
@@ -389,15 +393,40 @@ def mixture_value(p_sum, q_sum, row, beta, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def kl_terms(a, b, DIVERGENCE: tl.constexpr):
+def outcome_terms(a, b, beta, DIVERGENCE: tl.constexpr):
     """``f`` and ``h`` of ``_divergence.py``, in nats, from ``a = log2 q`` and ``b = log2 p``.
 
     ``0 log 0 = 0``: a weight of 0 adds 0, whatever it multiplies.
     """
+    p, q = tl.exp2(b), tl.exp2(a)
+    if DIVERGENCE == TVD:
+        return 0.5 * tl.abs(p - q), 0.5 * q * sign(q - p)
+    forward = tl.where(p > 0, p * (b - a), 0.0) * LN_2
+    reverse = tl.where(q > 0, q * (a - b), 0.0) * LN_2
     if DIVERGENCE == FORWARD_KL:
-        p = tl.exp2(b)
-        return tl.where(p > 0, p * (b - a), 0.0) * LN_2, -p
+        return forward, -p
+    elif DIVERGENCE == REVERSE_KL:
+        return reverse, reverse
+    elif DIVERGENCE == JEFFREYS:
+        return beta * forward + (1 - beta) * reverse, (1 - beta) * reverse - beta * p
     else:
-        q = tl.exp2(a)
-        f = tl.where(q > 0, q * (a - b), 0.0) * LN_2
-        return f, f
+        tl.static_assert(False, "divergence must have its terms in outcome_terms, got none")
+
+
+@triton.jit
+def totals_ratio(difference, d, d_t):
+    """``d/d_t`` as ``near - rest``, from ``difference = B/d_t``: near agreement 1 and B/d_t."""
+    is_near = tl.abs(difference * d_t) < 0.5 * d
+    return tl.where(is_near, 1.0, d / d_t), tl.where(is_near, difference, 0.0)
+
+
+@triton.jit
+def probability_difference(exp_T, exp_T_t, near, rest):
+    """``d (q - p)`` from the exponentials of both sides and ``totals_ratio``; 0 if both agree."""
+    return (exp_T - exp_T_t * near) + exp_T_t * rest
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; NaN for NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0))
