@@ -249,7 +249,7 @@ def ce_problem(
 def test_weights_of_classes(
     linear: bool, label_smoothing: float, reduction: str, impl: str, dtype: torch.dtype
 ) -> None:
-    options = {"label_smoothing": label_smoothing, "z_loss": 0.01}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": 0.01}
     judge(ce_problem(dtype, by_class=True, linear=linear, reduction=reduction, **options),
           bound(impl))  # fmt: skip
 
@@ -261,7 +261,8 @@ def test_weights_of_classes(
 def test_labels_that_are_probabilities(
     by_class: bool, label_smoothing: float, reduction: str, impl: str, dtype: torch.dtype
 ) -> None:
-    options = {"label_smoothing": label_smoothing, "z_loss": 0.01, "valid_vocab": V - 3}
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": 0.01}
+    options["valid_vocab"] = V - 3
     if by_class:
         options.pop("valid_vocab")
     judge(ce_problem(dtype, soft=True, by_class=by_class, reduction=reduction, **options),
@@ -326,7 +327,7 @@ def test_given_logits_have_a_scale_and_a_softcap(
     for kind in ("hidden", "bucket"):
         objective = Objective(ce_weight=0.4, temperature=2.0)
         judge(distill_problem(dtype, objective, kind, reduction=reduction, **options), bound(impl))
-    of_teacher = {"teacher_softcap": 4.0, "teacher_logit_scale": 1.7}
+    of_teacher: dict[str, Any] = {"teacher_softcap": 4.0, "teacher_logit_scale": 1.7}
     problem = distill_problem(dtype, Objective(), "logits", linear=True, **of_teacher)
     judge(problem, bound(impl))
 
@@ -437,7 +438,7 @@ def test_weights_of_rows(linear: bool, kind: str, impl: str, dtype: torch.dtype)
 @pytest.mark.parametrize("kind", ["logits", "bucket"])
 def test_weights_of_rows_on_every_divergence(kind: str, divergence: Divergence, impl: str) -> None:
     objective = Objective(kd_weight=0.7, temperature=2.0, divergence=divergence, beta=0.3)
-    weights = {"token_weights": ON_CE, "kd_token_weights": ON_KD}
+    weights: dict[str, Any] = {"token_weights": ON_CE, "kd_token_weights": ON_KD}
     judge(distill_problem(torch.float32, objective, kind, reduction="none", **weights), bound(impl))
 
 
@@ -483,7 +484,7 @@ def test_a_weight_of_zero_reads_nothing_of_the_teachers_row(
         return [x.detach() for x in (*out, *grad)]
 
     for reduction in ("mean", "none"):
-        how = {"kd_token_weights": weights, "reduction": reduction}
+        how: dict[str, Any] = {"kd_token_weights": weights, "reduction": reduction}
         plain, dirty = results(teacher, **how), results(garbage(teacher, weights == 0), **how)
         assert all(torch.equal(a, b) for a, b in zip(plain, dirty, strict=True))
         assert plain[-1].isfinite().all() and plain[2].isfinite()
@@ -582,7 +583,7 @@ def test_each_row_has_the_bits_of_its_own_divergence(
     make, leaves, _ = make_teacher(kind, torch.float32, 2.0)
     teacher, y = make(leaves), some_labels()
     s = draw(N, V).float().masked_fill(~KEPT[:, None], NAN).requires_grad_()
-    weights = {"token_weights": ON_CE, "kd_token_weights": ON_KD}
+    weights: dict[str, Any] = {"token_weights": ON_CE, "kd_token_weights": ON_KD}
 
     def results(objective: Objective, **how: Any) -> tuple[Tensor, Tensor, Tensor]:
         ops = bound(impl)

@@ -363,7 +363,7 @@ def _exponent_of_bound(spec: LossSpec, targets: RowTargets) -> int | Tensor:  # 
         return math.ceil(math.log2(max(ce + z + kd, 2.0**-100)))
     if by_class is not None:
         ce = ce * by_class.abs().max()
-    rows = (ce + z) * (1.0 if on_ce is None else on_ce.abs())
+    rows: Any = (ce + z) * (1.0 if on_ce is None else on_ce.abs())
     rows = rows + kd * (1.0 if on_kd is None else on_kd.abs())
     # Rows that do not count may hold anything, and one that is not a number spoils no other.
     counts = rows.isfinite()

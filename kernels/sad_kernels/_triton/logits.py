@@ -238,7 +238,7 @@ def row_mean(
 def _(inputs: RowInputs, items: Tensor | None) -> Any:
     loss, _parts, *saved = _fake_rows(inputs.student, inputs.ids)
     mean, divisor, *sums = (loss.new_empty(()) for _ in Reduced._fields[:-1])
-    return mean, *sums, torch.empty_like(loss), divisor, *saved
+    return mean, *sums, loss.new_empty(loss.shape), divisor, *saved
 
 
 @row_mean.register_vmap

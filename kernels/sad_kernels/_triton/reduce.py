@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -100,7 +99,7 @@ def reduced(
 ) -> Reduced:
     """Reduce row losses and their parts, in one launch."""
     result = Reduced(*(loss.new_empty(()) for _ in Reduced._fields))
-    result = result._replace(lse=torch.empty_like(loss))
+    result = result._replace(lse=loss.new_empty(len(loss)))
     y = loss if labels is None else labels.contiguous()
     with on_device(loss.device):
         reduce_kernel[(1 + PARTS,)](
