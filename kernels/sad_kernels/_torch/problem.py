@@ -30,7 +30,14 @@ from sad_kernels._tiles import TileShape, block_rows, cut
 from sad_kernels._torch.gemm import onednn_products
 from sad_kernels._torch.gradient import RowGradient
 from sad_kernels._torch.scratch import Scratch
-from sad_kernels._torch.sources import Gradients, HeadSource, LogitSource, Source
+from sad_kernels._torch.sources import (
+    Gradients,
+    HeadSource,
+    LogitSource,
+    Source,
+    SplitHeadSource,
+    splits_products,
+)
 from sad_kernels._torch.statistics import (
     GRADIENT_SUMS,
     Block,
@@ -105,6 +112,8 @@ class Problem:
         self.spec, self.shape, self.scratch = spec, shape, scratch
         self.num_rows = len(student.x)
         self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
+        sides = (side for side in (student, teacher) if isinstance(side, ModelInput))
+        self.bf16 = all(side.x.dtype == torch.bfloat16 for side in sides)
         # Only the n rows that count exist from here on.
         self.kept, self.groups = self._groups(targets, teacher is not None)
         self.n = self.num_rows if self.kept is None else len(self.kept)
@@ -160,7 +169,15 @@ class Problem:
         x, weight, bias, transform = model
         if weight is None:
             return LogitSource(x, transform, kept, self.scratch, name)
-        return HeadSource(x, weight, bias, transform, kept, self.scratch, name, self.spec.vocab)
+        parts = x, weight, bias, transform, kept, self.scratch, name, self.spec.vocab
+        if not splits_products(x, weight):
+            return HeadSource(*parts)
+        source = SplitHeadSource(*parts)
+        if name == "t":
+            if not isinstance(self.student, SplitHeadSource):
+                return HeadSource(*parts)
+            source.base = self.student
+        return source
 
     # --- the loops --------------------------------------------------------------------------------
 
@@ -225,7 +242,7 @@ class Problem:
                     elif self.topk is not None and how is not None:
                         statistics.finish_topk(block.rows, how)
                     self.student.store(block.rows, gradient.block(shifted, sums, slope))
-                with onednn_products():
+                with onednn_products(of_bf16=self.bf16):
                     self.student.flush()
         return self._results(statistics), self.student.gradients()
 
@@ -245,7 +262,7 @@ class Problem:
                     rows = slice(group.start + inside.start, group.start + inside.stop)
                     yield from self._blocks(rows, columns, how, with_teacher)
                     if flush:
-                        with onednn_products():
+                        with onednn_products(of_bf16=self.bf16):
                             self.student.flush()
 
     def _blocks(
@@ -254,7 +271,7 @@ class Problem:
         """Make the logits of some rows and columns, and give them in blocks."""
         teacher = self.teacher if with_teacher and how is not None else None
         share = self.spec.objective.teacher_share
-        with onednn_products():
+        with onednn_products(of_bf16=self.bf16):
             self.student.load(rows, columns)
             if teacher is not None:
                 teacher.load(rows, columns)

@@ -26,8 +26,13 @@ class Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.buffers: dict[str, Tensor] = {}
+        self.others: dict[torch.dtype, Scratch] = {}
         # exp2 reaches beyond the numbers that are asked for, see exp_.
         self.grain = GRAIN * torch.get_num_threads() if device.type == "cpu" else 1
+
+    def of(self, dtype: torch.dtype) -> Scratch:
+        """Buffers of another dtype, kept beside these."""
+        return self.others.setdefault(dtype, Scratch(dtype, self.device))
 
     def like(self, name: str, shape: torch.Size | tuple[int, int]) -> Tensor:
         """A contiguous tensor of this shape, which holds anything."""
