@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence import terms_of
 from sad_kernels._rows import (
     LogitTransform,
     LossSpec,
@@ -153,6 +154,10 @@ class Problem:
         if has_teacher and targets.kd_weights is not None:
             compared = targets.kd_weights != 0
             masks = [(mask & compared, how) for mask, how in masks] + [(counts & ~compared, None)]
+
+        for _, how in masks:
+            if how is not None and how.kl_weights is None:
+                terms_of(how.divergence)  # refuses one that it does not know, with no rows too
 
         # nonzero waits for the device, as the number of rows has to be known here.
         parts = [(mask.nonzero().squeeze(1), how) for mask, how in masks]
