@@ -50,6 +50,8 @@ def require_rows(name: str, x: object) -> Tensor:
 
 def require_plain(name: str, x: Tensor) -> None:
     """Refuse what no loss can be computed of: distributed tensors, and forward-mode derivatives."""
+    if torch.compiler.is_compiling():  # which traces neither question
+        return
     if type(x).__module__.startswith("torch.distributed"):
         raise TypeError(
             f"{name} must be a plain tensor, got {type(x).__name__}; pass {name}.to_local() of the "
@@ -65,8 +67,6 @@ def require_plain(name: str, x: Tensor) -> None:
 
 def _has_tangent(x: Tensor) -> bool:
     """Whether x carries a forward-mode derivative, in ``torch.autograd.forward_ad`` or a jvp."""
-    if torch.compiler.is_compiling():
-        return False
     if forward_ad._current_level < 0:
         return False
     try:

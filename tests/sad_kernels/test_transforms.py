@@ -29,7 +29,8 @@ def drawn(*shape: int) -> Tensor:
 
 LABELS = torch.tensor([1, 2, -100, 3, 4, 5])
 LOGITS, TEACHER = drawn(N, V), drawn(N, V + 1)[:, :V]
-HIDDEN, WEIGHT, STATES, TEACHER_WEIGHT = drawn(N, D), drawn(V, D), drawn(N, 3), drawn(V, 3)
+HIDDEN, STATES, TEACHER_WEIGHT = drawn(N, D), drawn(N, 3), drawn(V, 3)
+WEIGHT = torch.nn.Parameter(drawn(V, D), requires_grad=False)
 
 
 def top_k() -> TeacherTopK:
