@@ -18,10 +18,10 @@ in place, and hands the gradients out; a second backward computes them again. Wh
 whole rows fit, for a loss per row, for fp16 (whose gradients over ``num_items`` would vanish) and
 without gradients, the vocabulary is cut into slices and the rows into blocks: forward adds the
 logits of a slice to row statistics, a few numbers per row; a mixture (JSD, the skews) needs two
-rounds. Backward computes the logits again, forms ``g`` with the true upstream gradient, adds ``g W``
-to ``dhidden`` and writes the slice of ``dweight`` once: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s
-+ 2 D_t`` for the mixtures). A frozen leaf costs nothing, and without gradients the statistics are
-all there is.
+rounds. Backward computes the logits again, forms ``g`` with the true upstream gradient, adds
+``g W`` to ``dhidden`` and writes the slice of ``dweight`` once: ``N V (8 D_s + 4 D_t)`` FLOP
+(``+ 2 D_s + 2 D_t`` for the mixtures). A frozen leaf costs nothing, and without gradients the
+statistics are all there is.
 
 Its memory beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for
 fp64) and ``n <= N`` the rows that count (``linear_memory_bytes`` adds it up):
