@@ -50,6 +50,8 @@ def require_rows(name: str, x: object) -> Tensor:
 
 def require_plain(name: str, x: Tensor) -> None:
     """Refuse what no loss can be computed of: distributed tensors, and forward-mode derivatives."""
+    if torch.compiler.is_compiling():  # which traces neither question
+        return
     if type(x).__module__.startswith("torch.distributed"):
         raise TypeError(
             f"{name} must be a plain tensor, got {type(x).__name__}; pass {name}.to_local() of the "
@@ -65,8 +67,6 @@ def require_plain(name: str, x: Tensor) -> None:
 
 def _has_tangent(x: Tensor) -> bool:
     """Whether x carries a forward-mode derivative, in ``torch.autograd.forward_ad`` or a jvp."""
-    if torch.compiler.is_compiling():
-        return False
     if forward_ad._current_level < 0:
         return False
     try:
@@ -86,6 +86,7 @@ def require_labels(labels: object, x: Tensor, name: str) -> Tensor:
             f"labels must have one entry per row of {name} {shape(x)}, got {shape(labels)}; "
             f"pass labels of shape {tuple(x.shape[:-1])}"
         )
+    require_plain("labels", labels)
     require_device("labels", labels, x, name)
     return labels
 
@@ -102,6 +103,9 @@ def require_head(head: object, hidden: Tensor, whose: str = "") -> Head:
     if not isinstance(head, Head):
         raise TypeError(f"{whose}head must be a Head, got {type(head).__name__}; wrap the weight")
     weight, bias = head.weight, head.bias
+    require_plain(f"{whose}head weight", weight)
+    if bias is not None:
+        require_plain(f"{whose}head bias", bias)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{whose}hidden must have the {weight.shape[1]} features of its head's weight "

@@ -19,7 +19,7 @@ and rounds it once: right for any reduction and upstream, and the caller's logit
 Saved: the logits, a few numbers per row. With N rows of V logits of e bytes, forward moves e N V
 bytes and backward 2 e N V, the least possible. ``impl="triton"`` runs kernels over rows
 (``_triton/``) and needs no memory beyond the gradient and some numbers per row; ``impl="torch"``
-works in tiles of about 8 MB (``_torch/``).
+works in blocks of 2 MB (``_torch/``).
 
 Sources: Szegedy et al. 1512.00567 (smoothing), PaLM 2204.02311 (z-loss).
 """

@@ -25,7 +25,7 @@ to both running maxima, a second for the others, which need both normalisers fir
 reads both again and writes one gradient, of CE and KD together. Saved: the logits, 6 numbers per
 row (and K for a ``TeacherTopK``). Bytes moved, of e-byte logits on both sides: 2 e N V forward (4
 for the mixtures), 3 e N V backward. Memory beyond the inputs and the gradient: some numbers per row
-with ``impl="triton"``, a few tiles of about 8 MB with ``impl="torch"``. A ``TeacherHidden`` has its
+with ``impl="triton"``, a few blocks of 2 MB with ``impl="torch"``. A ``TeacherHidden`` has its
 logits computed whole with ``impl="triton"``, as the student's are.
 
 Sources: Hinton et al. 1503.02531, MiniLLM 2306.08543, GKD 2306.13649, DistiLLM 2402.03898.

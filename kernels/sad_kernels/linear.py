@@ -12,31 +12,35 @@ mixtures) and write ``g`` once, in the dtype of the hidden states. Backward mult
 upstream. With ``reduction="none"`` backward computes the logits again. Memory beyond inputs and
 gradients: ``chunk_bytes``, the fp32 sum of ``dweight``, and copies of the hidden states of a chunk.
 
-``impl="torch"`` cuts the vocabulary into slices and the rows into blocks, so that what is alive at
-a time fits ``chunk_bytes``. Forward computes the student's and the teacher's logits of a slice and
-adds them to row statistics, a few numbers per row; a mixture (JSD, the skews) needs a second round.
-Backward computes them again, forms ``g`` with the true upstream gradient, adds ``g W`` to
-``dhidden`` and writes the slice of ``dweight`` once. Work: ``N V (8 D_s + 4 D_t)`` FLOP (``+ 2 D_s
-+ 2 D_t`` for the mixtures), of which ``N V (2 D_s + 2 D_t)`` are spent on the logits of backward:
-the price for any reduction, any upstream gradient, ``retain_graph`` and checkpointing with the same
-code. A frozen leaf costs nothing, and without gradients the statistics are all there is.
+``impl="torch"`` likewise makes whole rows of logits at a time, as many as fit ``chunk_bytes``, and
+the gradients with them: ``N V (6 D_s + 2 D_t)`` FLOP. Backward multiplies by the upstream gradient,
+in place, and hands the gradients out; a second backward computes them again. Where fewer than 64
+whole rows fit, for a loss per row, for fp16 (whose gradients over ``num_items`` would vanish) and
+without gradients, the vocabulary is cut into slices and the rows into blocks: forward adds the
+logits of a slice to row statistics, a few numbers per row; a mixture (JSD, the skews) needs two
+rounds. Backward computes the logits again, forms ``g`` with the true upstream gradient, adds
+``g W`` to ``dhidden`` and writes the slice of ``dweight`` once: ``N V (8 D_s + 4 D_t)`` FLOP
+(``+ 2 D_s + 2 D_t`` for the mixtures). A frozen leaf costs nothing, and without gradients the
+statistics are all there is.
 
 Its memory beyond the inputs, in bytes, with ``i`` the item size of the arithmetic (4, or 8 for
 fp64) and ``n <= N`` the rows that count (``linear_memory_bytes`` adds it up):
 
-    forward    a chunk_bytes + copies + b N
-    backward   a chunk_bytes + copies + b N + gradients + i n D_s        a = 1.25, b = 256
+    forward    a chunk_bytes + copies + b N + gradients + i n D_s       a = 1.25, b = 256
+    backward   the same, where the logits are made again
 
 ``copies`` are ``i n D_s`` if the hidden states are not in the dtype of the arithmetic or some row
-is ignored, and ``i n D_t`` for the teacher's likewise; ``gradients`` are what is returned. A
-``TeacherTopK`` adds ``b = 64 K``. ``chunk_bytes`` too small for one row and one column counts as
-what they need. Between forward and backward only the inputs and a few numbers per row are kept.
+is ignored, and ``i n D_t`` for the teacher's likewise; ``gradients`` are what is returned, and
+``i V D_s`` more for a weight in 16 bits whose rows do not all fit at once. A ``TeacherTopK`` adds
+``b = 64 K``. ``chunk_bytes`` too small for one row and one column counts as what they need. The
+buffers of ``chunk_bytes`` stay with the thread for its next call.
 
 Precision. With ``impl="torch"`` arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs are:
 16-bit factors are exact in it, so logits, ``g`` and all sums are never rounded to 16 bits, and
-every gradient is rounded once. 16-bit products would be faster on a CPU, but their results are
-16-bit too: near KL = 0 such logits leave a gradient of noise, and a rounded ``g`` fails where the
-rows of a class cancel. A weight wider than the hidden states is rounded to their dtype, as autocast
+every gradient is rounded once (twice in 16 bits where backward's factor is no power of two). On a
+processor that multiplies bf16, logits of bf16 factors come from two bf16 products and have 16 bits,
+a teacher's relative to the student's, and ``g`` is rounded to bf16, as eager PyTorch's is
+(``_torch/gemm.py``). A weight wider than the hidden states is rounded to their dtype, as autocast
 does, and gets its gradient in its own dtype, unrounded.
 """
 

@@ -1,7 +1,7 @@
 """A divergence that is added works in every path, or is refused by the path that lacks it.
 
-The tests add Jeffreys' divergence, ``KL(p || q) + KL(q || p) = sum_v (p_v - q_v) log(p_v / q_v)``,
-as a user of this repository would: a row in the table, and a function in each path.
+The tests add the squared Hellinger distance, ``sum_v (sqrt p_v - sqrt q_v)^2``, as a user of this
+repository would: a row in the table, and a function in each path.
 """
 
 from __future__ import annotations
@@ -12,45 +12,47 @@ from typing import Any, get_args
 import pytest
 import torch
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, TeacherTopK, reference
-from sad_kernels._divergence import TERMS
+from sad_kernels._divergence import TERMS, Counted, Terms, value_and_gradient
 from sad_kernels._divergence_table import DIVERGENCES, DivergenceInfo
-from sad_kernels._torch.statistics import ONE_PASS_KL
 from sad_kernels.objective import Divergence
 from support.oracle import ALL, IMPLS, assert_value, bound
 from torch import Tensor
 
 N, V, D, K, T = 6, 41, 8, 5, 2.0
-JEFFREYS: Any = "jeffreys"
+HELLINGER: Any = "hellinger"
 ROW = DivergenceInfo(
     reads_beta=False,
-    forward_passes=2,
-    gradient_bound=lambda beta: 32.0,
-    needs_full_support=True,
+    gradient_bound=lambda beta: 2.0,
+    needs_full_support=True,  # it does not, but a flag has to be seen to be read
 )
 
 
 def definition(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """For ``reference.py``: of log-probabilities, [n]."""
-    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+    return ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1)
 
 
-def terms(beta: float, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``_divergence.py``: ``f`` and ``h = q df/dq``, up to a multiple of q."""
-    p, q = log_p.exp(), log_q.exp()
-    return (p - q) * (log_p - log_q), q * (log_q - log_p) - p
+def value(beta: float, gap: Tensor, p: Tensor, q: Tensor, normalised: bool) -> Tensor:
+    """For ``_divergence.py``: the summands ``f``."""
+    return (p.sqrt() - q.sqrt()).square()
+
+
+def slope(beta: float, g: Tensor, counted: Counted) -> Tensor:
+    """And ``phi - phi_y`` with ``phi(r) = 1 - sqrt r``."""
+    return -(counted.g0 / 2).exp() * torch.expm1(g / 2)
 
 
 @pytest.fixture
 def row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table knows the divergence, and no path has a function for it."""
-    monkeypatch.setitem(DIVERGENCES, JEFFREYS, ROW)
+    monkeypatch.setitem(DIVERGENCES, HELLINGER, ROW)
 
 
 @pytest.fixture
-def jeffreys(row_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def hellinger(row_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table and all paths but the kernels know the divergence."""
-    monkeypatch.setitem(reference.DEFINITIONS, JEFFREYS, definition)
-    monkeypatch.setitem(TERMS, JEFFREYS, terms)
+    monkeypatch.setitem(reference.DEFINITIONS, HELLINGER, definition)
+    monkeypatch.setitem(TERMS, HELLINGER, Terms(value, slope))
 
 
 # --- Inputs: student logits of a head, and each kind of teacher -----------------------------------
@@ -82,7 +84,7 @@ every_teacher = pytest.mark.parametrize("kind", TEACHERS)
 
 
 def oracle(logits: Tensor, teacher: Any) -> Tensor:
-    """``T^2 sum (p - q) log(p / q)`` of the rows, summed, from probabilities; [N, V] -> []."""
+    """``T^2 (2 - 2 sum sqrt(p q))`` of the rows, summed, from probabilities; [N, V] -> []."""
     q = (logits / T).softmax(-1)
     if isinstance(teacher, TeacherTopK):  # K outcomes, and one for everything else
         p, q = teacher.log_probs.exp(), q.gather(-1, teacher.ids)
@@ -90,7 +92,7 @@ def oracle(logits: Tensor, teacher: Any) -> Tensor:
     else:
         t = teacher.logits if isinstance(teacher, TeacherLogits) else teacher.head(teacher.hidden)
         p = (t / T).softmax(-1)
-    return T**2 * ((p - q) * (p / q).log()).sum()
+    return T**2 * 2 * (1 - (p * q).sqrt().sum(-1)).sum()
 
 
 # --- With every function: value and gradient ------------------------------------------------------
@@ -99,12 +101,12 @@ def oracle(logits: Tensor, teacher: Any) -> Tensor:
 @every_teacher
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_an_added_divergence_is_right(jeffreys: None, impl: str, linear: bool, kind: str) -> None:
+def test_an_added_divergence_is_right(hellinger: None, impl: str, linear: bool, kind: str) -> None:
     """One row of the table and one function per path are all that it takes."""
     hidden, weight = hidden_and_weight(torch.float64)
     logits, teacher = hidden @ weight.T, TEACHERS[kind](torch.float64)
     labels = torch.zeros(N, dtype=torch.int64)
-    objective, ops = Objective(divergence=JEFFREYS, temperature=T), bound(impl)
+    objective, ops = Objective(divergence=HELLINGER, temperature=T), bound(impl)
     x = (hidden if linear else logits).requires_grad_()
     if linear:
         out = ops.linear_distill_loss(x, Head(weight), labels, teacher, objective, num_items=1)
@@ -122,21 +124,21 @@ def test_an_added_divergence_is_right(jeffreys: None, impl: str, linear: bool, k
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_an_added_divergence_has_a_value_per_row(jeffreys: None, impl: str) -> None:
+def test_an_added_divergence_has_a_value_per_row(hellinger: None, impl: str) -> None:
     s, teacher = 3 * torch.randn(N, V, dtype=torch.float64), of_logits(torch.float64)
-    options = {"divergence": JEFFREYS, "temperature": T, "reduction": "none"}
+    options = {"divergence": HELLINGER, "temperature": T, "reduction": "none"}
     rows = bound(impl).kl_div(s, teacher.logits, **options)
     exact = [oracle(s[i], TeacherLogits(teacher.logits[i])) for i in range(N)]
     assert_value(rows, torch.stack(exact), T**2 * 50)
 
 
 @pytest.mark.parametrize("impl", ALL)
-def test_a_flag_of_the_table_refuses_a_teacher_without_a_tail(jeffreys: None, impl: str) -> None:
+def test_a_flag_of_the_table_refuses_a_teacher_without_a_tail(hellinger: None, impl: str) -> None:
     s, y = torch.randn(N, V), torch.zeros(N, dtype=torch.int64)
     known = of_top_k(torch.float32)
     teacher = TeacherTopK(known.ids, known.log_probs, "zero")
-    with pytest.raises(ValueError, match=r"jeffreys.*'zero'.*infinite"):
-        bound(impl).distill_loss(s, y, teacher, Objective(divergence=JEFFREYS))
+    with pytest.raises(ValueError, match=r"hellinger.*'zero'.*infinite"):
+        bound(impl).distill_loss(s, y, teacher, Objective(divergence=HELLINGER))
 
 
 # --- With a function missing: an error, never a sum that leaves it out ----------------------------
@@ -157,11 +159,11 @@ def assert_refused(impl: str, kind: str, rows: int = N) -> None:
             teacher = TeacherTopK(teacher.ids[:rows], teacher.log_probs[:rows])
     ops = bound(impl)
     for kd_weight in (1.0, 0.0):  # the divergence is reported at weight 0 as well
-        objective = Objective(ce_weight=1.0, kd_weight=kd_weight, divergence=JEFFREYS)
-        with pytest.raises(NotImplementedError, match=r"got 'jeffreys'.*add its function"):
+        objective = Objective(ce_weight=1.0, kd_weight=kd_weight, divergence=HELLINGER)
+        with pytest.raises(NotImplementedError, match=r"got 'hellinger'.*add its function"):
             ops.linear_distill_loss(hidden, Head(weight), labels, teacher, objective)
         logits = hidden.detach() @ weight.T
-        with pytest.raises(NotImplementedError, match=r"got 'jeffreys'.*add its function"):
+        with pytest.raises(NotImplementedError, match=r"got 'hellinger'.*add its function"):
             ops.distill_loss(logits, labels, teacher, objective)
 
 
@@ -177,11 +179,24 @@ def test_no_rows_are_no_excuse(row_alone: None, impl: str) -> None:
     assert_refused(impl, "logits", rows=0)
 
 
-@pytest.mark.parametrize("kind", ["logits", "hidden"])
-def test_one_pass_takes_sums(jeffreys: None, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A divergence that claims to need one reading must have its running sums."""
-    monkeypatch.setitem(DIVERGENCES, JEFFREYS, ROW._replace(forward_passes=1))
-    assert_refused("torch", kind)
+@every_teacher
+def test_a_sum_of_kls_needs_no_function_in_torch(
+    row_alone: None, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its running sums are there: the row says by what the two are weighted."""
+    monkeypatch.setitem(DIVERGENCES, HELLINGER, ROW._replace(kl_weights=lambda beta: (2.0, 3.0)))
+    logits, teacher = 3 * torch.randn(N, V, dtype=torch.float64), TEACHERS[kind](torch.float64)
+    labels = torch.zeros(N, dtype=torch.int64)
+
+    def loss_and_gradient(divergence: Any) -> tuple[Tensor, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        objective = Objective(divergence=divergence, temperature=T)
+        loss = bound("torch").distill_loss(leaf, labels, teacher, objective).loss
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    forward, reverse = map(loss_and_gradient, ("forward_kl", "reverse_kl"))
+    for both, a, b in zip(loss_and_gradient(HELLINGER), forward, reverse, strict=True):
+        torch.testing.assert_close(both, 2 * a + 3 * b)
 
 
 # --- The divergences that there are ---------------------------------------------------------------
@@ -191,8 +206,7 @@ def test_no_name_of_the_table_lacks_a_function() -> None:
     names = list(DIVERGENCES)
     assert list(get_args(Divergence)) == names
     assert list(reference.DEFINITIONS) == names
-    assert list(TERMS) == names
-    assert list(ONE_PASS_KL) == [n for n in names if DIVERGENCES[n].forward_passes == 1]
+    assert list(TERMS) == [n for n in names if DIVERGENCES[n].kl_weights is None]
 
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="triton is not installed")
@@ -224,13 +238,14 @@ def test_gradients_stay_within_their_bound(name: str, beta: float) -> None:
     """fp16 gradients are scaled by it: one that is too small makes them infinite."""
     logits = torch.linspace(-60, 60, 241, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0])
     log_p, log_q = logits[:, None].log_softmax(-1), logits[None].log_softmax(-1)
-    if name == "reverse_kl":  # unbounded: 32 is what its row of the table promises up to 128 nats
+    weights = DIVERGENCES[name].kl_weights
+    if weights is not None and weights(beta)[1] > 0:
+        # The reverse KL is unbounded: its row of the table promises 32 up to 128 nats.
         near = (logits[:, None, 0] - logits[None, :, 0]).abs() <= 128
     else:
         near = torch.ones(241, 241, dtype=torch.bool)
     log_p, log_q = (x.expand(241, 241, 2)[near] for x in (log_p, log_q))
-    _, h = TERMS[name](beta, log_q, log_p)
-    gradient = h - log_q.exp() * h.sum(-1, keepdim=True)
+    _, gradient = value_and_gradient(name, beta, log_p, log_q)
     assert gradient.abs().max() <= DIVERGENCES[name].gradient_bound(beta)
 
 

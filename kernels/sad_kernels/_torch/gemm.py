@@ -1,13 +1,16 @@
 """Matrix products of the torch path: into memory that is there, by the faster of two libraries.
 
-torch sends fp32 products on a CPU to MKL. oneDNN, which torch also carries, runs them 1.5 to 2.9
+fp32. torch sends products on a CPU to MKL. oneDNN, which torch also carries, runs them 1.5 to 2.9
 times as fast on an AMD EPYC with AVX-512 (159 to 216 against 75 to 99 GFLOP/s per core, torch 2.13,
 November 2026). Asked for bf16 as the precision of fp32 products it gets them; on a processor
 without AMX there is no faster way to compute with bf16, so it computes in fp32 all the same. With
-AMX it would round, and is not asked. Without AVX-512 both are equally fast.
+AMX it rounds the factors to bf16, so there it is asked only where the factors are bf16 numbers.
+Without AVX-512 both libraries are equally fast.
 
-16-bit products of a CPU have 16-bit results. ``SplitProduct`` gets a result of twice the digits
-from two of them.
+bf16. A product of a CPU in 16 bits has a result of 16 bits, too few for logits: near agreement
+their rounding is larger than what is to be learnt. Two products give twice the digits, the second
+of what the first has rounded off (``split_product_``), at a third of the time of one in fp32 where
+the processor multiplies bf16 (AVX512_BF16). Elsewhere the factors are converted to fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ PIECE = 512
 """The most terms that oneDNN may sum one after the other. MKL sums in blocks, and over thousands of
 terms the longest sum would decide the error: 2.2 times MKL's at 2048 terms, 1.6 times in pieces of
 512."""
+
+
+FEWEST_ROWS = 8
+"""MKL sums up to 3 rows in another order than more, on a processor with AVX2; others get room."""
 
 
 def has_cpu_feature(name: str) -> bool:
@@ -44,15 +51,22 @@ ONEDNN_IS_FASTER = (
 )
 
 
+HAS_BF16_PRODUCTS = has_cpu_feature("avx512_bf16") and not has_cpu_feature("amx_tile")
+"""Whether bf16 products are split in two. With AMX one product of bf16 numbers held in fp32 is
+exact, and faster: a prediction, from what AMX computes, that no machine here could confirm."""
+
+
 @contextmanager
-def onednn_products() -> Iterator[None]:
+def onednn_products(*, of_bf16: bool = False) -> Iterator[None]:
     """Let oneDNN compute fp32 products on a CPU where it is faster and no less exact.
 
-    The setting belongs to the process: other threads' fp32 products go to oneDNN as well while it
+    ``of_bf16`` says that what is multiplied are bf16 numbers, or may be rounded to them. The
+    setting belongs to the process: other threads' fp32 products go to oneDNN as well while it
     lasts. One that somebody has set is left as it is.
     """
     switch = _switch()
-    if not ONEDNN_IS_FASTER or getattr(switch, "fp32_precision", None) != "none":
+    faster = ONEDNN_IS_FASTER or (of_bf16 and has_cpu_feature("amx_tile"))
+    if not faster or getattr(switch, "fp32_precision", None) != "none":
         yield
         return
     switch.fp32_precision = "bf16"  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
@@ -65,13 +79,13 @@ def onednn_products() -> Iterator[None]:
 def multiply_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """``out = a b``, or with ``add`` ``out += a b``: [m, k], [k, n] -> [m, n], summed in its dtype.
 
-    A single row is computed as two, because libraries take another path for it, and a row's bits
-    must not depend on how many others come with it.
+    Libraries sum a few rows in another order than many, and a row's bits must not depend on how
+    many others come with it: so a few are computed as ``FEWEST_ROWS``, some of them twice.
     """
-    if len(a) == 1:
-        both = out.expand(2, -1).clone() if add else out.new_empty(2, out.shape[1])
-        multiply_(both, a.expand(2, -1), b, add=add)
-        return out.copy_(both[:1])
+    if 0 < len(a) < FEWEST_ROWS:
+        again = _repeated(a)
+        more = out[again] if add else out.new_empty(FEWEST_ROWS, out.shape[1])
+        return out.copy_(multiply_(more, a[again], b, add=add)[: len(a)])
     k = a.shape[1]
     step = PIECE if _by_onednn(a) else max(k, 1)
     for start in range(0, k, step):
@@ -83,7 +97,37 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor
     return out.zero_() if k == 0 and not add else out
 
 
+def _repeated(a: Tensor) -> Tensor:  # [FEWEST_ROWS]
+    return torch.arange(FEWEST_ROWS, device=a.device) % len(a)
+
+
 def _by_onednn(a: Tensor) -> bool:
     if not (ONEDNN_IS_FASTER and a.is_cpu and a.dtype == torch.float32):
         return False
     return getattr(_switch(), "fp32_precision", "none") == "bf16"
+
+
+def split_product_(high: Tensor, low: Tensor, a: Tensor, b: Tensor) -> None:
+    """``high + low = a b``, all in bf16: the product rounded, and what rounding has dropped.
+
+    The sum has an error of about 2^-17 of the product, and of 2^-24 of what is summed up. A product
+    that is infinite leaves NaN in ``low``.
+    """
+    if 0 < len(a) < FEWEST_ROWS:  # see multiply_
+        again = _repeated(a)
+        more = high.new_empty(2, FEWEST_ROWS, high.shape[1])
+        split_product_(more[0], more[1], a[again], b)
+        high.copy_(more[0, : len(a)])
+        low.copy_(more[1, : len(a)])
+        return
+    torch.mm(a, b, out=high)
+    torch.addmm(high, a, b, beta=-1, out=low)
+
+
+def product_less_(out: Tensor, a: Tensor, b: Tensor, base: Tensor) -> None:
+    """``out = a b - base`` in bf16, of which the difference is rounded, not the product."""
+    if 0 < len(a) < FEWEST_ROWS:
+        again = _repeated(a)
+        out.copy_(torch.addmm(base[again], a[again], b, beta=-1)[: len(a)])
+    else:
+        torch.addmm(base, a, b, beta=-1, out=out)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sad_kernels._divergence import terms_of
 from sad_kernels._rows import (
     LogitTransform,
     LossSpec,
@@ -30,7 +31,14 @@ from sad_kernels._tiles import TileShape, block_rows, cut
 from sad_kernels._torch.gemm import onednn_products
 from sad_kernels._torch.gradient import RowGradient
 from sad_kernels._torch.scratch import Scratch
-from sad_kernels._torch.sources import Gradients, HeadSource, LogitSource, Source
+from sad_kernels._torch.sources import (
+    Gradients,
+    HeadSource,
+    LogitSource,
+    Source,
+    SplitHeadSource,
+    splits_products,
+)
 from sad_kernels._torch.statistics import (
     GRADIENT_SUMS,
     Block,
@@ -100,9 +108,13 @@ class Problem:
         targets: RowTargets,
         teacher: ModelInput | TopKInput | None,
         shape: TileShape,
+        scratch: Scratch,
     ) -> None:
-        self.spec, self.shape, self.num_rows = spec, shape, len(student.x)
+        self.spec, self.shape, self.scratch = spec, shape, scratch
+        self.num_rows = len(student.x)
         self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
+        sides = (side for side in (student, teacher) if isinstance(side, ModelInput))
+        self.bf16 = all(side.x.dtype == torch.bfloat16 for side in sides)
         # Only the n rows that count exist from here on.
         self.kept, self.groups = self._groups(targets, teacher is not None)
         self.n = self.num_rows if self.kept is None else len(self.kept)
@@ -113,7 +125,6 @@ class Problem:
         }
         self.targets = targets._replace(**by_row)
         self.like = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-        self.scratch = Scratch(self.dtype, self.device)
 
         self.student = self._source(student, self.kept, "s")
         self.teacher: Source | None = None
@@ -144,6 +155,10 @@ class Problem:
             compared = targets.kd_weights != 0
             masks = [(mask & compared, how) for mask, how in masks] + [(counts & ~compared, None)]
 
+        for _, how in masks:
+            if how is not None and how.kl_weights is None:
+                terms_of(how.divergence)  # refuses one that it does not know, with no rows too
+
         # nonzero waits for the device, as the number of rows has to be known here.
         parts = [(mask.nonzero().squeeze(1), how) for mask, how in masks]
         groups, start = [], 0
@@ -159,7 +174,15 @@ class Problem:
         x, weight, bias, transform = model
         if weight is None:
             return LogitSource(x, transform, kept, self.scratch, name)
-        return HeadSource(x, weight, bias, transform, kept, self.scratch, name, self.spec.vocab)
+        parts = x, weight, bias, transform, kept, self.scratch, name, self.spec.vocab
+        if not splits_products(x, weight):
+            return HeadSource(*parts)
+        source = SplitHeadSource(*parts)
+        if name == "t":
+            if not isinstance(self.student, SplitHeadSource):
+                return HeadSource(*parts)
+            source.base = self.student
+        return source
 
     # --- the loops --------------------------------------------------------------------------------
 
@@ -212,6 +235,7 @@ class Problem:
         gradient = self._gradient(self.gather(upstream), statistics.inside)
         self.student.want_gradients(wanted, by_columns=False)
         columns = slice(0, self.spec.vocab)
+        self._reserve(rows_at_a_time, self.spec.vocab)
         for group, how in self.groups:
             for inside in cut(group.stop - group.start, rows_at_a_time):
                 chunk = slice(group.start + inside.start, group.start + inside.stop)
@@ -223,7 +247,7 @@ class Problem:
                     elif self.topk is not None and how is not None:
                         statistics.finish_topk(block.rows, how)
                     self.student.store(block.rows, gradient.block(shifted, sums, slope))
-                with onednn_products():
+                with onednn_products(of_bf16=self.bf16):
                     self.student.flush()
         return self._results(statistics), self.student.gradients()
 
@@ -234,6 +258,7 @@ class Problem:
 
         In this order a slice of the head is read, and its gradient written, once.
         """
+        self._reserve(self.shape.rows, self.shape.columns)
         for columns in cut(self.spec.vocab, self.shape.columns):
             for group, how in self.groups:
                 if callable(only) and not only(how):
@@ -242,7 +267,7 @@ class Problem:
                     rows = slice(group.start + inside.start, group.start + inside.stop)
                     yield from self._blocks(rows, columns, how, with_teacher)
                     if flush:
-                        with onednn_products():
+                        with onednn_products(of_bf16=self.bf16):
                             self.student.flush()
 
     def _blocks(
@@ -251,7 +276,7 @@ class Problem:
         """Make the logits of some rows and columns, and give them in blocks."""
         teacher = self.teacher if with_teacher and how is not None else None
         share = self.spec.objective.teacher_share
-        with onednn_products():
+        with onednn_products(of_bf16=self.bf16):
             self.student.load(rows, columns)
             if teacher is not None:
                 teacher.load(rows, columns)
@@ -265,6 +290,13 @@ class Problem:
                     gap = torch.sub(t, s, out=self.scratch.like("gap", s.shape)).mul_(share)
                     t = t.mul_(share).add_(s, alpha=1 - share)
             yield Block(at, columns, s, t, gap, how)
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        """Make room at once: pieces differ in size, and a buffer that grows is there twice."""
+        longest = max((rows.stop - rows.start for rows, _ in self.groups), default=0)
+        for source in (self.student, self.teacher):
+            if source is not None:
+                source.reserve(min(rows, longest), min(columns, self.spec.vocab))
 
     # --- parts of them ----------------------------------------------------------------------------
 

@@ -16,13 +16,15 @@ Protocol: ``load(rows, columns)``, then for each block of these rows ``block(row
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sad_kernels._rows import LogitTransform
 from sad_kernels._tiles import CONVERTED_NUMBERS, cut
-from sad_kernels._torch.gemm import multiply_
+from sad_kernels._torch import gemm
+from sad_kernels._torch.gemm import multiply_, product_less_, split_product_
 from sad_kernels._torch.scratch import Scratch
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -42,6 +44,9 @@ class LogitSource:
         self.logits, self.kept, self.scratch, self.name = logits, kept, scratch, name
         self.transform = _Transform(transform, scratch, name)
         self.dlogits: Tensor | None = None
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for the largest ``load`` that follows."""
 
     def load(self, rows: slice, columns: slice) -> None:
         """Turn to these rows and columns, of which the blocks that follow are parts."""
@@ -95,12 +100,19 @@ class HeadSource:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
         self.scratch, self.name, self.vocab = scratch, name, vocab
         self.transform = _Transform(transform, scratch, name)
-        self.x = (hidden if kept is None else hidden[kept]).to(scratch.dtype)  # [n, D]
+        self.x = self._factor(hidden if kept is None else hidden[kept])  # [n, D]
         self.converted: tuple[slice, Tensor] | None = None
         self.dx: Tensor | None = None  # [n, D]
         self.dweight: Tensor | None = None  # [>= V, D]
         self.dweight_sum: Tensor | None = None  # [V, D], the same before it is rounded
         self.dbias: Tensor | None = None  # [>= V]
+
+    def _factor(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the products take them."""
+        return hidden.to(self.scratch.dtype)
+
+    def reserve(self, rows: int, columns: int) -> None:
+        self.scratch.like(f"{self.name} slab", (rows, columns))
 
     def load(self, rows: slice, columns: slice) -> None:
         self.rows, self.columns = rows, columns
@@ -170,7 +182,8 @@ class HeadSource:
             shape = self.columns.stop - self.columns.start, self.x.shape[1]
             return self.scratch.like("dweight", shape)[self._inside(piece)]
         if self.dweight_sum is None:
-            self.dweight_sum = self.x.new_empty(self.vocab, self.x.shape[1])
+            shape = self.vocab, self.x.shape[1]
+            self.dweight_sum = self.x.new_empty(shape, dtype=self.scratch.dtype)
         return self.dweight_sum[piece]
 
     def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
@@ -205,6 +218,109 @@ class HeadSource:
         if dbias is not None and self.bias is not None:
             dbias = dbias.to(self.bias.dtype)
         return dhidden, self.dweight, dbias
+
+
+class SplitHeadSource(HeadSource):
+    """The same in bf16, with products of bf16 factors: logits to 16 bits, ``g`` rounded to bf16.
+
+    The student's logits are two slabs, which add up. The teacher's are what they differ by from the
+    student's: one product, rounded to 8 bits of the *difference*, which is all that is learnt from,
+    and small where it has to be known well. Only in a row whose logits dwarf the teacher's would
+    that be less than the teacher's own 8 bits; such a row has its teacher's logits made in fp32.
+    """
+
+    SHARE = 4.0  # by how much a row's difference may exceed the teacher's logits
+
+    base: SplitHeadSource | None = None  # the student, beside which this is the teacher
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.slabs = self.scratch.of(self.hidden.dtype)
+
+    def _factor(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def reserve(self, rows: int, columns: int) -> None:
+        for part in ("high", "low") if self.base is None else ("low",):
+            self.slabs.like(f"{self.name} {part}", (rows, columns))
+
+    def load(self, rows: slice, columns: slice) -> None:
+        self.rows, self.columns = rows, columns
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        self.low = self.slabs.like(f"{self.name} low", shape)
+        x, w = self.x[rows], self.weight[columns].T
+        if self.base is not None:
+            self.high = self.base.high
+            product_less_(self.low, x, w, self.high)
+        else:
+            self.high = self.slabs.like(f"{self.name} high", shape)
+            split_product_(self.high, self.low, x, w)
+        self.slab = self.high
+
+    def block(self, rows: slice) -> Tensor:  # [rows, columns]
+        inside = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+        low = self.low[inside]
+        logits = self.scratch.like(self.name, low.shape).copy_(self.high[inside]).add_(low)
+        if self.base is not None:
+            largest = torch.maximum(logits.amax(1), -logits.amin(1))
+            apart = torch.maximum(low.amax(1), -low.amin(1))
+            for row in (~(apart <= self.SHARE * largest)).nonzero().flatten().tolist():
+                logits[row : row + 1] = self._exact(rows.start + row)
+        if self.bias is not None:
+            logits.add_(self.bias[self.columns])
+        return self.transform.apply_(logits)
+
+    def _exact(self, row: int) -> Tensor:  # [1, columns]
+        """A row of products in fp32."""
+        x = self.x[row : row + 1].to(self.scratch.dtype)
+        out = x.new_empty(1, self.columns.stop - self.columns.start)
+        for piece, w in self._pieces():
+            multiply_(out[:, self._inside(piece)], x, w.T)
+        return out
+
+    def want_gradients(self, wanted: tuple[bool, bool, bool], by_columns: bool) -> None:
+        super().want_gradients(wanted, by_columns)
+        if self.dx is not None and by_columns:  # bf16 partial sums would be rounded again and again
+            self.dx = self.dx.to(self.scratch.dtype)
+
+    def store(self, rows: slice, g: Tensor) -> None:
+        """Round the gradient of the logits, in the place of their upper half."""
+        self._slab_rows(rows).copy_(self.transform.backward_(g))
+
+    def flush(self) -> None:
+        x, w, g = self.x[self.rows], self.weight[self.columns], self.slab
+        if self.dx is not None:
+            if (
+                self.by_columns
+            ):  # partial sums: each rounded to 8 bits would err more than their sum
+                high, low = (self.slabs.like(f"dx {part}", x.shape) for part in ("high", "low"))
+                split_product_(high, low, g, w)
+                self.dx[self.rows] += high
+                self.dx[self.rows] += low
+            else:
+                multiply_(self.dx[self.rows], g, w)
+        if self.dweight is not None:
+            self._add_to_dweight(self.columns, g, x)
+        if self.dbias is not None:
+            self.dbias[self.columns] += g.sum(0, dtype=self.dbias.dtype)
+
+    def _add_to_dweight(self, piece: slice, g: Tensor, x: Tensor) -> None:
+        assert self.dweight is not None
+        first, last = self.rows.start == 0, self.rows.stop == len(self.x)
+        if first and last:
+            multiply_(self.dweight[piece], g.T, x)
+            return
+        part = multiply_(self.slabs.like("dweight part", (g.shape[1], x.shape[1])), g.T, x)
+        total = self._unrounded(piece)
+        total.copy_(part) if first else total.add_(part)
+        if last:
+            self.dweight[piece] = total
+
+
+def splits_products(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether logits of these are made of bf16 products."""
+    both = hidden.dtype == weight.dtype == torch.bfloat16
+    return both and hidden.device.type == "cpu" and gemm.HAS_BF16_PRODUCTS
 
 
 Source = LogitSource | HeadSource
