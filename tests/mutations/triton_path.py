@@ -39,7 +39,7 @@ def far_apart(divergence: str) -> tuple[str, ...]:
 # The first lines of the kernels that begin alike.
 STATISTICS = '''"""Partial sums of one row over one segment of the vocabulary."""
     row = tl.program_id(0)'''
-MIXTURE = '''expectation of a mixture's divergence over one segment: [2, segments, N]."""
+MIXTURE = '''sums of a mixture's divergence, see ``mixture_value``, over one segment."""
     row = tl.program_id(0)'''
 GRADIENT = '''``width``: the gradient up to V, zeros from there on."""
     row = tl.program_id(0)'''
@@ -64,8 +64,9 @@ MUTATIONS = [
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g = exp_T * (kd / scalars.d) - ",
-            "g = (exp_T * (kd / scalars.d)).to(tl.bfloat16).to(tl.float32) - ",
+            "g = ((exp_T - exp_T_t * scalars.near)",
+            "exp_T = exp_T.to(tl.bfloat16).to(tl.float32)\n"
+            "            g = ((exp_T - exp_T_t * scalars.near)",
         ),
         regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
     ),
@@ -410,13 +411,11 @@ MUTATIONS = [
     # --- Divergences -----------------------------------------------------------------------------
     Mutation(
         "10",
-        "in the kernel the mixture is formed from probabilities that underflow",
+        "in the kernel ratios are formed from probabilities that underflow",
         edit(
-            TILE,
-            "        return q, q * ratio * (gap - log_mix), q * log_mix",
-            "        q, p = tl.exp2(a), tl.exp2(b)\n"
-            "        log_m = tl.log2(share * q + (1 - share) * p)\n"
-            "        return q, p * (b - log_m), q * (log_m - a)",
+            MIXTURE_KERNEL,
+            "    phi, term = ",
+            "    gap = tl.where((exp_T > 0) & (exp_T_t > 0), gap, 0.0)\n    phi, term = ",
         ),
         regressions(
             "test_probabilities_that_underflow[jsd-kl_div-triton]",
@@ -428,8 +427,8 @@ MUTATIONS = [
         "in the kernel the teacher's log-probabilities keep 16 bits",
         edit(
             MIXTURE_KERNEL,
-            "    log_p = (t - m_t) * inv_T - log_d_t\n    _, u",
-            "    log_p = ((t - m_t) * inv_T - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
+            "tl.exp2(y * inv_T)\n",
+            "tl.exp2((y * inv_T).to(tl.bfloat16).to(tl.float32))\n",
         ),
         regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-triton]"),
     ),
@@ -454,13 +453,8 @@ MUTATIONS = [
         "in the kernel beta is the student's share",
         edit(
             TILE,
-            "    q_log = tl.maximum(",
-            "    beta = 1 - beta\n    q_log = tl.maximum(",
-        )
-        + edit(
-            TILE,
-            "    if DIVERGENCE == JSD:\n        h = ",
-            "    beta = 1 - beta\n    if DIVERGENCE == JSD:\n        h = ",
+            "    share = student_share(beta, DIVERGENCE)\n",
+            "    beta = 1 - beta\n    share = student_share(beta, DIVERGENCE)\n",
         ),
         regressions("test_beta_is_the_teachers_share[triton]"),
     ),
@@ -473,6 +467,19 @@ MUTATIONS = [
             "inverse = 1 / (inputs.labels != args.spec.ignore_index).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
+    ),
+    Mutation(
+        "68",
+        "in the kernel a mixture's slopes count from the ratio 1, not from that of the top token",
+        edit(
+            TILE,
+            "    over_u = w * root * root\n        phi = ",
+            "    over_u = w * root * root\n        w = row.ratio * tl.exp2(gap)\n        phi = ",
+        ),
+        tests(
+            "sad_kernels/test_triton_divergences.py",
+            "test_a_sure_student_learns_from_what_is_left[skew_forward_kl]",
+        ),
     ),
     # --- The head --------------------------------------------------------------------------------
     Mutation(

@@ -11,6 +11,7 @@ from sad_kernels._triton.rows import (
     DENSE,
     EXPECTATION,
     MAXIMUM,
+    RATIO,
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
@@ -25,8 +26,6 @@ from sad_kernels._triton.tile import (
     FORWARD_KL,
     REVERSE_KL,
     LogitsRow,
-    bounded_ratio,
-    dense_ratio,
     exponentials,
     load_logits,
     mixture_gap,
@@ -165,9 +164,7 @@ def gradient_kernel(
         expectation = tl.load(saved + EXPECTATION * N)
         if FLAGS.MIXTURE:
             reference = tl.load(saved + REFERENCE * N)
-            ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
-            ratio = bounded_ratio(ratio, beta, FLAGS.DIVERGENCE)
-            mixture = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
+            mixture = mixture_row(tl.load(saved + RATIO * N), beta, FLAGS.DIVERGENCE, True)
             kd /= d
         elif FLAGS.DIVERGENCE == FORWARD_KL:
             # d/d_t = 1 - B/d_t, in two numbers where the first is most of it

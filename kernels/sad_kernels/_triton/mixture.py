@@ -10,23 +10,21 @@ import triton.language as tl
 
 from sad_kernels._triton.rows import (
     MAXIMUM,
+    RATIO,
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
-    SAVED_TEACHER_TOTAL,
-    TOTAL,
     lane_sum,
     to_lanes,
 )
 from sad_kernels._triton.tile import (
     LogitsRow,
-    bounded_ratio,
-    dense_ratio,
     load_logits,
     mixture_gap,
     mixture_row,
     mixture_terms,
     to_fp32,
     to_target,
+    value_weights,
 )
 
 
@@ -35,15 +33,16 @@ def mixture_sums(
     student, teacher, t_share, columns, V, m, m_t, reference, mixture, inv_T, beta,
     MASKED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """What ``mixture_value`` needs the sums of, over p and q, summed up by lane over a tile."""
+    """What ``mixture_value`` needs, times d or d_t, summed up by lane over a tile."""
     s, _ = load_logits(student, columns, V, MASKED)
     t, _ = load_logits(teacher, columns, V, MASKED)
     x, y = s - m, to_target(s, t, t_share) - m_t
     exp_T, exp_T_t = tl.exp2(x * inv_T), tl.exp2(y * inv_T)
     gap = mixture_gap(x, t, reference, t_share, inv_T)
     phi, term = mixture_terms(gap, mixture, beta, DIVERGENCE, True)
+    weights = value_weights(exp_T_t, exp_T, mixture, DIVERGENCE)
     return (
-        lane_sum(to_lanes(exp_T_t * term, LANES, VECTOR)),
+        lane_sum(to_lanes(weights * term, LANES, VECTOR)),
         lane_sum(to_lanes(exp_T * phi, LANES, VECTOR)),
     )
 
@@ -56,7 +55,7 @@ def mixture_kernel(
     labels_ptr,  # None, or [N]
     ignore_index,
     saved_ptr,  # [SAVED, N] fp32, of ``merge``
-    mixture_ptr,  # [2, segments, N] fp32, written: sums over p and over q
+    mixture_ptr,  # [2, segments, N] fp32, written: the two sums of a value
     N, V, inv_T, beta,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -76,34 +75,30 @@ def mixture_kernel(
     saved = saved_ptr + row
     m = tl.load(saved + MAXIMUM * N)
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
-    d = tl.load(saved + TOTAL * N)
-    d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
     reference = tl.load(saved + REFERENCE * N)
-    ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
-    ratio = bounded_ratio(ratio, beta, DIVERGENCE)
-    mixture = mixture_row(ratio, beta, DIVERGENCE)
+    mixture = mixture_row(tl.load(saved + RATIO * N), beta, DIVERGENCE, True)
 
-    p_sum = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     q_sum = tl.zeros([LANES], tl.float32)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        over_p, over_q = mixture_sums(
+        tile_weighted, tile_q = mixture_sums(
             student, teacher, t_share, columns, V, m, m_t, reference, mixture,
             inv_T, beta, False, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        p_sum += over_p
-        q_sum += over_q
+        weighted += tile_weighted
+        q_sum += tile_q
     if whole < last:  # the last tile, which V cuts
         columns = whole + tl.arange(0, BLOCK)
-        over_p, over_q = mixture_sums(
+        tile_weighted, tile_q = mixture_sums(
             student, teacher, t_share, columns, V, m, m_t, reference, mixture,
             inv_T, beta, True, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        p_sum += over_p
-        q_sum += over_q
+        weighted += tile_weighted
+        q_sum += tile_q
     out = mixture_ptr + segment.to(tl.int64) * N + row
-    tl.store(out, tl.sum(p_sum, 0))
+    tl.store(out, tl.sum(weighted, 0))
     tl.store(out + tl.num_programs(1).to(tl.int64) * N, tl.sum(q_sum, 0))

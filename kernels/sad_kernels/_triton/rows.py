@@ -92,7 +92,8 @@ SAVED_TEACHER_MAXIMUM = tl.constexpr(3)
 SAVED_TEACHER_TOTAL = tl.constexpr(4)
 EXPECTATION = tl.constexpr(5)  # forward_kl: B/d_t; reverse_kl: A/d; a mixture: sum_v q_v phi_v
 REFERENCE = tl.constexpr(6)  # the teacher's logit that a mixture's ratios count from
-SAVED = 7
+RATIO = tl.constexpr(7)  # and p/q there
+SAVED = 8
 
 # Parts of the loss, [PARTS, N]
 PARTS = 6  # ce, kd, z, correct, agree, entropy
