@@ -36,6 +36,12 @@ def far_apart(divergence: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_bytes.py", name)
 
 
+def digits(*cases: str) -> tuple[str, ...]:
+    name = "test_a_sure_student_learns_from_what_is_left"
+    file = "sad_kernels/test_triton_divergences.py"
+    return tests(file, *(f"{name}[{case}]" for case in cases))
+
+
 # The first lines of the kernels that begin alike.
 STATISTICS = '''"""Partial sums of one row over one segment of the vocabulary."""
     row = tl.program_id(0)'''
@@ -131,6 +137,12 @@ MUTATIONS = [
             "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.bfloat16).to(tl.float32)",
         ),
         regressions("test_no_probability_exceeds_one[dtype0-triton]"),
+    ),
+    Mutation(
+        "54",
+        "interpreted kernels truncate to bf16, as the interpreter does of itself",
+        edit(TILE, "            bits += 0x7FFF + ((bits >> 16) & 1)\n", ""),
+        tests("sad_kernels/test_tile.py", "test_stores_round_to_nearest[dtype2]"),
     ),
     # --- Means -----------------------------------------------------------------------------------
     Mutation(
@@ -453,8 +465,8 @@ MUTATIONS = [
         "in the kernel beta is the student's share",
         edit(
             TILE,
-            "    share = student_share(beta, DIVERGENCE)\n",
-            "    beta = 1 - beta\n    share = student_share(beta, DIVERGENCE)\n",
+            "    a = 1 - beta if ",
+            "    beta, share = 1 - beta, 1 - share\n    a = 1 - beta if ",
         ),
         regressions("test_beta_is_the_teachers_share[triton]"),
     ),
@@ -469,16 +481,56 @@ MUTATIONS = [
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
     ),
     Mutation(
-        "68",
-        "in the kernel a mixture's slopes count from the ratio 1, not from that of the top token",
+        "52",
+        "in the kernel a mixture's slopes count from 0, not from that of the top token",
         edit(
             TILE,
-            "    over_u = w * root * root\n        phi = ",
-            "    over_u = w * root * root\n        w = row.ratio * tl.exp2(gap)\n        phi = ",
+            "        return phi, log_over_mu - ",
+            "        phi += (beta - 1) * row.rho / beta\n        return phi, log_over_mu - ",
+        ),
+        digits("skew_forward_kl-dense", "skew_forward_kl-top-k"),
+    ),
+    Mutation(
+        "52",
+        "in the kernel the difference of totals is that of two rounded totals",
+        edit(
+            MERGE,
+            "        expectation = sums.B / sums.d_t\n",
+            "        expectation = (sums.d_t - sums.d) / sums.d_t\n",
+        ),
+        digits("forward_kl-dense"),
+    ),
+    Mutation(
+        "52",
+        "beside a top-k teacher the gradient at the top token is a difference of numbers near 1",
+        edit(
+            MERGE,
+            "    h = tl.where(is_top, 0.0, tl.exp2(x)",
+            "    scale *= 0\n    h = tl.where(is_top & (x > 0), 0.0, tl.exp2(x)",
+        ),
+        digits("forward_kl-top-k"),
+    ),
+    Mutation(
+        "53",
+        "in the kernel a top-k teacher's row of padding has a divergence",
+        edit(
+            MERGE,
+            '    teaches = (tl.max(log_p, 1) != float("-inf")) | ',
+            "    teaches = (tl.max(log_p, 1) == tl.max(log_p, 1)) | ",
         ),
         tests(
             "sad_kernels/test_triton_divergences.py",
-            "test_a_sure_student_learns_from_what_is_left[skew_forward_kl]",
+            "test_a_row_of_padding_teaches_nothing[jsd-zero]",
+            "test_a_row_of_padding_teaches_nothing[skew_reverse_kl-zero]",
+        ),
+    ),
+    Mutation(
+        "53",
+        "in the kernel NaN that stands for the probabilities of padding is read",
+        edit(MERGE, 'tl.where(ids == PAD_ID, float("-inf"), log_p)', "log_p"),
+        tests(
+            "sad_kernels/test_triton_divergences.py",
+            "test_a_row_of_padding_teaches_nothing[forward_kl-zero]",
         ),
     ),
     # --- The head --------------------------------------------------------------------------------

@@ -315,17 +315,17 @@ def mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE: tl.constexpr):
 @triton.jit
 def dense_divergence(
     sums, rows, counts, mixture_ptr, num_segments, N, t_share, inv_T, temperature, beta,
-    FLAGS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """The divergence from a dense teacher, and what its gradient needs as EXPECTATION."""
-    if FLAGS.DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == FORWARD_KL:
         kd = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
         expectation = sums.B / sums.d_t
-    elif FLAGS.DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == REVERSE_KL:
         expectation = sums.A / sums.d
         kd = expectation / temperature + log_totals_ratio(sums)
     else:
-        require_mixture(FLAGS.DIVERGENCE)
+        require_mixture(DIVERGENCE)
         weighted, expectation = tl.zeros_like(sums.d), tl.zeros_like(sums.d)
         step = tl.full((), num_segments, tl.int64) * N
         at = mixture_ptr + rows
@@ -334,10 +334,10 @@ def dense_divergence(
             expectation += tl.load(at + step, mask=counts, other=0.0)
             at += N
         expectation = expectation / sums.d + 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
-        _, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
-        row = mixture_row(ratio, beta, FLAGS.DIVERGENCE, True)
-        weighted /= value_weights(sums.d_t, sums.d, row, FLAGS.DIVERGENCE)
-        kd = mixture_value(weighted, expectation, row, beta, FLAGS.DIVERGENCE)
+        _, ratio = mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE)
+        row = mixture_row(ratio, beta, DIVERGENCE, True)
+        weighted /= value_weights(sums.d_t, sums.d, row, DIVERGENCE)
+        kd = mixture_value(weighted, expectation, row, beta, DIVERGENCE)
     return kd, expectation
 
 
@@ -416,7 +416,7 @@ def merge_kernel(
         if FLAGS.TEACHER == DENSE:
             kd, expectation = dense_divergence(
                 sums, rows, counts, mixture_ptr, num_segments, N, t_share, inv_T, temperature, beta,
-                FLAGS,
+                FLAGS.DIVERGENCE,
             )  # fmt: skip
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 

@@ -1,6 +1,14 @@
 """Kernel ``mixture``: divergences against a mixture of both sides (JSD and the skews).
 
 They need both normalisers first, so the logits are read a second time in forward.
+
+With the ratio ``r = p/q`` they are ``D = sum q F(r)``, and the gradient by a logit is
+``q (phi - sum q phi) / T``, ``phi = F - r F'``, of which a constant drops out. Near agreement, and
+in a row where one token has nearly all probability, phi is nearly the same number everywhere, so
+that little would be left of differences of rounded ones. Here it counts from phi at the student's
+most likely token: ratios are ``r0 e^g``, with ``r0`` the ratio there and ``g`` the gap between the
+two sides' logits, each relative to its logit of that token, and phi is made of ``g`` without the
+constant (``mixture_terms``).
 """
 
 from __future__ import annotations

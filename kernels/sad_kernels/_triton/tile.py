@@ -250,7 +250,7 @@ def student_share(beta, DIVERGENCE: tl.constexpr):
 def bounded_ratio(ratio, beta, DIVERGENCE: tl.constexpr):
     """Bound ``r0``, so that it does not underflow and ``1 - rho`` keeps digits.
 
-    The student's part ``kappa`` is 2^-16 at least, where it is a sum of fp32 with ``rho``.
+    At the largest the student's part ``kappa`` is 2^-16, and ``rho`` exactly what that leaves of 1.
     """
     share = student_share(beta, DIVERGENCE)
     most = tl.minimum(MAX_REFERENCE_RATIO, share * 65535 / (1 - share))
@@ -261,7 +261,7 @@ def bounded_ratio(ratio, beta, DIVERGENCE: tl.constexpr):
 def mixture_row(ratio, beta, DIVERGENCE: tl.constexpr, P_SUMS_TO_1: tl.constexpr):
     """The constants of a row whose ratios count from ``r0 = ratio``.
 
-    A teacher's rounded probabilities may not sum up to 1.
+    Those of a top-k teacher, as given, may not sum up to 1.
     """
     require_mixture(DIVERGENCE)
     share = student_share(beta, DIVERGENCE)
@@ -367,7 +367,7 @@ def mixture_value(weighted, q_sum, row, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def kl_term(a, b, DIVERGENCE: tl.constexpr):
-    """``f`` of ``_divergence.py``, in nats, from ``a = log2 q`` and ``b = log2 p``, for both KLs.
+    """The summand of a KL, in nats, from ``a = log2 q`` and ``b = log2 p``.
 
     ``0 log 0 = 0``: a weight of 0 adds 0, whatever it multiplies.
     """
