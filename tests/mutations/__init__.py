@@ -86,6 +86,9 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "49": ("losses of weight 0 that are computed", ("trainer",)),
     "50": ("a call that goes past whoever listens to torch's operators", ("triton",)),
     "51": ("a new divergence that is left out of the sums without an error", ("torch",)),
+    "52": ("digits lost near agreement: differences of rounded numbers near 1", ("triton",)),
+    "53": ("a top-k row of nothing but padding that has a divergence, or NaN", ("triton",)),
+    "54": ("bf16 that is truncated", ("triton",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

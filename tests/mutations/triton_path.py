@@ -36,10 +36,16 @@ def far_apart(divergence: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_bytes.py", name)
 
 
+def digits(*cases: str) -> tuple[str, ...]:
+    name = "test_a_sure_student_learns_from_what_is_left"
+    file = "sad_kernels/test_triton_divergences.py"
+    return tests(file, *(f"{name}[{case}]" for case in cases))
+
+
 # The first lines of the kernels that begin alike.
 STATISTICS = '''"""Partial sums of one row over one segment of the vocabulary."""
     row = tl.program_id(0)'''
-MIXTURE = '''expectation of a mixture's divergence over one segment: [2, segments, N]."""
+MIXTURE = '''sums of a mixture's divergence, see ``mixture_value``, over one segment."""
     row = tl.program_id(0)'''
 GRADIENT = '''``width``: the gradient up to V, zeros from there on."""
     row = tl.program_id(0)'''
@@ -64,8 +70,9 @@ MUTATIONS = [
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g = exp_T * (kd / scalars.d) - ",
-            "g = (exp_T * (kd / scalars.d)).to(tl.bfloat16).to(tl.float32) - ",
+            "g = ((exp_T - exp_T_t * scalars.near)",
+            "exp_T = exp_T.to(tl.bfloat16).to(tl.float32)\n"
+            "            g = ((exp_T - exp_T_t * scalars.near)",
         ),
         regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
     ),
@@ -130,6 +137,12 @@ MUTATIONS = [
             "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.bfloat16).to(tl.float32)",
         ),
         regressions("test_no_probability_exceeds_one[dtype0-triton]"),
+    ),
+    Mutation(
+        "54",
+        "interpreted kernels truncate to bf16, as the interpreter does of itself",
+        edit(TILE, "            bits += 0x7FFF + ((bits >> 16) & 1)\n", ""),
+        tests("sad_kernels/test_tile.py", "test_stores_round_to_nearest[dtype2]"),
     ),
     # --- Means -----------------------------------------------------------------------------------
     Mutation(
@@ -410,13 +423,11 @@ MUTATIONS = [
     # --- Divergences -----------------------------------------------------------------------------
     Mutation(
         "10",
-        "in the kernel the mixture is formed from probabilities that underflow",
+        "in the kernel ratios are formed from probabilities that underflow",
         edit(
-            TILE,
-            "        return q, q * ratio * (gap - log_mix), q * log_mix",
-            "        q, p = tl.exp2(a), tl.exp2(b)\n"
-            "        log_m = tl.log2(share * q + (1 - share) * p)\n"
-            "        return q, p * (b - log_m), q * (log_m - a)",
+            MIXTURE_KERNEL,
+            "    phi, term = ",
+            "    gap = tl.where((exp_T > 0) & (exp_T_t > 0), gap, 0.0)\n    phi, term = ",
         ),
         regressions(
             "test_probabilities_that_underflow[jsd-kl_div-triton]",
@@ -428,8 +439,8 @@ MUTATIONS = [
         "in the kernel the teacher's log-probabilities keep 16 bits",
         edit(
             MIXTURE_KERNEL,
-            "    log_p = (t - m_t) * inv_T - log_d_t\n    _, u",
-            "    log_p = ((t - m_t) * inv_T - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
+            "tl.exp2(y * inv_T)\n",
+            "tl.exp2((y * inv_T).to(tl.bfloat16).to(tl.float32))\n",
         ),
         regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-triton]"),
     ),
@@ -454,13 +465,8 @@ MUTATIONS = [
         "in the kernel beta is the student's share",
         edit(
             TILE,
-            "    q_log = tl.maximum(",
-            "    beta = 1 - beta\n    q_log = tl.maximum(",
-        )
-        + edit(
-            TILE,
-            "    if DIVERGENCE == JSD:\n        h = ",
-            "    beta = 1 - beta\n    if DIVERGENCE == JSD:\n        h = ",
+            "    a = 1 - beta if ",
+            "    beta, share = 1 - beta, 1 - share\n    a = 1 - beta if ",
         ),
         regressions("test_beta_is_the_teachers_share[triton]"),
     ),
@@ -473,6 +479,59 @@ MUTATIONS = [
             "inverse = 1 / (inputs.labels != args.spec.ignore_index).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
+    ),
+    Mutation(
+        "52",
+        "in the kernel a mixture's slopes count from 0, not from that of the top token",
+        edit(
+            TILE,
+            "        return phi, log_over_mu - ",
+            "        phi += (beta - 1) * row.rho / beta\n        return phi, log_over_mu - ",
+        ),
+        digits("skew_forward_kl-dense", "skew_forward_kl-top-k"),
+    ),
+    Mutation(
+        "52",
+        "in the kernel the difference of totals is that of two rounded totals",
+        edit(
+            MERGE,
+            "        expectation = sums.B / sums.d_t\n",
+            "        expectation = (sums.d_t - sums.d) / sums.d_t\n",
+        ),
+        digits("forward_kl-dense"),
+    ),
+    Mutation(
+        "52",
+        "beside a top-k teacher the gradient at the top token is a difference of numbers near 1",
+        edit(
+            MERGE,
+            "    h = tl.where(is_top, 0.0, tl.exp2(x)",
+            "    scale *= 0\n    h = tl.where(is_top & (x > 0), 0.0, tl.exp2(x)",
+        ),
+        digits("forward_kl-top-k"),
+    ),
+    Mutation(
+        "53",
+        "in the kernel a top-k teacher's row of padding has a divergence",
+        edit(
+            MERGE,
+            '    teaches = (tl.max(log_p, 1) != float("-inf")) | ',
+            "    teaches = (tl.max(log_p, 1) == tl.max(log_p, 1)) | ",
+        ),
+        tests(
+            "sad_kernels/test_triton_divergences.py",
+            "test_a_row_of_padding_teaches_nothing[jsd-zero]",
+            "test_a_row_of_padding_teaches_nothing[skew_reverse_kl-zero]",
+        ),
+    ),
+    Mutation(
+        "53",
+        "in the kernel NaN that stands for the probabilities of padding is read",
+        edit(MERGE, 'tl.where(ids == PAD_ID, float("-inf"), log_p)', "log_p"),
+        tests(
+            "sad_kernels/test_triton_divergences.py",
+            "test_a_row_of_padding_teaches_nothing[forward_kl-zero]",
+        ),
     ),
     # --- The head --------------------------------------------------------------------------------
     Mutation(

@@ -12,6 +12,7 @@ from sad_kernels._triton.rows import (
     EXPECTATION,
     MASS,
     MAXIMUM,
+    RATIO,
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
@@ -31,8 +32,6 @@ from sad_kernels._triton.tile import (
     TVD,
     ClassShares,
     LogitsRow,
-    bounded_ratio,
-    dense_ratio,
     exponentials,
     load_logits,
     load_shares,
@@ -203,9 +202,7 @@ def gradient_kernel(
         expectation = tl.load(saved + EXPECTATION * N)
         if FLAGS.MIXTURE:
             reference = tl.load(saved + REFERENCE * N)
-            ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
-            ratio = bounded_ratio(ratio, beta, FLAGS.DIVERGENCE)
-            mixture = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
+            mixture = mixture_row(tl.load(saved + RATIO * N), beta, FLAGS.DIVERGENCE, True)
             kd /= d
         elif FLAGS.DIVERGENCE == FORWARD_KL:
             near, rest = totals_ratio(expectation, d, d_t)

@@ -24,6 +24,7 @@ from sad_kernels._triton.rows import (
     NO_TEACHER,
     PAD_ID,
     PLAIN,
+    RATIO,
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
@@ -47,20 +48,21 @@ from sad_kernels._triton.tile import (
     LOG2_E,
     LOWEST,
     REVERSE_KL,
-    SKEW_REVERSE_KL,
     TVD,
     LogitsRow,
     bounded_ratio,
-    dense_ratio,
     exponentials,
+    kl_term,
     log2_1p,
     mixture_row,
     mixture_terms,
     mixture_value,
-    outcome_terms,
     require_mixture,
     to_fp32,
     to_logits,
+    to_target,
+    value_weights,
+    variation_terms,
 )
 
 
@@ -226,17 +228,33 @@ def add_top_k(
     if IS_KL or FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD:
         log_total = tl.log2(total)
         a, a_rest = x_T - log_total[:, None], x_rest - log_total
-        f, h = outcome_terms(a, log_p * LOG2_E, beta, FLAGS.DIVERGENCE)
-        f_rest, h_rest = outcome_terms(a_rest, log_rest * LOG2_E, beta, FLAGS.DIVERGENCE)
+        b, b_rest = log_p * LOG2_E, log_rest * LOG2_E
+        if FLAGS.DIVERGENCE == TVD:
+            f, h = variation_terms(a, b)
+            f_rest, h_rest = variation_terms(a_rest, b_rest)
+        elif FLAGS.DIVERGENCE == JEFFREYS:
+            h, h_rest = forward_kl_slopes(x_T, x_rest, log_p, log_rest)
+            reverse = (1 - beta) * kl_term(a, b, REVERSE_KL)
+            reverse_rest = (1 - beta) * kl_term(a_rest, b_rest, REVERSE_KL)
+            f = beta * kl_term(a, b, FORWARD_KL) + reverse
+            f_rest = beta * kl_term(a_rest, b_rest, FORWARD_KL) + reverse_rest
+            h, h_rest = beta * h + reverse, beta * h_rest + reverse_rest
+        else:
+            f = kl_term(a, b, FLAGS.DIVERGENCE)
+            f_rest = kl_term(a_rest, b_rest, FLAGS.DIVERGENCE)
+            h, h_rest = f, f_rest
+            if FLAGS.DIVERGENCE == FORWARD_KL:
+                h, h_rest = forward_kl_slopes(x_T, x_rest, log_p, log_rest)
         kd = tl.sum(f, 1) + f_rest
         expectation = tl.sum(h, 1) + h_rest
         inside = h - tl.exp2(a) * expectation[:, None]
         outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(move_T) / total
     else:
+        q, q_column = tl.exp2(x_T) / total[:, None], tl.exp2(move_T) / total
         kd, inside, outside = top_k_mixture(
-            x_T, x_rest, log_p, log_rest, total, beta, FLAGS.DIVERGENCE
+            x_T, x_rest, q, q_column * d_t, log_p, log_rest, beta, FLAGS.DIVERGENCE
         )
-        outside *= tl.exp2(move_T) / total
+        outside *= q_column
 
     # A teacher without any outcome, as of a row of padding with tail "zero", teaches nothing.
     teaches = (tl.max(log_p, 1) != float("-inf")) | (log_rest != float("-inf"))
@@ -255,39 +273,54 @@ def add_top_k(
 
 
 @triton.jit
-def top_k_mixture(x, x_rest, log_p, log_rest, total, beta, DIVERGENCE: tl.constexpr):
+def likeliest_outcome(x, x_rest, log_p, log_rest):
+    """The student's likeliest outcome: its ``x``, and the teacher's log-probability there."""
+    top = tl.max(x, 1)
+    log_p_top = tl.max(tl.where(x == top[:, None], log_p, float("-inf")), 1)
+    return tl.maximum(top, x_rest), tl.where(x_rest > top, log_rest, log_p_top)
+
+
+@triton.jit
+def forward_kl_slopes(x, x_rest, log_p, log_rest):
+    """``r0 q - p`` of all outcomes: 0 at the student's likeliest, where ``r0 = p/q``.
+
+    Its own gradient is then what the others' add up to, and not a difference of numbers near 1.
+    """
+    x_top, log_p_top = likeliest_outcome(x, x_rest, log_p, log_rest)
+    scale = tl.exp2(log_p_top * LOG2_E - x_top)
+    is_top = (x == x_top[:, None]) & (log_p == log_p_top[:, None])
+    h = tl.where(is_top, 0.0, tl.exp2(x) * scale[:, None] - tl.exp2(log_p * LOG2_E))
+    is_top = (x_rest == x_top) & (log_rest == log_p_top)
+    return h, tl.where(is_top, 0.0, tl.exp2(x_rest) * scale - tl.exp2(log_rest * LOG2_E))
+
+
+@triton.jit
+def top_k_mixture(x, x_rest, q, q_rest, log_p, log_rest, beta, DIVERGENCE: tl.constexpr):
     """A mixture's divergence over the ids' outcomes [ROWS, K] and all others as one [ROWS].
 
-    ``x`` is of the student, in bits, and ``total`` its sum of ``2^x``; ``log_p`` and ``log_rest``
-    are of the teacher, in nats. Returns the divergence, its gradient by the ids' logits, and the
+    ``x`` and ``q`` are the student's logits, in bits, and probabilities; ``log_p`` and ``log_rest``
+    are the teacher's, in nats. Returns the divergence, its gradient by the ids' logits, and the
     gradient by any other logit over its probability.
     """
-    # The student's most likely outcome, which ratios count from. The teacher may rule it out.
-    x_top = tl.max(x, 1)
-    log_p_top = tl.max(tl.where(x == x_top[:, None], log_p, float("-inf")), 1)
-    log_p_top = tl.where(x_rest > x_top, log_rest, log_p_top)
-    x_top = tl.maximum(x_top, x_rest)
-    q_top = tl.exp2(x_top) / total
+    # The outcome which ratios count from. The teacher may rule it out.
+    x_top, log_p_top = likeliest_outcome(x, x_rest, log_p, log_rest)
+    q_top = tl.maximum(tl.max(q, 1), q_rest)
     ratio = tl.exp2(log_p_top * LOG2_E) / q_top
     bounded = bounded_ratio(ratio, beta, DIVERGENCE)
     log_p_top = tl.where(ratio == bounded, log_p_top, tl.log(bounded * q_top))
-    row = mixture_row(bounded, beta, DIVERGENCE)
-    row_of_ids = mixture_row(bounded[:, None], beta, DIVERGENCE)
+    row = mixture_row(bounded, beta, DIVERGENCE, False)
+    row_of_ids = mixture_row(bounded[:, None], beta, DIVERGENCE, False)
 
     gap = (log_p - log_p_top[:, None]) * LOG2_E - tl.maximum(x - x_top[:, None], LOWEST)
     gap_rest = (log_rest - log_p_top) * LOG2_E - tl.maximum(x_rest - x_top, LOWEST)
     phi, term = mixture_terms(gap, row_of_ids, beta, DIVERGENCE, True)
     phi_rest, term_rest = mixture_terms(gap_rest, row, beta, DIVERGENCE, True)
-    q, q_rest = tl.exp2(x) / total[:, None], tl.exp2(x_rest) / total
     expectation = tl.sum(q * phi, 1) + q_rest * phi_rest
-    if DIVERGENCE == SKEW_REVERSE_KL:
-        # As defined: a teacher's rounded probabilities need not sum up to 1 beside a bucket.
-        over_u = tl.sum(q * term, 1) + q_rest * term_rest
-        value = expectation - row.kappa * over_u - LN_2 * row.log_mu
-    else:
-        p, p_rest = tl.exp2(log_p * LOG2_E), tl.exp2(log_rest * LOG2_E)
-        p_sum = tl.sum(p * term, 1) + p_rest * term_rest
-        value = mixture_value(p_sum, expectation, row, beta, DIVERGENCE)
+    p, p_rest = tl.exp2(log_p * LOG2_E), tl.exp2(log_rest * LOG2_E)
+    weights = value_weights(p, q, row_of_ids, DIVERGENCE)
+    weight_rest = value_weights(p_rest, q_rest, row, DIVERGENCE)
+    weighted = tl.sum(weights * term, 1) + weight_rest * term_rest
+    value = mixture_value(weighted, expectation, row, beta, DIVERGENCE)
     return value, q * (phi - expectation[:, None]), phi_rest - expectation
 
 
@@ -298,7 +331,8 @@ def mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE: tl.constexpr):
     The logit at the student's argmax; where ``r0`` is out of bounds, what it would be at a bound.
     """
     t = sums.t_at_best
-    ratio = dense_ratio(t, sums.m, sums.m_t, sums.d, sums.d_t, t_share, inv_T)
+    y = to_target(sums.m, t, t_share) - sums.m_t
+    ratio = tl.exp2(y * inv_T) * (sums.d / sums.d_t)
     bounded = bounded_ratio(ratio, beta, DIVERGENCE)
     bound = sums.m_t + tl.log2(bounded * (sums.d_t / sums.d)) / inv_T
     if t_share is not None:
@@ -310,28 +344,29 @@ def mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE: tl.constexpr):
 @triton.jit
 def dense_divergence(
     sums, rows, counts, mixture_ptr, num_segments, N, t_share, inv_T, temperature, beta,
-    FLAGS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
     """The divergence from a dense teacher, and what its gradient needs as EXPECTATION."""
-    if FLAGS.DIVERGENCE == FORWARD_KL:
+    if DIVERGENCE == FORWARD_KL:
         kd = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
         expectation = sums.B / sums.d_t
-    elif FLAGS.DIVERGENCE == REVERSE_KL:
+    elif DIVERGENCE == REVERSE_KL:
         expectation = sums.A / sums.d
         kd = expectation / temperature + log_totals_ratio(sums)
-    elif FLAGS.DIVERGENCE == JEFFREYS:
+    elif DIVERGENCE == JEFFREYS:
         expectation = sums.C / sums.d
         forward = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
         kd = beta * forward + (1 - beta) * (expectation / temperature + log_totals_ratio(sums))
-    elif FLAGS.DIVERGENCE == TVD:
+    elif DIVERGENCE == TVD:
         total, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
         kd = 0.5 * total / sums.d
     else:
-        require_mixture(FLAGS.DIVERGENCE)
-        p_sum, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
-        _, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
-        row = mixture_row(ratio, beta, FLAGS.DIVERGENCE)
-        kd = mixture_value(p_sum / sums.d_t, expectation, row, beta, FLAGS.DIVERGENCE)
+        require_mixture(DIVERGENCE)
+        weighted, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
+        _, ratio = mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE)
+        row = mixture_row(ratio, beta, DIVERGENCE, True)
+        weighted /= value_weights(sums.d_t, sums.d, row, DIVERGENCE)
+        kd = mixture_value(weighted, expectation, row, beta, DIVERGENCE)
     return kd, expectation
 
 
@@ -427,8 +462,9 @@ def merge_kernel(
         tl.store(saved + SAVED_TEACHER_MAXIMUM * N, sums.m_t, mask=counts)
         tl.store(saved + SAVED_TEACHER_TOTAL * N, sums.d_t, mask=counts)
     if FLAGS.MIXTURE:
-        reference, _ = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
+        reference, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
         tl.store(saved + REFERENCE * N, reference, mask=counts)
+        tl.store(saved + RATIO * N, ratio, mask=counts)
     if FLAGS.TEACHER == DENSE and (FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD):
         tl.store(saved + TOTALS * N, sums.B / sums.d_t, mask=counts)
     tl.store(saved + MAXIMUM * N, sums.m, mask=counts)
@@ -440,7 +476,7 @@ def merge_kernel(
         if FLAGS.TEACHER == DENSE:
             kd, expectation = dense_divergence(
                 sums, rows, compared, mixture_ptr, num_segments, N, t_share, inv_T, temperature,
-                beta, FLAGS,
+                beta, FLAGS.DIVERGENCE,
             )  # fmt: skip
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 

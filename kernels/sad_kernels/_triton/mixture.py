@@ -1,6 +1,14 @@
 """Kernel ``mixture``: JSD and the skews, which compare with a mixture of both sides, and TVD.
 
 They need both normalisers first, so the logits are read a second time in forward.
+
+With the ratio ``r = p/q`` they are ``D = sum q F(r)``, and the gradient by a logit is
+``q (phi - sum q phi) / T``, ``phi = F - r F'``, of which a constant drops out. Near agreement, and
+in a row where one token has nearly all probability, phi is nearly the same number everywhere, so
+that little would be left of differences of rounded ones. Here it counts from phi at the student's
+most likely token: ratios are ``r0 e^g``, with ``r0`` the ratio there and ``g`` the gap between the
+two sides' logits, each relative to its logit of that token, and phi is made of ``g`` without the
+constant (``mixture_terms``).
 """
 
 from __future__ import annotations
@@ -10,6 +18,7 @@ import triton.language as tl
 
 from sad_kernels._triton.rows import (
     MAXIMUM,
+    RATIO,
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
@@ -21,8 +30,6 @@ from sad_kernels._triton.rows import (
 from sad_kernels._triton.tile import (
     TVD,
     LogitsRow,
-    bounded_ratio,
-    dense_ratio,
     load_logits,
     mixture_gap,
     mixture_row,
@@ -32,36 +39,31 @@ from sad_kernels._triton.tile import (
     to_fp32,
     to_target,
     totals_ratio,
+    value_weights,
 )
 
 
 @triton.jit
-def variation_sums(exp_T, exp_T_t, totals):
-    """``d |q - p|``, and ``d q sign(q - p)``, of a tile."""
-    near, rest = totals
-    difference = probability_difference(exp_T, exp_T_t, near, rest)
-    return tl.abs(difference), exp_T * sign(difference)
-
-
-@triton.jit
-def second_sums(
+def mixture_sums(
     student, teacher, t_share, columns, V, m, m_t, reference, mixture, inv_T, beta,
     MASKED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """What ``mixture_value`` needs the sums of, over p and q, summed up by lane over a tile.
+    """What ``mixture_value`` needs, times d or d_t, summed up by lane over a tile.
 
-    Of TVD the sums of ``variation_sums``, for which ``mixture`` is its ``totals_ratio``.
+    Of TVD ``d |q - p|`` and ``d q sign(q - p)``, for which ``mixture`` is its ``totals_ratio``.
     """
     s, _ = load_logits(student, columns, V, MASKED)
     t, _ = load_logits(teacher, columns, V, MASKED)
     x, y = s - m, to_target(s, t, t_share) - m_t
     exp_T, exp_T_t = tl.exp2(x * inv_T), tl.exp2(y * inv_T)
     if DIVERGENCE == TVD:
-        first, second = variation_sums(exp_T, exp_T_t, mixture)
+        difference = probability_difference(exp_T, exp_T_t, mixture[0], mixture[1])
+        first, second = tl.abs(difference), exp_T * sign(difference)
     else:
         gap = mixture_gap(x, t, reference, t_share, inv_T)
         phi, term = mixture_terms(gap, mixture, beta, DIVERGENCE, True)
-        first, second = exp_T_t * term, exp_T * phi
+        weights = value_weights(exp_T_t, exp_T, mixture, DIVERGENCE)
+        first, second = weights * term, exp_T * phi
     return lane_sum(to_lanes(first, LANES, VECTOR)), lane_sum(to_lanes(second, LANES, VECTOR))
 
 
@@ -75,7 +77,7 @@ def mixture_kernel(
     other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
     kd_weights_ptr,  # None, or [N]: rows of weight 0 are not compared
     saved_ptr,  # [SAVED, N] fp32, of ``merge``
-    mixture_ptr,  # [2, segments, N] fp32, written: sums over p and over q
+    mixture_ptr,  # [2, segments, N] fp32, written: the two sums of a value
     N, V, inv_T, beta,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -101,38 +103,35 @@ def mixture_kernel(
     saved = saved_ptr + row
     m = tl.load(saved + MAXIMUM * N)
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
-    d = tl.load(saved + TOTAL * N)
-    d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
     if DIVERGENCE == TVD:
         reference = 0.0  # is not read
+        d, d_t = tl.load(saved + TOTAL * N), tl.load(saved + SAVED_TEACHER_TOTAL * N)
         mixture = totals_ratio(tl.load(saved + TOTALS * N), d, d_t)
     else:
         reference = tl.load(saved + REFERENCE * N)
-        ratio = dense_ratio(reference, m, m_t, d, d_t, t_share, inv_T)
-        ratio = bounded_ratio(ratio, beta, DIVERGENCE)
-        mixture = mixture_row(ratio, beta, DIVERGENCE)
+        mixture = mixture_row(tl.load(saved + RATIO * N), beta, DIVERGENCE, True)
 
-    p_sum = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     q_sum = tl.zeros([LANES], tl.float32)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        over_p, over_q = second_sums(
+        tile_weighted, tile_q = mixture_sums(
             student, teacher, t_share, columns, V, m, m_t, reference, mixture,
             inv_T, beta, False, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        p_sum += over_p
-        q_sum += over_q
+        weighted += tile_weighted
+        q_sum += tile_q
     if whole < last:  # the last tile, which V cuts
         columns = whole + tl.arange(0, BLOCK)
-        over_p, over_q = second_sums(
+        tile_weighted, tile_q = mixture_sums(
             student, teacher, t_share, columns, V, m, m_t, reference, mixture,
             inv_T, beta, True, LANES, VECTOR, DIVERGENCE,
         )  # fmt: skip
-        p_sum += over_p
-        q_sum += over_q
+        weighted += tile_weighted
+        q_sum += tile_q
     out = mixture_ptr + segment.to(tl.int64) * N + row
-    tl.store(out, tl.sum(p_sum, 0))
+    tl.store(out, tl.sum(weighted, 0))
     tl.store(out + tl.num_programs(1).to(tl.int64) * N, tl.sum(q_sum, 0))

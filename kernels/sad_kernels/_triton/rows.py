@@ -107,9 +107,10 @@ SAVED_TEACHER_TOTAL = tl.constexpr(4)
 # forward_kl: B/d_t; reverse_kl, jeffreys: A/d; a mixture: sum_v q_v phi_v; tvd: the same of signs
 EXPECTATION = tl.constexpr(5)
 REFERENCE = tl.constexpr(6)  # the teacher's logit that a mixture's ratios count from
+RATIO = tl.constexpr(7)  # and p/q there
 TOTALS = tl.constexpr(6)  # jeffreys and tvd: B/d_t
 MASS = tl.constexpr(3)  # sum of a, with weights of classes, which have no teacher beside them
-SAVED = 7
+SAVED = 8
 
 # Parts of the loss, [PARTS, N]
 PARTS = 7  # ce, kd, z, correct, agree, entropy, lse

@@ -65,14 +65,14 @@ def to_fp32(x):
 def to_dtype(x, DTYPE: tl.constexpr):
     """fp32 numbers in the dtype of their store, rounded to nearest, ties to even.
 
-    Compiled, this is the conversion itself. Triton's interpreter truncates to bf16, so there the
-    bits that it drops are rounded away before.
+    Compiled, this is the conversion itself. Triton's interpreter truncates to bf16.
     """
     if INTERPRETED:
         if DTYPE == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True)
-            bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
-            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
+            bits += 0x7FFF + ((bits >> 16) & 1)
+            bits = tl.where(x == x, bits >> 16, 0x7FC0)
+            return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
 
 
@@ -274,7 +274,7 @@ class MixtureRow(NamedTuple):
     log_mu: Any  # log2 mu0
     whole: Any  # log2 r0/mu0, an integer near it
     rest: Any  # and what is left
-    near: Any  # 1 where r0 is near 1, else 0
+    near: Any  # 1 where r0 is near 1 and p sums up to 1, else 0
 
 
 @triton.jit
@@ -288,33 +288,36 @@ def student_share(beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def bounded_ratio(ratio, beta, DIVERGENCE: tl.constexpr):
-    """Bound ``r0``, so that it does not underflow and ``1 - rho`` keeps digits."""
-    most = tl.minimum(MAX_REFERENCE_RATIO, student_share(beta, DIVERGENCE) * (1 << 20))
+    """Bound ``r0``, so that it does not underflow and ``1 - rho`` keeps digits.
+
+    At the largest the student's part ``kappa`` is 2^-16, and ``rho`` exactly what that leaves of 1.
+    """
+    share = student_share(beta, DIVERGENCE)
+    most = tl.minimum(MAX_REFERENCE_RATIO, share * 65535 / (1 - share))
     return tl.minimum(tl.maximum(ratio, MIN_REFERENCE_RATIO), most)
 
 
 @triton.jit
-def mixture_row(ratio, beta, DIVERGENCE: tl.constexpr):
-    """The constants of a row whose ratios count from ``r0 = ratio``."""
+def mixture_row(ratio, beta, DIVERGENCE: tl.constexpr, P_SUMS_TO_1: tl.constexpr):
+    """The constants of a row whose ratios count from ``r0 = ratio``.
+
+    Those of a top-k teacher, as given, may not sum up to 1.
+    """
     require_mixture(DIVERGENCE)
     share = student_share(beta, DIVERGENCE)
     a = 1 - beta if DIVERGENCE == SKEW_REVERSE_KL else beta
     mu = a * ratio + share
+    kappa = share / mu
+    rho = tl.where(kappa < 0.5, 1 - kappa, a * ratio / mu)
     whole, part = log2_parts(ratio)
     whole_mu, part_mu = log2_parts(mu)
     above_1 = a * (ratio - 1)
     part_mu = tl.where(tl.abs(above_1) < 0.5, log2_1p(above_1) - whole_mu, part_mu)
     return MixtureRow(
-        ratio=ratio, rho=a * ratio / mu, kappa=share / mu, pull=(1 - beta) / mu,
+        ratio=ratio, rho=rho, kappa=kappa, pull=(1 - beta) / mu,
         log_mu=whole_mu + part_mu, whole=whole - whole_mu, rest=part - part_mu,
-        near=tl.where(tl.abs(ratio - 1) < 0.5, 1.0, 0.0),
+        near=tl.where((tl.abs(ratio - 1) < 0.5) & P_SUMS_TO_1, 1.0, 0.0),
     )  # fmt: skip
-
-
-@triton.jit
-def dense_ratio(reference, m, m_t, d, d_t, share, inv_T):
-    """``p/q`` where the student's logit is its maximum ``m`` and the teacher's ``reference``."""
-    return tl.exp2((to_target(m, reference, share) - m_t) * inv_T) * (d / d_t)
 
 
 @triton.jit
@@ -332,7 +335,7 @@ def mixture_gap(x, t, reference, share, inv_T):
 
 @triton.jit
 def mixture_terms(gap, row, beta, DIVERGENCE: tl.constexpr, HAS_VALUE: tl.constexpr):
-    """``phi`` of an outcome, in nats, and what the value's sum over p adds up, see below.
+    """``phi`` of an outcome, in nats, and what the sum of the value adds up, see below.
 
     ``gap`` is ``log2 r/r0`` of the outcome's ratio ``r = p/q``. With ``w = r/r0 - 1`` and
     ``u = mu/mu0 = 1 + rho w``, the second number only if ``HAS_VALUE``:
@@ -374,43 +377,53 @@ def mixture_terms(gap, row, beta, DIVERGENCE: tl.constexpr, HAS_VALUE: tl.conste
 
 
 @triton.jit
-def mixture_value(p_sum, q_sum, row, beta, DIVERGENCE: tl.constexpr):
-    """The divergence in nats, from the sums over p of ``mixture_terms``'s second and over q of its
-    first number.
+def value_weights(p, q, row, DIVERGENCE: tl.constexpr):
+    """The weights of the value's sum: p, but q for skew_reverse_kl where p and q are not near."""
+    if DIVERGENCE == SKEW_REVERSE_KL:
+        return tl.where(row.near > 0, p, q)
+    else:
+        return p
 
-    That p and q sum up to 1 takes from the skews what would cancel near agreement. Far from it,
-    where there is more of that than of the divergence, the forward one does without.
+
+@triton.jit
+def mixture_value(weighted, q_sum, row, beta, DIVERGENCE: tl.constexpr):
+    """The divergence in nats, from the sums of ``mixture_terms``'s second number, by its weights,
+    and of ``phi`` over q.
+
+    That p and q sum up to 1 takes from the skews what would cancel near agreement. Far from it
+    there may be more of that than of the divergence, and they do without.
     """
     require_mixture(DIVERGENCE)
     if DIVERGENCE == JSD:
-        return beta * LN_2 * p_sum + (q_sum - (1 - beta) * LN_2 * row.log_mu)
+        return beta * LN_2 * weighted + (q_sum - (1 - beta) * LN_2 * row.log_mu)
     elif DIVERGENCE == SKEW_FORWARD_KL:
-        return LN_2 * p_sum + row.near * (q_sum - row.pull * (row.ratio - 1))
+        return LN_2 * weighted + row.near * (q_sum - row.pull * (row.ratio - 1))
     elif DIVERGENCE == SKEW_REVERSE_KL:
-        return row.pull * (p_sum + (row.ratio - 1)) + (q_sum - LN_2 * row.log_mu)
+        near, far = row.pull * (weighted + (row.ratio - 1)), -row.kappa * weighted
+        return tl.where(row.near > 0, near, far) + (q_sum - LN_2 * row.log_mu)
     else:
         tl.static_assert(False, "divergence must have its value in mixture_value, got none")
 
 
 @triton.jit
-def outcome_terms(a, b, beta, DIVERGENCE: tl.constexpr):
-    """``f`` and ``h`` of ``_divergence.py``, in nats, from ``a = log2 q`` and ``b = log2 p``.
+def kl_term(a, b, DIVERGENCE: tl.constexpr):
+    """The summand of a KL, in nats, from ``a = log2 q`` and ``b = log2 p``.
 
     ``0 log 0 = 0``: a weight of 0 adds 0, whatever it multiplies.
     """
-    p, q = tl.exp2(b), tl.exp2(a)
-    if DIVERGENCE == TVD:
-        return 0.5 * tl.abs(p - q), 0.5 * q * sign(q - p)
-    forward = tl.where(p > 0, p * (b - a), 0.0) * LN_2
-    reverse = tl.where(q > 0, q * (a - b), 0.0) * LN_2
     if DIVERGENCE == FORWARD_KL:
-        return forward, -p
-    elif DIVERGENCE == REVERSE_KL:
-        return reverse, reverse
-    elif DIVERGENCE == JEFFREYS:
-        return beta * forward + (1 - beta) * reverse, (1 - beta) * reverse - beta * p
+        p = tl.exp2(b)
+        return tl.where(p > 0, p * (b - a), 0.0) * LN_2
     else:
-        tl.static_assert(False, "divergence must have its terms in outcome_terms, got none")
+        q = tl.exp2(a)
+        return tl.where(q > 0, q * (a - b), 0.0) * LN_2
+
+
+@triton.jit
+def variation_terms(a, b):
+    """``f`` and ``h`` of TVD in ``_divergence.py`` from ``a = log2 q`` and ``b = log2 p``."""
+    p, q = tl.exp2(b), tl.exp2(a)
+    return 0.5 * tl.abs(p - q), 0.5 * q * sign(q - p)
 
 
 @triton.jit
