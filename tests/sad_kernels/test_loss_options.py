@@ -8,7 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,37 @@ KEPT = torch.tensor([True, False, True, True, True, True])
 ON_CE = torch.tensor([0.5, NAN, 0.0, 2.5, 1.0, 3.0])
 ON_KD = torch.tensor([2.0, NAN, 1.5, 0.0, 0.0, 0.25])
 OTHER = torch.tensor([True, True, False, True, False, False])
-KINDS = ("logits", "hidden", "bucket", "zero")
 
-DTYPES = {"torch": (torch.float64, torch.float32), "triton": (torch.float32, torch.bfloat16)}
+DTYPES = {"torch": (torch.float64, torch.bfloat16), "triton": (torch.float32, torch.bfloat16)}
 EVERY = [(impl, dtype) for impl in IMPLS for dtype in DTYPES[impl]]
+
+
+def grid(*default: Any, slow: Sequence[Any]) -> list[Any]:
+    """What always runs, and what runs with ``-m slow`` only."""
+    return [*default, *(pytest.param(x, marks=pytest.mark.slow) for x in slow)]
+
+
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_dtype = pytest.mark.parametrize(
-    ("impl", "dtype"), EVERY, ids=[f"{impl}-{str(dtype)[6:]}" for impl, dtype in EVERY]
+    ("impl", "dtype"),
+    [
+        pytest.param(
+            impl,
+            dtype,
+            id=f"{impl}-{str(dtype)[6:]}",
+            marks=() if impl == "torch" or dtype == torch.float32 else pytest.mark.slow,
+        )
+        for impl, dtype in EVERY
+    ],
 )
+each_divergence = pytest.mark.parametrize(
+    "divergence",
+    grid(
+        "forward_kl", "jsd", "tvd", slow=sorted(DIVERGENCES.keys() - {"forward_kl", "jsd", "tvd"})
+    ),
+)
+each_kind = pytest.mark.parametrize("kind", grid("logits", "bucket", slow=("hidden", "zero")))
+given_or_linear = pytest.mark.parametrize("linear", grid(False, slow=(True,)))
 
 
 def draw(*shape: int, scale: float = 2.0) -> Tensor:
@@ -243,8 +266,8 @@ def ce_problem(
 
 
 @each_dtype
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", grid("mean", "none", slow=("sum",)))
+@pytest.mark.parametrize("label_smoothing", grid(0.0, 0.1, slow=(1.0,)))
 @pytest.mark.parametrize("linear", [False, True])
 def test_weights_of_classes(
     linear: bool, label_smoothing: float, reduction: str, impl: str, dtype: torch.dtype
@@ -314,13 +337,13 @@ def test_no_weight_at_all_gives_zero(impl: str) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", grid("mean", slow=("none",)))
 def test_given_logits_have_a_scale_and_a_softcap(
     reduction: str, impl: str, dtype: torch.dtype
 ) -> None:
     options: dict[str, Any] = {"softcap": 3.0, "logit_scale": 0.6}
     judge(ce_problem(dtype, label_smoothing=0.1, reduction=reduction, **options), bound(impl))
-    both = options | {"teacher_softcap": 4.0, "teacher_logit_scale": 1.7}
+    both: dict[str, Any] = options | {"teacher_softcap": 4.0, "teacher_logit_scale": 1.7}
     for divergence in ("forward_kl", "jsd"):
         objective = Objective(ce_weight=0.4, divergence=divergence, temperature=2.0)
         judge(distill_problem(dtype, objective, "logits", reduction=reduction, **both), bound(impl))
@@ -332,23 +355,25 @@ def test_given_logits_have_a_scale_and_a_softcap(
     judge(problem, bound(impl))
 
 
+@each_divergence
 @each_dtype
-def test_kl_div_has_scales_and_softcaps(impl: str, dtype: torch.dtype) -> None:
+def test_kl_div_has_scales_and_softcaps(
+    impl: str, dtype: torch.dtype, divergence: Divergence
+) -> None:
     s, t = draw(N, V).to(dtype), draw(N, V).to(dtype)
     how: dict[str, Any] = {"softcap": 3.0, "logit_scale": 0.6}
     how |= {"teacher_softcap": 4.0, "teacher_logit_scale": 1.7}
-    for divergence in DIVERGENCES:
-        problem = Problem(
-            case=divergence,
-            call=lambda ops, x, name=divergence: ops.kl_div(
-                x["logits"], x["teacher"], divergence=name, reduction="none", **how
-            ),
-            leaves={"logits": s, "teacher": t},
-            wrt=("logits",),
-            upstream=torch.randn(N),
-            scales={"loss": torch.full((N,), 8.0), "dlogits": torch.full((N,), 8.0)},
-        )
-        judge(problem, bound(impl))
+    problem = Problem(
+        case=divergence,
+        call=lambda ops, x: ops.kl_div(
+            x["logits"], x["teacher"], divergence=divergence, reduction="none", **how
+        ),
+        leaves={"logits": s, "teacher": t},
+        wrt=("logits",),
+        upstream=torch.randn(N),
+        scales={"loss": torch.full((N,), 8.0), "dlogits": torch.full((N,), 8.0)},
+    )
+    judge(problem, bound(impl))
 
 
 # --- num_items, lse, no labels -------------------------------------------------------------------
@@ -415,18 +440,19 @@ def test_without_labels_every_row_counts(
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 @pytest.mark.parametrize("linear", [False, True])
 def test_weights_of_rows(linear: bool, kind: str, impl: str, dtype: torch.dtype) -> None:
     objective = Objective(
         ce_weight=0.4, kd_weight=0.7, z_loss=0.01, label_smoothing=0.1, temperature=2.0
     )
     for reduction in ("mean", "none"):
-        for weights in (
+        every: tuple[dict[str, Any], ...] = (
             {"token_weights": ON_CE},
             {"token_weights": ON_CE, "kd_token_weights": ON_KD},
             {"kd_token_weights": ON_KD},
-        ):
+        )
+        for weights in every:
             problem = distill_problem(
                 dtype, objective, kind, linear=linear, reduction=reduction, **weights
             )
@@ -434,7 +460,7 @@ def test_weights_of_rows(linear: bool, kind: str, impl: str, dtype: torch.dtype)
 
 
 @each_impl
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@each_divergence
 @pytest.mark.parametrize("kind", ["logits", "bucket"])
 def test_weights_of_rows_on_every_divergence(kind: str, divergence: Divergence, impl: str) -> None:
     objective = Objective(kd_weight=0.7, temperature=2.0, divergence=divergence, beta=0.3)
@@ -455,9 +481,9 @@ def garbage(teacher: Teacher, rows: Tensor) -> Teacher:
 
 
 @each_impl
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("linear", [False, True])
+@each_divergence
+@each_kind
+@given_or_linear
 def test_a_weight_of_zero_reads_nothing_of_the_teachers_row(
     linear: bool, kind: str, divergence: Divergence, impl: str
 ) -> None:
@@ -552,8 +578,8 @@ def test_large_and_small_weights_keep_16_bit_gradients(
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("linear", [False, True])
+@each_kind
+@given_or_linear
 def test_rows_of_two_divergences(linear: bool, kind: str, impl: str, dtype: torch.dtype) -> None:
     objective = Objective(
         ce_weight=0.4,
@@ -571,7 +597,7 @@ def test_rows_of_two_divergences(linear: bool, kind: str, impl: str, dtype: torc
 
 
 @each_impl
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@each_divergence
 @pytest.mark.parametrize("kind", ["logits", "bucket"])
 def test_each_row_has_the_bits_of_its_own_divergence(
     kind: str, divergence: Divergence, impl: str
@@ -610,7 +636,7 @@ def test_a_choice_of_divergence_needs_both_of_its_arguments(impl: str) -> None:
 
 
 @each_impl
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@each_divergence
 def test_a_top_k_row_without_any_token_is_zero(divergence: Divergence, impl: str) -> None:
     if DIVERGENCES[divergence].needs_full_support:
         pytest.skip("refused for a teacher without a tail")
