@@ -33,7 +33,11 @@ from torch import Tensor
 
 BETA = 0.9
 EVERY = tuple(_divergence_table.DIVERGENCES)
-MIXTURES = tuple(x for x in EVERY if _divergence_table.DIVERGENCES[x].reads_beta)
+MIXTURES = tuple(
+    name
+    for name, info in _divergence_table.DIVERGENCES.items()
+    if info.reads_beta and info.forward_passes == 2
+)
 
 
 # --- Near agreement ------------------------------------------------------------------------------
@@ -49,6 +53,8 @@ def term(divergence: Divergence, q: float, p: float) -> float:
         "jsd": BETA * p * math.log(p / m) + (1 - BETA) * q * math.log(q / m),
         "skew_forward_kl": p * math.log(p / m),
         "skew_reverse_kl": q * math.log(q / m),
+        "jeffreys": BETA * p * math.log(p / q) + (1 - BETA) * q * math.log(q / p),
+        "tvd": abs(p - q) / 2,
     }[divergence]
 
 
@@ -62,6 +68,8 @@ def slope(divergence: Divergence, q: float, p: float) -> float:
         "jsd": (1 - BETA) * math.log(q / m),
         "skew_forward_kl": -(1 - BETA) * p / m,
         "skew_reverse_kl": math.log(q / m) - BETA * q / m,
+        "jeffreys": -BETA * p / q + (1 - BETA) * math.log(q / p),
+        "tvd": math.copysign(0.5, q - p),
     }[divergence]
 
 
@@ -231,7 +239,9 @@ PATHS: dict[str, Callable[[Any], Tensor]] = {
 def toy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A divergence of one or two readings that stands in the table and nowhere else."""
     info = _divergence_table.DivergenceInfo(
-        reads_beta=False, forward_passes=request.param, gradient_bound=lambda beta: 1.0
+        reads_beta=False,
+        gradient_bound=lambda beta: 1.0,
+        kl_weights=None if request.param == 2 else lambda beta: (1.0, 0.0),
     )
     monkeypatch.setitem(_divergence_table.DIVERGENCES, "toy", info)
     return "toy"

@@ -17,6 +17,7 @@ from sad_kernels._triton.rows import (
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
     TOP_K,
+    TOP_SIGN,
     TOTAL,
     TOTAL_1,
     TOTALS,
@@ -54,7 +55,7 @@ class RowScalars(NamedTuple):
     m: Any
     m_t: Any
     expectation: Any
-    reference: Any  # of a mixture
+    reference: Any  # what the slopes of a mixture or of TVD count from
     mixture: Any  # its MixtureRow
     kd: Any  # the divergence's factor: its weight, the upstream's, and 1/d
     near: Any  # forward_kl: d/d_t is near - rest
@@ -103,9 +104,10 @@ def gradient_tile(
             forward = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest)
             reverse = product(exp_T, (x - y) - scalars.expectation) * (inv_T * LN_2)
             g = (beta * forward + (1 - beta) * reverse) * scalars.kd
-        elif FLAGS.DIVERGENCE == TVD:  # q (sign(q - p) - its expectation) / 2
+        elif FLAGS.DIVERGENCE == TVD:  # q (sign(q - p) - its expectation) / 2, see variation_terms
             exp_T_t = tl.exp2((to_target(s, t, t_share) - scalars.m_t) * inv_T)
             above = sign(probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest))
+            above -= scalars.reference
             g = exp_T * (above - scalars.expectation) * (0.5 * scalars.kd)
         elif FLAGS.DIVERGENCE == REVERSE_KL:  # q ((x - y)/T - its expectation)
             y = to_target(s, t, t_share) - scalars.m_t
@@ -200,7 +202,9 @@ def gradient_kernel(
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
         d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
         expectation = tl.load(saved + EXPECTATION * N)
-        if FLAGS.MIXTURE:
+        if FLAGS.DIVERGENCE == TVD:
+            reference = tl.load(saved + TOP_SIGN * N)
+        if FLAGS.TWO_PASSES and FLAGS.DIVERGENCE != TVD:
             reference = tl.load(saved + REFERENCE * N)
             mixture = mixture_row(tl.load(saved + RATIO * N), beta, FLAGS.DIVERGENCE, True)
             kd /= d

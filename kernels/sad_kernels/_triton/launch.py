@@ -264,7 +264,7 @@ def _gradient(
         COMPUTE_CE=spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0),
         SMOOTH=smoothed or targets.soft is not None,  # without these it takes the same of all
     )
-    pressure = _pressure(student, teacher, targets) + flags.MIXTURE  # its logarithms
+    pressure = _pressure(student, teacher, targets) + flags.TWO_PASSES  # a mixture's logarithms
     shape = choose_tile(student.x.device, "gradient", V, pressure)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
@@ -336,7 +336,7 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
         TEACHER=kind.value,
         DIVERGENCE=_divergence_code(objective.divergence),
         T_CASE=T_CASES.get(objective.temperature, tile.ANY.value),
-        MIXTURE=_takes_two_passes(spec, teacher) and objective.divergence != "tvd",
+        TWO_PASSES=_takes_two_passes(spec, teacher),
     )
 
 

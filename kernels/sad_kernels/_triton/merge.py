@@ -33,6 +33,7 @@ from sad_kernels._triton.rows import (
     TEACHER_MAXIMUM,
     TEACHER_TOTAL,
     TOP_K,
+    TOP_SIGN,
     TOTAL,
     TOTAL_1,
     TOTALS,
@@ -57,10 +58,13 @@ from sad_kernels._triton.tile import (
     mixture_row,
     mixture_terms,
     mixture_value,
+    probability_difference,
     require_mixture,
+    sign,
     to_fp32,
     to_logits,
     to_target,
+    totals_ratio,
     value_weights,
     variation_terms,
 )
@@ -110,7 +114,7 @@ def merge_segments(
         if FLAGS.COMPUTE_METRICS:
             best_b = tl.load(at + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
-        if FLAGS.MIXTURE:
+        if FLAGS.TWO_PASSES:
             t_at_best_b = tl.load(at + TEACHER_AT_BEST * step, mask=counts, other=0.0)
             t_at_best = tl.where(m_b > m, t_at_best_b, t_at_best)
 
@@ -140,7 +144,7 @@ def merge_segments(
                 C += rescale_cross(d_b, C_b, move_b, move_t_b, inv_T)
             elif FLAGS.DIVERGENCE != TVD:
                 require_mixture(FLAGS.DIVERGENCE)  # its sums come from ``mixture``
-            if not FLAGS.MIXTURE:
+            if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
                 B_b = tl.load(at + DIFFERENCE * step, mask=counts, other=0.0)
                 B = rescale_difference(d_t, B, decay_T_t, decay_T)
                 B += rescale_difference(d_t_b, B_b, decay_T_t_b, decay_T_b)
@@ -230,8 +234,10 @@ def add_top_k(
         a, a_rest = x_T - log_total[:, None], x_rest - log_total
         b, b_rest = log_p * LOG2_E, log_rest * LOG2_E
         if FLAGS.DIVERGENCE == TVD:
-            f, h = variation_terms(a, b)
-            f_rest, h_rest = variation_terms(a_rest, b_rest)
+            x_top, log_p_top = likeliest_outcome(x_T, x_rest, log_p, log_rest)
+            top = sign(tl.exp2(x_top - log_total) - tl.exp2(log_p_top * LOG2_E))
+            f, h = variation_terms(a, b, top[:, None])
+            f_rest, h_rest = variation_terms(a_rest, b_rest, top)
         elif FLAGS.DIVERGENCE == JEFFREYS:
             h, h_rest = forward_kl_slopes(x_T, x_rest, log_p, log_rest)
             reverse = (1 - beta) * kl_term(a, b, REVERSE_KL)
@@ -371,6 +377,14 @@ def dense_divergence(
 
 
 @triton.jit
+def top_sign(sums, t_share, inv_T):
+    """The sign of ``q - p`` at the student's argmax, which TVD's slopes count from."""
+    near, rest = totals_ratio(sums.B / sums.d_t, sums.d, sums.d_t)
+    y = to_target(sums.m, sums.t_at_best, t_share) - sums.m_t
+    return sign(probability_difference(1.0, tl.exp2(y * inv_T), near, rest))
+
+
+@triton.jit
 def second_sums(sums, rows, counts, mixture_ptr, num_segments, N):
     """What ``mixture`` has summed up of the rows, the second of it over the student's total."""
     first, second = tl.zeros_like(sums.d), tl.zeros_like(sums.d)
@@ -461,12 +475,14 @@ def merge_kernel(
     if FLAGS.TEACHER != NO_TEACHER:
         tl.store(saved + SAVED_TEACHER_MAXIMUM * N, sums.m_t, mask=counts)
         tl.store(saved + SAVED_TEACHER_TOTAL * N, sums.d_t, mask=counts)
-    if FLAGS.MIXTURE:
+    if FLAGS.TWO_PASSES and FLAGS.DIVERGENCE != TVD:
         reference, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
         tl.store(saved + REFERENCE * N, reference, mask=counts)
         tl.store(saved + RATIO * N, ratio, mask=counts)
     if FLAGS.TEACHER == DENSE and (FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD):
         tl.store(saved + TOTALS * N, sums.B / sums.d_t, mask=counts)
+    if FLAGS.TWO_PASSES and FLAGS.DIVERGENCE == TVD:
+        tl.store(saved + TOP_SIGN * N, top_sign(sums, t_share, inv_T), mask=counts)
     tl.store(saved + MAXIMUM * N, sums.m, mask=counts)
     tl.store(saved + TOTAL * N, sums.d, mask=counts)
     if FLAGS.COMPUTE_CE:

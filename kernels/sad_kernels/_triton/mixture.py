@@ -22,6 +22,7 @@ from sad_kernels._triton.rows import (
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
+    TOP_SIGN,
     TOTAL,
     TOTALS,
     lane_sum,
@@ -50,7 +51,8 @@ def mixture_sums(
 ):  # fmt: skip
     """What ``mixture_value`` needs, times d or d_t, summed up by lane over a tile.
 
-    Of TVD ``d |q - p|`` and ``d q sign(q - p)``, for which ``mixture`` is its ``totals_ratio``.
+    Of TVD ``d |q - p|``, and d q times the sign of q - p less that of the student's argmax, which
+    is ``reference`` then; ``mixture`` is the ``totals_ratio``.
     """
     s, _ = load_logits(student, columns, V, MASKED)
     t, _ = load_logits(teacher, columns, V, MASKED)
@@ -58,7 +60,7 @@ def mixture_sums(
     exp_T, exp_T_t = tl.exp2(x * inv_T), tl.exp2(y * inv_T)
     if DIVERGENCE == TVD:
         difference = probability_difference(exp_T, exp_T_t, mixture[0], mixture[1])
-        first, second = tl.abs(difference), exp_T * sign(difference)
+        first, second = tl.abs(difference), exp_T * (sign(difference) - reference)
     else:
         gap = mixture_gap(x, t, reference, t_share, inv_T)
         phi, term = mixture_terms(gap, mixture, beta, DIVERGENCE, True)
@@ -104,7 +106,7 @@ def mixture_kernel(
     m = tl.load(saved + MAXIMUM * N)
     m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
     if DIVERGENCE == TVD:
-        reference = 0.0  # is not read
+        reference = tl.load(saved + TOP_SIGN * N)
         d, d_t = tl.load(saved + TOTAL * N), tl.load(saved + SAVED_TEACHER_TOTAL * N)
         mixture = totals_ratio(tl.load(saved + TOTALS * N), d, d_t)
     else:

@@ -109,6 +109,7 @@ EXPECTATION = tl.constexpr(5)
 REFERENCE = tl.constexpr(6)  # the teacher's logit that a mixture's ratios count from
 RATIO = tl.constexpr(7)  # and p/q there
 TOTALS = tl.constexpr(6)  # jeffreys and tvd: B/d_t
+TOP_SIGN = tl.constexpr(7)  # tvd: the sign of q - p at the student's argmax
 MASS = tl.constexpr(3)  # sum of a, with weights of classes, which have no teacher beside them
 SAVED = 8
 
@@ -128,7 +129,7 @@ class Flags(NamedTuple):
     COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
     SMOOTH: bool = False  # each class has a share of CE: label smoothing, or probabilities
     COMPUTE_METRICS: bool = False  # correct, agree, entropy
-    MIXTURE: bool = False  # a dense teacher's divergence compares with a mixture
+    TWO_PASSES: bool = False  # a dense teacher's divergence takes a second reading
 
 
 @triton.jit

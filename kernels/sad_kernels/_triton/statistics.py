@@ -140,7 +140,7 @@ def add_columns(
     m = tl.maximum(sums.m, top)
     x = s - over_lanes(m)
     best = sums.best
-    if FLAGS.COMPUTE_METRICS or FLAGS.MIXTURE:
+    if FLAGS.COMPUTE_METRICS or FLAGS.TWO_PASSES:
         best = tl.where(top > sums.m, start - first, best)  # ties stay to the left
     move = sums.m - m
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
@@ -165,7 +165,7 @@ def add_columns(
             C = rescale_cross(sums.d, C, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
         elif FLAGS.DIVERGENCE != TVD:
             require_mixture(FLAGS.DIVERGENCE)  # takes a second reading, see ``mixture.py``
-        if not FLAGS.MIXTURE:
+        if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
             B = rescale_difference(d_t, B, decay_T_t, decay_T) + lane_sum(exp_T_t - exp_T)
         d_t = d_t * decay_T_t + lane_sum(exp_T_t)
 
@@ -306,7 +306,7 @@ def statistics_kernel(
                 tl.store(out + COUNT * step, tl.sum(sums.count, 0))
         if FLAGS.COMPUTE_METRICS:
             tl.store(out + WEIGHTED * step, tl.sum((sums.E + sums.d_1 * move) * decay_1, 0))
-    if FLAGS.COMPUTE_METRICS or FLAGS.MIXTURE:
+    if FLAGS.COMPUTE_METRICS or FLAGS.TWO_PASSES:
         # The argmax: one tile is read once more. It is that of all columns, a teacher's ids
         # included: where an id is no smaller, merge takes the best id.
         start = first + first_tile(sums.m, sums.best, top)
@@ -315,7 +315,7 @@ def statistics_kernel(
             s, _ = load_logits(student, at + tl.arange(0, PIECE), last, True)
             column, seen = first_argmax(s, at, column, seen, PIECE)
         tl.store(out + BEST * step, column)
-        if FLAGS.MIXTURE:
+        if FLAGS.TWO_PASSES:
             t_at_best = load_logits(teacher, column.to(tl.int32), V, False)[0]
             tl.store(out + TEACHER_AT_BEST * step, t_at_best)
     if FLAGS.TEACHER == DENSE:
@@ -324,7 +324,7 @@ def statistics_kernel(
         tl.store(out + TEACHER_MAXIMUM * step, top_t)
         decay_T_t = tl.exp2(move_t * inv_T)
         tl.store(out + TEACHER_TOTAL * step, tl.sum(sums.d_t * decay_T_t, 0))
-        if not FLAGS.MIXTURE:
+        if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
             B = rescale_difference(sums.d_t, sums.B, decay_T_t, decay_T)
             tl.store(out + DIFFERENCE * step, tl.sum(B, 0))
         if FLAGS.DIVERGENCE == FORWARD_KL:

@@ -420,10 +420,14 @@ def kl_term(a, b, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def variation_terms(a, b):
-    """``f`` and ``h`` of TVD in ``_divergence.py`` from ``a = log2 q`` and ``b = log2 p``."""
+def variation_terms(a, b, top):
+    """``f`` and ``h`` of TVD in ``_divergence.py`` from ``a = log2 q`` and ``b = log2 p``.
+
+    The slopes ``sign(q - p) / 2`` count from that of the student's likeliest outcome, half ``top``:
+    they are 0 there, and in a row where it has nearly all probability their mean is small.
+    """
     p, q = tl.exp2(b), tl.exp2(a)
-    return 0.5 * tl.abs(p - q), 0.5 * q * sign(q - p)
+    return 0.5 * tl.abs(p - q), 0.5 * q * (sign(q - p) - top)
 
 
 @triton.jit
