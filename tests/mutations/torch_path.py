@@ -176,7 +176,9 @@ MUTATIONS = [
         edit(
             OPERATORS,
             "autocast = torch.autocast(self.x.device.type, enabled=False)",
-            "autocast = torch.autocast(self.x.device.type, enabled=torch.is_autocast_enabled('cpu'))",
+            "autocast = torch.autocast(\n"
+            "            self.x.device.type, enabled=torch.is_autocast_enabled('cpu')\n"
+            "        )",
         )
         + edit(  # an output that is given is not cast
             KERNELS + "_torch/gemm.py",
