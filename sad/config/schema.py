@@ -6,7 +6,7 @@ same. Suffixes tell the unit: ``_steps`` counts optimizer steps, ``_batches`` mi
 
 A configuration converts and checks its values when it is built, wherever they come from: a mistake
 is found before weights are loaded or text is read. ``sad.config.load`` reads files and the command
-line.
+line. Importing this imports no torch: ``sad distill --help`` would wait seconds for it.
 
 To add a key: a field with its type, its default and a docstring, which becomes its line in
 ``sad distill --help``; then its use. What its value must satisfy is part of the type, as in
@@ -17,12 +17,12 @@ between keys are checked by the functions at the end of this file.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import yaml
-from sad_kernels.objective import Divergence, Objective
+from sad_kernels._divergence_table import Divergence
 
 from sad.config.sections import (
     MAY_CHANGE_ON_RESUME,
@@ -55,6 +55,9 @@ from sad.config.values import (
 )
 from sad.metrics import best_model_metrics
 
+if TYPE_CHECKING:
+    from sad_kernels import Objective
+
 SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
 """The names of ``sad.optim.schedule.SCHEDULES``."""
 SchedulerUnit = Literal["batch", "optimizer_step"]
@@ -72,6 +75,9 @@ StepsOrFraction = Annotated[
 ]
 Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
 AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2)]
+
+USUAL_DEVICES = ("cpu", "cuda", "meta", "mps", "xpu")
+"""Kinds of devices that every version of torch knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +269,8 @@ class DistillConfig:
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """The objective while the divergence has the weight ``kd_weight`` (default: the configured
         one). The weight of the cross-entropy does not depend on it."""
+        from sad_kernels import Objective  # imports torch, which the help does without
+
         return Objective(
             ce_weight=1 - self.kd_weight if self.ce_weight is None else self.ce_weight,
             kd_weight=self.kd_weight if kd_weight is None else kd_weight,
@@ -405,6 +413,10 @@ def _check_metric(config: DistillConfig) -> None:
 
 
 def _is_device(name: str) -> bool:
+    if re.fullmatch(rf"({'|'.join(USUAL_DEVICES)})(:[0-9])?", name):
+        return True  # without torch, whose import takes seconds
+    import torch
+
     try:
         torch.device(name)
     except RuntimeError:

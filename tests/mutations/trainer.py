@@ -499,4 +499,25 @@ MUTATIONS = [
             "test_a_loss_that_is_off_is_not_computed", "test_without_weights_nothing_is_kept"
         ),
     ),
+    Mutation(
+        "52",
+        "the configuration reads the names of divergences where torch is imported, too",
+        edit(
+            "sad/config/schema.py",
+            "from sad_kernels._divergence_table import Divergence\n",
+            "from sad_kernels.objective import Divergence\n",
+        ),
+        tests("sad/test_cli.py", "test_words_that_need_no_model_import_nothing_heavy"),
+    ),
+    Mutation(
+        "52",
+        "a device is looked up in torch whatever it is",
+        edit(
+            "sad/config/schema.py",
+            "return True  # without torch, whose import takes seconds\n",
+            "pass\n",
+        ),
+        tests("sad/config/test_config.py", "test_the_usual_devices_are_taken_without_torch"),
+        error="ModuleNotFoundError",
+    ),
 ]
