@@ -172,6 +172,9 @@ class DistillConfig:
     """Rows per evaluation batch."""
     max_eval_rows: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate on at most this many held-out rows."""
+    eval_teacher_cache: NonNegativeInt = field(default=256 * 2**20, metadata=MAY_CHANGE_ON_RESUME)
+    """Bytes of host memory in which evaluations keep the teacher's hidden states for one another;
+    0: none. With structural losses, or another `routing.mode` than `teacher`, none are kept."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
 
@@ -265,6 +268,15 @@ class DistillConfig:
         """Structural loss -> its full weight, of those above 0."""
         weights = {name: getattr(self, name).weight for name in STRUCTURAL}
         return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @property
+    def eval_cache_bytes(self) -> int:
+        """``eval_teacher_cache``, or 0 if evaluations cannot share the teacher's hidden states.
+
+        Gates that train or are sampled change them; structural losses read activations beside them.
+        """
+        shared = self.routing.mode == "teacher" and not self.structural_weights
+        return self.eval_teacher_cache if shared and self.teacher is not None else 0
 
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """The objective while the divergence has the weight ``kd_weight`` (default: the configured

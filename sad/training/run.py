@@ -106,11 +106,11 @@ def _distill(
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
-    if inputs.teacher is not None:
-        row = inputs.eval_rows.batch([0]).input_ids
-        check_model(inputs.teacher.model, row, packing=config.packing)  # before it is relied on
-        metrics = evaluate_teacher(inputs.teacher, inputs.eval_batches(config))
-        results.append(result_row("teacher", inputs.teacher.model, metrics, "eval_teacher"))
+    if inputs.eval_teacher is not None:
+        teacher, row = inputs.eval_teacher.model, inputs.eval_rows.batch([0]).input_ids
+        check_model(teacher, row, packing=config.packing)  # before it is relied on
+        metrics = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+        results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
 
     if config.baseline:
         _require_structural(config, inputs)  # the baseline takes its time, and has none
@@ -218,7 +218,8 @@ def _train(
         trainer.train(log, signals)
         trainer.export(run_dir.final)
         memory = memory_now(inputs.device)
-        log.message(f"memory: {memory_line(plan(config).total, inputs.rss_before, memory)}")
+        predicted = plan(config, len(inputs.eval_rows)).total
+        log.message(f"memory: {memory_line(predicted, inputs.rss_before, memory)}")
         log.end({"micro_step": trainer.counters.micro_step, **memory})
     return trainer
 

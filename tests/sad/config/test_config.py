@@ -312,6 +312,7 @@ MAY_CHANGE = {
     "save_steps": 3,
     "eval_steps": 4,
     "logging_steps": 5,
+    "eval_teacher_cache": 0,
     "resume_from_checkpoint": "auto",
     "data": DataConfig(cache_dir="elsewhere"),
 }
