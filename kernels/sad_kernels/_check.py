@@ -11,8 +11,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sad_kernels._divergence_table import DIVERGENCES
+from sad_kernels._rows import RowLayout, RowTargets, arithmetic_dtype
 from sad_kernels.objective import (
     Head,
     Objective,
@@ -20,6 +22,7 @@ from sad_kernels.objective import (
     TeacherHidden,
     TeacherLogits,
     TeacherTopK,
+    require_leaf,
     require_no_grad,
     require_valid_vocab,
 )
@@ -41,11 +44,39 @@ def require_rows(name: str, x: object) -> Tensor:
         raise ValueError(f"{name} must have shape [..., features], got a scalar; pass rows")
     if x.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column, got {shape(x)}; check the slice")
+    require_plain(name, x)
     return x
 
 
+def require_plain(name: str, x: Tensor) -> None:
+    """Refuse what no loss can be computed of: distributed tensors, and forward-mode derivatives."""
+    if type(x).__module__.startswith("torch.distributed"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got {type(x).__name__}; pass {name}.to_local() of the "
+            "rows of this process, or full_tensor()"
+        )
+    if _has_tangent(x):
+        raise NotImplementedError(
+            f"{name} must not carry a forward-mode derivative, got a dual tensor (jvp); a loss has "
+            "a backward only: call torch.func.grad or vjp, or the function of this name in "
+            "sad_kernels.reference"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether x carries a forward-mode derivative, in ``torch.autograd.forward_ad`` or a jvp."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level < 0:
+        return False
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # under vmap a tangent cannot be looked for: there is a jvp, so refuse
+        return True
+
+
 def require_labels(labels: object, x: Tensor, name: str) -> Tensor:
-    """Require a tensor of one integer per row of ``x``, and return it."""
+    """Require a tensor of one integer per row of ``x`` [..., columns], and return it."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}; pass one")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
@@ -92,8 +123,8 @@ def require_head(head: object, hidden: Tensor, whose: str = "") -> Head:
     return head
 
 
-def require_objective(objective: object, teacher: object) -> Objective:
-    """Require an objective whose divergence can be computed with this teacher."""
+def require_objective(objective: object, teacher: object, *, has_labels: bool) -> Objective:
+    """Require an objective that can be computed with this teacher, and with or without labels."""
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective must be an Objective, got {type(objective).__name__}; build one"
@@ -103,18 +134,23 @@ def require_objective(objective: object, teacher: object) -> Objective:
             f"teacher must be given for kd_weight > 0, got None with {objective.kd_weight}; "
             "pass a teacher, or an objective with kd_weight=0"
         )
+    if not has_labels and objective.ce_weight > 0:
+        raise ValueError(
+            f"labels must be given for ce_weight > 0, got None with {objective.ce_weight}; "
+            "pass labels, or an objective with ce_weight=0"
+        )
     if isinstance(teacher, TeacherTopK):
         if objective.teacher_share != 1:
             raise ValueError(
                 "teacher_share must be 1 for a TeacherTopK, whose logits are not known, got "
                 f"{objective.teacher_share}; pass TeacherHidden or TeacherLogits"
             )
-        name = objective.divergence
-        if teacher.tail == "zero" and DIVERGENCES[name].needs_full_support:
-            raise ValueError(
-                f"divergence must not be {name} for a teacher with tail='zero', got {name}; "
-                "it is infinite there: use tail='bucket' or another divergence"
-            )
+        for name in objective.divergences:
+            if teacher.tail == "zero" and DIVERGENCES[name].needs_full_support:
+                raise ValueError(
+                    f"divergence must not be {name} for a teacher with tail='zero', got {name}; "
+                    "it is infinite there: use tail='bucket' or another divergence"
+                )
     return objective
 
 
@@ -125,9 +161,9 @@ def require_teacher(teacher: object, x: Tensor, name: str) -> None:
             return
         case TeacherHidden(hidden=tensor, head=head):
             what = "teacher hidden"
-            require_no_grad("teacher head weight", head.weight)
+            require_leaf("teacher head weight", head.weight)
             if head.bias is not None:
-                require_no_grad("teacher head bias", head.bias)
+                require_leaf("teacher head bias", head.bias)
         case TeacherLogits(logits=tensor):
             what = "teacher logits"
         case TeacherTopK(log_probs=tensor, ids=ids):
@@ -148,6 +184,103 @@ def require_teacher(teacher: object, x: Tensor, name: str) -> None:
     require_device(what, tensor, x, name)
     if isinstance(teacher, TeacherHidden):
         require_head(teacher.head, teacher.hidden, "teacher ")
+
+
+def row_targets(
+    x: Tensor,  # [..., columns]
+    name: str,  # of x, for messages
+    layout: RowLayout,
+    objective: Objective,
+    *,
+    labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    kd_token_weights: Tensor | None = None,
+    other_rows: Tensor | None = None,
+) -> RowTargets:
+    """Check what rows are compared with and how much each counts, and flatten it to rows."""
+    if labels is not None:
+        labels = layout.flat(require_labels(labels, x, name)).long()
+    dtype = arithmetic_dtype(x)
+
+    def weights(what: str, given: object) -> Tensor | None:
+        if given is None:
+            return None
+        flat = _per_row(what, given, x, name, layout)
+        if not flat.dtype.is_floating_point:
+            raise TypeError(f"{what} must be a floating-point tensor, got {flat.dtype}; convert it")
+        require_no_grad(what, flat)
+        return flat.to(dtype)
+
+    on_ce = weights("token_weights", token_weights)
+    on_kd = on_ce if kd_token_weights is None else weights("kd_token_weights", kd_token_weights)
+    other = None
+    if other_rows is not None:
+        other = _per_row("other_rows", other_rows, x, name, layout)
+        if other.dtype != torch.bool:
+            raise TypeError(f"other_rows must be a bool tensor, got {other.dtype}; pass a mask")
+    if (other is None) != (objective.other_divergence is None):
+        raise ValueError(
+            "other_rows must be given together with the objective's other_divergence, got "
+            f"{'no rows' if other is None else 'rows'} and {objective.other_divergence!r}; pass "
+            "both or neither"
+        )
+    return RowTargets(labels, token_weights=on_ce, kd_weights=on_kd, other_rows=other)
+
+
+def _per_row(what: str, x: object, rows: Tensor, name: str, layout: RowLayout) -> Tensor:  # [N]
+    """A tensor of one entry per row, given in the rows' shape or flattened."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(x).__name__}; pass one entry per row")
+    shapes = rows.shape[:-1], (rows[..., 0].numel(),)
+    if tuple(x.shape) not in (tuple(each) for each in shapes):
+        raise ValueError(
+            f"{what} must have one entry per row of {name} {shape(rows)}, got {shape(x)}; "
+            f"pass shape {tuple(shapes[0])}"
+        )
+    require_device(what, x, rows, name)
+    return layout.flat(x.reshape(shapes[0]))
+
+
+def class_weight(
+    weight: object, x: Tensor, name: str, vocab: int, width: int, what: str = "weight"
+) -> Tensor | None:  # [vocab]
+    """Check the weights of classes: one for each that counts, or for each of ``width`` columns."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{what} must be a floating-point tensor, got {got}; pass one per class")
+    if weight.ndim != 1 or weight.shape[0] not in (vocab, width):
+        raise ValueError(
+            f"{what} must have one entry for each of the {vocab} classes, got {shape(weight)}; "
+            f"pass shape ({vocab},)"
+        )
+    require_no_grad(what, weight)
+    require_device(what, weight, x, name)
+    return weight[:vocab].to(arithmetic_dtype(x)).contiguous()
+
+
+def soft_labels(labels: Tensor, logits: Tensor, layout: RowLayout) -> Tensor:  # [N, V]
+    """Check the probabilities of classes that take the place of labels."""
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels that are probabilities must have the logits' shape {shape(logits)}, got "
+            f"{shape(labels)}; pass integer labels for one class per row"
+        )
+    require_rows("labels", labels)
+    require_no_grad("labels", labels)
+    require_device("labels", labels, logits, "logits")
+    return layout.rows(labels)
+
+
+def require_divisor(num_items: object, reduction: str, x: Tensor, name: str) -> None:
+    """Require that ``num_items`` is only given for a mean, whose divisor it replaces."""
+    require_num_items(num_items, x, name)
+    if num_items is not None and reduction != "mean":
+        raise ValueError(
+            f"num_items must be None unless reduction='mean', got {num_items!r} with "
+            f"{reduction!r}; leave it out"
+        )
 
 
 def common_vocab(width: int, valid_vocab: int | None, teacher: Teacher | None) -> int:
@@ -205,15 +338,6 @@ def require_choice(name: str, value: object, choices: tuple[object, ...]) -> Non
             f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}; choose one of "
             "these"
         )
-
-
-def require_softcap(softcap: object) -> None:
-    if softcap is None:
-        return
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-        raise TypeError(f"softcap must be a number or None, got {softcap!r}; pass a Python number")
-    if not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be a finite number > 0, got {softcap}; or leave it at None")
 
 
 def require_chunk_bytes(chunk_bytes: object) -> None:

@@ -7,8 +7,8 @@ divergence works in a path, or fails there with an error, and is never left out 
 
 To add a divergence ``D(p, q) = sum_v f(p_v, q_v)``:
 
-1. here: a row, with ``forward_passes=2`` unless running sums give its value, and its name in the
-   type ``Divergence``; its formula in the docstring of ``Objective``;
+1. here: a row, with ``kl_weights`` if it is a weighted sum of the two KLs, and its name in the type
+   ``Divergence``; its formula in the docstring of ``Objective``;
 2. ``reference.py``: its definition, a function of log-probabilities, in ``DEFINITIONS``;
 3. ``_divergence.py``: its ``f`` and ``h``, a function in ``TERMS``, for all of the torch path;
 4. ``_triton/tile.py``: a code in ``DIVERGENCE_CODES``, and the branches that are named there.
@@ -22,7 +22,9 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"
+]
 """The names of the table, for type checkers."""
 
 
@@ -30,36 +32,52 @@ class DivergenceInfo(NamedTuple):
     """Properties of a divergence between a teacher ``p`` and a student ``q``."""
 
     reads_beta: bool
-    """Whether it compares with a mixture of both sides, whose share is ``beta`` in (0, 1)."""
-    forward_passes: Literal[1, 2]
-    """Readings of dense logits in forward: 1 if running sums give the value (the two KLs), 2 if
-    both normalisers must be known before the first term can be formed."""
+    """Whether ``beta`` in (0, 1) is part of it: the share of a mixture, or the weight of a KL."""
     gradient_bound: Callable[[float], float]
     """``beta`` -> a bound on ``|h - q sum h|``, the gradient by one logit times T: fp16 gradients
     are scaled by it."""
+    kl_weights: Callable[[float], tuple[float, float]] | None = None
+    """``beta`` -> the weights of KL(p || q) and KL(q || p) whose sum it is; None: another one."""
     needs_full_support: bool = False
     """Whether it is infinite where p is 0 and q is not, as for a ``TeacherTopK`` with tail "zero",
     which is refused then."""
+
+    @property
+    def forward_passes(self) -> Literal[1, 2]:
+        """Readings of dense logits in forward: 1 if running sums give the value (the KLs), 2 if
+        both normalisers must be known before the first term can be formed."""
+        return 2 if self.kl_weights is None else 1
 
 
 def _one(beta: float) -> float:
     return 1.0
 
 
+REVERSE_KL_BOUND = 32.0
+"""Not bounded; 32 covers a student and teacher whose log-probabilities lie 128 nats apart."""
+
 DIVERGENCES: dict[str, DivergenceInfo] = {
-    "forward_kl": DivergenceInfo(reads_beta=False, forward_passes=1, gradient_bound=_one),
+    "forward_kl": DivergenceInfo(
+        reads_beta=False, gradient_bound=_one, kl_weights=lambda beta: (1.0, 0.0)
+    ),
     "reverse_kl": DivergenceInfo(
         reads_beta=False,
-        forward_passes=1,
-        # Not bounded; 32 covers a student and teacher whose log-probabilities lie 128 nats apart.
-        gradient_bound=lambda beta: 32.0,
+        gradient_bound=lambda beta: REVERSE_KL_BOUND,
+        kl_weights=lambda beta: (0.0, 1.0),
         needs_full_support=True,
     ),
-    "jsd": DivergenceInfo(reads_beta=True, forward_passes=2, gradient_bound=_one),
-    "skew_forward_kl": DivergenceInfo(reads_beta=True, forward_passes=2, gradient_bound=_one),
-    "skew_reverse_kl": DivergenceInfo(
-        reads_beta=True, forward_passes=2, gradient_bound=lambda beta: 2 - math.log(beta)
+    "jeffreys": DivergenceInfo(
+        reads_beta=True,
+        gradient_bound=lambda beta: beta + (1 - beta) * REVERSE_KL_BOUND,
+        kl_weights=lambda beta: (beta, 1 - beta),
+        needs_full_support=True,
     ),
+    "jsd": DivergenceInfo(reads_beta=True, gradient_bound=_one),
+    "skew_forward_kl": DivergenceInfo(reads_beta=True, gradient_bound=_one),
+    "skew_reverse_kl": DivergenceInfo(
+        reads_beta=True, gradient_bound=lambda beta: 2 - math.log(beta)
+    ),
+    "tvd": DivergenceInfo(reads_beta=False, gradient_bound=_one),
 }
 
 

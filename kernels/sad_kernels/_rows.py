@@ -1,8 +1,9 @@
 """What both implementations share of a loss: its specification, its rows, their reduction.
 
-In this order: ``LossSpec`` says what to compute for each row; ``RowLayout`` flattens the leading
-dimensions of the inputs to rows and back; ``RowResults`` holds one number of each kind per row; and
-the functions at the end reduce these to what the public functions return.
+In this order: ``LossSpec`` says what to compute for each row, ``RowTargets`` with what each row is
+compared and how much it counts; ``RowLayout`` flattens the leading dimensions of the inputs to rows
+and back; ``RowResults`` holds one number of each kind per row; and the functions at the end reduce
+these to what the public functions return.
 """
 
 from __future__ import annotations
@@ -25,9 +26,34 @@ class LossSpec(NamedTuple):
     """Columns of the logits that count; labels lie in [0, vocab)."""
     ignore_index: int
     compute_ce: bool
-    """Whether labels are classes and have a CE; in ``kl_div`` they only say which rows count."""
+    """Whether CE, z-loss and entropy are computed; in ``kl_div`` labels only say which rows count.
+    Without any labels CE is 0."""
     compute_metrics: bool
     """Whether entropy, correct and agree are computed."""
+
+
+class LogitTransform(NamedTuple):
+    """What turns stored numbers into logits: ``softcap(logit_scale * x)``, see ``Head``."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class RowTargets(NamedTuple):
+    """What the rows are compared with, beside a teacher, and how much each counts."""
+
+    labels: Tensor | None = None
+    """[N] int64, ``ignore_index`` in rows that do not count; None: all rows count."""
+    soft: Tensor | None = None
+    """[N, >= V] probabilities of the classes, in the place of labels."""
+    class_weight: Tensor | None = None
+    """[>= V] factors on the classes of CE, in the dtype of the arithmetic."""
+    token_weights: Tensor | None = None
+    """[N] factors on CE and z-loss, in the dtype of the arithmetic; None: 1."""
+    kd_weights: Tensor | None = None
+    """[N] factors on the divergence, likewise; the teacher's row is not read where it is 0."""
+    other_rows: Tensor | None = None
+    """[N] bool, the rows of the objective's ``other_divergence``."""
 
 
 # --- In which layout -----------------------------------------------------------------------------
@@ -47,8 +73,8 @@ class RowLayout:
     def rows(self, x: Tensor) -> Tensor:  # [..., K] -> [N, K]
         return x.permute(*self.order, -1).reshape(-1, x.shape[-1])
 
-    def flat(self, labels: Tensor | None) -> Tensor | None:  # [...] -> [N]
-        return None if labels is None else labels.permute(self.order).flatten().long()
+    def flat(self, labels: Tensor) -> Tensor:  # [...] -> [N]
+        return labels.permute(self.order).flatten()
 
     def restore(self, rows: Tensor) -> Tensor:  # [N] -> [...]
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -74,30 +100,49 @@ class RowResults(NamedTuple):
     """The losses and metrics of the rows, each [N], 0 in rows that do not count."""
 
     loss: Tensor  # ce_weight * ce + kd_weight * kd + z_loss * z; the only one with a gradient
-    ce: Tensor
+    ce: Tensor  # this and the next two with the weights of tokens
     kd: Tensor
     z: Tensor
     correct: Tensor
     agree: Tensor
     entropy: Tensor
+    lse: Tensor  # at temperature 1
 
 
 def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor:  # x: [..., K]
     """The number of rows of ``x`` that count, on the device, in the dtype of their loss."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = arithmetic_dtype(x)
     if labels is None:
         return x.new_full((), x[..., 0].numel(), dtype=dtype)
     return (labels != ignore_index).sum(dtype=dtype)
 
 
-def reduce_rows(loss: Tensor, num_tokens: Tensor, reduction: str, layout: RowLayout) -> Tensor:
-    """The row losses [N] as "none" [...], "sum" [] or "mean" [], which is 0 over no rows."""
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """float32 for 16-bit numbers, their own dtype for others."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def mean_divisor(
+    spec: LossSpec, targets: RowTargets, x: Tensor, num_items: int | Tensor | None
+) -> Tensor:  # []
+    """What the mean of a cross-entropy divides by: ``num_items``, or the rows that count, or with
+    class weights the sum of their labels' weights, as in torch."""
+    labels, weight = targets.labels, targets.class_weight
+    if labels is None or weight is None or num_items is not None:
+        return divisor_of(count_valid(labels, spec.ignore_index, x), num_items)
+    inside = (labels >= 0) & (labels < spec.vocab) & (labels != spec.ignore_index)
+    total = weight[labels.where(inside, 0)].where(inside, 0).sum()
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def reduce_rows(loss: Tensor, divisor: Tensor | None, reduction: str, layout: RowLayout) -> Tensor:
+    """The row losses [N] as "none" [...], "sum" [] or "mean" []: the sum over ``divisor``."""
     if reduction == "none":
         return layout.restore(loss)
-    return loss.sum() if reduction == "sum" else loss.sum() / num_tokens.clamp(min=1)
+    return loss.sum() if divisor is None else loss.sum() / divisor
 
 
-def divisor(num_tokens: Tensor, num_items: int | Tensor | None) -> Tensor:
+def divisor_of(num_tokens: Tensor, num_items: int | Tensor | None) -> Tensor:
     """``num_items``, or the number of valid rows if it is None; at least 1, [] on the device."""
     if isinstance(num_items, int):
         return torch.full_like(num_tokens, max(num_items, 1))
@@ -105,8 +150,10 @@ def divisor(num_tokens: Tensor, num_items: int | Tensor | None) -> Tensor:
     return items.clamp(min=1)
 
 
-def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> DistillOutput:
-    """The public result: the loss, and sums over the rows of everything else."""
+def distill_output(
+    loss: Tensor, rows: RowResults, num_tokens: Tensor, layout: RowLayout
+) -> DistillOutput:
+    """The public result: the loss, and sums over the rows of everything else but ``lse``."""
     return DistillOutput(
         loss=loss,
         ce=rows.ce.sum(),
@@ -116,4 +163,5 @@ def distill_output(loss: Tensor, rows: RowResults, num_tokens: Tensor) -> Distil
         correct=rows.correct.sum(),
         agree=rows.agree.sum(),
         entropy=rows.entropy.sum(),
+        lse=layout.restore(rows.lse).flatten(),
     )

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from sad_kernels._divergence_table import DIVERGENCES
 
-DEFAULT_CHUNK_BYTES = 32 << 20
-"""Default budget of the ``linear_*`` functions with ``impl="torch"``. Measured from 8 to 64 MiB (2
-cores, 32 MB of L3 cache, N=512, D=256 and 512, V=128256): smaller tiles pay for each operation's
-start, larger for the cache."""
+DEFAULT_CHUNK_BYTES = 128 << 20
+"""Default budget of the ``linear_*`` functions with ``impl="torch"``: some hundred whole rows of
+128256 logits of both models, so that the products of a chunk of rows are efficient."""
 
 TRITON_CHUNK_BYTES = 1 << 30
 """Default budget of the ``linear_*`` functions with ``impl="triton"``. With a dense teacher, V =
@@ -29,10 +28,12 @@ PITCH = 64  # row strides of slabs are multiples of this many columns: 16-byte l
 
 HEAD_ROWS = 1024  # the most rows of a tile made from a head: sharing its slice pays until here
 NARROW = 128  # the fewest columns of such a tile; where fewer fit, it gets fewer rows instead
-# The most columns of a tile of given logits: below torch's threshold for splitting one row's sum
-# between threads, so that a row's bits do not depend on how many rows come with it.
+# The most columns of a tile of given logits: their sums stay in a core's cache.
 LOGIT_COLUMNS = 16384
-LOGIT_TILE = 1 << 21  # numbers: 8 MB in fp32
+BLOCK = 1 << 19  # numbers, 2 MB in fp32: what is worked on at a time stays in a core's cache
+SHARE_OF_BLOCK = 32  # a block takes at most this part of a budget, as up to 14 are alive
+CONVERTED_NUMBERS = 1 << 20  # of a weight that are converted to another dtype at a time
+FEWEST_ROWS = 64  # of a chunk of whole rows: the weight is read for each, and its gradient too
 
 
 class TileShape(NamedTuple):
@@ -40,22 +41,59 @@ class TileShape(NamedTuple):
 
     rows: int
     columns: int
+    block: int = BLOCK
+    """Numbers of the tile that are worked on at a time."""
 
 
 def logit_tiles(vocab: int) -> TileShape:
-    """Tiles of given logits, about 8 MB each."""
+    """Tiles of given logits, of one block each."""
     columns = min(vocab, LOGIT_COLUMNS)
-    return TileShape(max(1, LOGIT_TILE // columns), columns)
+    return TileShape(max(1, BLOCK // columns), columns)
 
 
-def head_tiles(
-    num_rows: int, vocab: int, *, slabs: int, per_column: int, per_row: int, numbers: int
-) -> TileShape:
-    """Tiles of logits made from a head, as large as a budget of ``numbers`` allows, at least 1 x 1.
+def block_rows(columns: int, shape: TileShape) -> int:
+    """The rows of a block of a tile that has so many columns."""
+    return max(1, shape.block // columns)
 
-    Alive at a time are ``slabs`` tiles, and ``per_column`` and ``per_row`` numbers of the factors:
-    ``slabs * rows * columns + per_column * columns + per_row * rows <= numbers``.
+
+class HeadBudget(NamedTuple):
+    """What the torch path keeps of a ``linear_*`` loss at a time, in numbers of its arithmetic."""
+
+    slabs: int  # of logits: the student's, and a teacher's that are made from its head
+    blocks: int  # that are alive at a time
+    per_column: int  # of the factors: slices of the weights in another dtype, and of the gradient
+    per_row: int
+    converted: int  # of the same for all columns, where whole rows are made
+
+
+def head_budget(
+    *,
+    student_width: int,
+    teacher_width: int,  # 0 unless its logits are made from its head
+    converts: bool,  # a weight or its gradient is not in the dtype of the arithmetic
+    dense: bool,  # the teacher has logits, or a head
+    divergences: tuple[str, ...],
+) -> HeadBudget:
+    widths = student_width * 2 + teacher_width  # the student's weight, its gradient; the teacher's
+    terms = max((term_blocks(name) for name in divergences), default=0) if dense else 0
+    return HeadBudget(
+        slabs=1 + (teacher_width > 0),
+        blocks=4 + (3 if dense else 0) + terms,
+        per_column=widths,
+        per_row=student_width,
+        converted=(3 if teacher_width else 2) * CONVERTED_NUMBERS if converts else 0,
+    )
+
+
+def head_tiles(num_rows: int, vocab: int, numbers: int, budget: HeadBudget) -> TileShape:
+    """Tiles of logits made from a head, as large as ``numbers`` allow, at least 1 x 1.
+
+    Alive at a time are ``slabs`` tiles, ``blocks`` of the size of a block, and ``per_column`` and
+    ``per_row`` numbers of the factors.
     """
+    block = max(1, min(BLOCK, numbers // SHARE_OF_BLOCK))
+    numbers -= budget.blocks * block
+    slabs, _, per_column, per_row, _ = budget
 
     def columns(rows: int) -> int:
         return (numbers - per_row * rows) // (slabs * rows + per_column)
@@ -66,14 +104,22 @@ def head_tiles(
         unit = per_row * per_column / slabs
         share = unit * (math.sqrt(1 + numbers / unit) - 1)
         rows = max(1, min(rows, int(share / per_row)))
-    return TileShape(rows, max(1, min(vocab, columns(rows))))
+    width = max(1, min(vocab, columns(rows)))
+    # A block is a row at least, so a tile must not be wider than a block.
+    return TileShape(rows, min(width, block), block)
 
 
-def term_tiles(divergence: str) -> int:
-    """How many tiles the terms of a divergence take at a time beside a dense teacher's logits."""
-    if divergence == "forward_kl":
-        return 0  # its gradient is made of exponentials in place
-    return 6 if DIVERGENCES[divergence].forward_passes == 2 else 3
+def whole_rows(num_rows: int, vocab: int, numbers: int, budget: HeadBudget) -> int:
+    """How many whole rows of logits fit at a time; 0 where they are too few to be worth it."""
+    block = max(1, min(BLOCK, numbers // SHARE_OF_BLOCK))
+    numbers -= budget.blocks * max(block, vocab) + budget.converted
+    rows = numbers // (budget.slabs * vocab)
+    return rows if rows >= min(num_rows, FEWEST_ROWS) else 0
+
+
+def term_blocks(divergence: str) -> int:
+    """How many blocks the terms of a divergence take at a time beside a dense teacher's logits."""
+    return 7 if DIVERGENCES[divergence].forward_passes == 2 else 1
 
 
 class ChunkRows(NamedTuple):

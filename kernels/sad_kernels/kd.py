@@ -11,6 +11,8 @@ reverse_kl          KL(q || p)                                 q_v (log q_v/p_v 
 jsd                 beta KL(p || m) + (1 - beta) KL(q || m)    h_v - q_v sum_u h_u,
 skew_forward_kl     KL(p || m)                                 h and m of each in
 skew_reverse_kl     KL(q || m)                                 ``_divergence.py``
+tvd                 0.5 sum_v |p_v - q_v|
+jeffreys            beta KL(p || q) + (1 - beta) KL(q || p)    the weighted sum of the KLs'
 ==================  =========================================  ============================
 
 ``m = beta p + (1 - beta) q``, and in skew_reverse_kl ``m = beta q + (1 - beta) p``. Every value is
@@ -31,22 +33,18 @@ Sources: Hinton et al. 1503.02531, MiniLLM 2306.08543, GKD 2306.13649, DistiLLM 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sad_kernels import _check
-from sad_kernels._dispatch import HAS_TRITON, resolve_impl
+from sad_kernels._dispatch import resolve_impl
 from sad_kernels._rows import (
+    LogitTransform,
     LossSpec,
     RowLayout,
-    RowResults,
     count_valid,
     distill_output,
-    divisor,
     reduce_rows,
 )
-from sad_kernels._tiles import logit_tiles
-from sad_kernels._torch.autograd import ModelInput, row_losses, teacher_input
 from sad_kernels.objective import (
     DistillOutput,
     Divergence,
@@ -54,10 +52,8 @@ from sad_kernels.objective import (
     Teacher,
     TeacherLogits,
     dense_tensors,
+    require_transform,
 )
-
-if HAS_TRITON:
-    from sad_kernels._triton.logits import mean_loss_from_logits, row_losses_from_logits
 
 
 def kl_div(
@@ -71,21 +67,27 @@ def kl_div(
     labels: Tensor | None = None,  # [...]
     ignore_index: int = -100,
     valid_vocab: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
     reduction: str = "mean",
+    num_items: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Divergence between the softmaxes of teacher and student, in nats, times T^2.
 
     Per row ``D(softmax(teacher_logits / T), softmax(student_logits / T))`` with T the
     ``temperature``, and without the factor T^2 if ``scale_t2=False``. The divergences, their
-    gradients and sources are in the module's docstring, ``beta`` in ``Objective``'s.
+    gradients and sources are in the module's docstring, ``beta`` in ``Objective``'s. With a softcap
+    c and a logit scale, a side's logits are ``c tanh(scale x / c)`` of what is passed.
 
     Logits in fp32, bf16, fp16 or fp64, not necessarily of one dtype; a teacher's must not require a
     gradient. They need equally many columns, or a ``valid_vocab``, at or past which columns have
     probability 0 and gradient 0 on both sides. ``labels`` only say which rows count: those that are
     not ``ignore_index``, or all of them. The others may hold anything and get a gradient of exactly
-    0. ``mean`` divides by the number of rows that count, and is 0 with zero gradients when there
-    are none. A label outside ``[0, V)`` makes its row's loss NaN.
+    0. ``mean`` divides by the number of rows that count, or by ``num_items``, an int or 0-d tensor,
+    and is 0 with zero gradients over no rows. A label outside ``[0, V)`` makes its row's loss NaN.
 
     Returns a scalar, or with ``reduction="none"`` a loss of shape ``[...]``, in fp32 (fp64 for a
     student in fp64). The gradient has the dtype of the student's logits.
@@ -99,38 +101,44 @@ def kl_div(
     tensor(0.1212)
     """
     _check.require_rows("student_logits", student_logits)
-    teacher = TeacherLogits(teacher_logits, valid_vocab)
+    teacher = TeacherLogits(teacher_logits, valid_vocab, teacher_logit_scale, teacher_softcap)
     _check.require_teacher(teacher, student_logits, "student_logits")
-    if labels is not None:
-        _check.require_labels(labels, student_logits, "student_logits")
     _check.require_int("ignore_index", ignore_index)
+    require_transform(logit_scale, softcap)
     _check.require_reduction(reduction)
+    _check.require_divisor(num_items, reduction, student_logits, "student_logits")
     vocab = _check.common_vocab(student_logits.shape[-1], valid_vocab, teacher)
     objective = Objective(
         temperature=temperature, divergence=divergence, beta=beta, scale_t2=scale_t2
     )
     spec = LossSpec(objective, vocab, ignore_index, compute_ce=False, compute_metrics=False)
     layout = RowLayout(student_logits)
-    y = layout.flat(labels)
+    targets = _check.row_targets(student_logits, "student_logits", layout, objective, labels=labels)
+    transform = LogitTransform(logit_scale, softcap)
+    rows_of = spec, layout.rows(student_logits), transform, targets, teacher, layout
     if resolve_impl(impl, student_logits, teacher_logits) == "triton":
-        rows_of = spec, layout.rows(student_logits), None, y, teacher, layout
-        if reduction == "mean":
-            return mean_loss_from_logits(*rows_of).loss
-        rows = row_losses_from_logits(*rows_of)
+        from sad_kernels._triton.logits import mean_loss_from_logits, row_losses_from_logits
     else:
-        rows = _torch_rows(spec, student_logits, y, teacher, layout)
-    num_tokens = count_valid(y, ignore_index, student_logits)
-    return reduce_rows(rows.loss, num_tokens, reduction, layout)
+        from sad_kernels._torch.logits import mean_loss_from_logits, row_losses_from_logits
+    if reduction == "mean":
+        return mean_loss_from_logits(*rows_of, num_items).loss
+    return reduce_rows(row_losses_from_logits(*rows_of).loss, None, reduction, layout)
 
 
 def distill_loss(
     student_logits: Tensor,  # [..., >= V]
-    labels: Tensor,  # [...]
+    labels: Tensor | None,  # [...]
     teacher: Teacher | None,
     objective: Objective,
     *,
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...] or [N]
+    kd_token_weights: Tensor | None = None,  # [...] or [N]
+    other_rows: Tensor | None = None,  # [...] or [N], bool
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     impl: str = "auto",
 ) -> DistillOutput:
     """CE, KD and z-loss of every row in one pass, with accuracy, agreement and entropy.
@@ -139,7 +147,14 @@ def distill_loss(
     z-loss are taken at temperature 1, ``num_items`` is the number of rows that count, unless given:
     an int or a 0-d tensor, such as the number of tokens of a whole accumulation window. With no
     rows to count the loss is 0 with zero gradients. Labels are not shifted: row i is compared with
-    ``labels[i]``.
+    ``labels[i]``. Without labels (None), for ``ce_weight=0``, every row counts.
+
+    ``reduction="sum"`` divides by nothing; ``"none"`` gives the loss of every row in the labels'
+    shape, 0 where ignored. ``token_weights`` multiply the loss of each row, ``kd_token_weights``
+    its divergence in their place: 0 there switches it off and reads nothing of the teacher's row.
+    They do not change ``num_items``. ``other_rows`` are compared by the objective's
+    ``other_divergence``. With a softcap c and a logit scale the student's logits are
+    ``c tanh(scale x / c)`` of what is passed; ``TeacherLogits`` has its own.
 
     Any kind of teacher; none at all (None) only with ``kd_weight=0``. A dense teacher's
     ``valid_vocab`` cuts the student's columns too. KD is computed for the record even at weight 0.
@@ -160,33 +175,35 @@ def distill_loss(
     (tensor(1.0397), tensor(2.0794), tensor(0.), tensor(1.))
     """
     _check.require_rows("student_logits", student_logits)
-    _check.require_labels(labels, student_logits, "student_logits")
     _check.require_teacher(teacher, student_logits, "student_logits")
-    _check.require_objective(objective, teacher)
-    _check.require_num_items(num_items, student_logits, "student_logits")
+    _check.require_objective(objective, teacher, has_labels=labels is not None)
     _check.require_int("ignore_index", ignore_index)
+    require_transform(logit_scale, softcap)
+    _check.require_reduction(reduction)
+    _check.require_divisor(num_items, reduction, student_logits, "student_logits")
     vocab = _check.common_vocab(student_logits.shape[-1], None, teacher)
     spec = LossSpec(objective, vocab, ignore_index, compute_ce=True, compute_metrics=True)
     layout = RowLayout(student_logits)
-    y = layout.flat(labels)
-    if resolve_impl(impl, student_logits, labels, *dense_tensors(teacher)) == "triton":
-        x, items = layout.rows(student_logits), num_items
-        if isinstance(items, int):
-            items = torch.full((), items, dtype=torch.float32, device=x.device)
-        return mean_loss_from_logits(spec, x, None, y, teacher, layout, items)
-    rows = _torch_rows(spec, student_logits, y, teacher, layout)
-    num_tokens = count_valid(y, ignore_index, student_logits)
-    loss = rows.loss.sum() / divisor(num_tokens, num_items)
-    return distill_output(loss, rows, num_tokens)
-
-
-def _torch_rows(
-    spec: LossSpec,
-    logits: Tensor,
-    labels: Tensor | None,
-    teacher: Teacher | None,
-    layout: RowLayout,
-) -> RowResults:
-    """The row losses by the torch path."""
-    student, other = ModelInput(layout.rows(logits)), teacher_input(teacher, layout)
-    return row_losses(spec, student, labels, other, shape=logit_tiles(spec.vocab))
+    targets = _check.row_targets(
+        student_logits,
+        "student_logits",
+        layout,
+        objective,
+        labels=labels,
+        token_weights=token_weights,
+        kd_token_weights=kd_token_weights,
+        other_rows=other_rows,
+    )
+    transform = LogitTransform(logit_scale, softcap)
+    rows_of = spec, layout.rows(student_logits), transform, targets, teacher, layout
+    given = [x for x in (student_logits, labels) if x is not None]
+    if resolve_impl(impl, *given, *dense_tensors(teacher)) == "triton":
+        from sad_kernels._triton.logits import mean_loss_from_logits, row_losses_from_logits
+    else:
+        from sad_kernels._torch.logits import mean_loss_from_logits, row_losses_from_logits
+    if reduction == "mean":
+        return mean_loss_from_logits(*rows_of, num_items)
+    rows = row_losses_from_logits(*rows_of)
+    loss = reduce_rows(rows.loss, None, reduction, layout)
+    num_tokens = count_valid(targets.labels, ignore_index, student_logits)
+    return distill_output(loss, rows, num_tokens, layout)

@@ -44,18 +44,22 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sad_kernels import _check
-from sad_kernels._dispatch import HAS_TRITON, resolve_impl
-from sad_kernels._rows import LossSpec, RowLayout, RowResults, count_valid, distill_output, divisor
-from sad_kernels._tiles import DEFAULT_CHUNK_BYTES, TileShape, head_tiles, term_tiles
-from sad_kernels._torch.autograd import ModelInput, TopKInput, head_input, row_losses, teacher_input
+from sad_kernels._dispatch import resolve_impl
+from sad_kernels._rows import (
+    LossSpec,
+    RowLayout,
+    RowResults,
+    RowTargets,
+    count_valid,
+    distill_output,
+    divisor_of,
+    mean_divisor,
+    reduce_rows,
+)
 from sad_kernels.objective import DistillOutput, Head, Objective, Teacher, dense_tensors
-
-if HAS_TRITON:
-    from sad_kernels._triton.linear import mean_loss, row_losses_from_hidden
 
 
 def linear_cross_entropy(
@@ -64,6 +68,7 @@ def linear_cross_entropy(
     labels: Tensor,  # [...]
     *,
     bias: Tensor | None = None,  # [>= V]
+    class_weight: Tensor | None = None,  # [V]
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
@@ -71,15 +76,17 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     reduction: str = "mean",
+    num_items: int | Tensor | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``cross_entropy`` of the logits ``softcap(logit_scale * (hidden @ weight.T + bias))``.
 
-    The logits are computed in chunks and never held whole. Mathematics, masking, labels, reductions
-    and result as for ``cross_entropy``; gradients for ``hidden``, ``weight`` and ``bias``, each in
-    its own dtype. ``chunk_bytes`` bounds the memory (see the module's docstring; by default 32 MiB
-    with ``impl="torch"`` and 1 GiB with ``impl="triton"``) and moves results by rounding only.
+    The logits are computed in chunks and never held whole. Mathematics, masking, labels (classes
+    only), reductions and result as for ``cross_entropy``, whose ``weight`` is ``class_weight``
+    here; gradients for ``hidden``, ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes``
+    bounds the memory (see the module's docstring; by default 128 MiB with ``impl="torch"`` and
+    1 GiB with ``impl="triton"``) and moves results by rounding only.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.
@@ -93,7 +100,8 @@ def linear_cross_entropy(
     objective = Objective(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
-    _check.require_reduction(reduction)
+    _check.require_rows("hidden", hidden)
+    labels = _check.require_labels(labels, hidden, "hidden")
     call = _checked_call(
         hidden,
         head,
@@ -102,33 +110,46 @@ def linear_cross_entropy(
         objective,
         compute_metrics=False,
         ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
         chunk_bytes=chunk_bytes,
         impl=impl,
     )
+    by_class = _check.class_weight(
+        class_weight, hidden, "hidden", call.spec.vocab, what="class_weight", width=len(weight)
+    )
+    call = call._replace(targets=call.targets._replace(class_weight=by_class))
     if reduction == "none":
         return call.layout.restore(_rows(call).loss)
-    num_tokens = count_valid(call.labels, ignore_index, hidden)
-    loss, _ = _total(call, divisor(num_tokens, None if reduction == "mean" else 1))
+    if reduction == "sum":
+        divisor = divisor_of(count_valid(None, ignore_index, hidden), 1)
+    else:
+        divisor = mean_divisor(call.spec, call.targets, hidden, num_items)
+    loss, _ = _total(call, divisor)
     return loss
 
 
 def linear_distill_loss(
     hidden: Tensor,  # [..., D_s]
     head: Head,
-    labels: Tensor,  # [...]
+    labels: Tensor | None,  # [...]
     teacher: Teacher | None,
     objective: Objective,
     *,
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...] or [N]
+    kd_token_weights: Tensor | None = None,  # [...] or [N]
+    other_rows: Tensor | None = None,  # [...] or [N], bool
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> DistillOutput:
     """``distill_loss`` of the logits ``head(hidden)``, computed in chunks and never held whole.
 
-    Mathematics, masking, labels and result as for ``distill_loss``; any kind of teacher, and with
-    ``TeacherHidden`` its logits are never held whole either. Gradients for ``hidden`` and for the
-    head's ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` as for
+    Mathematics, masking, labels, weights and result as for ``distill_loss``; any kind of teacher,
+    and with ``TeacherHidden`` its logits are never held whole either. Gradients for ``hidden`` and
+    for the head's ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` as for
     ``linear_cross_entropy``. ``hidden`` in 16 bits may meet a weight in fp32, as under autocast.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
@@ -143,8 +164,6 @@ def linear_distill_loss(
     >>> out.loss, out.kd, out.num_tokens  # 0.3 log 16
     (tensor(0.8318), tensor(0.), tensor(2.))
     """
-    _check.require_rows("hidden", hidden)
-    _check.require_num_items(num_items, hidden, "hidden")
     call = _checked_call(
         hidden,
         head,
@@ -153,12 +172,22 @@ def linear_distill_loss(
         objective,
         compute_metrics=True,
         ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
         chunk_bytes=chunk_bytes,
         impl=impl,
+        token_weights=token_weights,
+        kd_token_weights=kd_token_weights,
+        other_rows=other_rows,
     )
-    num_tokens = count_valid(call.labels, ignore_index, hidden)
-    loss, rows = _total(call, divisor(num_tokens, num_items))
-    return distill_output(loss, rows, num_tokens)
+    num_tokens = count_valid(call.targets.labels, ignore_index, hidden)
+    if reduction == "none":
+        rows = _rows(call)
+        loss = reduce_rows(rows.loss, None, reduction, call.layout)
+    else:
+        divisor = divisor_of(num_tokens, num_items if reduction == "mean" else 1)
+        loss, rows = _total(call, divisor)
+    return distill_output(loss, rows, num_tokens, call.layout)
 
 
 class _Call(NamedTuple):
@@ -167,7 +196,7 @@ class _Call(NamedTuple):
     spec: LossSpec
     hidden: Tensor  # [..., D_s]
     head: Head
-    labels: Tensor  # [N]
+    targets: RowTargets
     teacher: Teacher | None
     layout: RowLayout
     chunk_bytes: int | None
@@ -177,93 +206,70 @@ class _Call(NamedTuple):
 def _checked_call(
     hidden: Tensor,
     head: Head,
-    labels: Tensor,
+    labels: Tensor | None,
     teacher: Teacher | None,
     objective: Objective,
     *,
     compute_metrics: bool,
     ignore_index: int,
+    reduction: str,
+    num_items: int | Tensor | None,
     chunk_bytes: int | None,
     impl: str,
+    token_weights: Tensor | None = None,
+    kd_token_weights: Tensor | None = None,
+    other_rows: Tensor | None = None,
 ) -> _Call:
     """Check the arguments, flatten the labels, and choose the implementation."""
     _check.require_rows("hidden", hidden)
     _check.require_head(head, hidden)
-    _check.require_labels(labels, hidden, "hidden")
     _check.require_teacher(teacher, hidden, "hidden")
-    _check.require_objective(objective, teacher)
+    _check.require_objective(objective, teacher, has_labels=labels is not None)
     _check.require_int("ignore_index", ignore_index)
     _check.require_chunk_bytes(chunk_bytes)
+    _check.require_reduction(reduction)
+    _check.require_divisor(num_items, reduction, hidden, "hidden")
     vocab = _check.common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
-    resolved = resolve_impl(impl, hidden, head.weight, labels, *dense_tensors(teacher))
     layout = RowLayout(hidden)
-    y = layout.flat(labels)
-    assert y is not None
+    targets = _check.row_targets(
+        hidden,
+        "hidden",
+        layout,
+        objective,
+        labels=labels,
+        token_weights=token_weights,
+        kd_token_weights=kd_token_weights,
+        other_rows=other_rows,
+    )
+    given = [x for x in (hidden, head.weight, labels) if x is not None]
+    resolved = resolve_impl(impl, *given, *dense_tensors(teacher))
     spec = LossSpec(
         objective, vocab, ignore_index, compute_ce=True, compute_metrics=compute_metrics
     )
-    return _Call(spec, hidden, head, y, teacher, layout, chunk_bytes, resolved)
+    return _Call(spec, hidden, head, targets, teacher, layout, chunk_bytes, resolved)
 
 
 def _total(call: _Call, items: Tensor) -> tuple[Tensor, RowResults]:
     """The sum of all row losses over ``items``, differentiable, and the rows."""
-    if call.impl == "torch":
-        rows = _rows(call)
-        return rows.loss.sum() / items, rows
-    return mean_loss(
-        call.spec,
-        call.layout.rows(call.hidden),
-        call.head,
-        call.labels,
-        call.teacher,
-        call.layout,
-        items,
-        call.chunk_bytes,
-    )
+    if call.impl == "triton":
+        from sad_kernels._triton.linear import mean_loss
+    else:
+        from sad_kernels._torch.linear import mean_loss
+    return mean_loss(*_rows_of(call), items, call.chunk_bytes)
 
 
 def _rows(call: _Call) -> RowResults:
     """The losses of all rows, each differentiable on its own."""
     if call.impl == "triton":
-        return row_losses_from_hidden(
-            call.spec,
-            call.layout.rows(call.hidden),
-            call.head,
-            call.labels,
-            call.teacher,
-            call.layout,
-            call.chunk_bytes,
-        )
-    student = head_input(call.hidden, call.head, call.layout)
-    teacher = teacher_input(call.teacher, call.layout)
-    spec = call.spec
-    shape = _tile_shape(student, teacher, spec.objective, spec.vocab, call.chunk_bytes)
-    return row_losses(spec, student, call.labels, teacher, shape=shape)
+        from sad_kernels._triton.linear import row_losses_from_hidden
+    else:
+        from sad_kernels._torch.linear import row_losses_from_hidden
+    return row_losses_from_hidden(*_rows_of(call), call.chunk_bytes)
 
 
-def _tile_shape(
-    student: ModelInput,
-    teacher: ModelInput | TopKInput | None,
-    objective: Objective,
-    vocab: int,
-    chunk_bytes: int | None,
-) -> TileShape:
-    """The tiles of the torch path for which everything alive at a time fits ``chunk_bytes``."""
-    N, D = student.x.shape
-    slabs = 3  # the student's logits, scratch, and a product's previous partial sum
-    per_column = 4 * D  # the weight's slice, oneDNN's copy, its gradient with a partial sum
-    per_row = D  # a piece of the hidden states
-    caps = [student.transform.softcap]
-    if isinstance(teacher, ModelInput):
-        slabs += 1
-        if teacher.weight is not None:
-            per_column += 2 * teacher.x.shape[1]
-            caps.append(teacher.transform.softcap)
-        slabs += term_tiles(objective.divergence)
-    if any(cap is not None for cap in caps):
-        slabs += 1  # the derivative
-    itemsize = torch.promote_types(student.x.dtype, torch.float32).itemsize
-    numbers = (DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // itemsize
-    return head_tiles(
-        N, vocab, slabs=slabs, per_column=per_column, per_row=per_row, numbers=numbers
-    )
+def _rows_of(
+    call: _Call,
+) -> tuple[LossSpec, Tensor, Head, RowTargets, Teacher | None, RowLayout]:
+    """The arguments that say whose rows are compared with what."""
+    x = call.layout.rows(call.hidden)
+    return call.spec, x, call.head, call.targets, call.teacher, call.layout

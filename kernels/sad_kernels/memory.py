@@ -14,12 +14,14 @@ from sad_kernels import _check
 from sad_kernels._dispatch import choose_impl
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._tiles import (
+    BLOCK,
     DEFAULT_CHUNK_BYTES,
     HEAD_ROWS,
     TRITON_CHUNK_BYTES,
     chunk_rows,
+    head_budget,
     pitch,
-    term_tiles,
+    whole_rows,
 )
 from sad_kernels.objective import Divergence
 
@@ -34,8 +36,8 @@ ID_BYTES = 64  # more of them per id of a top-k teacher
 class LinearMemory(NamedTuple):
     """Bytes beyond the inputs of a ``linear_*`` loss and its backward, by what they hold.
 
-    With ``impl="torch"`` the ``logits`` are made in forward and again in backward. With
-    ``impl="triton"`` forward computes the gradients as well, and backward needs no logits.
+    Forward computes the gradients as well, and backward needs no logits; with ``impl="torch"`` only
+    where some whole rows of logits fit ``chunk_bytes``, else they are made again in backward.
     """
 
     logits: int
@@ -46,7 +48,8 @@ class LinearMemory(NamedTuple):
     weight_copy: int
     """The weight rounded to the dtype of the hidden states. 0 with ``impl="torch"``."""
     weight_sum: int
-    """The fp32 sums of the gradients of weight and bias. 0 with ``impl="torch"``."""
+    """The fp32 sums of the gradients of weight and bias. With ``impl="torch"`` that of a weight in
+    16 bits whose rows do not fit ``chunk_bytes`` at once."""
     rows: int
     """A few numbers per row: maxima, normalisers, losses."""
     gradients: int
@@ -119,16 +122,28 @@ def linear_memory_bytes(
     rows = N * (ROW_BYTES + (ID_BYTES * teacher_width if teacher == "top_k" else 0))
 
     if impl == "torch":
-        dense = teacher in ("hidden", "logits")
-        tiles = 2 + dense + (term_tiles(divergence) if dense else 0)  # student, scratch, teacher
-        slices = D_s + D_t + D_s * wrt_weight  # of the heads, and of the weight's gradient
         number = max(itemsize, FP32)
+        narrow = {dtype, weight_dtype or dtype} != {dtype} or itemsize < FP32
+        parts = head_budget(
+            student_width=D_s,
+            teacher_width=D_t,
+            converts=narrow,
+            dense=teacher in ("hidden", "logits"),
+            divergences=(divergence,),
+        )
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        at_a_time = whole_rows(N, V, budget // number, parts)
+        if not gradients or dtype == torch.float16:
+            at_a_time = 0
+        slabs = parts.slabs * V * min(N, at_a_time or HEAD_ROWS)
+        factors = parts.converted if at_a_time else parts.per_column * V
+        alive = slabs + factors + parts.blocks * min(BLOCK, N * V)
+        several = 0 < at_a_time < N
         return LinearMemory(
-            logits=min(budget, number * V * (tiles * min(N, HEAD_ROWS) + slices)),
+            logits=min(budget, number * alive),
             hidden=number * N * (D_s + D_t + D_s * wrt_hidden),
             weight_copy=0,
-            weight_sum=0,
+            weight_sum=number * V * D_s if several and narrow and wrt_weight else 0,
             rows=rows,
             gradients=returned,
         )

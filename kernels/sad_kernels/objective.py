@@ -39,11 +39,18 @@ class Objective:
     jsd                 beta KL(p || m) + (1 - beta) KL(q || m)     m = beta p + (1 - beta) q
     skew_forward_kl     KL(p || m)                                 m = beta p + (1 - beta) q
     skew_reverse_kl     KL(q || m)                                 m = beta q + (1 - beta) p
+    jeffreys            beta KL(p || q) + (1 - beta) KL(q || p)
+    tvd                 0.5 sum_v |p_v - q_v|
     ==================  =========================================  ==========================
 
-    ``beta`` is read by the last three only and must lie strictly between 0 and 1 there: the two KLs
-    are chosen by name, not as limits. For JSD it is the teacher's share of the mixture (GKD, arXiv
-    2306.13649), for the skews DistiLLM's alpha (arXiv 2402.03898).
+    ``beta`` is read by jsd, the skews and jeffreys only and must lie strictly between 0 and 1
+    there: the two KLs are chosen by name, not as limits. For JSD it is the teacher's share of the
+    mixture (GKD, arXiv 2306.13649), for the skews DistiLLM's alpha (arXiv 2402.03898), for Jeffreys
+    the weight of the forward KL. The total variation (tvd) has subgradient 0 where p_v = q_v.
+
+    With ``other_divergence`` the losses take ``other_rows``, a mask of rows for which it, with its
+    own ``other_beta``, takes the place of ``divergence``: DistiLLM-2 (arXiv 2503.07067) takes the
+    skew forward KL on the teacher's text and the skew reverse KL on the student's.
 
     With ``teacher_share = u`` below 1 the teacher's logits are replaced by ``(1 - u) sg(s) + u t``,
     ``sg`` the stop-gradient: a target between student and teacher (TAID, arXiv 2501.16937). It must
@@ -64,33 +71,23 @@ class Objective:
     divergence: Divergence = "forward_kl"
     beta: float = 0.5
     teacher_share: float = 1.0
+    other_divergence: Divergence | None = None
+    other_beta: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("ce_weight", "kd_weight", "z_loss"):
             _require_number(name, getattr(self, name), "be a finite number >= 0", low=0.0)
-        _require_number(
-            "label_smoothing", self.label_smoothing, "lie in [0, 1)", low=0.0, below=1.0
-        )
+        _require_number("label_smoothing", self.label_smoothing, "lie in [0, 1]", low=0.0, high=1.0)
         _require_number("temperature", self.temperature, "be a finite number > 0", above=0.0)
         if not isinstance(self.scale_t2, bool):
             raise TypeError(f"scale_t2 must be True or False, got {self.scale_t2!r}; pass a bool")
-        if not isinstance(self.divergence, str) or self.divergence not in DIVERGENCES:
-            raise ValueError(
-                f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}; "
-                "choose one of these"
-            )
-        if DIVERGENCES[self.divergence].reads_beta:
-            remedy = "beta=0 and beta=1 are no mixtures: ask for forward_kl or reverse_kl by name"
-            _require_number(
-                "beta",
-                self.beta,
-                "lie strictly between 0 and 1",
-                above=0.0,
-                below=1.0,
-                remedy=remedy,
+        _require_divergence("divergence", self.divergence, "beta", self.beta)
+        if self.other_divergence is not None:
+            _require_divergence(
+                "other_divergence", self.other_divergence, "other_beta", self.other_beta
             )
         else:
-            _require_number("beta", self.beta, "be a finite number")
+            _require_number("other_beta", self.other_beta, "be a finite number")
 
         _require_number(
             "teacher_share",
@@ -100,6 +97,12 @@ class Objective:
             high=1.0,
             remedy="1 is the teacher itself; for no divergence set kd_weight=0",
         )
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """The names of the divergences that some row may be compared with."""
+        other = self.other_divergence
+        return (self.divergence,) if other is None else (self.divergence, other)
 
     @property
     def kd_scale(self) -> float:
@@ -136,13 +139,7 @@ class Head:
                     f"head bias must have one entry per row of the weight ({V}), got "
                     f"{self.bias.shape[0]}; pass the bias that belongs to this weight"
                 )
-        _require_number("logit_scale", self.logit_scale, "be a finite number other than 0")
-        if self.logit_scale == 0:
-            raise ValueError(
-                "logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for none"
-            )
-        if self.softcap is not None:
-            _require_number("softcap", self.softcap, "be a finite number > 0, or None", above=0.0)
+        require_transform(self.logit_scale, self.softcap)
         require_valid_vocab(self.valid_vocab, V)
 
     @property
@@ -163,8 +160,10 @@ class Head:
 class TeacherHidden:
     """A teacher given by its last hidden states [..., D_t] and its head.
 
-    In the ``linear_*`` losses its logits are computed in pieces and never held whole. Raises
-    ``ValueError`` for tensors that require a gradient: a teacher never gets one.
+    In the ``linear_*`` losses its logits are computed in pieces and never held whole. A teacher
+    never gets a gradient. Weight and bias may be leaves that require one, such as the parameters of
+    a model that is not frozen, and are left alone; raises ``ValueError`` for hidden states, or a
+    weight or bias computed from something, that do.
     """
 
     hidden: Tensor  # [..., D_t]
@@ -173,25 +172,29 @@ class TeacherHidden:
     def __post_init__(self) -> None:
         _require_tensor("teacher hidden", self.hidden)
         require_no_grad("teacher hidden states", self.hidden)
-        require_no_grad("teacher head weight", self.head.weight)
+        require_leaf("teacher head weight", self.head.weight)
         if self.head.bias is not None:
-            require_no_grad("teacher head bias", self.head.bias)
+            require_leaf("teacher head bias", self.head.bias)
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
     """A teacher given by its logits [..., V_t], of which the first ``valid_vocab`` columns count.
 
-    Raises ``ValueError`` for logits that require a gradient: a teacher never gets one.
+    What counts is ``softcap(logit_scale * logits)``, as for a ``Head``. Raises ``ValueError`` for
+    logits that require a gradient: a teacher never gets one.
     """
 
     logits: Tensor  # [..., V_t]
     valid_vocab: int | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         _require_tensor("teacher logits", self.logits)
         require_no_grad("teacher logits", self.logits)
         require_valid_vocab(self.valid_vocab, self.logits.shape[-1])
+        require_transform(self.logit_scale, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -245,11 +248,12 @@ def dense_tensors(teacher: Teacher | None) -> tuple[Tensor, ...]:
 class DistillOutput(NamedTuple):
     """The loss and its metrics, from the same pass over the data.
 
-    Only ``loss`` carries a gradient. The others are detached fp32 sums over the valid rows *before*
-    their weights, so ``loss * num_items = ce_weight * ce + kd_weight * kd + z_loss * z``.
+    Only ``loss`` carries a gradient. The others are detached, fp32, and but for ``lse`` sums over
+    the valid rows, *before* the objective's weights but with those of tokens: so ``loss *
+    num_items = ce_weight * ce + kd_weight * kd + z_loss * z``.
     """
 
-    loss: Tensor  # [] weighted sum over valid rows / num_items
+    loss: Tensor  # [] weighted sum over valid rows / num_items; [...] with reduction="none"
     ce: Tensor  # [] nats, label smoothing included
     kd: Tensor  # [] nats, after T^2
     z: Tensor  # [] sum of lse^2
@@ -257,6 +261,7 @@ class DistillOutput(NamedTuple):
     correct: Tensor  # [] rows whose student argmax is the label
     agree: Tensor  # [] rows whose student argmax is the teacher's, or that of their mixture
     entropy: Tensor  # [] nats, of the student at temperature 1
+    lse: Tensor  # [N] logsumexp of each row's logits at temperature 1; 0 where ignored
 
 
 def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
@@ -274,6 +279,23 @@ def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
         )
 
 
+def require_transform(logit_scale: object, softcap: object) -> None:
+    """Raise unless these are a scale other than 0, and a softcap above 0 or None."""
+    _require_number("logit_scale", logit_scale, "be a finite number other than 0")
+    if logit_scale == 0:
+        raise ValueError(
+            "logit_scale must be a finite number other than 0, got 0; leave it at 1.0 for none"
+        )
+    if softcap is not None:
+        _require_number("softcap", softcap, "be a finite number > 0, or None", above=0.0)
+
+
+def require_leaf(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor that was computed from others which want a gradient."""
+    if not tensor.is_leaf:
+        require_no_grad(name, tensor)
+
+
 def require_no_grad(name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` for a tensor that requires a gradient which it would never get."""
     if tensor.requires_grad:
@@ -281,6 +303,21 @@ def require_no_grad(name: str, tensor: Tensor) -> None:
             f"{name} must not require a gradient, got requires_grad=True; compute them under "
             "torch.no_grad() or detach them"
         )
+
+
+def _require_divergence(name: str, divergence: object, beta_name: str, beta: float) -> None:
+    if not isinstance(divergence, str) or divergence not in DIVERGENCES:
+        raise ValueError(
+            f"{name} must be one of {', '.join(DIVERGENCES)}, got {divergence!r}; choose one of "
+            "these"
+        )
+    if DIVERGENCES[divergence].reads_beta:
+        remedy = f"{beta_name}=0 and 1 are no mixtures: ask for forward_kl or reverse_kl by name"
+        _require_number(
+            beta_name, beta, "lie strictly between 0 and 1", above=0.0, below=1.0, remedy=remedy
+        )
+    else:
+        _require_number(beta_name, beta, "be a finite number")
 
 
 def _require_tensor(

@@ -25,10 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels.objective import (
@@ -51,21 +52,27 @@ Reduction = Literal["mean", "sum", "none"]
 
 def cross_entropy(
     logits: Tensor,  # [..., V]
-    labels: Tensor,  # [...]
+    labels: Tensor,  # [...] classes, or [..., V] their probabilities
     *,
+    weight: Tensor | None = None,  # [V]
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """``CE + z_loss * lse^2`` per row, with ``s = softcap * tanh(logits / softcap)`` if capped."""
+    """``CE + z_loss * lse^2`` per row of ``s = softcap(logit_scale * logits)``."""
     require_valid_vocab(valid_vocab, logits.shape[-1])
-    keep = _kept(labels, ignore_index)
-    s = _capped(_rows(logits, keep)[:, :valid_vocab].to(_math_dtype(logits)), softcap)
-    loss = _ce_loss(s, labels.flatten()[keep], label_smoothing, z_loss)
-    return _reduced(loss, keep, labels.shape, reduction)
+    shape, V = logits.shape[:-1], valid_vocab or logits.shape[-1]
+    soft = labels.dtype.is_floating_point
+    keep = _kept(None if soft else labels, ignore_index, logits)
+    s = _transformed(_rows(logits, keep)[:, :V].to(_math_dtype(logits)), logit_scale, softcap)
+    y = _rows(labels, keep)[:, :V].detach().to(s.dtype) if soft else labels.flatten()[keep]
+    loss, mass = _ce_loss(s, y, weight, label_smoothing, z_loss)
+    return _reduced(loss, keep, shape, reduction, num_items, mass)
 
 
 def linear_cross_entropy(
@@ -74,6 +81,7 @@ def linear_cross_entropy(
     labels: Tensor,  # [...]
     *,
     bias: Tensor | None = None,  # [V]
+    class_weight: Tensor | None = None,  # [V]
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     z_loss: float = 0.0,
@@ -81,13 +89,15 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     valid_vocab: int | None = None,
     reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """``cross_entropy`` of ``softcap(logit_scale * (hidden @ weight.T + bias))``."""
+    """``cross_entropy`` of ``softcap(logit_scale * (hidden @ weight.T + bias))``, classes only."""
     head = Head(weight, bias, logit_scale, softcap, valid_vocab)
-    keep = _kept(labels, ignore_index)
+    keep = _kept(labels, ignore_index, hidden)
     s = _logits(_rows(hidden, keep), head, head.vocab_size, _math_dtype(hidden, weight))
-    loss = _ce_loss(s, labels.flatten()[keep], label_smoothing, z_loss)
-    return _reduced(loss, keep, labels.shape, reduction)
+    y = labels.flatten()[keep]
+    loss, mass = _ce_loss(s, y, class_weight, label_smoothing, z_loss)
+    return _reduced(loss, keep, labels.shape, reduction, num_items, mass)
 
 
 def kl_div(
@@ -101,85 +111,134 @@ def kl_div(
     labels: Tensor | None = None,  # [...], only says which rows count
     ignore_index: int = -100,
     valid_vocab: int | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
     reduction: Reduction = "mean",
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """The divergence between ``p`` and ``q`` per row, times ``T^2`` unless ``scale_t2=False``."""
     objective = Objective(
         temperature=temperature, scale_t2=scale_t2, divergence=divergence, beta=beta
     )
-    teacher = TeacherLogits(teacher_logits, valid_vocab)
+    teacher = TeacherLogits(teacher_logits, valid_vocab, teacher_logit_scale, teacher_softcap)
     V = _common_vocab(student_logits.shape[-1], valid_vocab, teacher)
-    shape = student_logits.shape[:-1]
-    if labels is None:
-        keep = torch.ones(shape.numel(), dtype=torch.bool, device=student_logits.device)
-    else:
-        keep = _kept(labels, ignore_index)
+    keep = _kept(labels, ignore_index, student_logits)
     s = _rows(student_logits, keep)[:, :V].to(_math_dtype(student_logits))
-    kd, _ = _kd(s, teacher, keep, objective)
+    kd, _ = _kd(_transformed(s, logit_scale, softcap), teacher, keep, objective)
     if labels is not None:
         kd = kd * _one_or_nan(labels.flatten()[keep], V)
-    return _reduced(kd, keep, shape, reduction)
+    return _reduced(kd, keep, student_logits.shape[:-1], reduction, num_items)
 
 
 def distill_loss(
     student_logits: Tensor,  # [..., V]
-    labels: Tensor,  # [...]
+    labels: Tensor | None,  # [...]; None: every row counts, without a CE
     teacher: Teacher | None,
     objective: Objective,
     *,
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    token_weights: Tensor | None = None,  # [...] or [N], on CE and z-loss
+    kd_token_weights: Tensor | None = None,  # [...] or [N], on KD; None: the weights above
+    other_rows: Tensor | None = None,  # [...] or [N] bool: compared by the other divergence
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
 ) -> DistillOutput:
     """The sum of ``ce_weight * CE + kd_weight * KD + z_loss * lse^2`` over ``num_items``.
 
-    Without a teacher, which takes ``kd_weight=0``, ``kd`` and ``agree`` are 0.
+    Without a teacher, which takes ``kd_weight=0``, ``kd`` and ``agree`` are 0; without labels,
+    which takes ``ce_weight=0``, ``ce`` and ``correct`` are.
     """
-    keep = _kept(labels, ignore_index)
+    keep = _kept(labels, ignore_index, student_logits)
     V = _common_vocab(student_logits.shape[-1], None, teacher)
     s = _rows(student_logits, keep)[:, :V].to(_math_dtype(student_logits))
-    return _distilled(s, labels.flatten()[keep], teacher, keep, objective, num_items)
+    s = _transformed(s, logit_scale, softcap)
+    on_ce, on_kd = _token_weights(token_weights, kd_token_weights, keep, s)
+    rows = _distilled(s, labels, teacher, keep, objective, on_ce, on_kd, other_rows)
+    return _output(rows, keep, student_logits.shape[:-1], reduction, num_items)
 
 
 def linear_distill_loss(
     hidden: Tensor,  # [..., D_s]
     head: Head,
-    labels: Tensor,  # [...]
+    labels: Tensor | None,  # [...]
     teacher: Teacher | None,
     objective: Objective,
     *,
     num_items: int | Tensor | None = None,
     ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    token_weights: Tensor | None = None,  # [...] or [N]
+    kd_token_weights: Tensor | None = None,  # [...] or [N]
+    other_rows: Tensor | None = None,  # [...] or [N] bool
 ) -> DistillOutput:
     """``distill_loss`` of ``head(hidden)``."""
-    keep = _kept(labels, ignore_index)
+    keep = _kept(labels, ignore_index, hidden)
     V = _common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
     s = _logits(_rows(hidden, keep), head, V, _math_dtype(hidden, head.weight))
-    return _distilled(s, labels.flatten()[keep], teacher, keep, objective, num_items)
+    on_ce, on_kd = _token_weights(token_weights, kd_token_weights, keep, s)
+    rows = _distilled(s, labels, teacher, keep, objective, on_ce, on_kd, other_rows)
+    return _output(rows, keep, hidden.shape[:-1], reduction, num_items)
 
 
 # --- One row -------------------------------------------------------------------------------------
 
 
+class _Rows(NamedTuple):
+    """The loss and the metrics of every kept row, [n] each, token weights included."""
+
+    loss: Tensor  # the only one with a gradient
+    ce: Tensor
+    kd: Tensor
+    z: Tensor
+    correct: Tensor
+    agree: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
 def _distilled(
     s: Tensor,  # [n, V]
-    y: Tensor,  # [n]
+    labels: Tensor | None,  # of all N rows, as what follows but for the weights
     teacher: Teacher | None,
     keep: Tensor,  # [N] bool, True n times
     objective: Objective,
-    num_items: int | Tensor | None,
-) -> DistillOutput:
-    ce = _ce(s, y, objective.label_smoothing)
-    z = s.logsumexp(-1).square()
+    on_ce: Tensor,  # [n]
+    on_kd: Tensor,  # [n]
+    other_rows: Tensor | None,
+) -> _Rows:
+    lse = s.logsumexp(-1)
+    student_choice = s.argmax(-1)  # the first of equal logits
+    poison, ce, correct = torch.ones_like(lse), torch.zeros_like(lse), torch.zeros_like(lse)
+    if labels is not None:
+        y = labels.flatten()[keep]
+        poison = _one_or_nan(y, s.shape[-1])
+        ce, correct = _ce(s, y, objective.label_smoothing), (student_choice == y).to(s.dtype)
+    elif objective.ce_weight != 0:
+        raise ValueError(
+            f"ce_weight must be 0 without labels, got {objective.ce_weight}; "
+            "pass labels or set ce_weight=0"
+        )
+
+    # Rows without a weight are removed before their teacher's row is read, which may hold anything.
+    kd, agree = torch.zeros_like(lse), torch.zeros_like(lse)
     if teacher is not None:
-        kd, teacher_choice = _kd(s, teacher, keep, objective)
-    elif objective.kd_weight == 0:
-        kd, teacher_choice = torch.zeros_like(ce), -torch.ones_like(y)  # -1 agrees with no id
-    else:
+        compared = on_kd != 0
+        other = None if other_rows is None else other_rows.reshape(-1)[keep][compared]
+        some = keep.masked_scatter(keep, compared)
+        value, teacher_choice = _kd(s[compared], teacher, some, objective, other)
+        same = (student_choice[compared] == teacher_choice).to(s.dtype)
+        kd, agree = kd.masked_scatter(compared, value), agree.masked_scatter(compared, same)
+    elif objective.kd_weight != 0:
         raise ValueError(
             f"kd_weight must be 0 without a teacher, got {objective.kd_weight}; "
             "pass a teacher or set kd_weight=0"
         )
 
+    ce, kd, z = _times(on_ce, ce), _times(on_kd, kd), _times(on_ce, lse.square())
     # An empty sum is a zero that hangs on the graph: weights of 0 then still give a gradient of 0.
     loss = s[:, :0].sum(-1)
     for weight, term in (
@@ -189,38 +248,55 @@ def _distilled(
     ):
         if weight != 0:  # a weight of 0 switches even an infinite term off
             loss = loss + weight * term
-    loss = loss * _one_or_nan(y, s.shape[-1])
-
     log_q1 = s.log_softmax(-1)
-    student_choice = s.argmax(-1)  # the first of equal logits
-    num_tokens = keep.sum()
-    return DistillOutput(
-        loss=loss.sum() / _nonzero(num_tokens if num_items is None else num_items),
-        ce=ce.sum().detach(),
-        kd=kd.sum().detach(),
-        z=z.sum().detach(),
-        num_tokens=num_tokens.to(s.dtype),
-        correct=(student_choice == y).sum().to(s.dtype),
-        agree=(student_choice == teacher_choice).sum().to(s.dtype),
-        entropy=-_expectation(log_q1, log_q1).sum().detach(),
-    )
+    entropy = -_expectation(log_q1, log_q1)
+    return _Rows(loss * poison, ce, kd, z, correct, agree, entropy, lse)
 
 
-def _ce_loss(s: Tensor, y: Tensor, label_smoothing: float, z_loss: float) -> Tensor:  # [n]
-    """Cross-entropy as an objective of its own, which also validates the two options."""
+def _times(weight: Tensor, term: Tensor) -> Tensor:  # [n]
+    """``weight * term``, 0 for a weight of 0 whatever the term."""
+    return weight * term.where(weight != 0, 0)
+
+
+def _ce_loss(
+    s: Tensor,  # [n, V]
+    y: Tensor,  # [n] classes, or [n, V] their probabilities
+    class_weight: Tensor | None,  # [>= V]
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor | None]:  # [n], []
+    """Cross-entropy as an objective of its own, which also validates the two options.
+
+    Returns the row losses, and what their mean divides by if that is not the number of rows: the
+    sum of the classes' weights at the labels, as in torch.
+    """
     Objective(ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss)
-    ce = _ce(s, y, label_smoothing)
-    return ce + z_loss * s.logsumexp(-1).square() if z_loss else ce
+    mass = None
+    if class_weight is not None:
+        class_weight = class_weight[: s.shape[-1]].detach().to(s.dtype)
+        if not y.dtype.is_floating_point:
+            mass = class_weight[y[(y >= 0) & (y < s.shape[-1])].long()].sum()
+    ce = _ce(s, y, label_smoothing, class_weight)
+    return ce + z_loss * s.logsumexp(-1).square() if z_loss else ce, mass
 
 
-def _ce(s: Tensor, y: Tensor, label_smoothing: float) -> Tensor:  # [n]
-    """``-(1 - eps) * log q1_y - (eps / V) * sum_v log q1_v``."""
-    V = s.shape[-1]
-    log_q1 = s.log_softmax(-1)
-    ce = -log_q1.gather(-1, y.long().clamp(0, V - 1)[:, None])[:, 0]
-    if label_smoothing:
-        ce = (1 - label_smoothing) * ce - label_smoothing * log_q1.mean(-1)
-    return ce * _one_or_nan(y, V)
+def _ce(
+    s: Tensor,  # [n, V]
+    y: Tensor,  # [n] classes, or [n, V] their probabilities
+    label_smoothing: float,
+    class_weight: Tensor | None = None,  # [V]
+) -> Tensor:  # [n]
+    """``-sum_v a_v log q1_v`` with ``a_v = w_v ((1 - eps) l_v + eps / V)``, ``0 * inf = 0``.
+
+    ``l`` are the probabilities ``y``, or ``[v = y]``, and ``w`` the weights of the classes.
+    """
+    V, soft = s.shape[-1], y.dtype.is_floating_point
+    targets = y if soft else one_hot(y.long().clamp(0, V - 1), V).to(s.dtype)
+    a = (1 - label_smoothing) * targets + label_smoothing / V
+    if class_weight is not None:
+        a = class_weight * a
+    ce = -(a * s.log_softmax(-1).where(a != 0, 0)).sum(-1)
+    return ce if soft else ce * _one_or_nan(y, V)
 
 
 def _kd(
@@ -228,6 +304,7 @@ def _kd(
     teacher: Teacher,  # of all N rows
     keep: Tensor,  # [N] bool, True n times
     objective: Objective,
+    other_rows: Tensor | None = None,  # [n] bool
 ) -> tuple[Tensor, Tensor]:
     """The divergence after T^2, [n], and the teacher's argmax, [n]."""
     T, V = objective.temperature, s.shape[-1]
@@ -238,28 +315,52 @@ def _kd(
                 f"teacher_share must be 1 for a sparse teacher, got {objective.teacher_share}; "
                 "its logits are not known"
             )
-        if teacher.tail == "zero" and DIVERGENCES[objective.divergence].needs_full_support:
-            raise ValueError(
-                f"tail must be 'bucket' for {objective.divergence}, got 'zero'; its value for a "
-                "teacher that gives the other tokens no mass is infinite"
-            )
+        for name in objective.divergences:
+            if teacher.tail == "zero" and DIVERGENCES[name].needs_full_support:
+                raise ValueError(
+                    f"tail must be 'bucket' for {name}, got 'zero'; its value for a teacher that "
+                    "gives the other tokens no mass is infinite"
+                )
         ids, log_probs = _rows(teacher.ids, keep).long(), _rows(teacher.log_probs, keep)
         log_probs = log_probs.to(_math_dtype(s, log_probs))
         log_p, log_q = _top_k_outcomes(ids, log_probs, teacher.tail, log_q)
-        best = log_probs == log_probs.amax(-1, keepdim=True)
+        best = (log_probs == log_probs.amax(-1, keepdim=True)) & ~torch.isneginf(log_probs)
         choice = ids.masked_fill(~best, V).amin(-1)
     else:
         if isinstance(teacher, TeacherHidden):
             dtype = _math_dtype(s, teacher.hidden, teacher.head.weight)
-            t = _logits(_rows(teacher.hidden, keep), teacher.head, V, dtype)
+            t = _logits(_rows(teacher.hidden, keep), teacher.head, V, dtype).detach()
         else:
             t = _rows(teacher.logits, keep)[:, :V].to(_math_dtype(s, teacher.logits))
+            t = _transformed(t, teacher.logit_scale, teacher.softcap)
         u = objective.teacher_share
         if u != 1:  # TAID: a target between student and teacher, without a gradient
             t = (1 - u) * s.detach() + u * t
         log_p, choice = (t / T).log_softmax(-1), t.argmax(-1)
-    value = _divergence(objective.divergence, log_p, log_q, objective.beta)
+    value = _either_divergence(objective, log_p, log_q, other_rows)
     return objective.kd_scale * value, choice
+
+
+def _either_divergence(
+    objective: Objective,
+    log_p: Tensor,  # [n, outcomes]
+    log_q: Tensor,
+    other_rows: Tensor | None,  # [n] bool
+) -> Tensor:  # [n]
+    """The objective's divergence, in ``other_rows`` its other one: each row sees but one."""
+    other = objective.other_divergence
+    if (other is None) != (other_rows is None):
+        raise ValueError(
+            "other_rows must be given together with the objective's other_divergence, got "
+            f"{'no rows' if other_rows is None else 'rows'} and {other!r}; pass both or neither"
+        )
+    if other is None or other_rows is None:
+        return _divergence(objective.divergence, log_p, log_q, objective.beta)
+    rest = ~other_rows
+    first = _divergence(objective.divergence, log_p[rest], log_q[rest], objective.beta)
+    second = _divergence(other, log_p[other_rows], log_q[other_rows], objective.other_beta)
+    value = first.new_zeros(other_rows.shape).masked_scatter(rest, first)
+    return value.masked_scatter(other_rows, second)
 
 
 def _divergence(name: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:  # [n]
@@ -274,6 +375,14 @@ def _forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return _kl(log_q, log_p)
+
+
+def _jeffreys(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return beta * _kl(log_p, log_q) + (1 - beta) * _kl(log_q, log_p)
+
+
+def _tvd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)  # torch's subgradient of |0| is 0
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -292,9 +401,11 @@ def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
+    "jeffreys": _jeffreys,
     "jsd": _jsd,
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,
+    "tvd": _tvd,
 }
 """Name -> the divergence of teacher ``p`` and student ``q``, [n], from their log-probabilities."""
 
@@ -335,6 +446,7 @@ def _top_k_outcomes(
 
     The bucket holds all other columns: ``p_r = 1 - sum_K p`` and ``q_r``, the sum of q outside K.
     With ``tail="zero"`` the teacher is renormalised over K and ``p_r = 0``; the student never is.
+    Where all K are padding there is nothing to compare then: both sides have no mass.
     """
     n, V = log_q.shape
     padding = torch.isneginf(log_probs)
@@ -346,7 +458,11 @@ def _top_k_outcomes(
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < V)
 
     if tail == "zero":
-        log_probs = log_probs.log_softmax(-1)
+        nothing = padding.all(-1, keepdim=True)
+        log_probs = (
+            log_probs.masked_fill(nothing, 0).log_softmax(-1).masked_fill(padding, -math.inf)
+        )
+        log_q = log_q.masked_fill(nothing, -math.inf)
         p_rest = log_probs.new_zeros(n)
     else:
         p_rest = (1 - log_probs.exp().sum(-1)).clamp(min=0)
@@ -374,10 +490,11 @@ def _logits(hidden: Tensor, head: Head, V: int, dtype: torch.dtype) -> Tensor:  
     z = hidden.to(dtype) @ head.weight[:V].to(dtype).T
     if head.bias is not None:
         z = z + head.bias[:V].to(dtype)
-    return _capped(head.logit_scale * z, head.softcap)
+    return _transformed(z, head.logit_scale, head.softcap)
 
 
-def _capped(z: Tensor, softcap: float | None) -> Tensor:
+def _transformed(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    z = logit_scale * z
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -405,8 +522,20 @@ def _math_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
-def _kept(labels: Tensor, ignore_index: int) -> Tensor:  # [N] bool
+def _kept(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor:  # [N] bool
+    """Which rows of ``x`` [..., K] count: those that are not ignored, without labels all."""
+    if labels is None:
+        return torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
     return labels.flatten() != ignore_index
+
+
+def _token_weights(
+    on_ce: Tensor | None, on_kd: Tensor | None, keep: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor]:  # [n] each
+    """The weights of the kept rows, without a gradient: 1 if not given; KD's those of CE."""
+    on_ce = torch.ones_like(keep, dtype=s.dtype) if on_ce is None else on_ce.detach().reshape(-1)
+    on_kd = on_ce if on_kd is None else on_kd.detach().reshape(-1)
+    return on_ce[keep].to(s.dtype), on_kd[keep].to(s.dtype)
 
 
 def _rows(x: Tensor, keep: Tensor) -> Tensor:
@@ -424,18 +553,49 @@ def _nonzero(count: int | Tensor) -> int | Tensor:
     return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 
 
-def _reduced(rows: Tensor, keep: Tensor, shape: torch.Size, reduction: Reduction) -> Tensor:
+def _reduced(
+    rows: Tensor,  # [n]
+    keep: Tensor,  # [N] bool, True n times
+    shape: torch.Size,  # of N rows
+    reduction: Reduction,
+    num_items: int | Tensor | None = None,
+    mass: Tensor | None = None,  # [], divides the mean in the place of n
+) -> Tensor:
+    if num_items is not None and reduction != "mean":
+        raise ValueError(
+            f"num_items must be None unless reduction='mean', got {num_items} with {reduction!r}; "
+            "leave it out"
+        )
     match reduction:
         case "none":
-            return rows.new_zeros(keep.shape).masked_scatter(keep, rows).reshape(shape)
+            return _restored(rows, keep).reshape(shape)
         case "sum":
             return rows.sum()
         case "mean":
-            return rows.sum() / _nonzero(keep.sum())
+            count = keep.sum() if mass is None else mass
+            return rows.sum() / _nonzero(count if num_items is None else num_items)
         case _:
             raise ValueError(
                 f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}; choose one of these"
             )
+
+
+def _restored(rows: Tensor, keep: Tensor) -> Tensor:  # [n] -> [N]
+    """The kept rows in their places, 0 in the others."""
+    return rows.new_zeros(keep.shape).masked_scatter(keep, rows)
+
+
+def _output(
+    rows: _Rows,
+    keep: Tensor,
+    shape: torch.Size,
+    reduction: Reduction,
+    num_items: int | Tensor | None,
+) -> DistillOutput:
+    loss = _reduced(rows.loss, keep, shape, reduction, num_items)
+    ce, kd, z, correct, agree, entropy = (x.sum().detach() for x in rows[1:-1])
+    lse = _restored(rows.lse.detach(), keep)
+    return DistillOutput(loss, ce, kd, z, keep.sum().to(lse.dtype), correct, agree, entropy, lse)
 
 
 # --- Exponential moving average ------------------------------------------------------------------

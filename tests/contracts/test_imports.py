@@ -49,6 +49,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "_dispatch _divergence_table _extents",
         "_tiles objective",
         "_check _divergence _rows reference",
+        "_operator",
         "_torch _triton memory",
         "ce ema kd linear",
         "__init__",

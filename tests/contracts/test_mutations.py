@@ -104,7 +104,7 @@ def test_a_fault_that_changes_nothing_is_reported() -> None:
 @pytest.mark.slow
 def test_a_fault_that_only_crashes_is_reported() -> None:
     """A name that does not exist turns tests red too, and proves nothing."""
-    edit = replace(HARMLESS.edits[0], before="s.log_softmax(-1)\n    ce", after="oops\n    ce")
+    edit = replace(HARMLESS.edits[0], before="    ce = -(a *", after="    oops\n    ce = -(a *")
     mutation = replace(HARMLESS, edits=(edit,))
     status, failures, _ = outcome_of(mutation.red, mutation)
     assert status == 1

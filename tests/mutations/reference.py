@@ -75,35 +75,65 @@ MUTATIONS = [
     ),
     fault(
         "ignored rows count",
-        "labels.flatten() != ignore_index",
-        "labels.flatten() > -1000",
+        "return labels.flatten() != ignore_index",
+        "return labels.flatten() > -1000",
         by_hand("ce", "test_reductions_by_hand")
         + mathematics("test_ignored_rows_may_hold_anything[nan]"),
     ),
     fault(
         "the mean is over all rows",
-        "rows.sum() / _nonzero(keep.sum())",
-        "rows.sum() / keep.shape[0]",
+        "count = keep.sum() if mass is None else mass",
+        "count = torch.tensor(keep.shape[0]) if mass is None else mass",
         by_hand("ce", "test_reductions_by_hand"),
     ),
     fault(
         "the label is the class before it",
-        "y.long().clamp(0, V - 1)",
-        "(y.long() - 1).clamp(0, V - 1)",
+        "one_hot(y.long().clamp(0, V - 1), V)",
+        "one_hot((y.long() - 1).clamp(0, V - 1), V)",
         by_hand("ce", "test_by_hand") + mathematics("test_cross_entropy_is_torchs[0.0-mean]"),
     ),
     fault(
         "smoothing is spread over the other classes",
-        "label_smoothing * log_q1.mean(-1)",
-        "label_smoothing * (log_q1.sum(-1) + ce / (1 - label_smoothing)) / (V - 1)",
+        "a = (1 - label_smoothing) * targets + label_smoothing / V",
+        "a = (1 - label_smoothing) * targets + label_smoothing * (1 - targets) / (V - 1)",
         by_hand("ce", "test_label_smoothing_by_hand")
         + mathematics("test_cross_entropy_is_torchs[0.1-mean]"),
     ),
     fault(
         "smoothing is dropped",
-        "    if label_smoothing:\n",
-        "    if False:\n",
+        "a = (1 - label_smoothing) * targets + label_smoothing / V",
+        "a = targets",
         by_hand("ce", "test_label_smoothing_by_hand"),
+    ),
+    fault(
+        "the mean over weighted classes is over rows",
+        "mass = class_weight[y[(y >= 0) & (y < s.shape[-1])].long()].sum()",
+        "mass = None",
+        mathematics("test_weighted_cross_entropy_is_torchs[classes-0.1-mean]"),
+    ),
+    fault(
+        "smoothing is not weighted by class",
+        "        a = class_weight * a\n",
+        "        a = class_weight * (1 - label_smoothing) * targets + label_smoothing / V\n",
+        mathematics("test_weighted_cross_entropy_is_torchs[probabilities-0.1-sum]"),
+    ),
+    fault(
+        "a row's weight is left out of its divergence",
+        "_times(on_kd, kd)",
+        "_times((on_kd != 0).to(kd.dtype), kd)",
+        mathematics("test_token_weights_multiply_each_row"),
+    ),
+    fault(
+        "a row without weight is compared",
+        "compared = on_kd != 0",
+        "compared = on_kd == on_kd",
+        mathematics("test_a_kd_weight_of_zero_reads_nothing_of_the_teachers_row"),
+    ),
+    fault(
+        "both divergences take the same rows",
+        "rest = ~other_rows",
+        "rest = other_rows",
+        mathematics("test_each_row_has_one_of_two_divergences[tvd]"),
     ),
     fault(
         "the z-loss is not squared",
@@ -132,8 +162,8 @@ MUTATIONS = [
     ),
     fault(
         "the logits' scale is dropped",
-        "_capped(head.logit_scale * z, head.softcap)",
-        "_capped(z, head.softcap)",
+        "return _transformed(z, head.logit_scale, head.softcap)",
+        "return _transformed(z, 1.0, head.softcap)",
         by_hand("linear", "test_cross_entropy_by_hand")
         + by_hand("kd", "test_teacher_hidden_by_hand"),
     ),
@@ -146,8 +176,8 @@ MUTATIONS = [
     ),
     fault(
         "padding counts",
-        "s = _capped(_rows(logits, keep)[:, :valid_vocab].to(_math_dtype(logits)), softcap)",
-        "s = _capped(_rows(logits, keep).to(_math_dtype(logits)), softcap)",
+        "_rows(logits, keep)[:, :V].to(_math_dtype(logits)), logit_scale",
+        "_rows(logits, keep).to(_math_dtype(logits)), logit_scale",
         by_hand("ce", "test_valid_vocab_by_hand"),
     ),
     fault(
@@ -164,14 +194,14 @@ MUTATIONS = [
     ),
     fault(
         "the teacher without a tail is not renormalised",
-        "log_probs = log_probs.log_softmax(-1)",
-        "log_probs = log_probs + 0",
+        "log_probs.masked_fill(nothing, 0).log_softmax(-1)",
+        "log_probs.masked_fill(nothing, 0)",
         by_hand("topk", "test_zero_tail_by_hand"),
     ),
     fault(
         "num_items is not looked at",
-        "loss=loss.sum() / _nonzero(num_tokens if num_items is None else num_items)",
-        "loss=loss.sum() / _nonzero(num_tokens)",
+        "_nonzero(count if num_items is None else num_items)",
+        "_nonzero(count)",
         by_hand("kd", "test_distill_loss_by_hand"),
     ),
     fault(

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from sad_kernels import _operator as operator
+from sad_kernels._operator import Encoded, OpArgs, encode
 from sad_kernels._rows import LossSpec
-from sad_kernels._triton import launch, linear, logits, operator
-from sad_kernels._triton.operator import Encoded, OpArgs, encode
+from sad_kernels._triton import launch, linear, logits
 
 N, V, D, K = 5, 40, 6, 3
 

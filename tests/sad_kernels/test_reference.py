@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import math
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -140,6 +140,12 @@ def test_divergence_gradients_are_the_closed_forms(divergence: Divergence, scale
             m = beta * q + (1 - beta) * p
             u = (q / m).log() - beta * q / m
             expected = q * (u - total(q * u))
+        case "jeffreys":
+            reverse = q * ((q / p).log() - total(q * (q / p).log()))
+            expected = beta * (q - p) + (1 - beta) * reverse
+        case "tvd":
+            u = (q - p).sign() / 2
+            expected = q * (u - total(q * u))
         case _:
             raise ValueError(divergence)
     expected = T * expected if scale_t2 else expected / T
@@ -169,6 +175,26 @@ def test_cross_entropy_is_torchs(reduction: Reduction, label_smoothing: float) -
         s, y, label_smoothing=label_smoothing, reduction=reduction
     )
     assert_value(ours, theirs.detach(), scale=8.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_weighted_cross_entropy_is_torchs(
+    reduction: Reduction, label_smoothing: float, kind: str
+) -> None:
+    """Class weights, one of them 0, with ignored labels or labels that are probabilities."""
+    s, t, y = rows(8, 33)
+    weight = torch.linspace(0, 2, 33, dtype=torch.float64)
+    options: dict[str, Any] = {"weight": weight, "label_smoothing": label_smoothing}
+    options |= {"reduction": reduction}
+    labels = y if kind == "classes" else t.softmax(-1)
+    ours = reference.cross_entropy(s, labels, **options)
+    theirs = torch.nn.functional.cross_entropy(s, labels, **options)
+    assert_value(ours, theirs.detach(), scale=16.0)
+    ones = torch.ones_like(theirs)
+    (grad,), (their_grad,) = (torch.autograd.grad(x, s, ones) for x in (ours, theirs))
+    assert_value(grad, their_grad, scale=8.0)
 
 
 def test_forward_kl_is_torchs() -> None:
@@ -260,6 +286,136 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     assert float(out.num_tokens) == 3
 
 
+def test_token_weights_multiply_each_row() -> None:
+    """``reduction="none"`` is the row's own loss times its weights, and ``sum`` their sum."""
+    s, t, y = rows()
+    objective = Objective(ce_weight=0.4, kd_weight=0.6, z_loss=0.02, temperature=2.0)
+    teacher = TeacherLogits(t)
+    on_ce = torch.tensor([0.5, 3.0, 0.0, 2.0], dtype=torch.float64)
+    on_kd = torch.tensor([1.0, 3.0, 2.0, 0.0], dtype=torch.float64)
+    weights: dict[str, Any] = {"token_weights": on_ce, "kd_token_weights": on_kd}
+    out = reference.distill_loss(s, y, teacher, objective, reduction="none", **weights)
+    for row in range(4):
+        only = slice(row, row + 1)
+        one = reference.distill_loss(s[only], y[only], TeacherLogits(t[only]), objective)
+        expected = on_ce[row] * (0.4 * one.ce + 0.02 * one.z) + on_kd[row] * 0.6 * one.kd
+        assert_value(out.loss[row], expected, scale=10.0)
+    summed = reference.distill_loss(s, y, teacher, objective, reduction="sum", **weights)
+    assert_value(summed.loss, out.loss.sum().detach(), scale=10.0)
+    assert_value(summed.loss, 0.4 * out.ce + 0.6 * out.kd + 0.02 * out.z, scale=10.0)
+    mean = reference.distill_loss(s, y, teacher, objective, **weights)
+    assert_value(mean.loss * 3, summed.loss.detach(), scale=10.0)  # weights do not change a count
+    both = reference.distill_loss(s, y, teacher, objective, token_weights=on_kd)
+    same = reference.distill_loss(
+        s, y, teacher, objective, token_weights=on_kd, kd_token_weights=on_kd
+    )
+    assert torch.equal(both.loss, same.loss)
+
+
+def test_a_kd_weight_of_zero_reads_nothing_of_the_teachers_row() -> None:
+    s, t, y = rows()
+    objective = Objective(ce_weight=1.0, temperature=2.0)
+    weights: dict[str, Any] = {"kd_token_weights": torch.tensor([1.0, 1.0, 0.0, 1.0])}
+    kept = reference.distill_loss(
+        s[[0, 3]], y[[0, 3]], TeacherLogits(t[[0, 3]]), Objective(temperature=2.0)
+    )
+    for unread in (torch.full((7,), NAN, dtype=torch.float64), s.detach()[2]):  # or agreement
+        t[2] = unread
+        out = reference.distill_loss(s, y, TeacherLogits(t), objective, **weights)
+        assert torch.equal(out.kd, kept.kd) and torch.equal(out.agree, kept.agree)
+        assert out.loss.isfinite() and torch.autograd.grad(out.loss, s)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_each_row_has_one_of_two_divergences(divergence: Divergence) -> None:
+    s, t, y = rows()
+    mask = torch.tensor([True, False, False, True])
+    both = Objective(divergence="jsd", beta=0.2, other_divergence=divergence, other_beta=0.7)
+    alone = [Objective(divergence="jsd", beta=0.2), Objective(divergence=divergence, beta=0.7)]
+
+    def losses(objective: Objective, **options: Any) -> Tensor:
+        teacher = TeacherLogits(t)
+        return reference.distill_loss(s, y, teacher, objective, reduction="none", **options).loss
+
+    expected = torch.where(mask, losses(alone[1]), losses(alone[0]))
+    ours = losses(both, other_rows=mask)
+    assert torch.equal(ours, expected)
+    ones = torch.ones_like(ours)
+    grads = (torch.autograd.grad(x, s, ones)[0] for x in (ours, expected))
+    assert torch.equal(*grads)
+    with pytest.raises(ValueError, match="together with"):
+        losses(both)
+    with pytest.raises(ValueError, match="together with"):
+        losses(alone[0], other_rows=mask)
+
+
+def test_without_labels_every_row_counts() -> None:
+    s, t, _ = rows()
+    objective = Objective(temperature=2.0, z_loss=0.1, label_smoothing=0.1)
+    out = reference.distill_loss(s, None, TeacherLogits(t), objective)
+    labelled = reference.distill_loss(s, torch.arange(4), TeacherLogits(t), objective)
+    assert torch.equal(out.loss, labelled.loss) and torch.equal(out.entropy, labelled.entropy)
+    assert float(out.ce) == float(out.correct) == 0 and float(out.num_tokens) == 4
+    assert torch.equal(out.lse, s.detach().logsumexp(-1))
+    with pytest.raises(ValueError, match="ce_weight must be 0 without labels"):
+        reference.distill_loss(s, None, TeacherLogits(t), Objective(ce_weight=0.1))
+
+
+def test_both_sides_have_a_scale_and_a_softcap() -> None:
+    s, t, _ = rows()
+    options: dict[str, Any] = {"softcap": 3.0, "logit_scale": 0.5}
+    capped_s, capped_t = 3 * torch.tanh(s / 6), 4 * torch.tanh(2 * t / 4)
+    ours = reference.kl_div(s, t, teacher_softcap=4.0, teacher_logit_scale=2.0, **options)
+    assert_value(ours, reference.kl_div(capped_s, capped_t).detach(), scale=10.0)
+    teacher = TeacherLogits(t, logit_scale=2.0, softcap=4.0)
+    distilled = reference.distill_loss(s, None, teacher, Objective(), **options)
+    assert torch.equal(distilled.loss, ours)
+    y = torch.arange(4)
+    ce = reference.cross_entropy(s, y, **options)
+    assert_value(ce, reference.cross_entropy(capped_s, y).detach(), scale=10.0)
+
+
+def test_num_items_divide_a_mean_and_nothing_else() -> None:
+    s, t, y = rows()
+    for of in (
+        lambda **how: reference.cross_entropy(s, y, **how),
+        lambda **how: reference.kl_div(s, t, labels=y, **how),
+        lambda **how: reference.distill_loss(s, y, TeacherLogits(t), Objective(), **how).loss,
+    ):
+        assert_value(of(num_items=7) * 7, of(reduction="sum").detach(), scale=10.0)
+        for reduction in ("sum", "none"):
+            with pytest.raises(ValueError, match="num_items must be None"):
+                of(num_items=7, reduction=reduction)
+
+
+def test_a_teachers_parameters_get_no_gradient() -> None:
+    s, _, y = rows()
+    weight = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
+    teacher = TeacherHidden(torch.randn(4, 3, dtype=torch.float64), Head(weight))
+    reference.distill_loss(s, y, teacher, Objective(divergence="jsd")).loss.backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_top_k_row_without_any_token_is_zero(divergence: Divergence) -> None:
+    if DIVERGENCES[divergence].needs_full_support:
+        pytest.skip("refused for a teacher without a tail")
+    s, t, y = rows()
+    log_probs, ids = t.log_softmax(-1).topk(3)
+    log_probs[2] = -INF
+    ids[2] = torch.tensor([5, 5, -3])
+    loss = reference.distill_loss(
+        s,
+        y,
+        TeacherTopK(ids, log_probs, "zero"),
+        Objective(divergence=divergence),
+        reduction="none",
+    ).loss
+    (grad,) = torch.autograd.grad(loss, s, torch.ones_like(loss))
+    assert float(loss.detach()[2]) == 0 and not grad[2].any()
+    assert (loss[[0, 3]] > 0).all() and grad.isfinite().all()
+
+
 def test_the_sampled_teacher_is_unbiased() -> None:
     """Counts of n draws, merged, as ``log(count / n)`` with ``tail="zero"``: mean gradient q - p.
 
@@ -292,7 +448,8 @@ def test_ignored_rows_may_hold_anything(nonsense: float) -> None:
     dirty_s.requires_grad_()
     out = reference.distill_loss(dirty_s, y, TeacherLogits(dirty_t), objective)
     clean = reference.distill_loss(s[keep], y[keep], TeacherLogits(t[keep]), objective)
-    assert all(torch.equal(a, b) for a, b in zip(out, clean, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(out[:-1], clean[:-1], strict=True))
+    assert torch.equal(out.lse[keep], clean.lse) and float(out.lse[1]) == 0
     (grad,) = torch.autograd.grad(out.loss, dirty_s)
     (clean_grad,) = torch.autograd.grad(clean.loss, s)
     assert torch.equal(grad, clean_grad)
@@ -352,6 +509,8 @@ def test_one_sided_impossible_tokens() -> None:
     assert {key for key, value in infinite.items() if value} == {
         ("forward_kl", "student"),
         ("reverse_kl", "teacher"),
+        ("jeffreys", "student"),
+        ("jeffreys", "teacher"),
     }
 
 

@@ -1,11 +1,18 @@
-"""The gradient of a row's loss with respect to its logits, tile by tile.
+"""The gradient of a row's loss with respect to its logits, block by block.
 
-    g = up [ (ce_weight + 2 z_loss lse) q1 - ce_weight (eps/V + (1-eps) [v = y])
-             + kd_weight (scale / T) (h - q sum_u h_u) ]
+    g = up [ ce_weight w (C q1 - a) + 2 z_loss w lse q1 + kd_weight w_kd (scale / T) G ]
 
-with ``up`` the row's upstream gradient, ``scale`` the factor on the divergence (T^2 or 1) and ``h``
-as in ``_divergence.py``. The parts are added in the dtype of the arithmetic, fp32 at least, and
-rounded once, where ``g`` is stored.
+with ``up`` the row's upstream gradient, ``w`` and ``w_kd`` the token's weights, ``a_v`` what CE
+weights class v by and C its sum, ``scale`` the factor on the divergence (T^2 or 1), and ``G`` the
+gradient of the bare divergence, times T:
+
+    forward KL    q - p = (e^(x/T) - e^(y/T) + e^(y/T) B/d_t) / d
+    reverse KL    q ((x - y)/T - A'/(T d))
+    any other     q (phi - phi_y) - q sum_u q_u (phi_u - phi_y)        see ``_divergence.py``
+
+with ``x, y, d, d_t, A', B`` of ``statistics.py``: no logarithm, and differences of numbers that are
+exact. The parts are added in the dtype of the arithmetic, fp32 at least, and rounded once, where
+``g`` is stored.
 """
 
 from __future__ import annotations
@@ -13,101 +20,161 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import terms_of
-from sad_kernels._rows import LossSpec
-from sad_kernels._torch.statistics import SavedRows, log_softmax_, tempered_exp
+from sad_kernels._divergence import zero_nan_
+from sad_kernels._rows import LossSpec, RowTargets
+from sad_kernels._torch.scratch import Scratch
+from sad_kernels._torch.statistics import (
+    Comparison,
+    RowSums,
+    Shifted,
+    label_shares,
+    log_ratio,
+    plain_weights,
+    slopes,
+    towards_teacher,
+)
 from sad_kernels._torch.topk import TopKRows
 
 
 class RowGradient:
-    """``g`` of the tiles that made the statistics, in any order."""
+    """``g`` of the blocks that made the statistics, in any order."""
 
     def __init__(
         self,
         spec: LossSpec,
-        saved: SavedRows,
+        targets: RowTargets,
         upstream: Tensor,  # [n]
-        labels: Tensor | None,  # [n]
         topk: TopKRows | None,
+        inside: Tensor | None,  # [n, K] of a TopKGradient
+        scratch: Scratch,
     ) -> None:
         objective = spec.objective
-        self.spec, self.saved, self.labels, self.topk = spec, saved, labels, topk
-        self.temperature = objective.temperature
-        self.has_ce = objective.ce_weight > 0 or objective.z_loss > 0
-        self.has_kd = objective.kd_weight > 0
+        self.spec, self.targets, self.topk, self.inside = spec, targets, topk, inside
+        self.temperature, self.scratch = objective.temperature, scratch
+        self.has_ce = objective.ce_weight > 0 and (
+            targets.labels is not None or targets.soft is not None
+        )
+        self.has_z = objective.z_loss > 0
 
         # A label outside the vocabulary has a loss of NaN, and so a gradient of NaN.
-        if labels is not None:
-            outside = (labels < 0) | (labels >= spec.vocab)
+        if targets.labels is not None:
+            outside = (targets.labels < 0) | (targets.labels >= spec.vocab)
             upstream = upstream.masked_fill(outside, torch.nan)
-
-        # Everything that does not depend on the column, [n], formed once.
-        lse = saved.maximum + saved.total_1.log()
-        ce = upstream * objective.ce_weight
-        self.q1_factor = (ce + upstream * (2 * objective.z_loss) * lse) / saved.total_1
-        self.label_share = ce * (1 - objective.label_smoothing)
-        self.smooth_share = ce * (objective.label_smoothing / spec.vocab)
+        weighted = upstream
+        if targets.token_weights is not None:
+            weighted = upstream * targets.token_weights
+        self.ce, self.z = weighted * objective.ce_weight, weighted * (2 * objective.z_loss)
+        self.label_share = self.ce * label_shares(spec, targets, weighted)
         self.kd = upstream * (objective.kd_weight * objective.kd_scale / self.temperature)
+        if targets.kd_weights is not None:
+            self.kd = self.kd * targets.kd_weights
 
-    def tile(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> Tensor:
-        """Overwrite the logits ``s`` with their gradient; ``t`` and ``u`` are scratch."""
-        maximum = self.saved.maximum[rows, None]
-        if not self.has_kd:  # CE and z-loss alone, from one exponential
-            return self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
-        # A dense teacher: from log-probabilities, but for the forward KL, which needs none.
-        if t is not None and self.spec.objective.divergence != "forward_kl":
-            kd = self._any_divergence(rows, s, t, u)
-            g = self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
-            return g.add_(kd)
-        if t is None:  # a top-k teacher
-            u.copy_(s)
-            g = self._untempered(rows, columns, tempered_exp(s.sub_(maximum), 1.0, out=s))
-            return self._add_topk(rows, columns, g, u)
+    @property
+    def has_untempered(self) -> bool:
+        """Whether there are parts at temperature 1: CE or z-loss."""
+        return self.has_ce or self.has_z
 
-        # The forward KL: at T = 1 one exponential of the student serves CE and KD.
-        tempered_exp(s.sub_(maximum), self.temperature, out=u)
-        g = s.copy_(u) if self.temperature == 1 else tempered_exp(s, 1.0, out=s)
-        return self._add_forward_kl(rows, self._untempered(rows, columns, g), u, t)
+    @property
+    def reads_teacher(self) -> bool:
+        return self.spec.objective.kd_weight > 0
 
-    def _untempered(self, rows: slice, columns: slice, g: Tensor) -> Tensor:
-        """CE and z-loss, in place of ``exp(s - maximum)``."""
-        if not self.has_ce:
-            return g.zero_()
-        g.mul_(self.q1_factor[rows, None])
-        if self.spec.objective.label_smoothing > 0:
-            g.sub_(self.smooth_share[rows, None])
+    def block(self, shifted: Shifted, sums: RowSums, slope: Tensor | None = None) -> Tensor:
+        """The gradient of a block's logits, in the place of ``x``.
 
-        # Subtract the label's share in its column, if that lies in this tile.
-        column = self.labels[rows] - columns.start
+        ``sums`` are those of its rows, ``slope`` what ``RowStatistics.add_terms`` has returned, if
+        it is still there.
+        """
+        rows, comparison = shifted.block.rows, shifted.block.comparison
+        kd = None
+        if comparison is not None and self.reads_teacher:
+            if self.topk is not None:
+                kd = self._topk(shifted, sums)
+            elif comparison.kl_weights is not None:
+                kd = self._kl(comparison.kl_weights, shifted, sums)
+            else:
+                kd = self._any(comparison, shifted, sums, slope)
+            kd.mul_(self.kd[rows, None])
+        g = self._untempered(shifted, sums)
+        if g is None:
+            return shifted.x.zero_() if kd is None else shifted.x.copy_(kd)
+        return g if kd is None else g.add_(kd)
+
+    def _untempered(self, shifted: Shifted, sums: RowSums) -> Tensor | None:
+        """CE and z-loss, in the place of ``x``; None if there is neither."""
+        if not self.has_untempered:
+            return None
+        rows, columns = shifted.block.rows, shifted.block.columns
+        x, warm = shifted.x, shifted.warm
+        assert warm is not None
+        factor = torch.zeros_like(sums.total_1)
+        weights = None
+        if self.has_ce:
+            factor = self.label_share[rows] if self.targets.labels is not None else factor
+            factor = factor + self.ce[rows] * sums.plain_weight
+            weights = plain_weights(self.spec, self.targets, shifted.block, x.dtype)
+        if self.has_z:
+            factor = factor + self.z[rows] * (sums.maximum + sums.total_1.log())
+        g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)
+        if isinstance(weights, float):
+            g.sub_((self.ce[rows] * weights)[:, None])
+        elif weights is not None:
+            g.sub_(weights * self.ce[rows, None])
+        if not self.has_ce or self.targets.labels is None:
+            return g
+
+        # Subtract the label's share in its column, if that lies in this block.
+        column = self.targets.labels[rows] - columns.start
         here = (column >= 0) & (column < g.shape[1])
         index = column.clamp(0, g.shape[1] - 1)[:, None]
         share = self.label_share[rows].where(here, 0)[:, None]
         return g.scatter_(1, index, g.gather(1, index) - share)
 
-    def _any_divergence(self, rows: slice, s: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """The KD part for a dense teacher, from log-probabilities; ``s`` stays as it is."""
-        objective, saved = self.spec.objective, self.saved
-        log_q = log_softmax_(u.copy_(s), saved.maximum[rows], saved.total[rows], self.temperature)
-        log_p = log_softmax_(
-            t, saved.teacher_maximum[rows], saved.teacher_total[rows], self.temperature
-        )
-        _, h = terms_of(objective.divergence)(objective.beta, log_q, log_p)
-        q = log_q.exp_()
-        return h.sub_(q.mul_(saved.expectation[rows, None])).mul_(self.kd[rows, None])
+    def _kl(self, weights: tuple[float, float], shifted: Shifted, sums: RowSums) -> Tensor:
+        """A weighted sum of the gradients of both KLs."""
+        on_forward, on_reverse = weights
+        hot, hot_t, T = shifted.hot, shifted.hot_t, self.temperature
+        assert hot is not None and hot_t is not None
+        out = self.scratch.like("u", hot.shape)
+        d, d_t = sums.total[:, None], sums.teacher_total[:, None]
+        total = None
+        if on_forward > 0:
+            if shifted.block.gap is None:
+                total = torch.sub(hot, hot_t, out=out)
+                total.addcmul_(hot_t, sums.difference[:, None] / d_t).mul_(on_forward / d)
+            else:
+                # p - q by their ratio: between them lies less than rounding leaves of a target.
+                gap = log_ratio(sums, shifted, T, out=out)
+                fall = gap.abs().neg_().expm1_()
+                larger = torch.maximum(hot / d, hot_t / d_t)
+                total = torch.copysign(fall.mul_(larger), gap, out=out).neg_()
+                zero_nan_(total.mul_(on_forward))
+        if on_reverse > 0:
+            second = out if total is None else self.scratch.like("v", hot.shape)
+            apart = towards_teacher(sums, shifted, out=second)
+            # Where q is 0 nothing is left, whatever the gap is.
+            part = apart.add_((sums.cross_student / sums.total)[:, None]).mul_(-on_reverse / T)
+            part = zero_nan_(part.mul_(hot)).div_(d)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
-    def _add_forward_kl(self, rows: slice, g: Tensor, u: Tensor, t: Tensor) -> Tensor:
-        """Add the KD part ``q - p``: ``h = -p``, so no logarithm is needed."""
-        saved, kd = self.saved, self.kd[rows]
-        g.addcmul_(u, (kd / saved.total[rows])[:, None])
-        tempered_exp(t.sub_(saved.teacher_maximum[rows, None]), self.temperature, out=u)
-        return g.addcmul_(u, (kd / saved.teacher_total[rows])[:, None], value=-1)
+    def _any(
+        self, comparison: Comparison, shifted: Shifted, sums: RowSums, slope: Tensor | None
+    ) -> Tensor:
+        """The gradient of a divergence that is no KL."""
+        assert shifted.hot is not None
+        out = self.scratch.like("q", shifted.hot.shape)
+        q = torch.div(shifted.hot, sums.total[:, None], out=out)
+        if slope is None:
+            slope = slopes(comparison, sums, shifted, self.temperature, q, self.scratch)
+        return slope.sub_(q.mul_(sums.expectation[:, None]))
 
-    def _add_topk(self, rows: slice, columns: slice, g: Tensor, u: Tensor) -> Tensor:
-        """Add the KD part of a top-k teacher: ``TopKGradient`` has the formula."""
-        saved, kd = self.saved, self.kd[rows]
+    def _topk(self, shifted: Shifted, sums: RowSums) -> Tensor:
+        """The gradient for a top-k teacher: ``TopKGradient`` has the formula."""
+        assert self.topk is not None and self.inside is not None and shifted.hot is not None
+        rows, columns = shifted.block.rows, shifted.block.columns
         row, k, column = self.topk.positions(rows, columns)
-        u[row, column] = -torch.inf
-        tempered_exp(u.sub_(saved.rest_maximum[rows, None]), self.temperature, out=u)
-        g.addcmul_(u, (kd * saved.topk_outside[rows])[:, None])
-        g[row, column] += kd[row] * saved.topk_inside[rows][row, k]
+        out = self.scratch.like("u", shifted.hot.shape)
+        g = torch.mul(shifted.hot, sums.outside[:, None], out=out)
+        g[row, column] = self.inside[rows][row, k]
         return g

@@ -1,65 +1,70 @@
-"""Sources of logit tiles: a model's logits, or its hidden states and head, and their gradients.
+"""Where the logits of one model come from, and where the gradient of each goes.
 
-A source gives the logits of a model in tiles of rows x columns, in the dtype of the arithmetic,
-after bias, scale and softcap. After ``want_gradients`` it takes the gradient of each tile of logits
-in turn, and accumulates the gradients of the logits, or of hidden states, weight and bias.
+A source gives the logits of a model in blocks of rows x columns, in the dtype of the arithmetic,
+after bias, scale and softcap, and takes their gradients in the same blocks. Between the two stands
+a *slab*: the products of some rows and columns, made at once, because a matrix product wants many
+rows, and everything else wants few numbers that stay in a cache.
 
 Only the rows whose loss counts exist here (``kept`` has their indices; None: all rows). The others
 are never read, so they may hold anything, and their gradients are exact zeros.
 
-Protocol: ``open(columns)``, then ``tile(rows)``, each followed by ``add_gradient(rows, g)`` if
-there are gradients, then ``close()``; for every slice of columns; then ``gradients()``.
+Protocol: ``load(rows, columns)``, then for each block of these rows ``block(rows)``, followed by
+``store(rows, g)`` if there are gradients, then ``flush()``; for all rows and columns; then
+``gradients()``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sad_kernels._torch.gemm import product
+from sad_kernels._rows import LogitTransform
+from sad_kernels._tiles import CONVERTED_NUMBERS, cut
+from sad_kernels._torch.gemm import multiply_
+from sad_kernels._torch.scratch import Scratch
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-class LogitTransform(NamedTuple):
-    """What turns products into logits: ``softcap(logit_scale * x)``."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
 
 
 class LogitSource:
     """Materialised logits [N, >= V], of any floating-point dtype and row stride."""
 
     def __init__(
-        self, logits: Tensor, transform: LogitTransform, kept: Tensor | None, dtype: torch.dtype
+        self,
+        logits: Tensor,
+        transform: LogitTransform,
+        kept: Tensor | None,
+        scratch: Scratch,
+        name: str,  # of its buffers
     ) -> None:
-        self.logits, self.kept, self.dtype = logits, kept, dtype
-        self.softcap = _Softcap(transform.softcap)
+        self.logits, self.kept, self.scratch, self.name = logits, kept, scratch, name
+        self.transform = _Transform(transform, scratch, name)
         self.dlogits: Tensor | None = None
 
-    def open(self, columns: slice) -> None:
-        """Start a slice of the vocabulary, to which the tiles that follow belong."""
+    def load(self, rows: slice, columns: slice) -> None:
+        """Turn to these rows and columns, of which the blocks that follow are parts."""
         self.columns = columns
 
-    def tile(self, rows: slice) -> Tensor:  # [rows, columns], the receiver's to overwrite
+    def block(self, rows: slice) -> Tensor:  # [rows, columns], the receiver's to overwrite
         logits = self.logits[self._rows(rows), self.columns]
-        return self.softcap.apply_(logits.to(self.dtype, copy=True))
+        return self.transform.apply_(self.scratch.like(self.name, logits.shape).copy_(logits))
 
-    def want_gradients(self, logits: bool, *_: bool) -> None:
+    def want_gradients(self, wanted: tuple[bool, bool, bool], by_columns: bool = False) -> None:
+        logits, *_ = wanted
         self.dlogits = torch.zeros_like(self.logits) if logits else None
-        self.softcap.differentiable = True
+        self.transform.differentiable = True
 
-    def add_gradient(self, rows: slice, g: Tensor) -> None:
-        """Store the gradient ``g`` of the logits that ``tile`` gave last; ``g`` is overwritten."""
+    def store(self, rows: slice, g: Tensor) -> None:
+        """Take the gradient ``g`` of the logits that ``block`` gave last; ``g`` is overwritten."""
         if self.dlogits is not None:
-            g = self.softcap.backward_(g).to(self.dlogits.dtype)
-            self.dlogits[self._rows(rows), self.columns] = g
+            self.dlogits[self._rows(rows), self.columns] = self.transform.backward_(g).to(
+                self.dlogits.dtype
+            )
 
-    def close(self) -> None:
-        """End the slice of the vocabulary."""
+    def flush(self) -> None:
+        """End the rows and columns of ``load``: all their gradients are stored."""
 
     def gradients(self) -> Gradients:
         return self.dlogits, None, None
@@ -69,11 +74,11 @@ class LogitSource:
 
 
 class HeadSource:
-    """Hidden states and a head, whose logits are computed tile by tile: never N x V of them.
+    """Hidden states and a head, whose logits are computed slab by slab: never N x V of them.
 
     The factors of every product have the precision of the hidden states: a weight of another dtype
-    is rounded to it, one slice at a time. The products and their sums over slices are in ``dtype``;
-    the gradient of the logits is never rounded, those of the leaves once, at the end.
+    is rounded to it, a piece at a time. Products and sums are in the dtype of the arithmetic; the
+    gradient of the logits is never rounded, those of the leaves once, at the end.
     """
 
     def __init__(
@@ -83,58 +88,114 @@ class HeadSource:
         bias: Tensor | None,  # [>= V]
         transform: LogitTransform,
         kept: Tensor | None,  # [n]
-        dtype: torch.dtype,
+        scratch: Scratch,
+        name: str,
         vocab: int,
     ) -> None:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
-        self.logit_scale, self.softcap = transform.logit_scale, _Softcap(transform.softcap)
-        self.dtype, self.vocab = dtype, vocab
-        self.x = (hidden if kept is None else hidden[kept]).to(dtype)  # [n, D]
+        self.scratch, self.name, self.vocab = scratch, name, vocab
+        self.transform = _Transform(transform, scratch, name)
+        self.x = (hidden if kept is None else hidden[kept]).to(scratch.dtype)  # [n, D]
+        self.converted: tuple[slice, Tensor] | None = None
         self.dx: Tensor | None = None  # [n, D]
         self.dweight: Tensor | None = None  # [>= V, D]
+        self.dweight_sum: Tensor | None = None  # [V, D], the same before it is rounded
         self.dbias: Tensor | None = None  # [>= V]
-        self.dw: Tensor | None = None  # [D, columns] of the open slice
 
-    def open(self, columns: slice) -> None:
-        self.columns = columns
-        self.w = self.weight[columns].to(self.hidden.dtype).to(self.dtype)  # [columns, D]
-        self.b = None if self.bias is None else self.bias[columns].to(self.dtype)
+    def load(self, rows: slice, columns: slice) -> None:
+        self.rows, self.columns = rows, columns
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        self.slab = self.scratch.like(f"{self.name} slab", shape)
+        for piece, w in self._pieces():
+            multiply_(self.slab[:, self._inside(piece)], self.x[rows], w.T)
 
-    def tile(self, rows: slice) -> Tensor:  # [rows, columns]
-        logits = product(self.x[rows], self.w)
-        if self.b is not None:
-            logits.add_(self.b)
-        if self.logit_scale != 1:
-            logits.mul_(self.logit_scale)
-        return self.softcap.apply_(logits)
+    def block(self, rows: slice) -> Tensor:  # [rows, columns]
+        logits = self._slab_rows(rows)
+        if self.bias is not None:
+            logits.add_(self.bias[self.columns])
+        return self.transform.apply_(logits)
 
-    def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
+    def want_gradients(self, wanted: tuple[bool, bool, bool], by_columns: bool) -> None:
+        """Prepare the gradients of hidden states, weight and bias. ``by_columns`` says that all
+        rows of some columns come before any row of the next."""
+        hidden, weight, bias = wanted
+        self.by_columns = by_columns
         if hidden:
             self.dx = torch.zeros_like(self.x)
         if weight:
             self.dweight = torch.empty_like(self.weight)
-            self.dweight[self.vocab :] = 0  # padding; the slices before it are written by close
+            self.dweight[self.vocab :] = 0
+            if len(self.x) == 0:
+                self.dweight.zero_()
         if bias and self.bias is not None:
-            self.dbias = torch.zeros_like(self.bias, dtype=self.dtype)
-        self.softcap.differentiable = True
+            self.dbias = torch.zeros_like(self.bias, dtype=self.scratch.dtype)
+        self.transform.differentiable = True
 
-    def add_gradient(self, rows: slice, g: Tensor) -> None:
-        g = self.softcap.backward_(g)
-        # From the logits' gradient to that of the products h W^T + b.
-        if self.logit_scale != 1:
-            g.mul_(self.logit_scale)
-        if self.dx is not None:
-            self.dx[rows] += product(g, self.w.T)
-        if self.dweight is not None:
-            dw = product(self.x[rows].T, g.T)
-            self.dw = dw if self.dw is None else self.dw.add_(dw)
-        if self.dbias is not None:
-            self.dbias[self.columns] += g.sum(0)
+    def store(self, rows: slice, g: Tensor) -> None:
+        """Take the gradient of the logits; it takes their place in the slab until ``flush``."""
+        g = self.transform.backward_(g)
+        slab = self._slab_rows(rows)
+        if g.data_ptr() != slab.data_ptr():
+            slab.copy_(g)
 
-    def close(self) -> None:
-        if self.dweight is not None:
-            self.dweight[self.columns] = 0 if self.dw is None else self.dw.T
-            self.dw = None
+    def flush(self) -> None:
+        """Multiply the gradient of the slab's logits into those of hidden states and weight."""
+        x = self.x[self.rows]
+        for piece, w in self._pieces():
+            g = self.slab[:, self._inside(piece)]
+            if self.dx is not None:
+                multiply_(self.dx[self.rows], g, w, add=True)
+            if self.dweight is not None:
+                self._add_to_dweight(piece, g, x)
+            if self.dbias is not None:
+                self.dbias[piece] += g.sum(0)
+
+    def _add_to_dweight(self, piece: slice, g: Tensor, x: Tensor) -> None:
+        """``dweight += g^T x``: for all rows at once it needs no sum of its own."""
+        assert self.dweight is not None
+        first, last = self.rows.start == 0, self.rows.stop == len(self.x)
+        if self.dweight.dtype == self.scratch.dtype:
+            multiply_(self.dweight[piece], g.T, x, add=not first)
+        elif first and last:
+            shape = piece.stop - piece.start, x.shape[1]
+            self.dweight[piece] = multiply_(self.scratch.like("dweight", shape), g.T, x)
+        else:
+            total = multiply_(self._unrounded(piece), g.T, x, add=not first)
+            if last:
+                self.dweight[piece] = total
+
+    def _unrounded(self, piece: slice) -> Tensor:
+        """Where the sum of these rows of dweight stands until all tokens are in it."""
+        if self.by_columns:
+            shape = self.columns.stop - self.columns.start, self.x.shape[1]
+            return self.scratch.like("dweight", shape)[self._inside(piece)]
+        if self.dweight_sum is None:
+            self.dweight_sum = self.x.new_empty(self.vocab, self.x.shape[1])
+        return self.dweight_sum[piece]
+
+    def _pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """The slab's columns of the weight in the dtype of the products, as few as can be at once:
+        all of them, or pieces that are converted."""
+        hidden, dtype = self.hidden.dtype, self.scratch.dtype
+        if self.weight.dtype == hidden == dtype:
+            yield self.columns, self.weight[self.columns]
+            return
+        width = self.columns.stop - self.columns.start
+        at_a_time = max(1, CONVERTED_NUMBERS // self.weight.shape[1])
+        for inside in cut(width, at_a_time):
+            start = self.columns.start
+            piece = slice(start + inside.start, start + inside.stop)
+            if self.converted is None or self.converted[0] != piece:
+                shape = piece.stop - piece.start, self.weight.shape[1]
+                w = self.scratch.like(f"{self.name} weight", shape)
+                self.converted = piece, w.copy_(self.weight[piece].to(hidden))
+            yield self.converted
+
+    def _inside(self, piece: slice) -> slice:
+        return slice(piece.start - self.columns.start, piece.stop - self.columns.start)
+
+    def _slab_rows(self, rows: slice) -> Tensor:
+        return self.slab[rows.start - self.rows.start : rows.stop - self.rows.start]
 
     def gradients(self) -> Gradients:
         dhidden = None if self.dx is None else self.dx.to(self.hidden.dtype)
@@ -149,20 +210,27 @@ class HeadSource:
 Source = LogitSource | HeadSource
 
 
-class _Softcap:
-    """``cap tanh(x / cap)``, with the derivative ``1 - tanh^2`` of the last tile kept."""
+class _Transform:
+    """``cap tanh(scale x / cap)``, with the derivative ``1 - tanh^2`` of the last block kept."""
 
-    def __init__(self, cap: float | None) -> None:
-        self.cap, self.differentiable = cap, False
+    def __init__(self, transform: LogitTransform, scratch: Scratch, name: str) -> None:
+        self.scale, self.cap = transform
+        self.scratch, self.name = scratch, f"{name} softcap"
+        self.differentiable = False
         self.slope: Tensor | None = None
 
     def apply_(self, x: Tensor) -> Tensor:
+        if self.scale != 1:
+            x.mul_(self.scale)
         if self.cap is None:
             return x
         x.div_(self.cap).tanh_()
         if self.differentiable:
-            self.slope = torch.mul(x, x).neg_().add_(1)
+            slope = self.scratch.like(self.name, x.shape)
+            self.slope = torch.mul(x, x, out=slope).neg_().add_(1)
         return x.mul_(self.cap)
 
     def backward_(self, g: Tensor) -> Tensor:
-        return g if self.slope is None else g.mul_(self.slope)
+        if self.slope is not None:
+            g.mul_(self.slope)
+        return g if self.scale == 1 else g.mul_(self.scale)

@@ -1,318 +1,523 @@
-"""Online softmax statistics of rows whose logits arrive in tiles, and the losses they give.
+"""Online softmax statistics of rows whose logits arrive in blocks, and the losses they give.
 
 Every sum is kept relative to the running maxima ``m`` of its row, which stay apart from the sums:
 large numbers are never subtracted from each other, so an offset of 1e4 costs nothing. With
-``x' = (x - m) / T``, when a maximum moves by ``move = m_old - m_new <= 0`` and ``r = e^(move/T)``:
+``x = s - m`` and ``y = t - m_t``, when a maximum moves by ``move = m_old - m_new <= 0``,
+``r = e^(move/T)`` and ``r_t`` likewise for the teacher:
 
-====================  ===============================  ====================================
-sum over columns      after a move                     gives
-====================  ===============================  ====================================
-d = sum e^x'          d r                              log-normaliser  log d
-S = sum (x - m)       S + columns so far * move        smooth term     log d - S/V   (T = 1)
-E = sum e^x' (x - m)  (E + d move) r                   entropy         log d - E/d   (T = 1)
-A = sum e^a' (a - b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
-====================  ===============================  ====================================
+=======================  ==============================  =======================================
+sum over columns         after a move                    gives
+=======================  ==============================  =======================================
+d = sum e^(x/T)          d r                             log-normaliser  log d
+P = sum a x              P + C move                      sum of a (lse - s) = C log d - P (T = 1)
+C = sum a                C                               (a: what CE weights a class by)
+E = sum e^x x            (E + d move) r                  entropy  log d - E/d  (T = 1)
+A = sum e^(y/T) (y - x)  (A + d_t (move_t - move)) r_t   KL(p||q) = A/(T d_t) - log(d_t/d)
+A' = sum e^(x/T) (x - y)  likewise with both exchanged   KL(q||p) = A'/(T d) + log(d_t/d)
+B = sum (e^(y/T) - e^(x/T))  B r + d_t (r_t - r)         log(d_t/d) = log(1 + B/d)
+=======================  ==============================  =======================================
 
-with ``a - b`` in A short for ``(a - m_a) - (b - m_b)``. Maxima start at -1e30, not at -inf, so a
-slice of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it multiplies, -inf included. NaN
-and +inf reach the sums ``d`` of their own row and poison it. A divergence that is no KL is summed
-from log-probabilities, term by term: it must know both ``d`` first, and reads the logits twice.
+B keeps the digits of ``d_t - d``, which are lost between two sums that agree. Maxima start at
+-1e30, not at -inf, so a block of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it
+multiplies, -inf included. NaN and +inf reach the sums ``d`` of their own row and poison it. A
+divergence that is no KL is summed term by term: it must know both ``d`` first, and has a second
+reading of the logits.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import Terms, terms_of
-from sad_kernels._divergence_table import DIVERGENCES, missing
-from sad_kernels._rows import LossSpec, RowResults
+from sad_kernels._divergence import counted_from, terms_of, weighted_slope
+from sad_kernels._divergence_table import DIVERGENCES
+from sad_kernels._rows import LossSpec, RowResults, RowTargets
+from sad_kernels._torch.scratch import Scratch
 from sad_kernels._torch.topk import TopKRows
 
 LOWEST = -1e30
 ROUNDING = 1e-5  # nats: a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
-
-Side = Literal["student", "teacher"]
-
-ONE_PASS_KL: dict[str, Side] = {"forward_kl": "teacher", "reverse_kl": "student"}
-"""The divergences that one reading gives, each a KL(a || b): whose distribution ``a`` is."""
+ARGMAX_PIECE = 64  # columns whose maximum is taken at once where a row's maximum is looked for
 
 
-class SavedRows(NamedTuple):
-    """Statistics that backward needs besides the logits, [n] each."""
+class Comparison(NamedTuple):
+    """The divergence of some rows, and what decides how it is computed."""
 
-    maximum: Tensor  # of the student
-    total: Tensor  # sum exp((s - maximum) / T)
-    total_1: Tensor  # sum exp(s - maximum)
-    teacher_maximum: Tensor | None = None
-    teacher_total: Tensor | None = None
-    expectation: Tensor | None = None  # sum_u h_u of a dense divergence
-    rest_maximum: Tensor | None = None  # of the student outside a top-k teacher's ids
-    topk_inside: Tensor | None = None  # [n, K], see TopKGradient
-    topk_outside: Tensor | None = None
+    divergence: str
+    beta: float
+
+    @property
+    def kl_weights(self) -> tuple[float, float] | None:
+        """The weights of KL(p || q) and KL(q || p); None if it is no sum of them."""
+        weights = DIVERGENCES[self.divergence].kl_weights
+        return None if weights is None else weights(self.beta)
 
 
-class RunningSoftmax:
-    """Of n rows: maximum, its column (ties to the left), and ``d = sum exp((x - maximum) / T)``."""
+class Block(NamedTuple):
+    """Logits of some rows and columns, and what its rows are compared with."""
 
-    def __init__(self, like: Tensor, temperature: float, argmax: bool) -> None:  # like: [n]
-        self.temperature = temperature
-        self.maximum = torch.full_like(like, LOWEST)
-        self.total = torch.zeros_like(like)
-        self.argmax = torch.full_like(like, -1, dtype=torch.long) if argmax else None
+    rows: slice
+    columns: slice
+    s: Tensor  # [rows, columns], overwritten
+    t: Tensor | None  # of a dense teacher, likewise
+    gap: Tensor | None  # share (t - s), where the target is not the teacher itself
+    comparison: Comparison | None  # None: no teacher in these rows
 
-    def shift_(self, rows: slice, columns: slice, x: Tensor, scratch: Tensor) -> Tensor:
-        """Update the maximum and subtract it from the tile; return how far it moved, [rows].
 
-        ``x`` is overwritten with ``x - maximum``, ``scratch`` with anything.
-        """
-        maximum = self.maximum[rows]
-        before = maximum.clone()
-        torch.maximum(before, x.amax(1), out=maximum)
-        if self.argmax is not None:
-            # Few slices raise a row's maximum. Look only where one does, because argmax is slow.
-            raised = (maximum > before).nonzero().squeeze(1)
-            candidates = torch.index_select(x, 0, raised, out=scratch[: len(raised)])
-            self.argmax[rows].index_copy_(0, raised, candidates.argmax(1) + columns.start)
-        x.sub_(maximum[:, None])
-        return before.sub_(maximum)
+class Shifted(NamedTuple):
+    """A block relative to the maxima of its rows, with exponentials."""
 
-    def add(self, rows: slice, move: Tensor, weights: Tensor) -> None:
-        """Add ``weights = exp(x / T)`` of a shifted tile."""
-        self.total[rows] *= (move / self.temperature).exp_()
-        self.total[rows] += weights.sum(1)
+    block: Block
+    x: Tensor  # s - m
+    y: Tensor | None = None  # t - m_t
+    hot: Tensor | None = (
+        None  # exp(x / T); beside a top-k teacher relative to rest_maximum, 0 at ids
+    )
+    hot_t: Tensor | None = None  # exp(y / T)
+    warm: Tensor | None = None  # exp(x), where CE, z-loss or entropy ask for it
+
+
+class RowSums(NamedTuple):
+    """The statistics of rows, [n] each, by which losses and gradients are formed.
+
+    What splits a vocabulary between processes can add these up in their place.
+    """
+
+    maximum: Tensor  # m
+    total: Tensor  # d at T
+    total_1: Tensor  # d at 1
+    teacher_maximum: Tensor
+    teacher_total: Tensor
+    at_best: Tensor  # t, or the gap where there is one, in the column of the maximum
+    cross: Tensor  # A
+    cross_student: Tensor  # A'
+    difference: Tensor  # B
+    expectation: Tensor  # sum of q (phi - phi_y)
+    rest_maximum: Tensor  # of the student outside a top-k teacher's ids
+    rest_total: Tensor  # sum of exp((s - rest_maximum) / T) there
+    outside: Tensor  # see TopKGradient
+    plain_weight: Tensor  # C
+    label_logit: Tensor  # s_y
+    weighted: Tensor  # E
+    plain: Tensor  # P
+    value: Tensor  # of a divergence that is no KL
+
+    def at(self, rows: slice) -> RowSums:
+        """The statistics of some of the rows, as views."""
+        return RowSums(*(x[rows] for x in self))
+
+    @property
+    def gap_of_sums(self) -> Tensor:
+        """``log d - log d_t``, exact near 0."""
+        d, B = self.total, self.difference
+        exact = torch.log1p(B / d)
+        return -exact.where(B.abs() < d / 2, self.teacher_total.log() - d.log())
+
+    def gap_at_best(self, temperature: float, has_gap: bool) -> tuple[Tensor, Tensor]:
+        """Of the column with the student's maximum: what the gap of logits is there, relative to
+        the maxima, and ``log p/q``."""
+        raw = self.at_best if has_gap else self.at_best - self.teacher_maximum
+        raw = raw.where(raw.isfinite(), 0)  # a teacher's -inf: any other column will do
+        return raw, raw / temperature + self.offset(temperature, has_gap)
+
+    def offset(self, temperature: float, has_gap: bool) -> Tensor:
+        """``log p/q`` less the gap over T: ``y - x``, or ``share (t - s)`` where there is one."""
+        if not has_gap:
+            return self.gap_of_sums
+        return (self.maximum - self.teacher_maximum) / temperature + self.gap_of_sums
+
+
+GRADIENT_SUMS = RowSums._fields.index("label_logit")
+"""The fields before this one are what a gradient is made of."""
 
 
 class RowStatistics:
-    """Accumulates the statistics of n rows over tiles of their logits, and makes losses of them.
+    """Accumulates the statistics of n rows over blocks of their logits, and makes losses of them.
 
-    Call ``add`` with every tile once; if ``reads_twice``, then ``add_terms`` with every tile again;
-    then ``finish``. A tile has logits of the student ``s``, of a dense teacher ``t``, and scratch
-    ``u``, all three [rows, columns] and overwritten. Labels may lie outside the vocabulary.
+    Call ``add`` with every block once; then for those with a ``Comparison`` that ``reads_twice``
+    ``add_terms`` with every block again, shifted by ``shift``; then ``finish``. Labels may lie
+    outside the vocabulary.
     """
 
     def __init__(
-        self, spec: LossSpec, labels: Tensor | None, teacher: TopKRows | bool, like: Tensor
+        self,
+        spec: LossSpec,
+        targets: RowTargets,
+        groups: list[tuple[slice, Comparison | None]],
+        topk: TopKRows | None,
+        like: Tensor,  # [n]
+        scratch: Scratch,
     ) -> None:
-        objective, zeros = spec.objective, torch.zeros_like(like)  # [n]
-        self.spec, self.temperature, self.labels = spec, objective.temperature, labels
-        self.topk = teacher if isinstance(teacher, TopKRows) else None
+        self.spec, self.targets, self.groups, self.topk = spec, targets, groups, topk
+        self.temperature, self.scratch = spec.objective.temperature, scratch
+        zeros = torch.zeros_like
+        lowest = torch.full_like(like, LOWEST)
+        self.sums = RowSums(
+            maximum=lowest,
+            teacher_maximum=lowest.clone(),
+            rest_maximum=lowest.clone(),
+            label_logit=torch.full_like(like, torch.nan),
+            **{
+                name: zeros(like)
+                for name in RowSums._fields
+                if not name.endswith("maximum") and name != "label_logit"
+            },
+        )
+        self.inside = None if topk is None else torch.zeros_like(topk.log_probs)
+        self.best = torch.full_like(like, -1, dtype=torch.long)
+        self.teacher_best = torch.full_like(self.best, -2)  # agrees with nothing
 
-        # One softmax per side, each with its own maximum and normaliser.
-        self.student = RunningSoftmax(like, self.temperature, spec.compute_metrics)
-        self.rest = RunningSoftmax(like, self.temperature, argmax=False)  # outside a top-k's ids
-        self.teacher: RunningSoftmax | None = None
-        self.kl_left: Side | None = None  # a of a KL(a || b) from running sums
-        self.terms: Terms | None = None  # of any other divergence of a dense teacher
-        if teacher is True:
-            self.teacher = RunningSoftmax(like, self.temperature, spec.compute_metrics)
-            if DIVERGENCES[objective.divergence].forward_passes == 1:
-                self.kl_left = _one_pass_kl(objective.divergence)
-            else:
-                self.terms = terms_of(objective.divergence)
+    # --- first reading ----------------------------------------------------------------------------
 
-        # The sums of the module's docstring that are not normalisers at T.
-        self.label_logit = torch.full_like(like, torch.nan)
-        self.total_1, self.weighted, self.plain = zeros, zeros.clone(), zeros.clone()  # d, E, S
-        self.cross = zeros.clone()  # A
-        self.divergence, self.expectation = zeros.clone(), zeros.clone()
+    def add(self, block: Block) -> Shifted:
+        """Update every sum of these rows with one block; return it relative to the new maxima."""
+        rows, columns, s, t, gap, comparison = block
+        sums = self.sums.at(rows)
+        # The label's and the ids' logits are picked while the block still holds logits.
+        self._note_label(sums, rows, columns, s)
+        by_ids = comparison is not None and self.topk is not None
+        hot = self._add_rest(sums, rows, columns, s) if by_ids else None
 
-    # --- one tile ---------------------------------------------------------------------------------
-
-    def add(self, rows: slice, columns: slice, s: Tensor, t: Tensor | None, u: Tensor) -> None:
-        """First reading: update every sum of these rows with one tile."""
-        # The label's and the ids' logits are picked while the tile still holds logits.
-        self._note_label(rows, columns, s)
-        if self.topk is not None:
-            self._add_rest(self.topk, rows, columns, s, u)
-
-        # From here on s and t hold differences to their running maxima, and u exponentials.
-        move = self.student.shift_(rows, columns, s, u)
-        if t is not None:
-            self._add_both(rows, columns, s, t, u, move)
-        elif self.topk is None or self.temperature == 1:  # else nobody asks for it
-            self.student.add(rows, move, tempered_exp(s, self.temperature, out=u))
+        looks_on = gap if gap is not None else t
+        move = self._raise(sums.maximum, self.best[rows], columns, s, looks_on, sums.at_best)
+        if t is None:
+            shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
+        else:
+            move_t = self._raise(sums.teacher_maximum, self.teacher_best[rows], columns, t)
+            shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
+            self._add_both(sums, shifted, move, move_t)
         if self.spec.compute_ce:
-            self._add_untempered(rows, columns, s, u, move)
+            self._add_untempered(sums, shifted, move)
+        return shifted
 
-    def _note_label(self, rows: slice, columns: slice, s: Tensor) -> None:
-        """Keep the logit of each label that lies in this tile."""
-        if self.labels is None:
+    def _note_label(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> None:
+        """Keep the logit of each label that lies in this block."""
+        if self.targets.labels is None or not self.spec.compute_ce:
             return
-        column = self.labels[rows] - columns.start
+        column = self.targets.labels[rows] - columns.start
         here = (column >= 0) & (column < s.shape[1])
         logit = s.gather(1, column.clamp(0, s.shape[1] - 1)[:, None]).squeeze(1)
-        noted = self.label_logit[rows]
-        noted.copy_(logit.where(here, noted))
+        sums.label_logit.copy_(logit.where(here, sums.label_logit))
 
-    def _add_both(
-        self, rows: slice, columns: slice, s: Tensor, t: Tensor, u: Tensor, move: Tensor
-    ) -> None:
-        """Both sums ``d`` and, for a KL, ``A``; leave ``exp(s / T)`` in ``u``."""
-        student, teacher = self.student, self.teacher
-        assert teacher is not None
-        # A is rescaled by the totals from before this tile, so it comes before ``add`` of its side.
-        teacher_move = teacher.shift_(rows, columns, t, u)
-        tempered_exp(t, self.temperature, out=u)
-        if self.kl_left == "teacher":
-            self._add_cross(rows, u, t.sub_(s), teacher.total[rows], teacher_move, move)
-        teacher.add(rows, teacher_move, u)
-
-        tempered_exp(s, self.temperature, out=u)
-        if self.kl_left == "student":
-            self._add_cross(rows, u, t.neg_().add_(s), student.total[rows], move, teacher_move)
-        student.add(rows, move, u)
-
-    def _add_cross(
+    def _raise(
         self,
-        rows: slice,
-        weights: Tensor,
-        gap: Tensor,
-        total: Tensor,
-        move_a: Tensor,
-        move_b: Tensor,
-    ) -> None:
-        """Rescale A to the new maxima and add ``sum(weights * gap)``; a is the weighted side."""
-        factor = (move_a / self.temperature).exp_()
-        rescale_cross = (self.cross[rows] + total * (move_a - move_b)) * factor
-        # nansum: what is not a number here is 0 * inf, a weight of 0. Real NaNs show in the totals.
-        self.cross[rows] = rescale_cross.where(factor > 0, 0) + gap.mul_(weights).nansum(1)
+        maximum: Tensor,  # [rows], updated
+        best: Tensor,  # [rows], its column, ties to the left, updated
+        columns: slice,
+        x: Tensor,
+        other: Tensor | None = None,  # [rows, columns], of which the same column is kept
+        kept: Tensor | None = None,  # [rows], there
+    ) -> Tensor:  # [rows]
+        """Raise the maxima; return how far they moved, as numbers <= 0."""
+        before = maximum.clone()
+        torch.maximum(before, x.amax(1), out=maximum)
+        if other is not None or self.spec.compute_metrics:
+            # Few slices raise a row's maximum. Look only where one does.
+            raised = (maximum > before).nonzero().squeeze(1)
+            if len(raised) == len(x):
+                column = first_argmax(x, maximum)
+            else:
+                column = first_argmax(x[raised], maximum[raised])
+            best[raised] = column + columns.start
+            if other is not None and kept is not None:
+                kept[raised] = other[raised, column]
+        return before.sub_(maximum)
 
-    def _add_rest(self, topk: TopKRows, rows: slice, columns: slice, s: Tensor, u: Tensor) -> None:
-        """The sum ``d`` of the columns outside the teacher's ids, from their own maximum."""
-        row, _, column = topk.note_logits(rows, columns, s)
-        u.copy_(s)[row, column] = -torch.inf
-        move = self.rest.shift_(rows, columns, u, u)
-        self.rest.add(rows, move, tempered_exp(u, self.temperature, out=u))
+    def _add_both(self, sums: RowSums, shifted: Shifted, move: Tensor, move_t: Tensor) -> None:
+        """Both sums ``d``, their difference, and for a KL the cross sums."""
+        block, x, y, hot, hot_t, _ = shifted
+        assert y is not None and hot is not None and hot_t is not None
+        assert block.comparison is not None
+        T, u = self.temperature, self.scratch.like("u", x.shape)
+        r, r_t = (move / T).exp_(), (move_t / T).exp_()
 
-    def _add_untempered(
-        self, rows: slice, columns: slice, s: Tensor, u: Tensor, move: Tensor
-    ) -> None:
-        """The sums at temperature 1, from ``exp(s / T)`` in ``u``."""
-        if self.spec.objective.label_smoothing > 0:
-            self.plain[rows] += columns.start * move + s.sum(1)
+        # The cross sums are rescaled by the totals from before this block.
+        weights = block.comparison.kl_weights
+        if weights is not None:
+            apart = towards_teacher(sums, shifted, out=u)  # y - x
+            both = weights[0] > 0 and weights[1] > 0
+            second = self.scratch.like("v", x.shape) if both else u
+            moved = move_t - move
+            # nansum: what is not a number here is 0 * inf, a weight of 0. NaNs show in the totals.
+            if weights[1] > 0:
+                part = torch.mul(apart, hot, out=second).nansum(1)
+                rescaled = (sums.cross_student - sums.total * moved) * r
+                sums.cross_student.copy_(rescaled.where(r > 0, 0) - part)
+            if weights[0] > 0:
+                part = torch.mul(apart, hot_t, out=u).nansum(1)
+                rescaled = (sums.cross + sums.teacher_total * moved) * r_t
+                sums.cross.copy_(rescaled.where(r_t > 0, 0) + part)
 
-        weights = u if self.temperature == 1 else tempered_exp(s, 1.0, out=u)
-        factor, total = move.exp(), self.total_1[rows]
+        moved = sums.difference * r + sums.teacher_total * (r_t - r)
+        sums.difference.copy_(moved + torch.sub(hot_t, hot, out=u).sum(1))
+        sums.total.mul_(r).add_(hot.sum(1))
+        sums.teacher_total.mul_(r_t).add_(hot_t.sum(1))
+
+    def _add_rest(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> Tensor:
+        """The sum of the columns outside the teacher's ids, from their own maximum."""
+        assert self.topk is not None
+        row, _, column = self.topk.note_logits(rows, columns, s)
+        u = self.scratch.like("u", s.shape).copy_(s)
+        u[row, column] = -torch.inf
+        before = sums.rest_maximum.clone()
+        torch.maximum(before, u.amax(1), out=sums.rest_maximum)
+        hot = self.scratch.exp_("hot", u.sub_(sums.rest_maximum[:, None]), self.temperature)
+        r = (before.sub_(sums.rest_maximum) / self.temperature).exp_()
+        sums.rest_total.mul_(r).add_(hot.sum(1))
+        return hot
+
+    def _add_untempered(self, sums: RowSums, shifted: Shifted, move: Tensor) -> None:
+        """The sums at temperature 1."""
+        x, warm, factor = shifted.x, shifted.warm, move.exp()
+        assert warm is not None
+        u = self.scratch.like("u", x.shape)
         if self.spec.compute_metrics:
-            self.weighted[rows] = (self.weighted[rows] + total * move) * factor
-        self.total_1[rows] = total * factor + weights.sum(1)
-        if self.spec.compute_metrics:  # after the sum, because the weights are overwritten
-            self.weighted[rows] += weights.mul_(s).nansum(1)
+            moved = (sums.weighted + sums.total_1 * move) * factor
+            sums.weighted.copy_(moved + torch.mul(warm, x, out=u).nansum(1))
+        sums.total_1.mul_(factor).add_(warm.sum(1))
 
-    def add_terms(self, rows: slice, s: Tensor, t: Tensor | None) -> None:
-        """Second reading: the sums of ``f`` and ``h`` (see ``_divergence.py``) of these rows."""
-        student, teacher, objective = self.student, self.teacher, self.spec.objective
-        assert teacher is not None and t is not None and self.terms is not None
-        log_q = log_softmax_(s, student.maximum[rows], student.total[rows], self.temperature)
-        log_p = log_softmax_(t, teacher.maximum[rows], teacher.total[rows], self.temperature)
-        f, h = self.terms(objective.beta, log_q, log_p)
-        self.divergence[rows] += f.sum(1)
-        self.expectation[rows] += h.sum(1)
+        weights = plain_weights(self.spec, self.targets, shifted.block, x.dtype)
+        if weights is None:
+            return
+        if isinstance(weights, float):
+            added, count = x.sum(1) * weights, torch.full_like(move, weights * x.shape[1])
+        else:
+            # nansum: a class of weight 0 adds 0, whatever its logit is.
+            added = torch.mul(x, weights, out=u).nansum(1)
+            count = weights.sum(-1).expand_as(move)
+        sums.plain.add_(sums.plain_weight * move).add_(added)
+        sums.plain_weight.add_(count)
 
-    # --- all tiles --------------------------------------------------------------------------------
+    # --- second reading ---------------------------------------------------------------------------
 
-    @property
-    def reads_twice(self) -> bool:
-        """Whether every tile has to be read again, by ``add_terms``."""
-        return self.terms is not None
+    def add_terms(self, shifted: Shifted) -> Tensor:
+        """The sums of ``f`` and of ``q (phi - phi_y)``; return the latter's summands, in ``v``."""
+        comparison, sums = shifted.block.comparison, self.sums.at(shifted.block.rows)
+        assert comparison is not None and shifted.hot is not None and shifted.hot_t is not None
+        divergence, beta = comparison
+        # Values from log p/q itself: sums that count from a row's constant cancel far from it.
+        gap = log_ratio(
+            sums, shifted, self.temperature, out=self.scratch.like("u", shifted.x.shape)
+        )
+        q = torch.div(shifted.hot, sums.total[:, None], out=self.scratch.like("q", gap.shape))
+        p = torch.div(
+            shifted.hot_t, sums.teacher_total[:, None], out=self.scratch.like("p", gap.shape)
+        )
+        f = terms_of(divergence).value(beta, gap, p, q, True)
+        sums.value.add_(f.sum(1))
+        h = slopes(comparison, sums, shifted, self.temperature, q, self.scratch)
+        sums.expectation.add_(h.sum(1))
+        return h
 
-    def finish(self) -> tuple[RowResults, SavedRows]:
-        """The losses of the rows, and what backward needs of them."""
-        objective = self.spec.objective
-        divergence, saved = self._finish_divergence()
+    # --- all blocks -------------------------------------------------------------------------------
+
+    def finish_topk(self, rows: slice, comparison: Comparison) -> None:
+        """Compare the outcomes of a top-k teacher in these rows, once all columns are read."""
+        assert self.topk is not None and self.inside is not None
+        sums = self.sums.at(rows)
+        value, gradient = self.topk.compare(
+            rows,
+            comparison,
+            self.temperature,
+            sums.maximum,
+            sums.rest_maximum,
+            sums.rest_total,
+        )
+        sums.value.copy_(value)
+        sums.outside.copy_(gradient.outside)
+        self.inside[rows] = gradient.inside
+
+    def finish(self) -> RowResults:
+        """The losses of the rows."""
+        objective, sums, targets = self.spec.objective, self.sums, self.targets
         poison = self._poison()
+        divergence = torch.zeros_like(sums.total)
+        for rows, comparison in self.groups:
+            if comparison is not None:
+                divergence[rows] = self._divergence(comparison, sums.at(rows))
 
         # A KL of 0 may come out as -1e-8: a divergence within rounding below 0 is 0.
         kd = torch.where((divergence < 0) & (divergence > -ROUNDING), 0, divergence)
-        kd = kd * objective.kd_scale + poison
-        ce, z, entropy = self._finish_untempered(poison)
-
-        weighted = (objective.ce_weight, ce), (objective.kd_weight, kd), (objective.z_loss, z)
+        kd = weighted(kd * objective.kd_scale, targets.kd_weights) + poison
+        ce, z, entropy, lse = self._finish_untempered(poison)
         loss = poison.clone()
-        for weight, term in weighted:
+        for weight, term in (
+            (objective.ce_weight, ce),
+            (objective.kd_weight, kd),
+            (objective.z_loss, z),
+        ):
             if weight > 0:  # a term of weight 0 contributes 0, infinite or not
                 loss += weight * term
         correct, agree = self._finish_counts()
-        return RowResults(loss, ce, kd, z, correct, agree, entropy), saved
+        return RowResults(loss, ce, kd, z, correct, agree, entropy, lse)
 
     def _poison(self) -> Tensor:
         """NaN in rows with a label outside the vocabulary, 0 in the others."""
-        poison = torch.zeros_like(self.total_1)
-        if self.labels is not None:
-            outside = (self.labels < 0) | (self.labels >= self.spec.vocab)
-            poison.masked_fill_(outside, torch.nan)
+        poison = torch.zeros_like(self.sums.total)
+        labels = self.targets.labels
+        if labels is not None:
+            poison.masked_fill_((labels < 0) | (labels >= self.spec.vocab), torch.nan)
         return poison
 
-    def _finish_divergence(self) -> tuple[Tensor, SavedRows]:
-        """The bare divergence, before T^2, and what its gradient needs."""
-        student, teacher, objective = self.student, self.teacher, self.spec.objective
-        saved = SavedRows(student.maximum, student.total, self.total_1)
+    def _divergence(self, comparison: Comparison, sums: RowSums) -> Tensor:
+        """The bare divergence of some rows, before T^2."""
+        weights = comparison.kl_weights
+        nan = 0 * (sums.total.log() + sums.teacher_total.log())  # where either side is NaN
         if self.topk is not None:
-            value, topk = self.topk.compare(
-                objective, student.maximum, self.rest.maximum, self.rest.total
-            )
-            return value, saved._replace(
-                rest_maximum=self.rest.maximum, topk_inside=topk.inside, topk_outside=topk.outside
-            )
-        if teacher is None:
-            return torch.zeros_like(self.total_1), saved
+            return sums.value
+        if weights is None:
+            return sums.value + nan
+        T, value = self.temperature, nan
+        between = sums.gap_of_sums  # log d - log d_t
+        if weights[0] > 0:
+            value = value + weights[0] * (sums.cross / (T * sums.teacher_total) + between)
+        if weights[1] > 0:
+            value = value + weights[1] * (sums.cross_student / (T * sums.total) - between)
+        return value
 
-        log_student, log_teacher = student.total.log(), teacher.total.log()
-        match self.kl_left:
-            case "teacher":
-                value = self.cross / (self.temperature * teacher.total) - log_teacher + log_student
-                expectation = torch.full_like(value, -1)
-            case "student":
-                value = self.cross / (self.temperature * student.total) - log_student + log_teacher
-                expectation = value
-            case None:
-                value = self.divergence + 0 * (log_student + log_teacher)  # NaN from either side
-                expectation = self.expectation
-        return value, saved._replace(
-            teacher_maximum=teacher.maximum, teacher_total=teacher.total, expectation=expectation
-        )
-
-    def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """CE, ``lse^2`` and entropy, all at temperature 1."""
+    def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """CE, ``lse^2``, entropy and lse, all at temperature 1."""
         if not self.spec.compute_ce:
-            return poison, poison, torch.zeros_like(poison)
-        eps, log_d = self.spec.objective.label_smoothing, self.total_1.log()
-        ce = log_d - (1 - eps) * (self.label_logit - self.student.maximum)
-        if eps > 0:
-            ce -= eps * (self.plain / self.spec.vocab)
-        z = (self.student.maximum + log_d).square() + poison
-        return ce, z, log_d - self.weighted / self.total_1
+            nothing = torch.zeros_like(poison)
+            return poison, poison, nothing, nothing
+        sums, targets = self.sums, self.targets
+        log_d = sums.total_1.log()
+        lse = sums.maximum + log_d
+        ce = torch.zeros_like(poison)
+        if targets.labels is not None:
+            share = label_shares(self.spec, targets, log_d)
+            ce = weighted(log_d - (sums.label_logit - sums.maximum), share)
+        # A weight of 0 times a normaliser that is infinite is 0, but in a row of NaN.
+        ce = ce + weighted(log_d, sums.plain_weight) - sums.plain + poison
+        z = weighted(lse.square(), targets.token_weights) + poison
+        entropy = log_d - sums.weighted / sums.total_1
+        return weighted(ce, targets.token_weights), z, entropy, lse
 
     def _finish_counts(self) -> tuple[Tensor, Tensor]:
         """Whether the student's argmax is the label, and whether it is the teacher's: 0 or 1."""
-        column, nothing = self.student.argmax, torch.zeros_like(self.total_1)
-        if column is None:
+        nothing = torch.zeros_like(self.sums.total)
+        if not self.spec.compute_metrics:
             return nothing, nothing
-        correct = nothing if self.labels is None else (column == self.labels).to(nothing.dtype)
+        labels, best = self.targets.labels, self.best
+        correct = nothing if labels is None else (best == labels).to(nothing.dtype)
+        teacher_best = self.teacher_best
         if self.topk is not None:
-            return correct, (column == self.topk.argmax()).to(nothing.dtype)
-        if self.teacher is not None:
-            return correct, (column == self.teacher.argmax).to(nothing.dtype)
-        return correct, nothing
+            teacher_best = teacher_best.clone()
+            teacher_best[: len(self.topk.ids)] = self.topk.argmax()
+        return correct, (best == teacher_best).to(nothing.dtype)
 
 
-def _one_pass_kl(divergence: str) -> Side:
-    if divergence not in ONE_PASS_KL:
-        raise missing(divergence, f"{__name__}.ONE_PASS_KL")
-    return ONE_PASS_KL[divergence]
+# --- Of one block --------------------------------------------------------------------------------
 
 
-def tempered_exp(x: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """``exp(x / T)``. torch's exp2 would be four times as fast on a CPU, but there its vectorised
-    body and its scalar tail differ in the last bit, and with them a row's result by its place."""
-    if temperature == 1:
-        return torch.exp(x, out=out)
-    return torch.mul(x, 1 / temperature, out=out).exp_()
+def shift(
+    block: Block,
+    sums: RowSums,
+    temperature: float,
+    scratch: Scratch,
+    hot: Tensor | None = None,  # if it is there already
+    untempered: bool = True,
+) -> Shifted:
+    """Overwrite logits with their differences to the rows' maxima, and take exponentials."""
+    x, y, hot_t, warm = block.s.sub_(sums.maximum[:, None]), None, None, None
+    by_ids = hot is not None
+    if block.t is not None:
+        y = block.t.sub_(sums.teacher_maximum[:, None])
+        hot_t = scratch.exp_("hot_t", y, temperature)
+    if not by_ids and (y is not None or (untempered and temperature == 1)):
+        hot = scratch.exp_("hot", x, temperature)
+    if untempered and temperature == 1 and not by_ids:
+        warm = hot
+    elif untempered and temperature == 2 and hot is not None and not by_ids:
+        warm = torch.mul(hot, hot, out=scratch.like("warm", x.shape))
+    elif untempered:
+        warm = scratch.exp_("warm", x)
+    return Shifted(block, x, y, hot, hot_t, warm)
 
 
-def log_softmax_(x: Tensor, maximum: Tensor, total: Tensor, temperature: float) -> Tensor:
-    """Logits to log-probabilities at T, in place, from ``total = sum exp((x - maximum) / T)``."""
-    return x.sub_(maximum[:, None]).mul_(1 / temperature).sub_(total.log()[:, None])
+def towards_teacher(sums: RowSums, shifted: Shifted, out: Tensor) -> Tensor:
+    """``y - x``, from the gap where there is one: a target differs by less than it is."""
+    gap = shifted.block.gap
+    if gap is None:
+        assert shifted.y is not None
+        return torch.sub(shifted.y, shifted.x, out=out)
+    return torch.add(gap, (sums.maximum - sums.teacher_maximum)[:, None], out=out)
+
+
+def log_ratio(sums: RowSums, shifted: Shifted, temperature: float, out: Tensor) -> Tensor:
+    """``log p/q`` of every column."""
+    gap = shifted.block.gap
+    raw = towards_teacher(sums, shifted, out) if gap is None else out.copy_(gap)
+    offset = sums.offset(temperature, gap is not None)
+    return raw.mul_(1 / temperature).add_(offset[:, None])
+
+
+def slopes(
+    comparison: Comparison,
+    sums: RowSums,
+    shifted: Shifted,
+    temperature: float,
+    q: Tensor,
+    scratch: Scratch,
+) -> Tensor:
+    """``q (phi - phi_y)`` of every column, see ``_divergence.py``."""
+    gap = shifted.block.gap
+    out = scratch.like("u", q.shape)
+    raw = towards_teacher(sums, shifted, out) if gap is None else out.copy_(gap)
+    at_best, ratio = sums.gap_at_best(temperature, gap is not None)
+    counted = counted_from(comparison.divergence, comparison.beta, ratio[:, None])
+    # Subtract first: what a common offset hides is lost in its product with 1/T.
+    g = raw.sub_(at_best[:, None]).mul_(1 / temperature).add_(counted.gap - counted.g0)
+    return weighted_slope(terms_of(comparison.divergence).slope, comparison.beta, g, counted, q)
+
+
+def plain_weights(
+    spec: LossSpec, targets: RowTargets, block: Block, dtype: torch.dtype
+) -> Tensor | float | None:
+    """By how much CE weights every class of a block, a label's own share apart: one number, [1,
+    columns] or [rows, columns]; None if the label's share is all."""
+    eps = spec.objective.label_smoothing
+    by_class = None if targets.class_weight is None else targets.class_weight[block.columns]
+    if targets.soft is not None:
+        soft = targets.soft[block.rows, block.columns].to(dtype)
+        a = soft * (1 - eps) + eps / spec.vocab
+        return a if by_class is None else a.mul_(by_class)
+    if targets.labels is None or eps == 0:
+        return None
+    uniform = eps / spec.vocab
+    return uniform if by_class is None else (by_class * uniform)[None]
+
+
+def label_shares(spec: LossSpec, targets: RowTargets, like: Tensor) -> Tensor:  # [n]
+    """By how much CE weights the label of each row, beside what all classes get."""
+    share = torch.full_like(like, 1 - spec.objective.label_smoothing)
+    if targets.labels is None or targets.class_weight is None:
+        return share
+    return share * targets.class_weight[targets.labels.clamp(0, spec.vocab - 1)]
+
+
+def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """``weights * x``, and 0 where the weight is 0, infinite or not."""
+    if weights is None:
+        return x
+    return (x * weights).masked_fill_(weights == 0, 0)
+
+
+def first_argmax(x: Tensor, maximum: Tensor) -> Tensor:  # [rows, columns], [rows] -> [rows]
+    """The first column of each row that holds the row's maximum; 0 where none equals it.
+
+    In two steps, pieces and then one piece, because torch's argmax is slow on a CPU.
+    """
+    columns = x.shape[1]
+    whole = columns // ARGMAX_PIECE * ARGMAX_PIECE
+    if x.device.type != "cpu" or whole == 0:
+        return x.argmax(1)
+    tops = x[:, :whole].unflatten(1, (-1, ARGMAX_PIECE)).amax(2)
+    if whole < columns:
+        tops = torch.cat((tops, x[:, whole:].amax(1, keepdim=True)), 1)
+    piece = tops.argmax(1, keepdim=True)
+    inside = piece * ARGMAX_PIECE + torch.arange(ARGMAX_PIECE, device=x.device)
+    found = x.gather(1, inside.clamp_(max=columns - 1)).argmax(1)
+    return piece.squeeze(1) * ARGMAX_PIECE + found

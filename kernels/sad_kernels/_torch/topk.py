@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import teacher_outcomes, terms_of
-from sad_kernels.objective import Objective, Tail
+from sad_kernels._divergence import teacher_outcomes, value_and_gradient
+from sad_kernels.objective import Tail
 
 Positions = tuple[Tensor, Tensor, Tensor]
 
@@ -61,28 +61,36 @@ class TopKRows:
         return self.ids.gather(1, best).squeeze(1)
 
     def compare(
-        self, objective: Objective, maximum: Tensor, rest_maximum: Tensor, rest: Tensor
+        self,
+        rows: slice,
+        comparison: tuple[str, float],  # a divergence and its beta
+        temperature: float,
+        maximum: Tensor,
+        rest_maximum: Tensor,
+        rest: Tensor,
     ) -> tuple[Tensor, TopKGradient]:
-        """Return the bare divergence and its gradient.
+        """Return the bare divergence of some rows, and its gradient.
 
         ``maximum`` is the student's over all columns, ``rest_maximum`` the one over those outside
         K, and ``rest`` the sum of ``exp((s - rest_maximum) / T)`` over these.
         """
         # log q of the K ids and of the rest, relative to the student's maximum.
-        at_ids = (self.logits - maximum[:, None]) / objective.temperature
-        at_ids = at_ids.where(self.present, -torch.inf)
-        below = (rest_maximum - maximum) / objective.temperature
+        at_ids = (self.logits[rows] - maximum[:, None]) / temperature
+        at_ids = at_ids.where(self.present[rows], -torch.inf)
+        below = (rest_maximum - maximum) / temperature
         total = rest * below.exp() + at_ids.exp().sum(1)
         log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1) - total.log()[:, None]
 
-        log_p, log_p_rest = teacher_outcomes(self.log_probs, self.tail, self.vocab)
+        log_p, log_p_rest = teacher_outcomes(self.log_probs[rows], self.tail, self.vocab)
         log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
-        f, h = terms_of(objective.divergence)(objective.beta, log_q, log_p)
+        value, gradient = value_and_gradient(*comparison, log_p, log_q)
 
-        # The gradient of a column outside K is its share q_v / q_rest of the rest's gradient
-        # h_rest - q_rest sum h. Both terms are kept as factors of exp((s - rest_maximum) / T).
-        q, expectation = log_q.exp(), h.sum(1, keepdim=True)
-        outside = (h[:, -1] / rest).where(rest > 0, 0) - expectation[:, 0] * below.exp() / total
-        inside = (h - q * expectation)[:, :-1].contiguous()
-        value = f.sum(1).where(total.isfinite() & ~self.poisoned, torch.nan)
-        return value, TopKGradient(inside, outside)
+        # Padding alone, and no rest: there is nothing to compare with.
+        no_teacher = (log_p == -torch.inf).all(1)
+        value = value.masked_fill(no_teacher, 0)
+        gradient = gradient.masked_fill(no_teacher[:, None], 0)
+        value = value.where(total.isfinite() & ~self.poisoned[rows], torch.nan)
+
+        # The gradient of a column outside K is its share q_v / q_rest of the rest's.
+        outside = (gradient[:, -1] / rest).where(rest > 0, 0)
+        return value, TopKGradient(gradient[:, :-1], outside)

@@ -23,12 +23,7 @@ import torch
 from torch import Tensor
 
 from sad_kernels._divergence_table import DIVERGENCES
-from sad_kernels._rows import LossSpec, RowLayout, RowResults
-from sad_kernels._triton import chunks
-from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
-from sad_kernels._triton.launch import Logits, SortedTopK
-from sad_kernels._triton.logits import TopKTensors, teacher_of, top_k_tensors
-from sad_kernels._triton.operator import (
+from sad_kernels._operator import (
     OpArgs,
     Operator,
     decode,
@@ -37,6 +32,11 @@ from sad_kernels._triton.operator import (
     save_call,
     saved_call,
 )
+from sad_kernels._rows import LossSpec, RowLayout, RowResults
+from sad_kernels._triton import chunks
+from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
+from sad_kernels._triton.launch import Logits, SortedTopK
+from sad_kernels._triton.logits import TopKTensors, teacher_of, top_k_tensors
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.scale import scaled
 from sad_kernels.objective import (

@@ -15,11 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import LossSpec, RowLayout, RowResults
-from sad_kernels._triton import launch
-from sad_kernels._triton.gemm import times
-from sad_kernels._triton.launch import Forward, Logits, SortedTopK
-from sad_kernels._triton.operator import (
+from sad_kernels._operator import (
     OpArgs,
     Operator,
     decode,
@@ -28,6 +24,10 @@ from sad_kernels._triton.operator import (
     save_call,
     saved_call,
 )
+from sad_kernels._rows import LossSpec, RowLayout, RowResults
+from sad_kernels._triton import launch
+from sad_kernels._triton.gemm import times
+from sad_kernels._triton.launch import Forward, Logits, SortedTopK
 from sad_kernels._triton.reduce import Reduced, reduced
 from sad_kernels._triton.rows import PARTS, SAVED
 from sad_kernels.objective import (

@@ -104,7 +104,7 @@ def no_second_backward(*_: Any) -> None:
     """The backward of an operator that is itself a gradient: an error."""
     raise RuntimeError(
         "the gradient of a loss must not be differentiated again, got a second backward through "
-        "it; use impl='torch' and no create_graph, or sad_kernels.reference"
+        "it; call the function of this name in sad_kernels.reference, which torch differentiates"
     )
 
 
@@ -112,9 +112,11 @@ def save_call(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...] = (
     """Save an operator's inputs, tensors or not, and some of its outputs for backward."""
     tensors, plain = [], []
     for value in inputs:
-        tensor = isinstance(value, Tensor)
-        tensors.append(value if tensor else None)
-        plain.append(None if tensor else value)
+        # Autograd does not save tensors of inference mode, such as a teacher's. It would watch for
+        # changes in place, and these are not counted.
+        saved = isinstance(value, Tensor) and not value.is_inference()
+        tensors.append(value if saved else None)
+        plain.append(None if saved else value)
     ctx.plain = plain
     ctx.set_materialize_grads(False)  # of outputs that nobody differentiates
     ctx.save_for_backward(*tensors, *outputs)
@@ -140,6 +142,9 @@ Encoded = tuple[list[int], list[float], str]
 """``OpArgs`` as an operator's last common arguments: integers, numbers and words."""
 
 
+NO_OTHER = "-"  # stands for other_divergence=None
+
+
 class OpArgs(NamedTuple):
     """What an operator computes: the loss, and how products become logits on either side."""
 
@@ -156,9 +161,10 @@ def encode(args: OpArgs) -> Encoded:
     caps = args.softcap or 0.0, args.teacher_softcap or 0.0
     numbers = (
         o.ce_weight, o.kd_weight, o.label_smoothing, o.z_loss, o.temperature, o.beta,
-        o.teacher_share, args.scale, args.teacher_scale, *caps,
+        o.teacher_share, o.other_beta, args.scale, args.teacher_scale, *caps,
     )  # fmt: skip
-    words = f"{o.divergence} {o.scale_t2} {spec.compute_ce} {spec.compute_metrics}"
+    flags = f"{o.scale_t2} {spec.compute_ce} {spec.compute_metrics}"
+    words = f"{o.divergence} {o.other_divergence or NO_OTHER} {flags}"
     return [spec.vocab, spec.ignore_index], [float(x) for x in numbers], words
 
 
@@ -170,10 +176,12 @@ def decode(integers: Sequence[int], numbers: Sequence[float], words: str) -> OpA
 @lru_cache(maxsize=64)
 def _decode(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -> OpArgs:
     ce_weight, kd_weight, label_smoothing, z_loss, temperature, beta, teacher_share, *rest = numbers
-    scale, teacher_scale, softcap, teacher_softcap = rest
-    divergence, *flags = words.split(" ")
+    other_beta, scale, teacher_scale, softcap, teacher_softcap = rest
+    divergence, other, *flags = words.split(" ")
     scale_t2, compute_ce, compute_metrics = (flag == "True" for flag in flags)
     how: dict[str, Any] = {"divergence": divergence, "scale_t2": scale_t2}
+    if other != NO_OTHER:
+        how["other_divergence"] = other
     objective = Objective(
         ce_weight=ce_weight,
         kd_weight=kd_weight,
@@ -182,6 +190,7 @@ def _decode(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -
         temperature=temperature,
         beta=beta,
         teacher_share=teacher_share,
+        other_beta=other_beta,
         **how,
     )
     vocab, ignore_index = integers

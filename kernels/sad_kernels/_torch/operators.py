@@ -1,0 +1,380 @@
+"""The losses of the torch path as torch operators, and what autograd, compilers and vmap see.
+
+``torch_rows`` gives a loss per row, and a few numbers per row from which ``torch_rows_gradient``
+makes the gradients, with the logits read or made once more. ``torch_mean`` gives the sum of the
+rows' losses over a number of items, with the gradients, so that logits made from hidden states are
+made once. All are opaque: a compiler sees the shapes of their results, and never the number of rows
+that count, which depends on the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from sad_kernels._operator import (
+    OpArgs,
+    Operator,
+    decode,
+    eager_autograd_only,
+    encode,
+    no_second_backward,
+    save_call,
+    saved_call,
+)
+from sad_kernels._rows import LogitTransform, LossSpec, RowResults, RowTargets, arithmetic_dtype
+from sad_kernels._tiles import TileShape
+from sad_kernels._torch.problem import ModelInput, Problem, SavedRows, TopKInput
+from sad_kernels._torch.sources import Gradients
+from sad_kernels._torch.statistics import GRADIENT_SUMS
+from sad_kernels.objective import Tail
+
+PARTS = len(RowResults._fields) - 1  # beside the loss
+
+
+class LossInputs(NamedTuple):
+    """What all operators of this file take first, in the schema's order."""
+
+    x: Tensor  # [N, D] hidden states, or without a weight logits [N, >= V]
+    weight: Tensor | None  # [>= V, D]
+    bias: Tensor | None  # [>= V]
+    labels: Tensor | None  # these six are RowTargets
+    soft: Tensor | None
+    class_weight: Tensor | None
+    token_weights: Tensor | None
+    kd_weights: Tensor | None
+    other_rows: Tensor | None
+    t_x: Tensor | None  # the teacher's, as the student's
+    t_weight: Tensor | None
+    t_bias: Tensor | None
+    ids: Tensor | None  # [N, K] of a top-k teacher
+    log_probs: Tensor | None  # [N, K]
+    tail: str
+    integers: Sequence[int]  # these three are an OpArgs, see encode
+    numbers: Sequence[float]
+    words: str
+    tile: Sequence[int]  # a TileShape
+
+    def problem(self) -> Problem:
+        args = decode(self.integers, self.numbers, self.words)
+        student = ModelInput(
+            self.x, self.weight, self.bias, LogitTransform(args.scale, args.softcap)
+        )
+        teacher: ModelInput | TopKInput | None = None
+        if self.ids is not None:
+            assert self.log_probs is not None
+            teacher = TopKInput(self.ids, self.log_probs, cast(Tail, self.tail))
+        elif self.t_x is not None:
+            transform = LogitTransform(args.teacher_scale, args.teacher_softcap)
+            teacher = ModelInput(self.t_x, self.t_weight, self.t_bias, transform)
+        targets = RowTargets(*self[3:9])
+        return Problem(args.spec, student, targets, teacher, TileShape(*self.tile))
+
+
+def loss_inputs(
+    spec: LossSpec,
+    student: ModelInput,
+    targets: RowTargets,
+    teacher: ModelInput | TopKInput | None,
+    shape: TileShape,
+) -> LossInputs:
+    """The records of a call as an operator's inputs."""
+    args = OpArgs(spec, student.transform.logit_scale, student.transform.softcap)
+    dense: tuple[Tensor | None, ...] = (None, None, None)
+    ids = log_probs = None
+    tail = ""
+    if isinstance(teacher, TopKInput):
+        ids, log_probs, tail = teacher
+    elif teacher is not None:
+        *dense, transform = teacher
+        args = args._replace(teacher_scale=transform.logit_scale, teacher_softcap=transform.softcap)
+    return LossInputs(
+        *student[:3], *targets, *dense, ids, log_probs, tail, *encode(args), list(shape)
+    )
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Autocast off: it would act inside an operator too, whose dtypes are chosen."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# --- A loss per row ------------------------------------------------------------------------------
+
+
+@Operator
+def torch_rows(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row losses [N], their parts [PARTS, N]; the two fields of ``SavedRows``."""
+    with _no_autocast(inputs.x), torch.no_grad():
+        results, saved = inputs.problem().losses()
+        loss, *parts = results
+        return loss, torch.stack(parts), *saved
+
+
+@torch_rows.register_fake
+def _(inputs: LossInputs) -> tuple[Tensor, ...]:
+    N = inputs.x.shape[0]
+    rows = inputs.x.new_empty(N, dtype=arithmetic_dtype(inputs.x))
+    inside = rows.new_empty(0, 0)
+    if inputs.ids is not None:
+        inside = rows.new_empty(N, inputs.ids.shape[1])
+    return rows, rows.new_empty(PARTS, N), rows.new_empty(GRADIENT_SUMS, N), inside
+
+
+@Operator
+def torch_rows_gradient(
+    inputs: LossInputs,
+    want: Sequence[bool],  # of x, weight and bias
+    sums: Tensor,
+    inside: Tensor,
+    upstream: Tensor,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``sum(upstream * losses)``, empty where not wanted."""
+    with _no_autocast(inputs.x), torch.no_grad():
+        saved = SavedRows(sums, inside)
+        return _filled(inputs, inputs.problem().gradients(saved, upstream, _wanted(want)))
+
+
+@torch_rows_gradient.register_fake
+def _(inputs: LossInputs, want: Sequence[bool], *_: Tensor) -> tuple[Tensor, ...]:
+    return _empty_gradients(inputs, want)
+
+
+def _wanted(want: Sequence[bool]) -> tuple[bool, bool, bool]:
+    x, weight, bias = want
+    return x, weight, bias
+
+
+def _filled(inputs: LossInputs, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as an operator returns them: tensors, empty where there is none."""
+    x, weight, bias = (inputs.x.new_empty(0) if g is None else g for g in gradients)
+    return x, weight, bias
+
+
+def _empty_gradients(inputs: LossInputs, want: Sequence[bool]) -> tuple[Tensor, ...]:
+    leaves = inputs.x, inputs.weight, inputs.bias
+    return tuple(
+        x.new_empty(x.shape) if wanted and x is not None else inputs.x.new_empty(0)
+        for x, wanted in zip(leaves, want, strict=True)
+    )
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    save_call(ctx, inputs, output[2:])
+
+
+def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Backward of ``torch_rows``: the logits again, with each row's upstream."""
+    inputs, saved = saved_call(ctx)
+    if upstream is None:
+        return (None,) * len(inputs)
+    want = list(ctx.needs_input_grad[:3])
+    gradients = torch_rows_gradient(*inputs, want, *saved, upstream)
+    return _returned(gradients, want, len(inputs))
+
+
+def _returned(
+    gradients: Sequence[Tensor], want: Sequence[bool], num_inputs: int
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each input of an operator."""
+    out = [g if wanted else None for g, wanted in zip(gradients, want, strict=True)]
+    return *out, *[None] * (num_inputs - 3)
+
+
+@torch_rows.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """Rows are independent, so a batch of B times N rows is B N rows."""
+    B, names = info.batch_size, LossInputs._fields
+    given = dict(zip(names, inputs, strict=True))
+    if given["weight"] is not None:
+        _no_vmap()
+    if in_dims[names.index("class_weight")] is not None:
+        raise RuntimeError(
+            "class weights must not be batched by vmap, got a batch of them; call once for each"
+        )
+
+    def joined(name: str, x: Any, dim: int | None) -> Any:  # [N, ...] with B at dim -> [B N, ...]
+        if not isinstance(x, Tensor) or name == "class_weight":
+            return x
+        return (x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    outputs = torch_rows(*map(joined, names, inputs, in_dims))
+    out_dims = (0, 1, 1, 0)  # where each output has its rows
+    if given["ids"] is None:
+        outputs, out_dims = (*outputs[:3], outputs[3].expand(B, 0, 0)), (0, 1, 1, None)
+        parted = [
+            x.unflatten(d, (B, x.shape[d] // B))
+            for x, d in zip(outputs[:3], out_dims[:3], strict=True)
+        ]
+        return (*parted, outputs[3]), (0, 1, 1, 0)
+    parted = (x.unflatten(d, (B, x.shape[d] // B)) for x, d in zip(outputs, out_dims, strict=True))
+    return tuple(parted), out_dims
+
+
+@torch_rows_gradient.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    B, count = info.batch_size, len(LossInputs._fields)
+    names = LossInputs._fields
+    want, sums, inside, upstream = inputs[count:]
+    _, sums_dim, inside_dim, upstream_dim = in_dims[count:]
+
+    def front(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    flat = [
+        x if not isinstance(x, Tensor) or name == "class_weight" else front(x, dim).flatten(0, 1)
+        for name, x, dim in zip(names, inputs[:count], in_dims[:count], strict=True)
+    ]
+    sums = front(sums, sums_dim).movedim(0, 1).flatten(1, 2)  # [sums, B N]
+    inside = front(inside, inside_dim).flatten(0, 1)
+    upstream = front(upstream, upstream_dim).flatten(0, 1)
+    dx, dweight, dbias = torch_rows_gradient(*flat, want, sums, inside, upstream)
+    dx = dx.unflatten(0, (B, dx.shape[0] // B)) if want[0] else dx.expand(B, 0)
+    return (dx, dweight.expand(B, 0), dbias.expand(B, 0)), (0, 0, 0)
+
+
+def _no_vmap(*_: Any) -> None:
+    """Refuse vmap, within which the inputs that want a gradient cannot be told from the others."""
+    raise RuntimeError(
+        "a loss of hidden states must not be batched by vmap, got batched inputs; "
+        "pass all rows at once"
+    )
+
+
+torch_rows.register_autograd(_gradients_of_rows, setup_context=_save_rows)
+torch_rows_gradient.register_autograd(no_second_backward)
+
+
+# --- A mean, whose gradients are made with it ----------------------------------------------------
+
+
+@Operator
+def torch_mean(
+    inputs: LossInputs,
+    items: Tensor,  # []
+    want: Sequence[bool],  # of x, weight and bias
+    whole_rows: int,  # of logits that are made at a time
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss [], row losses [N], parts [PARTS, N]; the three gradients, empty if not wanted."""
+    results, gradients = _mean(inputs, items, want, whole_rows)
+    loss, *parts = results
+    return loss.sum() / items, loss, torch.stack(parts), *_filled(inputs, gradients)
+
+
+def _mean(
+    inputs: LossInputs, items: Tensor, want: Sequence[bool], whole_rows: int
+) -> tuple[RowResults, Gradients]:
+    with _no_autocast(inputs.x), torch.no_grad():
+        problem = inputs.problem()
+        upstream = (1 / items.to(problem.dtype)).expand(problem.num_rows)
+        return problem.losses_and_gradients(whole_rows, upstream, _wanted(want))
+
+
+@torch_mean.register_fake
+def _(
+    inputs: LossInputs, items: Tensor, want: Sequence[bool], whole_rows: int
+) -> tuple[Tensor, ...]:
+    N = inputs.x.shape[0]
+    rows = inputs.x.new_empty(N, dtype=arithmetic_dtype(inputs.x))
+    return rows.new_empty(()), rows, rows.new_empty(PARTS, N), *_empty_gradients(inputs, want)
+
+
+@Operator
+def torch_replay(
+    inputs: LossInputs,
+    want: Sequence[bool],
+    upstream: Tensor,  # [N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``sum(upstream * losses)``, from the inputs alone: a second backward."""
+    with _no_autocast(inputs.x), torch.no_grad():
+        problem = inputs.problem()
+        _, saved = problem.losses()
+        return _filled(inputs, problem.gradients(saved, upstream, _wanted(want)))
+
+
+@torch_replay.register_fake
+def _(inputs: LossInputs, want: Sequence[bool], upstream: Tensor) -> tuple[Tensor, ...]:
+    return _empty_gradients(inputs, want)
+
+
+@Operator
+def torch_scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """``gradient * upstream``, an operator so that a second derivative can be refused."""
+    return gradient * upstream.to(gradient.dtype)
+
+
+@torch_scaled.register_fake
+def _(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.want, ctx.num_inputs = inputs[-2], len(inputs)
+    ctx.set_materialize_grads(False)  # a zero for dweight would be as large as the weight
+    ctx.save_for_backward(*output[3:])
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * ctx.num_inputs
+    gradients = [
+        torch_scaled(g, upstream) if wanted else g
+        for g, wanted in zip(ctx.saved_tensors, ctx.want, strict=True)
+    ]
+    return _returned(gradients, ctx.want, ctx.num_inputs)
+
+
+torch_replay.register_autograd(no_second_backward)
+torch_scaled.register_autograd(no_second_backward)
+torch_mean.register_autograd(_scale_gradients, setup_context=_save_gradients)
+for _operator in (torch_mean, torch_replay):
+    _operator.register_vmap(_no_vmap)
+
+
+class _EagerMean(torch.autograd.Function):
+    """``torch_mean`` where only autograd looks on: the first backward hands out its gradients
+    without a copy, so that of a large weight there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, items: Tensor, want: Sequence[bool], whole_rows: int, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        results, ctx.gradients = _mean(LossInputs(*inputs), items, want, whole_rows)
+        ctx.want = want
+        save_call(ctx, (*inputs, items))
+        loss, *parts = results
+        rows = loss, torch.stack(parts)
+        ctx.mark_non_differentiable(*rows)
+        return loss.sum() / items, *rows
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        num_inputs = len(LossInputs._fields)
+        if upstream is None:
+            return (None,) * (3 + num_inputs)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled():
+            # Handed out already, or to be differentiated again, which the operator refuses.
+            (*inputs, items), _ = saved_call(ctx)
+            share = (upstream / items).expand(inputs[0].shape[0])
+            gradients = torch_replay(*inputs, ctx.want, share)
+        else:
+            for g in gradients:
+                if g is not None:
+                    g.mul_(upstream.to(g.dtype))
+        return None, None, None, *_returned(gradients, ctx.want, num_inputs)
+
+
+def mean_with_gradients(
+    inputs: LossInputs, items: Tensor, want: Sequence[bool], whole_rows: int
+) -> tuple[Tensor, RowResults]:
+    """``sum of row losses / items``, differentiable, and the rows' losses and parts, detached."""
+    if eager_autograd_only((*inputs, items)):
+        loss, rows, parts = _EagerMean.apply(items, want, whole_rows, *inputs)
+    else:
+        loss, rows, parts, *_ = torch_mean(*inputs, items, want, whole_rows)
+    return loss, RowResults(rows.detach(), *parts.detach())

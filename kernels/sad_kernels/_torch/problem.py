@@ -1,0 +1,308 @@
+"""One call of a loss in the torch path: its rows, its sources of logits, and the loops over them.
+
+There are two loops. ``losses_and_gradients`` takes rows in chunks, each of them whole, and forms
+the gradient while a chunk's logits are there: every product is made once. It needs the upstream
+gradient beforehand, so it serves a mean or sum, whose upstream is a factor for all rows.
+``losses`` keeps statistics only, and ``gradients`` makes the logits again: for a loss per row, a
+second backward, a budget that holds too few whole rows, and for losses without gradients.
+
+Rows that are compared alike form a group; groups follow each other, and those without a teacher
+come last. A row's numbers do not depend on the rows beside it, so their order changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sad_kernels._rows import (
+    LogitTransform,
+    LossSpec,
+    RowLayout,
+    RowResults,
+    RowTargets,
+    arithmetic_dtype,
+)
+from sad_kernels._tiles import TileShape, block_rows, cut
+from sad_kernels._torch.gemm import onednn_products
+from sad_kernels._torch.gradient import RowGradient
+from sad_kernels._torch.scratch import Scratch
+from sad_kernels._torch.sources import Gradients, HeadSource, LogitSource, Source
+from sad_kernels._torch.statistics import (
+    GRADIENT_SUMS,
+    Block,
+    Comparison,
+    RowStatistics,
+    RowSums,
+    shift,
+)
+from sad_kernels._torch.topk import TopKRows
+from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
+
+Group = tuple[slice, Comparison | None]
+
+
+class ModelInput(NamedTuple):
+    """The tensors of one model: hidden states and head if it has a weight, otherwise logits."""
+
+    x: Tensor  # [N, D] or [N, >= V]
+    weight: Tensor | None = None  # [>= V, D]
+    bias: Tensor | None = None  # [>= V]
+    transform: LogitTransform = LogitTransform()
+
+
+class TopKInput(NamedTuple):
+    """The tensors of a ``TeacherTopK``, and its tail."""
+
+    ids: Tensor  # [N, K]
+    log_probs: Tensor  # [N, K]
+    tail: Tail
+
+
+def head_input(hidden: Tensor, head: Head) -> ModelInput:  # hidden: [N, D]
+    transform = LogitTransform(float(head.logit_scale), head.softcap)
+    return ModelInput(hidden, head.weight, head.bias, transform)
+
+
+def teacher_input(teacher: Teacher | None, layout: RowLayout) -> ModelInput | TopKInput | None:
+    """A teacher's tensors by row. Its weights may be parameters; they get no gradient."""
+    match teacher:
+        case TeacherHidden(hidden=hidden, head=head):
+            bias = None if head.bias is None else head.bias.detach()
+            transform = LogitTransform(float(head.logit_scale), head.softcap)
+            return ModelInput(layout.rows(hidden), head.weight.detach(), bias, transform)
+        case TeacherLogits(logits=logits, logit_scale=logit_scale, softcap=softcap):
+            transform = LogitTransform(float(logit_scale), softcap)
+            return ModelInput(layout.rows(logits), transform=transform)
+        case TeacherTopK(ids=ids, log_probs=log_probs, tail=tail):
+            return TopKInput(layout.rows(ids), layout.rows(log_probs), tail)
+        case None:
+            return None
+
+
+class SavedRows(NamedTuple):
+    """What a gradient needs besides the inputs, of all N rows."""
+
+    sums: Tensor  # [GRADIENT_SUMS, N]
+    inside: Tensor  # [N, K], see TopKGradient; [0, 0] without a top-k teacher
+
+
+class Problem:
+    """The rows that count, the sources of their logits, and the loops over these."""
+
+    def __init__(
+        self,
+        spec: LossSpec,
+        student: ModelInput,
+        targets: RowTargets,
+        teacher: ModelInput | TopKInput | None,
+        shape: TileShape,
+    ) -> None:
+        self.spec, self.shape, self.num_rows = spec, shape, len(student.x)
+        self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
+        # Only the n rows that count exist from here on.
+        self.kept, self.groups = self._groups(targets, teacher is not None)
+        self.n = self.num_rows if self.kept is None else len(self.kept)
+        by_row = {
+            name: None if x is None else self.gather(x)
+            for name, x in targets._asdict().items()
+            if name != "class_weight"
+        }
+        self.targets = targets._replace(**by_row)
+        self.like = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        self.scratch = Scratch(self.dtype, self.device)
+
+        self.student = self._source(student, self.kept, "s")
+        self.teacher: Source | None = None
+        self.topk: TopKRows | None = None
+        with_teacher = sum(rows.stop - rows.start for rows, how in self.groups if how is not None)
+        kept = self.kept if self.kept is None else self.kept[:with_teacher]
+        if isinstance(teacher, TopKInput):
+            ids, log_probs, tail = teacher
+            if kept is not None:
+                ids, log_probs = ids[kept], log_probs[kept]
+            self.topk = TopKRows(ids, log_probs, tail, spec.vocab, self.like)
+        elif teacher is not None:
+            self.teacher = self._source(teacher, kept, "t")
+
+    def _groups(self, targets: RowTargets, has_teacher: bool) -> tuple[Tensor | None, list[Group]]:
+        """The indices of the rows that count, group by group; None for all rows in their order."""
+        N, o = self.num_rows, self.spec.objective
+        counts = torch.ones(N, dtype=torch.bool, device=self.device)
+        if targets.labels is not None:
+            counts = targets.labels != self.spec.ignore_index
+        first = Comparison(o.divergence, o.beta) if has_teacher else None
+        masks: list[tuple[Tensor, Comparison | None]] = [(counts, first)]
+        if has_teacher and targets.other_rows is not None:
+            assert o.other_divergence is not None
+            other = Comparison(o.other_divergence, o.other_beta)
+            masks = [(counts & ~targets.other_rows, first), (counts & targets.other_rows, other)]
+        if has_teacher and targets.kd_weights is not None:
+            compared = targets.kd_weights != 0
+            masks = [(mask & compared, how) for mask, how in masks] + [(counts & ~compared, None)]
+
+        # nonzero waits for the device, as the number of rows has to be known here.
+        parts = [(mask.nonzero().squeeze(1), how) for mask, how in masks]
+        groups, start = [], 0
+        for indices, how in parts:
+            if len(indices):
+                groups.append((slice(start, start + len(indices)), how))
+                start += len(indices)
+        if start == N and len(groups) <= 1:
+            return None, groups
+        return torch.cat([indices for indices, _ in parts]), groups
+
+    def _source(self, model: ModelInput, kept: Tensor | None, name: str) -> Source:
+        x, weight, bias, transform = model
+        if weight is None:
+            return LogitSource(x, transform, kept, self.scratch, name)
+        return HeadSource(x, weight, bias, transform, kept, self.scratch, name, self.spec.vocab)
+
+    # --- the loops --------------------------------------------------------------------------------
+
+    def losses(self) -> tuple[RowResults, SavedRows]:
+        """The losses of all N rows, and what a gradient needs."""
+        statistics = self._statistics()
+        for block in self._tiles():
+            statistics.add(block)
+        # Both normalisers are known now: the terms of other divergences can be formed.
+        if any(_reads_twice(how) for _, how in self.groups) and self.teacher is not None:
+            for block in self._tiles(only=_reads_twice):
+                sums = statistics.sums.at(block.rows)
+                statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
+        if self.topk is not None:
+            for rows, how in self.groups:
+                if how is not None:
+                    statistics.finish_topk(rows, how)
+        saved = torch.stack([self.scatter(x) for x in statistics.sums[:GRADIENT_SUMS]])
+        inside = self.like.new_empty(0, 0)
+        if self.topk is not None:
+            assert statistics.inside is not None
+            inside = self.like.new_zeros(self.num_rows, statistics.inside.shape[1])
+            kept = slice(None) if self.kept is None else self.kept[: len(statistics.inside)]
+            inside[kept] = statistics.inside
+        return self._results(statistics), SavedRows(saved, inside)
+
+    def gradients(
+        self, saved: SavedRows, upstream: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> Gradients:
+        """The gradients of ``sum(upstream * loss)``, upstream [N], from logits made once more."""
+        kept = slice(None) if self.kept is None else self.kept
+        fields = dict.fromkeys(RowSums._fields, self.like)
+        fields |= dict(zip(RowSums._fields, saved.sums[:, kept], strict=False))
+        sums = RowSums(**fields)
+        inside = None if self.topk is None else saved.inside[kept]
+        gradient = self._gradient(upstream[kept], inside)
+        self.student.want_gradients(wanted, by_columns=True)
+        for block in self._tiles(with_teacher=gradient.reads_teacher, flush=True):
+            hot = self._rest(block, sums) if self._by_ids(block) else None
+            of_block = sums.at(block.rows)
+            shifted = shift(block, of_block, self._T, self.scratch, hot, gradient.has_untempered)
+            self.student.store(block.rows, gradient.block(shifted, of_block))
+        return self.student.gradients()
+
+    def losses_and_gradients(
+        self, rows_at_a_time: int, upstream: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[RowResults, Gradients]:
+        """The losses of all N rows, and the gradients of ``sum(upstream * loss)``, upstream [N]."""
+        statistics = self._statistics()
+        gradient = self._gradient(self.gather(upstream), statistics.inside)
+        self.student.want_gradients(wanted, by_columns=False)
+        columns = slice(0, self.spec.vocab)
+        for group, how in self.groups:
+            for inside in cut(group.stop - group.start, rows_at_a_time):
+                chunk = slice(group.start + inside.start, group.start + inside.stop)
+                for block in self._blocks(chunk, columns, how):
+                    sums, slope = statistics.sums.at(block.rows), None
+                    shifted = statistics.add(block)
+                    if _reads_twice(how) and self.teacher is not None:
+                        slope = statistics.add_terms(shifted)
+                    elif self.topk is not None and how is not None:
+                        statistics.finish_topk(block.rows, how)
+                    self.student.store(block.rows, gradient.block(shifted, sums, slope))
+                with onednn_products():
+                    self.student.flush()
+        return self._results(statistics), self.student.gradients()
+
+    def _tiles(
+        self, with_teacher: bool = True, only: object = None, flush: bool = False
+    ) -> Iterator[Block]:
+        """All blocks: slices of the vocabulary outside, rows inside.
+
+        In this order a slice of the head is read, and its gradient written, once.
+        """
+        for columns in cut(self.spec.vocab, self.shape.columns):
+            for group, how in self.groups:
+                if callable(only) and not only(how):
+                    continue
+                for inside in cut(group.stop - group.start, self.shape.rows):
+                    rows = slice(group.start + inside.start, group.start + inside.stop)
+                    yield from self._blocks(rows, columns, how, with_teacher)
+                    if flush:
+                        with onednn_products():
+                            self.student.flush()
+
+    def _blocks(
+        self, rows: slice, columns: slice, how: Comparison | None, with_teacher: bool = True
+    ) -> Iterator[Block]:
+        """Make the logits of some rows and columns, and give them in blocks."""
+        teacher = self.teacher if with_teacher and how is not None else None
+        share = self.spec.objective.teacher_share
+        with onednn_products():
+            self.student.load(rows, columns)
+            if teacher is not None:
+                teacher.load(rows, columns)
+        height = block_rows(columns.stop - columns.start, self.shape)
+        for inside in cut(rows.stop - rows.start, height):
+            at = slice(rows.start + inside.start, rows.start + inside.stop)
+            s, t, gap = self.student.block(at), None, None
+            if teacher is not None:
+                t = teacher.block(at)
+                if share != 1:  # the target lies between both
+                    gap = torch.sub(t, s, out=self.scratch.like("gap", s.shape)).mul_(share)
+                    t = t.mul_(share).add_(s, alpha=1 - share)
+            yield Block(at, columns, s, t, gap, how)
+
+    # --- parts of them ----------------------------------------------------------------------------
+
+    @property
+    def _T(self) -> float:
+        return self.spec.objective.temperature
+
+    def _statistics(self) -> RowStatistics:
+        return RowStatistics(
+            self.spec, self.targets, self.groups, self.topk, self.like, self.scratch
+        )
+
+    def _gradient(self, upstream: Tensor, inside: Tensor | None) -> RowGradient:
+        return RowGradient(
+            self.spec, self.targets, upstream.to(self.dtype), self.topk, inside, self.scratch
+        )
+
+    def _by_ids(self, block: Block) -> bool:
+        return self.topk is not None and block.comparison is not None
+
+    def _rest(self, block: Block, sums: RowSums) -> Tensor:
+        """``exp((s - rest_maximum) / T)``, from logits that are still as they were made: their
+        differences to the row's maximum have lost the digits of those far below it."""
+        rest_maximum = sums.rest_maximum[block.rows, None]
+        u = torch.sub(block.s, rest_maximum, out=self.scratch.like("u", block.s.shape))
+        return self.scratch.exp_("hot", u, self._T)
+
+    def _results(self, statistics: RowStatistics) -> RowResults:
+        return RowResults(*(self.scatter(x) for x in statistics.finish()))
+
+    def gather(self, x: Tensor) -> Tensor:  # [N, ...] -> [n, ...]
+        return x if self.kept is None else x[self.kept]
+
+    def scatter(self, x: Tensor) -> Tensor:  # [n] -> [N], a tensor of its own
+        if self.kept is None:
+            return x.clone()
+        return x.new_zeros(self.num_rows).index_copy_(0, self.kept, x)
+
+
+def _reads_twice(how: Comparison | None) -> bool:
+    return how is not None and how.kl_weights is None
