@@ -86,6 +86,7 @@ def require_labels(labels: object, x: Tensor, name: str) -> Tensor:
             f"labels must have one entry per row of {name} {shape(x)}, got {shape(labels)}; "
             f"pass labels of shape {tuple(x.shape[:-1])}"
         )
+    require_plain("labels", labels)
     require_device("labels", labels, x, name)
     return labels
 
@@ -102,6 +103,9 @@ def require_head(head: object, hidden: Tensor, whose: str = "") -> Head:
     if not isinstance(head, Head):
         raise TypeError(f"{whose}head must be a Head, got {type(head).__name__}; wrap the weight")
     weight, bias = head.weight, head.bias
+    require_plain(f"{whose}head weight", weight)
+    if bias is not None:
+        require_plain(f"{whose}head bias", bias)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{whose}hidden must have the {weight.shape[1]} features of its head's weight "

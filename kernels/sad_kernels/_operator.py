@@ -1,9 +1,10 @@
 """Registration of our functions as torch operators, with a short cut for plain eager calls.
 
-torch.compile, ``vmap`` and dispatch modes have to find an operator by its name, with its schema and
-what is registered beside it. The dispatcher's way to it costs the host more time than a GPU spends
-on 256 rows of 128256 logits. In most calls autograd alone looks on: those run as an
-``autograd.Function`` made of the same forward and backward.
+torch.compile and dispatch modes have to find an operator by its name, with its schema and what is
+registered beside it, and ``torch.func`` an ``autograd.Function`` with a rule for each transform.
+The dispatcher's way to it costs the host more time than a GPU spends on 256 rows of 128256 logits.
+In most calls autograd alone looks on: those run as an ``autograd.Function`` made of the same
+forward and backward.
 
 A schema holds tensors, numbers and strings, no objects: ``encode`` writes what a loss is asked to
 compute (``OpArgs``) as integers, floats and words, and ``decode`` reads it back in the operator.
@@ -43,7 +44,7 @@ class Operator:
         )
         name = f"sad_kernels::{function.__name__}"
         self.registered = torch.library.custom_op(name, self.function, mutates_args=())
-        self.register_vmap = self.registered.register_vmap
+        self.vmap: Callable[..., Any] | None = None
 
     def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, called with the fields of its first parameter one by one."""
@@ -57,6 +58,10 @@ class Operator:
             return function(head(*inputs[:count]), *inputs[count:])
 
         return flat
+
+    def register_vmap(self, function: Callable[..., Any]) -> None:
+        self.registered.register_vmap(function)
+        self.vmap = function
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         self.registered.register_fake(self._flat(function))
@@ -76,9 +81,32 @@ class Operator:
         parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.differentiable = type(function.__name__, (torch.autograd.Function,), parts)
 
+        # For torch.func: each of its transforms takes off one layer and calls the operator again.
+        def nothing(ctx: Any, inputs: Any, output: Any) -> None:
+            return
+
+        def batched(info: Any, in_dims: Any, *inputs: Any) -> Any:
+            if self.vmap is None:
+                raise RuntimeError(
+                    f"{function.__name__} must not be batched by vmap, got batched inputs; "
+                    "call it once for each"
+                )
+            return self.vmap(info, in_dims, *inputs)
+
+        parts = {
+            "forward": staticmethod(self.__call__),
+            "setup_context": staticmethod(setup_context or nothing),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(batched),
+            "jvp": staticmethod(no_forward_mode),
+        }
+        self.transformed = type(function.__name__, (torch.autograd.Function,), parts)
+
     def __call__(self, *inputs: Any) -> Any:
         if eager_autograd_only(inputs):
             return self.differentiable.apply(*inputs)
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            return self.transformed.apply(*inputs)
         return self.registered(*inputs)
 
 
@@ -98,6 +126,14 @@ def _flat_parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter
             yield inspect.Parameter(
                 field, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation
             )
+
+
+def no_forward_mode(*_: Any) -> None:
+    """The forward-mode derivative of an operator: an error."""
+    raise NotImplementedError(
+        "a loss and its gradient must not be differentiated in forward mode, got a jvp; call "
+        "torch.func.grad or vjp, or the function of this name in sad_kernels.reference"
+    )
 
 
 def no_second_backward(*_: Any) -> None:

@@ -75,7 +75,8 @@ def head_budget(
     divergences: tuple[str, ...],
 ) -> HeadBudget:
     widths = student_width * 2 + teacher_width  # the student's weight, its gradient; the teacher's
-    terms = max((term_blocks(name) for name in divergences), default=0) if dense else 0
+    # A list, because torch.compile cannot trace max() with a default.
+    terms = max([0, *(term_blocks(name) for name in divergences)]) if dense else 0
     return HeadBudget(
         slabs=1 + (teacher_width > 0),
         blocks=4 + (3 if dense else 0) + terms,

@@ -174,7 +174,7 @@ def test_refusals(impl: str) -> None:
     ops, objective = bound(impl), Objective()
     hidden, weight, y = torch.randn(3, 4), torch.randn(8, 4), torch.tensor([0, 1, 2])
     head, teacher = Head(weight), TeacherLogits(torch.randn(3, 8))
-    trained = Head(weight.clone().requires_grad_())
+    trained = Head(2 * weight.clone().requires_grad_())  # no leaf
     for error, call in [
         (ValueError, lambda: ops.linear_cross_entropy(hidden, torch.randn(8, 5), y)),
         (ValueError, lambda: ops.linear_cross_entropy(hidden, weight, y[:2])),

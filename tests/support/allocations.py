@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sad_kernels._torch.scratch import release_scratch
 from torch.autograd.profiler import profile
 
 
@@ -12,6 +13,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     """The most bytes alive at once beyond those alive before; results that stay count."""
     # torch.profiler would turn every event into a Python object: twenty times the call's own time.
     profiler: Any = profile(profile_memory=True)
+    release_scratch()  # buffers of earlier calls count as well
     with profiler:
         kept = function()
     events = (e for e in profiler.kineto_results.events() if e.name() == "[memory]")

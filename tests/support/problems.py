@@ -243,9 +243,12 @@ def distill_loss_problem(o: Options, dtype: torch.dtype) -> Problem:
     if distribution.startswith("inf_"):
         if kind in ("bucket", "zero"):
             distribution = "inf_both"  # a student that rules out an id of the teacher is infinite
-    if kind == "hidden" and distribution.startswith(("inf_", "offset")):
-        distribution = "randn5"  # computed logits are finite, and cannot tell 1e4 from 1e4 + 1e-3
-    if (kind, o["divergence"], distribution) == ("bucket", "reverse_kl", "spread300"):
+    if kind == "hidden" and distribution.startswith(("inf_", "offset", "equal_")):
+        # Computed logits are finite, cannot tell 1e4 from 1e4 + 1e-3, and may break ties.
+        distribution = "randn5"
+    if (kind, distribution) == ("bucket", "spread300") and DIVERGENCES[
+        o["divergence"]
+    ].needs_full_support:
         distribution = "randn5"  # a bucket below rounding is empty, and the reverse KL infinite
     s, t, y = draw_logits(distribution, o["N"], valid_width(o), g, dtype)
     rows = Rows(o, y, g)
@@ -342,9 +345,10 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
 
 def _finite(distribution: str, divergence: str) -> str:
     """-inf on one side alone can make the divergence infinite, which has its own tests."""
-    if (distribution, divergence) in (("inf_student", "forward_kl"), ("inf_teacher", "reverse_kl")):
-        return "inf_both"
-    return distribution
+    weights = DIVERGENCES[divergence].kl_weights
+    forward, reverse = (0.0, 0.0) if weights is None else weights(0.5)
+    infinite = {"inf_student": forward > 0, "inf_teacher": reverse > 0}
+    return "inf_both" if infinite.get(distribution) else distribution
 
 
 def _joint_objective(o: Options, finite: bool) -> Objective:

@@ -110,8 +110,11 @@ class RowGradient:
         weights = None
         if self.has_ce:
             factor = self.label_share[rows] if self.targets.labels is not None else factor
-            factor = factor + self.ce[rows] * sums.plain_weight
             weights = plain_weights(self.spec, self.targets, shifted.block, x.dtype)
+            if isinstance(weights, float):
+                factor = self.ce[rows]  # all shares of a label without class weights: 1
+            else:
+                factor = factor + self.ce[rows] * sums.plain_weight
         if self.has_z:
             factor = factor + self.z[rows] * (sums.maximum + sums.total_1.log())
         g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)

@@ -9,7 +9,8 @@ that count, which depends on the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +29,7 @@ from sad_kernels._operator import (
 from sad_kernels._rows import LogitTransform, LossSpec, RowResults, RowTargets, arithmetic_dtype
 from sad_kernels._tiles import TileShape
 from sad_kernels._torch.problem import ModelInput, Problem, SavedRows, TopKInput
+from sad_kernels._torch.scratch import borrowed_scratch
 from sad_kernels._torch.sources import Gradients
 from sad_kernels._torch.statistics import GRADIENT_SUMS
 from sad_kernels.objective import Tail
@@ -58,7 +60,9 @@ class LossInputs(NamedTuple):
     words: str
     tile: Sequence[int]  # a TileShape
 
-    def problem(self) -> Problem:
+    @contextmanager
+    def problem(self) -> Iterator[Problem]:
+        """The call that these inputs stand for, with the buffers it works in."""
         args = decode(self.integers, self.numbers, self.words)
         student = ModelInput(
             self.x, self.weight, self.bias, LogitTransform(args.scale, args.softcap)
@@ -70,8 +74,12 @@ class LossInputs(NamedTuple):
         elif self.t_x is not None:
             transform = LogitTransform(args.teacher_scale, args.teacher_softcap)
             teacher = ModelInput(self.t_x, self.t_weight, self.t_bias, transform)
-        targets = RowTargets(*self[3:9])
-        return Problem(args.spec, student, targets, teacher, TileShape(*self.tile))
+        targets, shape = RowTargets(*self[3:9]), TileShape(*self.tile)
+        # Autocast would act inside an operator too, whose dtypes are chosen.
+        autocast = torch.autocast(self.x.device.type, enabled=False)
+        scratch = borrowed_scratch(arithmetic_dtype(self.x), self.x.device)
+        with autocast, torch.no_grad(), scratch as buffers:
+            yield Problem(args.spec, student, targets, teacher, shape, buffers)
 
 
 def loss_inputs(
@@ -96,20 +104,14 @@ def loss_inputs(
     )
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Autocast off: it would act inside an operator too, whose dtypes are chosen."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 # --- A loss per row ------------------------------------------------------------------------------
 
 
 @Operator
 def torch_rows(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], their parts [PARTS, N]; the two fields of ``SavedRows``."""
-    with _no_autocast(inputs.x), torch.no_grad():
-        results, saved = inputs.problem().losses()
-        loss, *parts = results
+    with inputs.problem() as problem:
+        (loss, *parts), saved = problem.losses()
         return loss, torch.stack(parts), *saved
 
 
@@ -132,9 +134,9 @@ def torch_rows_gradient(
     upstream: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``sum(upstream * losses)``, empty where not wanted."""
-    with _no_autocast(inputs.x), torch.no_grad():
+    with inputs.problem() as problem:
         saved = SavedRows(sums, inside)
-        return _filled(inputs, inputs.problem().gradients(saved, upstream, _wanted(want)))
+        return _filled(inputs, problem.gradients(saved, upstream, _wanted(want)))
 
 
 @torch_rows_gradient.register_fake
@@ -266,8 +268,7 @@ def torch_mean(
 def _mean(
     inputs: LossInputs, items: Tensor, want: Sequence[bool], whole_rows: int
 ) -> tuple[RowResults, Gradients]:
-    with _no_autocast(inputs.x), torch.no_grad():
-        problem = inputs.problem()
+    with inputs.problem() as problem:
         upstream = (1 / items.to(problem.dtype)).expand(problem.num_rows)
         return problem.losses_and_gradients(whole_rows, upstream, _wanted(want))
 
@@ -288,8 +289,7 @@ def torch_replay(
     upstream: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``sum(upstream * losses)``, from the inputs alone: a second backward."""
-    with _no_autocast(inputs.x), torch.no_grad():
-        problem = inputs.problem()
+    with inputs.problem() as problem:
         _, saved = problem.losses()
         return _filled(inputs, problem.gradients(saved, upstream, _wanted(want)))
 

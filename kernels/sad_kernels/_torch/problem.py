@@ -100,8 +100,10 @@ class Problem:
         targets: RowTargets,
         teacher: ModelInput | TopKInput | None,
         shape: TileShape,
+        scratch: Scratch,
     ) -> None:
-        self.spec, self.shape, self.num_rows = spec, shape, len(student.x)
+        self.spec, self.shape, self.scratch = spec, shape, scratch
+        self.num_rows = len(student.x)
         self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
         # Only the n rows that count exist from here on.
         self.kept, self.groups = self._groups(targets, teacher is not None)
@@ -113,7 +115,6 @@ class Problem:
         }
         self.targets = targets._replace(**by_row)
         self.like = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-        self.scratch = Scratch(self.dtype, self.device)
 
         self.student = self._source(student, self.kept, "s")
         self.teacher: Source | None = None
@@ -212,6 +213,7 @@ class Problem:
         gradient = self._gradient(self.gather(upstream), statistics.inside)
         self.student.want_gradients(wanted, by_columns=False)
         columns = slice(0, self.spec.vocab)
+        self._reserve(rows_at_a_time, self.spec.vocab)
         for group, how in self.groups:
             for inside in cut(group.stop - group.start, rows_at_a_time):
                 chunk = slice(group.start + inside.start, group.start + inside.stop)
@@ -234,6 +236,7 @@ class Problem:
 
         In this order a slice of the head is read, and its gradient written, once.
         """
+        self._reserve(self.shape.rows, self.shape.columns)
         for columns in cut(self.spec.vocab, self.shape.columns):
             for group, how in self.groups:
                 if callable(only) and not only(how):
@@ -265,6 +268,13 @@ class Problem:
                     gap = torch.sub(t, s, out=self.scratch.like("gap", s.shape)).mul_(share)
                     t = t.mul_(share).add_(s, alpha=1 - share)
             yield Block(at, columns, s, t, gap, how)
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        """Make room at once: pieces differ in size, and a buffer that grows is there twice."""
+        longest = max((rows.stop - rows.start for rows, _ in self.groups), default=0)
+        for source in (self.student, self.teacher):
+            if source is not None:
+                source.reserve(min(rows, longest), min(columns, self.spec.vocab))
 
     # --- parts of them ----------------------------------------------------------------------------
 

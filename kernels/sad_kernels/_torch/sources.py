@@ -43,6 +43,9 @@ class LogitSource:
         self.transform = _Transform(transform, scratch, name)
         self.dlogits: Tensor | None = None
 
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for the largest ``load`` that follows."""
+
     def load(self, rows: slice, columns: slice) -> None:
         """Turn to these rows and columns, of which the blocks that follow are parts."""
         self.columns = columns
@@ -101,6 +104,9 @@ class HeadSource:
         self.dweight: Tensor | None = None  # [>= V, D]
         self.dweight_sum: Tensor | None = None  # [V, D], the same before it is rounded
         self.dbias: Tensor | None = None  # [>= V]
+
+    def reserve(self, rows: int, columns: int) -> None:
+        self.scratch.like(f"{self.name} slab", (rows, columns))
 
     def load(self, rows: slice, columns: slice) -> None:
         self.rows, self.columns = rows, columns

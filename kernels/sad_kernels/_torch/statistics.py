@@ -282,7 +282,7 @@ class RowStatistics:
         if weights is None:
             return
         if isinstance(weights, float):
-            added, count = x.sum(1) * weights, torch.full_like(move, weights * x.shape[1])
+            added, count = x.sum(1), torch.full_like(move, x.shape[1])
         else:
             # nansum: a class of weight 0 adds 0, whatever its logit is.
             added = torch.mul(x, weights, out=u).nansum(1)
@@ -389,8 +389,14 @@ class RowStatistics:
         if targets.labels is not None:
             share = label_shares(self.spec, targets, log_d)
             ce = weighted(log_d - (sums.label_logit - sums.maximum), share)
-        # A weight of 0 times a normaliser that is infinite is 0, but in a row of NaN.
-        ce = ce + weighted(log_d, sums.plain_weight) - sums.plain + poison
+        eps = self.spec.objective.label_smoothing
+        if targets.labels is not None and targets.class_weight is None:
+            if eps > 0:  # P and C are without their common factor
+                ce = ce + eps * (log_d - sums.plain / self.spec.vocab)
+        else:
+            # A weight of 0 times a normaliser that is infinite is 0, but in a row of NaN.
+            ce = ce + weighted(log_d, sums.plain_weight) - sums.plain
+        ce = ce + poison
         z = weighted(lse.square(), targets.token_weights) + poison
         entropy = log_d - sums.weighted / sums.total_1
         return weighted(ce, targets.token_weights), z, entropy, lse
@@ -423,11 +429,13 @@ def shift(
     """Overwrite logits with their differences to the rows' maxima, and take exponentials."""
     x, y, hot_t, warm = block.s.sub_(sums.maximum[:, None]), None, None, None
     by_ids = hot is not None
+    weights = None if block.comparison is None else block.comparison.kl_weights
+    subtracts = weights is not None and weights[0] > 0  # the forward KL: q - p
     if block.t is not None:
         y = block.t.sub_(sums.teacher_maximum[:, None])
-        hot_t = scratch.exp_("hot_t", y, temperature)
+        hot_t = scratch.exp_("hot_t", y, temperature, to_the_bit=subtracts)
     if not by_ids and (y is not None or (untempered and temperature == 1)):
-        hot = scratch.exp_("hot", x, temperature)
+        hot = scratch.exp_("hot", x, temperature, to_the_bit=subtracts)
     if untempered and temperature == 1 and not by_ids:
         warm = hot
     elif untempered and temperature == 2 and hot is not None and not by_ids:
@@ -476,8 +484,9 @@ def slopes(
 def plain_weights(
     spec: LossSpec, targets: RowTargets, block: Block, dtype: torch.dtype
 ) -> Tensor | float | None:
-    """By how much CE weights every class of a block, a label's own share apart: one number, [1,
-    columns] or [rows, columns]; None if the label's share is all."""
+    """By how much CE weights every class of a block, a label's own share apart: [1, columns] or
+    [rows, columns]; one number, by which the sums are not multiplied; None if the label's share is
+    all."""
     eps = spec.objective.label_smoothing
     by_class = None if targets.class_weight is None else targets.class_weight[block.columns]
     if targets.soft is not None:
