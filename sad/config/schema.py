@@ -6,7 +6,7 @@ same. Suffixes tell the unit: ``_steps`` counts optimizer steps, ``_batches`` mi
 
 A configuration converts and checks its values when it is built, wherever they come from: a mistake
 is found before weights are loaded or text is read. ``sad.config.load`` reads files and the command
-line. Importing this imports no torch: ``sad distill --help`` would wait seconds for it.
+line. No torch is imported for it: help and error messages would wait seconds.
 
 To add a key: a field with its type, its default and a docstring, which becomes its line in
 ``sad distill --help``; then its use. What its value must satisfy is part of the type, as in
@@ -19,10 +19,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from sad_kernels._divergence_table import Divergence
+from sad_kernels.objective import Objective
 
 from sad.config.sections import (
     MAY_CHANGE_ON_RESUME,
@@ -54,9 +55,6 @@ from sad.config.values import (
     section_types,
 )
 from sad.metrics import best_model_metrics
-
-if TYPE_CHECKING:
-    from sad_kernels import Objective
 
 SchedulerName = Literal["linear", "cosine", "constant", "wsd"]
 """The names of ``sad.optim.schedule.SCHEDULES``."""
@@ -281,8 +279,6 @@ class DistillConfig:
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """The objective while the divergence has the weight ``kd_weight`` (default: the configured
         one). The weight of the cross-entropy does not depend on it."""
-        from sad_kernels import Objective  # imports torch, which the help does without
-
         return Objective(
             ce_weight=1 - self.kd_weight if self.ce_weight is None else self.ce_weight,
             kd_weight=self.kd_weight if kd_weight is None else kd_weight,

@@ -170,7 +170,7 @@ def test_version_names_what_numbers_depend_on(capsys: Any) -> None:
 
 
 def test_words_that_need_no_model_import_nothing_heavy(recipe: str) -> None:
-    """Help, versions and wrong words, one after the other in one fresh process."""
+    """A configuration, help, versions and wrong words, one after the other in one process."""
     lines = [
         (["--help"], 0),
         (["--version"], 0),
@@ -182,10 +182,11 @@ def test_words_that_need_no_model_import_nothing_heavy(recipe: str) -> None:
         (["distill", "nowhere.yaml"], 2),
         (["distill", recipe, "--ema_decya", "1"], 2),
         (["plan", recipe, "--seed", "-1"], 2),
-        (["plan", recipe, "--device", "cuda:1", "--temperature", "warm"], 2),
+        (["plan", recipe, "--device", "cuda:1", "--temperature", "-1"], 2),
     ]
     script = (
-        "import sys\nfrom sad.cli import main\n"
+        "import sys\nfrom sad.cli import main\nfrom sad import load_config\n"
+        f"assert load_config({recipe!r}, ['--device', 'cuda:1']).device == 'cuda:1'\n"
         f"for words, code in {lines!r}:\n"
         "    assert main(words) == code, words\n"
         f"    heavy = {HEAVY!r} & set(sys.modules)\n"
