@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from sad_kernels._torch.gemm import onednn_products
+
 from sad.checkpoint.run_directory import RunDirectory
 from sad.config.load import load_config
 from sad.errors import UsageError
@@ -17,6 +19,7 @@ from sad.training.meters import ResultRow, result_row
 from sad.training.student import build_student
 
 
+@onednn_products()  # as in the run, so that its scores come out again
 def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     """Evaluate the best student of a finished or stopped run again, from its run directory.
 

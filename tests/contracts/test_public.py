@@ -198,6 +198,7 @@ assert set(sad_kernels.__all__) <= set(dir(sad_kernels))
 from sad_kernels import *
 for name in sad_kernels.__all__:
     assert getattr(sad_kernels, name) is globals()[name]
+assert not [name for name in sys.modules if name.startswith("sad_kernels._triton")]
 assert pickle.loads(pickle.dumps(Objective)) is Objective
 assert sad_kernels.kd.kl_div is kl_div, "a module that has a public name is not found"
 for missing in ("no_such_name", "torch", "_rows_"):
