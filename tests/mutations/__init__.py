@@ -86,6 +86,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "49": ("losses of weight 0 that are computed", ("trainer",)),
     "50": ("a call that goes past whoever listens to torch's operators", ("triton",)),
     "51": ("a new divergence that is left out of the sums without an error", ("torch",)),
+    "52": ("a help text that waits for torch to be imported", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 
