@@ -48,7 +48,8 @@ LAYERS: dict[Path, tuple[str, ...]] = {
     KERNELS: (
         "_dispatch _divergence_table _extents",
         "_tiles objective",
-        "_check _divergence _rows reference",
+        "_divergence _rows reference",
+        "_check",
         "_operator",
         "_torch _triton memory",
         "ce ema kd linear",

@@ -356,17 +356,15 @@ class _EagerMean(torch.autograd.Function):
         num_inputs = len(LossInputs._fields)
         if upstream is None:
             return (None,) * (3 + num_inputs)
-        gradients: Sequence[Tensor | None] | None
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or torch.is_grad_enabled():
+        gradients: Sequence[Tensor | None]
+        ready, ctx.gradients = ctx.gradients, None
+        if ready is None or torch.is_grad_enabled():
             # Handed out already, or to be differentiated again, which the operator refuses.
-            (*given, items), _ = saved_call(ctx)
+            (*given, items), _saved = saved_call(ctx)
             share = (upstream / items).expand(given[0].shape[0])
             gradients = torch_replay(*given, ctx.want, share)
         else:
-            for g in gradients:
-                if g is not None:
-                    g.mul_(upstream.to(g.dtype))
+            gradients = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in ready]
         return None, None, None, *_returned(gradients, ctx.want, num_inputs)
 
 

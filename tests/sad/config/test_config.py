@@ -193,7 +193,7 @@ REFUSED_VALUES = [
     ("report_to: [wandb, paper]", "report_to must be one of tensorboard, trackio, wandb"),
     ("save_total_limit: 1", "save_total_limit must be at least 2, got 1"),
     ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be at least 1, got 0"),
-    ("label_smoothing: 1", "label_smoothing must lie in [0, 1), got 1.0"),
+    ("label_smoothing: 1.1", "label_smoothing must lie in [0, 1], got 1.1"),
     ("temperature: 0", "temperature must be a finite number > 0, got 0.0"),
     ("divergence: kl", "divergence must be one of forward_kl"),
     ("{divergence: jsd, beta: 1}", "beta must lie strictly between 0 and 1, got 1.0"),
