@@ -9,6 +9,7 @@ python -m bench --readme        rewrite the tables of all READMEs, and the plots
 
 python -m bench loss            time and memory of linear_distill_loss against naive autograd
 python -m bench overhead        what the trainer adds to a step
+python -m bench startup         CPU time of imports, help texts and a plan
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
                                 ten minutes)
 python -m bench tiles           tile sizes of the row kernels, compared on a GPU
@@ -40,6 +41,7 @@ from typing import Any
 NAMED = {
     "loss": "bench.kernels.linear_loss",
     "overhead": "bench.training.overhead",
+    "startup": "bench.training.startup",
     "quickstart": "bench.training.quickstart",
     "tiles": "bench.kernels.tiles",
     "faults": "bench.faults",

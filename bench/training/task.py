@@ -19,6 +19,7 @@ from sad.environment import quiet_libraries
 from sad.optim.optimizer import build_adamw
 from sad.optim.schedule import RunLength, build_scheduler
 from sad.recipes import FOLDER
+from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.inputs import RunInputs
 
@@ -136,7 +137,16 @@ def prepare(setup: Setup, seed: int) -> Task:
     student = random_model(setup.student, setup, seed).train()
     device = torch.device(setup.device)
     frozen = FrozenTeacher(teacher, setup.vocab, device=device)
-    inputs = RunInputs(tokenizer, setup.vocab, train, held_out, frozen, device, rss_before=0)
+    inputs = RunInputs(
+        tokenizer=tokenizer,
+        valid_vocab=setup.vocab,
+        train_rows=train,
+        eval_rows=held_out,
+        teacher=frozen,
+        eval_teacher=CachedTeacher(frozen, cache_bytes=0),
+        device=device,
+        rss_before=0,
+    )
     order = epoch_permutation(seed, 0, len(train))[:needed]
     return Task(setup, config, inputs, student, teacher, order)
 

@@ -93,7 +93,7 @@ def head_tiles(num_rows: int, vocab: int, numbers: int, budget: HeadBudget) -> T
     ``per_row`` numbers of the factors.
     """
     block = max(1, min(BLOCK, numbers // SHARE_OF_BLOCK))
-    numbers -= budget.blocks * block
+    numbers = max(0, numbers - budget.blocks * block)
     slabs, _, per_column, per_row, _ = budget
 
     def columns(rows: int) -> int:

@@ -1,6 +1,8 @@
 """Arguments and results of the losses: objective, head, kinds of teacher, output.
 
 They are frozen values that say *what* is computed, never *how*: no kernel, chunk size or device.
+torch is imported where tensors are checked: an ``Objective`` alone, as a configuration builds one,
+does without.
 
 Notation, shared by the whole package. ``N`` tokens, ``V`` vocabulary, ``D_s`` and ``D_t`` hidden
 sizes of student and teacher, ``s`` and ``t`` their logits after bias, scale and softcap, ``T`` the
@@ -12,12 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from sad_kernels._divergence_table import DIVERGENCES, Divergence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tail = Literal["bucket", "zero"]
 
@@ -153,7 +155,7 @@ class Head:
         if self.bias is not None:
             logits = logits + self.bias[:V]
         logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 @dataclass(frozen=True)
@@ -323,8 +325,10 @@ def _require_divergence(name: str, divergence: object, beta_name: str, beta: flo
 def _require_tensor(
     name: str, value: object, ndim: int | None = None, integral: bool = False
 ) -> None:
+    import torch
+
     kind = "integer" if integral else "floating-point"
-    if not isinstance(value, Tensor):
+    if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"{name} must be a {kind} tensor, got {type(value).__name__}; pass a torch.Tensor"
         )

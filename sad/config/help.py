@@ -10,12 +10,14 @@ import ast
 import difflib
 import inspect
 import re
+import sys
 import textwrap
 from dataclasses import MISSING, Field, fields
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
-from sad_kernels.objective import Divergence
+from sad_kernels._divergence_table import Divergence
 
 from sad.config.schema import DistillConfig
 from sad.config.values import field_types, leaf_types, section_types, without_none
@@ -40,6 +42,7 @@ def keys_help() -> str:
     return "\n".join(blocks)
 
 
+@cache  # each key asks for those of its class
 def field_docs(cls: type) -> dict[str, str]:
     """Field -> its docstring, the string literal under it in the source, on one line."""
     docs: dict[str, str] = dict(getattr(cls, "field_docs", {}))  # of fields made by a program
@@ -56,14 +59,26 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def field_headings(cls: type) -> dict[str, str]:
     """First field of each group -> the group's heading, the comment line above the field."""
-    source = inspect.getsource(cls)
-    return {name: title for title, name in re.findall(r"^    # (.+)\n    (\w+):", source, re.M)}
+    node = _class_node(cls)
+    lines = _source(cls.__module__).splitlines()[node.lineno - 1 : node.end_lineno]
+    found = re.findall(r"^    # (.+)\n    (\w+):", "\n".join(lines), re.M)
+    return {name: title for title, name in found}
 
 
 def _class_node(cls: type) -> ast.ClassDef:
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(node, ast.ClassDef)
+    (node,) = (node for node in _classes(cls.__module__) if node.name == cls.__name__)
     return node
+
+
+@cache  # the sections are a dozen classes of one module
+def _classes(module: str) -> tuple[ast.ClassDef, ...]:
+    body = ast.parse(_source(module)).body
+    return tuple(node for node in body if isinstance(node, ast.ClassDef))
+
+
+@cache
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
 
 
 def _entry(cls: type, item: Field[Any], prefix: str) -> str:

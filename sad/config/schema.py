@@ -6,7 +6,7 @@ same. Suffixes tell the unit: ``_steps`` counts optimizer steps, ``_batches`` mi
 
 A configuration converts and checks its values when it is built, wherever they come from: a mistake
 is found before weights are loaded or text is read. ``sad.config.load`` reads files and the command
-line.
+line. No torch is imported for it: help and error messages would wait seconds.
 
 To add a key: a field with its type, its default and a docstring, which becomes its line in
 ``sad distill --help``; then its use. What its value must satisfy is part of the type, as in
@@ -17,12 +17,13 @@ between keys are checked by the functions at the end of this file.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-import torch
 import yaml
-from sad_kernels.objective import Divergence, Objective
+from sad_kernels._divergence_table import Divergence
+from sad_kernels.objective import Objective
 
 from sad.config.sections import (
     MAY_CHANGE_ON_RESUME,
@@ -72,6 +73,9 @@ StepsOrFraction = Annotated[
 ]
 Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
 AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2)]
+
+USUAL_DEVICES = ("cpu", "cuda", "meta", "mps", "xpu")
+"""Kinds of devices that every version of torch knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,9 @@ class DistillConfig:
     """Rows per evaluation batch."""
     max_eval_rows: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate on at most this many held-out rows."""
+    eval_teacher_cache: NonNegativeInt = field(default=256 * 2**20, metadata=MAY_CHANGE_ON_RESUME)
+    """Bytes of host memory in which evaluations keep the teacher's hidden states for one another;
+    0: none. With structural losses, or another `routing.mode` than `teacher`, none are kept."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
 
@@ -259,6 +266,15 @@ class DistillConfig:
         """Structural loss -> its full weight, of those above 0."""
         weights = {name: getattr(self, name).weight for name in STRUCTURAL}
         return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @property
+    def eval_cache_bytes(self) -> int:
+        """``eval_teacher_cache``, or 0 if evaluations cannot share the teacher's hidden states.
+
+        Gates that train or are sampled change them; structural losses read activations beside them.
+        """
+        shared = self.routing.mode == "teacher" and not self.structural_weights
+        return self.eval_teacher_cache if shared and self.teacher is not None else 0
 
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """The objective while the divergence has the weight ``kd_weight`` (default: the configured
@@ -405,6 +421,10 @@ def _check_metric(config: DistillConfig) -> None:
 
 
 def _is_device(name: str) -> bool:
+    if re.fullmatch(rf"({'|'.join(USUAL_DEVICES)})(:[0-9])?", name):
+        return True  # without torch, whose import takes seconds
+    import torch
+
     try:
         torch.device(name)
     except RuntimeError:

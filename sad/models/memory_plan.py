@@ -51,6 +51,8 @@ class MemoryPlan:
     """What lies on the teacher's own device, if it has one."""
     full_logits: int
     """Bytes of the logits of both models for one micro-batch, which never exist whole."""
+    host: tuple[Item, ...] = ()
+    """What lies in host memory and is not among ``items``."""
 
     @property
     def total(self) -> int:
@@ -58,11 +60,12 @@ class MemoryPlan:
         return _sum(self.items)
 
 
-def plan(config: DistillConfig) -> MemoryPlan:
+def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     """Predict the peak memory of a run. Random states are left as they are.
 
-    Rows are taken to be packed; with ``packing: false`` attention may need a little less. Raises
-    what loading the models raises, as far as their configurations can tell.
+    Rows are taken to be packed; with ``packing: false`` attention may need a little less. Without
+    ``eval_rows``, the number of held-out rows, what evaluations keep is an upper bound. Raises what
+    loading the models raises, as far as their configurations can tell.
     """
     device = resolve_device(config.device)
     with torch.device("meta"):
@@ -70,6 +73,10 @@ def plan(config: DistillConfig) -> MemoryPlan:
         teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
 
     here, elsewhere = _teacher_weights(config, teacher)
+    host = _eval_cache(config, teacher, eval_rows)
+    known = eval_rows is not None or config.max_eval_rows is not None
+    if device.type == "cpu" and known:  # the budget alone would be no prediction
+        here, host = here + host, []
     always = student_states(config, student) + here
     gradients = [("gradients", gradient_bytes(config, student.parameters()))]
     turning = _forward_items(config, device, student, teacher)
@@ -82,6 +89,7 @@ def plan(config: DistillConfig) -> MemoryPlan:
         items=tuple(always + (turning if at_turn else gradients)),
         elsewhere=tuple(elsewhere),
         full_logits=_full_logits(config, student, teacher),
+        host=tuple(host),
     )
 
 
@@ -93,6 +101,9 @@ def format_plan(plan: MemoryPlan) -> str:
     if plan.elsewhere:
         lines += ["on the teacher's device"]
         lines += [_line(label, size) for label, size in plan.elsewhere]
+    if plan.host:
+        lines += ["in host memory"]
+        lines += [_line(label, size) for label, size in plan.host]
     lines += ["for contrast", _line("full logits, never held", plan.full_logits)]
     return "\n".join(lines)
 
@@ -133,6 +144,23 @@ def _teacher_weights(
     return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
 
 
+def _eval_cache(
+    config: DistillConfig, teacher: PreTrainedModel | None, eval_rows: int | None
+) -> list[Item]:
+    """What evaluations keep of the teacher for one another."""
+    if teacher is None or not config.eval_cache_bytes:
+        return []
+    per_row = config.max_length * _teacher_bytes_per_token(config, teacher)
+    rows = [n for n in (eval_rows, config.max_eval_rows) if n is not None]
+    size = min([config.eval_cache_bytes, *(n * per_row for n in rows)])
+    return [("teacher states for evaluations" + (", at most" if eval_rows is None else ""), size)]
+
+
+def _teacher_bytes_per_token(config: DistillConfig, teacher: PreTrainedModel) -> int:
+    """Of its final hidden states."""
+    return output_embedding(teacher).in_features * teacher_dtype(config).itemsize
+
+
 # One micro-batch
 
 
@@ -156,10 +184,9 @@ def _forward_items(
         depth = student.config.get_text_config().num_hidden_layers
         tiles = max(tiles, ("one layer's activations, recomputed", whole // depth), key=_size)
     if teacher is not None:
-        teacher_width = output_embedding(teacher).in_features
-        size = tokens * teacher_width * teacher_dtype(config).itemsize
+        size = tokens * _teacher_bytes_per_token(config, teacher)
         items.append(("teacher hidden states", size))
-        width += teacher_width
+        width += output_embedding(teacher).in_features
     items += [
         tiles,
         ("loss: hidden states and their gradient", tokens * width * FP32),

@@ -60,7 +60,7 @@ def run_header(
     if checks:
         lines.append(("self-check", ", ".join(f"{k} {v:.1e}" for k, v in checks.items())))
     lines += [
-        ("memory", f"{plan(config).total / 2**20:,.0f} MiB predicted at peak"),
+        ("memory", f"{plan(config, len(eval_rows)).total / 2**20:,.0f} MiB predicted at peak"),
         ("machine", _machine_line(precision.device)),
         ("versions", ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("config", config_hash(config)[:12]),

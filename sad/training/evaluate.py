@@ -14,6 +14,7 @@ from sad_kernels import Objective, linear_distill_loss
 
 from sad.data.batch import Batch
 from sad.models.heads import eval_no_grad
+from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.meters import EvalMetrics
 from sad.training.student import StudentWithLoss
@@ -28,7 +29,7 @@ OBJECTIVE_CE_ONLY = Objective(ce_weight=1.0, kd_weight=0.0)
 
 def evaluate_student(
     student: StudentWithLoss,
-    teacher: FrozenTeacher | None,
+    teacher: FrozenTeacher | CachedTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
 ) -> dict[str, float]:
@@ -63,7 +64,9 @@ def evaluate_student(
 
 @torch.no_grad()
 def evaluate_teacher(
-    teacher: FrozenTeacher, batches: Iterator[Batch], prefix: str = "eval_teacher"
+    teacher: FrozenTeacher | CachedTeacher,
+    batches: Iterator[Batch],
+    prefix: str = "eval_teacher",
 ) -> dict[str, float]:
     """Score the teacher itself: the mark that its student is measured against."""
     metrics = EvalMetrics()

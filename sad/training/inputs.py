@@ -15,6 +15,7 @@ from sad.data.rows import PackedRows, epoch_permutation, load_rows
 from sad.data.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
 from sad.environment import library_versions, memory_now, resolve_device, seed_everything
 from sad.models.load import load_teacher, read_model_config
+from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
 
 
@@ -27,6 +28,8 @@ class RunInputs:
     train_rows: PackedRows
     eval_rows: PackedRows
     teacher: FrozenTeacher | None
+    eval_teacher: CachedTeacher | None
+    """The same teacher, for evaluations: with its hidden states of the held-out rows."""
     device: torch.device
     rss_before: int
     """Resident memory in bytes before any of this was loaded."""
@@ -66,10 +69,20 @@ def load_inputs(config: DistillConfig) -> RunInputs:
         read_model_config(config, "teacher")
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
     vocabulary = valid_vocab(tokenizer)
-    teacher = None
+    teacher = eval_teacher = None
     if config.teacher is not None:
         teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
         require_same_tokenizer(teacher_tokenizer, tokenizer)
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
+        eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes)
     train_rows, eval_rows = load_rows(config, tokenizer)
-    return RunInputs(tokenizer, vocabulary, train_rows, eval_rows, teacher, device, rss_before)
+    return RunInputs(
+        tokenizer=tokenizer,
+        valid_vocab=vocabulary,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        teacher=teacher,
+        eval_teacher=eval_teacher,
+        device=device,
+        rss_before=rss_before,
+    )

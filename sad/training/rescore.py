@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from sad_kernels._torch.gemm import onednn_products
+
 from sad.checkpoint.run_directory import RunDirectory
 from sad.config.load import load_config
 from sad.errors import UsageError
@@ -17,6 +19,7 @@ from sad.training.meters import ResultRow, result_row
 from sad.training.student import build_student
 
 
+@onednn_products()  # as in the run, so that its scores come out again
 def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     """Evaluate the best student of a finished or stopped run again, from its run directory.
 
@@ -34,14 +37,14 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     config = replace(config, student=str(run.best), student_init="pretrained", tokenizer=None)
     inputs = load_inputs(config)
     rows = []
-    if inputs.teacher is not None:
-        scores = evaluate_teacher(inputs.teacher, inputs.eval_batches(config))
-        rows.append(result_row("teacher", inputs.teacher.model, scores, "eval_teacher"))
+    if inputs.eval_teacher is not None:
+        scores = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+        rows.append(result_row("teacher", inputs.eval_teacher.model, scores, "eval_teacher"))
     model = load_student(config)
     precision = Precision(config, inputs.device)
     student = build_student(config, model, inputs.valid_vocab, precision)
     scores = evaluate_student(
-        student, inputs.teacher, inputs.eval_batches(config), {"eval": nullcontext}
+        student, inputs.eval_teacher, inputs.eval_batches(config), {"eval": nullcontext}
     )
     rows.append(result_row("student, best", model, scores, "eval"))
     return rows

@@ -253,7 +253,7 @@ class Trainer:
             variants["eval_ema"] = self.ema.swapped
         batches = self.inputs.eval_batches(config)
         with self.policy.evaluating():  # waits for the device at its end
-            metrics = evaluate_student(self.student, self.inputs.teacher, batches, variants)
+            metrics = evaluate_student(self.student, self.inputs.eval_teacher, batches, variants)
 
         # The held-out counterpart of the training loss: the same weights, on unsmoothed parts.
         weights = self.weights(min(counters.micro_step, self.run_length.micro_batches - 1))

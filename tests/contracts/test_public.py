@@ -187,5 +187,51 @@ else:
     assert done.returncode == 0, done.stderr
 
 
+def test_import_sad_kernels_is_light_and_finds_its_names() -> None:
+    """In one fresh process: neither torch nor Triton at first, then every name, by each way."""
+    script = """
+import pickle
+import sys
+import sad_kernels
+assert not {"torch", "triton"} & set(sys.modules), "imported at once"
+assert set(sad_kernels.__all__) <= set(dir(sad_kernels))
+from sad_kernels import *
+for name in sad_kernels.__all__:
+    assert getattr(sad_kernels, name) is globals()[name]
+assert not [name for name in sys.modules if name.startswith("sad_kernels._triton")]
+assert pickle.loads(pickle.dumps(Objective)) is Objective
+assert sad_kernels.kd.kl_div is kl_div, "a module that has a public name is not found"
+for missing in ("no_such_name", "torch", "_rows_"):
+    try:
+        getattr(sad_kernels, missing)
+    except AttributeError as error:
+        assert missing in str(error)
+    else:
+        raise AssertionError(f"{missing} was found")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def for_type_checkers(source: str) -> dict[str, str]:
+    """Name -> module, of the imports under ``if TYPE_CHECKING``."""
+    return {
+        alias.name: str(node.module)
+        for block in ast.parse(source).body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("package", [sad_kernels, sad], ids=lambda package: package.__name__)
+def test_type_checkers_see_the_names_that_are_imported_late(package: Any) -> None:
+    seen = for_type_checkers(inspect.getsource(package))
+    assert set(seen) == set(package.__all__)
+    homes = {name: home for name, home in seen.items() if f"{home}.{name}" not in sys.modules}
+    assert homes == package._HOME
+
+
 if __name__ == "__main__":
     print("\n".join(public_api()))

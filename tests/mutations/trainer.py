@@ -117,6 +117,32 @@ MUTATIONS = [
         training("test_evaluation_gives_the_figures_of_training"),
     ),
     Mutation(
+        "25",
+        "a teacher whose gates train is scored by hidden states from before",
+        edit(
+            "sad/config/schema.py",
+            'shared = self.routing.mode == "teacher" and not self.structural_weights',
+            "shared = not self.structural_weights",
+        ),
+        tests(
+            "sad/training/test_evaluate.py",
+            "test_a_teacher_that_changes_or_is_looked_into_runs_each_time[gates that train]",
+        ),
+    ),
+    Mutation(
+        "25",
+        "rows of the same tokens share hidden states wherever their documents begin",
+        edit(
+            "sad/teachers/cached.py",
+            "for tensor in (batch.input_ids, batch.position_ids):",
+            "for tensor in (batch.input_ids,):",
+        ),
+        tests(
+            "sad/teachers/test_cached.py",
+            "test_whatever_the_teacher_reads_tells_batches_apart[part0]",
+        ),
+    ),
+    Mutation(
         "26",
         "the self-test passes a NaN",
         edit(SELFTEST, "self.error <= self.budget", "not self.error > self.budget"),
@@ -498,5 +524,22 @@ MUTATIONS = [
         structural(
             "test_a_loss_that_is_off_is_not_computed", "test_without_weights_nothing_is_kept"
         ),
+    ),
+    Mutation(
+        "52",
+        "the configuration imports torch",
+        edit("sad/config/schema.py", "import yaml\n", "import torch\nimport yaml\n"),
+        tests("sad/test_cli.py", "test_words_that_need_no_model_import_nothing_heavy"),
+    ),
+    Mutation(
+        "52",
+        "a device is looked up in torch whatever it is",
+        edit(
+            "sad/config/schema.py",
+            "return True  # without torch, whose import takes seconds\n",
+            "pass\n",
+        ),
+        tests("sad/config/test_config.py", "test_the_usual_devices_are_taken_without_torch"),
+        error="ModuleNotFoundError",
     ),
 ]

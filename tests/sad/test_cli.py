@@ -169,15 +169,37 @@ def test_version_names_what_numbers_depend_on(capsys: Any) -> None:
     assert f"torch {torch.__version__}" in capsys.readouterr().out
 
 
-def test_the_process_is_light_and_returns_the_code() -> None:
-    """``--help`` imports nothing heavy; a usage error is the process's exit code."""
+def test_words_that_need_no_model_import_nothing_heavy(recipe: str) -> None:
+    """A configuration, help, versions and wrong words, one after the other in one process."""
+    lines = [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["distill", "--help"], 0),
+        (["plan", "--help"], 0),
+        (["eval", "--help"], 0),
+        (["selftest", "--help"], 0),
+        (["distil"], 2),
+        (["distill", "nowhere.yaml"], 2),
+        (["distill", recipe, "--ema_decya", "1"], 2),
+        (["plan", recipe, "--seed", "-1"], 2),
+        (["plan", recipe, "--device", "cuda:1", "--temperature", "-1"], 2),
+    ]
     script = (
-        "import sys\nfrom sad.cli import main\n"
-        "assert main(['--help']) == 0\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "import sys\nfrom sad.cli import main\nfrom sad import load_config\n"
+        f"assert load_config({recipe!r}, ['--device', 'cuda:1']).device == 'cuda:1'\n"
+        f"for words, code in {lines!r}:\n"
+        "    assert main(words) == code, words\n"
+        f"    heavy = {HEAVY!r} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
     )
     light = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert light.returncode == 0, light.stderr
+
+
+HEAVY = {"torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "psutil"}
+
+
+def test_the_process_returns_the_code() -> None:
     command = [sys.executable, "-m", "sad", "distil"]
     wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("sad: error: ")

@@ -128,6 +128,25 @@ def test_ignored_rows_are_not_read() -> None:
     assert traffic.written_to(gradient) == gradient.nbytes
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_rows_of_weight_0_do_not_read_their_teacher(divergence: str) -> None:
+    """The student's rows are read as ever; the mixture of such a row is not formed."""
+    s, t, y = logits().requires_grad_(), logits(), torch.randint(V, (N,))
+    weights = torch.tensor([0.0, 2.0, 0.0, 0.0, 0.5])
+    objective = Objective(ce_weight=0.5, divergence=divergence)  # pyright: ignore
+    with counted_traffic() as forward:
+        out = distill_loss(
+            s, y, TeacherLogits(t), objective, kd_token_weights=weights, impl="triton"
+        )
+    row, compared = V * t.element_size(), t[weights > 0]
+    mixed = 2 if divergence == "jsd" else 0  # the teacher's logit at the student's best, by segment
+    at_best = mixed * -(-V // SEGMENT) * t.element_size()
+    assert forward.read_from(t) == (2 + mixed) * row + at_best + read_again(compared)
+    traffic, gradient = backward(out.loss, s)
+    assert traffic.read_from(t) == 2 * row and traffic.read_from(s) == s.nbytes
+    assert traffic.written_to(gradient) == gradient.nbytes
+
+
 def test_columns_past_the_vocabulary_are_not_read() -> None:
     s, t = logits().requires_grad_(), logits()
     with counted_traffic() as forward:

@@ -136,7 +136,7 @@ def test_a_second_backward_gives_the_same(name: str, impl: str) -> None:
 def test_func_grad(name: str, impl: str) -> None:
     function, x = function_and_leaf(name, impl)
     torch.testing.assert_close(torch.func.grad(function)(x), plain_gradient(function, x))
-    _, vjp = torch.func.vjp(function, x)
+    vjp: Any = torch.func.vjp(function, x)[1]
     torch.testing.assert_close(vjp(torch.tensor(2.0))[0], 2 * plain_gradient(function, x))
 
 
@@ -198,14 +198,14 @@ def test_a_teacher_of_inference_mode_is_taken(impl: str) -> None:
         logits, states, weight = TEACHER.clone(), STATES.clone(), TEACHER_WEIGHT.clone()
         labels = LABELS.clone()
     ops, s, h = bound(impl), LOGITS.clone().requires_grad_(), HIDDEN.clone().requires_grad_()
-    teacher = TeacherHidden(states, Head(weight))
-    for leaf, loss, name in (
+    teacher, head = TeacherHidden(states, Head(weight)), Head(WEIGHT)
+    losses: list[tuple[Tensor, Tensor, str]] = [
         (s, ops.kl_div(s, logits, labels=labels), "kl_div"),
         (s, ops.distill_loss(s, labels, TeacherLogits(logits), JOINT).loss, "distill_loss"),
-        (h, ops.linear_distill_loss(h, Head(WEIGHT), labels, teacher, JOINT).loss, None),
-    ):
-        function = LOSSES[name or "linear_distill_loss"]
-        expected = plain_gradient(partial(function, ops), leaf.detach())
+        (h, ops.linear_distill_loss(h, head, labels, teacher, JOINT).loss, "linear_distill_loss"),
+    ]
+    for leaf, loss, name in losses:
+        expected = plain_gradient(partial(LOSSES[name], ops), leaf.detach())
         assert torch.equal(torch.autograd.grad(loss, leaf)[0], expected)
 
 
@@ -237,7 +237,7 @@ def test_a_teachers_parameters_get_no_gradient(impl: str, with_bias: bool) -> No
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """A process group of this process alone."""
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
@@ -247,7 +247,8 @@ def one_process() -> Iterator[None]:
 
 @every_impl
 def test_distributed_tensors_are_refused(impl: str) -> None:
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     ops = bound(impl)
     with one_process():

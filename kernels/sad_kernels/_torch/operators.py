@@ -91,7 +91,7 @@ def loss_inputs(
 ) -> LossInputs:
     """The records of a call as an operator's inputs."""
     args = OpArgs(spec, student.transform.logit_scale, student.transform.softcap)
-    dense: tuple[Tensor | None, ...] = (None, None, None)
+    dense: list[Tensor | None] = [None, None, None]
     ids = log_probs = None
     tail = ""
     if isinstance(teacher, TopKInput):
@@ -112,7 +112,7 @@ def torch_rows(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], their parts [PARTS, N]; the two fields of ``SavedRows``."""
     with inputs.problem() as problem:
         (loss, *parts), saved = problem.losses()
-        return loss, torch.stack(parts), *saved
+        return loss, torch.stack(parts), saved.sums, saved.inside
 
 
 @torch_rows.register_fake
@@ -178,7 +178,7 @@ def _gradients_of_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tens
 
 
 def _returned(
-    gradients: Sequence[Tensor], want: Sequence[bool], num_inputs: int
+    gradients: Sequence[Tensor | None], want: Sequence[bool], num_inputs: int
 ) -> tuple[Tensor | None, ...]:
     """One gradient for each input of an operator."""
     out = [g if wanted else None for g, wanted in zip(gradients, want, strict=True)]
@@ -356,16 +356,15 @@ class _EagerMean(torch.autograd.Function):
         num_inputs = len(LossInputs._fields)
         if upstream is None:
             return (None,) * (3 + num_inputs)
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or torch.is_grad_enabled():
+        gradients: Sequence[Tensor | None]
+        ready, ctx.gradients = ctx.gradients, None
+        if ready is None or torch.is_grad_enabled():
             # Handed out already, or to be differentiated again, which the operator refuses.
-            (*inputs, items), _ = saved_call(ctx)
-            share = (upstream / items).expand(inputs[0].shape[0])
-            gradients = torch_replay(*inputs, ctx.want, share)
+            (*given, items), _saved = saved_call(ctx)
+            share = (upstream / items).expand(given[0].shape[0])
+            gradients = torch_replay(*given, ctx.want, share)
         else:
-            for g in gradients:
-                if g is not None:
-                    g.mul_(upstream.to(g.dtype))
+            gradients = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in ready]
         return None, None, None, *_returned(gradients, ctx.want, num_inputs)
 
 

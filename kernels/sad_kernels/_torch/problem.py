@@ -79,9 +79,9 @@ def teacher_input(teacher: Teacher | None, layout: RowLayout) -> ModelInput | To
     """A teacher's tensors by row. Its weights may be parameters; they get no gradient."""
     match teacher:
         case TeacherHidden(hidden=hidden, head=head):
+            model = head_input(layout.rows(hidden), head)
             bias = None if head.bias is None else head.bias.detach()
-            transform = LogitTransform(float(head.logit_scale), head.softcap)
-            return ModelInput(layout.rows(hidden), head.weight.detach(), bias, transform)
+            return model._replace(weight=head.weight.detach(), bias=bias)
         case TeacherLogits(logits=logits, logit_scale=logit_scale, softcap=softcap):
             transform = LogitTransform(float(logit_scale), softcap)
             return ModelInput(layout.rows(logits), transform=transform)

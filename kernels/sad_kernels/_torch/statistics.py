@@ -242,18 +242,18 @@ class RowStatistics:
             moved = move_t - move
             # nansum: what is not a number here is 0 * inf, a weight of 0. NaNs show in the totals.
             if weights[1] > 0:
-                part = torch.mul(apart, hot, out=second).nansum(1)
+                part = row_nansum(torch.mul(apart, hot, out=second))
                 rescaled = (sums.cross_student - sums.total * moved) * r
                 sums.cross_student.copy_(rescaled.where(r > 0, 0) - part)
             if weights[0] > 0:
-                part = torch.mul(apart, hot_t, out=u).nansum(1)
+                part = row_nansum(torch.mul(apart, hot_t, out=u))
                 rescaled = (sums.cross + sums.teacher_total * moved) * r_t
                 sums.cross.copy_(rescaled.where(r_t > 0, 0) + part)
 
         moved = sums.difference * r + sums.teacher_total * (r_t - r)
-        sums.difference.copy_(moved + torch.sub(hot_t, hot, out=u).sum(1))
-        sums.total.mul_(r).add_(hot.sum(1))
-        sums.teacher_total.mul_(r_t).add_(hot_t.sum(1))
+        sums.difference.copy_(moved + row_sum(torch.sub(hot_t, hot, out=u)))
+        sums.total.mul_(r).add_(row_sum(hot))
+        sums.teacher_total.mul_(r_t).add_(row_sum(hot_t))
 
     def _add_rest(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> Tensor:
         """The sum of the columns outside the teacher's ids, from their own maximum."""
@@ -265,7 +265,7 @@ class RowStatistics:
         torch.maximum(before, u.amax(1), out=sums.rest_maximum)
         hot = self.scratch.exp_("hot", u.sub_(sums.rest_maximum[:, None]), self.temperature)
         r = (before.sub_(sums.rest_maximum) / self.temperature).exp_()
-        sums.rest_total.mul_(r).add_(hot.sum(1))
+        sums.rest_total.mul_(r).add_(row_sum(hot))
         return hot
 
     def _add_untempered(self, sums: RowSums, shifted: Shifted, move: Tensor) -> None:
@@ -275,17 +275,17 @@ class RowStatistics:
         u = self.scratch.like("u", x.shape)
         if self.spec.compute_metrics:
             moved = (sums.weighted + sums.total_1 * move) * factor
-            sums.weighted.copy_(moved + torch.mul(warm, x, out=u).nansum(1))
-        sums.total_1.mul_(factor).add_(warm.sum(1))
+            sums.weighted.copy_(moved + row_nansum(torch.mul(warm, x, out=u)))
+        sums.total_1.mul_(factor).add_(row_sum(warm))
 
         weights = plain_weights(self.spec, self.targets, shifted.block, x.dtype)
         if weights is None:
             return
-        if isinstance(weights, float):
-            added, count = x.sum(1), torch.full_like(move, x.shape[1])
+        if not isinstance(weights, Tensor):
+            added, count = row_sum(x), torch.full_like(move, float(x.shape[1]))
         else:
             # nansum: a class of weight 0 adds 0, whatever its logit is.
-            added = torch.mul(x, weights, out=u).nansum(1)
+            added = row_nansum(torch.mul(x, weights, out=u))
             count = weights.sum(-1).expand_as(move)
         sums.plain.add_(sums.plain_weight * move).add_(added)
         sums.plain_weight.add_(count)
@@ -306,9 +306,9 @@ class RowStatistics:
             shifted.hot_t, sums.teacher_total[:, None], out=self.scratch.like("p", gap.shape)
         )
         f = terms_of(divergence).value(beta, gap, p, q, True)
-        sums.value.add_(f.sum(1))
+        sums.value.add_(row_sum(f))
         h = slopes(comparison, sums, shifted, self.temperature, q, self.scratch)
-        sums.expectation.add_(h.sum(1))
+        sums.expectation.add_(row_sum(h))
         return h
 
     # --- all blocks -------------------------------------------------------------------------------
@@ -512,6 +512,21 @@ def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return x
     return (x * weights).masked_fill_(weights == 0, 0)
+
+
+def row_sum(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
+    """The sum of each row, of the same bits for one row as for many."""
+    return _as_two(x).sum(1)[: len(x)]
+
+
+def row_nansum(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
+    """The same with 0 for NaN."""
+    return _as_two(x).nansum(1)[: len(x)]
+
+
+def _as_two(x: Tensor) -> Tensor:
+    """A single row twice: torch would split its sum between threads."""
+    return x.expand(2, -1) if len(x) == 1 else x
 
 
 def first_argmax(x: Tensor, maximum: Tensor) -> Tensor:  # [rows, columns], [rows] -> [rows]

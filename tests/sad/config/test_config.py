@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sad_kernels import Objective
 
 from sad.config import schema
@@ -19,6 +21,7 @@ from sad.config.load import load_config
 from sad.config.schema import (
     MAY_CHANGE_ON_RESUME,
     STRUCTURAL,
+    USUAL_DEVICES,
     CurriculumConfig,
     DataConfig,
     DistillConfig,
@@ -190,7 +193,7 @@ REFUSED_VALUES = [
     ("report_to: [wandb, paper]", "report_to must be one of tensorboard, trackio, wandb"),
     ("save_total_limit: 1", "save_total_limit must be at least 2, got 1"),
     ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be at least 1, got 0"),
-    ("label_smoothing: 1", "label_smoothing must lie in [0, 1), got 1.0"),
+    ("label_smoothing: 1.1", "label_smoothing must lie in [0, 1], got 1.1"),
     ("temperature: 0", "temperature must be a finite number > 0, got 0.0"),
     ("divergence: kl", "divergence must be one of forward_kl"),
     ("{divergence: jsd, beta: 1}", "beta must lie strictly between 0 and 1, got 1.0"),
@@ -309,6 +312,7 @@ MAY_CHANGE = {
     "save_steps": 3,
     "eval_steps": 4,
     "logging_steps": 5,
+    "eval_teacher_cache": 0,
     "resume_from_checkpoint": "auto",
     "data": DataConfig(cache_dir="elsewhere"),
 }
@@ -339,6 +343,28 @@ def test_a_key_newer_than_the_checkpoint_had_its_default() -> None:
     del old["z_loss"], old["data"]["max_documents"]
     assert trajectory_changes(old, config()) == []
     assert trajectory_changes(old, config(z_loss=0.1)) == [("z_loss", 0.0, 0.1)]
+
+
+@pytest.mark.parametrize("index", ["", ":0", ":9"])
+@pytest.mark.parametrize("kind", [*USUAL_DEVICES, "hpu"])
+def test_devices_are_those_that_torch_knows(kind: str, index: str) -> None:
+    assert str(torch.device(kind + index)) == config(device=kind + index).device
+
+
+def test_the_usual_devices_are_taken_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    config()  # what else a configuration imports is there
+    monkeypatch.setitem(sys.modules, "torch", None)  # to import it is an error
+    assert config(device="cuda:1", teacher_device="cpu").device == "cuda:1"
+    with pytest.raises(ImportError):
+        config(device="hpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:x", "cuda:-1", "cuda:01", "cudas", "cpu:0:0", ""])
+def test_what_is_no_device_to_torch_is_refused(name: str) -> None:
+    with pytest.raises(RuntimeError):
+        torch.device(name)
+    with pytest.raises(ConfigError, match="device must be a device"):
+        config(device=name)
 
 
 def test_every_key_has_a_docstring_and_stands_in_the_help() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,68 @@ def test_without_a_teacher_nothing_is_planned_for_one(folder: Path) -> None:
 
 def test_full_logits_are_those_of_both_models(folder: Path) -> None:
     assert plan(config_for(folder, bf16=True)).full_logits == 4 * 256 * 2048 * (2 + 2)
+
+
+# What evaluations keep
+
+
+ROW = 256 * 128 * 4
+"""Bytes of the teacher's hidden states of one row."""
+KEPT = "teacher states for evaluations"
+CACHE: dict[str, Any] = {"eval_teacher_cache": 1 << 28}
+
+
+@pytest.mark.parametrize(
+    ("keys", "eval_rows", "label", "size"),
+    [
+        ({"max_eval_rows": 100}, None, f"{KEPT}, at most", 100 * ROW),
+        ({}, 70, KEPT, 70 * ROW),
+        ({"max_eval_rows": 100}, 70, KEPT, 70 * ROW),
+        ({"max_eval_rows": 60}, 70, KEPT, 60 * ROW),
+        ({"max_eval_rows": 60, "teacher_dtype": "bfloat16"}, 70, KEPT, 60 * ROW // 2),
+        ({"eval_teacher_cache": 9 * ROW}, 70, KEPT, 9 * ROW),
+    ],
+)
+def test_what_evaluations_keep_counts(
+    folder: Path, keys: dict[str, Any], eval_rows: int | None, label: str, size: int
+) -> None:
+    config = config_for(folder, **(CACHE | keys))
+    found = plan(config, eval_rows)
+    assert sizes(found)[label] == size and not found.host
+    assert found.total == plan(replace(config, eval_teacher_cache=0)).total + size
+
+
+@pytest.mark.parametrize(
+    ("device", "eval_rows", "label", "size"),
+    [("cpu", None, f"{KEPT}, at most", 1 << 28), ("meta", 70, KEPT, 70 * ROW)],
+    ids=["unknown rows", "another device"],
+)
+def test_what_is_a_bound_or_not_on_the_device_stands_apart(
+    folder: Path, device: str, eval_rows: int | None, label: str, size: int
+) -> None:
+    found = plan(config_for(folder, device=device, **CACHE), eval_rows)
+    assert found.host == ((label, size),)
+    assert found.total == plan(config_for(folder, device=device)).total
+    lines = format_plan(found).splitlines()
+    assert lines[lines.index("in host memory") + 1].startswith(f"  {label} ")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"eval_teacher_cache": 0},
+        {"teacher": None, "kd_weight": 0},
+        {"feature": {"weight": 0.1}},
+        {"routing": {"mode": "student_aware"}},
+        {"routing": {"mode": "knowledge_augmentation"}},
+    ],
+    ids=str,
+)
+def test_where_evaluations_keep_nothing_nothing_is_planned(
+    folder: Path, keys: dict[str, Any]
+) -> None:
+    found = plan(config_for(folder, **(CACHE | keys)), 70)
+    assert KEPT not in sizes(found) and not found.host
 
 
 # Activations

@@ -1,0 +1,60 @@
+"""A frozen teacher for evaluations, which keeps its hidden states from one to the next."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from sad_kernels import TeacherHidden
+from transformers import PreTrainedModel
+
+from sad.data.batch import Batch
+from sad.losses.capture import Capture
+from sad.teachers.frozen import FrozenTeacher, TeacherOutput
+
+
+class CachedTeacher:
+    """A teacher for evaluations, which all score the same rows: they share its forward passes.
+
+    Its final hidden states lie in host memory, up to ``cache_bytes`` of them, a batch whole or not
+    at all; for the batches beyond, and for all with 0, the teacher runs each time. What it returns
+    has the same bits either way.
+
+    ``teacher`` must give the same hidden states throughout: gates that are trained or sampled
+    (``sad.teachers.policy``) do not, and take ``cache_bytes=0``.
+    """
+
+    def __init__(self, teacher: FrozenTeacher, cache_bytes: int) -> None:
+        self.teacher = teacher
+        self.cache_bytes = cache_bytes
+        self.kept_bytes = 0
+        self._kept: dict[bytes, TeacherHidden] = {}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.teacher.model
+
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
+        """As ``FrozenTeacher.forward``. With a ``capture`` the teacher runs: the activations inside
+        it are not kept."""
+        if capture is not None or not self.cache_bytes:
+            return self.teacher.forward(batch, capture)
+        key = _key(batch)
+        if key in self._kept:
+            kept = self._kept[key]
+            return TeacherOutput((replace(kept, hidden=kept.hidden.to(self.teacher.device)),))
+        output = self.teacher.forward(batch)
+        (target,) = output.targets
+        size = target.hidden.untyped_storage().nbytes()
+        if self.kept_bytes + size <= self.cache_bytes:
+            self.kept_bytes += size
+            self._kept[key] = replace(target, hidden=target.hidden.to("cpu"))
+        return output
+
+
+def _key(batch: Batch) -> bytes:
+    """A hash of what the teacher reads of a batch."""
+    digest = hashlib.blake2b(repr(batch.input_ids.shape).encode(), digest_size=16)
+    for tensor in (batch.input_ids, batch.position_ids):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.digest()
