@@ -29,7 +29,7 @@ are, so that no NaN turns into a number.
 
 Both functions check every pair before they write to any, and read and write each element once.
 Extra memory: on a GPU, where a call is one launch per pair of dtypes, 24 bytes for every 4096
-elements; elsewhere a few blocks of ``BLOCK`` elements, whatever the model's size. Compilers see
+elements; elsewhere a few blocks of 262,144 elements, whatever the model's size. Compilers see
 each as one operator that writes to its arguments.
 
 Sources: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 1703.01780 (EMA of weights).
@@ -37,7 +37,7 @@ Sources: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 1703.01780 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import compress
 
 import torch
@@ -45,11 +45,9 @@ from torch import Tensor
 
 from sad_kernels._dispatch import resolve_impl
 from sad_kernels._extents import Extent, _is_dense, _layout, _require_apart
+from sad_kernels._torch import ema as torch_ema
+from sad_kernels._torch.ema import INTEGER_OF_SIZE, Pairs
 
-BLOCK = 1 << 18  # elements per step of the torch path: its few temporaries stay in a core's cache
-INFINITY = 0x7F80  # bits of the bf16 magnitude of infinity; larger ones are NaNs
-
-Pairs = list[tuple[Tensor, Tensor]]
 Kind = tuple[torch.device, torch.dtype, torch.dtype]  # of a shadow, and of its parameter
 
 UPDATE_DTYPES = {
@@ -58,7 +56,6 @@ UPDATE_DTYPES = {
     (torch.float32, torch.float16),
     (torch.float64, torch.float64),
 }
-INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def ema_update_(
@@ -101,7 +98,7 @@ def ema_update_(
             )
     if pairs:
         with torch.no_grad():
-            update_op(*_unzipped(pairs), _on_device(decay, pairs[0][0].device), impl)
+            update_op(*_unzipped(pairs), torch_ema.on_device(decay, pairs[0][0].device), impl)
 
 
 def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str = "auto") -> None:
@@ -149,7 +146,7 @@ def _update(shadows: list[Tensor], params: list[Tensor], decay: Tensor, impl: st
         from sad_kernels._triton import ema as triton_ema
 
         triton_ema.update(for_triton, decay)
-    _update_torch(for_torch, decay)
+    torch_ema.update(for_torch, decay)
 
 
 def _swap(shadows: list[Tensor], params: list[Tensor], impl: str) -> None:
@@ -159,7 +156,7 @@ def _swap(shadows: list[Tensor], params: list[Tensor], impl: str) -> None:
         from sad_kernels._triton import ema as triton_ema
 
         triton_ema.swap(for_triton)
-    _swap_torch(for_torch)
+    torch_ema.swap(for_torch)
 
 
 update_op = torch.library.custom_op(
@@ -197,82 +194,6 @@ def _impls(pairs: Pairs, impl: str) -> dict[Kind, str]:
     """The implementation for each device and pair of dtypes, from one example of each."""
     kinds = {(s.device, s.dtype, p.dtype): (s, p) for s, p in pairs}
     return {kind: resolve_impl(impl, *pair) for kind, pair in kinds.items()}
-
-
-# --- The torch path ------------------------------------------------------------------------------
-
-
-def _update_torch(pairs: Pairs, decay: Tensor) -> None:
-    coefficients = {}  # once per device and dtype of shadows
-    for shadow, param in pairs:
-        key = (shadow.device, shadow.dtype)
-        if key not in coefficients:
-            coefficients[key] = _coefficients(decay, shadow)
-        from_param, step, exact = coefficients[key]
-        for s, p in _blocks(shadow, param):
-            p = p.to(s.dtype)
-            base = torch.where(from_param, p, s)
-            moved = torch.addcmul(base, step, p - s)
-            # A decay of 0 or 1 copies: arithmetic would turn 0 * NaN into NaN and -0.0 into 0.0.
-            torch.where(exact, base, moved, out=s)
-
-
-def _coefficients(decay: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """0-d tensors of an update ``base + step (p - s)``, without a host sync: whether ``base`` is
-    the parameter (else the shadow), ``step``, and whether ``base`` is the result already."""
-    keep = _on_device(decay, shadow.device)
-    w = 1.0 - keep
-    from_param = w >= 0.5
-    step = torch.where(from_param, -keep, w).to(shadow.dtype)
-    return from_param, step, (w == 0.0) | (w == 1.0)
-
-
-def _swap_torch(pairs: Pairs) -> None:
-    for shadow, param in pairs:
-        for s, p in _blocks(shadow, param):
-            if s.dtype == p.dtype:
-                _exchange(s, p)
-            else:
-                _exchange_rounded(s, p)
-
-
-def _exchange(s: Tensor, p: Tensor) -> None:
-    """Swap two blocks as integers: copying NaNs as floats may change their bits."""
-    integer = INTEGER_OF_SIZE[s.element_size()]
-    s, p = s.view(integer), p.view(integer)
-    kept = s.clone()
-    s.copy_(p)
-    p.copy_(kept)
-
-
-def _exchange_rounded(s: Tensor, p: Tensor) -> None:
-    """Swap an fp32 with a bf16 block; the formulas are at the top of this file."""
-    s, p = s.view(torch.int32), p.view(torch.int16)
-    # Both results before either is written: pi of the upper half, pi^-1 of the parameter.
-    low = s & 0xFFFF
-    up = (low >= 0x8000).to(torch.int32)
-    rounded = _turn((s >> 16) & 0xFFFF, up)
-    residue = _turn(p.to(torch.int32) & 0xFFFF, -up)
-    p.copy_(rounded.to(torch.int16))
-    s.copy_((residue << 16) | low)
-
-
-def _turn(bits: Tensor, by: Tensor) -> Tensor:
-    """``pi`` (by = 1), its inverse (-1) or the identity (0) of bf16 bits held in int32.
-
-    Steps along the circle of the magnitudes 1 to ``INFINITY``; zeros and NaNs are not on it.
-    """
-    magnitude = bits & 0x7FFF
-    turned = torch.remainder(magnitude - 1 + by, INFINITY) + 1
-    on_circle = (magnitude >= 1) & (magnitude <= INFINITY)
-    return (bits & 0x8000) | torch.where(on_circle, turned, magnitude)
-
-
-def _blocks(shadow: Tensor, param: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching one-dimensional views of both tensors, in the order of their memory."""
-    s, p = (t.detach().as_strided((t.numel(),), (1,)) for t in (shadow, param))
-    for start in range(0, s.numel(), BLOCK):
-        yield s[start : start + BLOCK], p[start : start + BLOCK]
 
 
 # --- Checks --------------------------------------------------------------------------------------
@@ -335,13 +256,6 @@ def _as_decay(decay: float | Tensor) -> float | Tensor:
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must lie in [0, 1], got {decay!r}; 1 keeps the shadow, 0 copies")
     return float(decay)
-
-
-def _on_device(decay: float | Tensor, device: torch.device) -> Tensor:  # [] float64
-    """``decay`` as a tensor on the device, without waiting for it."""
-    if isinstance(decay, Tensor):
-        return decay.to(device, torch.float64, non_blocking=True)
-    return torch.full((), decay, dtype=torch.float64, device=device)
 
 
 def _unzipped(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:

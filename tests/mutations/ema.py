@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutations.planting import Mutation, edit, tests
 
-TORCH = "kernels/sad_kernels/ema.py"
+TORCH = "kernels/sad_kernels/_torch/ema.py"
 TRITON = "kernels/sad_kernels/_triton/ema.py"
 
 
@@ -79,8 +79,8 @@ MUTATIONS = [
         "1 - decay is formed in fp32",
         edit(
             TORCH,
-            "    keep = _on_device(decay, shadow.device)\n    w = 1.0 - keep\n",
-            "    keep = _on_device(decay, shadow.device).float()\n    w = 1.0 - keep\n",
+            "    keep = on_device(decay, shadow.device)\n    w = 1.0 - keep\n",
+            "    keep = on_device(decay, shadow.device).float()\n    w = 1.0 - keep\n",
         ),
         ops("test_the_first_step_is_rounded_once[0.9999-False-torch]"),
     ),

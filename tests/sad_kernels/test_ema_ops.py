@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sad_kernels import _dispatch, ema, ema_swap_, ema_update_, reference
+from sad_kernels._torch import ema as torch_ema
 from sad_kernels._triton import ema as triton_ema
 from support.oracle import IMPLS, assert_ema_within
 from torch import Tensor
@@ -54,7 +55,7 @@ def impls_and(name: str, dtypes: list[Any]) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ema, "BLOCK", 32)
+    monkeypatch.setattr(torch_ema, "BLOCK", 32)
     monkeypatch.setattr(triton_ema, "BLOCK", 32)
 
 
@@ -63,14 +64,14 @@ def scalar(value: float) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().view(ema.INTEGER_OF_SIZE[tensor.element_size()])
+    return tensor.detach().clone().view(torch_ema.INTEGER_OF_SIZE[tensor.element_size()])
 
 
 def floats(patterns: Tensor, dtype: torch.dtype) -> Tensor:
     """Unsigned bit patterns, held in int64, as floating-point numbers."""
     width = 8 * dtype.itemsize
     signed = torch.where(patterns >= 1 << (width - 1), patterns - (1 << width), patterns)
-    return signed.to(ema.INTEGER_OF_SIZE[dtype.itemsize]).view(dtype)
+    return signed.to(torch_ema.INTEGER_OF_SIZE[dtype.itemsize]).view(dtype)
 
 
 def surrounded(values: Tensor, by: float) -> tuple[Tensor, Tensor]:
@@ -246,7 +247,7 @@ class Watch(TorchDispatchMode):
 @impls
 def test_no_host_read_and_no_large_temporary(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a host read waits for the device; a whole-model temporary would double the EMA."""
-    monkeypatch.setattr(ema, "BLOCK", 32)
+    monkeypatch.setattr(torch_ema, "BLOCK", 32)
     monkeypatch.setattr(ema, "update_op", ema._update)  # inside an operator the watch sees nothing
     monkeypatch.setattr(ema, "swap_op", ema._swap)
     for kernel in ("_update_kernel", "_swap_kernel"):  # what the interpreter does is not ours
@@ -259,7 +260,7 @@ def test_no_host_read_and_no_large_temporary(impl: str, monkeypatch: pytest.Monk
         ema_update_(shadows, params, 0.5, impl=impl)
         ema_swap_(shadows, params, impl=impl)
     assert watch.host_reads == []
-    assert 0 < watch.largest <= ema.BLOCK
+    assert 0 < watch.largest <= torch_ema.BLOCK
 
 
 def test_the_watch_sees_host_reads_and_allocations() -> None:
