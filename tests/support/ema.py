@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from sad_kernels._torch.ema import INTEGER_OF_SIZE
 from torch import Tensor
@@ -49,18 +51,20 @@ def random_patterns(n: int) -> tuple[Tensor, Tensor]:
 
 
 class Watch(TorchDispatchMode):
-    """Notes what reads a value on the host, and the largest tensor that is newly allocated."""
+    """Notes calls, those that read a value on the host, and the bytes of the largest new tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.host_reads: list[str] = []
+        self.calls: Counter[str] = Counter()
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        self.calls[func.overloadpacket.__name__] += 1
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
             self.host_reads.append(str(func))
         if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in before:
-            self.largest = max(self.largest, result.numel())
+            self.largest = max(self.largest, result.nbytes)
         return result
