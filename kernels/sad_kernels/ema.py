@@ -42,16 +42,19 @@ Sources: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 1703.01780 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import compress
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from sad_kernels._check import FLOATS
 from sad_kernels._dispatch import choose_impl, resolve_impl
 from sad_kernels._extents import Extent, _is_dense, _layout, _require_apart
 from sad_kernels._torch import ema as torch_ema
-from sad_kernels._torch.ema import INTEGER_OF_SIZE, Pairs
+from sad_kernels._torch.ema import Pairs
 
 UPDATE_DTYPES = {
     (torch.float32, torch.float32),
@@ -62,29 +65,33 @@ UPDATE_DTYPES = {
 
 
 def ema_update_(
-    shadows: Sequence[Tensor],
-    params: Sequence[Tensor],
+    shadows: Iterable[Tensor],
+    params: Iterable[Tensor],
     decay: float | Tensor,
     *,
     impl: str = "auto",
 ) -> None:
     """Move every shadow towards its parameter: ``shadow <- decay * shadow + (1 - decay) * param``.
 
-    ``shadows`` and ``params`` are lists of equal length, one shadow per parameter, in one order.
-    ``decay`` is a number in [0, 1] or a 0-d floating-point tensor, which is read on the device
-    without a host sync; make it float64. 1 leaves the shadow untouched and 0 copies. A tensor's
-    value is not checked: NaN makes every shadow NaN.
+    ``shadows`` and ``params`` are lists, or what can be iterated over once, such as
+    ``model.parameters()``, of equal length: one shadow per parameter, in one order. ``decay`` is a
+    number in [0, 1] or a 0-d floating-point tensor, which is read on the device without a host
+    sync; make it float64. 1 leaves the shadow untouched and 0 copies. A tensor's value is not
+    checked: NaN makes every shadow NaN.
 
     Shadows are fp32 and parameters fp32, bf16 or fp16; fp64 goes with fp64. A 16-bit shadow is
     refused: at a decay of 0.9999 it hardly moves. Tensors may have any dense layout, equal on both
-    sides; empty pairs are skipped. Gradients are not recorded. Triton takes no fp64.
+    sides; empty pairs are skipped. Gradients are not recorded. Triton takes no fp64. Tensors that
+    wrap others are refused: pass the local tensors of DTensors, ``.to_local()``.
 
     Before a CUDA graph captures a call, make the same call once outside of it: the first one with
     a set of tensors copies their addresses to the device. Under capture it raises ``RuntimeError``.
 
-    Raises ``TypeError`` and ``ValueError`` before anything is written: for lists of unequal length,
-    shapes, dtypes, devices or layouts that do not match, for tensors that overlap in memory (a
-    tensor listed twice, tied weights, a shadow that is the parameter) and for a decay out of range.
+    Raises ``TypeError`` and ``ValueError`` before anything is written: for a tensor in the place of
+    a list, for lists of unequal length, for shapes, dtypes, devices or layouts that do not match,
+    for tensors that overlap in memory (a tensor listed twice, tied weights, a shadow that is the
+    parameter) and for a decay out of range; and ``RuntimeError`` for batched tensors, under
+    ``torch.vmap``.
 
     >>> shadow, param = torch.tensor([1.0]), torch.tensor([3.0])
     >>> ema_update_([shadow], [param], 0.75)
@@ -104,7 +111,7 @@ def ema_update_(
             update_op(*_unzipped(pairs), torch_ema.on_device(decay, pairs[0][0].device), impl)
 
 
-def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str = "auto") -> None:
+def ema_swap_(shadows: Iterable[Tensor], params: Iterable[Tensor], *, impl: str = "auto") -> None:
     """Exchange shadows and parameters in place, without loss: a second call undoes the first.
 
     Equal dtypes are exchanged bit for bit. For a bf16 parameter with an fp32 shadow the parameter
@@ -178,6 +185,27 @@ update_op.register_fake(lambda shadows, params, decay, impl: None)
 swap_op.register_fake(lambda shadows, params, impl: None)
 
 
+def _refuse_batches(info: object, in_dims: tuple[Any, ...], *args: object) -> NoReturn:
+    """The rule of ``torch.vmap``, which calls it where any of an operator's tensors is batched."""
+    batched = [
+        name
+        for name, dims in zip(("shadows", "params", "decay"), in_dims, strict=False)
+        if (
+            any(d is not None for d in dims)
+            if isinstance(dims, (list, tuple))
+            else dims is not None
+        )
+    ]
+    raise RuntimeError(
+        f"{' and '.join(batched)} must not be batched by torch.vmap, got a call under it; average "
+        "or swap the whole tensors, outside of it"
+    )
+
+
+update_op.register_vmap(_refuse_batches)
+swap_op.register_vmap(_refuse_batches)
+
+
 def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
     """The pairs for Triton, as extents, and those for torch; raise if any two tensors overlap.
 
@@ -199,9 +227,10 @@ def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
 # --- Checks --------------------------------------------------------------------------------------
 
 
-def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: str) -> Pairs:
+def _checked_pairs(shadows: Iterable[Tensor], params: Iterable[Tensor], impl: str) -> Pairs:
     """The non-empty pairs; raise if the lists or any of their pairs do not match."""
     resolve_impl(impl)
+    shadows, params = _listed("shadows", shadows), _listed("params", params)
     if len(shadows) != len(params):
         raise ValueError(
             f"shadows and params must have one length, got {len(shadows)} and {len(params)}; "
@@ -213,15 +242,44 @@ def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: st
     return [(shadow, param) for shadow, param in pairs if shadow.numel() > 0]
 
 
+def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):  # iterating over it would give its rows
+        raise TypeError(
+            f"{name} must be a list of tensors, got one tensor of shape {tuple(tensors.shape)}; "
+            f"pass [{name}]"
+        )
+    if not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"{name} must be a list of tensors, got {type(tensors).__name__}; pass a list, or "
+            "model.parameters()"
+        )
+    return list(tensors)
+
+
+def _require_plain(name: str, i: int, tensor: object) -> None:
+    """Require a dense floating-point tensor that has memory of its own."""
+    kind = type(tensor)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} {i} must be a tensor, got {kind.__name__}; pass lists of tensors")
+    # The attribute is torch's mark of a tensor that wraps others, known to its compiler as well.
+    if kind not in (Tensor, Parameter) and hasattr(kind, "__tensor_flatten__"):
+        raise TypeError(
+            f"{name} {i} must be a plain tensor, got {kind.__name__}; pass .to_local() of "
+            "each DTensor, and the tensors inside of any other kind"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} {i} must be a dense tensor, got {layout}; leave it out")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} {i} must be a floating-point tensor of 16 bits or more, "
+            f"got {tensor.dtype}; leave it out"
+        )
+
+
 def _require_matching(i: int, shadow: Tensor, param: Tensor) -> None:
-    for name, tensor in (("shadow", shadow), ("parameter", param)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} {i} must be a tensor, got {type(tensor).__name__}; pass lists")
-        if not tensor.dtype.is_floating_point or tensor.element_size() not in INTEGER_OF_SIZE:
-            raise TypeError(
-                f"{name} {i} must be a floating-point tensor of 16 bits or more, "
-                f"got {tensor.dtype}; leave it out"
-            )
+    _require_plain("shadow", i, shadow)
+    _require_plain("parameter", i, param)
     if shadow.shape != param.shape:
         raise ValueError(
             f"shadow and parameter {i} must have one shape, got {tuple(shadow.shape)} and "

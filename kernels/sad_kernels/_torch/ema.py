@@ -24,6 +24,7 @@ INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 lists: Any = torch  # untyped: torch's stubs leave out the _foreach functions
 
 
+@torch.inference_mode()  # shadows that were made in inference mode may be written to in no other
 def update(pairs: Pairs, decay: Tensor) -> None:
     """Move every shadow towards its parameter."""
     on_cpu, elsewhere = _by_place(pairs)
@@ -33,6 +34,7 @@ def update(pairs: Pairs, decay: Tensor) -> None:
         _update_elsewhere(elsewhere, decay)
 
 
+@torch.inference_mode()
 def swap(pairs: Pairs) -> None:
     """Exchange shadows and parameters in place."""
     on_cpu, elsewhere = _by_place(pairs)
