@@ -92,14 +92,13 @@ def small_tiles() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_for_tests() -> Iterator[None]:
-    """Interpreted kernels round as on a GPU, and quickly: see ``support/interpreter.py``."""
+    """Interpreted kernels run quickly: see ``support/interpreter.py``."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     from support import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
-        interpreter.round_bfloat16_to_nearest(patch)
         interpreter.patch_language_once_per_launch(patch)
         yield
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sad_kernels import Objective
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from torch import Tensor
 
 from bench.kernels import roofline
@@ -100,8 +100,10 @@ def calls(device: torch.device, dtype: torch.dtype) -> Callable[[Loss], Calls]:
         ce = loss.joint or loss.teacher is None
         spec = LossSpec(loss.objective, V, -100, compute_ce=ce, compute_metrics=loss.joint)
         return (
-            lambda: launch.forward(spec, student, y, teacher),
-            lambda saved: launch.gradient(spec, student, y, teacher, saved, upstream, out),
+            lambda: launch.forward(spec, student, RowTargets(y), teacher),
+            lambda saved: launch.gradient(
+                spec, student, RowTargets(y), teacher, saved, upstream, out
+            ),
         )
 
     return of

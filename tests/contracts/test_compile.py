@@ -67,6 +67,8 @@ STREAMS = (
     "out_ptr",
     "s_bias",
     "t_bias",
+    "soft_ptr",
+    "class_weight_ptr",
 )
 SINGLE_READS = "merge_kernel"  # reads the logits of labels and ids, one by one
 

@@ -12,7 +12,7 @@ LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
 MERGE = TRITON + "merge.py"
-OPERATOR = TRITON + "operator.py"
+OPERATOR = "kernels/sad_kernels/_operator.py"
 REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
 SCALE = TRITON + "scale.py"
@@ -36,10 +36,20 @@ def far_apart(divergence: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_bytes.py", name)
 
 
+def options(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_loss_options.py", *names)
+
+
+def digits(*cases: str) -> tuple[str, ...]:
+    name = "test_a_sure_student_learns_from_what_is_left"
+    file = "sad_kernels/test_triton_divergences.py"
+    return tests(file, *(f"{name}[{case}]" for case in cases))
+
+
 # The first lines of the kernels that begin alike.
 STATISTICS = '''"""Partial sums of one row over one segment of the vocabulary."""
     row = tl.program_id(0)'''
-MIXTURE = '''expectation of a mixture's divergence over one segment: [2, segments, N]."""
+MIXTURE = '''sums of a mixture's divergence, see ``mixture_value``, over one segment."""
     row = tl.program_id(0)'''
 GRADIENT = '''``width``: the gradient up to V, zeros from there on."""
     row = tl.program_id(0)'''
@@ -64,8 +74,10 @@ MUTATIONS = [
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g = exp_T * (kd / scalars.d) - ",
-            "g = (exp_T * (kd / scalars.d)).to(tl.bfloat16).to(tl.float32) - ",
+            "g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest) * scalars.kd",
+            "exp_T = exp_T.to(tl.bfloat16).to(tl.float32)\n"
+            "            g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest)\n"
+            "            g *= scalars.kd",
         ),
         regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
     ),
@@ -113,8 +125,8 @@ MUTATIONS = [
         )
         + edit(
             LOGITS,
-            "return DistillOutput(loss, *sums)",
-            "return DistillOutput(loss.to(logits.dtype), *sums)",
+            "return DistillOutput(loss, *sums,",
+            "return DistillOutput(loss.to(logits.dtype), *sums,",
         ),
         regressions(
             "test_losses_are_float32[dtype1-cross_entropy-triton]",
@@ -130,6 +142,12 @@ MUTATIONS = [
             "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.bfloat16).to(tl.float32)",
         ),
         regressions("test_no_probability_exceeds_one[dtype0-triton]"),
+    ),
+    Mutation(
+        "55",
+        "interpreted kernels truncate to bf16, as the interpreter does of itself",
+        edit(TILE, "            bits += 0x7FFF + ((bits >> 16) & 1)\n", ""),
+        tests("sad_kernels/test_tile.py", "test_stores_round_to_nearest[dtype2]"),
     ),
     # --- Means -----------------------------------------------------------------------------------
     Mutation(
@@ -312,7 +330,7 @@ MUTATIONS = [
     Mutation(
         "16",
         "hidden states of ignored rows are multiplied by a gradient of 0",
-        edit(CHUNKS, "x = student.hidden[chunk].where(counts, 0)", "x = student.hidden[chunk]"),
+        edit(CHUNKS, "x = x.where((labels[chunk] != spec.ignore_index)[:, None], 0)", "pass"),
         regressions(
             "test_ignored_rows_may_hold_anything[nan-linear_cross_entropy-triton]",
             "test_ignored_rows_may_hold_anything[-inf-linear_distill_loss-triton]",
@@ -360,8 +378,8 @@ MUTATIONS = [
         "the kernel reads labels as if they lay next to each other",
         edit(
             LAUNCH,
-            "    y = None if labels is None else labels.contiguous()\n    with on_device(x.device)",
-            "    y = labels\n    with on_device(x.device)",
+            "which = _adjacent(targets.labels), spec",
+            "which = targets.labels, spec",
         ),
         regressions(
             "test_layouts_are_only_layouts[cross_entropy-triton]",
@@ -410,13 +428,11 @@ MUTATIONS = [
     # --- Divergences -----------------------------------------------------------------------------
     Mutation(
         "10",
-        "in the kernel the mixture is formed from probabilities that underflow",
+        "in the kernel ratios are formed from probabilities that underflow",
         edit(
-            TILE,
-            "        return q, q * ratio * (gap - log_mix), q * log_mix",
-            "        q, p = tl.exp2(a), tl.exp2(b)\n"
-            "        log_m = tl.log2(share * q + (1 - share) * p)\n"
-            "        return q, p * (b - log_m), q * (log_m - a)",
+            MIXTURE_KERNEL,
+            "        phi, term = ",
+            "        gap = tl.where((exp_T > 0) & (exp_T_t > 0), gap, 0.0)\n        phi, term = ",
         ),
         regressions(
             "test_probabilities_that_underflow[jsd-kl_div-triton]",
@@ -428,8 +444,8 @@ MUTATIONS = [
         "in the kernel the teacher's log-probabilities keep 16 bits",
         edit(
             MIXTURE_KERNEL,
-            "    log_p = (t - m_t) * inv_T - log_d_t\n    _, u",
-            "    log_p = ((t - m_t) * inv_T - log_d_t).to(tl.bfloat16).to(tl.float32)\n    _, u",
+            "tl.exp2(y * inv_T)\n",
+            "tl.exp2((y * inv_T).to(tl.bfloat16).to(tl.float32))\n",
         ),
         regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-triton]"),
     ),
@@ -454,13 +470,8 @@ MUTATIONS = [
         "in the kernel beta is the student's share",
         edit(
             TILE,
-            "    q_log = tl.maximum(",
-            "    beta = 1 - beta\n    q_log = tl.maximum(",
-        )
-        + edit(
-            TILE,
-            "    if DIVERGENCE == JSD:\n        h = ",
-            "    beta = 1 - beta\n    if DIVERGENCE == JSD:\n        h = ",
+            "    a = 1 - beta if ",
+            "    beta, share = 1 - beta, 1 - share\n    a = 1 - beta if ",
         ),
         regressions("test_beta_is_the_teachers_share[triton]"),
     ),
@@ -473,6 +484,59 @@ MUTATIONS = [
             "inverse = 1 / (inputs.labels != args.spec.ignore_index).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
+    ),
+    Mutation(
+        "53",
+        "in the kernel a mixture's slopes count from 0, not from that of the top token",
+        edit(
+            TILE,
+            "        return phi, log_over_mu - ",
+            "        phi += (beta - 1) * row.rho / beta\n        return phi, log_over_mu - ",
+        ),
+        digits("skew_forward_kl-dense", "skew_forward_kl-top-k"),
+    ),
+    Mutation(
+        "53",
+        "in the kernel the difference of totals is that of two rounded totals",
+        edit(
+            MERGE,
+            "        expectation = sums.B / sums.d_t\n",
+            "        expectation = (sums.d_t - sums.d) / sums.d_t\n",
+        ),
+        digits("forward_kl-dense"),
+    ),
+    Mutation(
+        "53",
+        "beside a top-k teacher the gradient at the top token is a difference of numbers near 1",
+        edit(
+            MERGE,
+            "    h = tl.where(is_top, 0.0, tl.exp2(x)",
+            "    scale *= 0\n    h = tl.where(is_top & (x > 0), 0.0, tl.exp2(x)",
+        ),
+        digits("forward_kl-top-k"),
+    ),
+    Mutation(
+        "54",
+        "in the kernel a top-k teacher's row of padding has a divergence",
+        edit(
+            MERGE,
+            '    teaches = (tl.max(log_p, 1) != float("-inf")) | ',
+            "    teaches = (tl.max(log_p, 1) == tl.max(log_p, 1)) | ",
+        ),
+        tests(
+            "sad_kernels/test_triton_divergences.py",
+            "test_a_row_of_padding_teaches_nothing[jsd-zero]",
+            "test_a_row_of_padding_teaches_nothing[skew_reverse_kl-zero]",
+        ),
+    ),
+    Mutation(
+        "54",
+        "in the kernel NaN that stands for the probabilities of padding is read",
+        edit(MERGE, 'tl.where(ids == PAD_ID, float("-inf"), log_p)', "log_p"),
+        tests(
+            "sad_kernels/test_triton_divergences.py",
+            "test_a_row_of_padding_teaches_nothing[forward_kl-zero]",
+        ),
     ),
     # --- The head --------------------------------------------------------------------------------
     Mutation(
@@ -550,8 +614,112 @@ MUTATIONS = [
     Mutation(
         "32",
         "the logits' softcap is dropped on its way to the kernels",
-        edit(LOGITS, "OpArgs(spec, softcap=softcap)", "OpArgs(spec)"),
+        edit(LOGITS, "float(transform.logit_scale), transform.softcap)", "1.0, None)"),
         regressions("test_every_option_changes_the_result[triton]"),
+    ),
+    Mutation(
+        "32",
+        "the gradient of given logits is by the scaled ones",
+        edit(LOGITS, "        upstream = upstream * args.scale\n", "        pass\n"),
+        options("test_given_logits_have_a_scale_and_a_softcap[mean-triton-float32]"),
+    ),
+    # --- Rows and classes ------------------------------------------------------------------------
+    Mutation(
+        "56",
+        "weights of tokens are left out of the CE's gradient",
+        edit(
+            GRADIENT_KERNEL,
+            "tl.where(on_ce != 0, on_ce * q_1_factor, 0.0)",
+            "tl.where(on_ce != 0, q_1_factor, 0.0)",
+        ),
+        options("test_weights_of_rows[False-logits-triton-float32]"),
+    ),
+    Mutation(
+        "56",
+        "weights of tokens are left out of the divergence's gradient",
+        edit(GRADIENT_KERNEL, "        kd *= on_kd\n", ""),
+        options(
+            "test_weights_of_rows_on_every_divergence[logits-forward_kl-triton]",
+            "test_weights_of_rows_on_every_divergence[bucket-forward_kl-triton]",
+        ),
+    ),
+    Mutation(
+        "56",
+        "a weight of 0 multiplies an infinite term",
+        edit(MERGE, "ce = tl.where(on_ce != 0, on_ce * ce, 0.0)", "ce = on_ce * ce"),
+        options("test_a_weight_of_zero_switches_an_infinite_row_off[triton]"),
+    ),
+    Mutation(
+        "56",
+        "statistics read the teacher's row whatever its weight",
+        edit(
+            STATISTICS_KERNEL,
+            "is_read = (tl.load(kd_weights_ptr + row) != 0)",
+            "is_read = (tl.load(kd_weights_ptr + row) >= 0)",
+        ),
+        tests("sad_kernels/test_bytes.py", "test_rows_of_weight_0_do_not_read_their_teacher"),
+    ),
+    Mutation(
+        "56",
+        "a row that is not compared agrees with its teacher",
+        edit(MERGE, "((column == other) & compared)", "(column == other)"),
+        options(
+            "test_a_weight_of_zero_reads_nothing_of_the_teachers_row[False-logits-forward_kl-triton]"
+        ),
+    ),
+    Mutation(
+        "56",
+        "the gradient of either divergence is written to all rows",
+        edit(
+            GRADIENT_KERNEL,
+            "        if tl.load(other_rows_ptr + row) != wanted:\n            return\n",
+            "        pass\n",
+        ),
+        options("test_each_row_has_the_bits_of_its_own_divergence[logits-jsd-triton]"),
+    ),
+    Mutation(
+        "56",
+        "smoothing is not weighted by class",
+        edit(
+            TILE,
+            "            a *= tl.load(shares.weight + columns, mask=mask, other=0.0)\n",
+            "            pass\n",
+        ),
+        options("test_weights_of_classes[False-0.1-none-triton-float32]"),
+    ),
+    Mutation(
+        "56",
+        "the gradient of CE forgets how much the classes count together",
+        edit(
+            GRADIENT_KERNEL, "            mass *= tl.load(saved + MASS * N)\n", "            pass\n"
+        ),
+        options(
+            "test_weights_of_classes[False-0.0-none-triton-float32]",
+            "test_labels_that_are_probabilities[True-0.0-none-triton-float32]",
+        ),
+    ),
+    Mutation(
+        "56",
+        "what fp16 stores between two products is scaled as without weights",
+        edit(
+            LINEAR,
+            "if by_class is None and on_ce is None and on_kd is None:",
+            "if by_class is None:",
+        ),
+        options("test_large_and_small_weights_keep_16_bit_gradients[mean-30000.0-triton]"),
+    ),
+    Mutation(
+        "56",
+        "lse is in the order of the memory",
+        edit(LOGITS, "layout.restore(lse.detach()).flatten()", "lse.detach()"),
+        options("test_lse_is_in_the_callers_order[mean-triton]"),
+    ),
+    Mutation(
+        "53",
+        "in the kernel TVD's slopes count from 0",
+        edit(MIXTURE_KERNEL, "(sign(difference) - reference)", "sign(difference)")
+        + edit(GRADIENT_KERNEL, "            above -= scalars.reference\n", ""),
+        digits("tvd-dense"),
     ),
     # --- Chunks, memory, grids -------------------------------------------------------------------
     Mutation(

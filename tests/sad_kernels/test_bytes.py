@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from sad_kernels import Objective, TeacherLogits, TeacherTopK, cross_entropy, distill_loss, kl_div
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from support.traffic import Traffic, counted_traffic, needs_interpreter
 from torch import Tensor
 
@@ -108,8 +108,8 @@ def test_slabs_of_a_linear_loss_are_read_twice_and_written_once(divergence: str)
     spec = LossSpec(objective, V, -100, compute_ce=True, compute_metrics=True)
     student, teacher = launch.Logits(s), launch.Logits(t)
     with counted_traffic() as traffic:
-        forward = launch.forward(spec, student, y, teacher)
-        launch.gradient(spec, student, y, teacher, forward, torch.ones(1), g)
+        forward = launch.forward(spec, student, RowTargets(y), teacher)
+        launch.gradient(spec, student, RowTargets(y), teacher, forward, torch.ones(1), g)
     readings = 3 if divergence == "jsd" else 2
     assert traffic.read_from(s) == readings * s.nbytes + N * s.element_size() + read_again(s)
     assert traffic.read_from(t) == readings * t.nbytes + read_again(t)
@@ -128,6 +128,25 @@ def test_ignored_rows_are_not_read() -> None:
     assert traffic.written_to(gradient) == gradient.nbytes
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_rows_of_weight_0_do_not_read_their_teacher(divergence: str) -> None:
+    """The student's rows are read as ever; the mixture of such a row is not formed."""
+    s, t, y = logits().requires_grad_(), logits(), torch.randint(V, (N,))
+    weights = torch.tensor([0.0, 2.0, 0.0, 0.0, 0.5])
+    objective = Objective(ce_weight=0.5, divergence=divergence)  # pyright: ignore
+    with counted_traffic() as forward:
+        out = distill_loss(
+            s, y, TeacherLogits(t), objective, kd_token_weights=weights, impl="triton"
+        )
+    row, compared = V * t.element_size(), t[weights > 0]
+    mixed = 2 if divergence == "jsd" else 0  # the teacher's logit at the student's best, by segment
+    at_best = mixed * -(-V // SEGMENT) * t.element_size()
+    assert forward.read_from(t) == (2 + mixed) * row + at_best + read_again(compared)
+    traffic, gradient = backward(out.loss, s)
+    assert traffic.read_from(t) == 2 * row and traffic.read_from(s) == s.nbytes
+    assert traffic.written_to(gradient) == gradient.nbytes
+
+
 def test_columns_past_the_vocabulary_are_not_read() -> None:
     s, t = logits().requires_grad_(), logits()
     with counted_traffic() as forward:
@@ -141,7 +160,7 @@ def test_columns_past_the_vocabulary_are_not_read() -> None:
 FAR_APART = """
 import torch
 from sad_kernels import Objective
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._triton import launch
 
 def far(x):  # the same rows, 2^30 + 16 elements apart: the third starts past 2^31
@@ -153,8 +172,8 @@ def far(x):  # the same rows, 2^30 + 16 elements apart: the third starts past 2^
 def run(s, t, g):
     spec = LossSpec(Objective(ce_weight=0.5, divergence=DIVERGENCE), 40, -100, True, True)
     student, teacher, y = launch.Logits(s), launch.Logits(t), torch.tensor([1, 2, 3])
-    forward = launch.forward(spec, student, y, teacher)
-    launch.gradient(spec, student, y, teacher, forward, torch.ones(1), g)
+    forward = launch.forward(spec, student, RowTargets(y), teacher)
+    launch.gradient(spec, student, RowTargets(y), teacher, forward, torch.ones(1), g)
     return forward.loss, g
 
 s, t = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()

@@ -43,7 +43,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._triton import launch
 
 pytestmark = [
@@ -327,10 +327,10 @@ def test_the_gradient_is_rounded_once(objective: Objective, dtype: torch.dtype) 
     spec = LossSpec(objective, V, -100, compute_ce=True, compute_metrics=False)
     student, teacher = (launch.Logits(noise(N, V, dtype=dtype)) for _ in range(2))
     y, upstream = some_labels(N, V), torch.full((1,), 0.03, device="cuda")
-    saved = launch.forward(spec, student, y, teacher)
+    saved = launch.forward(spec, student, RowTargets(y), teacher)
     narrow, wide = (torch.empty(N, V, dtype=d, device="cuda") for d in (dtype, FP32))
     for out in (narrow, wide):
-        launch.gradient(spec, student, y, teacher, saved, upstream, out)
+        launch.gradient(spec, student, RowTargets(y), teacher, saved, upstream, out)
     assert_same_bits(narrow, wide.to(dtype), "gradient")
 
 

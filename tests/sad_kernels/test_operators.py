@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sad_kernels
 import torch
-from sad_kernels import Objective
+from sad_kernels import Head, Objective, TeacherLogits
 from support.oracle import bound, judge, measure
 from support.problems import plain
 from torch import Tensor
@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from sad_kernels import _operator as operator
 from sad_kernels._operator import Encoded, OpArgs, encode
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._triton import launch, linear, logits
 
 N, V, D, K = 5, 40, 6, 3
@@ -58,7 +58,8 @@ def labels_of(x: Tensor) -> Tensor:
 
 
 def packed(scale: float = 1.0, softcap: float | None = None, **options: Any) -> Encoded:
-    objective = Objective(ce_weight=0.5, z_loss=0.01, temperature=3.0, **options)
+    usual: dict[str, Any] = {"ce_weight": 0.5, "z_loss": 0.01, "temperature": 3.0}
+    objective = Objective(**usual | options)
     spec = LossSpec(objective, V - 2, -100, compute_ce=True, compute_metrics=True)
     return encode(OpArgs(spec, scale, softcap))
 
@@ -75,10 +76,34 @@ def teacher_of(kind: str, layout: str) -> tuple[Any, ...]:
     return None, top_k.ids, top_k.log_p, top_k.log_rest, top_k.best
 
 
-def row_arguments(layout: str, kind: str, **options: Any) -> tuple[Any, ...]:
+def targets_of(kind: str, x: Tensor) -> RowTargets:
+    """Labels alone, or one of the ways to say more of rows and classes."""
+    rows, by_class = len(x), torch.rand(V - 2)
+    match kind:
+        case "weights":
+            mask = torch.arange(rows) % 2 == 0
+            of_rows = {"token_weights": torch.rand(rows), "kd_weights": mask.float()}
+            return RowTargets(labels_of(x), **of_rows, other_rows=mask)
+        case "no labels":
+            return RowTargets(kd_weights=torch.rand(rows))
+        case "classes":
+            return RowTargets(labels_of(x), class_weight=by_class)
+        case "probabilities":
+            return RowTargets(soft=torch.rand(rows, V), class_weight=by_class)
+        case _:
+            return RowTargets(labels_of(x))
+
+
+def row_arguments(layout: str, kind: str) -> tuple[Any, ...]:
     x = laid_out(layout, V)
-    kd = 0.0 if kind == "none" else 0.7
-    return x, labels_of(x), *teacher_of(kind, layout), *packed(kd_weight=kd, **options)
+    alone = kind in ("none", "classes", "probabilities")
+    options: dict[str, Any] = {"kd_weight": 0.0 if alone else 0.7, "label_smoothing": 0.1}
+    if kind == "weights":
+        options["other_divergence"] = "jsd"
+    if kind == "no labels":
+        options["ce_weight"] = 0.0
+    teacher = teacher_of("none" if alone else "bucket" if kind == "bucket" else "dense", layout)
+    return x, *targets_of(kind, x), *teacher, *packed(**options)
 
 
 @pytest.fixture
@@ -92,7 +117,15 @@ registered = pytest.mark.usefixtures("zeroed_memory")
 
 every_layout = pytest.mark.parametrize(
     ("layout", "kind"),
-    [*((layout, "dense") for layout in LAYOUTS), ("contiguous", "bucket"), ("no rows", "none")],
+    [
+        *((layout, "dense") for layout in LAYOUTS),
+        ("contiguous", "bucket"),
+        ("no rows", "none"),
+        ("permuted", "weights"),
+        ("contiguous", "no labels"),
+        ("sliced", "classes"),
+        ("permuted", "probabilities"),
+    ],
 )
 
 
@@ -132,8 +165,10 @@ def linear_arguments(layout: str, kind: str, needed: str) -> list[Any]:
     _, *top_k = teacher_of("bucket" if kind == "bucket" else "none", layout)
     if kind == "hidden":
         t_hidden, t_weight = laid_out(layout, D + 1), torch.randn(V, D + 1)
-    tensors = [hidden, weight, bias, labels_of(hidden), t_hidden, t_weight, None, *top_k]
-    return [*tensors, *packed(0.5, 20.0, kd_weight=0.7), 2000]
+    labels, _, *others = targets_of("weights" if layout == "permuted" else kind, hidden)
+    other: Any = {"other_divergence": "jsd"} if layout == "permuted" else {}
+    tensors = [hidden, weight, bias, labels, *others, t_hidden, t_weight, None, *top_k]
+    return [*tensors, *packed(0.5, 20.0, kd_weight=0.7, **other), 2000]
 
 
 every_linear_layout = pytest.mark.parametrize(
@@ -195,6 +230,35 @@ def test_compiled_without_graph_breaks(op: str, backend: str) -> None:
         ours = measure(rows, SimpleNamespace(**{op: compiled}))
         for name, value in measure(rows, bound("triton")).items():
             assert torch.equal(ours[name], value), name
+
+
+def weighted_losses(ops: Any, s: Tensor, t: Tensor, w: Tensor, mask: Tensor) -> Tensor:
+    """Losses of given logits and of hidden states with what may be said of rows and classes."""
+    objective = Objective(temperature=2.0, other_divergence="reverse_kl", z_loss=0.1)
+    how = {"token_weights": w, "kd_token_weights": w.round(), "other_rows": mask}
+    out = ops.distill_loss(s, None, TeacherLogits(t), objective, reduction="none", **how)
+    linear = ops.linear_distill_loss(s, Head(t), None, TeacherLogits(t), objective, **how)
+    y = mask.long()
+    by_class = ops.cross_entropy(s, y, weight=w[0].expand(s.shape[1]), logit_scale=0.5)
+    soft = ops.cross_entropy(s, t.softmax(-1), softcap=3.0, num_items=7)
+    return out.loss.sum() + out.lse.sum() + linear.loss + by_class + soft
+
+
+# What torch's own compiler warns of when it is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_weights_and_masks_compile_without_graph_breaks(backend: str) -> None:
+    def loss(s: Tensor, *others: Tensor) -> Tensor:
+        return weighted_losses(bound("triton"), s, *others)
+
+    s, t = torch.randn(5, 5).requires_grad_(), torch.randn(5, 5)
+    given = s, t.detach(), torch.rand(5), torch.arange(5) % 2 == 0
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    eager, ours = loss(*given), compiled(*given)
+    gradients = [torch.autograd.grad(x, s)[0] for x in (eager, ours)]
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -281,7 +345,7 @@ def test_without_gradients_there_is_no_gradient_work(
 def test_a_second_derivative_is_refused(op: str, reduction: str) -> None:
     leaves, wrt, loss = problem_and_loss(op, reduction=reduction)
     gradients = torch.autograd.grad(loss(*leaves.values()), wrt, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"must not be differentiated again, got .*; use "):
+    with pytest.raises(RuntimeError, match=r"must not be differentiated again, got .*; call "):
         torch.autograd.grad([g.square().sum() for g in gradients], wrt)
 
 
@@ -439,6 +503,26 @@ def test_vmap_of_row_losses_is_a_loop(
     )
     assert torch.equal(torch.vmap(function, in_dims)(*given), looped)
     assert "batching rule" not in "".join(capfd.readouterr())  # torch's own loop says so
+
+
+@pytest.mark.parametrize("dim", [None, 0])
+def test_vmap_shares_or_splits_the_weights_of_classes(dim: int | None) -> None:
+    B, y = 3, torch.randint(V, (N,))
+    s, weight = torch.randn(B, N, V), torch.rand(B, V) if dim == 0 else torch.rand(V)
+    rows = torch.rand(B, N)
+
+    def losses(s: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        by_class = sad_kernels.cross_entropy(
+            s, y, weight=weight, label_smoothing=0.1, reduction="none", impl="triton"
+        )
+        objective = Objective(ce_weight=1.0, kd_weight=0.0)
+        out = sad_kernels.distill_loss(
+            s, y, None, objective, token_weights=rows, reduction="none", impl="triton"
+        )
+        return by_class + out.loss
+
+    looped = [losses(s[i], weight if dim is None else weight[i], rows[i]) for i in range(B)]
+    assert torch.equal(torch.vmap(losses, (0, dim, 0))(s, weight, rows), torch.stack(looped))
 
 
 @pytest.mark.parametrize("op", ON_LOGITS)

@@ -27,12 +27,13 @@ def test_triton_sums_of_rows(N: int, items: float | None) -> None:
     given = None if items is None else torch.tensor(items)
     count = int((labels != IGNORED).sum())
     divisor = max(count if items is None else items, 1)
-    mean, by, num_tokens, *sums = reduced(loss, parts, labels, IGNORED, given)
+    mean, by, num_tokens, *sums, lse = reduced(loss, parts, labels, IGNORED, given)
     assert by == divisor and num_tokens == count
     # Lanes of N / BLOCK numbers and a tree over them: far below torch's N roundings of the worst.
     close = {"rtol": 2e-6, "atol": 2e-6 * max(N, 1) ** 0.5}
     torch.testing.assert_close(mean.double(), loss.double().sum() / divisor, **close)
-    torch.testing.assert_close(torch.stack(sums).double(), parts.double().sum(1), **close)
+    torch.testing.assert_close(torch.stack(sums).double(), parts[:-1].double().sum(1), **close)
+    assert torch.equal(lse, parts[-1])
 
 
 def test_triton_sums_without_labels_count_every_row() -> None:
@@ -49,7 +50,7 @@ def test_triton_items_of_any_dtype_divide() -> None:
 def test_triton_not_a_number_stays_one() -> None:
     loss, parts, labels = rows(BLOCK + 3)
     loss[-1] = torch.nan
-    mean, _, *sums = reduced(loss, parts, labels, IGNORED)
+    mean, _, *sums, _ = reduced(loss, parts, labels, IGNORED)
     assert mean.isnan() and not torch.stack(sums).isnan().any()
 
 

@@ -893,7 +893,7 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
 
     https://github.com/linkedin/Liger-Kernel/pull/1294
     """
-    from sad_kernels._rows import LossSpec
+    from sad_kernels._rows import LossSpec, RowTargets
     from sad_kernels._triton import launch, scale
 
     kernels = {name: Grids() for name in vars(launch) if name.endswith("_kernel")}
@@ -908,8 +908,8 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
     logits, labels = torch.zeros(N, 2), torch.zeros(N, dtype=torch.int64)
     side = launch.Logits(logits)
     spec = LossSpec(Objective(ce_weight=0.5, divergence="jsd"), 2, -100, True, True)
-    saved = launch.forward(spec, side, labels, side)
-    launch.gradient(spec, side, labels, side, saved, torch.ones(N), torch.empty(N, 2))
+    saved = launch.forward(spec, side, RowTargets(labels), side)
+    launch.gradient(spec, side, RowTargets(labels), side, saved, torch.ones(N), torch.empty(N, 2))
     scale.scaled(torch.zeros(N), torch.ones(()), torch.bfloat16)
     for name, grids in kernels.items():
         assert grids.seen, f"{name} was not launched"

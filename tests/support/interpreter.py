@@ -1,7 +1,7 @@
-"""Triton's interpreter as the tests need it: rounding like a GPU, and several times as fast.
+"""Triton's interpreter several times as fast, as the tests need it, in this process alone.
 
-Both change the interpreter of this process alone. The kernels' arithmetic stays NumPy's: the second
-one saves look-ups in Python and leaves every bit as it is (``test_interpreter.py``).
+It saves look-ups in Python and leaves every bit as it is (``test_interpreter.py``). Its truncation
+to bf16 is the kernels' own concern: see ``to_dtype`` in ``_triton/tile.py``.
 """
 
 from __future__ import annotations
@@ -12,27 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 ORIGINAL: dict[str, Any] = {}
 """Name in ``triton.runtime.interpreter`` -> what ``patch_language_once_per_launch`` replaced."""
-
-
-def round_bfloat16_to_nearest(patch: pytest.MonkeyPatch) -> None:
-    """Convert fp32 to bf16 as every GPU does. The interpreter truncates, which would hide a kernel
-    that really does."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(x: np.ndarray, source: object, target: object, rounding: object) -> np.ndarray:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(x, source, target, rounding)
-        y = torch.from_numpy(np.ascontiguousarray(x)).bfloat16()
-        return y.view(torch.int16).numpy().view(np.uint16).reshape(np.shape(x))
-
-    patch.setattr(interpreter, "_convert_float", rounded)
 
 
 def patch_language_once_per_launch(patch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import triton
 from sad_kernels._extents import Extent
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale, tile
 from sad_kernels._triton.rows import PARTS
@@ -224,6 +224,10 @@ def run_rows(
     label_dtype: torch.dtype | None = torch.int64,
     per_row: bool = False,
     teacher_share: float = 1.0,
+    class_weights: bool = False,
+    soft: torch.dtype | None = None,  # of labels that are probabilities
+    row_weights: bool = False,
+    other_divergence: Divergence | None = None,
 ) -> None:
     """Losses and gradient of rows of logits."""
     rows, vocab = len(student.x), LAYOUTS[layout][1]
@@ -235,14 +239,23 @@ def run_rows(
         temperature=temperature,
         divergence=divergence,
         teacher_share=teacher_share,
+        other_divergence=other_divergence,
     )
     spec = LossSpec(
         objective, vocab, ignore_index=-100, compute_ce=ce, compute_metrics=compute_metrics
     )
     labels = None if label_dtype is None else torch.empty(rows, dtype=label_dtype)
-    saved = launch.forward(spec, student, labels, teacher)
+    targets = RowTargets(
+        labels=labels if soft is None else None,
+        soft=None if soft is None else logits(soft, layout),
+        class_weight=torch.empty(vocab) if class_weights else None,
+        token_weights=torch.empty(rows) if row_weights else None,
+        kd_weights=torch.empty(rows) if row_weights else None,
+        other_rows=None if other_divergence is None else torch.empty(rows, dtype=torch.bool),
+    )
+    saved = launch.forward(spec, student, targets, teacher)
     upstream = torch.empty(rows if per_row else 1)
-    launch.gradient(spec, student, labels, teacher, saved, upstream, out)
+    launch.gradient(spec, student, targets, teacher, saved, upstream, out)
 
 
 def ce(
@@ -323,6 +336,12 @@ def ce_cases() -> Iterator[Case]:
     yield Case("bf16, softcap", ce(BF16, "aligned", softcap=30.0), True)
     yield Case("bf16, int32 labels", ce(BF16, "aligned", label_dtype=torch.int32))
     yield Case("bf16, no smoothing, by row", ce(BF16, "aligned", smoothing=0.0, per_row=True))
+    for smoothing in (0.0, 0.1):
+        call = ce(BF16, "odd limit", class_weights=True, smoothing=smoothing)
+        yield Case(f"bf16, weights of classes, smoothing {smoothing}", call, smoothing > 0)
+    call = ce(BF16, "aligned", class_weights=True, soft=BF16)
+    yield Case("bf16, weighted probabilities", call, True)
+    yield Case("bf16, fp32 probabilities", ce(BF16, "odd limit", soft=FP32))
 
 
 def kl_cases() -> Iterator[Case]:
@@ -351,6 +370,8 @@ def distill_cases() -> Iterator[Case]:
     for divergence, layout in (("forward_kl", "aligned"), ("jsd", "odd limit")):
         call = distill(BF16, BF16, layout, divergence=divergence, teacher_share=0.4)
         yield Case(f"{divergence} to a mixture, bf16, {layout}", call, divergence == "forward_kl")
+    call = distill(BF16, BF16, "odd limit", row_weights=True, other_divergence="jsd")
+    yield Case("forward_kl or jsd, weights of rows, bf16", call, True)
 
 
 def top_k_cases() -> Iterator[Case]:
@@ -359,6 +380,8 @@ def top_k_cases() -> Iterator[Case]:
         yield Case(f"{divergence}, bf16, K 64, odd limit", call, divergence == "forward_kl")
     yield Case("jsd, bf16, K 64, aligned", top_k(BF16, "aligned", 64, divergence="jsd"), True)
     yield Case("jsd, bf16, K 64, unaligned", top_k(BF16, "unaligned", 64, divergence="jsd"))
+    call = top_k(BF16, "odd limit", 64, row_weights=True, other_divergence="jsd")
+    yield Case("forward_kl or jsd, weights of rows, bf16, K 64", call)
     yield Case("forward_kl, fp32, K 50, aligned", top_k(FP32, "aligned", 50))
     yield Case("forward_kl, bf16, K 1000, aligned", top_k(BF16, "aligned", 1000))
 

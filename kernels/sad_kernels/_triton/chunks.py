@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, pitch
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 def run(
     spec: LossSpec,
     student: HiddenWithHead,
-    labels: Tensor,  # [N]
+    targets: RowTargets,
     teacher: HiddenWithHead | Logits | SortedTopK | None,
     *,
     grad_mask: GradMask,
@@ -114,7 +114,7 @@ def run(
     for chunk, blocks in zip(chunks, blocks_of, strict=True):
         for block in blocks:  # block: rows within the chunk; rows: the same among all
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
-            s, y = student.logits(rows, slabs[0], V), labels[rows]
+            s, y = student.logits(rows, slabs[0], V), _target_rows(targets, rows)
             t = _teacher_rows(teacher, rows, slabs[-1], V)
             forward = launch.forward(spec, s, y, t)
             result.loss[rows], result.parts[:, rows] = forward.loss, forward.parts
@@ -122,14 +122,14 @@ def run(
                 up = upstream if len(upstream) == 1 else upstream[rows]
                 launch.gradient(spec, s, y, t, forward, up, g[block, :V])
         if any_grad:
-            _add_gradients(spec, student, labels, chunk, g, result, grad_mask)
+            _add_gradients(spec, student, targets.labels, chunk, g, result, grad_mask)
     return result
 
 
 def _add_gradients(
     spec: LossSpec,
     student: HiddenWithHead,
-    labels: Tensor,
+    labels: Tensor | None,
     chunk: slice,
     g: Tensor,
     result: Result,
@@ -146,8 +146,9 @@ def _add_gradients(
         else:
             out.copy_(times(g, weight))
     if grad_mask.weight:
-        counts = (labels[chunk] != spec.ignore_index)[:, None]
-        x = student.hidden[chunk].where(counts, 0)
+        x = student.hidden[chunk]
+        if labels is not None:
+            x = x.where((labels[chunk] != spec.ignore_index)[:, None], 0)
         # The first chunk overwrites dweight, which saves a pass of zeros over it.
         if chunk.start == 0:
             times(g.T, x, out=result.dweight[:V])
@@ -155,6 +156,12 @@ def _add_gradients(
             add_times_(result.dweight[:V], g.T, x)
     if grad_mask.bias:
         result.dbias[:V] += g.sum(0, dtype=torch.float32)
+
+
+def _target_rows(targets: RowTargets, rows: slice) -> RowTargets:
+    """Some rows of the targets; the classes' weights are those of all rows."""
+    some = RowTargets(*(None if x is None else x[rows] for x in targets))
+    return some._replace(class_weight=targets.class_weight)
 
 
 def _teacher_rows(

@@ -10,27 +10,41 @@ import triton.language as tl
 from sad_kernels._triton.rows import (
     DENSE,
     EXPECTATION,
+    MASS,
     MAXIMUM,
+    RATIO,
+    REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
     TOP_K,
+    TOP_SIGN,
     TOTAL,
     TOTAL_1,
+    TOTALS,
     first_id_at,
     id_at,
+    product,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    JEFFREYS,
+    LN_2,
     REVERSE_KL,
-    SKEW_FORWARD_KL,
+    TVD,
+    ClassShares,
     LogitsRow,
-    divergence_terms,
     exponentials,
     load_logits,
-    load_target,
-    mixture_parts,
+    load_shares,
+    mixture_gap,
+    mixture_row,
     mixture_terms,
+    probability_difference,
+    sign,
+    to_dtype,
     to_fp32,
+    to_target,
+    totals_ratio,
 )
 
 
@@ -39,16 +53,16 @@ class RowScalars(NamedTuple):
 
     label: Any
     m: Any
-    d: Any
     m_t: Any
-    d_t: Any
-    log_d: Any  # log2
-    log_d_t: Any
-    expectation: Any  # sum_u h_u
-    kd: Any  # the weight of the divergence's gradient, the upstream's included
+    expectation: Any
+    reference: Any  # what the slopes of a mixture or of TVD count from
+    mixture: Any  # its MixtureRow
+    kd: Any  # the divergence's factor: its weight, the upstream's, and 1/d
+    near: Any  # forward_kl: d/d_t is near - rest
+    rest: Any
     outside: Any  # of a column without an id, by e^((s - m_t)/T)
     q_1_factor: Any  # the CE's and z-loss's gradient by e^x
-    smooth_share: Any  # what label smoothing takes from every column
+    shares: Any  # what every column loses, a number or ClassShares
     label_share: Any  # what the label's column loses
 
 
@@ -67,9 +81,9 @@ def gradient_tile(
     s, slope = load_logits(student, columns, V, MASKED)
     t = s
     if FLAGS.TEACHER == DENSE:
-        t = load_target(s, teacher, t_share, columns, V, MASKED)
+        t, _ = load_logits(teacher, columns, V, MASKED)
 
-    # The divergence: (h - q sum h) / T of every column.
+    # The divergence, from what lies between the two sides: near agreement little else is left.
     g = tl.zeros([BLOCK], tl.float32)
     if FLAGS.TEACHER == TOP_K:
         g = tl.exp2((s - scalars.m_t) * inv_T) * scalars.outside
@@ -80,24 +94,37 @@ def gradient_tile(
     x = s - scalars.m
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
     if FLAGS.TEACHER == DENSE:
-        m_t, kd = scalars.m_t, scalars.kd
-        if FLAGS.DIVERGENCE == FORWARD_KL:
-            g = exp_T * (kd / scalars.d) - tl.exp2((t - m_t) * inv_T) * (kd / scalars.d_t)
-        else:
-            log_q = x * inv_T - scalars.log_d
-            log_p = (t - m_t) * inv_T - scalars.log_d_t
-            if FLAGS.DIVERGENCE == REVERSE_KL:
-                q = tl.exp2(log_q)
-                _, h = divergence_terms(log_q, log_p, beta, FLAGS.DIVERGENCE)
-            else:  # a mixture, or an unknown one, at which mixture_parts stops the compiler
-                HAS_LOG: tl.constexpr = FLAGS.DIVERGENCE != SKEW_FORWARD_KL
-                q, u, v = mixture_parts(log_q, log_p, beta, FLAGS.DIVERGENCE, HAS_LOG)
-                _, h = mixture_terms(u, v, beta, FLAGS.DIVERGENCE)
-            g = (h - q * scalars.expectation) * kd
+        if FLAGS.DIVERGENCE == FORWARD_KL:  # q - p
+            y = to_target(s, t, t_share) - scalars.m_t
+            exp_T_t = tl.exp2(y * inv_T)
+            g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest) * scalars.kd
+        elif FLAGS.DIVERGENCE == JEFFREYS:  # both KLs
+            y = to_target(s, t, t_share) - scalars.m_t
+            exp_T_t = tl.exp2(y * inv_T)
+            forward = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest)
+            reverse = product(exp_T, (x - y) - scalars.expectation) * (inv_T * LN_2)
+            g = (beta * forward + (1 - beta) * reverse) * scalars.kd
+        elif FLAGS.DIVERGENCE == TVD:  # q (sign(q - p) - its expectation) / 2, see variation_terms
+            exp_T_t = tl.exp2((to_target(s, t, t_share) - scalars.m_t) * inv_T)
+            above = sign(probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest))
+            above -= scalars.reference
+            g = exp_T * (above - scalars.expectation) * (0.5 * scalars.kd)
+        elif FLAGS.DIVERGENCE == REVERSE_KL:  # q ((x - y)/T - its expectation)
+            y = to_target(s, t, t_share) - scalars.m_t
+            g = product(exp_T, (x - y) - scalars.expectation) * scalars.kd
+        else:  # q (phi - its expectation); mixture_terms stops the compiler at an unknown one
+            gap = mixture_gap(x, t, scalars.reference, t_share, inv_T)
+            phi, _ = mixture_terms(gap, scalars.mixture, beta, FLAGS.DIVERGENCE, False)
+            g = exp_T * (phi - scalars.expectation) * scalars.kd
+        if teacher.is_read is not None:
+            g = tl.where(tl.zeros_like(columns) < teacher.is_read, g, 0.0)
 
     # CE and z-loss, the label's column last.
     if FLAGS.COMPUTE_CE:
-        g += exp_1 * scalars.q_1_factor - scalars.smooth_share
+        lost = scalars.shares
+        if FLAGS.SMOOTH:
+            lost = load_shares(lost, columns, V, MASKED)
+        g += exp_1 * scalars.q_1_factor - lost
         if (scalars.label >= start) & (scalars.label < start + BLOCK):
             g = tl.where(columns == scalars.label, g - scalars.label_share, g)
     if student.softcap is not None:
@@ -116,6 +143,11 @@ def gradient_kernel(
     K,
     labels_ptr,  # None, or [N]
     ignore_index,
+    other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
+    token_weights_ptr,  # None, or [N] fp32: of CE and z-loss
+    kd_weights_ptr,  # None, or [N] fp32: of the divergence; no teacher's row is read where it is 0
+    soft_ptr, soft_stride,  # None, or [N, >= V] probabilities of the classes
+    class_weight_ptr,  # None, or [V]
     saved_ptr,  # [SAVED, N] fp32, of ``merge``
     upstream_ptr, upstream_stride,  # [N], or one number with stride 0
     g_ptr, g_stride,  # [N, width], written
@@ -130,6 +162,9 @@ def gradient_kernel(
     first = tl.program_id(1) * SEGMENT
     last = tl.minimum(first + SEGMENT, width)
     g_row = g_ptr + row * g_stride
+    if other_rows_ptr is not None:
+        if tl.load(other_rows_ptr + row) != wanted:
+            return
     label = tl.full((), -1, tl.int64)
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
@@ -141,7 +176,7 @@ def gradient_kernel(
             return
 
     inv_T, beta = to_fp32(inv_T), to_fp32(beta)
-    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap)
+    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
     teacher = student
     saved = saved_ptr + row
     m = tl.load(saved + MAXIMUM * N)
@@ -150,40 +185,77 @@ def gradient_kernel(
     if labels_ptr is not None:
         upstream = tl.where((label >= 0) & (label < V), upstream, float("nan"))
     kd = upstream * to_fp32(kd_weight) * to_fp32(kd_scale) / to_fp32(temperature)
+    is_read = None
+    if kd_weights_ptr is not None:
+        on_kd = tl.load(kd_weights_ptr + row)
+        is_read = (on_kd != 0).to(tl.int32)
+        kd *= on_kd
 
     # What ``merge`` has saved of the teacher.
     zero = tl.full((), 0, tl.float32)
-    m_t, d_t, expectation, outside = zero, zero, zero, zero
-    log_d, log_d_t = zero, zero
-    ids, inside = ids_ptr, inside_ptr
+    m_t, expectation, outside, near, rest = zero, zero, zero, zero, zero
+    reference, mixture = zero, zero
+    ids, inside = ids_ptr + row * K, inside_ptr + row * K
     id, next_id = 0, 0
     if FLAGS.TEACHER == DENSE:
-        teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap)
+        teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap, is_read)
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
         d_t = tl.load(saved + SAVED_TEACHER_TOTAL * N)
-        log_d, log_d_t = tl.log2(d), tl.log2(d_t)
         expectation = tl.load(saved + EXPECTATION * N)
+        if FLAGS.DIVERGENCE == TVD:
+            reference = tl.load(saved + TOP_SIGN * N)
+        if FLAGS.TWO_PASSES and FLAGS.DIVERGENCE != TVD:
+            reference = tl.load(saved + REFERENCE * N)
+            mixture = mixture_row(tl.load(saved + RATIO * N), beta, FLAGS.DIVERGENCE, True)
+            kd /= d
+        elif FLAGS.DIVERGENCE == FORWARD_KL:
+            near, rest = totals_ratio(expectation, d, d_t)
+            kd /= d
+        elif FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD:
+            near, rest = totals_ratio(tl.load(saved + TOTALS * N), d, d_t)
+            kd /= d
+        else:
+            kd /= d * to_fp32(temperature)
     if FLAGS.TEACHER == TOP_K:
-        ids, inside = ids_ptr + row * K, inside_ptr + row * K
+        if is_read is not None:
+            K *= is_read
         id = first_id_at(ids, K, first)
         next_id = id_at(ids, K, id)
         m_t = tl.load(saved + SAVED_TEACHER_MAXIMUM * N)
-        outside = kd * tl.load(outside_ptr + row)
+        if is_read is None:
+            outside = kd * tl.load(outside_ptr + row)
+        else:
+            outside = kd * tl.load(outside_ptr + row, mask=is_read > 0, other=0.0)
 
     # The factors of CE and z-loss.
-    q_1_factor, smooth_share, label_share = zero, zero, zero
+    q_1_factor, shares, label_share = zero, zero, zero
     if FLAGS.COMPUTE_CE:
         d_1 = tl.load(saved + TOTAL_1 * N)
         ce_weight, smoothing = to_fp32(ce_weight), to_fp32(smoothing)
         lse = m + tl.log(d_1)
-        q_1_factor = upstream * (ce_weight + 2 * to_fp32(z_loss) * lse) / d_1
-        smooth_share = upstream * ce_weight * smoothing / V
+        mass = ce_weight
+        if (soft_ptr is not None) or (class_weight_ptr is not None):
+            mass *= tl.load(saved + MASS * N)
+        q_1_factor = upstream * (mass + 2 * to_fp32(z_loss) * lse) / d_1
+        if token_weights_ptr is not None:
+            on_ce = tl.load(token_weights_ptr + row)
+            q_1_factor = tl.where(on_ce != 0, on_ce * q_1_factor, 0.0)
+            ce_weight *= on_ce
+        shares = upstream * ce_weight * smoothing / V
         label_share = upstream * ce_weight * (1 - smoothing)
+        if FLAGS.SMOOTH:
+            soft = None
+            if soft_ptr is not None:
+                soft = soft_ptr + row * soft_stride
+            shares = ClassShares(soft, class_weight_ptr, label_share, shares)
+        if (class_weight_ptr is not None) and (labels_ptr is not None):
+            in_range = (label >= 0) & (label < V)
+            label_share *= tl.load(class_weight_ptr + label, mask=in_range, other=0.0)
 
     scalars = RowScalars(
-        label=label, m=m, d=d, m_t=m_t, d_t=d_t, log_d=log_d, log_d_t=log_d_t,
-        expectation=expectation, kd=kd, outside=outside,
-        q_1_factor=q_1_factor, smooth_share=smooth_share, label_share=label_share,
+        label=label, m=m, m_t=m_t, expectation=expectation, reference=reference,
+        mixture=mixture, kd=kd, near=near, rest=rest, outside=outside,
+        q_1_factor=q_1_factor, shares=shares, label_share=label_share,
     )  # fmt: skip
     stop = tl.minimum(last, V)
     whole = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
@@ -193,7 +265,7 @@ def gradient_kernel(
             student, teacher, t_share, start, V, scalars, ids, inside, K, id, next_id, inv_T, beta,
             BLOCK, False, FLAGS,
         )  # fmt: skip
-        tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty))
+        tl.store(g_row + columns, to_dtype(g, g_ptr.dtype.element_ty))
     for start in range(whole, last, BLOCK):  # what is left up to V, then the padding
         columns = start + tl.arange(0, BLOCK)
         g = tl.zeros([BLOCK], tl.float32)
@@ -203,4 +275,4 @@ def gradient_kernel(
                 beta, BLOCK, True, FLAGS,
             )  # fmt: skip
             g = tl.where(columns < V, g, 0.0)
-        tl.store(g_row + columns, g.to(g_ptr.dtype.element_ty), mask=columns < last)
+        tl.store(g_row + columns, to_dtype(g, g_ptr.dtype.element_ty), mask=columns < last)

@@ -7,7 +7,7 @@ kernels work together.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sad_kernels._divergence import teacher_outcomes
 from sad_kernels._divergence_table import DIVERGENCES, missing
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._triton import rows, tile
 from sad_kernels._triton.gradient import gradient_kernel
 from sad_kernels._triton.merge import merge_kernel
@@ -74,17 +74,39 @@ class Forward(NamedTuple):
     """Row losses, and the numbers per row that the gradient needs."""
 
     loss: Tensor  # [N]
-    parts: Tensor  # [PARTS, N]: ce, kd, z, correct, agree, entropy
+    parts: Tensor  # [PARTS, N]: ce, kd, z, correct, agree, entropy, lse
     saved: Tensor  # [SAVED, N]
     inside: Tensor  # [N, K], of a top-k teacher: the gradient by the ids' logits
     outside: Tensor  # [N]: and by all others, see merge.py
 
 
+class Selection(NamedTuple):
+    """The rows of a launch: all of them, or those where ``other`` is ``wanted``."""
+
+    other: Tensor | None  # [N] uint8
+    wanted: int
+
+
+def _selections(
+    spec: LossSpec, targets: RowTargets, teacher: Logits | SortedTopK | None
+) -> list[tuple[LossSpec, Selection]]:
+    """What to compute for which rows: one divergence for all, or each of two for its own."""
+    if targets.other_rows is None or teacher is None:
+        return [(spec, Selection(None, 0))]
+    o, other_rows = spec.objective, targets.other_rows.contiguous().view(torch.uint8)
+    first = replace(o, other_divergence=None)
+    second = replace(first, divergence=o.other_divergence, beta=o.other_beta)
+    return [
+        (spec._replace(objective=objective), Selection(other_rows, wanted))
+        for wanted, objective in enumerate((first, second))
+    ]
+
+
 def forward(
-    spec: LossSpec, student: Logits, labels: Tensor | None, teacher: Logits | SortedTopK | None
+    spec: LossSpec, student: Logits, targets: RowTargets, teacher: Logits | SortedTopK | None
 ) -> Forward:
     """Compute all losses of all rows in one pass over the logits; a mixture takes a second."""
-    x, V = student.x, spec.vocab
+    x = student.x
     N = len(x)
     empty = x.new_empty(0, dtype=torch.float32)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
@@ -95,32 +117,55 @@ def forward(
         inside=empty.new_empty((0, 0) if top_k is None else top_k.ids.shape),
         outside=empty.new_empty(0 if top_k is None else N),
     )
+    if N == 0:  # a grid must not be empty
+        return result
+    for selected_spec, selection in _selections(spec, targets, teacher):
+        _forward(selected_spec, selection, student, targets, teacher, result)
+    return result
+
+
+def _forward(
+    spec: LossSpec,
+    selection: Selection,
+    student: Logits,
+    targets: RowTargets,
+    teacher: Logits | SortedTopK | None,
+    result: Forward,
+) -> None:
+    """Write the results of the selected rows."""
+    x, V = student.x, spec.vocab
+    N = len(x)
+    empty = result.loss
+    top_k = teacher if isinstance(teacher, SortedTopK) else None
     objective = spec.objective
+    by_class = targets.labels is not None and objective.label_smoothing > 0
     flags = _flags(spec, teacher)._replace(
         COMPUTE_CE=spec.compute_ce,
         COMPUTE_METRICS=spec.compute_metrics,
-        SMOOTH=spec.compute_ce and objective.label_smoothing > 0,
+        SMOOTH=spec.compute_ce and (by_class or targets.soft is not None),
     )
-    if N == 0:  # a grid must not be empty
-        return result
     dense = teacher if isinstance(teacher, Logits) else student
     numbers, share = _numbers(spec), _target_share(spec)
-    two_passes = DIVERGENCES[objective.divergence].forward_passes == 2
-    mixture = isinstance(teacher, Logits) and two_passes
 
     # Statistics: one program per row and segment. Where there is no teacher, no ids, the pointers
     # are of tensors that exist and the kernel does not read them.
-    pressure = _pressure(student, teacher)
+    pressure = _pressure(student, teacher, targets)
     shape = choose_tile(x.device, "statistics", V, pressure, ids=top_k is not None)
     segments = ceil_div(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, K = (partials, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
-    y = None if labels is None else labels.contiguous()
+    which = _adjacent(targets.labels), spec.ignore_index, *selection
+    kd_weights, class_weight = _adjacent(targets.kd_weights), targets.class_weight
+    if teacher is None:
+        kd_weights = None
+    soft = _soft_arguments(targets)
+    read = x, dense.x if targets.soft is None else targets.soft
     with on_device(x.device):
         statistics_kernel[(N, segments)](
             *student.arguments, *dense.arguments, share,
-            ids, K, y, spec.ignore_index, partials, N, V, numbers[0],
-            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, dense.x), FLAGS=flags,
+            ids, K, *which, kd_weights, *soft, class_weight,
+            partials, N, V, numbers[0], float(objective.label_smoothing),
+            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(*read), FLAGS=flags,
             num_warps=shape.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -134,32 +179,36 @@ def forward(
             (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
         )
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
-            partials, mixture_sums, segments, shape.segment, N, V, *student.arguments,
-            ids, log_p, log_rest, best, K, y, spec.ignore_index,
+            partials, mixture_sums, segments, shape.segment, N, V, *student.arguments, share,
+            ids, log_p, log_rest, best, K, *which,
+            _adjacent(targets.token_weights), kd_weights, soft[0], class_weight,
             result.loss, result.parts, result.saved, result.inside, result.outside,
             *numbers,
-            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, HAS_MIXTURE=mixture and final,
-            FLAGS=flags, num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
+            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, FLAGS=flags,
+            num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
             enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(x.device):
-        if mixture:  # the normalisers first, then the second pass, which needs them
+        if _takes_two_passes(
+            spec, teacher
+        ):  # the normalisers first, then the second pass, which needs them
             merge(final=False)
-            mixture_sums = _mixture(spec, student, dense, y, result.saved, flags.DIVERGENCE)
+            mixture_sums = _mixture(
+                spec, student, dense, (*which, kd_weights), result.saved, flags.DIVERGENCE
+            )
         merge(final=True)
-    return result
 
 
 def _mixture(
     spec: LossSpec,
     student: Logits,
     teacher: Logits,
-    labels: Tensor | None,
+    which: tuple[object, ...],  # the kernel's arguments that say which rows it computes
     saved: Tensor,
     divergence: int,
 ) -> Tensor:  # [2, segments, N]
-    """The sums of ``f`` and ``h`` of a mixture's divergence over each segment."""
+    """The sums of a mixture's divergence over each segment, see ``mixture.py``."""
     x, V = student.x, spec.vocab
     N = len(x)
     inv_T, _, beta, *_ = _numbers(spec)
@@ -167,7 +216,7 @@ def _mixture(
     segments = ceil_div(V, shape.segment)
     sums = saved.new_empty(2, segments, N)
     mixture_kernel[(N, segments)](
-        *student.arguments, *teacher.arguments, _target_share(spec), labels, spec.ignore_index,
+        *student.arguments, *teacher.arguments, _target_share(spec), *which,
         saved, sums, N, V, inv_T, beta,
         BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, teacher.x),
         DIVERGENCE=divergence, num_warps=shape.warps, enable_fp_fusion=True,
@@ -178,7 +227,7 @@ def _mixture(
 def gradient(
     spec: LossSpec,
     student: Logits,
-    labels: Tensor | None,
+    targets: RowTargets,
     teacher: Logits | SortedTopK | None,
     saved: Forward,
     upstream: Tensor,  # [N], or [1] for all rows
@@ -188,27 +237,46 @@ def gradient(
 
     Columns from V on get zeros.
     """
-    N, V = len(student.x), spec.vocab
-    if N == 0:
+    if len(student.x) == 0:
         return
-    objective = spec.objective
-    if objective.kd_weight == 0:  # its logits need not be read
+    if spec.objective.kd_weight == 0:  # its logits need not be read
         teacher = None
+    for selected_spec, selection in _selections(spec, targets, teacher):
+        _gradient(selected_spec, selection, student, targets, teacher, saved, upstream, out)
+
+
+def _gradient(
+    spec: LossSpec,
+    selection: Selection,
+    student: Logits,
+    targets: RowTargets,
+    teacher: Logits | SortedTopK | None,
+    saved: Forward,
+    upstream: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the gradient of the selected rows."""
+    N, V = len(student.x), spec.vocab
+    objective = spec.objective
     dense = teacher if isinstance(teacher, Logits) else student
-    logarithms = isinstance(teacher, Logits) and objective.divergence != "forward_kl"
-    pressure = _pressure(student, teacher) + logarithms
+    smoothed = targets.class_weight is not None and objective.label_smoothing > 0
+    flags = _flags(spec, teacher)._replace(
+        COMPUTE_CE=spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0),
+        SMOOTH=smoothed or targets.soft is not None,  # without these it takes the same of all
+    )
+    pressure = _pressure(student, teacher, targets) + flags.TWO_PASSES  # a mixture's logarithms
     shape = choose_tile(student.x.device, "gradient", V, pressure)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
-    y = None if labels is None else labels.contiguous()
     width = out.shape[1]
-    flags = _flags(spec, teacher)._replace(
-        COMPUTE_CE=spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0)
-    )
+    weights = None if teacher is None else _adjacent(targets.kd_weights)
     with on_device(student.x.device):
         gradient_kernel[(N, ceil_div(width, shape.segment))](
             *student.arguments, *dense.arguments, _target_share(spec),
-            ids, saved.inside, saved.outside, K, y, spec.ignore_index,
+            ids, saved.inside, saved.outside, K,
+            _adjacent(targets.labels), spec.ignore_index, *selection,
+            _adjacent(targets.token_weights), weights, *_soft_arguments(targets),
+            targets.class_weight,
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
             out, out.stride(0), N, V, width,
             *_numbers(spec),
@@ -217,7 +285,17 @@ def gradient(
         )  # fmt: skip
 
 
-def _pressure(student: Logits, teacher: Logits | SortedTopK | None) -> int:
+def _adjacent(x: Tensor | None) -> Tensor | None:
+    """A number per row, as kernels read it."""
+    return None if x is None else x.contiguous()
+
+
+def _soft_arguments(targets: RowTargets) -> tuple[Tensor | None, int]:
+    """Labels that are probabilities, of column stride 1, and their row stride."""
+    return targets.soft, 0 if targets.soft is None else targets.soft.stride(0)
+
+
+def _pressure(student: Logits, teacher: Logits | SortedTopK | None, targets: RowTargets) -> int:
     """The register pressure as ``choose_tile`` counts it, without a divergence's logarithms."""
     match teacher:
         case Logits():
@@ -226,6 +304,7 @@ def _pressure(student: Logits, teacher: Logits | SortedTopK | None) -> int:
             tensors, capped = 3, student.softcap is not None
         case None:
             tensors, capped = 1, student.softcap is not None
+    tensors += targets.soft is not None
     return tensors + capped
 
 
@@ -257,7 +336,14 @@ def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:
         TEACHER=kind.value,
         DIVERGENCE=_divergence_code(objective.divergence),
         T_CASE=T_CASES.get(objective.temperature, tile.ANY.value),
+        TWO_PASSES=_takes_two_passes(spec, teacher),
     )
+
+
+def _takes_two_passes(spec: LossSpec, teacher: Logits | SortedTopK | None) -> bool:
+    """Whether forward reads the logits twice, as beside a dense teacher only."""
+    divergence = DIVERGENCES[spec.objective.divergence]
+    return isinstance(teacher, Logits) and divergence.forward_passes == 2
 
 
 def _divergence_code(divergence: str) -> int:

@@ -32,7 +32,7 @@ from sad_kernels._operator import (
     save_call,
     saved_call,
 )
-from sad_kernels._rows import LossSpec, RowLayout, RowResults
+from sad_kernels._rows import LossSpec, RowLayout, RowResults, RowTargets
 from sad_kernels._triton import chunks
 from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
 from sad_kernels._triton.launch import Logits, SortedTopK
@@ -55,14 +55,14 @@ def mean_loss(
     spec: LossSpec,
     hidden: Tensor,  # [N, D]
     head: Head,
-    labels: Tensor,  # [N]
+    targets: RowTargets,
     teacher: Teacher | None,
     layout: RowLayout,
     items: Tensor,  # []
     chunk_bytes: int | None,
 ) -> tuple[Tensor, RowResults]:
     """``sum of row losses / items``, differentiable, and the row losses and parts, detached."""
-    inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
+    inputs = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes)
     grad_mask = list(_grad_mask(hidden, head))
     total, rows, parts, *_ = linear_loss(*inputs, items, grad_mask)
     return total, RowResults(rows.detach(), *parts.detach())
@@ -72,13 +72,13 @@ def row_losses_from_hidden(
     spec: LossSpec,
     hidden: Tensor,
     head: Head,
-    labels: Tensor,
+    targets: RowTargets,
     teacher: Teacher | None,
     layout: RowLayout,
     chunk_bytes: int | None,
 ) -> RowResults:
     """The loss of every row, differentiable, and its parts, detached."""
-    inputs = _inputs(spec, hidden, head, labels, teacher, layout, chunk_bytes)
+    inputs = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes)
     loss, parts = linear_rows(*inputs)
     return RowResults(loss, *parts.detach())
 
@@ -94,7 +94,7 @@ def _inputs(
     spec: LossSpec,
     hidden: Tensor,
     head: Head,
-    labels: Tensor,
+    targets: RowTargets,
     teacher: Teacher | None,
     layout: RowLayout,
     chunk_bytes: int | None,
@@ -110,12 +110,23 @@ def _inputs(
             args = args._replace(
                 teacher_scale=float(other.logit_scale), teacher_softcap=other.softcap
             )
-        case TeacherLogits(logits=logits):
+        case TeacherLogits(logits=logits, logit_scale=scale, softcap=softcap):
             t_hidden = layout.rows(logits)
+            args = args._replace(teacher_scale=float(scale), teacher_softcap=softcap)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
-    student = hidden, head.weight, head.bias, labels
-    return LinearInputs(*student, t_hidden, t_weight, t_bias, *top_k, *encode(args), chunk_bytes)
+    student = hidden, head.weight, head.bias
+    return LinearInputs(
+        *student, *_without_soft(targets), t_hidden, t_weight, t_bias, *top_k, *encode(args),
+        chunk_bytes,
+    )  # fmt: skip
+
+
+def _without_soft(targets: RowTargets) -> tuple[Tensor | None, ...]:
+    """The fields but for labels that are probabilities, which losses of given logits take alone."""
+    assert targets.soft is None
+    labels, _, *others = targets
+    return labels, *others
 
 
 class LinearInputs(NamedTuple):
@@ -124,7 +135,11 @@ class LinearInputs(NamedTuple):
     hidden: Tensor  # [N, D_s]
     weight: Tensor  # [>= V, D_s]
     bias: Tensor | None  # [>= V]
-    labels: Tensor  # [N]
+    labels: Tensor | None  # [N]; this and what follows are fields of RowTargets
+    class_weight: Tensor | None  # [V]
+    token_weights: Tensor | None  # [N]
+    kd_weights: Tensor | None  # [N]
+    other_rows: Tensor | None  # [N]
     t_hidden: Tensor | None  # [N, D_t]; without t_weight the teacher's logits [N, >= V]
     t_weight: Tensor | None  # [>= V, D_t]
     t_bias: Tensor | None  # [>= V]
@@ -141,15 +156,27 @@ class LinearInputs(NamedTuple):
     def args(self) -> OpArgs:
         return decode(self.integers, self.numbers, self.words)
 
+    @property
+    def targets(self) -> RowTargets:
+        return RowTargets(
+            self.labels,
+            None,
+            self.class_weight,
+            self.token_weights,
+            self.kd_weights,
+            self.other_rows,
+        )
+
     def student(self) -> HiddenWithHead:
         args, weight = self.args, self.weight.to(self.hidden.dtype)
         return HiddenWithHead(self.hidden, weight, _adjacent(self.bias), args.scale, args.softcap)
 
     def teacher(self) -> HiddenWithHead | Logits | SortedTopK | None:
         x, weight, args = self.t_hidden, self.t_weight, self.args
-        if x is None or weight is None:
-            return teacher_of(x, self.ids, self.log_p, self.log_rest, self.best)
         scale, softcap = args.teacher_scale, args.teacher_softcap
+        if x is None or weight is None:
+            top_k = self.ids, self.log_p, self.log_rest, self.best
+            return teacher_of(x, top_k, scale, softcap)
         return HiddenWithHead(x, weight.to(x.dtype), _adjacent(self.t_bias), scale, softcap)
 
 
@@ -159,13 +186,13 @@ def linear_loss(
     items: Tensor,  # []
     want: Sequence[bool],  # a GradMask
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss [], row losses [N] and parts [6, N]; dhidden, dweight, dbias, their factor [].
+    """The loss [], row losses [N] and parts [PARTS, N]; dhidden, dweight, dbias, their factor [].
 
     The gradients are those of the loss once multiplied by the factor, see ``unit_scale``.
     """
-    args, hidden = inputs.args, inputs.hidden
+    hidden = inputs.hidden
     inverse = 1 / items.float()
-    upstream, factor = unit_scale(args, inverse, hidden.dtype)
+    upstream, factor = unit_scale(inputs.args, inputs.targets, inverse, hidden.dtype)
     result = _run(inputs, GradMask(*want), upstream[None])
     loss = result.loss.sum() / items
     gradients = result.dhidden, result.dweight, result.dbias
@@ -238,7 +265,7 @@ linear_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 @Operator
 def linear_rows(inputs: LinearInputs) -> tuple[Tensor, Tensor]:
-    """Row losses [N] and their parts [6, N]."""
+    """Row losses [N] and their parts [PARTS, N]."""
     result = _run(inputs, GradMask(False, False, False), None)
     return result.loss, result.parts
 
@@ -258,7 +285,7 @@ def linear_rows_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight and dbias of ``sum(upstream * losses)``, empty where not wanted."""
     hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
-    upstream, factor = unit_scale(inputs.args, upstream.float(), hidden.dtype)
+    upstream, factor = unit_scale(inputs.args, inputs.targets, upstream.float(), hidden.dtype)
     result = _run(inputs, GradMask(*want), upstream)
     gradients = result.dhidden, result.dweight, result.dbias
     dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
@@ -311,7 +338,9 @@ for _operator in (linear_loss, linear_rows, linear_rows_gradient):
     _operator.register_vmap(_no_vmap)
 
 
-def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def unit_scale(
+    args: OpArgs, targets: RowTargets, upstream: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The upstream that the stored ``g`` gets, and the factor that its products get afterwards.
 
     For fp32 and bf16, whose exponents reach far enough, the second is 1. For fp16 ``upstream = u
@@ -321,19 +350,38 @@ def unit_scale(args: OpArgs, upstream: Tensor, dtype: torch.dtype) -> tuple[Tens
     if dtype != torch.float16:
         return upstream * args.scale, torch.ones((), device=upstream.device)
     exponent = upstream.abs().max().frexp().exponent - 1 if upstream.numel() else 0
-    shift = LARGEST_EXPONENT - math.ceil(math.log2(_bound(args.spec.objective))) - exponent
+    shift = LARGEST_EXPONENT - _exponent_of_bound(args.spec, targets) - exponent
     one = torch.ones((), device=upstream.device)
     return torch.ldexp(upstream, shift), torch.ldexp(one, -shift) * args.scale
 
 
-def _bound(o: Objective) -> float:
-    """A bound on a row's gradient by a logit, for an lse of up to 128 in the z-loss.
+def _exponent_of_bound(spec: LossSpec, targets: RowTargets) -> int | Tensor:  # []
+    """The exponent of a power of two that no row's gradient by a logit is above."""
+    labels, _, by_class, on_ce, on_kd, _ = targets
+    ce, z, kd = _bounds(spec.objective)
+    if by_class is None and on_ce is None and on_kd is None:
+        return math.ceil(math.log2(max(ce + z + kd, 2.0**-100)))
+    if by_class is not None:
+        ce = ce * by_class.abs().max()
+    rows: Any = (ce + z) * (1.0 if on_ce is None else on_ce.abs())
+    rows = rows + kd * (1.0 if on_kd is None else on_kd.abs())
+    # Rows that do not count may hold anything, and one that is not a number spoils no other.
+    counts = rows.isfinite()
+    if labels is not None:
+        counts = counts & (labels != spec.ignore_index)
+    rows = rows.where(counts, 2.0**-100)
+    largest = rows.max() if rows.numel() else rows.new_ones(())
+    return largest.clamp(min=2.0**-100).frexp().exponent
 
-    The table of divergences says how far the unbounded reverse KL is covered.
+
+def _bounds(o: Objective) -> tuple[float, float, float]:
+    """Bounds on a row's gradient by a logit: of CE, of the z-loss for an lse of up to 128, and of
+    the divergence. The table of divergences says how far the unbounded reverse KL is covered.
     """
     factor = DIVERGENCES[o.divergence].gradient_bound(o.beta)
-    bound = o.ce_weight + 256 * o.z_loss + o.kd_weight * o.kd_scale / o.temperature * factor
-    return max(bound, 2.0**-100)
+    if o.other_divergence is not None:
+        factor = max(factor, DIVERGENCES[o.other_divergence].gradient_bound(o.other_beta))
+    return o.ce_weight, 256 * o.z_loss, o.kd_weight * o.kd_scale / o.temperature * factor
 
 
 def _run(inputs: LinearInputs, grad_mask: GradMask, upstream: Tensor | None) -> Result:
@@ -343,7 +391,7 @@ def _run(inputs: LinearInputs, grad_mask: GradMask, upstream: Tensor | None) -> 
         return chunks.run(
             inputs.args.spec,
             inputs.student(),
-            inputs.labels.contiguous(),
+            inputs.targets,
             inputs.teacher(),
             grad_mask=grad_mask,
             upstream=upstream,

@@ -24,7 +24,7 @@ from sad_kernels._operator import (
     save_call,
     saved_call,
 )
-from sad_kernels._rows import LossSpec, RowLayout, RowResults
+from sad_kernels._rows import LogitTransform, LossSpec, RowLayout, RowResults, RowTargets
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, SortedTopK
@@ -43,61 +43,71 @@ from sad_kernels.objective import (
 def row_losses_from_logits(
     spec: LossSpec,
     logits: Tensor,  # [N, >= V]
-    softcap: float | None,
-    labels: Tensor | None,  # [N]
+    transform: LogitTransform,
+    targets: RowTargets,
     teacher: Teacher | None,
     layout: RowLayout,
 ) -> RowResults:
     """The loss of every row, differentiable by the logits, and its parts, detached."""
-    loss, parts, *_ = row_losses(*_inputs(spec, logits, softcap, labels, teacher, layout))
+    loss, parts, *_ = row_losses(*_inputs(spec, logits, transform, targets, teacher, layout))
     return RowResults(loss, *parts.detach())
 
 
 def mean_loss_from_logits(
     spec: LossSpec,
     logits: Tensor,
-    softcap: float | None,
-    labels: Tensor | None,
+    transform: LogitTransform,
+    targets: RowTargets,
     teacher: Teacher | None,
     layout: RowLayout,
-    items: Tensor | None = None,
+    items: int | Tensor | None,
 ) -> DistillOutput:
     """``loss``: sum of row losses / max(items, 1), differentiable by the logits.
 
-    Items are the rows that count, unless given. The other fields are sums over rows, detached.
+    Items are the rows that count, unless given. The other fields are sums over rows, detached, but
+    for ``lse`` [N].
     """
-    inputs = _inputs(spec, logits, softcap, labels, teacher, layout)
-    loss, num_tokens, ce, kd, z, correct, agree, entropy, *_ = row_mean(*inputs, items)
+    if isinstance(items, int):
+        items = torch.full((), items, dtype=torch.float32, device=logits.device)
+    inputs = _inputs(spec, logits, transform, targets, teacher, layout)
+    loss, num_tokens, ce, kd, z, correct, agree, entropy, lse, *_ = row_mean(*inputs, items)
     sums = (x.detach() for x in (ce, kd, z, num_tokens, correct, agree, entropy))
-    return DistillOutput(loss, *sums)
+    return DistillOutput(loss, *sums, layout.restore(lse.detach()).flatten())
 
 
 def _inputs(
     spec: LossSpec,
     logits: Tensor,
-    softcap: float | None,
-    labels: Tensor | None,
+    transform: LogitTransform,
+    targets: RowTargets,
     teacher: Teacher | None,
     layout: RowLayout,
 ) -> RowInputs:
     """The common inputs of the operators, from what a caller passes."""
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
+    args = OpArgs(spec, float(transform.logit_scale), transform.softcap)
     match teacher:
-        case TeacherLogits():
+        case TeacherLogits(logit_scale=scale, softcap=softcap):
             t_logits = layout.rows(teacher.logits)
+            args = args._replace(teacher_scale=float(scale), teacher_softcap=softcap)
         case TeacherHidden(hidden=hidden, head=head):
             t_logits = head_logits(layout.rows(hidden), head, spec.vocab)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
-    return RowInputs(logits, labels, t_logits, *top_k, *encode(OpArgs(spec, softcap=softcap)))
+    return RowInputs(logits, *targets, t_logits, *top_k, *encode(args))
 
 
 class RowInputs(NamedTuple):
     """What all operators of this file take first, in the schema's order."""
 
     student: Tensor  # [N, >= V]
-    labels: Tensor | None  # [N]
+    labels: Tensor | None  # [N], the first field of RowTargets; the others follow
+    soft: Tensor | None  # [N, >= V]
+    class_weight: Tensor | None  # [V]
+    token_weights: Tensor | None  # [N]
+    kd_weights: Tensor | None  # [N]
+    other_rows: Tensor | None  # [N]
     teacher: Tensor | None  # [N, >= V]
     ids: Tensor | None  # [N, K], the first field of a SortedTopK; the others follow
     log_p: Tensor | None  # [N, K]
@@ -107,12 +117,29 @@ class RowInputs(NamedTuple):
     numbers: Sequence[float]
     words: str
 
-    def sides(self) -> tuple[LossSpec, Logits, Logits | SortedTopK | None]:
+    @property
+    def targets(self) -> RowTargets:
+        soft = self.soft
+        return RowTargets(
+            self.labels,
+            None if soft is None else columns_adjacent(soft).x,
+            self.class_weight,
+            self.token_weights,
+            self.kd_weights,
+            self.other_rows,
+        )
+
+    def sides(self) -> tuple[OpArgs, Logits, Logits | SortedTopK | None]:
         """The loss, the student's logits and the teacher's."""
         args = decode(self.integers, self.numbers, self.words)
-        teacher = teacher_of(self.teacher, self.ids, self.log_p, self.log_rest, self.best)
-        return args.spec, columns_adjacent(self.student, args.softcap), teacher
+        student = columns_adjacent(self.student, args.scale, args.softcap)
+        top_k = self.ids, self.log_p, self.log_rest, self.best
+        teacher = teacher_of(self.teacher, top_k, args.teacher_scale, args.teacher_softcap)
+        return args, student, teacher
 
+
+PER_CLASS = RowInputs._fields.index("class_weight")
+"""The one tensor among the inputs that does not have a row for each of the student's."""
 
 TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """The fields of a ``SortedTopK``, as operators take them."""
@@ -137,9 +164,9 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
 
 @Operator
 def row_losses(inputs: RowInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Row losses [N], their parts [6, N]; saved, inside and outside of a ``Forward``."""
-    spec, student, teacher = inputs.sides()
-    result = launch.forward(spec, student, inputs.labels, teacher)
+    """Row losses [N], their parts [PARTS, N]; saved, inside and outside of a ``Forward``."""
+    args, student, teacher = inputs.sides()
+    result = launch.forward(args.spec, student, inputs.targets, teacher)
     return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
@@ -161,16 +188,35 @@ def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     """Rows are independent, so a batch of B times N rows is B N rows."""
     B = info.batch_size
+    if in_dims[PER_CLASS] is not None:
+        return _one_by_one(row_losses, B, in_dims, inputs)
 
     def joined(x: Any, dim: int | None) -> Any:  # [N, ...] with B at dim -> [B N, ...]
         if not isinstance(x, Tensor):
             return x
         return (x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
-    outputs = row_losses(*(joined(x, dim) for x, dim in zip(inputs, in_dims, strict=True)))
+    flat = [joined(x, dim) for x, dim in zip(inputs, in_dims, strict=True)]
+    flat[PER_CLASS] = inputs[PER_CLASS]
+    outputs = row_losses(*flat)
     out_dims = (0, 1, 1, 0, 0)  # where each output has its rows
     parted = (x.unflatten(d, (B, x.shape[d] // B)) for x, d in zip(outputs, out_dims, strict=True))
     return tuple(parted), out_dims
+
+
+def _one_by_one(
+    operator: Operator, B: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+) -> Any:
+    """A loop over a batch of B calls."""
+
+    def each(x: Any, dim: int | None) -> Sequence[Any]:
+        batched = isinstance(x, Tensor) and dim is not None
+        return x.unbind(dim) if batched else [x] * B
+
+    rows = zip(*(each(x, dim) for x, dim in zip(inputs, in_dims, strict=True)), strict=True)
+    outputs = [operator(*one) for one in rows]
+    stacked = tuple(map(torch.stack, zip(*outputs, strict=True)))
+    return stacked, (0,) * len(stacked)
 
 
 @Operator
@@ -178,11 +224,12 @@ def row_mean(
     inputs: RowInputs,
     items: Tensor | None,  # []
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
     """The fields of ``Reduced``, the divisor last; saved, inside and outside of a ``Forward``."""
-    spec, student, teacher = inputs.sides()
-    rows = launch.forward(spec, student, inputs.labels, teacher)
+    (spec, *_), student, teacher = inputs.sides()
+    rows = launch.forward(spec, student, inputs.targets, teacher)
     mean, divisor, *sums = reduced(rows.loss, rows.parts, inputs.labels, spec.ignore_index, items)
     return mean, *sums, divisor, rows.saved, rows.inside, rows.outside  # pyright: ignore
 
@@ -190,21 +237,14 @@ def row_mean(
 @row_mean.register_fake
 def _(inputs: RowInputs, items: Tensor | None) -> Any:
     loss, _parts, *saved = _fake_rows(inputs.student, inputs.ids)
-    return *(loss.new_empty(()) for _ in Reduced._fields), *saved
+    mean, divisor, *sums = (loss.new_empty(()) for _ in Reduced._fields[:-1])
+    return mean, *sums, loss.new_empty(loss.shape), divisor, *saved
 
 
 @row_mean.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     """A loop over the batch: each element divides by its own number of rows."""
-
-    def each(x: Any, dim: int | None) -> Sequence[Any]:
-        batched = isinstance(x, Tensor) and dim is not None
-        return x.unbind(dim) if batched else [x] * info.batch_size
-
-    rows = zip(*(each(x, dim) for x, dim in zip(inputs, in_dims, strict=True)), strict=True)
-    outputs = [row_mean(*one) for one in rows]
-    stacked = tuple(map(torch.stack, zip(*outputs, strict=True)))
-    return stacked, (0,) * len(stacked)
+    return _one_by_one(row_mean, info.batch_size, in_dims, inputs)
 
 
 @Operator
@@ -212,10 +252,12 @@ def row_gradient(
     inputs: RowInputs, saved: Tensor, inside: Tensor, outside: Tensor, upstream: Tensor
 ) -> Tensor:
     """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
-    spec, student, teacher = inputs.sides()
+    args, student, teacher = inputs.sides()
     out = inputs.student.new_empty(inputs.student.shape)
     forward = Forward(upstream, upstream, saved, inside, outside)
-    launch.gradient(spec, student, inputs.labels, teacher, forward, upstream, out)
+    if args.scale != 1:  # of the logits, which the kernels leave to the upstream
+        upstream = upstream * args.scale
+    launch.gradient(args.spec, student, inputs.targets, teacher, forward, upstream, out)
     return out
 
 
@@ -255,13 +297,16 @@ row_mean.register_autograd(_backward_of_mean, setup_context=_setup_context_of_me
 row_gradient.register_autograd(no_second_backward)
 
 
-def teacher_of(logits: Tensor | None, *top_k: Tensor | None) -> Logits | SortedTopK | None:
+def teacher_of(
+    logits: Tensor | None, top_k: TopKTensors, scale: float, softcap: float | None
+) -> Logits | SortedTopK | None:
     """The teacher that an operator's tensors stand for: logits, a top-k teacher, or none."""
     if top_k[0] is not None:
         return SortedTopK(*top_k)  # pyright: ignore[reportArgumentType]
-    return None if logits is None else columns_adjacent(logits)
+    return None if logits is None else columns_adjacent(logits, scale, softcap)
 
 
-def columns_adjacent(x: Tensor, softcap: float | None = None) -> Logits:
+def columns_adjacent(x: Tensor, scale: float = 1.0, softcap: float | None = None) -> Logits:
     """Rows of logits as kernels read them, copied if their columns are strided."""
-    return Logits(x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(), softcap=softcap)
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return Logits(x, scale=scale, softcap=softcap)

@@ -15,34 +15,58 @@ from sad_kernels._triton.rows import (
     BEST,
     COUNT,
     CROSS,
+    CROSS_REVERSE,
     DENSE,
+    DIFFERENCE,
     EXPECTATION,
+    MASS,
     MAXIMUM,
     NO_TEACHER,
+    PAD_ID,
     PLAIN,
+    RATIO,
+    REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
+    TEACHER_AT_BEST,
     TEACHER_BEST,
     TEACHER_MAXIMUM,
     TEACHER_TOTAL,
     TOP_K,
+    TOP_SIGN,
     TOTAL,
     TOTAL_1,
+    TOTALS,
     WEIGHTED,
     product,
     rescale_cross,
+    rescale_difference,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    JEFFREYS,
+    LN_2,
     LOG2_E,
     LOWEST,
     REVERSE_KL,
+    TVD,
     LogitsRow,
-    divergence_terms,
+    bounded_ratio,
     exponentials,
+    kl_term,
+    log2_1p,
+    mixture_row,
+    mixture_terms,
+    mixture_value,
+    probability_difference,
     require_mixture,
+    sign,
     to_fp32,
     to_logits,
+    to_target,
+    totals_ratio,
+    value_weights,
+    variation_terms,
 )
 
 
@@ -57,21 +81,26 @@ class RowSums(NamedTuple):
     count: Any
     E: Any
     A: Any
+    C: Any
+    B: Any
     d_t: Any
     best: Any  # the student's argmax, a number in fp32
     best_t: Any
+    t_at_best: Any  # the teacher's logit at ``best``
 
 
 @triton.jit
 def merge_segments(
     partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
-    ROWS: tl.constexpr, FLAGS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARES: tl.constexpr,  # S is a sum of classes with shares of their own
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Add up the segments of ``rows`` in their order; of rows that do not count, none."""
     zero = tl.zeros([ROWS], tl.float32)
     m, m_t = zero + LOWEST, zero + LOWEST
-    d, d_1, S, count, E, A, d_t = zero, zero, zero, zero, zero, zero, zero
-    best, best_t = zero, zero
+    d, d_1, S, count, E, A, C, B, d_t = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    best, best_t, t_at_best = zero, zero, zero
     step = tl.full((), num_segments, tl.int64) * N  # from one kind of partial sum to the next
     at = partials_ptr + rows
     for segment in range(num_segments):
@@ -85,12 +114,16 @@ def merge_segments(
         if FLAGS.COMPUTE_METRICS:
             best_b = tl.load(at + BEST * step, mask=counts, other=0.0)
             best = tl.where(m_b > m, best_b, best)
+        if FLAGS.TWO_PASSES:
+            t_at_best_b = tl.load(at + TEACHER_AT_BEST * step, mask=counts, other=0.0)
+            t_at_best = tl.where(m_b > m, t_at_best_b, t_at_best)
 
         if FLAGS.TEACHER == DENSE:
             m_t_b = tl.load(at + TEACHER_MAXIMUM * step, mask=counts, other=LOWEST)
             d_t_b = tl.load(at + TEACHER_TOTAL * step, mask=counts, other=0.0)
             m_t_new = tl.maximum(m_t, m_t_b)
             move_t, move_t_b = m_t - m_t_new, m_t_b - m_t_new
+            decay_T_t, decay_T_t_b = tl.exp2(move_t * inv_T), tl.exp2(move_t_b * inv_T)
             if FLAGS.COMPUTE_METRICS:
                 best_t_b = tl.load(at + TEACHER_BEST * step, mask=counts, other=0.0)
                 best_t = tl.where(m_t_b > m_t, best_t_b, best_t)
@@ -102,9 +135,20 @@ def merge_segments(
                 A_b = tl.load(at + CROSS * step, mask=counts, other=0.0)
                 A = rescale_cross(d, A, move, move_t, inv_T)
                 A += rescale_cross(d_b, A_b, move_b, move_t_b, inv_T)
-            else:
+            elif FLAGS.DIVERGENCE == JEFFREYS:
+                A_b = tl.load(at + CROSS * step, mask=counts, other=0.0)
+                A = rescale_cross(d_t, A, move_t, move, inv_T)
+                A += rescale_cross(d_t_b, A_b, move_t_b, move_b, inv_T)
+                C_b = tl.load(at + CROSS_REVERSE * step, mask=counts, other=0.0)
+                C = rescale_cross(d, C, move, move_t, inv_T)
+                C += rescale_cross(d_b, C_b, move_b, move_t_b, inv_T)
+            elif FLAGS.DIVERGENCE != TVD:
                 require_mixture(FLAGS.DIVERGENCE)  # its sums come from ``mixture``
-            d_t = d_t * tl.exp2(move_t * inv_T) + d_t_b * tl.exp2(move_t_b * inv_T)
+            if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
+                B_b = tl.load(at + DIFFERENCE * step, mask=counts, other=0.0)
+                B = rescale_difference(d_t, B, decay_T_t, decay_T)
+                B += rescale_difference(d_t_b, B_b, decay_T_t_b, decay_T_b)
+            d_t = d_t * decay_T_t + d_t_b * decay_T_t_b
             m_t = m_t_new
 
         if FLAGS.COMPUTE_CE:
@@ -112,7 +156,7 @@ def merge_segments(
             if FLAGS.SMOOTH:
                 S_b = tl.load(at + PLAIN * step, mask=counts, other=0.0)
                 count_b = zero + tl.minimum(segment_length, V - segment * segment_length)
-                if FLAGS.TEACHER == TOP_K:
+                if FLAGS.TEACHER == TOP_K or SHARES:
                     count_b = tl.load(at + COUNT * step, mask=counts, other=0.0)
                 S = (S + count * move) + (S_b + count_b * move_b)
                 count += count_b
@@ -123,7 +167,7 @@ def merge_segments(
         d = d * decay_T + d_b * decay_T_b
         m = m_new
         at += N
-    return RowSums(m, m_t, d, d_1, S, count, E, A, d_t, best, best_t)
+    return RowSums(m, m_t, d, d_1, S, count, E, A, C, B, d_t, best, best_t, t_at_best)
 
 
 @triton.jit
@@ -143,8 +187,9 @@ def add_top_k(
     k = tl.arange(0, BLOCK_K)
     at = rows[:, None] * K + k[None, :]
     given = counts[:, None] & (k < K)[None, :]
-    ids = tl.load(ids_ptr + at, mask=given, other=0)
-    log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf")) * LOG2_E
+    ids = tl.load(ids_ptr + at, mask=given, other=PAD_ID)
+    log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf"))
+    log_p = tl.where(ids == PAD_ID, float("-inf"), log_p)  # NaN in a row of padding
     repeated = ids == tl.load(ids_ptr + at - 1, mask=given & (k > 0)[None, :], other=-2)
     present = given & (log_p != float("-inf"))
     foreign = present & ((ids < 0) | (ids >= V) | repeated)
@@ -181,57 +226,191 @@ def add_top_k(
         d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)
 
     # The divergence over K + 1 outcomes, the last of which is everything else.
-    log_total = tl.log2(total)
-    log_q = x_T - log_total[:, None]
-    f, h = divergence_terms(log_q, log_p, beta, FLAGS.DIVERGENCE)
-    log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0) * LOG2_E
-    log_q_rest = move_T + tl.log2(d_t) - log_total
-    f_rest, h_rest = divergence_terms(log_q_rest, log_rest, beta, FLAGS.DIVERGENCE)
-    expectation = tl.sum(h, 1) + h_rest
-    inside = h - tl.exp2(log_q) * expectation[:, None]
-    outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(move_T) / total
-    tl.store(inside_ptr + at, inside, mask=given)
-    tl.store(outside_ptr + rows, outside, mask=counts)
-    given_p = tl.where(present, log_p, 0.0)
+    log_rest = tl.load(log_rest_ptr + rows, mask=counts, other=0.0)
+    x_rest = move_T + tl.log2(d_t)
+    IS_KL: tl.constexpr = FLAGS.DIVERGENCE == FORWARD_KL or FLAGS.DIVERGENCE == REVERSE_KL
+    if IS_KL or FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD:
+        log_total = tl.log2(total)
+        a, a_rest = x_T - log_total[:, None], x_rest - log_total
+        b, b_rest = log_p * LOG2_E, log_rest * LOG2_E
+        if FLAGS.DIVERGENCE == TVD:
+            x_top, log_p_top = likeliest_outcome(x_T, x_rest, log_p, log_rest)
+            top = sign(tl.exp2(x_top - log_total) - tl.exp2(log_p_top * LOG2_E))
+            f, h = variation_terms(a, b, top[:, None])
+            f_rest, h_rest = variation_terms(a_rest, b_rest, top)
+        elif FLAGS.DIVERGENCE == JEFFREYS:
+            h, h_rest = forward_kl_slopes(x_T, x_rest, log_p, log_rest)
+            reverse = (1 - beta) * kl_term(a, b, REVERSE_KL)
+            reverse_rest = (1 - beta) * kl_term(a_rest, b_rest, REVERSE_KL)
+            f = beta * kl_term(a, b, FORWARD_KL) + reverse
+            f_rest = beta * kl_term(a_rest, b_rest, FORWARD_KL) + reverse_rest
+            h, h_rest = beta * h + reverse, beta * h_rest + reverse_rest
+        else:
+            f = kl_term(a, b, FLAGS.DIVERGENCE)
+            f_rest = kl_term(a_rest, b_rest, FLAGS.DIVERGENCE)
+            h, h_rest = f, f_rest
+            if FLAGS.DIVERGENCE == FORWARD_KL:
+                h, h_rest = forward_kl_slopes(x_T, x_rest, log_p, log_rest)
+        kd = tl.sum(f, 1) + f_rest
+        expectation = tl.sum(h, 1) + h_rest
+        inside = h - tl.exp2(a) * expectation[:, None]
+        outside = tl.where(d_t > 0, h_rest / d_t, 0.0) - expectation * tl.exp2(move_T) / total
+    else:
+        q, q_column = tl.exp2(x_T) / total[:, None], tl.exp2(move_T) / total
+        kd, inside, outside = top_k_mixture(
+            x_T, x_rest, q, q_column * d_t, log_p, log_rest, beta, FLAGS.DIVERGENCE
+        )
+        outside *= q_column
+
+    # A teacher without any outcome, as of a row of padding with tail "zero", teaches nothing.
+    teaches = (tl.max(log_p, 1) != float("-inf")) | (log_rest != float("-inf"))
+    kd = tl.where(teaches, kd, 0.0)
+    tl.store(inside_ptr + at, tl.where(teaches[:, None], inside, 0.0), mask=given)
+    tl.store(outside_ptr + rows, tl.where(teaches, outside, 0.0), mask=counts)
     # NaN and inf of a total, and NaN of the teacher, poison the row.
-    kd = tl.sum(f, 1) + f_rest + 0 * total + 0 * tl.sum(given_p, 1)
+    given_p = tl.where(present, log_p, 0.0)
+    kd += 0 * total + 0 * tl.sum(given_p, 1)
     kd = tl.where(tl.max(foreign.to(tl.int32), 1) > 0, float("nan"), kd)
-    sums = RowSums(m, m_t, sums.d, d_1, S, sums.count, E, sums.A, d_t, best, sums.best_t)
+    sums = RowSums(
+        m=m, m_t=m_t, d=sums.d, d_1=d_1, S=S, count=sums.count, E=E, A=sums.A, C=sums.C, B=sums.B,
+        d_t=d_t, best=best, best_t=sums.best_t, t_at_best=sums.t_at_best,
+    )  # fmt: skip
     return sums, kd
 
 
 @triton.jit
+def likeliest_outcome(x, x_rest, log_p, log_rest):
+    """The student's likeliest outcome: its ``x``, and the teacher's log-probability there."""
+    top = tl.max(x, 1)
+    log_p_top = tl.max(tl.where(x == top[:, None], log_p, float("-inf")), 1)
+    return tl.maximum(top, x_rest), tl.where(x_rest > top, log_rest, log_p_top)
+
+
+@triton.jit
+def forward_kl_slopes(x, x_rest, log_p, log_rest):
+    """``r0 q - p`` of all outcomes: 0 at the student's likeliest, where ``r0 = p/q``.
+
+    Its own gradient is then what the others' add up to, and not a difference of numbers near 1.
+    """
+    x_top, log_p_top = likeliest_outcome(x, x_rest, log_p, log_rest)
+    scale = tl.exp2(log_p_top * LOG2_E - x_top)
+    is_top = (x == x_top[:, None]) & (log_p == log_p_top[:, None])
+    h = tl.where(is_top, 0.0, tl.exp2(x) * scale[:, None] - tl.exp2(log_p * LOG2_E))
+    is_top = (x_rest == x_top) & (log_rest == log_p_top)
+    return h, tl.where(is_top, 0.0, tl.exp2(x_rest) * scale - tl.exp2(log_rest * LOG2_E))
+
+
+@triton.jit
+def top_k_mixture(x, x_rest, q, q_rest, log_p, log_rest, beta, DIVERGENCE: tl.constexpr):
+    """A mixture's divergence over the ids' outcomes [ROWS, K] and all others as one [ROWS].
+
+    ``x`` and ``q`` are the student's logits, in bits, and probabilities; ``log_p`` and ``log_rest``
+    are the teacher's, in nats. Returns the divergence, its gradient by the ids' logits, and the
+    gradient by any other logit over its probability.
+    """
+    # The outcome which ratios count from. The teacher may rule it out.
+    x_top, log_p_top = likeliest_outcome(x, x_rest, log_p, log_rest)
+    q_top = tl.maximum(tl.max(q, 1), q_rest)
+    ratio = tl.exp2(log_p_top * LOG2_E) / q_top
+    bounded = bounded_ratio(ratio, beta, DIVERGENCE)
+    log_p_top = tl.where(ratio == bounded, log_p_top, tl.log(bounded * q_top))
+    row = mixture_row(bounded, beta, DIVERGENCE, False)
+    row_of_ids = mixture_row(bounded[:, None], beta, DIVERGENCE, False)
+
+    gap = (log_p - log_p_top[:, None]) * LOG2_E - tl.maximum(x - x_top[:, None], LOWEST)
+    gap_rest = (log_rest - log_p_top) * LOG2_E - tl.maximum(x_rest - x_top, LOWEST)
+    phi, term = mixture_terms(gap, row_of_ids, beta, DIVERGENCE, True)
+    phi_rest, term_rest = mixture_terms(gap_rest, row, beta, DIVERGENCE, True)
+    expectation = tl.sum(q * phi, 1) + q_rest * phi_rest
+    p, p_rest = tl.exp2(log_p * LOG2_E), tl.exp2(log_rest * LOG2_E)
+    weights = value_weights(p, q, row_of_ids, DIVERGENCE)
+    weight_rest = value_weights(p_rest, q_rest, row, DIVERGENCE)
+    weighted = tl.sum(weights * term, 1) + weight_rest * term_rest
+    value = mixture_value(weighted, expectation, row, beta, DIVERGENCE)
+    return value, q * (phi - expectation[:, None]), phi_rest - expectation
+
+
+@triton.jit
+def mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE: tl.constexpr):
+    """The teacher's logit that a dense mixture's ratios count from, and ``r0``, the ratio there.
+
+    The logit at the student's argmax; where ``r0`` is out of bounds, what it would be at a bound.
+    """
+    t = sums.t_at_best
+    y = to_target(sums.m, t, t_share) - sums.m_t
+    ratio = tl.exp2(y * inv_T) * (sums.d / sums.d_t)
+    bounded = bounded_ratio(ratio, beta, DIVERGENCE)
+    bound = sums.m_t + tl.log2(bounded * (sums.d_t / sums.d)) / inv_T
+    if t_share is not None:
+        share = to_fp32(t_share)
+        bound = (bound - (1 - share) * sums.m) / share
+    return tl.where(ratio == bounded, t, bound), bounded
+
+
+@triton.jit
 def dense_divergence(
-    sums, rows, counts, mixture_ptr, num_segments, N, temperature,
-    DIVERGENCE: tl.constexpr, HAS_MIXTURE: tl.constexpr,
+    sums, rows, counts, mixture_ptr, num_segments, N, t_share, inv_T, temperature, beta,
+    DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """The divergence from a dense teacher, and ``sum h``, which its gradient needs."""
+    """The divergence from a dense teacher, and what its gradient needs as EXPECTATION."""
     if DIVERGENCE == FORWARD_KL:
-        kd = sums.A / (temperature * sums.d_t) + tl.log(sums.d / sums.d_t)
-        expectation = tl.zeros_like(kd) - 1
+        kd = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
+        expectation = sums.B / sums.d_t
     elif DIVERGENCE == REVERSE_KL:
-        kd = sums.A / (temperature * sums.d) + tl.log(sums.d_t / sums.d)
-        expectation = kd
+        expectation = sums.A / sums.d
+        kd = expectation / temperature + log_totals_ratio(sums)
+    elif DIVERGENCE == JEFFREYS:
+        expectation = sums.C / sums.d
+        forward = sums.A / (temperature * sums.d_t) - log_totals_ratio(sums)
+        kd = beta * forward + (1 - beta) * (expectation / temperature + log_totals_ratio(sums))
+    elif DIVERGENCE == TVD:
+        total, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
+        kd = 0.5 * total / sums.d
     else:
         require_mixture(DIVERGENCE)
-        kd = 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
-        expectation = tl.zeros_like(kd)
-    if HAS_MIXTURE:
-        step = tl.full((), num_segments, tl.int64) * N
-        at = mixture_ptr + rows
-        for _ in range(num_segments):
-            kd += tl.load(at, mask=counts, other=0.0)
-            expectation += tl.load(at + step, mask=counts, other=0.0)
-            at += N
+        weighted, expectation = second_sums(sums, rows, counts, mixture_ptr, num_segments, N)
+        _, ratio = mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE)
+        row = mixture_row(ratio, beta, DIVERGENCE, True)
+        weighted /= value_weights(sums.d_t, sums.d, row, DIVERGENCE)
+        kd = mixture_value(weighted, expectation, row, beta, DIVERGENCE)
     return kd, expectation
+
+
+@triton.jit
+def top_sign(sums, t_share, inv_T):
+    """The sign of ``q - p`` at the student's argmax, which TVD's slopes count from."""
+    near, rest = totals_ratio(sums.B / sums.d_t, sums.d, sums.d_t)
+    y = to_target(sums.m, sums.t_at_best, t_share) - sums.m_t
+    return sign(probability_difference(1.0, tl.exp2(y * inv_T), near, rest))
+
+
+@triton.jit
+def second_sums(sums, rows, counts, mixture_ptr, num_segments, N):
+    """What ``mixture`` has summed up of the rows, the second of it over the student's total."""
+    first, second = tl.zeros_like(sums.d), tl.zeros_like(sums.d)
+    step = tl.full((), num_segments, tl.int64) * N
+    at = mixture_ptr + rows
+    for _ in range(num_segments):
+        first += tl.load(at, mask=counts, other=0.0)
+        second += tl.load(at + step, mask=counts, other=0.0)
+        at += N
+    return first, second / sums.d + 0 * tl.log(sums.d / sums.d_t)  # NaN of either side
+
+
+@triton.jit
+def log_totals_ratio(sums):
+    """``log(d_t/d)``, from their difference where they are near."""
+    near = LN_2 * log2_1p(sums.B / sums.d)
+    return tl.where(tl.abs(sums.B) < 0.5 * sums.d, near, tl.log(sums.d_t / sums.d))
 
 
 @triton.jit
 def merge_kernel(
     partials_ptr,  # [PARTIALS, segments, N] fp32, of ``statistics``
-    mixture_ptr,  # [2, segments, N] fp32, of ``mixture``
+    mixture_ptr,  # [2, segments, N] fp32, of ``mixture``, read if FINAL
     num_segments, segment_length, N, V,
     s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; what follows as in LogitsRow
+    t_share,  # None, or a DENSE teacher's share of the target
     ids_ptr,  # [N, K] int32 of a TOP_K teacher, ascending in each row
     log_p_ptr,  # [N, K] fp32
     log_rest_ptr,  # [N] fp32: log-probability of everything else
@@ -239,6 +418,11 @@ def merge_kernel(
     K,
     labels_ptr,  # None, or [N]
     ignore_index,
+    other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
+    token_weights_ptr,  # None, or [N] fp32: of CE and z-loss
+    kd_weights_ptr,  # None, or [N] fp32: of the divergence; rows of weight 0 are not compared
+    soft_ptr,  # None, or what has been summed up are shares of the classes
+    class_weight_ptr,  # None, or [V]
     loss_ptr,  # [N] fp32, written, as all that follow
     parts_ptr,  # [PARTS, N]
     saved_ptr,  # [SAVED, N]
@@ -247,40 +431,58 @@ def merge_kernel(
     inv_T, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,  # a power of 2 from K on
-    FINAL: tl.constexpr,  # not FINAL: only what ``mixture`` has to know
-    HAS_MIXTURE: tl.constexpr,  # ``mixture_ptr`` has been filled
+    FINAL: tl.constexpr,  # not FINAL: only what ``mixture`` has to know, which fills mixture_ptr
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Segments to rows: their losses, and what the gradient needs of them."""
     # Which rows count: those of a label other than the ignored one. A label outside [0, V) counts,
     # and poisons its row.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    counts = rows < N
-    in_range = counts
+    exists = rows < N
+    if other_rows_ptr is not None:
+        exists = exists & (tl.load(other_rows_ptr + rows, mask=exists, other=0) == wanted)
+    counts = exists
+    in_range = exists
     label = rows
     if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask=counts, other=0)
         counts = counts & (label != ignore_index)
         in_range = (label >= 0) & (label < V)
+    compared = counts  # with the teacher
+    if kd_weights_ptr is not None:
+        on_kd = tl.load(kd_weights_ptr + rows, mask=counts, other=0.0)
+        compared = counts & (on_kd != 0)
     inv_T, temperature, beta = to_fp32(inv_T), to_fp32(temperature), to_fp32(beta)
     zero = tl.zeros([ROWS], tl.float32)
 
+    SOFT: tl.constexpr = soft_ptr is not None
+    WEIGHTED_CLASSES: tl.constexpr = class_weight_ptr is not None
     sums = merge_segments(
-        partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T, ROWS, FLAGS
-    )
+        partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
+        ROWS, SOFT or WEIGHTED_CLASSES, FLAGS,
+    )  # fmt: skip
     saved = saved_ptr + rows
     kd = zero
     if FLAGS.TEACHER == TOP_K:
-        student = LogitsRow(s_ptr + rows[:, None] * s_stride, s_bias, s_scale, s_softcap)
+        student = LogitsRow(s_ptr + rows[:, None] * s_stride, s_bias, s_scale, s_softcap, None)
         sums, kd = add_top_k(
-            sums, rows, counts, student, ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr,
-            K, V, inv_T, beta, BLOCK_K, FLAGS,
+            sums, rows, compared, student,
+            ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr, K, V, inv_T, beta,
+            BLOCK_K, FLAGS,
         )  # fmt: skip
 
     # What ``mixture`` and ``gradient`` need of each row.
     if FLAGS.TEACHER != NO_TEACHER:
         tl.store(saved + SAVED_TEACHER_MAXIMUM * N, sums.m_t, mask=counts)
         tl.store(saved + SAVED_TEACHER_TOTAL * N, sums.d_t, mask=counts)
+    if FLAGS.TWO_PASSES and FLAGS.DIVERGENCE != TVD:
+        reference, ratio = mixture_reference(sums, t_share, inv_T, beta, FLAGS.DIVERGENCE)
+        tl.store(saved + REFERENCE * N, reference, mask=counts)
+        tl.store(saved + RATIO * N, ratio, mask=counts)
+    if FLAGS.TEACHER == DENSE and (FLAGS.DIVERGENCE == JEFFREYS or FLAGS.DIVERGENCE == TVD):
+        tl.store(saved + TOTALS * N, sums.B / sums.d_t, mask=counts)
+    if FLAGS.TWO_PASSES and FLAGS.DIVERGENCE == TVD:
+        tl.store(saved + TOP_SIGN * N, top_sign(sums, t_share, inv_T), mask=counts)
     tl.store(saved + MAXIMUM * N, sums.m, mask=counts)
     tl.store(saved + TOTAL * N, sums.d, mask=counts)
     if FLAGS.COMPUTE_CE:
@@ -289,34 +491,53 @@ def merge_kernel(
     if FINAL:
         if FLAGS.TEACHER == DENSE:
             kd, expectation = dense_divergence(
-                sums, rows, counts, mixture_ptr, num_segments, N, temperature,
-                FLAGS.DIVERGENCE, HAS_MIXTURE,
+                sums, rows, compared, mixture_ptr, num_segments, N, t_share, inv_T, temperature,
+                beta, FLAGS.DIVERGENCE,
             )  # fmt: skip
             tl.store(saved + EXPECTATION * N, expectation, mask=counts)
 
-        exists = rows < N
         poison = tl.where(in_range, zero, float("nan"))
         # A divergence in (-1e-5, 0) is a rounded zero; lower ones stay visible.
         kd = tl.where((kd < 0) & (kd > -1e-5), 0.0, kd) * to_fp32(kd_scale) + poison
+        if kd_weights_ptr is not None:
+            kd = tl.where(compared, on_kd * kd, 0.0)
         kd_weight = to_fp32(kd_weight)
         loss = poison
         if FLAGS.TEACHER != NO_TEACHER:
             loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
 
         # CE and z-loss: the label's logit is read here, one number per row.
-        ce, square, correct, agree, entropy = zero, zero, zero, zero, zero
+        ce, square, correct, agree, entropy, lse = zero, zero, zero, zero, zero, zero
         if FLAGS.COMPUTE_CE:
-            at = tl.where(in_range, label, 0)
-            student = LogitsRow(s_ptr + rows * s_stride, s_bias, s_scale, s_softcap)
-            z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
-            z, _ = to_logits(z, at, student, counts, True)
             log_1 = tl.log(sums.d_1)
-            smoothing = to_fp32(smoothing)
-            ce = log_1 - (1 - smoothing) * (z - sums.m) + poison
-            if FLAGS.SMOOTH:
-                ce -= smoothing * (sums.S / V)
+            if SOFT:
+                ce = sums.count * log_1 - sums.S
+                tl.store(saved + MASS * N, sums.count, mask=counts)
+            elif labels_ptr is not None:
+                at = tl.where(in_range, label, 0)
+                student = LogitsRow(s_ptr + rows * s_stride, s_bias, s_scale, s_softcap, None)
+                z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
+                z, _ = to_logits(z, at, student, counts, True)
+                smoothing = to_fp32(smoothing)
+                if WEIGHTED_CLASSES:
+                    label_share = (1 - smoothing) * tl.load(class_weight_ptr + at)
+                    mass = label_share
+                    ce = tl.where(label_share != 0, label_share * (log_1 - (z - sums.m)), 0.0)
+                    if FLAGS.SMOOTH:
+                        ce += (smoothing / V) * (sums.count * log_1 - sums.S)
+                        mass += (smoothing / V) * sums.count
+                    tl.store(saved + MASS * N, mass, mask=counts)
+                else:
+                    ce = log_1 - (1 - smoothing) * (z - sums.m)
+                    if FLAGS.SMOOTH:
+                        ce = tl.where(smoothing < 1, ce, log_1) - smoothing * (sums.S / V)
+                ce += poison
             lse = sums.m + log_1
             square = lse * lse + poison
+            if token_weights_ptr is not None:
+                on_ce = tl.load(token_weights_ptr + rows, mask=counts, other=0.0)
+                ce = tl.where(on_ce != 0, on_ce * ce, 0.0)
+                square = tl.where(on_ce != 0, on_ce * square, 0.0)
             ce_weight, z_loss = to_fp32(ce_weight), to_fp32(z_loss)
             loss += tl.where(ce_weight > 0, ce_weight * ce, 0.0)
             loss += tl.where(z_loss > 0, z_loss * square, 0.0)
@@ -330,8 +551,8 @@ def merge_kernel(
             if FLAGS.TEACHER != NO_TEACHER:
                 other = sums.best_t.to(tl.int64)
                 if FLAGS.TEACHER == TOP_K:
-                    other = tl.load(top_id_ptr + rows, mask=counts, other=-1)
-                agree = (column == other).to(tl.float32)
+                    other = tl.load(top_id_ptr + rows, mask=compared, other=-1)
+                agree = ((column == other) & compared).to(tl.float32)
 
         # Rows that do not count are 0, never products with 0: they may hold NaN.
         parts = parts_ptr + rows
@@ -341,4 +562,5 @@ def merge_kernel(
         tl.store(parts + 3 * N, tl.where(counts, correct, 0.0), mask=exists)
         tl.store(parts + 4 * N, tl.where(counts, agree, 0.0), mask=exists)
         tl.store(parts + 5 * N, tl.where(counts, entropy, 0.0), mask=exists)
+        tl.store(parts + 6 * N, tl.where(counts, lse, 0.0), mask=exists)
         tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=exists)

@@ -29,9 +29,13 @@ def reduce_kernel(
     N,
     mean_ptr, divisor_ptr, num_tokens_ptr,  # [] each, written
     ce_ptr, kd_ptr, z_ptr, correct_ptr, agree_ptr, entropy_ptr,  # [] each, written
+    lse_ptr,  # [N], written
     BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 computes ``sum(loss) / max(items, 1)``, program i the sum of part i - 1."""
+    """Program 0 computes ``sum(loss) / max(items, 1)``, program i the sum of part i - 1.
+
+    The last part is not summed up but copied, to be a tensor of its own.
+    """
     part = tl.program_id(0)
     of = loss_ptr
     if part > 0:
@@ -41,7 +45,9 @@ def reduce_kernel(
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, N, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        total += tl.load(of + rows, mask=rows < N, other=0.0)
+        x = tl.load(of + rows, mask=rows < N, other=0.0)
+        total += x
+        tl.store(lse_ptr + rows, x, mask=(rows < N) & (part == 7))
         if HAS_LABELS:
             label = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
             count += (label != ignore_index).to(tl.int32)
@@ -67,7 +73,10 @@ def reduce_kernel(
 
 
 class Reduced(NamedTuple):
-    """Sums over rows: 0-d fp32 tensors, each of its own storage, because callers add in place."""
+    """Sums over rows: 0-d fp32 tensors, each of its own storage, because callers add in place.
+
+    All but ``lse``, the last part as it is.
+    """
 
     mean: Tensor  # the losses' sum over the divisor
     divisor: Tensor  # at least 1
@@ -78,6 +87,7 @@ class Reduced(NamedTuple):
     correct: Tensor
     agree: Tensor
     entropy: Tensor
+    lse: Tensor  # [N]
 
 
 def reduced(
@@ -89,6 +99,7 @@ def reduced(
 ) -> Reduced:
     """Reduce row losses and their parts, in one launch."""
     result = Reduced(*(loss.new_empty(()) for _ in Reduced._fields))
+    result = result._replace(lse=loss.new_empty(len(loss)))
     y = loss if labels is None else labels.contiguous()
     with on_device(loss.device):
         reduce_kernel[(1 + PARTS,)](

@@ -25,7 +25,11 @@ d = sum e^(x/T)       d r                              log-normaliser  log d
 S = sum x             S + columns so far * move        smooth term     log d - S/V   (T = 1)
 E = sum e^x x         (E + d move) r                   entropy         log d - E/d   (T = 1)
 A = sum e^(a/T)(a-b)  (A + d_a (move_a - move_b)) r_a  KL(a||b) = A/(T d_a) - log (d_a/d_b)
+B = d_t - d           B r + d_t (r_t - r)              log (d_t/d) = log1p(B/d), and d_t/d - 1
 ====================  ===============================  ====================================
+
+``B``, of the teacher's total and the student's, is summed up as differences of exponentials: where
+both sides nearly agree, what is left of two rounded totals would be rounding.
 
 Lanes
 -----
@@ -46,6 +50,19 @@ Offsets and ignored rows
 ------------------------
 Rows are 64-bit offsets, columns 32-bit. Programs of rows that do not count return at once, except
 in ``gradient``, where they write zeros without reading.
+
+Weights of rows, and two divergences
+------------------------------------
+Losses are multiplied by the weights of tokens in ``merge``, gradients in ``gradient``. Where the
+divergence's weight is 0 no kernel reads the teacher's row. A choice between two divergences by row
+launches every kernel twice, once for each: programs of rows that take the other one return at once
+and write nothing.
+
+Weights of classes, and labels that are probabilities
+-----------------------------------------------------
+CE is ``sum_v a_v (lse - s_v)``, see ``ce.py``. With weights ``S`` is the sum of ``w_v x``, for
+labels that are probabilities that of ``a_v x``, and the columns so far are counted with the same
+factors. ``merge`` saves ``sum a``, of which the gradient takes a share ``q``.
 """
 
 from __future__ import annotations
@@ -77,18 +94,27 @@ BEST = tl.constexpr(5)  # argmax, or near it an id that is no smaller; exact in 
 TEACHER_MAXIMUM = tl.constexpr(6)
 TEACHER_TOTAL = tl.constexpr(7)
 TEACHER_BEST = tl.constexpr(8)
-CROSS = tl.constexpr(9)  # A
-COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher
-PARTIALS = 10
+CROSS = tl.constexpr(9)  # A of a KL; of Jeffreys' two that of KL(p || q)
+CROSS_REVERSE = tl.constexpr(11)  # and that of KL(q || p)
+DIFFERENCE = tl.constexpr(10)  # B of what is no mixture
+TEACHER_AT_BEST = tl.constexpr(9)  # the teacher's logit at BEST, for a mixture
+COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher or with weights of classes
+PARTIALS = 12
 
 # What the gradient needs, [SAVED, N], in the numbering above for the first three
 SAVED_TEACHER_MAXIMUM = tl.constexpr(3)
 SAVED_TEACHER_TOTAL = tl.constexpr(4)
-EXPECTATION = tl.constexpr(5)  # sum_u h_u of a dense divergence
-SAVED = 6
+# forward_kl: B/d_t; reverse_kl, jeffreys: A/d; a mixture: sum_v q_v phi_v; tvd: the same of signs
+EXPECTATION = tl.constexpr(5)
+REFERENCE = tl.constexpr(6)  # the teacher's logit that a mixture's ratios count from
+RATIO = tl.constexpr(7)  # and p/q there
+TOTALS = tl.constexpr(6)  # jeffreys and tvd: B/d_t
+TOP_SIGN = tl.constexpr(7)  # tvd: the sign of q - p at the student's argmax
+MASS = tl.constexpr(3)  # sum of a, with weights of classes, which have no teacher beside them
+SAVED = 8
 
 # Parts of the loss, [PARTS, N]
-PARTS = 6  # ce, kd, z, correct, agree, entropy
+PARTS = 7  # ce, kd, z, correct, agree, entropy, lse
 
 
 class Flags(NamedTuple):
@@ -101,8 +127,9 @@ class Flags(NamedTuple):
     DIVERGENCE: int
     T_CASE: int  # whether the temperature is 1, 2 or any
     COMPUTE_CE: bool = False  # CE and z-loss; in ``gradient`` only where a weight is not 0
-    SMOOTH: bool = False  # label smoothing above 0
+    SMOOTH: bool = False  # each class has a share of CE: label smoothing, or probabilities
     COMPUTE_METRICS: bool = False  # correct, agree, entropy
+    TWO_PASSES: bool = False  # a dense teacher's divergence takes a second reading
 
 
 @triton.jit
@@ -127,6 +154,12 @@ def rescale_cross(total, cross, move, other_move, inv_T):
     """The cross sum ``A`` after both maxima have moved, with 0 * inf = 0."""
     decay = tl.exp2(move * inv_T)
     return tl.where(decay > 0, (cross + total * (move - other_move)) * decay, 0.0)
+
+
+@triton.jit
+def rescale_difference(total_t, difference, decay_t, decay):
+    """The difference of totals ``B`` after both maxima have moved; ``total_t`` is the teacher's."""
+    return difference * decay + total_t * (decay_t - decay)
 
 
 @triton.jit

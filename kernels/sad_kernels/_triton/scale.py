@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sad_kernels._triton.launch import ceil_div, on_device
+from sad_kernels._triton.tile import to_dtype
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -30,11 +31,12 @@ def scaled_kernel(
     factor = tl.load(factor_ptr)
     if start + BLOCK <= n:
         x = tl.load(x_ptr + start + offsets).to(tl.float32)
-        tl.store(out_ptr + start + offsets, (x * factor).to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + start + offsets, to_dtype(x * factor, out_ptr.dtype.element_ty))
     else:
         mask = start + offsets < n
         x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + start + offsets, (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
+        x = to_dtype(x * factor, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + start + offsets, x, mask=mask)
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:  # factor: [] fp32

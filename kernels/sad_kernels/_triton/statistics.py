@@ -14,10 +14,13 @@ from sad_kernels._triton.rows import (
     BEST,
     COUNT,
     CROSS,
+    CROSS_REVERSE,
     DENSE,
+    DIFFERENCE,
     MASKED_LOGIT,
     MAXIMUM,
     PLAIN,
+    TEACHER_AT_BEST,
     TEACHER_BEST,
     TEACHER_MAXIMUM,
     TEACHER_TOTAL,
@@ -32,18 +35,23 @@ from sad_kernels._triton.rows import (
     over_lanes,
     product,
     rescale_cross,
+    rescale_difference,
     to_lanes,
 )
 from sad_kernels._triton.tile import (
     FORWARD_KL,
+    JEFFREYS,
     LOWEST,
     REVERSE_KL,
+    TVD,
+    ClassShares,
     LogitsRow,
     exponentials,
     load_logits,
-    load_target,
+    load_shares,
     require_mixture,
     to_fp32,
+    to_target,
 )
 
 
@@ -58,6 +66,8 @@ class LaneSums(NamedTuple):
     count: Any  # columns in S
     E: Any  # sum of e^x x
     A: Any  # cross sum of a KL
+    C: Any  # cross sum of KL(q || p) beside that of KL(p || q)
+    B: Any  # d_t - d
     d_t: Any  # sum of e^(y/T) over the teacher
     best: Any  # int32: where the tile that holds the maximum begins, from the segment's start
     best_t: Any
@@ -100,7 +110,7 @@ def first_argmax(x, start, column, seen, SIZE: tl.constexpr):
 
 @triton.jit
 def add_columns(
-    sums, cursor, student, teacher, t_share, start, first, V, ids, K, inv_T,
+    sums, cursor, student, teacher, t_share, shares, start, first, V, ids, K, inv_T,
     SIZE: tl.constexpr,  # a tile or a piece
     MASKED: tl.constexpr,  # some columns may lie past V
     HAS_IDS: tl.constexpr,  # ids of a top-k teacher may be among the columns
@@ -113,7 +123,8 @@ def add_columns(
     s, _ = load_logits(student, columns, V, MASKED)
     t = s
     if FLAGS.TEACHER == DENSE:
-        t = load_target(s, teacher, t_share, columns, V, MASKED)
+        t, _ = load_logits(teacher, columns, V, MASKED)
+        t = to_target(s, t, t_share)
     number = tl.full([LANES], SIZE // LANES, tl.float32)
     if MASKED:
         s = tl.where(columns < V, s, MASKED_LOGIT)
@@ -129,13 +140,13 @@ def add_columns(
     m = tl.maximum(sums.m, top)
     x = s - over_lanes(m)
     best = sums.best
-    if FLAGS.COMPUTE_METRICS:
+    if FLAGS.COMPUTE_METRICS or FLAGS.TWO_PASSES:
         best = tl.where(top > sums.m, start - first, best)  # ties stay to the left
     move = sums.m - m
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
     decay_T, decay_1 = exponentials(move, inv_T, FLAGS.T_CASE)
 
-    m_t, d_t, best_t, A = sums.m_t, sums.d_t, sums.best_t, sums.A
+    m_t, d_t, best_t, A, B, C = sums.m_t, sums.d_t, sums.best_t, sums.A, sums.B, sums.C
     if FLAGS.TEACHER == DENSE:
         t = to_lanes(t, LANES, VECTOR)
         top_t = lane_max(t)
@@ -144,19 +155,29 @@ def add_columns(
         m_t = tl.maximum(m_t, top_t)
         move_t = sums.m_t - m_t
         y = t - over_lanes(m_t)
-        exp_T_t = tl.exp2(y * inv_T)
+        exp_T_t, decay_T_t = tl.exp2(y * inv_T), tl.exp2(move_t * inv_T)
         if FLAGS.DIVERGENCE == FORWARD_KL:
             A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
         elif FLAGS.DIVERGENCE == REVERSE_KL:
             A = rescale_cross(sums.d, A, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
-        else:
+        elif FLAGS.DIVERGENCE == JEFFREYS:
+            A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
+            C = rescale_cross(sums.d, C, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
+        elif FLAGS.DIVERGENCE != TVD:
             require_mixture(FLAGS.DIVERGENCE)  # takes a second reading, see ``mixture.py``
-        d_t = d_t * tl.exp2(move_t * inv_T) + lane_sum(exp_T_t)
+        if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
+            B = rescale_difference(d_t, B, decay_T_t, decay_T) + lane_sum(exp_T_t - exp_T)
+        d_t = d_t * decay_T_t + lane_sum(exp_T_t)
 
     d_1, S, count, E = sums.d_1, sums.S, sums.count, sums.E
     if FLAGS.COMPUTE_CE:
         if FLAGS.SMOOTH:
-            present = tl.where(s == MASKED_LOGIT, 0.0, x) if MASKED or HAS_IDS else x
+            if shares is None:
+                present = tl.where(s == MASKED_LOGIT, 0.0, x) if MASKED or HAS_IDS else x
+            else:
+                a = to_lanes(load_shares(shares, columns, V, MASKED), LANES, VECTOR)
+                present = tl.where(a != 0, a * x, 0.0)
+                number = lane_sum(a)
             S += count * move + lane_sum(present)
             count += number
         if FLAGS.COMPUTE_METRICS:
@@ -164,7 +185,7 @@ def add_columns(
             E += lane_sum(exp_1 * tl.maximum(x, LOWEST))  # 0 * -inf is 0
         d_1 = d_1 * decay_1 + lane_sum(exp_1)
     d = sums.d * decay_T + lane_sum(exp_T)
-    return LaneSums(m, m_t, d, d_1, S, count, E, A, d_t, best, best_t), cursor
+    return LaneSums(m, m_t, d, d_1, S, count, E, A, C, B, d_t, best, best_t), cursor
 
 
 @triton.jit
@@ -183,8 +204,12 @@ def statistics_kernel(
     ids_ptr, K,  # [N, K] int32 of a TOP_K teacher, ascending in each row
     labels_ptr,  # None, or [N]
     ignore_index,
+    other_rows_ptr, wanted,  # None, or [N]: only rows with the wanted number are computed
+    kd_weights_ptr,  # None, or [N]: of the divergence; the teacher's row is not read where it is 0
+    soft_ptr, soft_stride,  # None, or [N, >= V] probabilities of the classes
+    class_weight_ptr,  # None, or [V]
     partials_ptr,  # [PARTIALS, segments, N] fp32, written
-    N, V, inv_T,
+    N, V, inv_T, smoothing,
     BLOCK: tl.constexpr,  # columns of a tile: a multiple of a piece
     SEGMENT: tl.constexpr,  # columns of a program: a multiple of BLOCK
     LANES: tl.constexpr,
@@ -197,11 +222,25 @@ def statistics_kernel(
     if labels_ptr is not None:
         if tl.load(labels_ptr + row) == ignore_index:
             return
+    if other_rows_ptr is not None:
+        if tl.load(other_rows_ptr + row) != wanted:
+            return
     inv_T = to_fp32(inv_T)
-    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap)
+    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
     teacher = student
+    is_read = None
+    if kd_weights_ptr is not None:
+        is_read = (tl.load(kd_weights_ptr + row) != 0).to(tl.int32)
+        K *= is_read
     if FLAGS.TEACHER == DENSE:
-        teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap)
+        teacher = LogitsRow(t_ptr + row * t_stride, t_bias, t_scale, t_softcap, is_read)
+    shares = None
+    if soft_ptr is not None:
+        smoothing = to_fp32(smoothing)
+        soft = soft_ptr + row * soft_stride
+        shares = ClassShares(soft, class_weight_ptr, 1 - smoothing, smoothing / V)
+    elif class_weight_ptr is not None:
+        shares = ClassShares(None, class_weight_ptr, 0.0, 1.0)
     ids = ids_ptr
     if FLAGS.TEACHER == TOP_K:
         ids = ids_ptr + row * K
@@ -210,8 +249,8 @@ def statistics_kernel(
     lowest = none + LOWEST
     start_of_tile = tl.zeros([LANES], tl.int32)
     sums = LaneSums(
-        m=lowest, m_t=lowest, d=none, d_1=none, S=none, count=none, E=none, A=none, d_t=none,
-        best=start_of_tile, best_t=start_of_tile,
+        m=lowest, m_t=lowest, d=none, d_1=none, S=none, count=none, E=none, A=none, C=none,
+        B=none, d_t=none, best=start_of_tile, best_t=start_of_tile,
     )  # fmt: skip
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
@@ -234,20 +273,20 @@ def statistics_kernel(
         stop = start + (stop - start) // BLOCK * BLOCK
         for at in range(start, stop, BLOCK):
             sums, cursor = add_columns(
-                sums, cursor, student, teacher, t_share, at, first, V, ids, K, inv_T,
+                sums, cursor, student, teacher, t_share, shares, at, first, V, ids, K, inv_T,
                 BLOCK, False, False, LANES, VECTOR, FLAGS,
             )  # fmt: skip
         if FLAGS.TEACHER == TOP_K:
             for at in range(stop, end, PIECE):
                 sums, cursor = add_columns(
-                    sums, cursor, student, teacher, t_share, at, first, V, ids, K, inv_T,
+                    sums, cursor, student, teacher, t_share, shares, at, first, V, ids, K, inv_T,
                     PIECE, False, True, LANES, VECTOR, FLAGS,
                 )  # fmt: skip
         start = end
     # The rest, in pieces, of which the last may reach past V.
     for at in range(whole, last, PIECE):
         sums, cursor = add_columns(
-            sums, cursor, student, teacher, t_share, at, first, V, ids, K, inv_T,
+            sums, cursor, student, teacher, t_share, shares, at, first, V, ids, K, inv_T,
             PIECE, True, FLAGS.TEACHER == TOP_K, LANES, VECTOR, FLAGS,
         )  # fmt: skip
 
@@ -263,11 +302,11 @@ def statistics_kernel(
         tl.store(out + TOTAL_1 * step, tl.sum(sums.d_1 * decay_1, 0))
         if FLAGS.SMOOTH:
             tl.store(out + PLAIN * step, tl.sum(sums.S + sums.count * move, 0))
-            if FLAGS.TEACHER == TOP_K:
+            if FLAGS.TEACHER == TOP_K or shares is not None:
                 tl.store(out + COUNT * step, tl.sum(sums.count, 0))
         if FLAGS.COMPUTE_METRICS:
             tl.store(out + WEIGHTED * step, tl.sum((sums.E + sums.d_1 * move) * decay_1, 0))
-    if FLAGS.COMPUTE_METRICS:
+    if FLAGS.COMPUTE_METRICS or FLAGS.TWO_PASSES:
         # The argmax: one tile is read once more. It is that of all columns, a teacher's ids
         # included: where an id is no smaller, merge takes the best id.
         start = first + first_tile(sums.m, sums.best, top)
@@ -276,17 +315,28 @@ def statistics_kernel(
             s, _ = load_logits(student, at + tl.arange(0, PIECE), last, True)
             column, seen = first_argmax(s, at, column, seen, PIECE)
         tl.store(out + BEST * step, column)
+        if FLAGS.TWO_PASSES:
+            t_at_best = load_logits(teacher, column.to(tl.int32), V, False)[0]
+            tl.store(out + TEACHER_AT_BEST * step, t_at_best)
     if FLAGS.TEACHER == DENSE:
         top_t = tl.max(sums.m_t, 0)
         move_t = sums.m_t - top_t
         tl.store(out + TEACHER_MAXIMUM * step, top_t)
-        tl.store(out + TEACHER_TOTAL * step, tl.sum(sums.d_t * tl.exp2(move_t * inv_T), 0))
+        decay_T_t = tl.exp2(move_t * inv_T)
+        tl.store(out + TEACHER_TOTAL * step, tl.sum(sums.d_t * decay_T_t, 0))
+        if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
+            B = rescale_difference(sums.d_t, sums.B, decay_T_t, decay_T)
+            tl.store(out + DIFFERENCE * step, tl.sum(B, 0))
         if FLAGS.DIVERGENCE == FORWARD_KL:
             A_out = out + CROSS * step
             tl.store(A_out, tl.sum(rescale_cross(sums.d_t, sums.A, move_t, move, inv_T), 0))
         elif FLAGS.DIVERGENCE == REVERSE_KL:
             A_out = out + CROSS * step
             tl.store(A_out, tl.sum(rescale_cross(sums.d, sums.A, move, move_t, inv_T), 0))
+        elif FLAGS.DIVERGENCE == JEFFREYS:
+            A_out, C_out = out + CROSS * step, out + CROSS_REVERSE * step
+            tl.store(A_out, tl.sum(rescale_cross(sums.d_t, sums.A, move_t, move, inv_T), 0))
+            tl.store(C_out, tl.sum(rescale_cross(sums.d, sums.C, move, move_t, inv_T), 0))
         if FLAGS.COMPUTE_METRICS:
             start = first + first_tile(sums.m_t, sums.best_t, top_t)
             column, seen = start.to(tl.float32), tl.full((), float("-inf"), tl.float32)
@@ -295,6 +345,7 @@ def statistics_kernel(
                 s = tl.zeros([PIECE], tl.float32)
                 if t_share is not None:
                     s, _ = load_logits(student, columns, last, True)
-                t = load_target(s, teacher, t_share, columns, last, True)
+                t, _ = load_logits(teacher, columns, last, True)
+                t = to_target(s, t, t_share)
                 column, seen = first_argmax(t, at, column, seen, PIECE)
             tl.store(out + TEACHER_BEST * step, column)
