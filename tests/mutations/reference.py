@@ -5,7 +5,8 @@ from __future__ import annotations
 from mutations.planting import Mutation, edit, tests
 
 REFERENCE = "kernels/sad_kernels/reference.py"
-ORACLE = "tests/support/oracle.py"
+CALLS = "tests/support/oracle/calls.py"
+RULE = "tests/support/oracle/rule.py"
 
 
 def mathematics(*names: str) -> tuple[str, ...]:
@@ -222,17 +223,17 @@ MUTATIONS = [
     Mutation(
         "22",
         "the oracle gets the inputs in their own dtype",
-        edit(ORACLE, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
+        edit(CALLS, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
         tests("sad_kernels/test_regressions.py", "test_the_oracle_is_not_rounded"),
     ),
     Mutation(
         "22",
         "errors are averaged over the tensor, not judged row by row",
         edit(
-            ORACLE,
-            "return (_as_rows(x).double() - _as_rows(oracle)).abs().amax(-1)",
-            "rows = _as_rows(x)\n"
-            "    return (rows.double() - _as_rows(oracle)).abs().mean().expand(len(rows))",
+            RULE,
+            "return (as_rows(x).double() - as_rows(oracle)).abs().amax(-1)",
+            "rows = as_rows(x)\n"
+            "    return (rows.double() - as_rows(oracle)).abs().mean().expand(len(rows))",
         ),
         tests("sad_kernels/test_oracle.py", "test_the_three_lines_of_the_rule"),
     ),
@@ -240,7 +241,7 @@ MUTATIONS = [
         "22",
         "what eager gets wrong is a licence",
         edit(
-            ORACLE,
+            RULE,
             "budget = torch.minimum(2 * err_eager + band, 4 * band)",
             "budget = 2 * err_eager + band",
         ),
@@ -250,7 +251,7 @@ MUTATIONS = [
         "22",
         "a NaN is within any budget",
         edit(
-            ORACLE,
+            RULE,
             "    if not (err <= budget).all():\n"
             "        raise AssertionError(_worst_row(ours, oracle, yardstick",
             "    if (err > budget).any():\n"
