@@ -5,7 +5,8 @@ from __future__ import annotations
 from mutations.planting import Mutation, edit, tests
 
 REFERENCE = "kernels/sad_kernels/reference.py"
-CALLS = "tests/support/oracle/calls.py"
+DIVERGENCES = "tests/support/oracle/divergences.py"
+EXACT = "tests/support/oracle/exact.py"
 RULE = "tests/support/oracle/rule.py"
 
 
@@ -223,8 +224,23 @@ MUTATIONS = [
     Mutation(
         "22",
         "the oracle gets the inputs in their own dtype",
-        edit(CALLS, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
+        edit(EXACT, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
         tests("sad_kernels/test_regressions.py", "test_the_oracle_is_not_rounded"),
+    ),
+    Mutation(
+        "22",
+        "the oracle of a divergence is autograd through its definition",
+        edit(EXACT, "with replaced(_kd=kd_of()):", "with replaced():"),
+        tests("sad_kernels/test_exact.py", "test_the_oracle_has_digits_that_the_reference_lacks"),
+    ),
+    Mutation(
+        "22",
+        "the oracle counts from equal probabilities, not from the student's token",
+        edit(DIVERGENCES, "g=gap - gap.gather(-1, y),", "g=gap - offset,"),
+        tests(
+            "sad_kernels/test_exact.py",
+            "test_dense_teachers[reverse_kl-sure of different tokens]",
+        ),
     ),
     Mutation(
         "22",

@@ -2,9 +2,10 @@
 
 A result is judged row by row against two others computed from *the same rounded inputs*:
 
-* the oracle ``o``: ``sad_kernels.reference`` on float64 copies. The copies are the leaves, so that
-  the gradients are float64 too; upcasting inside the graph would round them to the input's dtype
-  and let wrong kernels pass.
+* the oracle ``o``: ``sad_kernels.reference`` on float64 copies, with divergences that are exact
+  near agreement as well, where its own are not (``exact.py``, ``divergences.py``). The copies are
+  the leaves, so that the gradients are float64 too; upcasting inside the graph would round them to
+  the input's dtype and let wrong kernels pass.
 * the yardstick ``e``: the same eager definition in the inputs' dtypes, computed in float32 with the
   head's matrix product included. It says what rounding alone may do.
 
@@ -42,8 +43,8 @@ from support.oracle.calls import (
     bound,
     dtypes_of,
     measure,
-    measure_oracle,
 )
+from support.oracle.exact import measure_exact, measure_oracle
 from support.oracle.judgement import (
     is_measurable,
     judge,
@@ -84,6 +85,7 @@ __all__ = [
     "judge_output",
     "judge_outputs",
     "measure",
+    "measure_exact",
     "measure_oracle",
     "rounding_of_products",
     "scales_of",

@@ -74,11 +74,6 @@ def bound(impl: str, chunk_bytes: int | None = None) -> Any:
     )
 
 
-def measure_oracle(problem: Problem) -> Outputs:
-    """The outputs of the reference on float64 leaves."""
-    return measure(problem, reference, {name: x.double() for name, x in problem.leaves.items()})
-
-
 def measure(problem: Problem, ops: Any, leaves: Mapping[str, Tensor] | None = None) -> Outputs:
     """Every output of the call, and the gradient of every leaf that requires one."""
     given = problem.leaves if leaves is None else leaves

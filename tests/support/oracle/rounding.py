@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sad_kernels import Objective, reference
+from sad_kernels import Objective
 from torch import Tensor
 
-from support.oracle.calls import Outputs, Problem, measure_oracle
+from support.oracle.calls import Outputs, Problem
+from support.oracle.exact import measure_oracle, replaced
 
 # --- What a rounded factor may do ----------------------------------------------------------------
 
@@ -53,7 +54,6 @@ def rounding_of_products(problem: Problem) -> Outputs:
 
 def _norms_of_products(problem: Problem, p: int) -> Outputs:
     """``sum |factor factor|^p`` for every number of a gradient, from the oracle's factors."""
-    original = reference._logits
 
     def logits(hidden: Tensor, head: Any, V: int, dtype: torch.dtype) -> Tensor:
         bias = hidden.new_zeros(V) if head.bias is None else head.bias[:V]
@@ -61,11 +61,8 @@ def _norms_of_products(problem: Problem, p: int) -> Outputs:
         z = head.logit_scale * _NormProducts.apply(*factors, p)
         return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
-    reference._logits = logits
-    try:
+    with replaced(_logits=logits):
         outputs = measure_oracle(problem)
-    finally:
-        reference._logits = original
     return {name: outputs[name] for name in ("dhidden", "dweight", "dbias") if name in outputs}
 
 
