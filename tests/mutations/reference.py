@@ -7,6 +7,7 @@ from mutations.planting import Mutation, edit, tests
 REFERENCE = "kernels/sad_kernels/reference.py"
 DIVERGENCES = "tests/support/oracle/divergences.py"
 EXACT = "tests/support/oracle/exact.py"
+ROUNDING = "tests/support/oracle/rounding.py"
 RULE = "tests/support/oracle/rule.py"
 
 
@@ -240,6 +241,26 @@ MUTATIONS = [
         tests(
             "sad_kernels/test_exact.py",
             "test_dense_teachers[reverse_kl-sure of different tokens]",
+        ),
+    ),
+    Mutation(
+        "22",
+        "a gradient of nothing is within the band where student and teacher agree",
+        edit(RULE, "8 * moved, 0)", "8 * moved.clamp(min=8 * eps), 0)"),
+        tests(
+            "sad_kernels/test_oracle_divergences.py",
+            "test_exact_differences_pass_where_gradients_are_small"
+            "[skew_reverse_kl-0.9-randn1+1e-3]",
+            "test_no_gradient_and_half_of_it_are_rejected[kl_div-dtype5]",
+        ),
+    ),
+    Mutation(
+        "22",
+        "logits are given, whatever they were computed from",
+        edit(ROUNDING, "if z.shape[-1] == known.shape[-1]:", "if known is None:"),
+        tests(
+            "sad_kernels/test_oracle_divergences.py",
+            "test_exact_differences_pass_beside_other_teachers[forward_kl-0.5-logits-dtype0]",
         ),
     ),
     Mutation(

@@ -63,11 +63,13 @@ def ratios_of(sides: Sides) -> Ratios:
     rise = torch.copysign(-torch.maximum(hot, hot_t) * torch.expm1(-gap.abs()), gap)
     B = rise.sum(-1, keepdim=True) + sum_t * missing / (1 - missing)
     offset = torch.where(B.abs() < d / 2, torch.log1p(B / d), d_t.log() - d.log())  # log d_t / d
+    # p - q over the larger of d and d_t: over the other a term of B would cancel most of its own
+    difference = torch.where(B > 0, (rise - hot * (B / d)) / d_t, (rise - hot_t * (B / d_t)) / d)
     y = student.argmax(-1, keepdim=True)
     return Ratios(
         p=hot_t / d_t,
         q=hot / d,
-        difference=(rise - hot_t * (B / d_t)) / d,
+        difference=difference,
         log_ratio=gap - offset,
         g=gap - gap.gather(-1, y),
         y=y,
@@ -170,6 +172,8 @@ def _centred(k: Ratios, phi: Tensor) -> Tensor:
     return times_q(phi - times_q(phi).sum(-1, keepdim=True))
 
 
+Change = Callable[[Tensor], Tensor] | None
+
 PHI: dict[str, Callable[[Ratios, float], Tensor]] = {
     "reverse_kl": _reverse_kl_phi,
     "jsd": _jsd_phi,
@@ -179,14 +183,17 @@ PHI: dict[str, Callable[[Ratios, float], Tensor]] = {
 }
 
 
-def gradient_of(name: str, beta: float, k: Ratios, off: float | Tensor = 0.0) -> Tensor:
-    """[n, outcomes]; ``off`` is added to phi."""
+def gradient_of(name: str, beta: float, k: Ratios, change: Change = None) -> Tensor:
+    """[n, outcomes]; ``change`` makes another phi of phi."""
     if name == "jeffreys":
-        forward, reverse = (gradient_of(each, beta, k) for each in ("forward_kl", "reverse_kl"))
+        forward, reverse = (
+            gradient_of(each, beta, k, change) for each in ("forward_kl", "reverse_kl")
+        )
         return beta * forward + (1 - beta) * reverse
     if name == "forward_kl":
         return -k.difference - k.q * k.missing  # q sum p - p
-    return _centred(k, PHI[name](k, beta) + off)
+    phi = PHI[name](k, beta)
+    return _centred(k, change(phi) if change else phi)
 
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -267,10 +274,12 @@ def top_k_sides(
     log_probs: Tensor,  # [n, K]
     tail: Tail,
     T: float,
+    off: Tensor | None = None,  # [n, 1]
 ) -> tuple[Sides, Tensor, Tensor]:
     """K outcomes and the rest as one more; each column's outcome, and its share in it, [n, V].
 
-    A row with a foreign or a repeated id is NaN.
+    A row with a foreign or a repeated id is NaN. ``off`` times ``1 - max p`` is added to the
+    teacher's rest, up to half of it.
     """
     (n, K), V = ids.shape, s.shape[-1]
     padding = torch.isneginf(log_probs)
@@ -281,8 +290,9 @@ def top_k_sides(
     in_rest = outcome == K
 
     x = _from_largest(s) / T
-    rest = x.masked_fill(~in_rest, -torch.inf).logsumexp(-1, keepdim=True)
-    share = torch.where(in_rest, _difference(x, rest).exp(), torch.ones_like(x))
+    outside = x.masked_fill(~in_rest, -torch.inf)
+    rest = outside.logsumexp(-1, keepdim=True)
+    share = outside.masked_fill(torch.isneginf(rest), 0).softmax(-1).masked_fill(~in_rest, 1)
     listed = x.gather(-1, columns.clamp(max=V - 1)).masked_fill(padding, -torch.inf)
     student = _from_largest(torch.cat((listed, rest), -1))
 
@@ -293,8 +303,11 @@ def top_k_sides(
         # 1 - sum p = (1 - p_1) - the others, of which the bracket is exact where p_1 is near 1
         first = numbers == log_probs.argmax(-1, keepdim=True)
         others = log_probs.exp().masked_fill(first, 0).sum(-1, keepdim=True)
-        left = -torch.expm1(log_probs.amax(-1, keepdim=True)) - others
+        but_first = -torch.expm1(log_probs.amax(-1, keepdim=True))
+        left = but_first - others
         nothing = (left < 0) | ~in_rest.any(-1, keepdim=True)
+        if off is not None:
+            left = left + (off * but_first).clamp(-left.abs() / 2, left.abs() / 2)
         rest_t, missing = left.masked_fill(nothing, 0), left.masked_fill(~nothing, 0)
     teacher = _from_largest(torch.cat((log_probs, rest_t.log()), -1))
 

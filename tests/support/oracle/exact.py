@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from support.oracle.divergences import (
     value_of,
 )
 
-Off = Callable[[Objective, Sides, Ratios], float | Tensor]
+Change = Callable[[Objective, Sides, Ratios, Tensor], Tensor]
+"""From phi, the last of the arguments, to another one."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,19 @@ class Inputs:
     t: Tensor  # [n, V] logits, or [n, K] log-probabilities beside ids
     ids: Tensor | None = None  # [n, K]
     tail: Tail = "bucket"
+    rest_off: Tensor | None = None  # [n, 1] what is wrong with the teacher's rest: top_k_sides
 
-    def value_and_gradient(self, off: Off | None = None) -> tuple[Tensor, Tensor]:
-        """After T^2: [n], and by ``s`` [n, V]. ``off`` says what to add to phi."""
+    def value_and_gradient(self, change: Change | None = None) -> tuple[Tensor, Tensor]:
+        """After T^2: [n], and by ``s`` [n, V], from phi or from what ``change`` makes of it."""
         name, beta, T = self.objective.divergence, self.objective.beta, self.objective.temperature
         parts = None
         if self.ids is None:
             sides = dense_sides(self.s, self.t, T, self.objective.teacher_share)
         else:
-            sides, *parts = top_k_sides(self.s, self.ids, self.t, self.tail, T)
+            sides, *parts = top_k_sides(self.s, self.ids, self.t, self.tail, T, self.rest_off)
         k = ratios_of(sides)
-        gradient = gradient_of(name, beta, k, off(self.objective, sides, k) if off else 0.0)
+        of_phi = partial(change, self.objective, sides, k) if change else None
+        gradient = gradient_of(name, beta, k, of_phi)
         if parts is not None:  # each column has its share of its outcome's gradient
             outcome, share = parts
             gradient = share * gradient.gather(-1, outcome)
@@ -84,15 +88,17 @@ class _Known(torch.autograd.Function):
         return g[:, None] * ctx.saved_tensors[0], None, None
 
 
-def kd_of(change: Callable[[Inputs], Inputs] | None = None, off: Off | None = None) -> Any:
-    """A function in place of ``reference._kd``: exact, or of changed inputs."""
+def kd_of(
+    move: Callable[[Inputs], Inputs] | None = None, change: Change | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function in place of ``reference._kd``: exact, or of moved inputs and a changed phi."""
 
     def kd(
         s: Tensor, teacher: Teacher, keep: Tensor, objective: Objective
     ) -> tuple[Tensor, Tensor]:
         inputs, choice = inputs_of(s, teacher, keep, objective)
-        changed = change(inputs) if change else inputs
-        return _Known.apply(s, *changed.value_and_gradient(off)), choice
+        inputs = move(inputs) if move else inputs
+        return _Known.apply(s, *inputs.value_and_gradient(change)), choice
 
     return kd
 
