@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import counted_from, terms_of, weighted_slope
+from sad_kernels._divergence import counted_from, terms_of, weighted_slope, zero_nan_
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowResults, RowTargets
 from sad_kernels._torch.scratch import Scratch
@@ -255,9 +255,20 @@ class RowStatistics:
                 sums.cross_student.copy_(rescaled.where(r > 0, 0) - part)
 
         moved = sums.difference * r + sums.teacher_total * (r_t - r)
-        sums.difference.copy_(moved + row_sum(torch.sub(hot_t, hot, out=u)))
+        sums.difference.copy_(moved + row_sum(self._differences(sums, shifted)))
         sums.total.mul_(r).add_(row_sum(hot))
         sums.teacher_total.mul_(r_t).add_(row_sum(hot_t))
+
+    def _differences(self, sums: RowSums, shifted: Shifted) -> Tensor:
+        """``e^(y/T) - e^(x/T)``; by their ratio where the gap of the logits is known better."""
+        _, x, _, hot, hot_t, _ = shifted
+        assert hot is not None and hot_t is not None
+        u = self.scratch.like("u", x.shape)
+        if shifted.block.gap is None:
+            return torch.sub(hot_t, hot, out=u)
+        apart = towards_teacher(sums, shifted, out=u).mul_(1 / self.temperature)
+        fall = apart.abs().neg_().expm1_().neg_()
+        return zero_nan_(torch.copysign(fall.mul_(torch.maximum(hot, hot_t)), apart, out=u))
 
     def _add_rest(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> Tensor:
         """The sum of the columns outside the teacher's ids, from their own maximum."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -94,8 +94,18 @@ def kd_of(
     """A function in place of ``reference._kd``: exact, or of moved inputs and a changed phi."""
 
     def kd(
-        s: Tensor, teacher: Teacher, keep: Tensor, objective: Objective
+        s: Tensor,
+        teacher: Teacher,
+        keep: Tensor,
+        objective: Objective,
+        other_rows: Tensor | None = None,  # [n] bool
     ) -> tuple[Tensor, Tensor]:
+        if other_rows is not None:
+            first = replace(objective, other_divergence=None)
+            assert objective.other_divergence is not None
+            other = replace(first, divergence=objective.other_divergence, beta=objective.other_beta)
+            value, choice = kd(s, teacher, keep, first)
+            return kd(s, teacher, keep, other)[0].where(other_rows, value), choice
         inputs, choice = inputs_of(s, teacher, keep, objective)
         inputs = move(inputs) if move else inputs
         return _Known.apply(s, *inputs.value_and_gradient(change)), choice
