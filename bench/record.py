@@ -8,8 +8,9 @@ package), the outcome (status ok, wrong, failed or skipped, and the reason), and
 ``ms`` of full, forward, backward and no_grad as [p20, p50, p80], ``calls``, ``graph_ms``,
 ``host_us``, ``compile_s`` (the first call), ``gb_s`` or ``tflop_s`` at the least bytes or FLOP,
 ``ratio_copy`` or ``ratio_gemm`` (full over the roofline's time), ``ratio_graph`` (a CUDA graph's
-replay over it), ``ratio_eager``, ``peak_mib`` beyond the inputs with the ``gradient_mib`` that it
-returns, ``rss_mib``, and ``err``: of the loss in nats and relative, of each gradient
+replay over it), ``ratio_eager`` (over eager PyTorch, which for a moving average is
+``torch._foreach``), ``peak_mib`` beyond the inputs with the ``gradient_mib`` that it returns,
+``rss_mib``, and ``err``: of the loss in nats and relative, of each gradient
 ``|g - truth| / |truth|``. A figure that could not be measured is replaced by ``..._reason``.
 """
 

@@ -34,9 +34,10 @@ from typing import Any, NamedTuple
 import torch
 from sad_kernels import Head, TeacherHidden, linear
 from sad_kernels._dispatch import resolve_impl
-from sad_kernels._rows import RowLayout
-from sad_kernels._tiles import chunk_rows, cut
-from sad_kernels._torch.autograd import head_input
+from sad_kernels._rows import LossSpec
+from sad_kernels._tiles import TileShape, chunk_rows, cut
+from sad_kernels._torch.linear import pieces_of
+from sad_kernels._torch.problem import head_input
 from torch import Tensor
 
 from bench.kernels import check
@@ -285,25 +286,45 @@ def _ours(problem: Hidden, chunk_bytes: int) -> Callable[[], Tensor]:
 
 
 def chunk_bytes_for(problem: Hidden, pieces: int) -> int:
-    """The smallest ``chunk_bytes`` with which ours works in ``pieces`` chunks."""
+    """The smallest ``chunk_bytes`` with which ours works in ``pieces`` chunks or tiles."""
     sizes = range(1 << 40)
-    size = bisect.bisect_left(sizes, -pieces, lo=1, key=lambda size: -our_pieces(problem, size))
-    if our_pieces(problem, size) != pieces:
-        raise Unsupported(f"no chunk_bytes makes {pieces} pieces")
-    return size
+    for count in (our_chunks, our_tiles):  # each falls with the size
+        size = bisect.bisect_left(sizes, -pieces, lo=1, key=lambda size: -count(problem, size))
+        if our_pieces(problem, size) == pieces:
+            return size
+    raise Unsupported(f"no chunk_bytes makes {pieces} pieces")
 
 
 def our_pieces(problem: Hidden, chunk_bytes: int) -> int:
-    """Number of chunks of ours: of rows on a GPU, tiles of vocabulary and rows on a CPU."""
-    case, h, ht = problem.case, problem.hidden.detach(), problem.teacher_hidden
-    joint = case.kind != "ce"
+    """Number of pieces of ours: chunks of rows, or on a CPU tiles where whole rows do not fit."""
+    chunks = our_chunks(problem, chunk_bytes)
+    return chunks if chunks <= problem.case.N else our_tiles(problem, chunk_bytes)
+
+
+def our_chunks(problem: Hidden, chunk_bytes: int) -> int:
+    """Number of chunks of whole rows; more than there are rows where too few fit."""
+    case, h = problem.case, problem.hidden.detach()
     if resolve_impl("auto", h) == "triton":
-        sizes = chunk_rows(case.V, 1 + joint, h.element_size(), chunk_bytes)
+        sides = 1 + (case.kind != "ce")
+        sizes = chunk_rows(case.V, sides, h.element_size(), chunk_bytes)
         return len(cut(case.N, sizes.gradient))
-    student = head_input(h, Head(problem.weight), RowLayout(h))
-    teacher = head_input(ht, Head(problem.teacher_weight), RowLayout(ht)) if joint else None
-    tile = linear._tile_shape(student, teacher, case.objective, case.V, chunk_bytes)
+    rows, _ = _cpu_pieces(problem, chunk_bytes)
+    return len(cut(case.N, rows)) if rows else case.N + 1
+
+
+def our_tiles(problem: Hidden, chunk_bytes: int) -> int:
+    """Number of tiles of vocabulary and rows on a CPU."""
+    case, (_, tile) = problem.case, _cpu_pieces(problem, chunk_bytes)
     return len(cut(case.N, tile.rows)) * len(cut(case.V, tile.columns))
+
+
+def _cpu_pieces(problem: Hidden, chunk_bytes: int) -> tuple[int, TileShape]:
+    case, h = problem.case, problem.hidden.detach()
+    joint = case.kind != "ce"
+    student = head_input(h, Head(problem.weight))
+    teacher = head_input(problem.teacher_hidden, Head(problem.teacher_weight)) if joint else None
+    spec = LossSpec(case.objective, case.V, -100, compute_ce=True, compute_metrics=joint)
+    return pieces_of(spec, student, teacher, chunk_bytes)
 
 
 def _flce_const(problem: Hidden, pieces: int) -> int:

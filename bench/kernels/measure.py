@@ -24,6 +24,9 @@ from bench.problems import oracle
 from bench.problems.cases import Case, LossCase
 from bench.problems.inputs import Hidden, Parameters, draw
 
+EAGER = ("eager", "foreach lerp", "foreach")
+"""Peers that are plain PyTorch: ``ratio_eager`` is over the first of them that was timed."""
+
 
 def measure(
     case: Case, device: Device, effort: Effort, copy_rate: float
@@ -43,7 +46,7 @@ def measure(
             entry.end(status, reason)
     device.free()
     device.finish()
-    eager = next((e.full for e in entries if e.peer.name == "eager"), [])
+    eager = next((e.full for n in EAGER for e in entries if e.peer.name == n and e.rounds), [])
     rows = [
         row_of(case, entry, copy_rate, gemm.full, eager) | {"true_loss": loss} for entry in entries
     ]

@@ -59,6 +59,18 @@ def foreach(problem: Parameters) -> Average:
     return Average(shadows, swap, back)
 
 
+def foreach_lerp(problem: Parameters) -> Average:
+    """``foreach`` with one rounding for 16-bit parameters, too: it makes fp32 copies of them."""
+    _updates_only(problem)
+    if problem.params[0].dtype == torch.float32:
+        raise Unsupported("is foreach, for float32 parameters")
+    params, weight = problem.params, 1 - problem.case.decay
+    shadows = problem.shadows()
+    return Average(
+        shadows, lambda: lists._foreach_lerp_(shadows, [p.float() for p in params], weight)
+    )
+
+
 def averaged_model(problem: Parameters) -> Average:
     _updates_only(problem)
     swa, model = torch.optim.swa_utils, Model(problem.params)
@@ -120,6 +132,7 @@ def diffusers(problem: Parameters) -> Average:
 
 EMA = (
     Peer("foreach", "torch._foreach_mul_, _foreach_add_ or _foreach_lerp_", foreach),
+    Peer("foreach lerp", "torch._foreach_lerp_ of fp32 copies", foreach_lerp),
     Peer("AveragedModel", "torch.optim.swa_utils.AveragedModel", averaged_model),
     Peer("timm", "timm.utils.ModelEmaV3", timm, "timm", {"dtype": "float32"}),
     Peer(

@@ -41,7 +41,7 @@ PLOT_NAMES = {
 KERNELS = {
     "gpu": targets.LINEAR,
     "gpu logits": targets.LOGITS,
-    "cpu": "2026-11-26-cpu-66375f99-kernels.json",
+    "cpu": targets.CPU,
 }
 """Which records of the kernel benchmark the documents show."""
 

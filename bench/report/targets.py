@@ -20,10 +20,16 @@ CEILINGS = "2026-11-27-nvidia-h200-7b5919f1-ceilings.json"
 COUNTERS = "2026-11-27-nvidia-h200-7b5919f1-counters.json"
 LINEAR = "2026-11-27-nvidia-h200-d4aee6fb-quick.json"
 LOGITS = "2026-11-26-nvidia-h200-12c902ba-quick.json"  # losses of logits beside their peers
+CPU = "2026-11-26-cpu-66375f99-kernels.json"
 BATCHES = "2026-11-27-nvidia-h200-7b5919f1-batches.json"
 END_TO_END_GPU = "2026-11-27-nvidia-h200-d4aee6fb-end-to-end.json"
 END_TO_END_GKD = "2026-11-26-nvidia-h100-80gb-hbm3-cb757926-end-to-end.json"  # TRL's trainer too
 STRUCTURE_GPU = "2026-11-26-nvidia-h100-80gb-hbm3-14fd661f-structure.json"
+AVERAGES = {  # on a CPU, times eager PyTorch: limits for few large tensors and for many small ones
+    "ema/update": (1.4, 1.0),
+    "ema/swap": (6.0, 4.5),
+}
+FEW = 12  # tensors
 NAMES = {
     "ce": "cross-entropy",
     "kl": "forward KL",
@@ -56,6 +62,8 @@ PRODUCTS = {  # both directions, times the bare products, at this width
     "linear_kd/jsd": ("linear JSD", 1.15),
 }
 WHY = {
+    "averages": "every pair is checked before any is written to, and the calls for a tensor take "
+    "longer than the work on a small one",
     "top_k": "{columns:.1f} instructions per column, where CE + KL takes {alone:.1f} a side, in "
     "{issue:.0f} % of the issue slots; `merge` takes {merge:.0f} % more",
     "linear": "fp32 logits go through memory three times beside the products, and fp32 sums of "
@@ -96,6 +104,7 @@ def targets(results: Path) -> Iterator[Target]:
     yield from _logits(_read(results / LOGITS))
     yield from _linear(_read(results / LINEAR), ceilings)
     yield from _torch_path(_read(results / "loss.json"), _read(results / "overhead.json"))
+    yield from _averages_on_cpu(_read(results / CPU))
 
 
 def _read(path: Path) -> Json:
@@ -206,6 +215,19 @@ def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
         yield Target(f"{what}: memory", 1 / 8, row["memory_ratio"], "loss.json")
     ratio = 1 + overhead["overhead"]
     yield Target("a step of the trainer, over the bare step", 1.05, ratio, "overhead.json")
+
+
+def _averages_on_cpu(record: Json) -> Iterator[Target]:
+    """Moving averages over ``torch._foreach``, where a record has compared the two in each round.
+
+    A swap there copies the parameters first, which takes their memory once more.
+    """
+    for row in record["rows"]:
+        if row["case"] in AVERAGES and row["peer"] == "ours" and row.get("ratio_eager"):
+            tensors, name = row["shape"]["tensors"], row["case"].removeprefix("ema/")
+            limit = AVERAGES[row["case"]][tensors > FEW]
+            what = f"EMA {name} of {tensors} tensors on a CPU, over torch._foreach"
+            yield Target(what, limit, row["ratio_eager"], CPU, WHY["averages"])
 
 
 def table(results: Path) -> list[str]:

@@ -27,30 +27,34 @@ so a second swap applies ``pi^-1`` where the first applied ``pi``, and undoes it
 infinity, which has no next value, to the smallest number above zero; zeros and NaNs stay as they
 are, so that no NaN turns into a number.
 
-Both functions check every pair before they write to any, and read and write each element once.
-Extra memory: on a GPU, where a call is one launch per pair of dtypes, 24 bytes for every 4096
-elements; elsewhere a few blocks of ``BLOCK`` elements, whatever the model's size. Compilers see
-each as one operator that writes to its arguments.
+Where ``pi`` and ``pi^-1`` are a step of 1, or none, they need no comparison: the new shadow is
+``shadow + ((bits(parameter) - pi(hi)) << 16)``, modulo 2^32. On a CPU that is computed in place,
+and apart only what steps from or to a zero or a NaN.
+
+Both functions check every pair before they write to any, and go over memory once. Extra memory: on
+a GPU, where a call is one launch per pair of dtypes, 24 bytes for every 4096 elements; on a CPU a
+scratch of 1.2 MiB per thread, and some 64 bytes for each of 131,072 elements per thread that are
+swapped apart; elsewhere a few blocks of as many elements. None of it grows with the model.
+Compilers see each as one operator that writes to its arguments.
 
 Sources: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 1703.01780 (EMA of weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from itertools import compress
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from sad_kernels._dispatch import resolve_impl
+from sad_kernels._check import FLOATS
+from sad_kernels._dispatch import choose_impl, resolve_impl
 from sad_kernels._extents import Extent, _is_dense, _layout, _require_apart
-
-BLOCK = 1 << 18  # elements per step of the torch path: its few temporaries stay in a core's cache
-INFINITY = 0x7F80  # bits of the bf16 magnitude of infinity; larger ones are NaNs
-
-Pairs = list[tuple[Tensor, Tensor]]
-Kind = tuple[torch.device, torch.dtype, torch.dtype]  # of a shadow, and of its parameter
+from sad_kernels._torch import ema as torch_ema
+from sad_kernels._torch.ema import Pairs
 
 UPDATE_DTYPES = {
     (torch.float32, torch.float32),
@@ -58,33 +62,36 @@ UPDATE_DTYPES = {
     (torch.float32, torch.float16),
     (torch.float64, torch.float64),
 }
-INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def ema_update_(
-    shadows: Sequence[Tensor],
-    params: Sequence[Tensor],
+    shadows: Iterable[Tensor],
+    params: Iterable[Tensor],
     decay: float | Tensor,
     *,
     impl: str = "auto",
 ) -> None:
     """Move every shadow towards its parameter: ``shadow <- decay * shadow + (1 - decay) * param``.
 
-    ``shadows`` and ``params`` are lists of equal length, one shadow per parameter, in one order.
-    ``decay`` is a number in [0, 1] or a 0-d floating-point tensor, which is read on the device
-    without a host sync; make it float64. 1 leaves the shadow untouched and 0 copies. A tensor's
-    value is not checked: NaN makes every shadow NaN.
+    ``shadows`` and ``params`` are lists, or what can be iterated over once, such as
+    ``model.parameters()``, of equal length: one shadow per parameter, in one order. ``decay`` is a
+    number in [0, 1] or a 0-d floating-point tensor, which is read on the device without a host
+    sync; make it float64. 1 leaves the shadow untouched and 0 copies. A tensor's value is not
+    checked: NaN makes every shadow NaN.
 
     Shadows are fp32 and parameters fp32, bf16 or fp16; fp64 goes with fp64. A 16-bit shadow is
     refused: at a decay of 0.9999 it hardly moves. Tensors may have any dense layout, equal on both
-    sides; empty pairs are skipped. Gradients are not recorded. Triton takes no fp64.
+    sides; empty pairs are skipped. Gradients are not recorded. Triton takes no fp64. Tensors that
+    wrap others are refused: pass the local tensors of DTensors, ``.to_local()``.
 
     Before a CUDA graph captures a call, make the same call once outside of it: the first one with
     a set of tensors copies their addresses to the device. Under capture it raises ``RuntimeError``.
 
-    Raises ``TypeError`` and ``ValueError`` before anything is written: for lists of unequal length,
-    shapes, dtypes, devices or layouts that do not match, for tensors that overlap in memory (a
-    tensor listed twice, tied weights, a shadow that is the parameter) and for a decay out of range.
+    Raises ``TypeError`` and ``ValueError`` before anything is written: for a tensor in the place of
+    a list, for lists of unequal length, for shapes, dtypes, devices or layouts that do not match,
+    for tensors that overlap in memory (a tensor listed twice, tied weights, a shadow that is the
+    parameter) and for a decay out of range; and ``RuntimeError`` for batched tensors, under
+    ``torch.vmap``.
 
     >>> shadow, param = torch.tensor([1.0]), torch.tensor([3.0])
     >>> ema_update_([shadow], [param], 0.75)
@@ -101,10 +108,10 @@ def ema_update_(
             )
     if pairs:
         with torch.no_grad():
-            update_op(*_unzipped(pairs), _on_device(decay, pairs[0][0].device), impl)
+            update_op(*_unzipped(pairs), torch_ema.on_device(decay, pairs[0][0].device), impl)
 
 
-def ema_swap_(shadows: Sequence[Tensor], params: Sequence[Tensor], *, impl: str = "auto") -> None:
+def ema_swap_(shadows: Iterable[Tensor], params: Iterable[Tensor], *, impl: str = "auto") -> None:
     """Exchange shadows and parameters in place, without loss: a second call undoes the first.
 
     Equal dtypes are exchanged bit for bit. For a bf16 parameter with an fp32 shadow the parameter
@@ -149,7 +156,7 @@ def _update(shadows: list[Tensor], params: list[Tensor], decay: Tensor, impl: st
         from sad_kernels._triton import ema as triton_ema
 
         triton_ema.update(for_triton, decay)
-    _update_torch(for_torch, decay)
+    torch_ema.update(for_torch, decay)
 
 
 def _swap(shadows: list[Tensor], params: list[Tensor], impl: str) -> None:
@@ -159,7 +166,7 @@ def _swap(shadows: list[Tensor], params: list[Tensor], impl: str) -> None:
         from sad_kernels._triton import ema as triton_ema
 
         triton_ema.swap(for_triton)
-    _swap_torch(for_torch)
+    torch_ema.swap(for_torch)
 
 
 update_op = torch.library.custom_op(
@@ -178,6 +185,27 @@ update_op.register_fake(lambda shadows, params, decay, impl: None)
 swap_op.register_fake(lambda shadows, params, impl: None)
 
 
+def _refuse_batches(info: object, in_dims: tuple[Any, ...], *args: object) -> NoReturn:
+    """The rule of ``torch.vmap``, which calls it where any of an operator's tensors is batched."""
+    batched = [
+        name
+        for name, dims in zip(("shadows", "params", "decay"), in_dims, strict=False)
+        if (
+            any(d is not None for d in dims)
+            if isinstance(dims, (list, tuple))
+            else dims is not None
+        )
+    ]
+    raise RuntimeError(
+        f"{' and '.join(batched)} must not be batched by torch.vmap, got a call under it; average "
+        "or swap the whole tensors, outside of it"
+    )
+
+
+update_op.register_vmap(_refuse_batches)
+swap_op.register_vmap(_refuse_batches)
+
+
 def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
     """The pairs for Triton, as extents, and those for torch; raise if any two tensors overlap.
 
@@ -187,100 +215,22 @@ def _split(pairs: Pairs, impl: str) -> tuple[tuple[Extent, ...], Pairs]:
         Extent(s.device, s.dtype, p.dtype, s.data_ptr(), p.data_ptr(), s.numel()) for s, p in pairs
     )
     _require_apart(extents)
-    impls = _impls(pairs, impl)
+    kinds = {extent[:3] for extent in extents}
+    impls = {kind: choose_impl(impl, kind[0].type, torch.float64 in kind[1:]) for kind in kinds}
+    if set(impls.values()) == {"torch"}:
+        return (), pairs
     triton = [impls[extent[:3]] == "triton" for extent in extents]
     torch_pairs = [pair for pair, is_triton in zip(pairs, triton, strict=True) if not is_triton]
     return tuple(compress(extents, triton)), torch_pairs
 
 
-def _impls(pairs: Pairs, impl: str) -> dict[Kind, str]:
-    """The implementation for each device and pair of dtypes, from one example of each."""
-    kinds = {(s.device, s.dtype, p.dtype): (s, p) for s, p in pairs}
-    return {kind: resolve_impl(impl, *pair) for kind, pair in kinds.items()}
-
-
-# --- The torch path ------------------------------------------------------------------------------
-
-
-def _update_torch(pairs: Pairs, decay: Tensor) -> None:
-    coefficients = {}  # once per device and dtype of shadows
-    for shadow, param in pairs:
-        key = (shadow.device, shadow.dtype)
-        if key not in coefficients:
-            coefficients[key] = _coefficients(decay, shadow)
-        from_param, step, exact = coefficients[key]
-        for s, p in _blocks(shadow, param):
-            p = p.to(s.dtype)
-            base = torch.where(from_param, p, s)
-            moved = torch.addcmul(base, step, p - s)
-            # A decay of 0 or 1 copies: arithmetic would turn 0 * NaN into NaN and -0.0 into 0.0.
-            torch.where(exact, base, moved, out=s)
-
-
-def _coefficients(decay: Tensor, shadow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """0-d tensors of an update ``base + step (p - s)``, without a host sync: whether ``base`` is
-    the parameter (else the shadow), ``step``, and whether ``base`` is the result already."""
-    keep = _on_device(decay, shadow.device)
-    w = 1.0 - keep
-    from_param = w >= 0.5
-    step = torch.where(from_param, -keep, w).to(shadow.dtype)
-    return from_param, step, (w == 0.0) | (w == 1.0)
-
-
-def _swap_torch(pairs: Pairs) -> None:
-    for shadow, param in pairs:
-        for s, p in _blocks(shadow, param):
-            if s.dtype == p.dtype:
-                _exchange(s, p)
-            else:
-                _exchange_rounded(s, p)
-
-
-def _exchange(s: Tensor, p: Tensor) -> None:
-    """Swap two blocks as integers: copying NaNs as floats may change their bits."""
-    integer = INTEGER_OF_SIZE[s.element_size()]
-    s, p = s.view(integer), p.view(integer)
-    kept = s.clone()
-    s.copy_(p)
-    p.copy_(kept)
-
-
-def _exchange_rounded(s: Tensor, p: Tensor) -> None:
-    """Swap an fp32 with a bf16 block; the formulas are at the top of this file."""
-    s, p = s.view(torch.int32), p.view(torch.int16)
-    # Both results before either is written: pi of the upper half, pi^-1 of the parameter.
-    low = s & 0xFFFF
-    up = (low >= 0x8000).to(torch.int32)
-    rounded = _turn((s >> 16) & 0xFFFF, up)
-    residue = _turn(p.to(torch.int32) & 0xFFFF, -up)
-    p.copy_(rounded.to(torch.int16))
-    s.copy_((residue << 16) | low)
-
-
-def _turn(bits: Tensor, by: Tensor) -> Tensor:
-    """``pi`` (by = 1), its inverse (-1) or the identity (0) of bf16 bits held in int32.
-
-    Steps along the circle of the magnitudes 1 to ``INFINITY``; zeros and NaNs are not on it.
-    """
-    magnitude = bits & 0x7FFF
-    turned = torch.remainder(magnitude - 1 + by, INFINITY) + 1
-    on_circle = (magnitude >= 1) & (magnitude <= INFINITY)
-    return (bits & 0x8000) | torch.where(on_circle, turned, magnitude)
-
-
-def _blocks(shadow: Tensor, param: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching one-dimensional views of both tensors, in the order of their memory."""
-    s, p = (t.detach().as_strided((t.numel(),), (1,)) for t in (shadow, param))
-    for start in range(0, s.numel(), BLOCK):
-        yield s[start : start + BLOCK], p[start : start + BLOCK]
-
-
 # --- Checks --------------------------------------------------------------------------------------
 
 
-def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: str) -> Pairs:
+def _checked_pairs(shadows: Iterable[Tensor], params: Iterable[Tensor], impl: str) -> Pairs:
     """The non-empty pairs; raise if the lists or any of their pairs do not match."""
     resolve_impl(impl)
+    shadows, params = _listed("shadows", shadows), _listed("params", params)
     if len(shadows) != len(params):
         raise ValueError(
             f"shadows and params must have one length, got {len(shadows)} and {len(params)}; "
@@ -292,15 +242,44 @@ def _checked_pairs(shadows: Sequence[Tensor], params: Sequence[Tensor], impl: st
     return [(shadow, param) for shadow, param in pairs if shadow.numel() > 0]
 
 
+def _listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):  # iterating over it would give its rows
+        raise TypeError(
+            f"{name} must be a list of tensors, got one tensor of shape {tuple(tensors.shape)}; "
+            f"pass [{name}]"
+        )
+    if not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"{name} must be a list of tensors, got {type(tensors).__name__}; pass a list, or "
+            "model.parameters()"
+        )
+    return list(tensors)
+
+
+def _require_plain(name: str, i: int, tensor: object) -> None:
+    """Require a dense floating-point tensor that has memory of its own."""
+    kind = type(tensor)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} {i} must be a tensor, got {kind.__name__}; pass lists of tensors")
+    # The attribute is torch's mark of a tensor that wraps others, known to its compiler as well.
+    if kind not in (Tensor, Parameter) and hasattr(kind, "__tensor_flatten__"):
+        raise TypeError(
+            f"{name} {i} must be a plain tensor, got {kind.__name__}; pass .to_local() of "
+            "each DTensor, and the tensors inside of any other kind"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} {i} must be a dense tensor, got {layout}; leave it out")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} {i} must be a floating-point tensor of 16 bits or more, "
+            f"got {tensor.dtype}; leave it out"
+        )
+
+
 def _require_matching(i: int, shadow: Tensor, param: Tensor) -> None:
-    for name, tensor in (("shadow", shadow), ("parameter", param)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} {i} must be a tensor, got {type(tensor).__name__}; pass lists")
-        if not tensor.dtype.is_floating_point or tensor.element_size() not in INTEGER_OF_SIZE:
-            raise TypeError(
-                f"{name} {i} must be a floating-point tensor of 16 bits or more, "
-                f"got {tensor.dtype}; leave it out"
-            )
+    _require_plain("shadow", i, shadow)
+    _require_plain("parameter", i, param)
     if shadow.shape != param.shape:
         raise ValueError(
             f"shadow and parameter {i} must have one shape, got {tuple(shadow.shape)} and "
@@ -335,13 +314,6 @@ def _as_decay(decay: float | Tensor) -> float | Tensor:
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay must lie in [0, 1], got {decay!r}; 1 keeps the shadow, 0 copies")
     return float(decay)
-
-
-def _on_device(decay: float | Tensor, device: torch.device) -> Tensor:  # [] float64
-    """``decay`` as a tensor on the device, without waiting for it."""
-    if isinstance(decay, Tensor):
-        return decay.to(device, torch.float64, non_blocking=True)
-    return torch.full((), decay, dtype=torch.float64, device=device)
 
 
 def _unzipped(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:

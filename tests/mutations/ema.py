@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from mutations.planting import Mutation, edit, tests
 
-TORCH = "kernels/sad_kernels/ema.py"
+TORCH = "kernels/sad_kernels/_torch/ema.py"
 TRITON = "kernels/sad_kernels/_triton/ema.py"
 
 
 def ops(*names: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_ema_ops.py", *names)
+
+
+def cpu(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_ema_cpu.py", *names)
 
 
 MUTATIONS = [
@@ -33,8 +37,26 @@ MUTATIONS = [
     Mutation(
         "34",
         "the sign of the step is flipped",
-        edit(TORCH, "torch.addcmul(base, step, p - s)", "torch.addcmul(base, step, s - p)"),
+        edit(TORCH, "_foreach_lerp_(shadows, params, w)", "_foreach_lerp_(shadows, params, -w)"),
         ops("test_hand_computed_value[False-torch]", "test_hand_computed_value[True-torch]"),
+    ),
+    Mutation(
+        "34",
+        "the sign of the step is flipped, for a parameter that is nearer than the shadow",
+        edit(TORCH, "torch.sub(p, s, out=s)", "torch.sub(s, p, out=s)"),
+        cpu("test_an_update_has_the_bits_of_the_other_devices[0.3-numbers-dtypes0]"),
+    ),
+    Mutation(
+        "34",
+        "the sign of the step is flipped, on a device that is not a CPU",
+        edit(TORCH, "torch.addcmul(base, step, p - s)", "torch.addcmul(base, step, s - p)"),
+        cpu("test_an_update_has_the_bits_of_the_other_devices[0.75-numbers-dtypes0]"),
+    ),
+    Mutation(
+        "34",
+        "a step that rounds to 1/2 taken from the wrong side",
+        edit(TORCH, "w < 0.5 and 0.0 < float(step) < 0.5", "0.0 < w < 0.5"),
+        cpu("test_an_update_has_the_bits_of_the_other_devices[0.5000000000009095-numbers-dtypes0]"),
     ),
     Mutation(
         "34",
@@ -45,7 +67,11 @@ MUTATIONS = [
     Mutation(
         "34",
         "decay and its complement change places",
-        edit(TORCH, "    w = 1.0 - keep\n", "    w, keep = keep, 1.0 - keep\n"),
+        edit(
+            TORCH,
+            "    w = 1.0 - keep\n    if w == 0.0:\n",
+            "    w, keep = keep, 1.0 - keep\n    if w == 0.0:\n",
+        ),
         ops("test_hand_computed_value[False-torch]"),
     ),
     Mutation(
@@ -59,8 +85,9 @@ MUTATIONS = [
         "shadows keep 16 bits",
         edit(
             TORCH,
-            "torch.where(exact, base, moved, out=s)",
-            "s.copy_(torch.where(exact, base, moved).bfloat16())",
+            "            lists._foreach_lerp_(shadows, upcast, w)\n",
+            "            lists._foreach_lerp_(shadows, upcast, w)\n"
+            "            lists._foreach_copy_(shadows, [s.bfloat16() for s in shadows])\n",
         ),
         ops("test_many_steps_follow_float64[dtype1-torch]"),
     ),
@@ -77,11 +104,7 @@ MUTATIONS = [
     Mutation(
         "35",
         "1 - decay is formed in fp32",
-        edit(
-            TORCH,
-            "    keep = _on_device(decay, shadow.device)\n    w = 1.0 - keep\n",
-            "    keep = _on_device(decay, shadow.device).float()\n    w = 1.0 - keep\n",
-        ),
+        edit(TORCH, "float(decay)", "float(decay.float())"),
         ops("test_the_first_step_is_rounded_once[0.9999-False-torch]"),
     ),
     Mutation(
@@ -97,8 +120,30 @@ MUTATIONS = [
     Mutation(
         "37",
         "a swap drops what the parameter cannot hold of the shadow",
+        edit(
+            TORCH,
+            "torch.add(s, room.half, out=wide)",
+            "torch.add(s.bitwise_and_(-65536), room.half, out=wide)",
+        ),
+        cpu("test_a_swap_has_the_bits_of_the_reference[numbers-dtypes0]"),
+    ),
+    Mutation(
+        "37",
+        "a swap drops what the parameter cannot hold of the shadow, next to zero",
         edit(TORCH, "s.copy_((residue << 16) | low)", "s.copy_(residue << 16)"),
-        ops("test_swapping_twice_is_the_identity[torch]"),
+        cpu("test_a_swap_has_the_bits_of_the_reference[bits-dtypes0]"),
+    ),
+    Mutation(
+        "37",
+        "a swap steps down from a parameter of zero, to NaN",
+        edit(TORCH, "if int(folded.amax()) <= LAST", "if int(folded[1].amax()) <= LAST"),
+        cpu("test_only_elements_off_the_circle_are_swapped_apart[parameters]"),
+    ),
+    Mutation(
+        "37",
+        "a swap rounds a NaN to -0.0",
+        edit(TORCH, "if int(folded.amax()) <= LAST", "if int(folded[0].amax()) <= LAST"),
+        ops("test_nan_shadows_stay_nan[2147483647-torch]"),
     ),
     Mutation(
         "37",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from mutations.planting import Mutation, edit, tests
 
 REFERENCE = "kernels/sad_kernels/reference.py"
-ORACLE = "tests/support/oracle.py"
+DIVERGENCES = "tests/support/oracle/divergences.py"
+EXACT = "tests/support/oracle/exact.py"
+ROUNDING = "tests/support/oracle/rounding.py"
+RULE = "tests/support/oracle/rule.py"
 
 
 def mathematics(*names: str) -> tuple[str, ...]:
@@ -252,17 +255,52 @@ MUTATIONS = [
     Mutation(
         "22",
         "the oracle gets the inputs in their own dtype",
-        edit(ORACLE, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
+        edit(EXACT, "{name: x.double() for name, x in problem.leaves.items()}", "problem.leaves"),
         tests("sad_kernels/test_regressions.py", "test_the_oracle_is_not_rounded"),
+    ),
+    Mutation(
+        "22",
+        "the oracle of a divergence is autograd through its definition",
+        edit(EXACT, "with replaced(_kd=kd_of()):", "with replaced():"),
+        tests("sad_kernels/test_exact.py", "test_the_oracle_has_digits_that_the_reference_lacks"),
+    ),
+    Mutation(
+        "22",
+        "the oracle counts from equal probabilities, not from the student's token",
+        edit(DIVERGENCES, "g=gap - gap.gather(-1, y),", "g=gap - offset,"),
+        tests(
+            "sad_kernels/test_exact.py",
+            "test_dense_teachers[reverse_kl-sure of different tokens]",
+        ),
+    ),
+    Mutation(
+        "22",
+        "a gradient of nothing is within the band where student and teacher agree",
+        edit(RULE, "8 * moved, 0)", "8 * moved.clamp(min=8 * eps), 0)"),
+        tests(
+            "sad_kernels/test_oracle_divergences.py",
+            "test_exact_differences_pass_where_gradients_are_small"
+            "[skew_reverse_kl-0.9-randn1+1e-3]",
+            "test_no_gradient_and_half_of_it_are_rejected[kl_div-dtype5]",
+        ),
+    ),
+    Mutation(
+        "22",
+        "logits are given, whatever they were computed from",
+        edit(ROUNDING, "if z.shape[-1] == known.shape[-1]:", "if known is None:"),
+        tests(
+            "sad_kernels/test_oracle_divergences.py",
+            "test_exact_differences_pass_beside_other_teachers[forward_kl-0.5-logits-dtype0]",
+        ),
     ),
     Mutation(
         "22",
         "errors are averaged over the tensor, not judged row by row",
         edit(
-            ORACLE,
-            "return (_as_rows(x).double() - _as_rows(oracle)).abs().amax(-1)",
-            "rows = _as_rows(x)\n"
-            "    return (rows.double() - _as_rows(oracle)).abs().mean().expand(len(rows))",
+            RULE,
+            "return (as_rows(x).double() - as_rows(oracle)).abs().amax(-1)",
+            "rows = as_rows(x)\n"
+            "    return (rows.double() - as_rows(oracle)).abs().mean().expand(len(rows))",
         ),
         tests("sad_kernels/test_oracle.py", "test_the_three_lines_of_the_rule"),
     ),
@@ -270,7 +308,7 @@ MUTATIONS = [
         "22",
         "what eager gets wrong is a licence",
         edit(
-            ORACLE,
+            RULE,
             "budget = torch.minimum(2 * err_eager + band, 4 * band)",
             "budget = 2 * err_eager + band",
         ),
@@ -280,7 +318,7 @@ MUTATIONS = [
         "22",
         "a NaN is within any budget",
         edit(
-            ORACLE,
+            RULE,
             "    if not (err <= budget).all():\n"
             "        raise AssertionError(_worst_row(ours, oracle, yardstick",
             "    if (err > budget).any():\n"

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sad_kernels import _dispatch, ema, ema_swap_, ema_update_, reference
+from sad_kernels import ema_swap_, ema_update_, reference
+from sad_kernels._torch import ema as torch_ema
 from sad_kernels._triton import ema as triton_ema
+from support.ema import DECAYS, DTYPES, bits, floats, random_patterns, scalar
 from support.oracle import IMPLS, assert_ema_within
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-DTYPES = [  # (shadow, parameter)
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-    (torch.float64, torch.float64),
-]
-DECAYS = [  # both forms of the formula, their border at 1/2, and the decays people use
-    0.1,
-    0.3,
-    0.49999,
-    0.5,
-    0.50001,
-    0.75,
-    0.999,
-    0.9999,
-    0.99999,
-]
 SIZES = [1, 31, 32, 33, 97]  # one element, and around and across blocks of 32
 GUARD = 49  # elements around a tensor: more than a block, and odd, so that it begins unaligned
 LOWS = [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF]  # where the swap's rounding turns
@@ -54,23 +35,8 @@ def impls_and(name: str, dtypes: list[Any]) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ema, "BLOCK", 32)
+    monkeypatch.setattr(torch_ema, "BLOCK", 32)
     monkeypatch.setattr(triton_ema, "BLOCK", 32)
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().view(ema.INTEGER_OF_SIZE[tensor.element_size()])
-
-
-def floats(patterns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unsigned bit patterns, held in int64, as floating-point numbers."""
-    width = 8 * dtype.itemsize
-    signed = torch.where(patterns >= 1 << (width - 1), patterns - (1 << width), patterns)
-    return signed.to(ema.INTEGER_OF_SIZE[dtype.itemsize]).view(dtype)
 
 
 def surrounded(values: Tensor, by: float) -> tuple[Tensor, Tensor]:
@@ -225,50 +191,6 @@ def test_many_steps_follow_float64(impl: str, dtype: torch.dtype) -> None:
     assert ((shadow.double() - exact).abs() <= 1e-3 * displacement).all()
 
 
-class Watch(TorchDispatchMode):
-    """Notes what reads a value on the host, and the largest tensor that is newly allocated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host_reads: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            self.host_reads.append(str(func))
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in before:
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-@impls
-def test_no_host_read_and_no_large_temporary(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a host read waits for the device; a whole-model temporary would double the EMA."""
-    monkeypatch.setattr(ema, "BLOCK", 32)
-    monkeypatch.setattr(ema, "update_op", ema._update)  # inside an operator the watch sees nothing
-    monkeypatch.setattr(ema, "swap_op", ema._swap)
-    for kernel in ("_update_kernel", "_swap_kernel"):  # what the interpreter does is not ours
-        monkeypatch.setattr(triton_ema, kernel, defaultdict(lambda: lambda *args, **options: None))
-    pairs = [(torch.randn(1000), torch.randn(1000).to(dtype)) for dtype in (torch.float32,) * 2]
-    pairs.append((torch.randn(1000), torch.randn(1000).bfloat16()))
-    shadows, params = map(list, zip(*pairs, strict=True))
-    with Watch() as watch:
-        ema_update_(shadows, params, scalar(0.5), impl=impl)
-        ema_update_(shadows, params, 0.5, impl=impl)
-        ema_swap_(shadows, params, impl=impl)
-    assert watch.host_reads == []
-    assert 0 < watch.largest <= ema.BLOCK
-
-
-def test_the_watch_sees_host_reads_and_allocations() -> None:
-    with Watch() as watch:
-        torch.ones(()).item()
-        _ = torch.ones(100) + 1
-    assert watch.host_reads and watch.largest == 100
-
-
 # --- Swap ----------------------------------------------------------------------------------------
 
 
@@ -290,13 +212,6 @@ def assert_swap_undoes_itself(shadow: Tensor, param: Tensor, impl: str) -> None:
     assert torch.equal(bits(s), bits(ref_s)) and torch.equal(bits(p), bits(ref_p))
     ema_swap_([s], [p], impl=impl)
     assert torch.equal(bits(s), bits(shadow)) and torch.equal(bits(p), bits(param))
-
-
-def random_patterns(n: int) -> tuple[Tensor, Tensor]:
-    return (
-        floats(torch.randint(0, 1 << 32, (n,)), torch.float32),
-        floats(torch.randint(0, 1 << 16, (n,)), torch.bfloat16),
-    )
 
 
 @impls
@@ -379,120 +294,3 @@ def test_swap_of_permuted_parameters(impl: str) -> None:
     assert torch.equal(param.detach(), expected)
     ema_swap_([shadow], [param], impl=impl)
     assert torch.equal(bits(param), old)
-
-
-# --- Bad input changes nothing -------------------------------------------------------------------
-
-GOOD = (torch.zeros(4), torch.ones(4))
-TIED = torch.ones(6)
-
-BAD_PAIRS = {
-    "shape": (torch.zeros(4), torch.ones(2, 2), ValueError, "one shape"),
-    "integers": (torch.zeros(4), torch.ones(4, dtype=torch.int32), TypeError, "floating-point"),
-    "bf16 shadow": (torch.zeros(4).half(), torch.ones(4), TypeError, "float32"),
-    "device": (torch.zeros(4), torch.ones(4, device="meta"), ValueError, "one device"),
-    "no tensor": (torch.zeros(4), [1.0] * 4, TypeError, "must be a tensor"),
-    "strides": (torch.zeros(2, 3), torch.ones(3, 2).T, ValueError, "dense with equal strides"),
-    "strides of the shadow": (
-        torch.zeros(3, 2).T,
-        torch.ones(2, 3),
-        ValueError,
-        "dense with equal strides",
-    ),
-    "holes": (torch.zeros(8)[::2], torch.ones(8)[::2], ValueError, "dense with equal strides"),
-    "expanded": (
-        torch.zeros(1).expand(4),
-        torch.ones(1).expand(4),
-        ValueError,
-        "dense with equal strides",
-    ),
-    "shadow is parameter": (TIED, TIED, ValueError, "share memory"),
-    "shadow overlaps parameter": (TIED[:4], TIED[2:], ValueError, "share memory"),
-    "listed before": (GOOD[0], torch.ones(4), ValueError, "share memory"),
-    "tied to one before": (torch.zeros(2, 2), GOOD[1].view(2, 2), ValueError, "share memory"),
-}
-
-
-@impls
-@pytest.mark.parametrize("function", ["update", "swap"])
-@pytest.mark.parametrize("name", BAD_PAIRS)
-def test_bad_pairs_are_refused_before_anything_is_written(
-    name: str, function: str, impl: str
-) -> None:
-    shadow, param, error, message = BAD_PAIRS[name]
-    good_shadow, good_param = GOOD
-    with pytest.raises(error, match=message):
-        if function == "update":
-            ema_update_([good_shadow, shadow], [good_param, param], 0.5, impl=impl)
-        else:
-            ema_swap_([good_shadow, shadow], [good_param, param], impl=impl)
-    assert good_shadow.tolist() == [0.0] * 4 and good_param.tolist() == [1.0] * 4
-
-
-@impls
-def test_neighbours_in_one_buffer_are_not_overlapping(impl: str) -> None:
-    flat = torch.tensor([0.0, 0.0, 4.0, 8.0])
-    ema_update_([flat[:2]], [flat[2:]], 0.5, impl=impl)
-    assert flat.tolist() == [2.0, 4.0, 4.0, 8.0]
-
-
-def test_lists_must_have_one_length() -> None:
-    for call in (ema_swap_, partial(ema_update_, decay=0.5)):
-        with pytest.raises(ValueError, match="one length, got 2 and 1"):
-            call([torch.zeros(1), torch.zeros(1)], [torch.ones(1)])
-
-
-def test_fp16_cannot_be_exchanged_with_fp32() -> None:
-    with pytest.raises(TypeError, match="one dtype"):
-        ema_swap_([torch.zeros(4)], [torch.ones(4).half()])
-
-
-@pytest.mark.parametrize(
-    ("decay", "error"),
-    [
-        (-0.1, ValueError),
-        (1.1, ValueError),
-        (float("nan"), ValueError),
-        ("0.9", TypeError),
-        (True, TypeError),
-        (torch.ones(1), ValueError),
-        (torch.tensor(1), ValueError),
-    ],
-)
-def test_bad_decay_is_refused(decay, error: type[Exception]) -> None:
-    with pytest.raises(error, match="decay must"):
-        ema_update_([torch.zeros(1)], [torch.ones(1)], decay)
-
-
-BOTH = (ema_swap_, partial(ema_update_, decay=0.5))
-
-
-@pytest.mark.parametrize("pairs", [0, 1])
-@pytest.mark.parametrize("call", BOTH, ids=["swap", "update"])
-def test_impl_is_met_or_refused(
-    call: Callable[..., None], pairs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shadows, params = [torch.zeros(1)] * pairs, [torch.ones(1)] * pairs
-    with pytest.raises(ValueError, match="impl must be one of"):
-        call(shadows, params, impl="cuda")
-    monkeypatch.setattr(_dispatch, "HAS_TRITON", False)
-    with pytest.raises(ModuleNotFoundError, match="triton"):
-        call(shadows, params, impl="triton")
-    assert [shadow.tolist() for shadow in shadows] == [[0.0]] * pairs
-
-
-@pytest.mark.parametrize("decay", [0.5, 1.0])
-def test_triton_refuses_float64(decay: float) -> None:
-    good, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
-    for call in (ema_swap_, partial(ema_update_, decay=decay)):
-        with pytest.raises(TypeError, match="impl='torch' for float64"):
-            call([good, double], [torch.ones(1), double + 1], impl="triton")
-        assert good == 0 and double == 0
-
-
-@impls
-def test_nothing_to_do(impl: str) -> None:
-    ema_update_([], [], 0.5, impl=impl)
-    ema_swap_([], [], impl=impl)
-    ema_update_([torch.zeros(0)], [torch.zeros(0)], 0.5, impl=impl)
-    ema_swap_([torch.zeros(0, 3)], [torch.zeros(0, 3, dtype=torch.bfloat16)], impl=impl)

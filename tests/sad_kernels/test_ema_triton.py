@@ -101,10 +101,10 @@ def test_alignment_is_that_of_both_sides() -> None:
 def test_parts_that_triton_cannot_take_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU with ``auto``: a model with float64 parts, or with some on the CPU."""
 
-    def resolve(impl: str, *tensors: Tensor) -> str:
-        return "torch" if any(t.dtype == torch.float64 for t in tensors) else "triton"
+    def choose(impl: str, device: str, double: bool) -> str:
+        return "torch" if double else "triton"
 
-    monkeypatch.setattr(ema, "resolve_impl", resolve)
+    monkeypatch.setattr(ema, "choose_impl", choose)
     launches = Launches(triton_ema._update_kernel)
     monkeypatch.setattr(triton_ema, "_update_kernel", launches)
     shadows = [torch.zeros(3), torch.zeros(3, dtype=torch.float64), torch.zeros(3)]

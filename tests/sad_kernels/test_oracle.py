@@ -19,13 +19,15 @@ from support.oracle import (
     assert_value,
     assert_within,
     assert_zero,
+    broken,
     judge,
     judge_outputs,
     measure,
+    measure_of,
     measure_oracle,
-    rounding_of_products,
     ulp,
 )
+from support.oracle.rule import NEGLIGIBLE
 from support.problems import plain
 from torch import Tensor
 
@@ -34,15 +36,8 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def rejected(problem: Problem, ours: Outputs, *, rounds_products: bool = False) -> set[str]:
-    """The outputs that break the rule."""
-    failed = set()
-    allowances = rounding_of_products(problem) if rounds_products else {}
-    for output, value in ours.items():
-        try:
-            judge_outputs(problem, {output: value}, allowances)
-        except AssertionError:
-            failed.add(output)
-    return failed
+    """The outputs that break the rule, with allowances or without."""
+    return broken(problem, ours, measure_of(problem, rounds_products=rounds_products))
 
 
 # --- Losses from logits: one careful algorithm, and the ways to spoil it -------------------------
@@ -307,6 +302,30 @@ def test_the_three_lines_of_the_rule() -> None:
     assert judged(off(3.9), off(3)) and not judged(off(4.1), off(3))  # the cap
     assert not judged(off(0.9, count=20), off(0))  # the median
     assert judged(off(0.9, count=20), off(0.5, count=20))
+
+
+def test_the_band_of_a_divergence() -> None:
+    """``2 ulp + 8 D`` where it moves, 1e-12 at least; where it does not, as without one."""
+    eps = 2.0**-23
+    o = torch.tensor([1.0, 1.0, 1e-20, 0.0], dtype=torch.float64)
+    D = torch.tensor([eps, 0.0, 1e-25, 0.0], dtype=torch.float64)
+    bands = torch.tensor([10 * eps, eps, NEGLIGIBLE * eps, 0.0])
+
+    def judged(share: float, row: int) -> bool:
+        ours = o.clone()
+        ours[row] += share * bands[row]
+        try:
+            assert_within(ours.float(), o, o.float(), 0.0, moved=D)
+        except AssertionError:
+            return False
+        return True
+
+    for row in range(3):
+        assert judged(0.8, row) and not judged(1.6, row)
+    ours = o.float()
+    ours[3] = 1e-30
+    with pytest.raises(AssertionError, match="row 3"):
+        assert_within(ours, o, o.float(), 0.0, moved=D)
 
 
 def test_a_failure_names_everything() -> None:

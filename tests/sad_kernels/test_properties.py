@@ -22,8 +22,8 @@ from support.oracle import (
     assert_zero,
     bound,
     dtypes_of,
-    is_measurable,
     judge,
+    measure_oracle,
     scales_of,
 )
 from support.problems import plain
@@ -131,7 +131,7 @@ def test_ops_on_hidden_states(
     op: str, impl: str, options: dict[str, Any], dtype: torch.dtype, chunk_bytes: int | None
 ) -> None:
     problem = plain(op, dtype, **options)
-    if is_measurable(problem):
+    if measure_oracle(problem)["loss"].isfinite().all():  # what is infinite has its own tests
         judge(problem, bound(impl, chunk_bytes))
 
 

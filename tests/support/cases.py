@@ -158,6 +158,19 @@ LINEAR_DISTILL_LOSS = pairwise(
 )
 
 
+APART = tuple(f"randn{size}{noise}" for size in (1, 5, 20) for noise in ("", "+1e-1", "+1e-3"))
+"""From a teacher that has nothing in common with the student to one that nearly is the student, in
+flat and in sharp distributions: where the gradient of a divergence is a small rest of what it is
+computed from."""
+
+MIXED_AND_PURE = tuple(
+    (name, beta)
+    for name, info in DIVERGENCES.items()
+    for beta in ((0.1, 0.5, 0.9) if info.reads_beta else (0.5,))
+)
+"""Divergences with a beta of every kind."""
+
+
 def crossed(cases: Sequence[Options]) -> list[Any]:
     """Every case in every dtype and implementation, as parameters ``(options, dtype, impl)``.
 
@@ -200,8 +213,9 @@ def draw_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Student logits [N, V], teacher logits [N, V] and labels [N].
 
-    ``dtype`` is what they will be rounded to: 2^20 is out of reach for float16, and all that
-    bfloat16 could see of such logits is the offset, so both keep to 1e4 there.
+    ``randn5`` are two sides with nothing in common, ``randn5+1e-3`` a teacher that is the student
+    plus noise of 1e-3. ``dtype`` is what they will be rounded to: 2^20 is out of reach for float16,
+    and all that bfloat16 could see of such logits is the offset, so both keep to 1e4 there.
     """
 
     def randn(*shape: int) -> Tensor:
@@ -210,11 +224,10 @@ def draw_logits(
     s, t = randn(N, V), randn(N, V)
     y = torch.randint(V, (N,), generator=generator)
     match distribution:
-        case "randn1":
-            pass
-        case "randn5" | "randn30":
-            size = float(distribution.removeprefix("randn"))
-            s, t = size * s, size * t
+        case _ if distribution.startswith("randn"):
+            size, noise = _size_and_noise(distribution)
+            s = size * s
+            t = s + noise * t if noise else size * t
         case "peaked":
             s, t = _peaked(s, y), _peaked(t, y).flip(0)
         case "peaked_near":
@@ -247,6 +260,12 @@ def draw_logits(
     return s, t, y
 
 
+def _size_and_noise(distribution: str) -> tuple[float, float]:
+    """Of ``randn5+1e-3``, or of ``randn5``, which has no noise: (5.0, 0.0)."""
+    size, _, noise = distribution.removeprefix("randn").partition("+")
+    return float(size), float(noise or 0)
+
+
 def _peaked(x: Tensor, y: Tensor) -> Tensor:
     """Set the label's logit so that its probability runs from 0.05 to 1 - 1e-5 over the rows."""
     if x.shape[-1] == 1:
@@ -275,10 +294,10 @@ def draw_head(
             # Neither would 30 times 1: by this column dhidden is 0, a sum of terms as large as the
             # column, and it is measured by what its other columns are.
             weight[:, -1], hidden[:, -1] = 3.0, 10.0
-        case "randn1" | "same" | "near" | "offset30":
+        case "same" | "near" | "offset30":
             pass
-        case "randn5" | "randn30":
-            hidden *= float(distribution.removeprefix("randn"))
+        case _ if distribution.startswith("randn"):
+            hidden *= _size_and_noise(distribution)[0]
         case "peaked":  # along the label's own row of the weight
             hidden = 0.1 * hidden + torch.linspace(3, 20, N).double()[:, None] * (
                 weight[y] / weight[y].square().sum(-1, keepdim=True).clamp(min=0.01)

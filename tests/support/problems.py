@@ -246,10 +246,9 @@ def distill_loss_problem(o: Options, dtype: torch.dtype) -> Problem:
     if kind == "hidden" and distribution.startswith(("inf_", "offset", "equal_")):
         # Computed logits are finite, cannot tell 1e4 from 1e4 + 1e-3, and may break ties.
         distribution = "randn5"
-    if (kind, distribution) == ("bucket", "spread300") and DIVERGENCES[
-        o["divergence"]
-    ].needs_full_support:
-        distribution = "randn5"  # a bucket below rounding is empty, and the reverse KL infinite
+    infinite = DIVERGENCES[o["divergence"]].needs_full_support
+    if infinite and (kind, distribution) == ("bucket", "spread300"):
+        distribution = "randn5"  # a bucket below rounding is empty
     s, t, y = draw_logits(distribution, o["N"], valid_width(o), g, dtype)
     rows = Rows(o, y, g)
     objective = _joint_objective(o, finite=not s.isinf().any())
@@ -305,10 +304,9 @@ def linear_distill_loss_problem(o: Options, dtype: torch.dtype) -> Problem:
     g = generator_for("linear_distill_loss", o, dtype)
     leaves, rows, s, magnitude = _student_head(o, dtype, g)
     labels = rows.labels(leaves["hidden"].shape[:-1])
-    t = {
-        "same": s,
-        "near": s * (1 + 0.03 * torch.randn(s.shape, generator=g, dtype=s.dtype)),
-    }.get(o["distribution"], 3 * torch.randn(s.shape, generator=g, dtype=s.dtype))
+    name, _, noise = o["distribution"].partition("+")
+    t = torch.randn(s.shape, generator=g, dtype=s.dtype)
+    t = {"same": s, "near": s * (1 + 0.03 * t)}.get(name, s + float(noise) * t if noise else 3 * t)
     teacher, teacher_leaves, t = _teacher(o, t, rows, dtype)
     objective = _joint_objective(o, finite=True)
 

@@ -7,12 +7,12 @@ weights class v by and C its sum, ``scale`` the factor on the divergence (T^2 or
 gradient of the bare divergence, times T:
 
     forward KL    q - p = (e^(x/T) - e^(y/T) + e^(y/T) B/d_t) / d
-    reverse KL    q ((x - y)/T - A'/(T d))
+    reverse KL    q ((k - y + x)/T - A'/(T d))
     any other     q (phi - phi_y) - q sum_u q_u (phi_u - phi_y)        see ``_divergence.py``
 
-with ``x, y, d, d_t, A', B`` of ``statistics.py``: no logarithm, and differences of numbers that are
-exact. The parts are added in the dtype of the arithmetic, fp32 at least, and rounded once, where
-``g`` is stored.
+with ``x, y, k, d, d_t, A', B`` of ``statistics.py``: no logarithm, and differences of numbers that
+are exact. The parts are added in the dtype of the arithmetic, fp32 at least, and rounded once,
+where ``g`` is stored.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from sad_kernels._torch.statistics import (
     Comparison,
     RowSums,
     Shifted,
+    from_best,
     label_shares,
     log_ratio,
     plain_weights,
     slopes,
-    towards_teacher,
 )
 from sad_kernels._torch.topk import TopKRows
 
@@ -153,7 +153,7 @@ class RowGradient:
                 zero_nan_(total.mul_(on_forward))
         if on_reverse > 0:
             second = out if total is None else self.scratch.like("v", hot.shape)
-            apart = towards_teacher(sums, shifted, out=second)
+            apart = from_best(sums, shifted, out=second)
             # Where q is 0 nothing is left, whatever the gap is.
             part = apart.add_((sums.cross_student / sums.total)[:, None]).mul_(-on_reverse / T)
             part = zero_nan_(part.mul_(hot)).div_(d)

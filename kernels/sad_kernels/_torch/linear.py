@@ -81,12 +81,23 @@ def _inputs(
 ) -> tuple[LossInputs, int]:
     """The operators' common inputs, and how many whole rows of logits fit at a time."""
     student, other = head_input(hidden, head), teacher_input(teacher, layout)
-    itemsize = arithmetic_dtype(hidden).itemsize
-    numbers = (DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // itemsize
-    budget = _budget(spec, student, other)
-    shape: TileShape = head_tiles(len(hidden), spec.vocab, numbers, budget)
-    rows = whole_rows(len(hidden), spec.vocab, numbers, budget)
+    rows, shape = pieces_of(spec, student, other, chunk_bytes)
     return loss_inputs(spec, student, targets, other, shape), rows
+
+
+def pieces_of(
+    spec: LossSpec,
+    student: ModelInput,
+    teacher: ModelInput | TopKInput | None,
+    chunk_bytes: int | None,
+) -> tuple[int, TileShape]:
+    """How many whole rows of logits fit at a time, 0 where these are too few; and the tiles by
+    which the logits are made otherwise."""
+    size = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    numbers, N = size // arithmetic_dtype(student.x).itemsize, len(student.x)
+    budget = _budget(spec, student, teacher)
+    tiles = head_tiles(N, spec.vocab, numbers, budget)
+    return whole_rows(N, spec.vocab, numbers, budget), tiles
 
 
 def _budget(

@@ -13,11 +13,13 @@ P = sum a x              P + C move                      sum of a (lse - s) = C 
 C = sum a                C                               (a: what CE weights a class by)
 E = sum e^x x            (E + d move) r                  entropy  log d - E/d  (T = 1)
 A = sum e^(y/T) (y - x)  (A + d_t (move_t - move)) r_t   KL(p||q) = A/(T d_t) - log(d_t/d)
-A' = sum e^(x/T) (x - y)  likewise with both exchanged   KL(q||p) = A'/(T d) + log(d_t/d)
+A' = sum e^(x/T) (k - y + x)  (A' + d change of k) r    KL(q||p) = (A'/d - k)/T + log(d_t/d)
 B = sum (e^(y/T) - e^(x/T))  B r + d_t (r_t - r)         log(d_t/d) = log(1 + B/d)
 =======================  ==============================  =======================================
 
-B keeps the digits of ``d_t - d``, which are lost between two sums that agree. Maxima start at
+``k`` is ``y - x`` in the column with the student's maximum: A' counts from it, because what the
+student is sure of would otherwise be added up and subtracted again. B keeps the digits of
+``d_t - d``, which are lost between two sums that agree. Maxima start at
 -1e30, not at -inf, so a block of only -inf adds 0 and not NaN. Weight 0 adds 0, whatever it
 multiplies, -inf included. NaN and +inf reach the sums ``d`` of their own row and poison it. A
 divergence that is no KL is summed term by term: it must know both ``d`` first, and has a second
@@ -31,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._divergence import counted_from, terms_of, weighted_slope
+from sad_kernels._divergence import counted_from, terms_of, weighted_slope, zero_nan_
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowResults, RowTargets
 from sad_kernels._torch.scratch import Scratch
@@ -180,14 +182,16 @@ class RowStatistics:
         by_ids = comparison is not None and self.topk is not None
         hot = self._add_rest(sums, rows, columns, s) if by_ids else None
 
-        looks_on = gap if gap is not None else t
+        looks_on, before = gap if gap is not None else t, sums.at_best.clone()
         move = self._raise(sums.maximum, self.best[rows], columns, s, looks_on, sums.at_best)
         if t is None:
             shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
         else:
             move_t = self._raise(sums.teacher_maximum, self.teacher_best[rows], columns, t)
             shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
-            self._add_both(sums, shifted, move, move_t)
+            change = sums.at_best - before  # of k; where it is infinite, so is the divergence
+            change = (change if gap is not None else change + move).nan_to_num(0.0, 0.0, 0.0)
+            self._add_both(sums, shifted, move, move_t, change)
         if self.spec.compute_ce:
             self._add_untempered(sums, shifted, move)
         return shifted
@@ -225,7 +229,9 @@ class RowStatistics:
                 kept[raised] = other[raised, column]
         return before.sub_(maximum)
 
-    def _add_both(self, sums: RowSums, shifted: Shifted, move: Tensor, move_t: Tensor) -> None:
+    def _add_both(
+        self, sums: RowSums, shifted: Shifted, move: Tensor, move_t: Tensor, change: Tensor
+    ) -> None:
         """Both sums ``d``, their difference, and for a KL the cross sums."""
         block, x, y, hot, hot_t, _ = shifted
         assert y is not None and hot is not None and hot_t is not None
@@ -236,24 +242,33 @@ class RowStatistics:
         # The cross sums are rescaled by the totals from before this block.
         weights = block.comparison.kl_weights
         if weights is not None:
-            apart = towards_teacher(sums, shifted, out=u)  # y - x
-            both = weights[0] > 0 and weights[1] > 0
-            second = self.scratch.like("v", x.shape) if both else u
-            moved = move_t - move
             # nansum: what is not a number here is 0 * inf, a weight of 0. NaNs show in the totals.
-            if weights[1] > 0:
-                part = row_nansum(torch.mul(apart, hot, out=second))
-                rescaled = (sums.cross_student - sums.total * moved) * r
-                sums.cross_student.copy_(rescaled.where(r > 0, 0) - part)
             if weights[0] > 0:
-                part = row_nansum(torch.mul(apart, hot_t, out=u))
-                rescaled = (sums.cross + sums.teacher_total * moved) * r_t
+                apart = towards_teacher(sums, shifted, out=u)  # y - x
+                rescaled = (sums.cross + sums.teacher_total * (move_t - move)) * r_t
+                part = row_nansum(apart.mul_(hot_t))
                 sums.cross.copy_(rescaled.where(r_t > 0, 0) + part)
+            if weights[1] > 0:
+                apart = from_best(sums, shifted, out=u)
+                part = row_nansum(apart.mul_(hot))
+                rescaled = (sums.cross_student + sums.total * change) * r
+                sums.cross_student.copy_(rescaled.where(r > 0, 0) - part)
 
         moved = sums.difference * r + sums.teacher_total * (r_t - r)
-        sums.difference.copy_(moved + row_sum(torch.sub(hot_t, hot, out=u)))
+        sums.difference.copy_(moved + row_sum(self._differences(sums, shifted)))
         sums.total.mul_(r).add_(row_sum(hot))
         sums.teacher_total.mul_(r_t).add_(row_sum(hot_t))
+
+    def _differences(self, sums: RowSums, shifted: Shifted) -> Tensor:
+        """``e^(y/T) - e^(x/T)``; by their ratio where the gap of the logits is known better."""
+        _, x, _, hot, hot_t, _ = shifted
+        assert hot is not None and hot_t is not None
+        u = self.scratch.like("u", x.shape)
+        if shifted.block.gap is None:
+            return torch.sub(hot_t, hot, out=u)
+        apart = towards_teacher(sums, shifted, out=u).mul_(1 / self.temperature)
+        fall = apart.abs().neg_().expm1_().neg_()
+        return zero_nan_(torch.copysign(fall.mul_(torch.maximum(hot, hot_t)), apart, out=u))
 
     def _add_rest(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> Tensor:
         """The sum of the columns outside the teacher's ids, from their own maximum."""
@@ -374,7 +389,8 @@ class RowStatistics:
         if weights[0] > 0:
             value = value + weights[0] * (sums.cross / (T * sums.teacher_total) + between)
         if weights[1] > 0:
-            value = value + weights[1] * (sums.cross_student / (T * sums.total) - between)
+            _, at_best = sums.gap_at_best(T, self.spec.objective.teacher_share != 1)
+            value = value + weights[1] * (sums.cross_student / (T * sums.total) - at_best)
         return value
 
     def _finish_untempered(self, poison: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -454,6 +470,15 @@ def towards_teacher(sums: RowSums, shifted: Shifted, out: Tensor) -> Tensor:
     return torch.add(gap, (sums.maximum - sums.teacher_maximum)[:, None], out=out)
 
 
+def from_best(sums: RowSums, shifted: Shifted, out: Tensor) -> Tensor:
+    """``y - x - k``: the gap of the logits, counted from the column with the row's maximum."""
+    gap = shifted.block.gap
+    k, _ = sums.gap_at_best(1.0, gap is not None)
+    if gap is not None:
+        return torch.sub(gap, k[:, None], out=out)
+    return towards_teacher(sums, shifted, out).sub_(k[:, None])
+
+
 def log_ratio(sums: RowSums, shifted: Shifted, temperature: float, out: Tensor) -> Tensor:
     """``log p/q`` of every column."""
     gap = shifted.block.gap
@@ -471,13 +496,11 @@ def slopes(
     scratch: Scratch,
 ) -> Tensor:
     """``q (phi - phi_y)`` of every column, see ``_divergence.py``."""
-    gap = shifted.block.gap
-    out = scratch.like("u", q.shape)
-    raw = towards_teacher(sums, shifted, out) if gap is None else out.copy_(gap)
-    at_best, ratio = sums.gap_at_best(temperature, gap is not None)
+    _, ratio = sums.gap_at_best(temperature, shifted.block.gap is not None)
     counted = counted_from(comparison.divergence, comparison.beta, ratio[:, None])
     # Subtract first: what a common offset hides is lost in its product with 1/T.
-    g = raw.sub_(at_best[:, None]).mul_(1 / temperature).add_(counted.gap - counted.g0)
+    g = from_best(sums, shifted, out=scratch.like("u", q.shape))
+    g.mul_(1 / temperature).add_(counted.gap - counted.g0)
     return weighted_slope(terms_of(comparison.divergence).slope, comparison.beta, g, counted, q)
 
 

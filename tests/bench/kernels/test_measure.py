@@ -126,6 +126,21 @@ def test_ours_and_by_hand_agree_with_float64(case: cases.Case) -> None:
         assert (row["status"] == "ok") == (row["reason"] is None)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "plain"),
+    [
+        ("ema/update", "bfloat16", "foreach lerp"),
+        ("ema/update", "float32", "foreach"),
+        ("ema/swap", "bfloat16", "foreach"),
+    ],
+)
+def test_averages_are_compared_with_plain_torch(name: str, dtype: str, plain: str) -> None:
+    case = EmaCase(name=name, parameters=300, tensors=3, dtype=dtype)
+    rows, _ = measure.measure(case, Cpu(), effort(), copy_rate=1e9)
+    ratios = {row["peer"]: row.get("ratio_eager") for row in rows}
+    assert ratios[plain] == 1.0 and ratios["ours"] is not None
+
+
 def test_a_run_is_written_and_printed(tmp_path: Path) -> None:
     some = [CE, LossCase(name="linear_ce", N=6, V=97, D_s=8, D_t=8, dtype="float32")]
     result, path = kernels.run(some, Cpu(), effort(), "python -m bench", tmp_path / "r.json")

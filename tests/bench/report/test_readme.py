@@ -75,6 +75,24 @@ def test_a_missed_target_says_why() -> None:
         assert (RESULTS / target.source).exists()
 
 
+def test_averages_on_a_cpu_have_a_limit_for_few_tensors_and_one_for_many() -> None:
+    """Records from before the comparison have no ratio."""
+    rows = [
+        {"case": case, "peer": peer, "shape": {"tensors": tensors}, "ratio_eager": ratio}
+        for case in ("ema/update", "ema/swap", "kd/jsd")
+        for tensors in (12, 600)
+        for peer, ratio in (("ours", 1.2), ("foreach", 1.0), ("ours", None))
+    ]
+    found = list(targets._averages_on_cpu({"rows": rows}))
+    assert [(t.limit, t.met) for t in found] == [
+        (1.4, True),
+        (1.0, False),
+        (6.0, True),
+        (4.5, True),
+    ]
+    assert found[1].why and "600 tensors" in found[1].what
+
+
 def test_a_wrong_time_is_struck_out() -> None:
     row = {"peer": "other", "ms": {"full": [1.0, 2.0, 3.0]}, "ratio_copy": 1.5, "status": "wrong"}
     ours = {"peer": "ours", "ms": {"full": [3.0, 4.0, 5.0]}, "ratio_copy": 2.5, "status": "ok"}
