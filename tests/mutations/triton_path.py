@@ -657,7 +657,7 @@ MUTATIONS = [
             "is_read = (tl.load(kd_weights_ptr + row) != 0)",
             "is_read = (tl.load(kd_weights_ptr + row) >= 0)",
         ),
-        tests("sad_kernels/test_bytes.py", "test_rows_of_weight_0_do_not_read_their_teacher"),
+        tests("sad_kernels/test_bytes.py", "test_rows_of_weight_0_do_not_read_their_teacher[jsd]"),
     ),
     Mutation(
         "56",

@@ -497,6 +497,7 @@ def test_a_weight_of_zero_reads_nothing_of_the_teachers_row(
     weights, y = ON_KD.where(KEPT, 1.0), torch.randint(V, (N,))
     s = draw(N, V).float()
     s[3, 5:9] = -INF  # in a row that is not compared: no divergence of it is finite
+    s[4, 0] = 50.0  # the argmax of a teacher's row of which nothing is known
     s.requires_grad_()
     hidden, head = draw(N, D).float().requires_grad_(), Head(draw(V, D).float())
 

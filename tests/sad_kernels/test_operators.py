@@ -249,8 +249,10 @@ def weighted_losses(ops: Any, s: Tensor, t: Tensor, w: Tensor, mask: Tensor) -> 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_weights_and_masks_compile_without_graph_breaks(backend: str) -> None:
+    ops = bound("triton")
+
     def loss(s: Tensor, *others: Tensor) -> Tensor:
-        return weighted_losses(bound("triton"), s, *others)
+        return weighted_losses(ops, s, *others)
 
     s, t = torch.randn(5, 5).requires_grad_(), torch.randn(5, 5)
     given = s, t.detach(), torch.rand(5), torch.arange(5) % 2 == 0
