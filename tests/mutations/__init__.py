@@ -84,7 +84,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "47": ("structural losses averaged over micro-batches", ("trainer",)),
     "48": ("what structural losses and gates have learned, lost at a stop", ("trainer",)),
     "49": ("losses of weight 0 that are computed", ("trainer",)),
-    "50": ("a call that goes past whoever listens to torch's operators", ("triton",)),
+    "50": ("a call that goes past whoever listens to torch's operators", ("torch",)),
     "51": ("a new divergence that is left out of the sums without an error", ("torch",)),
     "52": ("a help text that waits for torch to be imported", ("trainer",)),
     "53": ("digits lost near agreement: differences of rounded numbers near 1", ("triton",)),

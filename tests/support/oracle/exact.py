@@ -72,6 +72,7 @@ def inputs_of(
         t = reference._logits(reference._rows(teacher.hidden, keep), teacher.head, V, s.dtype)
     else:
         t = reference._rows(teacher.logits, keep)[:, :V].to(s.dtype)
+        t = reference._transformed(t, teacher.logit_scale, teacher.softcap)
     return Inputs(objective, s, t), (t if u == 1 else (1 - u) * s + u * t).argmax(-1)
 
 
