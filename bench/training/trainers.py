@@ -166,7 +166,7 @@ class NaiveStudent(StudentWithLoss):
         ce, kd, count = naive_sums(logits, teacher_logits, batch.labels, objective.temperature)
         loss = (objective.ce_weight * ce + objective.kd_weight * kd) / max(counts.targets, 1)
         none = torch.zeros_like(ce)
-        out = DistillOutput(loss, ce.detach(), kd.detach(), none, count, none, none, none)
+        out = DistillOutput(loss, ce.detach(), kd.detach(), none, count, none, none, none, none)
         return StepOutput(loss, out, {})
 
 

@@ -93,7 +93,11 @@ class RowGradient:
                 kd = self._kl(comparison.kl_weights, shifted, sums)
             else:
                 kd = self._any(comparison, shifted, sums, slope)
-            kd.mul_(self.kd[rows, None])
+            factor = self.kd[rows]
+            if self.topk is None:
+                # A weight of 0 hides what it multiplies, but not a side that is NaN.
+                factor = factor + 0 * (sums.total + sums.teacher_total)
+            kd.mul_(factor[:, None])
         g = self._untempered(shifted, sums)
         if g is None:
             return shifted.x.zero_() if kd is None else shifted.x.copy_(kd)

@@ -35,8 +35,8 @@ def scaled_kernel(
     else:
         mask = start + offsets < n
         x = tl.load(x_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        x = to_dtype(x * factor, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + start + offsets, x, mask=mask)
+        scaled = to_dtype(x * factor, out_ptr.dtype.element_ty)  # not x: both branches name it
+        tl.store(out_ptr + start + offsets, scaled, mask=mask)
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:  # factor: [] fp32
