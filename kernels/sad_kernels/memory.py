@@ -136,8 +136,10 @@ def linear_memory_bytes(
         if not gradients or dtype == torch.float16:
             at_a_time = 0
         slabs = parts.slabs * V * min(N, at_a_time or HEAD_ROWS)
-        factors = parts.converted if at_a_time else parts.per_column * V
-        alive = slabs + factors + parts.blocks * min(BLOCK, N * V)
+        factors = parts.per_column * V
+        factors = min(parts.converted, factors) if at_a_time else factors
+        blocks = -(-parts.blocks // 2)  # that are alive at once, of those that room is made for
+        alive = slabs + factors + blocks * min(BLOCK, N * V)
         several = 0 < at_a_time < N
         return LinearMemory(
             logits=min(budget, number * alive),
