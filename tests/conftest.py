@@ -32,6 +32,7 @@ if HAS_TRITON and not torch.cuda.is_available():
 import numpy as np
 import pytest
 from hypothesis import settings
+from sad_kernels._torch import gemm
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("ci")
@@ -41,8 +42,6 @@ settings.load_profile("ci")
 def _products_of_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 products as a processor makes them that has no instructions for it: the results of
     tests must not depend on the machine. ``test_products.py`` asks for the others."""
-    from sad_kernels._torch import gemm
-
     monkeypatch.setattr(gemm, "HAS_BF16_PRODUCTS", False)
 
 
