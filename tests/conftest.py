@@ -39,10 +39,12 @@ settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
-def _products_of_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def products_of_any_processor() -> Iterator[None]:
     """bf16 products as a processor makes them that has no instructions for it: the results of
     tests must not depend on the machine. ``test_products.py`` asks for the others."""
-    monkeypatch.setattr(gemm, "HAS_BF16_PRODUCTS", False)
+    before, gemm.HAS_BF16_PRODUCTS = gemm.HAS_BF16_PRODUCTS, False
+    yield
+    gemm.HAS_BF16_PRODUCTS = before
 
 
 @pytest.fixture(autouse=True)
