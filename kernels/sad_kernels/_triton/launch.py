@@ -264,7 +264,9 @@ def _gradient(
         COMPUTE_CE=spec.compute_ce and (objective.ce_weight > 0 or objective.z_loss > 0),
         SMOOTH=smoothed or targets.soft is not None,  # without these it takes the same of all
     )
-    pressure = _pressure(student, teacher, targets) + flags.TWO_PASSES  # a mixture's logarithms
+    # Tiles are those that were timed when every divergence but forward_kl took logarithms.
+    more = isinstance(teacher, Logits) and objective.divergence != "forward_kl"
+    pressure = _pressure(student, teacher, targets) + more
     shape = choose_tile(student.x.device, "gradient", V, pressure)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
