@@ -14,7 +14,7 @@ import mpmath
 import pytest
 import torch
 from mpmath import mpf
-from sad_kernels import Objective, TeacherLogits, reference
+from sad_kernels import Objective, TeacherLogits, TeacherTopK, reference
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels.objective import Tail
 from support.oracle import (
@@ -24,6 +24,7 @@ from support.oracle import (
     epsilon,
     measure,
     measure_oracle,
+    rounding_of_logits,
 )
 from support.oracle.divergences import (
     NAMES,
@@ -315,6 +316,57 @@ def test_the_oracle_is_the_reference_with_more_digits(
     assert oracle.keys() == by_definition.keys()
     for name, exact in oracle.items():
         assert_value(by_definition[name], exact, scale=problem.magnitude * 2.0**10)
+
+
+def test_the_oracle_takes_what_the_reference_takes() -> None:
+    """Scales and caps of both sides, weights of rows, a row without ids, and two divergences."""
+    s, t, y = 4 * torch.randn(6, V), 4 * torch.randn(6, V), torch.tensor([1, 2, 3, 4, -100, 5])
+    other = torch.tensor([True, False, True, False, True, False])
+    sparse_log_probs, ids = t.log_softmax(-1).topk(3)
+    sparse_log_probs[2] = -INF
+    dense = TeacherLogits(t.double(), logit_scale=0.7, softcap=5.0)
+    sparse = TeacherTopK(ids, sparse_log_probs.double(), "zero")
+    for teacher in (dense, sparse):
+        objective = Objective(
+            divergence="jsd", beta=0.3, other_divergence="skew_forward_kl", other_beta=0.8
+        )
+
+        def call(
+            ops: Any, x: dict[str, Tensor], teacher: Any = teacher, objective: Any = objective
+        ) -> Any:
+            return ops.distill_loss(
+                x["logits"],
+                y,
+                teacher,
+                objective,
+                other_rows=other,
+                kd_token_weights=torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0]),
+                softcap=3.0,
+                logit_scale=1.3,
+            )
+
+        problem = Problem("all", call, {"logits": s}, ("logits",), torch.ones(()), {})
+        by_definition = measure(problem, reference, {"logits": s.double()})
+        for name, exact in measure_oracle(problem).items():
+            assert_value(by_definition[name], exact, scale=2.0**10)
+
+
+def test_a_row_of_the_other_divergence_is_judged_by_it_alone() -> None:
+    """The first is infinite there."""
+    s, t = torch.randn(2, V), torch.randn(2, V)
+    t[1, 3] = -INF
+    objective = Objective(divergence="reverse_kl", other_divergence="jsd", other_beta=0.3)
+    other = torch.tensor([False, True])
+
+    def call(ops: Any, x: dict[str, Tensor]) -> Any:
+        teacher = TeacherLogits(t.to(x["logits"].dtype))
+        return ops.distill_loss(x["logits"], None, teacher, objective, other_rows=other)
+
+    problem = Problem("two", call, {"logits": s}, ("logits",), torch.ones(()), {})
+    oracle = measure_oracle(problem)
+    assert all(x.isfinite().all() for x in oracle.values())
+    moved = rounding_of_logits(problem, oracle, 2.0**-23)["dlogits"]
+    assert moved.isfinite().all() and moved.any(-1).all()
 
 
 def test_the_oracle_has_digits_that_the_reference_lacks() -> None:

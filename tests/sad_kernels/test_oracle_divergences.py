@@ -5,6 +5,9 @@ The form of ``test_oracle.py``: correct algorithms keep the rule, and faults bre
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +89,27 @@ def test_exact_differences_pass_beside_other_teachers(
             for part in (0.0, 0.5):
                 wrong = (part * by.oracle[output]).to(dtype)
                 assert broken(problem, {output: wrong}, by)
+
+
+@pytest.mark.parametrize(("distribution", "softcap"), [("randn5+1e-1", 20.0), ("offset1e4", None)])
+@pytest.mark.parametrize(("divergence", "beta"), MIXED_AND_PURE)
+def test_exact_differences_pass_of_scaled_and_capped_logits(
+    divergence: str, beta: float, distribution: str, softcap: float | None
+) -> None:
+    """What is scaled is rounded by its size, not by its distance from the largest."""
+    given = apart(distribution, divergence, beta)
+    other: dict[str, Any] = {"logit_scale": 1.3, "softcap": softcap}
+    other |= {f"teacher_{name}": value for name, value in other.items()}
+
+    def call(ops: Any, x: dict[str, Tensor]) -> Tensor:
+        capped = SimpleNamespace(kl_div=partial(ops.kl_div, **other))
+        return given.call(capped, x)
+
+    problem = replace(given, call=call)
+    by, ours = measure_of(problem), measure_exact(problem, dict(problem.leaves))
+    assert not broken(problem, {"dlogits": ours["dlogits"]}, by)
+    for part in (0.0, 0.5):
+        assert broken(problem, {"dlogits": (part * by.oracle["dlogits"]).float()}, by)
 
 
 @pytest.mark.parametrize("distribution", ["randn1+1e-3", "randn5+1e-1", "randn5"])

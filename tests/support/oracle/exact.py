@@ -65,11 +65,12 @@ def inputs_of(
     if isinstance(teacher, TeacherTopK):
         ids = reference._rows(teacher.ids, keep).long()
         log_probs = reference._rows(teacher.log_probs, keep).to(s.dtype)
-        best = log_probs == log_probs.amax(-1, keepdim=True)
+        best = (log_probs == log_probs.amax(-1, keepdim=True)) & ~torch.isneginf(log_probs)
         choice = ids.masked_fill(~best, V).amin(-1)
         return Inputs(objective, s, log_probs, ids, teacher.tail), choice
     if isinstance(teacher, TeacherHidden):
         t = reference._logits(reference._rows(teacher.hidden, keep), teacher.head, V, s.dtype)
+        t = t.detach()
     else:
         t = reference._rows(teacher.logits, keep)[:, :V].to(s.dtype)
         t = reference._transformed(t, teacher.logit_scale, teacher.softcap)
@@ -101,15 +102,18 @@ def kd_of(
         objective: Objective,
         other_rows: Tensor | None = None,  # [n] bool
     ) -> tuple[Tensor, Tensor]:
-        if other_rows is not None:
-            first = replace(objective, other_divergence=None)
-            assert objective.other_divergence is not None
-            other = replace(first, divergence=objective.other_divergence, beta=objective.other_beta)
-            value, choice = kd(s, teacher, keep, first)
-            return kd(s, teacher, keep, other)[0].where(other_rows, value), choice
         inputs, choice = inputs_of(s, teacher, keep, objective)
         inputs = move(inputs) if move else inputs
-        return _Known.apply(s, *inputs.value_and_gradient(change)), choice
+        value, gradient = inputs.value_and_gradient(change)
+        if other_rows is not None:  # each row has one, be the other infinite
+            assert objective.other_divergence is not None
+            other = replace(
+                objective, divergence=objective.other_divergence, beta=objective.other_beta
+            )
+            others = replace(inputs, objective=other).value_and_gradient(change)
+            value = others[0].where(other_rows, value)
+            gradient = others[1].where(other_rows[:, None], gradient)
+        return _Known.apply(s, value, gradient), choice
 
     return kd
 

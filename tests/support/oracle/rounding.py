@@ -27,10 +27,11 @@ def rounding_of_logits(
 
     The divergence's logits are moved at random, by up to ``eps`` of what rounding errors in them
     are proportional to: where they are given, the distance from the row's largest, which is
-    subtracted first; where they are computed, the root of the sum of squares of what is summed up,
-    and the result; log-probabilities of a top-k teacher by ``eps`` of themselves, and what they
-    leave to the other tokens by ``eps`` of what the first of them leaves. So is phi, by ``eps`` of
-    itself. What else is in the loss does not move: see ``scales_of``.
+    subtracted first; where they are scaled or capped, the result; where they are computed, the root
+    of the sum of squares of what is summed up as well; log-probabilities of a top-k teacher by
+    ``eps`` of themselves, and what they leave to the other tokens by ``eps`` of what the first of
+    them leaves. So is phi, by ``eps`` of itself. What else is in the loss does not move: see
+    ``scales_of``.
 
     The gradient of a TVD jumps where p and q cross. Where they are as near as eight roundings, phi
     moves by the jump, divided by the eight that the rule multiplies D by.
@@ -42,7 +43,11 @@ def rounding_of_logits(
     largest = {name: torch.zeros_like(x) for name, x in oracle.items() if name[1:] in problem.wrt}
     for seed in range(DRAWS):
         rounding = _Rounding(eps, plain_logarithms, Generator().manual_seed(seed))
-        with replaced(_logits=rounding.logits, _kd=kd_of(rounding.of, rounding.of_phi)):
+        with replaced(
+            _logits=rounding.logits,
+            _transformed=rounding.transformed,
+            _kd=kd_of(rounding.of, rounding.of_phi),
+        ):
             moved = measure(problem, reference, in_float64(problem))
         if not rounding.asked:  # there is no divergence
             break
@@ -58,7 +63,8 @@ class _Rounding:
         self.eps, self.plain_logarithms, self.generator = eps, plain_logarithms, generator
         self.computed: list[tuple[Tensor, Tensor]] = []  # logits, and the size of their errors
         self.reach: float | Tensor = 0.0  # the largest move of a row's computed logits, [n, 1]
-        self.asked, self.beside_ids, self.product = False, False, reference._logits
+        self.asked, self.beside_ids = False, False
+        self.product, self.transform = reference._logits, reference._transformed
 
     def logits(self, hidden: Tensor, head: Head, V: int, dtype: torch.dtype) -> Tensor:
         """``reference._logits``, which takes note of its result."""
@@ -69,6 +75,13 @@ class _Rounding:
                 squares = squares + head.bias[:V].to(dtype).square()
             self.computed.append((z, abs(head.logit_scale) * squares.sqrt() + z.abs()))
         return z
+
+    def transformed(self, z: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+        """``reference._transformed`` likewise."""
+        s = self.transform(z, logit_scale, softcap)
+        if (logit_scale, softcap) != (1.0, None):
+            self.computed.append((s, s.detach().abs()))
+        return s
 
     def of(self, inputs: Inputs) -> Inputs:
         self.asked, self.beside_ids = True, inputs.ids is not None
@@ -87,8 +100,8 @@ class _Rounding:
         return z + self._noise(z) * size
 
     def _size_if_computed(self, z: Tensor) -> Tensor | None:
-        """Rows of logits that were noted are known again by three of their numbers."""
-        for known, size in self.computed:
+        """Rows of logits that were noted, last of all as they are, are known by three numbers."""
+        for known, size in reversed(self.computed):
             if z.shape[-1] == known.shape[-1]:
                 ends = [0, z.shape[-1] // 2, -1]
                 found = (z[:, None, ends] == known[None, :, ends]).all(-1)
