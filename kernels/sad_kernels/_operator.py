@@ -128,6 +128,26 @@ def _flat_parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter
             )
 
 
+# Of operators over rows under vmap: rows are independent, so a batch of B times N rows is B N rows.
+
+
+def batch_first(x: Tensor, dim: int | None, B: int) -> Tensor:  # -> [B, ...]
+    """A tensor with vmap's dimension in front; one without it is the same for the whole batch."""
+    return x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def join_rows(x: Any, dim: int | None, B: int) -> Any:  # [N, ...] with B at dim -> [B N, ...]
+    """The rows of a whole batch; what is no tensor stays as it is."""
+    return batch_first(x, dim, B).flatten(0, 1) if isinstance(x, Tensor) else x
+
+
+def part_rows(outputs: Sequence[Tensor], dims: Sequence[int], B: int) -> tuple[Tensor, ...]:
+    """Outputs of ``B N`` rows, each at its dimension, as ``B`` times ``N``."""
+    return tuple(
+        x.unflatten(dim, (B, x.shape[dim] // B)) for x, dim in zip(outputs, dims, strict=True)
+    )
+
+
 def no_forward_mode(*_: Any) -> None:
     """The forward-mode derivative of an operator: an error."""
     raise NotImplementedError(

@@ -28,6 +28,7 @@ from sad_kernels._torch.statistics import (
     RowSums,
     Shifted,
     from_best,
+    label_columns,
     label_shares,
     log_ratio,
     plain_weights,
@@ -130,9 +131,7 @@ class RowGradient:
             return g
 
         # Subtract the label's share in its column, if that lies in this block.
-        column = self.targets.labels[rows] - columns.start
-        here = (column >= 0) & (column < g.shape[1])
-        index = column.clamp(0, g.shape[1] - 1)[:, None]
+        index, here = label_columns(self.targets.labels[rows], columns)
         share = self.label_share[rows].where(here, 0)[:, None]
         return g.scatter_(1, index, g.gather(1, index) - share)
 

@@ -18,7 +18,7 @@ from sad_kernels._torch.operators import (
     LossInputs,
     loss_inputs,
     mean_with_gradients,
-    torch_rows,
+    row_results,
 )
 from sad_kernels._torch.problem import ModelInput, TopKInput, head_input, teacher_input
 from sad_kernels.objective import Head, Teacher
@@ -46,7 +46,7 @@ def mean_loss(
         for x in (hidden, head.weight, head.bias)
     ]
     if not any(want) or at_a_time == 0 or hidden.dtype == torch.float16:
-        rows = _rows(inputs)
+        rows = row_results(inputs)
         return rows.loss.sum() / items, rows
     return mean_with_gradients(inputs, items, want, at_a_time)
 
@@ -62,12 +62,7 @@ def row_losses_from_hidden(
 ) -> RowResults:
     """The loss of every row, differentiable, and its parts, detached."""
     inputs, _ = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes)
-    return _rows(inputs)
-
-
-def _rows(inputs: LossInputs) -> RowResults:
-    loss, parts, *_ = torch_rows(*inputs)
-    return RowResults(loss, *parts.detach())
+    return row_results(inputs)
 
 
 def _inputs(

@@ -15,7 +15,7 @@ from sad_kernels._rows import (
     divisor_of,
 )
 from sad_kernels._tiles import logit_tiles
-from sad_kernels._torch.operators import loss_inputs, torch_rows
+from sad_kernels._torch.operators import loss_inputs, row_results
 from sad_kernels._torch.problem import ModelInput, teacher_input
 from sad_kernels.objective import DistillOutput, Teacher
 
@@ -32,8 +32,7 @@ def row_losses_from_logits(
     student = ModelInput(logits, transform=transform)
     shape = logit_tiles(spec.vocab)
     inputs = loss_inputs(spec, student, targets, teacher_input(teacher, layout), shape)
-    loss, parts, *_ = torch_rows(*inputs)
-    return RowResults(loss, *parts.detach())
+    return row_results(inputs)
 
 
 def mean_loss_from_logits(

@@ -19,10 +19,13 @@ from torch import Tensor
 from sad_kernels._operator import (
     OpArgs,
     Operator,
+    batch_first,
     decode,
     eager_autograd_only,
     encode,
+    join_rows,
     no_second_backward,
+    part_rows,
     save_call,
     saved_call,
 )
@@ -104,6 +107,10 @@ def loss_inputs(
     )
 
 
+PER_CLASS = LossInputs._fields.index("class_weight")
+"""The one tensor among a call's inputs from logits that does not have a row for each of theirs."""
+
+
 # --- A loss per row ------------------------------------------------------------------------------
 
 
@@ -115,13 +122,17 @@ def torch_rows(inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return loss, torch.stack(parts), saved.sums, saved.inside
 
 
+def row_results(inputs: LossInputs) -> RowResults:
+    """The losses of all rows, each differentiable on its own, and their parts, detached."""
+    loss, parts, *_ = torch_rows(*inputs)
+    return RowResults(loss, *parts.detach())
+
+
 @torch_rows.register_fake
 def _(inputs: LossInputs) -> tuple[Tensor, ...]:
     N = inputs.x.shape[0]
     rows = inputs.x.new_empty(N, dtype=arithmetic_dtype(inputs.x))
-    inside = rows.new_empty(0, 0)
-    if inputs.ids is not None:
-        inside = rows.new_empty(N, inputs.ids.shape[1])
+    inside = rows.new_empty(N, 0 if inputs.ids is None else inputs.ids.shape[1])
     return rows, rows.new_empty(PARTS, N), rows.new_empty(GRADIENT_SUMS, N), inside
 
 
@@ -187,54 +198,38 @@ def _returned(
 
 @torch_rows.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-    """Rows are independent, so a batch of B times N rows is B N rows."""
-    B, names = info.batch_size, LossInputs._fields
-    given = dict(zip(names, inputs, strict=True))
-    if given["weight"] is not None:
+    if LossInputs(*inputs).weight is not None:
         _no_vmap()
-    if in_dims[names.index("class_weight")] is not None:
+    if in_dims[PER_CLASS] is not None:
         raise RuntimeError(
             "class weights must not be batched by vmap, got a batch of them; call once for each"
         )
-
-    def joined(name: str, x: Any, dim: int | None) -> Any:  # [N, ...] with B at dim -> [B N, ...]
-        if not isinstance(x, Tensor) or name == "class_weight":
-            return x
-        return (x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-    outputs = torch_rows(*map(joined, names, inputs, in_dims))
     out_dims = (0, 1, 1, 0)  # where each output has its rows
-    if given["ids"] is None:
-        outputs, out_dims = (*outputs[:3], outputs[3].expand(B, 0, 0)), (0, 1, 1, None)
-        parted = [
-            x.unflatten(d, (B, x.shape[d] // B))
-            for x, d in zip(outputs[:3], out_dims[:3], strict=True)
-        ]
-        return (*parted, outputs[3]), (0, 1, 1, 0)
-    parted = (x.unflatten(d, (B, x.shape[d] // B)) for x, d in zip(outputs, out_dims, strict=True))
-    return tuple(parted), out_dims
+    outputs = torch_rows(*_join_inputs(inputs, in_dims, info.batch_size))
+    return part_rows(outputs, out_dims, info.batch_size), out_dims
 
 
 @torch_rows_gradient.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     B, count = info.batch_size, len(LossInputs._fields)
-    names = LossInputs._fields
     want, sums, inside, upstream = inputs[count:]
     _, sums_dim, inside_dim, upstream_dim = in_dims[count:]
-
-    def front(x: Tensor, dim: int | None) -> Tensor:
-        return x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)
-
-    flat = [
-        x if not isinstance(x, Tensor) or name == "class_weight" else front(x, dim).flatten(0, 1)
-        for name, x, dim in zip(names, inputs[:count], in_dims[:count], strict=True)
-    ]
-    sums = front(sums, sums_dim).movedim(0, 1).flatten(1, 2)  # [sums, B N]
-    inside = front(inside, inside_dim).flatten(0, 1)
-    upstream = front(upstream, upstream_dim).flatten(0, 1)
-    dx, dweight, dbias = torch_rows_gradient(*flat, want, sums, inside, upstream)
-    dx = dx.unflatten(0, (B, dx.shape[0] // B)) if want[0] else dx.expand(B, 0)
+    dx, dweight, dbias = torch_rows_gradient(
+        *_join_inputs(inputs[:count], in_dims[:count], B),
+        want,
+        batch_first(sums, sums_dim, B).movedim(0, 1).flatten(1, 2),  # [sums, B N]
+        join_rows(inside, inside_dim, B),
+        join_rows(upstream, upstream_dim, B),
+    )
+    dx = part_rows([dx], [0], B)[0] if want[0] else dx.expand(B, 0)
     return (dx, dweight.expand(B, 0), dbias.expand(B, 0)), (0, 0, 0)
+
+
+def _join_inputs(inputs: Sequence[Any], in_dims: Sequence[Any], B: int) -> list[Any]:
+    """The inputs of a batch of calls as those of one call of all their rows."""
+    flat = [join_rows(x, dim, B) for x, dim in zip(inputs, in_dims, strict=True)]
+    flat[PER_CLASS] = inputs[PER_CLASS]
+    return flat
 
 
 def _no_vmap(*_: Any) -> None:

@@ -12,7 +12,7 @@ come last. A row's numbers do not depend on the rows beside it, so their order c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ class SavedRows(NamedTuple):
     """What a gradient needs besides the inputs, of all N rows."""
 
     sums: Tensor  # [GRADIENT_SUMS, N]
-    inside: Tensor  # [N, K], see TopKGradient; [0, 0] without a top-k teacher
+    inside: Tensor  # [N, K], see TopKGradient; K = 0 without a top-k teacher
 
 
 class Problem:
@@ -156,7 +156,7 @@ class Problem:
             masks = [(mask & compared, how) for mask, how in masks] + [(counts & ~compared, None)]
 
         for _, how in masks:
-            if how is not None and how.kl_weights is None:
+            if how is not None and _reads_twice(how):
                 terms_of(how.divergence)  # refuses one that it does not know, with no rows too
 
         # nonzero waits for the device, as the number of rows has to be known here.
@@ -192,7 +192,7 @@ class Problem:
         for block in self._tiles():
             statistics.add(block)
         # Both normalisers are known now: the terms of other divergences can be formed.
-        if any(_reads_twice(how) for _, how in self.groups) and self.teacher is not None:
+        if self.teacher is not None:
             for block in self._tiles(only=_reads_twice):
                 sums = statistics.sums.at(block.rows)
                 statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
@@ -201,9 +201,8 @@ class Problem:
                 if how is not None:
                     statistics.finish_topk(rows, how)
         saved = torch.stack([self.scatter(x) for x in statistics.sums[:GRADIENT_SUMS]])
-        inside = self.like.new_empty(0, 0)
-        if self.topk is not None:
-            assert statistics.inside is not None
+        inside = self.like.new_zeros(self.num_rows, 0)
+        if statistics.inside is not None:
             inside = self.like.new_zeros(self.num_rows, statistics.inside.shape[1])
             kept = slice(None) if self.kept is None else self.kept[: len(statistics.inside)]
             inside[kept] = statistics.inside
@@ -221,7 +220,8 @@ class Problem:
         gradient = self._gradient(upstream[kept], inside)
         self.student.want_gradients(wanted, by_columns=True)
         for block in self._tiles(with_teacher=gradient.reads_teacher, flush=True):
-            hot = self._rest(block, sums) if self._by_ids(block) else None
+            by_ids = self.topk is not None and block.comparison is not None
+            hot = self._rest(block, sums) if by_ids else None
             of_block = sums.at(block.rows)
             shifted = shift(block, of_block, self._T, self.scratch, hot, gradient.has_untempered)
             self.student.store(block.rows, gradient.block(shifted, of_block))
@@ -252,17 +252,20 @@ class Problem:
         return self._results(statistics), self.student.gradients()
 
     def _tiles(
-        self, with_teacher: bool = True, only: object = None, flush: bool = False
+        self,
+        with_teacher: bool = True,
+        only: Callable[[Comparison | None], bool] = lambda how: True,
+        flush: bool = False,
     ) -> Iterator[Block]:
-        """All blocks: slices of the vocabulary outside, rows inside.
+        """All blocks of the groups that ``only`` takes: slices of the vocabulary outside, rows
+        inside.
 
         In this order a slice of the head is read, and its gradient written, once.
         """
+        groups = [(group, how) for group, how in self.groups if only(how)]
         self._reserve(self.shape.rows, self.shape.columns)
         for columns in cut(self.spec.vocab, self.shape.columns):
-            for group, how in self.groups:
-                if callable(only) and not only(how):
-                    continue
+            for group, how in groups:
                 for inside in cut(group.stop - group.start, self.shape.rows):
                     rows = slice(group.start + inside.start, group.start + inside.stop)
                     yield from self._blocks(rows, columns, how, with_teacher)
@@ -313,9 +316,6 @@ class Problem:
         return RowGradient(
             self.spec, self.targets, upstream.to(self.dtype), self.topk, inside, self.scratch
         )
-
-    def _by_ids(self, block: Block) -> bool:
-        return self.topk is not None and block.comparison is not None
 
     def _rest(self, block: Block, sums: RowSums) -> Tensor:
         """``exp((s - rest_maximum) / T)``, from logits that are still as they were made: their

@@ -122,7 +122,7 @@ class HeadSource:
             multiply_(self.slab[:, self._inside(piece)], self.x[rows], w.T)
 
     def block(self, rows: slice) -> Tensor:  # [rows, columns]
-        logits = self._slab_rows(rows)
+        logits = self.slab[self._rows_inside(rows)]
         if self.bias is not None:
             logits.add_(self.bias[self.columns])
         return self.transform.apply_(logits)
@@ -146,7 +146,7 @@ class HeadSource:
     def store(self, rows: slice, g: Tensor) -> None:
         """Take the gradient of the logits; it takes their place in the slab until ``flush``."""
         g = self.transform.backward_(g)
-        slab = self._slab_rows(rows)
+        slab = self.slab[self._rows_inside(rows)]
         if g.data_ptr() != slab.data_ptr():
             slab.copy_(g)
 
@@ -207,8 +207,8 @@ class HeadSource:
     def _inside(self, piece: slice) -> slice:
         return slice(piece.start - self.columns.start, piece.stop - self.columns.start)
 
-    def _slab_rows(self, rows: slice) -> Tensor:
-        return self.slab[rows.start - self.rows.start : rows.stop - self.rows.start]
+    def _rows_inside(self, rows: slice) -> slice:
+        return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
 
     def gradients(self) -> Gradients:
         dhidden = None if self.dx is None else self.dx.to(self.hidden.dtype)
@@ -258,7 +258,7 @@ class SplitHeadSource(HeadSource):
         self.slab = self.high
 
     def block(self, rows: slice) -> Tensor:  # [rows, columns]
-        inside = slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+        inside = self._rows_inside(rows)
         low = self.low[inside]
         logits = self.scratch.like(self.name, low.shape).copy_(self.high[inside]).add_(low)
         if self.base is not None:
@@ -285,14 +285,13 @@ class SplitHeadSource(HeadSource):
 
     def store(self, rows: slice, g: Tensor) -> None:
         """Round the gradient of the logits, in the place of their upper half."""
-        self._slab_rows(rows).copy_(self.transform.backward_(g))
+        self.slab[self._rows_inside(rows)].copy_(self.transform.backward_(g))
 
     def flush(self) -> None:
         x, w, g = self.x[self.rows], self.weight[self.columns], self.slab
         if self.dx is not None:
-            if (
-                self.by_columns
-            ):  # partial sums: each rounded to 8 bits would err more than their sum
+            if self.by_columns:
+                # Partial sums: each rounded to 8 bits would err more than their sum.
                 high, low = (self.slabs.like(f"dx {part}", x.shape) for part in ("high", "low"))
                 split_product_(high, low, g, w)
                 self.dx[self.rows] += high

@@ -51,6 +51,11 @@ class Comparison(NamedTuple):
     beta: float
 
     @property
+    def counts_from_best(self) -> bool:
+        """Whether the teacher's logit in the column with the student's maximum takes part."""
+        return self.kl_weights is None or self.kl_weights[1] > 0
+
+    @property
     def kl_weights(self) -> tuple[float, float] | None:
         """The weights of KL(p || q) and KL(q || p); None if it is no sum of them."""
         weights = DIVERGENCES[self.divergence].kl_weights
@@ -74,9 +79,8 @@ class Shifted(NamedTuple):
     block: Block
     x: Tensor  # s - m
     y: Tensor | None = None  # t - m_t
-    hot: Tensor | None = (
-        None  # exp(x / T); beside a top-k teacher relative to rest_maximum, 0 at ids
-    )
+    hot: Tensor | None = None
+    """exp(x / T); beside a top-k teacher relative to rest_maximum, and 0 at its ids."""
     hot_t: Tensor | None = None  # exp(y / T)
     warm: Tensor | None = None  # exp(x), where CE, z-loss or entropy ask for it
 
@@ -117,12 +121,14 @@ class RowSums(NamedTuple):
         exact = torch.log1p(B / d)
         return -exact.where(B.abs() < d / 2, self.teacher_total.log() - d.log())
 
-    def gap_at_best(self, temperature: float, has_gap: bool) -> tuple[Tensor, Tensor]:
-        """Of the column with the student's maximum: what the gap of logits is there, relative to
-        the maxima, and ``log p/q``."""
-        raw = self.at_best if has_gap else self.at_best - self.teacher_maximum
-        raw = raw.where(raw.isfinite(), 0)  # a teacher's -inf: any other column will do
-        return raw, raw / temperature + self.offset(temperature, has_gap)
+    def gap_at_best(self, has_gap: bool) -> Tensor:
+        """``k``: ``y - x``, or ``share (t - s)``, in the column with the student's maximum."""
+        k = self.at_best if has_gap else self.at_best - self.teacher_maximum
+        return k.where(k.isfinite(), 0)  # a teacher's -inf: any other column will do
+
+    def log_ratio_at_best(self, temperature: float, has_gap: bool) -> Tensor:
+        """``log p/q`` there."""
+        return self.gap_at_best(has_gap) / temperature + self.offset(temperature, has_gap)
 
     def offset(self, temperature: float, has_gap: bool) -> Tensor:
         """``log p/q`` less the gap over T: ``y - x``, or ``share (t - s)`` where there is one."""
@@ -182,7 +188,9 @@ class RowStatistics:
         by_ids = comparison is not None and self.topk is not None
         hot = self._add_rest(sums, rows, columns, s) if by_ids else None
 
-        looks_on, before = gap if gap is not None else t, sums.at_best.clone()
+        looks_on, before = None, sums.at_best.clone()
+        if comparison is not None and comparison.counts_from_best:
+            looks_on = gap if gap is not None else t
         move = self._raise(sums.maximum, self.best[rows], columns, s, looks_on, sums.at_best)
         if t is None:
             shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
@@ -200,9 +208,8 @@ class RowStatistics:
         """Keep the logit of each label that lies in this block."""
         if self.targets.labels is None or not self.spec.compute_ce:
             return
-        column = self.targets.labels[rows] - columns.start
-        here = (column >= 0) & (column < s.shape[1])
-        logit = s.gather(1, column.clamp(0, s.shape[1] - 1)[:, None]).squeeze(1)
+        index, here = label_columns(self.targets.labels[rows], columns)
+        logit = s.gather(1, index).squeeze(1)
         sums.label_logit.copy_(logit.where(here, sums.label_logit))
 
     def _raise(
@@ -220,10 +227,7 @@ class RowStatistics:
         if other is not None or self.spec.compute_metrics:
             # Few slices raise a row's maximum. Look only where one does.
             raised = (maximum > before).nonzero().squeeze(1)
-            if len(raised) == len(x):
-                column = first_argmax(x, maximum)
-            else:
-                column = first_argmax(x[raised], maximum[raised])
+            column = first_argmax(x if len(raised) == len(x) else x[raised])
             best[raised] = column + columns.start
             if other is not None and kept is not None:
                 kept[raised] = other[raised, column]
@@ -389,7 +393,7 @@ class RowStatistics:
         if weights[0] > 0:
             value = value + weights[0] * (sums.cross / (T * sums.teacher_total) + between)
         if weights[1] > 0:
-            _, at_best = sums.gap_at_best(T, self.spec.objective.teacher_share != 1)
+            at_best = sums.log_ratio_at_best(T, self.spec.objective.teacher_share != 1)
             value = value + weights[1] * (sums.cross_student / (T * sums.total) - at_best)
         return value
 
@@ -473,7 +477,7 @@ def towards_teacher(sums: RowSums, shifted: Shifted, out: Tensor) -> Tensor:
 def from_best(sums: RowSums, shifted: Shifted, out: Tensor) -> Tensor:
     """``y - x - k``: the gap of the logits, counted from the column with the row's maximum."""
     gap = shifted.block.gap
-    k, _ = sums.gap_at_best(1.0, gap is not None)
+    k = sums.gap_at_best(gap is not None)
     if gap is not None:
         return torch.sub(gap, k[:, None], out=out)
     return towards_teacher(sums, shifted, out).sub_(k[:, None])
@@ -496,7 +500,7 @@ def slopes(
     scratch: Scratch,
 ) -> Tensor:
     """``q (phi - phi_y)`` of every column, see ``_divergence.py``."""
-    _, ratio = sums.gap_at_best(temperature, shifted.block.gap is not None)
+    ratio = sums.log_ratio_at_best(temperature, shifted.block.gap is not None)
     counted = counted_from(comparison.divergence, comparison.beta, ratio[:, None])
     # Subtract first: what a common offset hides is lost in its product with 1/T.
     g = from_best(sums, shifted, out=scratch.like("u", q.shape))
@@ -520,6 +524,12 @@ def plain_weights(
         return None
     uniform = eps / spec.vocab
     return uniform if by_class is None else (by_class * uniform)[None]
+
+
+def label_columns(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Where in a block each row's label is, [rows, 1], and whether it is there at all, [rows]."""
+    column, width = labels - columns.start, columns.stop - columns.start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
 
 def label_shares(spec: LossSpec, targets: RowTargets, like: Tensor) -> Tensor:  # [n]
@@ -552,8 +562,8 @@ def _as_two(x: Tensor) -> Tensor:
     return x.expand(2, -1) if len(x) == 1 else x
 
 
-def first_argmax(x: Tensor, maximum: Tensor) -> Tensor:  # [rows, columns], [rows] -> [rows]
-    """The first column of each row that holds the row's maximum; 0 where none equals it.
+def first_argmax(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
+    """The first column of each row that holds the row's maximum.
 
     In two steps, pieces and then one piece, because torch's argmax is slow on a CPU.
     """

@@ -190,9 +190,7 @@ def _forward(
         )  # fmt: skip
 
     with on_device(x.device):
-        if _takes_two_passes(
-            spec, teacher
-        ):  # the normalisers first, then the second pass, which needs them
+        if flags.TWO_PASSES:  # the normalisers first, then the second pass, which needs them
             merge(final=False)
             mixture_sums = _mixture(
                 spec, student, dense, (*which, kd_weights), result.saved, flags.DIVERGENCE

@@ -20,7 +20,9 @@ from sad_kernels._operator import (
     Operator,
     decode,
     encode,
+    join_rows,
     no_second_backward,
+    part_rows,
     save_call,
     saved_call,
 )
@@ -186,22 +188,13 @@ def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
 
 @row_losses.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-    """Rows are independent, so a batch of B times N rows is B N rows."""
     B = info.batch_size
     if in_dims[PER_CLASS] is not None:
         return _one_by_one(row_losses, B, in_dims, inputs)
-
-    def joined(x: Any, dim: int | None) -> Any:  # [N, ...] with B at dim -> [B N, ...]
-        if not isinstance(x, Tensor):
-            return x
-        return (x.expand(B, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-    flat = [joined(x, dim) for x, dim in zip(inputs, in_dims, strict=True)]
+    flat = [join_rows(x, dim, B) for x, dim in zip(inputs, in_dims, strict=True)]
     flat[PER_CLASS] = inputs[PER_CLASS]
-    outputs = row_losses(*flat)
     out_dims = (0, 1, 1, 0, 0)  # where each output has its rows
-    parted = (x.unflatten(d, (B, x.shape[d] // B)) for x, d in zip(outputs, out_dims, strict=True))
-    return tuple(parted), out_dims
+    return part_rows(row_losses(*flat), out_dims, B), out_dims
 
 
 def _one_by_one(
