@@ -206,8 +206,10 @@ def _one_by_one(
         batched = isinstance(x, Tensor) and dim is not None
         return x.unbind(dim) if batched else [x] * B
 
-    rows = zip(*(each(x, dim) for x, dim in zip(inputs, in_dims, strict=True)), strict=True)
-    outputs = [operator(*one) for one in rows]
+    calls = zip(*(each(x, dim) for x, dim in zip(inputs, in_dims, strict=True)), strict=True)
+    outputs = [operator(*one) for one in calls]
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
     stacked = tuple(map(torch.stack, zip(*outputs, strict=True)))
     return stacked, (0,) * len(stacked)
 
@@ -247,6 +249,8 @@ def row_gradient(
     """The gradient of ``sum(upstream * losses)`` by the student's logits, in their dtype."""
     args, student, teacher = inputs.sides()
     out = inputs.student.new_empty(inputs.student.shape)
+    # vmap gives views of a batch's, kernels count on rows that follow each other.
+    saved, inside, outside = saved.contiguous(), inside.contiguous(), outside.contiguous()
     forward = Forward(upstream, upstream, saved, inside, outside)
     if args.scale != 1:  # of the logits, which the kernels leave to the upstream
         upstream = upstream * args.scale
@@ -257,6 +261,12 @@ def row_gradient(
 @row_gradient.register_fake
 def _(inputs: RowInputs, *_: Tensor) -> Tensor:
     return inputs.student.new_empty(inputs.student.shape)
+
+
+@row_gradient.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+    """A loop over the batch: the upstream is a number per row, or one for all of an element's."""
+    return _one_by_one(row_gradient, info.batch_size, in_dims, inputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
