@@ -6,7 +6,8 @@ with ``up`` the row's upstream gradient, ``w`` and ``w_kd`` the token's weights,
 weights class v by and C its sum, ``scale`` the factor on the divergence (T^2 or 1), and ``G`` the
 gradient of the bare divergence, times T:
 
-    forward KL    q - p = (e^(x/T) - e^(y/T) + e^(y/T) B/d_t) / d
+    forward KL    q - p = (e^(x/T) - e^(y/T) + e^(x/T) B/d) / d_t  if B > 0
+                        = (e^(x/T) - e^(y/T) + e^(y/T) B/d_t) / d  otherwise
     reverse KL    q ((k - y + x)/T - A'/(T d))
     any other     q (phi - phi_y) - q sum_u q_u (phi_u - phi_y)        see ``_divergence.py``
 
@@ -145,8 +146,10 @@ class RowGradient:
         total = None
         if on_forward > 0:
             if shifted.block.gap is None:
+                B = sums.difference[:, None]
                 total = torch.sub(hot, hot_t, out=out)
-                total.addcmul_(hot_t, sums.difference[:, None] / d_t).mul_(on_forward / d)
+                total.addcmul_(hot, (B / d).clamp(min=0)).addcmul_(hot_t, (B / d_t).clamp(max=0))
+                total.mul_(on_forward / torch.maximum(d, d_t))
             else:
                 # p - q by their ratio: between them lies less than rounding leaves of a target.
                 gap = log_ratio(sums, shifted, T, out=out)

@@ -297,7 +297,7 @@ def _(inputs: LossInputs, want: Sequence[bool], upstream: Tensor) -> tuple[Tenso
 @Operator
 def torch_scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """``gradient * upstream``, an operator so that a second derivative can be refused."""
-    return gradient * upstream.to(gradient.dtype)
+    return gradient * upstream  # in the arithmetic of 32 bits, with an upstream of 32 bits
 
 
 @torch_scaled.register_fake
@@ -359,7 +359,7 @@ class _EagerMean(torch.autograd.Function):
             share = (upstream / items).expand(given[0].shape[0])
             gradients = torch_replay(*given, ctx.want, share)
         else:
-            gradients = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in ready]
+            gradients = [g if g is None else g.mul_(upstream) for g in ready]
         return None, None, None, *_returned(gradients, ctx.want, num_inputs)
 
 

@@ -452,7 +452,7 @@ def shift(
     weights = None if block.comparison is None else block.comparison.kl_weights
     subtracts = weights is not None and weights[0] > 0  # the forward KL: q - p
     if block.t is not None:
-        y = block.t.sub_(sums.teacher_maximum[:, None])
+        y = _teacher_side(block, x, sums)
         hot_t = scratch.exp_("hot_t", y, temperature, to_the_bit=subtracts)
     if not by_ids and (y is not None or (untempered and temperature == 1)):
         hot = scratch.exp_("hot", x, temperature, to_the_bit=subtracts)
@@ -463,6 +463,17 @@ def shift(
     elif untempered:
         warm = scratch.exp_("warm", x)
     return Shifted(block, x, y, hot, hot_t, warm)
+
+
+def _teacher_side(block: Block, x: Tensor, sums: RowSums) -> Tensor:
+    """``t - m_t``, in the place of ``t``; of a mixture ``x + share (t - s) + m - m_t``: rounded,
+    its logits differ from the student's by more than that."""
+    assert block.t is not None
+    if block.gap is None:
+        return block.t.sub_(sums.teacher_maximum[:, None])
+    y = torch.add(x, block.gap, out=block.t)
+    y.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # a token that either side rules out
+    return y.add_((sums.maximum - sums.teacher_maximum)[:, None])
 
 
 def towards_teacher(sums: RowSums, shifted: Shifted, out: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ from sad_kernels._triton.tile import (
     mixture_terms,
     probability_difference,
     sign,
+    teacher_side,
     to_dtype,
     to_fp32,
-    to_target,
     totals_ratio,
 )
 
@@ -64,6 +64,14 @@ class RowScalars(NamedTuple):
     q_1_factor: Any  # the CE's and z-loss's gradient by e^x
     shares: Any  # what every column loses, a number or ClassShares
     label_share: Any  # what the label's column loses
+
+
+@triton.jit
+def difference_tile(exp_T, y, apart, t_share, scalars, inv_T):
+    """``d (q - p)`` of a tile."""
+    exp_T_t = tl.exp2(y * inv_T)
+    near, rest = scalars.near, scalars.rest
+    return probability_difference(exp_T, exp_T_t, apart, near, rest, t_share, inv_T)
 
 
 @triton.jit
@@ -94,24 +102,19 @@ def gradient_tile(
     x = s - scalars.m
     exp_T, exp_1 = exponentials(x, inv_T, FLAGS.T_CASE)
     if FLAGS.TEACHER == DENSE:
+        y, apart = teacher_side(x, s, t, t_share, scalars.m, scalars.m_t)
         if FLAGS.DIVERGENCE == FORWARD_KL:  # q - p
-            y = to_target(s, t, t_share) - scalars.m_t
-            exp_T_t = tl.exp2(y * inv_T)
-            g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest) * scalars.kd
+            g = difference_tile(exp_T, y, apart, t_share, scalars, inv_T) * scalars.kd
         elif FLAGS.DIVERGENCE == JEFFREYS:  # both KLs
-            y = to_target(s, t, t_share) - scalars.m_t
-            exp_T_t = tl.exp2(y * inv_T)
-            forward = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest)
-            reverse = product(exp_T, (x - y) - scalars.expectation) * (inv_T * LN_2)
+            forward = difference_tile(exp_T, y, apart, t_share, scalars, inv_T)
+            reverse = product(exp_T, -apart - scalars.expectation) * (inv_T * LN_2)
             g = (beta * forward + (1 - beta) * reverse) * scalars.kd
         elif FLAGS.DIVERGENCE == TVD:  # q (sign(q - p) - its expectation) / 2, see variation_terms
-            exp_T_t = tl.exp2((to_target(s, t, t_share) - scalars.m_t) * inv_T)
-            above = sign(probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest))
+            above = sign(difference_tile(exp_T, y, apart, t_share, scalars, inv_T))
             above -= scalars.reference
             g = exp_T * (above - scalars.expectation) * (0.5 * scalars.kd)
         elif FLAGS.DIVERGENCE == REVERSE_KL:  # q ((x - y)/T - its expectation)
-            y = to_target(s, t, t_share) - scalars.m_t
-            g = product(exp_T, (x - y) - scalars.expectation) * scalars.kd
+            g = product(exp_T, -apart - scalars.expectation) * scalars.kd
         else:  # q (phi - its expectation); mixture_terms stops the compiler at an unknown one
             gap = mixture_gap(x, t, scalars.reference, t_share, inv_T)
             phi, _ = mixture_terms(gap, scalars.mixture, beta, FLAGS.DIVERGENCE, False)

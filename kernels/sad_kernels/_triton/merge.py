@@ -61,9 +61,9 @@ from sad_kernels._triton.tile import (
     probability_difference,
     require_mixture,
     sign,
+    teacher_side,
     to_fp32,
     to_logits,
-    to_target,
     totals_ratio,
     value_weights,
     variation_terms,
@@ -337,7 +337,7 @@ def mixture_reference(sums, t_share, inv_T, beta, DIVERGENCE: tl.constexpr):
     The logit at the student's argmax; where ``r0`` is out of bounds, what it would be at a bound.
     """
     t = sums.t_at_best
-    y = to_target(sums.m, t, t_share) - sums.m_t
+    y, _ = teacher_side(tl.zeros_like(t), sums.m, t, t_share, sums.m, sums.m_t)
     ratio = tl.exp2(y * inv_T) * (sums.d / sums.d_t)
     bounded = bounded_ratio(ratio, beta, DIVERGENCE)
     bound = sums.m_t + tl.log2(bounded * (sums.d_t / sums.d)) / inv_T
@@ -380,8 +380,10 @@ def dense_divergence(
 def top_sign(sums, t_share, inv_T):
     """The sign of ``q - p`` at the student's argmax, which TVD's slopes count from."""
     near, rest = totals_ratio(sums.B / sums.d_t, sums.d, sums.d_t)
-    y = to_target(sums.m, sums.t_at_best, t_share) - sums.m_t
-    return sign(probability_difference(1.0, tl.exp2(y * inv_T), near, rest))
+    x = tl.zeros_like(sums.m)
+    y, apart = teacher_side(x, sums.m, sums.t_at_best, t_share, sums.m, sums.m_t)
+    exp_T, exp_T_t = x + 1, tl.exp2(y * inv_T)
+    return sign(probability_difference(exp_T, exp_T_t, apart, near, rest, t_share, inv_T))
 
 
 @triton.jit

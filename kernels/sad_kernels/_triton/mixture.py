@@ -37,8 +37,8 @@ from sad_kernels._triton.tile import (
     mixture_terms,
     probability_difference,
     sign,
+    teacher_side,
     to_fp32,
-    to_target,
     totals_ratio,
     value_weights,
 )
@@ -56,10 +56,12 @@ def mixture_sums(
     """
     s, _ = load_logits(student, columns, V, MASKED)
     t, _ = load_logits(teacher, columns, V, MASKED)
-    x, y = s - m, to_target(s, t, t_share) - m_t
+    x = s - m
+    y, apart = teacher_side(x, s, t, t_share, m, m_t)
     exp_T, exp_T_t = tl.exp2(x * inv_T), tl.exp2(y * inv_T)
     if DIVERGENCE == TVD:
-        difference = probability_difference(exp_T, exp_T_t, mixture[0], mixture[1])
+        near, rest = mixture[0], mixture[1]
+        difference = probability_difference(exp_T, exp_T_t, apart, near, rest, t_share, inv_T)
         first, second = tl.abs(difference), exp_T * (sign(difference) - reference)
     else:
         gap = mixture_gap(x, t, reference, t_share, inv_T)

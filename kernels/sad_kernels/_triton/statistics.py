@@ -46,10 +46,12 @@ from sad_kernels._triton.tile import (
     TVD,
     ClassShares,
     LogitsRow,
+    exponential_difference,
     exponentials,
     load_logits,
     load_shares,
     require_mixture,
+    teacher_side,
     to_fp32,
     to_target,
 )
@@ -124,7 +126,6 @@ def add_columns(
     t = s
     if FLAGS.TEACHER == DENSE:
         t, _ = load_logits(teacher, columns, V, MASKED)
-        t = to_target(s, t, t_share)
     number = tl.full([LANES], SIZE // LANES, tl.float32)
     if MASKED:
         s = tl.where(columns < V, s, MASKED_LOGIT)
@@ -149,24 +150,25 @@ def add_columns(
     m_t, d_t, best_t, A, B, C = sums.m_t, sums.d_t, sums.best_t, sums.A, sums.B, sums.C
     if FLAGS.TEACHER == DENSE:
         t = to_lanes(t, LANES, VECTOR)
-        top_t = lane_max(t)
+        top_t = lane_max(to_target(s, t, t_share))
         if FLAGS.COMPUTE_METRICS:
             best_t = tl.where(top_t > m_t, start - first, best_t)
         m_t = tl.maximum(m_t, top_t)
         move_t = sums.m_t - m_t
-        y = t - over_lanes(m_t)
+        y, apart = teacher_side(x, s, t, t_share, over_lanes(m), over_lanes(m_t))
         exp_T_t, decay_T_t = tl.exp2(y * inv_T), tl.exp2(move_t * inv_T)
         if FLAGS.DIVERGENCE == FORWARD_KL:
-            A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
+            A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, apart))
         elif FLAGS.DIVERGENCE == REVERSE_KL:
-            A = rescale_cross(sums.d, A, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
+            A = rescale_cross(sums.d, A, move, move_t, inv_T) + lane_sum(product(exp_T, -apart))
         elif FLAGS.DIVERGENCE == JEFFREYS:
-            A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, y - x))
-            C = rescale_cross(sums.d, C, move, move_t, inv_T) + lane_sum(product(exp_T, x - y))
+            A = rescale_cross(d_t, A, move_t, move, inv_T) + lane_sum(product(exp_T_t, apart))
+            C = rescale_cross(sums.d, C, move, move_t, inv_T) + lane_sum(product(exp_T, -apart))
         elif FLAGS.DIVERGENCE != TVD:
             require_mixture(FLAGS.DIVERGENCE)  # takes a second reading, see ``mixture.py``
         if not FLAGS.TWO_PASSES or FLAGS.DIVERGENCE == TVD:
-            B = rescale_difference(d_t, B, decay_T_t, decay_T) + lane_sum(exp_T_t - exp_T)
+            difference = exponential_difference(exp_T, exp_T_t, apart, t_share, inv_T)
+            B = rescale_difference(d_t, B, decay_T_t, decay_T) + lane_sum(difference)
         d_t = d_t * decay_T_t + lane_sum(exp_T_t)
 
     d_1, S, count, E = sums.d_1, sums.S, sums.count, sums.E

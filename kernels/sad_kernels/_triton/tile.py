@@ -111,6 +111,17 @@ def log2_1p(z):
 
 
 @triton.jit
+def expm1(x):
+    """``e^x - 1`` within a few ulps, near 0 too, where it is its Taylor series."""
+    p = x * (1.0 / 5040) + 1.0 / 720
+    p = p * x + 1.0 / 120
+    p = p * x + 1.0 / 24
+    p = p * x + 1.0 / 6
+    p = p * x + 0.5
+    return tl.where(tl.abs(x) < 0.35, p * x * x + x, tl.exp2(x * LOG2_E) - 1)
+
+
+@triton.jit
 def tanh(x):
     """``tanh`` within 2 ulps, and its derivative, also where little of it is left.
 
@@ -211,6 +222,24 @@ def to_target(s, t, share):
         share = to_fp32(share)
         t = tl.fma(t, share + tl.zeros_like(t), s * (1 - share))
     return t
+
+
+@triton.jit
+def teacher_side(x, s, t, share, m, m_t):
+    """The target's logits less their maximum, ``y``, and how far they are from the student's, both
+    less their maxima: ``y - x``, with ``x = s - m``.
+
+    A mixture differs from the student by ``share (t - s)``, which is known better than the
+    difference of two rounded logits.
+    """
+    if share is None:
+        y = t - m_t
+        apart = y - x
+    else:
+        gap = to_fp32(share) * (t - tl.maximum(s, LOWEST))  # -inf on both sides would leave NaN
+        y = (x + gap) + (m - m_t)
+        apart = gap + (m - m_t)
+    return y, apart
 
 
 class ClassShares(NamedTuple):
@@ -438,9 +467,24 @@ def totals_ratio(difference, d, d_t):
 
 
 @triton.jit
-def probability_difference(exp_T, exp_T_t, near, rest):
+def exponential_difference(exp_T, exp_T_t, apart, share, inv_T):
+    """``e^(y/T) - e^(x/T)``; of a mixture by their ratio, of which ``apart`` is ``y - x``."""
+    if share is None:
+        return exp_T_t - exp_T
+    else:
+        # The smaller of the two is the larger one times e^-|apart|.
+        lost = tl.maximum(exp_T, exp_T_t) * expm1(tl.abs(apart) * (inv_T * -LN_2))
+        return tl.where(apart > 0, -lost, lost)
+
+
+@triton.jit
+def probability_difference(exp_T, exp_T_t, apart, near, rest, share, inv_T):
     """``d (q - p)`` from the exponentials of both sides and ``totals_ratio``; 0 if both agree."""
-    return (exp_T - exp_T_t * near) + exp_T_t * rest
+    difference = exp_T - exp_T_t * near
+    if share is not None:
+        exact = exponential_difference(exp_T, exp_T_t, apart, share, inv_T)
+        difference = tl.where(near == 1, -exact, difference)
+    return difference + exp_T_t * rest
 
 
 @triton.jit
