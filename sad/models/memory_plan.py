@@ -179,10 +179,14 @@ def _forward_items(
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
     if config.gradient_checkpointing:
-        # Backward recomputes a layer after the loss has freed its tiles.
+        # Backward recomputes a layer after the loss has freed its tiles; on a CPU it keeps them.
         whole = _activation_bytes(config, device, checkpointing=False)
         depth = student.config.get_text_config().num_hidden_layers
-        tiles = max(tiles, ("one layer's activations, recomputed", whole // depth), key=_size)
+        layer = ("one layer's activations, recomputed", whole // depth)
+        if device.type == "cpu":
+            items.append(layer)
+        else:
+            tiles = max(tiles, layer, key=_size)
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
         items.append(("teacher hidden states", size))

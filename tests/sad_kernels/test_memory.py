@@ -128,8 +128,10 @@ def test_linear_losses_keep_their_formula(name: str) -> None:
     """Every kind of call, forward alone and with backward, stays below what ``linear.py`` says."""
     case = Case(**CASES[name])
     case.both()  # what a process takes once
-    assert peak_bytes(case.forward) <= case.allowed(backward=False)
-    assert peak_bytes(case.both) <= case.allowed(backward=True)
+    for call in (case.forward, case.both):  # the first may make the gradients
+        assert peak_bytes(call) <= case.allowed(backward=True)
+    with torch.no_grad():
+        assert peak_bytes(case.forward) <= case.allowed(backward=False)
 
 
 def test_chunk_bytes_are_used() -> None:

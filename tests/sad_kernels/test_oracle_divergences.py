@@ -125,7 +125,7 @@ def test_plain_logarithms_are_a_licence_of_their_own(
         return (m.g.exp() - 1) / (m.student + m.teacher * m.g.exp())
 
     problem = apart(distribution, "skew_reverse_kl", 0.9)
-    strict, lenient = measure_of(problem), measure_of(problem, plain_logarithms=True)
+    strict, lenient = measure_of(problem), measure_of(problem, plain_forms=True)
     with monkeypatch.context() as patch:
         patch.setattr(divergences, "_log_growth", log_growth)
         patch.setattr(divergences, "_relative_rise", relative_rise)
@@ -162,7 +162,7 @@ def test_no_gradient_and_half_of_it_are_rejected(op: str, dtype: torch.dtype) ->
     passed, judged = [], 0
     for options in cases:
         problem = build(options, dtype)
-        by = measure_of(problem, rounds_products=True, plain_logarithms=True)
+        by = measure_of(problem, rounds_products=True, plain_forms=True)
         for name in problem.wrt:
             output = f"d{name}"
             exact = by.oracle[output]

@@ -297,9 +297,10 @@ def test_linear_ops_are_compositions(
     s = exact_head(hidden.double())
     t = teacher.hidden.double() @ teacher.head.weight[: V - 1].double().T
     composed = bound("torch").distill_loss(s, y, TeacherLogits(t), objective)
-    magnitudes = (max(1.0, float(x.abs().max())) for x in (z, t))
+    magnitudes = [max(1.0, float(x.abs().max())) for x in (z, t)]
     kept, upstream = torch.ones(N, dtype=torch.bool), torch.tensor(1.0)
     scales = scales_of(objective, s, t, kept, upstream, float(N), *magnitudes)
+    scales["lse"] = torch.tensor(magnitudes[0])
     for chunk_bytes in (None, 2000):
         direct = bound(impl, chunk_bytes).linear_distill_loss(hidden, head, y, teacher, objective)
         for name, exact in composed._asdict().items():

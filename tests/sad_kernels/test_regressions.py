@@ -920,12 +920,15 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
 
 CHANGES: dict[str, dict[str, Any]] = {
     "cross_entropy": {
+        "weight": torch.arange(33) / 16,
         "label_smoothing": 0.1,
         "ignore_index": 3,
         "z_loss": 0.1,
         "softcap": 2.0,
+        "logit_scale": 0.5,
         "valid_vocab": 30,
         "reduction": "sum",
+        "num_items": 7,
     },
     "kl_div": {
         "temperature": 3.0,
@@ -935,7 +938,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "labels": torch.tensor([0, -100, 2, 3]),
         "ignore_index": 3,
         "valid_vocab": 30,
+        "softcap": 2.0,
+        "logit_scale": 0.5,
+        "teacher_softcap": 3.0,
+        "teacher_logit_scale": 1.5,
         "reduction": "sum",
+        "num_items": 7,
     },
     "Objective": {
         "ce_weight": 0.1,
@@ -947,6 +955,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "divergence": "jsd",
         "beta": 0.2,
         "teacher_share": 0.3,
+        "other_divergence": "jeffreys",
+        "other_beta": 0.2,
     },
     "Head": {
         "weight": torch.ones(33, 8) * torch.arange(33)[:, None] / 33,
@@ -955,8 +965,27 @@ CHANGES: dict[str, dict[str, Any]] = {
         "softcap": 2.0,
         "valid_vocab": 30,
     },
-    "call": {"num_items": 7, "ignore_index": 3},
+    "call": {
+        "num_items": 7,
+        "ignore_index": 3,
+        "reduction": "sum",
+        "token_weights": torch.tensor([1.0, 0.5, 0.0, 2.0]),
+        "kd_token_weights": torch.tensor([1.0, 0.5, 0.0, 2.0]),
+        "other_rows": torch.tensor([True, False, True, False]),
+    },
+    "logits": {"softcap": 2.0, "logit_scale": 0.5},
 }
+"""Values of every option, by where it is one; "logits" are those of ``distill_loss`` alone, and
+"bias" and "class_weight" of ``linear_cross_entropy`` are named below."""
+
+
+_rows = CHANGES["call"]["other_rows"]
+OTHER: dict[str, dict[str, Any]] = {
+    "other_divergence": {"other_divergence": "tvd", "other_rows": _rows},
+    "other_beta": {"other_divergence": "jeffreys", "other_rows": _rows},
+    "other_rows": {"other_divergence": "tvd", "other_rows": ~_rows},
+}
+"""What an option needs beside it to have an effect."""
 
 
 def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -975,17 +1004,18 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
         return ops.cross_entropy(s, y, **o)
 
     def linear_cross_entropy(**o: Any) -> Tensor:
-        head_options = {name: o.pop(name) for name in ("weight",) if name in o}
-        weight = head_options.get("weight", head.weight).to(dtype)
         if "bias" in o:
             o["bias"] = o["bias"].to(dtype)
-        return ops.linear_cross_entropy(hidden, weight, y, **o)
+        if "weight" in o:
+            o["class_weight"] = o.pop("weight")
+        return ops.linear_cross_entropy(hidden, head.weight, y, **o)
 
     def kl_div(**o: Any) -> Tensor:
         return ops.kl_div(s, t, **o)
 
     def distill(**o: Any) -> Tensor:
-        call = {name: o.pop(name) for name in list(o) if name in CHANGES["call"]}
+        names = CHANGES["call"].keys() | CHANGES["logits"].keys()
+        call = {name: o.pop(name) for name in list(o) if name in names}
         return ops.distill_loss(s, y, TeacherLogits(t), replace(objective, **o), **call).loss
 
     def linear_distill(**o: Any) -> Tensor:
@@ -1020,13 +1050,16 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
             base["labels"] = y
         note(f"kl_div.{name}", kl_div, base, **{name: value})
     for name, value in (CHANGES["Objective"] | CHANGES["call"]).items():
+        base = OTHER.get(name, {})
+        note(f"distill_loss.{name}", distill, base, **{name: value})
+        note(f"linear_distill_loss.{name}", linear_distill, base, **{name: value})
+    for name, value in CHANGES["logits"].items():
         note(f"distill_loss.{name}", distill, {}, **{name: value})
-        note(f"linear_distill_loss.{name}", linear_distill, {}, **{name: value})
     for name, value in CHANGES["Head"].items():
         note(f"linear_distill_loss.{name}", linear_distill, {}, **{name: value})
         note(f"TeacherHidden.{name}", teacher_head, {}, **{name: value})
         note(f"linear TeacherHidden.{name}", linear_teacher_head, {}, **{name: value})
-        if name in ("bias", "logit_scale"):
+        if name == "bias":
             note(f"linear_cross_entropy.{name}", linear_cross_entropy, {}, **{name: value})
     return seen
 
@@ -1052,9 +1085,9 @@ def test_no_option_is_left_out_above() -> None:
 
     assert options(reference.cross_entropy) == CHANGES["cross_entropy"].keys()
     assert options(reference.kl_div) == CHANGES["kl_div"].keys()
-    assert options(reference.distill_loss) == CHANGES["call"].keys()
+    assert options(reference.distill_loss) == CHANGES["call"].keys() | CHANGES["logits"].keys()
     assert options(reference.linear_distill_loss) == CHANGES["call"].keys()
-    linear = CHANGES["cross_entropy"].keys() | {"bias", "logit_scale"}
+    linear = CHANGES["cross_entropy"].keys() - {"weight"} | {"bias", "class_weight"}
     assert options(reference.linear_cross_entropy) == linear
     assert {f.name for f in fields(Objective)} == CHANGES["Objective"].keys()
     assert {f.name for f in fields(Head)} == CHANGES["Head"].keys()

@@ -71,7 +71,7 @@ def bound(impl: str, chunk_bytes: int | None = None) -> Any:
         linear_cross_entropy=partial(sad_kernels.linear_cross_entropy, **linear),
         linear_distill_loss=partial(sad_kernels.linear_distill_loss, **linear),
         rounds_products=impl == "triton",
-        plain_logarithms=impl == "triton",
+        plain_forms=impl == "triton",
     )
 
 

@@ -147,6 +147,11 @@ def _tvd_phi(k: Ratios, beta: float) -> Tensor:
     return phi - phi.gather(-1, k.y)
 
 
+def size_of_mean(sides: Sides, k: Ratios) -> Tensor:
+    """What the mean of the reverse KL's phi adds up if it does not count from y, [n, 1]."""
+    return torch.where(k.q > 0, k.q * sides.gap.abs(), 0 * k.q).sum(-1, keepdim=True)
+
+
 def rounded_step(name: str, beta: float, k: Ratios) -> float | Tensor:
     """What an error of 1 in the logarithm or the exponential of a mixture is in phi."""
     match name:
@@ -163,13 +168,13 @@ def rounded_step(name: str, beta: float, k: Ratios) -> float | Tensor:
 # --- Gradients by the logit of an outcome, times T ------------------------------------------------
 
 
-def _centred(k: Ratios, phi: Tensor) -> Tensor:
-    """``q (phi - sum q phi)``, where an outcome with ``q = 0`` has no part whatever its phi."""
+def _centred(k: Ratios, phi: Tensor, off: float | Tensor = 0.0) -> Tensor:
+    """``q (phi - sum q phi - off)``; an outcome with ``q = 0`` has no part whatever its phi."""
 
     def times_q(x: Tensor) -> Tensor:
         return torch.where(k.q > 0, k.q * x, 0 * k.q)
 
-    return times_q(phi - times_q(phi).sum(-1, keepdim=True))
+    return times_q(phi - times_q(phi).sum(-1, keepdim=True) - off)
 
 
 Change = Callable[[Tensor], Tensor] | None
@@ -183,17 +188,20 @@ PHI: dict[str, Callable[[Ratios, float], Tensor]] = {
 }
 
 
-def gradient_of(name: str, beta: float, k: Ratios, change: Change = None) -> Tensor:
-    """[n, outcomes]; ``change`` makes another phi of phi."""
+def gradient_of(
+    name: str, beta: float, k: Ratios, change: Change = None, mean_off: float | Tensor = 0.0
+) -> Tensor:
+    """[n, outcomes]; ``change`` makes another phi of phi, and ``mean_off`` [n, 1] is what is wrong
+    with the mean of the reverse KL's phi."""
     if name == "jeffreys":
         forward, reverse = (
-            gradient_of(each, beta, k, change) for each in ("forward_kl", "reverse_kl")
+            gradient_of(each, beta, k, change, mean_off) for each in ("forward_kl", "reverse_kl")
         )
         return beta * forward + (1 - beta) * reverse
     if name == "forward_kl":
         return -k.difference - k.q * k.missing  # q sum p - p
     phi = PHI[name](k, beta)
-    return _centred(k, change(phi) if change else phi)
+    return _centred(k, change(phi) if change else phi, mean_off if name == "reverse_kl" else 0.0)
 
 
 # --- Values ---------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from support.oracle.divergences import (
 
 Change = Callable[[Objective, Sides, Ratios, Tensor], Tensor]
 """From phi, the last of the arguments, to another one."""
+MeanOff = Callable[[Sides, Ratios], Tensor]
+"""What is wrong with the mean of the reverse KL's phi, [n, 1]."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Inputs:
     tail: Tail = "bucket"
     rest_off: Tensor | None = None  # [n, 1] what is wrong with the teacher's rest: top_k_sides
 
-    def value_and_gradient(self, change: Change | None = None) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(
+        self, change: Change | None = None, mean_off: MeanOff | None = None
+    ) -> tuple[Tensor, Tensor]:
         """After T^2: [n], and by ``s`` [n, V], from phi or from what ``change`` makes of it."""
         name, beta, T = self.objective.divergence, self.objective.beta, self.objective.temperature
         parts = None
@@ -49,7 +53,7 @@ class Inputs:
             sides, *parts = top_k_sides(self.s, self.ids, self.t, self.tail, T, self.rest_off)
         k = ratios_of(sides)
         of_phi = partial(change, self.objective, sides, k) if change else None
-        gradient = gradient_of(name, beta, k, of_phi)
+        gradient = gradient_of(name, beta, k, of_phi, mean_off(sides, k) if mean_off else 0.0)
         if parts is not None:  # each column has its share of its outcome's gradient
             outcome, share = parts
             gradient = share * gradient.gather(-1, outcome)
@@ -91,7 +95,9 @@ class _Known(torch.autograd.Function):
 
 
 def kd_of(
-    move: Callable[[Inputs], Inputs] | None = None, change: Change | None = None
+    move: Callable[[Inputs], Inputs] | None = None,
+    change: Change | None = None,
+    mean_off: MeanOff | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function in place of ``reference._kd``: exact, or of moved inputs and a changed phi."""
 
@@ -104,13 +110,13 @@ def kd_of(
     ) -> tuple[Tensor, Tensor]:
         inputs, choice = inputs_of(s, teacher, keep, objective)
         inputs = move(inputs) if move else inputs
-        value, gradient = inputs.value_and_gradient(change)
+        value, gradient = inputs.value_and_gradient(change, mean_off)
         if other_rows is not None:  # each row has one, be the other infinite
             assert objective.other_divergence is not None
             other = replace(
                 objective, divergence=objective.other_divergence, beta=objective.other_beta
             )
-            others = replace(inputs, objective=other).value_and_gradient(change)
+            others = replace(inputs, objective=other).value_and_gradient(change, mean_off)
             value = others[0].where(other_rows, value)
             gradient = others[1].where(other_rows[:, None], gradient)
         return _Known.apply(s, value, gradient), choice

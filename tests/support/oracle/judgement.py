@@ -25,7 +25,7 @@ class Measure(NamedTuple):
 
 
 def measure_of(
-    problem: Problem, *, rounds_products: bool = False, plain_logarithms: bool = False
+    problem: Problem, *, rounds_products: bool = False, plain_forms: bool = False
 ) -> Measure:
     oracle, yardstick = measure_oracle(problem), measure(problem, reference)
     eps = epsilon(yardstick["loss"].dtype)
@@ -33,14 +33,14 @@ def measure_of(
         oracle,
         yardstick,
         measure_without_divergence(problem),
-        rounding_of_logits(problem, oracle, eps, plain_logarithms),
+        rounding_of_logits(problem, oracle, eps, plain_forms),
         rounding_of_products(problem) if rounds_products else {},
     )
 
 
 def judge(problem: Problem, ops: Any) -> float:
     """Assert that every output and gradient of ``ops`` keeps the rule; return the largest share."""
-    how = {name: getattr(ops, name, False) for name in ("rounds_products", "plain_logarithms")}
+    how = {name: getattr(ops, name, False) for name in ("rounds_products", "plain_forms")}
     return judge_outputs(problem, measure(problem, ops), measure_of(problem, **how))
 
 

@@ -11,7 +11,7 @@ from sad_kernels.objective import Head
 from torch import Generator, Tensor
 
 from support.oracle.calls import Outputs, Problem, measure
-from support.oracle.divergences import Ratios, Sides, rounded_step
+from support.oracle.divergences import Ratios, Sides, rounded_step, size_of_mean
 from support.oracle.exact import Inputs, in_float64, kd_of, measure_oracle, replaced
 
 # --- What rounded logits may do ------------------------------------------------------------------
@@ -20,7 +20,7 @@ DRAWS = 4
 
 
 def rounding_of_logits(
-    problem: Problem, oracle: Outputs, eps: float, plain_logarithms: bool = False
+    problem: Problem, oracle: Outputs, eps: float, plain_forms: bool = False
 ) -> Outputs:
     """``D``: how far each number of a gradient moves with the logits of the divergence, at most in
     four draws.
@@ -36,17 +36,18 @@ def rounding_of_logits(
     The gradient of a TVD jumps where p and q cross. Where they are as near as eight roundings, phi
     moves by the jump, divided by the eight that the rule multiplies D by.
 
-    With ``plain_logarithms`` the logarithms and exponentials that phi is made of are off by ``eps``
+    With ``plain_forms`` the logarithms and exponentials that phi is made of are off by ``eps``
     of 1, however near to 0 they are: GPUs have no ``expm1`` and ``log1p`` at the price of ``exp2``
-    and ``log2``.
+    and ``log2``. And the mean that a reverse KL subtracts is off by ``eps`` of what it adds up:
+    from one reading of the logits, which do not tell yet where the student's maximum is.
     """
     largest = {name: torch.zeros_like(x) for name, x in oracle.items() if name[1:] in problem.wrt}
     for seed in range(DRAWS):
-        rounding = _Rounding(eps, plain_logarithms, Generator().manual_seed(seed))
+        rounding = _Rounding(eps, plain_forms, Generator().manual_seed(seed))
         with replaced(
             _logits=rounding.logits,
             _transformed=rounding.transformed,
-            _kd=kd_of(rounding.of, rounding.of_phi),
+            _kd=kd_of(rounding.of, rounding.of_phi, rounding.of_mean if plain_forms else None),
         ):
             moved = measure(problem, reference, in_float64(problem))
         if not rounding.asked:  # there is no divergence
@@ -59,8 +60,8 @@ def rounding_of_logits(
 class _Rounding:
     """One draw of rounding errors."""
 
-    def __init__(self, eps: float, plain_logarithms: bool, generator: Generator) -> None:
-        self.eps, self.plain_logarithms, self.generator = eps, plain_logarithms, generator
+    def __init__(self, eps: float, plain_forms: bool, generator: Generator) -> None:
+        self.eps, self.plain_forms, self.generator = eps, plain_forms, generator
         self.computed: list[tuple[Tensor, Tensor]] = []  # logits, and the size of their errors
         self.reach: float | Tensor = 0.0  # the largest move of a row's computed logits, [n, 1]
         self.asked, self.beside_ids = False, False
@@ -118,10 +119,14 @@ class _Rounding:
         phi = phi + self._noise(phi) * phi.masked_fill(phi.isinf(), 0)
         if objective.divergence == "tvd":
             return phi + self._jumps(sides, k, objective.temperature)
-        if self.plain_logarithms:
+        if self.plain_forms:
             step = rounded_step(objective.divergence, objective.beta, k)
             return phi + (step * self._noise(phi)).scatter(-1, k.y, 0.0)  # exact at y
         return phi
+
+    def of_mean(self, sides: Sides, k: Ratios) -> Tensor:
+        size = size_of_mean(sides, k)
+        return self._noise(size) * (0.0 if self.beside_ids else size)
 
     def _jumps(self, sides: Sides, k: Ratios, T: float) -> Tensor:
         """Of ``sign(q - p) / 2``, by an eighth, where the signs are not known."""
