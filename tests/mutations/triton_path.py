@@ -12,6 +12,7 @@ LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
 MERGE = TRITON + "merge.py"
+TOP_K = TRITON + "top_k.py"
 OPERATOR = "kernels/sad_kernels/_operator.py"
 REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
@@ -74,9 +75,9 @@ MUTATIONS = [
         "in the kernel the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
             GRADIENT_KERNEL,
-            "g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest) * scalars.kd",
+            "g = difference_tile(exp_T, y, apart, t_share, scalars, inv_T) * scalars.kd",
             "exp_T = exp_T.to(tl.bfloat16).to(tl.float32)\n"
-            "            g = probability_difference(exp_T, exp_T_t, scalars.near, scalars.rest)\n"
+            "            g = difference_tile(exp_T, y, apart, t_share, scalars, inv_T)\n"
             "            g *= scalars.kd",
         ),
         regressions("test_p_is_rounded_after_the_subtraction[dtype1-kl_div-triton]"),
@@ -509,7 +510,7 @@ MUTATIONS = [
         "53",
         "beside a top-k teacher the gradient at the top token is a difference of numbers near 1",
         edit(
-            MERGE,
+            TOP_K,
             "    h = tl.where(is_top, 0.0, tl.exp2(x)",
             "    scale *= 0\n    h = tl.where(is_top & (x > 0), 0.0, tl.exp2(x)",
         ),
@@ -519,7 +520,7 @@ MUTATIONS = [
         "54",
         "in the kernel a top-k teacher's row of padding has a divergence",
         edit(
-            MERGE,
+            TOP_K,
             '    teaches = (tl.max(log_p, 1) != float("-inf")) | ',
             "    teaches = (tl.max(log_p, 1) == tl.max(log_p, 1)) | ",
         ),
@@ -532,7 +533,7 @@ MUTATIONS = [
     Mutation(
         "54",
         "in the kernel NaN that stands for the probabilities of padding is read",
-        edit(MERGE, 'tl.where(ids == PAD_ID, float("-inf"), log_p)', "log_p"),
+        edit(TOP_K, 'tl.where(ids == PAD_ID, float("-inf"), log_p)', "log_p"),
         tests(
             "sad_kernels/test_triton_divergences.py",
             "test_a_row_of_padding_teaches_nothing[forward_kl-zero]",
@@ -834,7 +835,7 @@ MUTATIONS = [
     Mutation(
         "44",
         "in the kernel columns without an id keep their own maximum beside those with one",
-        edit(MERGE, "d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)", "d_1 = d_1 + tl.sum(exp_1, 1)"),
+        edit(TOP_K, "d_1 = d_1 * decay_1 + tl.sum(exp_1, 1)", "d_1 = d_1 + tl.sum(exp_1, 1)"),
         tests(
             "sad_kernels/test_topk.py",
             "test_what_labels_teach_knows_nothing_of_the_ids[1.0-0.0-triton]",

@@ -136,6 +136,24 @@ def test_plain_logarithms_are_a_licence_of_their_own(
     assert broken(problem, half, lenient)
 
 
+def test_a_mean_from_one_reading_is_a_licence_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel reads once, and cannot count the reverse KL's phi from a maximum that is yet to
+    come. In rows that are sure of a token its mean is then off by more than is left of them."""
+
+    def phi(k: divergences.Ratios, beta: float) -> Tensor:
+        return -k.log_ratio
+
+    problem = apart("randn20", "reverse_kl", 0.5)
+    strict, lenient = measure_of(problem), measure_of(problem, plain_forms=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(divergences.PHI, "reverse_kl", phi)
+        ours = measure_exact(problem, dict(problem.leaves))
+    assert broken(problem, ours, strict) == {"dlogits"}
+    assert not broken(problem, ours, lenient)
+    for part in (0.0, 0.5):
+        assert broken(problem, {"dlogits": part * ours["dlogits"]}, lenient)
+
+
 UNKNOWN = ("same", "equal_logits")
 """Where the teacher is the student but for rounding, so is the gradient of their divergence."""
 

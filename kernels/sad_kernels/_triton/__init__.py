@@ -6,6 +6,7 @@ tile.py        mathematics of one tile of logits: exponentials, softcap, diverge
 rows.py        how the four row kernels work together (read this first); what they share
 statistics.py  kernel: partial sums of each row over each segment of the vocabulary
 merge.py       kernel: segments to rows, and the losses of each row
+top_k.py       the part of it that puts in a top-k teacher's ids
 mixture.py     kernel: divergences against a mixture, which take a second reading
 gradient.py    kernel: the gradient by the logits
 tile_sizes.py  the table of tile sizes; the rule that sweeps and tests replace

@@ -67,7 +67,7 @@ factors. ``merge`` saves ``sum a``, of which the gradient takes a share ``q``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -130,6 +130,25 @@ class Flags(NamedTuple):
     SMOOTH: bool = False  # each class has a share of CE: label smoothing, or probabilities
     COMPUTE_METRICS: bool = False  # correct, agree, entropy
     TWO_PASSES: bool = False  # a dense teacher's divergence takes a second reading
+
+
+class RowSums(NamedTuple):
+    """The sums of whole rows, [ROWS] each, named as above."""
+
+    m: Any
+    m_t: Any
+    d: Any
+    d_1: Any
+    S: Any
+    count: Any
+    E: Any
+    A: Any
+    C: Any
+    B: Any
+    d_t: Any
+    best: Any  # the student's argmax, a number in fp32
+    best_t: Any
+    t_at_best: Any  # the teacher's logit at ``best``
 
 
 @triton.jit
