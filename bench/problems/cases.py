@@ -190,6 +190,8 @@ def cpu() -> list[Case]:
         *_linear(LINEAR, [(512, 32768, 512, 512)], dtype="float32"),
         *_rows([(256, 32768)], dtype="float32"),
         *_linear(LINEAR, [(256, 32768, 256, 512)], dtype="bfloat16"),
+        *_linear(LINEAR[:1], [(64, 32768, 256, 0)], dtype="float32"),
+        *_linear(LINEAR[:1], [(64, 32768, 256, 0)], dtype="bfloat16"),
         *_ema([(25_000_000, 600), (24_000_000, 12)]),
     ]
 
