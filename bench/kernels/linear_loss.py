@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from sad_kernels import Head, Objective, TeacherHidden, linear_distill_loss
+from sad_kernels._torch.scratch import release_scratch
 from torch import Tensor
 
 from bench.kernels.timing import peak_bytes
@@ -67,7 +68,7 @@ def _measure(problem: Problem, rounds: int) -> dict[str, Any]:
             _step(way, problem)
             seconds[name].append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["naive"], strict=True)]
-    memory = {name: peak_bytes(lambda way=way: _step(way, problem)) for name, way in ways.items()}
+    memory = {name: _peak_bytes(way, problem) for name, way in ways.items()}
     return {
         "dtype": str(problem.hidden.dtype).removeprefix("torch."),
         "loss": losses,
@@ -77,6 +78,13 @@ def _measure(problem: Problem, rounds: int) -> dict[str, Any]:
         "extra_bytes": memory,
         "memory_ratio": memory["ours"] / memory["naive"],
     }
+
+
+def _peak_bytes(way: Callable[[Problem], Tensor], problem: Problem) -> int:
+    """Beyond the inputs, with the gradients, and with buffers that stay from call to call."""
+    problem.hidden.grad = problem.weight.grad = None
+    release_scratch()
+    return peak_bytes(lambda: _step(way, problem))
 
 
 def _step(way: Callable[[Problem], Tensor], problem: Problem) -> Tensor:

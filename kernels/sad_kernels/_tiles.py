@@ -59,7 +59,9 @@ def block_rows(columns: int, shape: TileShape) -> int:
 class HeadBudget(NamedTuple):
     """What the torch path keeps of a ``linear_*`` loss at a time, in numbers of its arithmetic."""
 
-    slabs: int  # of logits: the student's, and a teacher's that are made from its head
+    half_slabs: int
+    """Of logits, in halves of a number each: the student's two, and a teacher's that are made from
+    its head; of products that are split one, see ``SplitHeadSource``."""
     blocks: int  # that are alive at a time
     per_column: int  # of the factors: slices of the weights in another dtype, and of the gradient
     per_row: int
@@ -73,12 +75,13 @@ def head_budget(
     converts: bool,  # a weight or its gradient is not in the dtype of the arithmetic
     dense: bool,  # the teacher has logits, or a head
     divergences: tuple[str, ...],
+    splits: bool,  # products of bf16 factors are bf16 numbers, see SplitHeadSource
 ) -> HeadBudget:
     widths = student_width * 2 + teacher_width  # the student's weight, its gradient; the teacher's
     # A list, because torch.compile cannot trace max() with a default.
     terms = max([0, *(term_blocks(name) for name in divergences)]) if dense else 0
     return HeadBudget(
-        slabs=1 + (teacher_width > 0),
+        half_slabs=2 + (teacher_width > 0) * (1 if splits else 2),
         blocks=4 + (3 if dense else 0) + terms,
         per_column=widths,
         per_row=student_width,
@@ -89,20 +92,20 @@ def head_budget(
 def head_tiles(num_rows: int, vocab: int, numbers: int, budget: HeadBudget) -> TileShape:
     """Tiles of logits made from a head, as large as ``numbers`` allow, at least 1 x 1.
 
-    Alive at a time are ``slabs`` tiles, ``blocks`` of the size of a block, and ``per_column`` and
-    ``per_row`` numbers of the factors.
+    Alive at a time are ``half_slabs / 2`` tiles, ``blocks`` of the size of a block, and
+    ``per_column`` and ``per_row`` numbers of the factors.
     """
     block = max(1, min(BLOCK, numbers // SHARE_OF_BLOCK))
     numbers = max(0, numbers - budget.blocks * block)
-    slabs, _, per_column, per_row, _ = budget
+    halves, _, per_column, per_row, _ = budget
 
     def columns(rows: int) -> int:
-        return (numbers - per_row * rows) // (slabs * rows + per_column)
+        return 2 * (numbers - per_row * rows) // (halves * rows + 2 * per_column)
 
     rows = max(1, min(num_rows, HEAD_ROWS))
     if columns(rows) < min(vocab, NARROW):
         # The largest tile is the one whose rows and columns take equal shares of the budget.
-        unit = per_row * per_column / slabs
+        unit = 2 * per_row * per_column / halves
         share = unit * (math.sqrt(1 + numbers / unit) - 1)
         rows = max(1, min(rows, int(share / per_row)))
     width = max(1, min(vocab, columns(rows)))
@@ -114,7 +117,7 @@ def whole_rows(num_rows: int, vocab: int, numbers: int, budget: HeadBudget) -> i
     """How many whole rows of logits fit at a time; 0 where they are too few to be worth it."""
     block = max(1, min(BLOCK, numbers // SHARE_OF_BLOCK))
     numbers -= budget.blocks * max(block, vocab) + budget.converted
-    rows = numbers // (budget.slabs * vocab)
+    rows = 2 * numbers // (budget.half_slabs * vocab)
     return rows if rows >= min(num_rows, FEWEST_ROWS) else 0
 
 

@@ -23,6 +23,7 @@ from sad_kernels._tiles import (
     pitch,
     whole_rows,
 )
+from sad_kernels._torch import gemm
 from sad_kernels.objective import Divergence
 
 TeacherKind = Literal["hidden", "logits", "top_k"]
@@ -130,12 +131,13 @@ def linear_memory_bytes(
             converts=narrow,
             dense=teacher in ("hidden", "logits"),
             divergences=(divergence,),
+            splits=gemm.HAS_BF16_PRODUCTS and {dtype, weight_dtype or dtype} == {torch.bfloat16},
         )
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         at_a_time = whole_rows(N, V, budget // number, parts)
         if not gradients or dtype == torch.float16:
             at_a_time = 0
-        slabs = parts.slabs * V * min(N, at_a_time or HEAD_ROWS)
+        slabs = parts.half_slabs * V * min(N, at_a_time or HEAD_ROWS) // 2
         factors = parts.per_column * V
         factors = min(parts.converted, factors) if at_a_time else factors
         blocks = -(-parts.blocks // 2)  # that are alive at once, of those that room is made for

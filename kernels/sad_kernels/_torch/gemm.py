@@ -21,10 +21,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-PIECE = 512
+PIECE = 1024
 """The most terms that oneDNN may sum one after the other. MKL sums in blocks, and over thousands of
 terms the longest sum would decide the error: 2.2 times MKL's at 2048 terms, 1.6 times in pieces of
-512."""
+512 or 1024."""
 
 
 FEWEST_ROWS = 8

@@ -21,6 +21,7 @@ from sad_kernels._torch.operators import (
     row_results,
 )
 from sad_kernels._torch.problem import ModelInput, TopKInput, head_input, teacher_input
+from sad_kernels._torch.sources import splits_products
 from sad_kernels.objective import Head, Teacher
 
 
@@ -102,10 +103,14 @@ def _budget(
     made = isinstance(teacher, ModelInput) and teacher.weight is not None
     dtype = arithmetic_dtype(student.x)
     weights = [student.weight, *([teacher.weight] if made else [])]  # pyright: ignore
+    splits = splits_products(student.x, student.weight)
+    if made:
+        splits = splits and splits_products(teacher.x, teacher.weight)  # pyright: ignore
     return head_budget(
         student_width=student.x.shape[1],
         teacher_width=teacher.x.shape[1] if made else 0,  # pyright: ignore
         converts=any(w.dtype != dtype for w in weights),  # pyright: ignore
+        splits=splits,
         dense=isinstance(teacher, ModelInput),
         divergences=spec.objective.divergences,
     )

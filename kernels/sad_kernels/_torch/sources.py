@@ -260,7 +260,8 @@ class SplitHeadSource(HeadSource):
     def block(self, rows: slice) -> Tensor:  # [rows, columns]
         inside = self._rows_inside(rows)
         low = self.low[inside]
-        logits = self.scratch.like(self.name, low.shape).copy_(self.high[inside]).add_(low)
+        logits = self.scratch.like(self.name, low.shape).copy_(self.high[inside])
+        self._add(logits, low)
         if self.base is not None:
             largest = torch.maximum(logits.amax(1), -logits.amin(1))
             apart = torch.maximum(low.amax(1), -low.amin(1))
@@ -294,8 +295,8 @@ class SplitHeadSource(HeadSource):
                 # Partial sums: each rounded to 8 bits would err more than their sum.
                 high, low = (self.slabs.like(f"dx {part}", x.shape) for part in ("high", "low"))
                 split_product_(high, low, g, w)
-                self.dx[self.rows] += high
-                self.dx[self.rows] += low
+                self._add(self.dx[self.rows], high)
+                self._add(self.dx[self.rows], low)
             else:
                 multiply_(self.dx[self.rows], g, w)
         if self.dweight is not None:
@@ -309,11 +310,19 @@ class SplitHeadSource(HeadSource):
         if first and last:
             multiply_(self.dweight[piece], g.T, x)
             return
-        part = multiply_(self.slabs.like("dweight part", (g.shape[1], x.shape[1])), g.T, x)
-        total = self._unrounded(piece)
-        total.copy_(part) if first else total.add_(part)
-        if last:
-            self.dweight[piece] = total
+        for inside in cut(g.shape[1], max(1, CONVERTED_NUMBERS // x.shape[1])):
+            rows = slice(piece.start + inside.start, piece.start + inside.stop)
+            shape = inside.stop - inside.start, x.shape[1]
+            part = multiply_(self.slabs.like("dweight part", shape), g[:, inside].T, x)
+            total = self._unrounded(rows)
+            total.copy_(part) if first else self._add(total, part)
+            if last:
+                self.dweight[rows] = total
+
+    def _add(self, total: Tensor, part: Tensor) -> None:
+        """``total += part`` of 16 bits; torch's own sum of two dtypes would convert to a new
+        tensor."""
+        total.add_(self.scratch.like("converted", part.shape).copy_(part))
 
 
 def splits_products(hidden: Tensor, weight: Tensor) -> bool:
