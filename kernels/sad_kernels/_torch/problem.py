@@ -296,10 +296,12 @@ class Problem:
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Make room at once: pieces differ in size, and a buffer that grows is there twice."""
-        longest = max((rows.stop - rows.start for rows, _ in self.groups), default=0)
+        lengths = [group.stop - group.start for group, _ in self.groups]
+        # As many rows as the largest piece has, not as there might be: pieces are cut evenly.
+        most = max((-(-n // -(-n // rows)) for n in lengths if n), default=0)
         for source in (self.student, self.teacher):
             if source is not None:
-                source.reserve(min(rows, longest), min(columns, self.spec.vocab))
+                source.reserve(most, min(columns, self.spec.vocab))
 
     # --- parts of them ----------------------------------------------------------------------------
 
