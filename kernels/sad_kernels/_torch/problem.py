@@ -292,7 +292,8 @@ class Problem:
                 if share != 1:  # the target lies between both
                     gap = torch.sub(t, s, out=self.scratch.like("gap", s.shape)).mul_(share)
                     t = t.mul_(share).add_(s, alpha=1 - share)
-            yield Block(at, columns, s, t, gap, how)
+            is_coarse = isinstance(self.student, SplitHeadSource)
+            yield Block(at, columns, s, t, gap, how, is_coarse)
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Make room at once: pieces differ in size, and a buffer that grows is there twice."""

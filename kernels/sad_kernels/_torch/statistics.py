@@ -71,6 +71,7 @@ class Block(NamedTuple):
     t: Tensor | None  # of a dense teacher, likewise
     gap: Tensor | None  # share (t - s), where the target is not the teacher itself
     comparison: Comparison | None  # None: no teacher in these rows
+    is_coarse: bool = False  # the logits are known to 16 bits
 
 
 class Shifted(NamedTuple):
@@ -181,7 +182,7 @@ class RowStatistics:
 
     def add(self, block: Block) -> Shifted:
         """Update every sum of these rows with one block; return it relative to the new maxima."""
-        rows, columns, s, t, gap, comparison = block
+        rows, columns, s, t, gap, comparison, _ = block
         sums = self.sums.at(rows)
         # The label's and the ids' logits are picked while the block still holds logits.
         self._note_label(sums, rows, columns, s)
@@ -450,7 +451,8 @@ def shift(
     x, y, hot_t, warm = block.s.sub_(sums.maximum[:, None]), None, None, None
     by_ids = hot is not None
     weights = None if block.comparison is None else block.comparison.kl_weights
-    subtracts = weights is not None and weights[0] > 0  # the forward KL: q - p
+    # The forward KL is a difference, q - p, of which coarse logits leave no more digits.
+    subtracts = weights is not None and weights[0] > 0 and not block.is_coarse
     if block.t is not None:
         y = _teacher_side(block, x, sums)
         hot_t = scratch.exp_("hot_t", y, temperature, to_the_bit=subtracts)
