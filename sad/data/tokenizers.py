@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,7 +16,11 @@ from sad.errors import UnfitError, UsageError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 
-_REMEDY = "choose a student with the teacher's tokenizer"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Of a saved tokenizer a folder has at least one."""
+
+_ROLES = ("bos_token", "eos_token", "unk_token")
+"""Special tokens that may stand in text; padding carries no loss."""
 
 _PROBES = (
     "The quick brown fox's 2nd jump, IT'LL cost $1,234.56 (or 7e-05).",
@@ -63,50 +69,168 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+def own_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that a model came with; None if there is none to be had."""
+    folder = Path(name).expanduser()
+    # transformers makes an untrained tokenizer up for a folder that holds a model only.
+    if folder.is_dir() and not any((folder / file).is_file() for file in _FILES):
+        return None
+    try:
+        return load_tokenizer(name, trust_remote_code)
+    except (UsageError, UnfitError):
+        return None
+
+
+class _Pair(NamedTuple):
+    """The tokenizer that came with a model, and the one that a run encodes its text with."""
+
+    role: Literal["teacher", "student"]
+    theirs: PreTrainedTokenizerFast
+    source: Literal["student", "tokenizer"]
+    ours: PreTrainedTokenizerFast
+
+    @property
+    def subject(self) -> str:
+        if self.source == "student":
+            return "teacher and student tokenizers"
+        return f"the {self.role}'s own tokenizer and that of `tokenizer`"
+
+    @property
+    def remedy(self) -> str:
+        if self.role == "teacher":
+            return "choose a student with the teacher's tokenizer"
+        return "name a tokenizer that the student was trained with, or set student_init: random"
+
+    @property
+    def whose(self) -> str:
+        """Whose special tokens a run takes."""
+        return "the student's are" if self.source == "student" else "those of `tokenizer` are"
+
+    def both(self, theirs: object, ours: object) -> str:
+        return f"{self.role} {theirs}, {self.source} {ours}"
+
+
 def require_same_tokenizer(
-    teacher_tok: PreTrainedTokenizerFast, student_tok: PreTrainedTokenizerFast
-) -> None:
+    theirs: PreTrainedTokenizerFast,
+    ours: PreTrainedTokenizerFast,
+    *,
+    role: Literal["teacher", "student"] = "teacher",
+    source: Literal["student", "tokenizer"] = "student",
+) -> tuple[str, ...]:
     """Raise ``UnfitError`` unless both tokenizers encode text alike, as far as can be tested.
 
-    Compared are the vocabularies (token -> id), the ids of the special tokens that may stand in
-    text (padding carries no loss and may differ), and the ids of a few difficult texts. Sizes of
-    embeddings prove nothing: models pad their vocabularies differently.
+    ``ours`` encodes the text of a run, ``theirs`` came with the model that has the ``role``;
+    ``source`` is the key that names ours. Compared are the vocabularies (token -> id) and the ids
+    of a few difficult texts. Sizes of embeddings prove nothing: models pad their vocabularies
+    differently.
+
+    Models of one family may differ, and each difference is a line of what is returned, which says
+    what is taken: bos, eos and unk; names of special tokens under one id; tokens of theirs after
+    our last id, which no text of the run holds and whose logits are cut; and for a student, tokens
+    of ours after its last id, which it has to learn.
     """
-    _require_same_ids(teacher_tok.get_vocab(), student_tok.get_vocab())
-    for role in ("bos_token", "eos_token", "unk_token"):
-        ids = [getattr(tok, f"{role}_id") for tok in (teacher_tok, student_tok)]
-        if ids[0] != ids[1]:
-            raise UnfitError(
-                f"teacher and student tokenizers must be equal, got another {role} (teacher "
-                f"{_or_none(ids[0])}, student {_or_none(ids[1])}); {_REMEDY}"
-            )
+    pair = _Pair(role, theirs, source, ours)
+    notes = _compare_ids(pair)
     for text in _PROBES:
-        teacher_ids, student_ids = (
-            tok(text, add_special_tokens=False)["input_ids"] for tok in (teacher_tok, student_tok)
+        their_ids, our_ids = (
+            tok(text, add_special_tokens=False)["input_ids"] for tok in (theirs, ours)
         )
-        if teacher_ids != student_ids:
+        if their_ids != our_ids:
+            found = pair.both(f"{their_ids[:8]}...", f"{our_ids[:8]}...")
             raise UnfitError(
-                "teacher and student tokenizers must be equal, got the same vocabulary but other "
-                f"ids for {text!r} (teacher {teacher_ids[:8]}..., student {student_ids[:8]}...); "
-                f"{_REMEDY}"
+                f"{pair.subject} must be equal, got the same vocabulary but other ids for "
+                f"{text!r} ({found}); {pair.remedy}"
             )
+    return (*_compare_roles(pair), *notes)
 
 
-def _require_same_ids(teacher_ids: dict[str, int], student_ids: dict[str, int]) -> None:
-    tokens = teacher_ids.keys() | student_ids.keys()
-    different = [token for token in tokens if teacher_ids.get(token) != student_ids.get(token)]
+def _compare_roles(pair: _Pair) -> list[str]:
+    """A line on the special tokens that have one role and other ids, if there are any."""
+    different = [
+        f"{name} {_token(pair.theirs, name)} is {_token(pair.ours, name)} here"
+        for name in _ROLES
+        if getattr(pair.theirs, f"{name}_id") != getattr(pair.ours, f"{name}_id")
+    ]
     if not different:
-        return
+        return []
+    other = "" if pair.role == "student" else "; `tokenizer` may name the teacher's"
+    return [f"the {pair.role}'s {', '.join(different)}: {pair.whose} taken{other}"]
+
+
+def _token(tokenizer: PreTrainedTokenizerFast, role: str) -> str:
+    token, token_id = getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")
+    return "none" if token_id is None else f"{str(token)!r} ({token_id})"
+
+
+def _compare_ids(pair: _Pair) -> list[str]:
+    """Lines on tokens that only one side has and that do no harm; ``UnfitError`` for others."""
+    theirs, ours = pair.theirs.get_vocab(), pair.ours.get_vocab()
+    tokens = theirs.keys() | ours.keys()
+    different = {token for token in tokens if theirs.get(token) != ours.get(token)}
+    if not different:
+        return []
+
+    beyond = sorted(
+        (theirs[t], t) for t in different - ours.keys() if theirs[t] > max(ours.values())
+    )
+    new = []
+    if pair.role == "student":  # a teacher cannot be asked for what it does not know
+        new = sorted(
+            (ours[t], t) for t in different - theirs.keys() if ours[t] > max(theirs.values())
+        )
+    renamed = _renamed_specials(pair, different - ours.keys(), different - theirs.keys())
+    harmless = {token for _, token in (*beyond, *new)} | {t for pair in renamed for t in pair[1:]}
+    wrong = different - harmless
+    if wrong:
+        _refuse_ids(pair, wrong, len(tokens))
+
+    notes = []
+    if renamed:
+        token_id, their_name, our_name = renamed[0]
+        found = f"first {token_id}: {pair.both(repr(their_name), repr(our_name))}"
+        notes.append(f"{len(renamed)} special tokens have other names, {found}; {pair.whose} taken")
+    if beyond:
+        first = f"first {beyond[0][1]!r}, id {beyond[0][0]}"
+        notes.append(
+            f"{len(beyond)} tokens of the {pair.role} lie beyond the last id here ({first}): "
+            "cut from both models' logits"
+        )
+    if new:
+        first = f"first {new[0][1]!r}, id {new[0][0]}"
+        notes.append(
+            f"{len(new)} tokens of `tokenizer` are new to the student ({first}): their rows of its "
+            "embedding are as they come with the model"
+        )
+    return notes
+
+
+def _renamed_specials(
+    pair: _Pair, only_theirs: set[str], only_ours: set[str]
+) -> list[tuple[int, str, str]]:
+    """Ids under which both have a special token, with another name: id, their name, our name."""
+    specials = [
+        {i: str(token) for i, token in tok.added_tokens_decoder.items() if token.special}
+        for tok in (pair.theirs, pair.ours)
+    ]
+    return [
+        (i, specials[0][i], specials[1][i])
+        for i in sorted(specials[0].keys() & specials[1].keys())
+        if specials[0][i] in only_theirs and specials[1][i] in only_ours
+    ]
+
+
+def _refuse_ids(pair: _Pair, different: set[str], total: int) -> None:
+    theirs, ours = pair.theirs.get_vocab(), pair.ours.get_vocab()
 
     def lowest_id(token: str) -> tuple[int, str]:
-        return min(ids[token] for ids in (teacher_ids, student_ids) if token in ids), token
+        return min(ids[token] for ids in (theirs, ours) if token in ids), token
 
     # The lowest id, not the first by chance: a set's order changes from process to process.
     first = min(different, key=lowest_id)
+    found = pair.both(_or_none(theirs.get(first)), _or_none(ours.get(first)))
     raise UnfitError(
-        f"teacher and student tokenizers must be equal, got {len(different)} of {len(tokens)} "
-        f"tokens with other ids, first {first!r} (teacher {_or_none(teacher_ids.get(first))}, "
-        f"student {_or_none(student_ids.get(first))}); {_REMEDY}"
+        f"{pair.subject} must be equal, got {len(different)} of {total} tokens with other ids, "
+        f"first {first!r} ({found}); {pair.remedy}"
     )
 
 

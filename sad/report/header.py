@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,11 +34,13 @@ def run_header(
     eval_rows: PackedRows,
     checks: dict[str, float],
     checkpoint: Path | None,
+    tokenizer_notes: Sequence[str] = (),
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
 
     ``checks`` are the errors that the self-checks measured, by name. ``checkpoint`` is the one that
-    the run goes on from, None for a run from the start.
+    the run goes on from, None for a run from the start. ``tokenizer_notes`` say in what the models'
+    own tokenizers differ from the run's.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
@@ -50,6 +53,7 @@ def run_header(
         lines.append(("teacher", _model_line(config.teacher or "", teacher) + role))
     lines += [
         ("vocabulary", f"{vocabulary:,} ids"),
+        *((("tokenizer", "\n".join(tokenizer_notes)),) if tokenizer_notes else ()),
         ("text", _text_line(train_rows) + f"; held out {_text_line(eval_rows)}"),
         ("length", describe(config, run_length)),
         ("batch", _batch_line(config)),

@@ -12,7 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.data.batch import Batch
 from sad.data.rows import PackedRows, epoch_permutation, load_rows
-from sad.data.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
+from sad.data.tokenizers import (
+    fingerprint,
+    load_tokenizer,
+    own_tokenizer,
+    require_same_tokenizer,
+    valid_vocab,
+)
 from sad.environment import library_versions, memory_now, resolve_device, seed_everything
 from sad.models.load import load_teacher, read_model_config
 from sad.teachers.cached import CachedTeacher
@@ -33,6 +39,8 @@ class RunInputs:
     device: torch.device
     rss_before: int
     """Resident memory in bytes before any of this was loaded."""
+    tokenizer_notes: tuple[str, ...] = ()
+    """In what the models' own tokenizers differ from ``tokenizer``, and which is taken."""
 
     def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
         """Batches of the held-out rows, or of ``max_eval_rows`` of them: always the same sample."""
@@ -69,10 +77,12 @@ def load_inputs(config: DistillConfig) -> RunInputs:
         read_model_config(config, "teacher")
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
     vocabulary = valid_vocab(tokenizer)
+    notes = _compare_with_student(config, tokenizer)
     teacher = eval_teacher = None
     if config.teacher is not None:
         teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
-        require_same_tokenizer(teacher_tokenizer, tokenizer)
+        source = "student" if config.tokenizer is None else "tokenizer"
+        notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
         eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes)
     train_rows, eval_rows = load_rows(config, tokenizer)
@@ -85,4 +95,17 @@ def load_inputs(config: DistillConfig) -> RunInputs:
         eval_teacher=eval_teacher,
         device=device,
         rss_before=rss_before,
+        tokenizer_notes=notes,
     )
+
+
+def _compare_with_student(
+    config: DistillConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, ...]:
+    """Compare ``tokenizer`` with the student's own, whose ids its pretrained weights stand for."""
+    if config.tokenizer is None or config.student_init != "pretrained":
+        return ()
+    own = own_tokenizer(config.student, config.trust_remote_code_student)
+    if own is None:
+        return ()
+    return require_same_tokenizer(own, tokenizer, role="student", source="tokenizer")

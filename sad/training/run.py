@@ -215,6 +215,7 @@ def _train(
             eval_rows=inputs.eval_rows,
             checks=checks,
             checkpoint=None if checkpoint is None else checkpoint.path,
+            tokenizer_notes=inputs.tokenizer_notes,
         )
         log.header(header)
         run_dir.write_run({"header": [list(line) for line in header]})

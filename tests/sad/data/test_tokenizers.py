@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from sad.data.tokenizers import (
     fingerprint,
     load_tokenizer,
+    own_tokenizer,
     require_same_tokenizer,
     train_tokenizer,
     valid_vocab,
@@ -65,6 +66,14 @@ class TestLoading:
         with pytest.raises(UnfitError, match="must be a fast one, got ByT5Tokenizer"):
             load_tokenizer(str(tmp_path))
 
+    def test_a_models_own_tokenizer_if_it_has_one(self, tmp_path: Path) -> None:
+        folder = save_tiny(tmp_path / "with", tiny_llama())
+        own = own_tokenizer(folder)
+        assert own is not None and fingerprint(own) == fingerprint(tiny_tokenizer())
+        tiny_llama().save_pretrained(tmp_path / "without")
+        assert own_tokenizer(str(tmp_path / "without")) is None
+        assert own_tokenizer("absent/absent") is None
+
     @pytest.mark.parametrize("trust", [False, True])
     def test_code_of_others_runs_only_on_request(
         self, monkeypatch: pytest.MonkeyPatch, trust: bool
@@ -86,18 +95,35 @@ class TestComparing:
         student.pad_token = "!"
         require_same_tokenizer(tiny_tokenizer(), student)
 
-    def test_a_token_that_the_student_lacks(self) -> None:
+    def test_tokens_of_the_teachers_after_the_last_id_are_cut_and_said(self) -> None:
         teacher = tiny_tokenizer()
         teacher.add_tokens(["<think>", "</think>"])
+        (note,) = require_same_tokenizer(teacher, tiny_tokenizer())
+        assert note == (
+            "2 tokens of the teacher lie beyond the last id here (first '<think>', id 512): cut "
+            "from both models' logits"
+        )
+
+    def test_a_token_that_the_teacher_lacks(self) -> None:
+        student = tiny_tokenizer()
+        student.add_tokens(["<think>", "</think>"])
         message = (
             "teacher and student tokenizers must be equal, got 2 of 514 tokens with other ids, "
-            "first '<think>' (teacher 512, student none); choose a student with the teacher's "
+            "first '<think>' (teacher none, student 512); choose a student with the teacher's "
             "tokenizer"
         )
         with pytest.raises(UnfitError, match=re.escape(message) + "$"):
-            require_same_tokenizer(teacher, tiny_tokenizer())
-        with pytest.raises(UnfitError, match=r"first '<think>' \(teacher none, student 512\)"):
-            require_same_tokenizer(tiny_tokenizer(), teacher)
+            require_same_tokenizer(tiny_tokenizer(), student)
+
+    def test_a_token_of_the_teachers_in_a_gap_of_the_students_ids(self) -> None:
+        """No cut reaches it: the student's ids go on after it."""
+
+        def leave_a_gap(definition: dict) -> None:
+            definition["model"]["vocab"]["\u0142\u0142"] = 600
+
+        teacher = changed(lambda d: d["model"]["vocab"].update({"\u0142\u0142": 600, "zzz": 550}))
+        with pytest.raises(UnfitError, match=r"got 1 of 514 .* 'zzz' \(teacher 550, student none"):
+            require_same_tokenizer(teacher, changed(leave_a_gap))
 
     def test_equal_sizes_prove_nothing(self) -> None:
         with pytest.raises(UnfitError, match=r"got \d+ of \d+ tokens with other ids, first '"):
@@ -113,18 +139,44 @@ class TestComparing:
         with pytest.raises(UnfitError, match=re.escape(message)):
             require_same_tokenizer(tiny_tokenizer(), changed(exchange))
 
-    def test_another_end_of_text(self) -> None:
+    def test_another_end_of_text_is_said(self) -> None:
         student = tiny_tokenizer()
         student.eos_token = "!"
-        message = f"got another eos_token (teacher 0, student {student.eos_token_id});"
-        with pytest.raises(UnfitError, match=re.escape(message)):
-            require_same_tokenizer(tiny_tokenizer(), student)
+        (note,) = require_same_tokenizer(tiny_tokenizer(), student)
+        assert note == (
+            f"the teacher's eos_token '{EOS}' (0) is '!' ({student.eos_token_id}) here: the "
+            "student's are taken; `tokenizer` may name the teacher's"
+        )
 
-    def test_a_special_token_on_one_side_only(self) -> None:
+    def test_a_special_token_on_one_side_only_is_said(self) -> None:
         student = tiny_tokenizer()
         student.bos_token = EOS
-        with pytest.raises(UnfitError, match=r"another bos_token \(teacher none, student 0\);"):
-            require_same_tokenizer(tiny_tokenizer(), student)
+        (note,) = require_same_tokenizer(tiny_tokenizer(), student, source="tokenizer")
+        assert f"bos_token none is '{EOS}' (0) here: those of `tokenizer` are taken" in note
+
+    def test_a_special_token_with_another_name_is_said(self) -> None:
+        """Llama 3 and its instruct models: reserved tokens of the one have names in the other."""
+        teacher, student = tiny_tokenizer(), tiny_tokenizer()
+        teacher.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|tool|>"]})
+        student.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>", "<|tool|>"]})
+        (note,) = require_same_tokenizer(teacher, student)
+        assert note == (
+            "1 special tokens have other names, first 512: teacher '<|eot_id|>', student "
+            "'<|reserved_0|>'; the student's are taken"
+        )
+
+    def test_an_ordinary_token_with_another_name_is_refused(self) -> None:
+        teacher, student = tiny_tokenizer(), tiny_tokenizer()
+        teacher.add_tokens(["<a>"])
+        student.add_tokens(["<b>"])
+        with pytest.raises(UnfitError, match="got 2 of 514 tokens with other ids"):
+            require_same_tokenizer(teacher, student)
+
+    def test_a_tokenizer_with_new_tokens_for_the_student(self) -> None:
+        ours = tiny_tokenizer()
+        ours.add_tokens(["<think>"])
+        (note,) = require_same_tokenizer(tiny_tokenizer(), ours, role="student", source="tokenizer")
+        assert note.startswith("1 tokens of `tokenizer` are new to the student (first '<think>'")
 
     @pytest.mark.parametrize(
         "change",
