@@ -180,6 +180,7 @@ _ROWS = (
     _term("router", "router"),
     _term("router_balance", "router_balance", label="router, balance"),
     _term("router_z", "router_z", label="router, z-loss"),
+    _term("router_aux", "router_aux", label="router, auxiliary"),
     # What training says besides
     _plotted(
         "contrastive_chance", "contrastive at chance", eval_panel="eval_terms", train_panel="loss"

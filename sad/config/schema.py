@@ -144,6 +144,9 @@ class DistillConfig:
     """Implementation of the kernels; `auto` takes Triton on GPUs, else torch."""
     use_curriculum: bool = True
     """Phase the structural losses in: see `sad.curriculum`."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of the load-balancing loss of a mixture-of-experts student. Default: that of its own
+    configuration, for families of which transformers has the loss."""
     projector_lr_ratio: NonNegativeFloat = 1.0
     """Learning rate of the projectors of structural losses, relative to `learning_rate`."""
     feature: FeatureConfig = field(default_factory=FeatureConfig)

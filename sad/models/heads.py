@@ -132,10 +132,14 @@ class Backbone:
         self.takes_positions = "position_ids" in inspect.signature(type(layers).forward).parameters
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        options: dict[str, Any] = {"use_cache": False}
+        return self.run(input_ids, position_ids).last_hidden_state
+
+    def run(self, input_ids: Tensor, position_ids: Tensor | None = None, **options: Any) -> Any:
+        """All that the layers return; ``options`` are arguments of their forward pass."""
+        options |= {"use_cache": False}
         if position_ids is not None and self.takes_positions:
             options["position_ids"] = position_ids
-        return self.layers(input_ids=input_ids, **options).last_hidden_state
+        return self.layers(input_ids=input_ids, **options)
 
 
 def split_head(model: PreTrainedModel) -> tuple[Backbone, Head]:

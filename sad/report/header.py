@@ -35,12 +35,14 @@ def run_header(
     checks: dict[str, float],
     checkpoint: Path | None,
     tokenizer_notes: Sequence[str] = (),
+    balance_note: str = "",
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
 
     ``checks`` are the errors that the self-checks measured, by name. ``checkpoint`` is the one that
     the run goes on from, None for a run from the start. ``tokenizer_notes`` say in what the models'
-    own tokenizers differ from the run's.
+    own tokenizers differ from the run's, ``balance_note`` what becomes of the auxiliary loss of a
+    mixture-of-experts student.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
@@ -58,6 +60,7 @@ def run_header(
         ("length", describe(config, run_length)),
         ("batch", _batch_line(config)),
         ("objective", _objective_line(config)),
+        *((("experts", balance_note),) if balance_note else ()),
         *((("routing", config.routing.mode),) if config.routing.mode != "teacher" else ()),
         ("precision", _precision_line(precision)),
     ]

@@ -216,6 +216,7 @@ def _train(
             checks=checks,
             checkpoint=None if checkpoint is None else checkpoint.path,
             tokenizer_notes=inputs.tokenizer_notes,
+            balance_note=student.balance_note,
         )
         log.header(header)
         run_dir.write_run({"header": [list(line) for line in header]})

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
+from sad.losses.balance import NAME as BALANCE
+from sad.losses.balance import FamilyBalanceLoss, build_balance_loss, run_with_routers
 from sad.losses.base import LossInputs, LossTerms
 from sad.losses.capture import Capture
 from sad.losses.layout import layout_of
@@ -48,6 +50,9 @@ class StudentWithLoss(nn.Module):
     ``structural`` are the run's structural losses, if it has any: they belong to the root module,
     whose forward pass computes them, and not to ``model``, which is what is exported.
 
+    ``balance`` is the auxiliary loss of a mixture-of-experts student, ``balance_note`` says in the
+    run's header what became of it.
+
     ``valid_vocab`` is the number of ids the tokenizer can produce; ``autocast`` is entered around
     the layers, and their hidden states are cast to ``compute_dtype`` before the loss.
     """
@@ -58,6 +63,8 @@ class StudentWithLoss(nn.Module):
         valid_vocab: int,
         *,
         structural: StructuralLosses | None = None,
+        balance: FamilyBalanceLoss | None = None,
+        balance_note: str = "",
         compute_dtype: torch.dtype = torch.float32,
         autocast: ContextFactory = nullcontext,
         chunk_bytes: int | None = None,
@@ -66,6 +73,8 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.structural = structural
+        self.balance = balance
+        self.balance_note = balance_note
         self.valid_vocab = valid_vocab
         self.compute_dtype = compute_dtype
         self.autocast = autocast
@@ -89,26 +98,28 @@ class StudentWithLoss(nn.Module):
         num_items = max(counts.targets, 1)
         targets = teacher.targets if teacher is not None and objective.kd_weight else ()
         active = self.active_losses(weights)
+        terms: LossTerms = {}
         if self.structural is None or teacher is None or not active:
-            distill = self._distill(self.hidden(batch), batch, targets, objective, num_items)
-            return StepOutput(distill.loss, distill, {})
-
-        # Hooks listen during this one forward pass of the layers and are gone before the loss.
-        with self.structural.student_capture(active).capturing() as activations:
-            hidden = self.hidden(batch)
-        distill = self._distill(hidden, batch, targets, objective, num_items)
-        inputs = LossInputs(
-            student_hidden=hidden,
-            teacher_hidden=teacher.targets[0].hidden,
-            student=activations,
-            teacher=teacher.activations,
-            layout=layout_of(batch),
-        )
-        terms = self.structural.terms(active, inputs)
+            hidden, terms = self._hidden(batch)
+            distill = self._distill(hidden, batch, targets, objective, num_items)
+        else:
+            # Hooks listen during this one forward pass of the layers and are gone before the loss.
+            with self.structural.student_capture(active).capturing() as activations:
+                hidden, terms = self._hidden(batch)
+            distill = self._distill(hidden, batch, targets, objective, num_items)
+            inputs = LossInputs(
+                student_hidden=hidden,
+                teacher_hidden=teacher.targets[0].hidden,
+                student=activations,
+                teacher=teacher.activations,
+                layout=layout_of(batch),
+            )
+            terms |= self.structural.terms(active, inputs)
         loss = distill.loss
         for name, weight in self.term_weights(weights).items():
-            count = max(getattr(counts, self.structural.unit_of(name)), 1)
-            loss = loss + weight * (terms[name].sum / count)
+            if name in terms:
+                count = max(getattr(counts, self._unit_of(name)), 1)
+                loss = loss + weight * (terms[name].sum / count)
         return StepOutput(loss, distill, terms)
 
     def active_losses(self, weights: LossWeights) -> tuple[str, ...]:
@@ -117,8 +128,9 @@ class StudentWithLoss(nn.Module):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Every term of the structural losses."""
-        return () if self.structural is None else self.structural.names
+        """Every term of the loss besides those on logits."""
+        structural = () if self.structural is None else self.structural.names
+        return structural if self.balance is None else (*structural, BALANCE)
 
     @property
     def diagnostics(self) -> tuple[str, ...]:
@@ -126,8 +138,14 @@ class StudentWithLoss(nn.Module):
         return () if self.structural is None else self.structural.diagnostics
 
     def term_weights(self, weights: LossWeights) -> dict[str, float]:
-        """Term -> weight, of the structural losses whose weight is above 0."""
-        return {} if self.structural is None else self.structural.weights(weights)
+        """Term -> weight, of ``term_names`` those whose weight is above 0."""
+        structural = {} if self.structural is None else self.structural.weights(weights)
+        return structural if self.balance is None else structural | {BALANCE: self.balance.coef}
+
+    def _unit_of(self, term: str) -> str:
+        if term == BALANCE or self.structural is None:
+            return "tokens"
+        return self.structural.unit_of(term)
 
     def teacher_capture(self, weights: LossWeights) -> Capture | None:
         """What the active structural losses need from inside the teacher; None for nothing."""
@@ -138,12 +156,21 @@ class StudentWithLoss(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:  # [B, L, D]
         """Final hidden states, in the dtype that the loss computes in."""
+        return self._hidden(batch)[0]
+
+    def _hidden(self, batch: Batch) -> tuple[Tensor, LossTerms]:
+        """Final hidden states, and the term of the auxiliary loss if there is one."""
         # Split on each call: a parameter that was replaced or unsharded meanwhile is the one used.
         backbone, _ = split_head(self.model)
+        terms: LossTerms = {}
         with self.autocast():
-            hidden = backbone(batch.input_ids, batch.position_ids)
+            if self.balance is None:
+                hidden = backbone(batch.input_ids, batch.position_ids)
+            else:
+                hidden, routers = run_with_routers(backbone, batch.input_ids, batch.position_ids)
+                terms[BALANCE] = self.balance.term(routers, batch)
         # Autocast leaves the residual stream of Llama-like models in fp32.
-        return hidden.to(self.compute_dtype)
+        return hidden.to(self.compute_dtype), terms
 
     def _distill(
         self,
@@ -194,13 +221,17 @@ def build_student(
     """``model`` with the losses of ``config``; the structural ones only if a ``teacher`` is given.
 
     Raises ``UnfitError`` if the student's head cannot be taken apart or is narrower than the
-    vocabulary, and for a structural loss that the two models cannot supply.
+    vocabulary, for a structural loss that the two models cannot supply, and for an auxiliary loss
+    that the student's family has not.
     """
     with_valid_vocab(split_head(model)[1], valid_vocab)
+    balance, balance_note = build_balance_loss(config, model)
     return StudentWithLoss(
         model,
         valid_vocab,
         structural=build_structural(config, model, teacher),
+        balance=balance,
+        balance_note=balance_note,
         compute_dtype=precision.compute_dtype,
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
