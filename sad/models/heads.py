@@ -234,7 +234,13 @@ def require_head(
     """Return ``head_error``; raise ``UnfitError`` above ``rounding_tolerance``."""
     error = head_error(model, backbone, head, input_ids)
     tolerance = rounding_tolerance(head.weight.dtype)
-    if not error <= tolerance:  # NaN fails too
+    if math.isnan(error):
+        raise UnfitError(
+            f"the logits of {type(model).__name__} must be finite, got infinity or NaN in "
+            f"{_dtype_name(head.weight.dtype)}, which they overflow; compute in a wider dtype: "
+            "bf16 or fp32 (for a teacher, teacher_dtype)"
+        )
+    if not error <= tolerance:
         raise UnfitError(
             f"the head of {type(model).__name__} (model_type {model.config.model_type!r}) must "
             f"reproduce the model's own logits, got a relative error of {error:.1e} (tolerance "
@@ -264,13 +270,10 @@ def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor
     """
     half = input_ids.shape[1] // 2
     # A non-finite state would make the comparison below meaningless, and has another remedy.
-    alone = backbone(input_ids[:, :half])
-    if not torch.isfinite(alone).all():
-        raise UnfitError(
-            f"{type(model).__name__} must give finite hidden states, got NaN or infinity in "
-            f"{alone.dtype}; its weights are damaged, or need a wider dtype (bf16 or fp32)"
-        )
-    error = relative_error(backbone(input_ids)[:, :half], alone)
+    alone, whole = backbone(input_ids[:, :half]), backbone(input_ids)
+    require_finite_hidden(model, alone)
+    require_finite_hidden(model, whole)
+    error = relative_error(whole[:, :half], alone)
     tolerance = isolation_tolerance(alone.dtype)
     if not error <= tolerance:
         raise UnfitError(
@@ -279,6 +282,58 @@ def require_causal(model: PreTrainedModel, backbone: Backbone, input_ids: Tensor
             f"{tolerance:.0e}); choose a causal language model"
         )
     return error
+
+
+def require_finite_tables(model: PreTrainedModel) -> None:
+    """Raise ``UnfitError`` for NaN or infinity in a row of the input or output embedding.
+
+    A probe of a few tokens reads few rows of one, and any row of the other spoils every loss.
+    """
+    tables = {"input embedding": model.get_input_embeddings(), "head": output_embedding(model)}
+    for table, module in tables.items():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2 or _is_finite(weight):
+            continue
+        bad = [i for i, row in enumerate(weight.detach()) if not _is_finite(row)]
+        raise UnfitError(
+            f"the {table} of {type(model).__name__} must hold finite numbers, got "
+            f"{_what_is_not_finite(weight)} in {len(bad):,} of its {len(weight):,} rows, first in "
+            f"that of id {bad[0]}; the weights are damaged: take another copy of the model"
+        )
+
+
+def require_finite_hidden(model: PreTrainedModel, hidden: Tensor) -> None:
+    """Raise ``UnfitError`` for NaN or infinity in hidden states: damaged weights, or overflow."""
+    if _is_finite(hidden):
+        return
+    start = f"{type(model).__name__} must give finite hidden states, got"
+    found = f"{_what_is_not_finite(hidden)} in {_dtype_name(hidden.dtype)}"
+    damaged = next((n for n, p in model.named_parameters() if not _is_finite(p)), None)
+    if damaged is not None:
+        raise UnfitError(
+            f"{start} {found}: its weight {damaged} is not finite; the weights are damaged: take "
+            "another copy of the model"
+        )
+    raise UnfitError(
+        f"{start} {found}, which its finite weights overflow; compute in a wider dtype: bf16 or "
+        "fp32 (for a teacher, teacher_dtype)"
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes: a mask of a large table would take a quarter of its memory.
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    low, high = tensor.detach().aminmax()
+    return bool(low.isfinite() & high.isfinite())  # either is NaN if an element is
+
+
+def _what_is_not_finite(tensor: Tensor) -> str:
+    return "NaN" if bool(tensor.detach().amax().isnan()) else "infinity"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 For each model, in eval mode and in the dtype of its weights:
 
+* Its embedding and its head hold finite numbers.
 * It runs rows of ``max_length`` tokens. A table of positions may be shorter.
 * ``causality``: hidden states are finite and do not depend on later tokens.
 * ``head``: ``Head(hidden)`` reproduces the model's own logits. This catches the softcaps, scales
@@ -18,7 +19,9 @@ A model that fails is refused. There is no slower path to fall back to: its numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -40,6 +43,8 @@ from sad.models.heads import (
     isolation_tolerance,
     relative_error,
     require_causal,
+    require_finite_hidden,
+    require_finite_tables,
     require_head,
     rounding_tolerance,
     split_head,
@@ -65,20 +70,24 @@ def check_models_and_loss(
     valid_vocab: int,
     packing: bool,
     compute_dtype: torch.dtype = torch.float32,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> dict[str, float]:
     """Check both models and the loss on the first row of a batch; return the relative errors.
 
     Their names are ``student/causality``, ``student/head``, ``student/packing``, the same for the
-    teacher, ``loss`` and ``loss_gradient``. Weights, gradients, training modes and random states
+    teacher, ``loss`` and ``loss_gradient``. The student's hidden states, for the loss, are computed
+    within ``autocast``, as in training. Weights, gradients, training modes and random states
     keep every bit. The models may be on different devices.
 
     Raises ``UnfitError`` with the check that failed, its error and the remedy.
     """
     errors = _prefixed("student", check_model(student, input_ids, packing=packing))
     row = probe_row(input_ids)
-    hidden, head = _hidden_and_head(student, row, valid_vocab)
+    with autocast():
+        hidden, head = _hidden_and_head(student, row, valid_vocab)
+    require_finite_hidden(student, hidden.to(compute_dtype))
     target = None
     if teacher is not None:
         errors |= _prefixed("teacher", check_model(teacher, input_ids, packing=packing))
@@ -100,6 +109,7 @@ def check_model(model: PreTrainedModel, input_ids: Tensor, *, packing: bool) -> 
     """
     backbone, head = split_head(model)
     row = probe_row(input_ids).to(head.weight.device)
+    require_finite_tables(model)
     with eval_no_grad(model):
         require_length(model, backbone, input_ids[:1].to(row.device))
         errors = {
@@ -193,6 +203,11 @@ def check_loss(
         "loss_gradient": float((gradient.double() - true_gradient).abs().max()) / size,
     }
     tolerance = rounding_tolerance(hidden.dtype)
+    if math.isfinite(float(true_loss)) and not math.isfinite(float(out.loss.detach())):
+        raise UnfitError(
+            f"the loss must be finite, got {float(out.loss.detach())} in {hidden.dtype} where "
+            f"float64 gives {float(true_loss):.3g}: the logits overflow; compute in bf16 or fp32"
+        )
     for name, error in errors.items():
         if not error <= tolerance:
             raise UnfitError(

@@ -122,7 +122,7 @@ class TrainMeter:
 
     def add(self, out: DistillOutput, terms: LossTerms, num_items: int) -> None:
         """Add a micro-batch whose loss was divided by ``num_items``. Waits for nothing."""
-        loss = out.loss.detach() * num_items
+        loss = out.loss.detach().double() * num_items  # the sum may be past float32
         parts = (loss, out.ce, out.kd, out.z, out.num_tokens, out.correct, out.agree)
         self.sums += torch.stack([part.double() for part in parts])
         self.terms.add(terms)

@@ -11,6 +11,7 @@ score the teacher, train the baseline without it, train the student, write resul
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import Checkpoint
 from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
-from sad.errors import OutputError, SadError, StoppedError
+from sad.errors import OutputError, SadError, StoppedError, UnfitError
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
 from sad.models.preflight import check_model, check_models_and_loss
@@ -114,6 +115,7 @@ def _distill(
         teacher, row = inputs.eval_teacher.model, inputs.eval_rows.batch([0]).input_ids
         check_model(teacher, row, packing=config.packing)  # before it is relied on
         metrics = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+        _require_teacher_score(metrics)
         results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
 
     if config.baseline:
@@ -131,6 +133,14 @@ def _distill(
     report = write_report(run_dir.path)
     print(f"\n{format_results(results)}\n\nreport   {report}\nstudent  {run_dir.final}")
     return RunResult(run_dir.path, metrics, results)
+
+
+def _require_teacher_score(metrics: Mapping[str, float]) -> None:
+    if math.isnan(metrics.get("eval_teacher/nll", 0.0)):
+        raise UnfitError(
+            "the teacher must have a finite loss on the held-out text, got NaN; its weights are "
+            "damaged, or it overflows in its dtype: set teacher_dtype to bfloat16 or float32"
+        )
 
 
 def _train_baseline(
@@ -189,6 +199,7 @@ def _train(
         valid_vocab=inputs.valid_vocab,
         packing=config.packing,
         compute_dtype=precision.compute_dtype,
+        autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )

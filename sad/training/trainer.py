@@ -4,16 +4,18 @@ A *window* is the micro-batches of one optimizer step. Three counters, never mix
 counts micro-batches (learning rate, curriculum, data position), ``global_step`` closed windows
 (logging, evaluation, saving), ``num_updates`` updates that were applied (EMA).
 
-Nothing here waits for the device between two log lines, TAID excepted: sums, the gradient's norm
-and the verdict on it stay where they were computed. Places that do wait say so.
+Nothing here waits for the device between two log lines, TAID excepted: sums and the gradient's norm
+stay where they were computed, and the verdict on it comes to the host when it comes
+(``sad.training.skips``). Places that do wait say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from sad_kernels import Objective
@@ -45,6 +47,7 @@ from sad.training.batches import TrainBatches
 from sad.training.evaluate import evaluate_student
 from sad.training.inputs import RunInputs
 from sad.training.meters import Counters, ThroughputMeter, TrainMeter
+from sad.training.skips import SkipWatch
 from sad.training.state import checkpoint_parts, restore_trainer
 from sad.training.student import LossWeights, StepOutput, StudentWithLoss
 
@@ -107,6 +110,8 @@ class Trainer:
         self.window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.generators = RandomGenerators("rng")
         self.parts = checkpoint_parts(self)
+        self.watch = SkipWatch(self.device)
+        self.logged: dict[str, float] = {}  # the losses of the last train record
         self._failed_saves = 0
 
     # The story
@@ -118,6 +123,8 @@ class Trainer:
         while self.counters.micro_step < self.run_length.micro_batches:
             closed = self.micro_batch()
             log.advance()
+            if closed and self.watch.in_a_row >= self.config.max_nonfinite_steps:
+                self._stop_diverged(log, throughput)
 
             # Once in a while: log, evaluate, save. Evaluation comes before saving, so that a
             # checkpoint knows the metrics of its own position.
@@ -137,6 +144,8 @@ class Trainer:
                     "same command with --resume_from_checkpoint auto goes on"
                 )
 
+        if self.watch.last() >= self.config.max_nonfinite_steps:
+            self._stop_diverged(log, throughput)
         if self.counters.evaluated_at != self.counters.micro_step:
             self.evaluate(log)
         self.save(log, must=True)
@@ -200,6 +209,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(update.ok)
             self.meter.add_update(update)
+            self.watch.add(self.meter.skipped[1])
         self.precision.zero_grad(self.optimizer)
         self.counters.global_step += 1
         if self.taid is not None:
@@ -211,15 +221,12 @@ class Trainer:
     # Once in a while
 
     def log_progress(self, log: RunLog, throughput: ThroughputMeter) -> None:
-        """Write a train record; apart from TAID the only place where the loop waits for the device.
-
-        Raises ``DivergedError`` after ``max_nonfinite_steps`` skipped updates in a row.
-        """
+        """Write a train record. Waits for the device, as nothing else here does but TAID."""
         window = self.run_length.window(self.counters.micro_step - 1)
         weights = self.weights(window.first_micro_step)
         term_weights = self.student.term_weights(weights)
         losses = self.meter.losses(term_weights)  # waits for the device, as do the next lines
-        skipped, _, longest = self.meter.skipped.tolist()
+        skipped = int(self.meter.skipped[0])
         record = self._position() | {
             "tokens": self.counters.tokens,
             **losses,
@@ -236,14 +243,21 @@ class Trainer:
         if self.ema is not None:
             record |= {"num_updates": self.ema.num_updates, "ema_decay": self.ema.effective_decay}
         log.train(record)
+        self.logged = losses
         self.meter.reset()
-        if longest >= self.config.max_nonfinite_steps:
-            named = ("ce", "kd", *self.student.term_names)
-            values = ", ".join(f"{name} {losses[name]:.4g}" for name in named if name in losses)
-            raise DivergedError(
-                f"gradients must be finite, got {longest} updates in a row whose gradient was not "
-                f"({values}); lower learning_rate, lengthen the warm-up, or train in bf16 or fp32"
-            )
+
+    def _stop_diverged(self, log: RunLog, throughput: ThroughputMeter) -> NoReturn:
+        """Raise ``DivergedError``, after a train record of what there is to see."""
+        if self.meter.sums.any():  # else such a record has just been written
+            self.log_progress(log, throughput)
+        losses = self.logged
+        named = ("ce", "kd", *self.student.term_names)
+        values = ", ".join(f"{name} {losses[name]:.4g}" for name in named if name in losses)
+        raise DivergedError(
+            f"gradients must be finite, got {self.watch.in_a_row} updates in a row whose gradient "
+            f"was not ({values}); lower learning_rate, lengthen the warm-up, or train in bf16 or "
+            "fp32"
+        )
 
     def evaluate(self, log: RunLog) -> None:
         """Score the raw and the averaged weights; export the best. Training is left untouched."""
@@ -261,9 +275,11 @@ class Trainer:
         parts |= self.student.term_weights(weights)
         for prefix in variants:
             values = {name: metrics.get(f"{prefix}/{name}", 0.0) for name in parts}
-            metrics[f"{prefix}/loss"] = sum(w * values[name] for name, w in parts.items())
+            # A part without a weight may be infinite: 0 times that would be NaN.
+            metrics[f"{prefix}/loss"] = sum(w * values[name] for name, w in parts.items() if w)
         counters.metrics, counters.evaluated_at = metrics, counters.micro_step
         log.evaluation(self._position() | metrics)
+        _require_scores(metrics, variants, counters.micro_step)
 
         if self.metric_for_best not in metrics:
             raise UsageError(
@@ -364,6 +380,19 @@ def _taid(config: DistillConfig) -> TAIDSchedule | None:
     if not section.enabled:
         return None
     return TAIDSchedule(section.start, section.end, section.alpha, section.beta)
+
+
+def _require_scores(metrics: Mapping[str, float], variants: Iterable[str], micro_step: int) -> None:
+    """Raise ``DivergedError`` for a student that gives the held-out text no likelihood."""
+    for prefix in variants:
+        nll, kl = metrics.get(f"{prefix}/nll", 0.0), metrics.get(f"{prefix}/kl", 0.0)
+        if not math.isfinite(nll) or math.isnan(kl):
+            name, value = ("kl", kl) if math.isfinite(nll) else ("nll", nll)
+            raise DivergedError(
+                f"{prefix}/{name} must be finite, got {value} in the evaluation after micro-batch "
+                f"{micro_step:,}: the student's outputs overflow or are no numbers; go on from an "
+                "earlier checkpoint with a lower learning_rate, or train in bf16 or fp32"
+            )
 
 
 def _weights(objective: Objective) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,6 +108,74 @@ def test_damaged_weights_are_called_by_their_name(value: float) -> None:
         model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = value
     with pytest.raises(UnfitError, match="must give finite hidden states"):
         run(model, None, Objective(ce_weight=1, kd_weight=0))
+
+
+@pytest.mark.parametrize(("table", "name"), [("embed", "input embedding"), ("head", "head")])
+def test_a_damaged_row_is_called_by_its_name_though_no_token_is_in_it(
+    table: str, name: str
+) -> None:
+    model = tiny_llama()
+    module = model.get_input_embeddings() if table == "embed" else model.get_output_embeddings()
+    with torch.no_grad():
+        module.weight[501, 3] = float("nan")  # pyright: ignore
+        module.weight[505] = float("inf")  # pyright: ignore
+    message = (
+        rf"^the {name} of LlamaForCausalLM must hold finite numbers, got NaN in 2 of its 512 rows, "
+        r"first in that of id 501; the weights are damaged"
+    )
+    with pytest.raises(UnfitError, match=message):
+        check_model(model, IDS, packing=True)
+
+
+def test_a_damaged_weight_is_told_from_an_overflow() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = float("nan")
+    with pytest.raises(
+        UnfitError,
+        match=r"got NaN in float32: its weight model\.layers\.1\.mlp\.up_proj\.weight is",
+    ):
+        check_model(model, IDS, packing=False)
+
+
+def overflowing(factor: float = 3000.0) -> Any:
+    """A model whose hidden states pass 65,504, the largest number of float16."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= factor
+            layer.mlp.up_proj.weight *= factor
+    return model
+
+
+def test_a_teacher_that_overflows_its_dtype_is_told_so() -> None:
+    assert check_model(overflowing(), IDS, packing=True)
+    message = "must give finite hidden states, got .* in float16, which its finite weights overflow"
+    with pytest.raises(UnfitError, match=message):
+        check_model(overflowing().half(), IDS, packing=True)
+
+
+def test_a_student_that_overflows_under_autocast_is_told_so() -> None:
+    objective = Objective(ce_weight=1, kd_weight=0)
+    model = overflowing()
+    assert run(model, None, objective)
+    fp16 = partial(torch.autocast, "cpu", dtype=torch.float16)
+    message = "in float16, which its finite weights overflow; compute in a wider dtype"
+    with pytest.raises(UnfitError, match=message):
+        run(model, None, objective, compute_dtype=torch.float16, autocast=fp16)
+    bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    assert run(model, None, objective, compute_dtype=torch.bfloat16, autocast=bf16)
+
+
+def test_logits_that_overflow_are_told_so() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 1e5
+    message = (
+        "the logits of LlamaForCausalLM must be finite, got .* in float16, which they overflow"
+    )
+    with pytest.raises(UnfitError, match=message):
+        check_model(model.half(), IDS, packing=False)
 
 
 def alter_logits(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from sad_kernels import TeacherHidden
+from sad_kernels import DistillOutput, TeacherHidden
 from support.faulty_disk import tree
 from support.runs import assert_same_bits, everything, make_trainer, run_log
 from support.tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
@@ -42,9 +42,10 @@ from sad.teachers.frozen import TeacherOutput
 from sad.training import state as trainer_state
 from sad.training import trainer as trainer_module
 from sad.training.inputs import RunInputs, load_inputs
-from sad.training.meters import ThroughputMeter
+from sad.training.meters import EvalMetrics, ThroughputMeter
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
+from sad.training.skips import SkipWatch
 from sad.training.student import build_student
 from sad.training.trainer import Trainer
 
@@ -771,6 +772,134 @@ def test_a_non_finite_gradient_changes_nothing_and_three_stop_the_run(
     assert trainer.scheduler.last_epoch == 6
     assert [r["skipped"] for r in read_log(config.output_dir) if r["kind"] == "train"] == [1, 2, 3]
     assert trainer.ema is not None and trainer.ema.num_updates == 3
+
+
+def test_three_skips_in_a_row_stop_the_run_before_the_next_log_line(
+    make_config: Callable[..., Any],
+) -> None:
+    config = make_config(logging_steps=1000, gradient_accumulation_steps=2, num_train_epochs=9)
+    trainer = make_trainer(config)
+    weight = next(iter(trainer.student.model.parameters()))
+    weight.register_hook(lambda grad: grad * float("nan"))
+    with (
+        run_log(config, trainer) as log,
+        pytest.raises(DivergedError, match=r"got 3 updates in a row .*\(ce \d.*, kd \d"),
+    ):
+        trainer.train(log, StopSignals())
+    assert trainer.counters.global_step == 3
+    (record,) = (r for r in read_log(config.output_dir) if r["kind"] == "train")
+    assert (record["global_step"], record["skipped"]) == (3, 3)
+    assert latest_checkpoint(config.output_dir) is None
+
+
+def test_skips_that_are_heard_of_late_still_stop_the_run(
+    make_config: Callable[..., Any],
+) -> None:
+    """As on a GPU: the run has taken its last step before the verdict on it is there."""
+
+    class Late:
+        done = False
+
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return Late.done
+
+        def synchronize(self) -> None:
+            Late.done = True
+
+    config = make_config(max_steps=3)
+    trainer = make_trainer(config)
+    trainer.watch = SkipWatch(
+        trainer.device,
+        make_event=Late,
+        make_buffer=lambda: torch.zeros((), dtype=torch.int64),
+    )
+    weight = next(iter(trainer.student.model.parameters()))
+    weight.register_hook(lambda grad: grad * float("nan"))
+    with run_log(config, trainer) as log, pytest.raises(DivergedError, match=r"ce \d"):
+        trainer.train(log, StopSignals())
+    assert trainer.counters.global_step == 3 and trainer.counters.evaluated_at == -1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_evaluation_that_is_no_number_ends_the_run(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """The gradient may be finite and the held-out text have a token that training never met."""
+    config = make_config(max_steps=1)
+    compute = EvalMetrics.compute
+
+    def no_number(self: EvalMetrics, *, against_teacher: bool) -> dict[str, float]:
+        metrics = compute(self, against_teacher=against_teacher)
+        return metrics | {"nll": value} if against_teacher else metrics
+
+    monkeypatch.setattr(EvalMetrics, "compute", no_number)
+    message = f"^eval/nll must be finite, got {value} in the evaluation after micro-batch 4: "
+    with pytest.raises(DivergedError, match=message) as diverged:
+        distill(config)
+    assert "\n" not in str(diverged.value)
+    status = RunDirectory(config.output_dir).read_status()
+    assert (status["state"], status["code"]) == ("failed", 90)
+    (record,) = (r for r in read_log(config.output_dir) if r["kind"] == "eval")
+    assert record["eval/nll"] == value or record["eval/nll"] != record["eval/nll"]
+
+
+def test_a_student_that_overflows_in_its_compute_dtype_is_told_so_at_the_start(
+    make_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny_llama(seed=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight *= 3000
+            layer.mlp.down_proj.weight *= 3000
+    config = make_config(student=save_tiny(tmp_path / "large", model), max_steps=1)
+    message = (
+        r"^LlamaForCausalLM must give finite hidden states, got .* in float16, which its finite"
+    )
+    with pytest.raises(UnfitError, match=message):
+        distill(replace(config, fp16=True))
+
+
+def test_a_teacher_without_a_finite_score_is_refused_at_the_start(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(max_steps=1)
+
+    def no_number(*_: Any, **__: Any) -> dict[str, float]:
+        return {"eval_teacher/nll": float("nan")}
+
+    monkeypatch.setattr("sad.training.run.evaluate_teacher", no_number)
+    with pytest.raises(UnfitError, match=r"^the teacher must have a finite loss") as refusal:
+        distill(config)
+    assert refusal.value.exit_code == 65
+
+
+def test_a_loss_past_float32_is_shown_as_what_it_is(make_config: Callable[..., Any]) -> None:
+    """The mean of a window fits where the sum that the log begins with would not."""
+    trainer = make_trainer(make_config(use_ema=False))
+    mean = torch.tensor(1e37)
+    zero = torch.zeros(())
+    out = DistillOutput(mean, *[zero] * 7, lse=torch.zeros(1))._replace(num_tokens=torch.tensor(64))
+    trainer.meter.add(out, {}, 64)
+    assert trainer.meter.losses({})["loss"] == pytest.approx(1e37, rel=1e-6)
+
+
+def test_an_infinite_part_without_a_weight_is_no_part_of_the_held_out_loss(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(max_steps=1, ce_weight=1.0, kd_weight=0.0)
+    trainer = make_trainer(config)
+    compute = EvalMetrics.compute
+
+    def infinite(self: EvalMetrics, *, against_teacher: bool) -> dict[str, float]:
+        return compute(self, against_teacher=against_teacher) | {"kl": float("inf")}
+
+    monkeypatch.setattr(EvalMetrics, "compute", infinite)
+    with run_log(config, trainer) as log:
+        trainer.evaluate(log)
+    metrics = trainer.counters.metrics
+    assert metrics["eval/loss"] == metrics["eval/nll"]
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
