@@ -89,6 +89,14 @@ class ModelEMA:
         ema_update_(list(self._shadows.values()), list(self._sources.values()), decay)
         self._num_updates += 1 if ok is None else ok
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew at the weights that the model has now, not while swapped."""
+        self._require_not_swapped("averaged anew")
+        for name, shadow in self._shadows.items():
+            shadow.copy_(self._sources[name])
+        self._num_updates.zero_()
+
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Exchange the model's weights for the average; on leaving, restore every bit of them.

@@ -8,10 +8,13 @@ none.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from sad.checkpoint.atomic_files import free_bytes, tree_bytes
+from sad.checkpoint.store import SET_ASIDE
 from sad.config.schema import DistillConfig
 from sad.errors import OutputError
 from sad.models.load import build_model
@@ -25,7 +28,8 @@ def require_space(config: DistillConfig) -> None:
 
     A new checkpoint is complete before an old one goes, so there must be room for
     ``save_total_limit + 1``. A baseline keeps as many of its own. What an earlier attempt has
-    written counts as room. Raises what reading the student's configuration raises, too.
+    written counts as room, but for checkpoints that were set aside. Raises what reading the
+    student's configuration raises, too.
     """
     with torch.device("meta"):
         student = build_model(config, "student", getattr(torch, config.param_dtype))
@@ -35,7 +39,8 @@ def require_space(config: DistillConfig) -> None:
     each, export = checkpoint_bytes(config, student), weight_bytes(student)
     needed = checkpoints * each + exports * export
     free = free_bytes(config.output_dir)
-    if free is not None and free + tree_bytes(config.output_dir) < needed:
+    kept = sum(tree_bytes(path) for path in Path(config.output_dir).glob(f"**/{SET_ASIDE}"))
+    if free is not None and free + tree_bytes(config.output_dir) - kept < needed:
         raise OutputError(
             f"output_dir must have room for {checkpoints} checkpoints of {_size(each)} and "
             f"{exports} exported students of {_size(export)}, {_size(needed)} together, got "

@@ -6,6 +6,8 @@
         state.json                           plain numbers, strings, lists
         <group>.safetensors                  tensors: model, optimizer, ema, rng, grads ...
         manifest.json                        schema, size and SHA-256 of every file; written last
+    RUN_DIR/checkpoints/set-aside/           those that a resumption has overtaken: read if they are
+                                             named, never removed
 
 Writing: into ``.tmp-<name>-<pid>`` next to the target, each file forced to disk, the manifest
 last, then the directory, then one rename, then the parent directory. So a process killed at any
@@ -44,6 +46,9 @@ from sad.errors import CheckpointError
 
 SCHEMA = 1
 """Version of the layout. A reader refuses a higher one."""
+
+SET_ASIDE = "set-aside"
+"""The folder of checkpoints that ``auto`` and ``save_total_limit`` pass over."""
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 Report = Callable[[str], object]
@@ -162,6 +167,32 @@ def load_latest(run_dir: str | Path, report: Report = print) -> Checkpoint | Non
         except CheckpointError as error:
             report(f"skipping a checkpoint: {error}")
     return None
+
+
+def checkpoints_of(run_dir: str | Path) -> list[Path]:
+    """The directories of a run's checkpoints, complete or not, the newest first."""
+    return _newest_first(Path(run_dir) / "checkpoints")
+
+
+def set_aside(paths: Iterable[Path], report: Report = print) -> None:
+    """Move checkpoints to ``set-aside`` beside them, where only who names them finds them.
+
+    Neither ``latest_checkpoint`` nor ``save_total_limit`` looks there, so nothing is removed from
+    there either. Trouble goes to ``report``.
+    """
+    for path in paths:
+        folder = path.parent / SET_ASIDE
+        target, turn = folder / path.name, 1
+        while target.exists():
+            turn += 1
+            target = folder / f"{path.name}-{turn}"
+        try:
+            files.make_directories(folder)
+            files.OPERATIONS.rename(path, target)
+            files.sync_directory(folder)
+            files.sync_directory(path.parent)
+        except OSError as error:
+            report(f"could not set {path} aside: {files.describe(error)}")
 
 
 def sweep_stale(run_dir: str | Path) -> None:

@@ -181,8 +181,9 @@ class Precision:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the loss scale of ``state``."""
-        self.scaler.load_state_dict(state)
+        """Continue with the loss scale of ``state``; of one without, with the initial scale."""
+        if state:
+            self.scaler.load_state_dict(state)
 
     def _loss_scale_is_low(self, norm: Tensor) -> Tensor:
         """Whether the loss scale, [] bool, is too low to explain an overflow."""

@@ -107,15 +107,26 @@ class RunLength:
             case _:
                 assert_never(unit)
 
-    def window(self, micro_step: int) -> Window:
-        """The window that contains micro-batch ``micro_step``, counted from 0."""
+    def window(self, micro_step: int, begins: int = 0) -> Window:
+        """The window that contains micro-batch ``micro_step``, counted from 0.
+
+        One window is cut short at its beginning: that in whose middle ``begins`` lies, where a run
+        was resumed with other windows.
+        """
         _require_inside(micro_step, self.micro_batches - 1)
         epoch, batch = divmod(micro_step, self.batches_per_epoch)
         done = batch % self.accumulation_steps
         first = micro_step - done
         # Micro-batches left in the epoch and in the run, from the window's first on.
         left = min(self.batches_per_epoch - (batch - done), self.micro_batches - first)
-        return Window(epoch, batch - done, first, min(self.accumulation_steps, left))
+        size = min(self.accumulation_steps, left)
+        late = begins - first if first < begins <= micro_step else 0
+        return Window(epoch, batch - done + late, first + late, size - late)
+
+    def windows_before(self, micro_step: int) -> int:
+        """The windows that end at or before ``micro_step`` consumed micro-batches."""
+        epoch, batch = self.position(micro_step)
+        return epoch * self.windows_per_epoch + batch // self.accumulation_steps
 
     def position(self, micro_step: int) -> tuple[int, int]:
         """Epoch and batch within it, once ``micro_step`` micro-batches have been consumed."""
@@ -249,6 +260,17 @@ def step_scheduler(scheduler: LRScheduler) -> None:
             "ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before"
         )
         scheduler.step()
+
+
+def move_scheduler(scheduler: LambdaLR, steps: int) -> None:
+    """Put a scheduler of ``build_scheduler`` where it is after ``steps`` steps."""
+    scheduler.last_epoch = steps
+    scheduler._step_count = steps + 1
+    for group, peak, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * factor(steps)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def check_foreign_scheduler(

@@ -35,14 +35,15 @@ def run_header(
     checks: dict[str, float],
     checkpoint: Path | None,
     tokenizer_notes: Sequence[str] = (),
+    resumption_notes: Sequence[str] = (),
     balance_note: str = "",
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
 
     ``checks`` are the errors that the self-checks measured, by name. ``checkpoint`` is the one that
     the run goes on from, None for a run from the start. ``tokenizer_notes`` say in what the models'
-    own tokenizers differ from the run's, ``balance_note`` what becomes of the auxiliary loss of a
-    mixture-of-experts student.
+    own tokenizers differ from the run's, ``resumption_notes`` what a change of sizes means,
+    ``balance_note`` what becomes of the auxiliary loss of a mixture-of-experts student.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
@@ -73,7 +74,7 @@ def run_header(
         ("config", config_hash(config)[:12]),
     ]
     if checkpoint is not None:
-        lines.append(("resumed", f"from {checkpoint}"))
+        lines.append(("resumed", "\n".join((f"from {checkpoint}", *resumption_notes))))
     return lines
 
 

@@ -41,6 +41,9 @@ Record = dict[str, Any]
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
+_POSITIONS = ("micro_step", "resumed_from")
+"""Keys of a record that count micro-batches."""
+
 TEXT_KINDS = frozenset({"start", "warning"})
 """Records that hold text for people: there a string ``"NaN"`` stays a string."""
 
@@ -100,9 +103,15 @@ class RunLog:
     ) -> None:
         self.close()
 
-    def header(self, lines: Sequence[tuple[str, str]]) -> None:
-        """Record and show the header of the run: aligned pairs of label and text."""
-        facts = {"resumed_from": self._initial, "header": [list(line) for line in lines]}
+    def header(self, lines: Sequence[tuple[str, str]], rows: tuple[int, int] | None = None) -> None:
+        """Record and show the header of the run: aligned pairs of label and text.
+
+        ``rows`` are those per micro-batch where the run goes on from, and now: readers then find
+        all positions in one size.
+        """
+        facts: Record = {"resumed_from": self._initial, "header": [list(line) for line in lines]}
+        if rows is not None:
+            facts["rows_per_micro_batch"] = list(rows)
         self._record("start", facts)
         self.message(aligned_pairs(lines))
         self._start_bar()
@@ -189,9 +198,10 @@ def read_log(run_dir: str | Path) -> list[Record]:
 
     A resumed run repeats the steps since its checkpoint: of records of the same kind at the same
     ``micro_step``, only those of the highest attempt are kept. Records without a position are all
-    kept. Lines that a killed process left torn are skipped.
+    kept. Lines that a killed process left torn are skipped. Positions are those of the newest
+    attempt's micro-batches, if their size has changed.
     """
-    records = list(_records(Path(run_dir) / "log.jsonl"))
+    records = _in_newest_size(list(_records(Path(run_dir) / "log.jsonl")))
     # The highest attempt at each position; the second pass then keeps the file's order.
     newest: dict[tuple[str, int | None], int] = {}
     for record in records:
@@ -263,6 +273,28 @@ def _records(path: Path) -> Iterator[Record]:
                 continue  # torn by a killed process
             if isinstance(record, dict) and {"attempt", "kind"} <= record.keys():
                 yield record if record["kind"] in TEXT_KINDS else _text_to_nonfinite(record)
+
+
+def _in_newest_size(records: list[Record]) -> list[Record]:
+    """The records with positions in micro-batches of the size that the newest attempt has."""
+    starts = [r for r in records if r["kind"] == "start" and "rows_per_micro_batch" in r]
+    rows = {}  # attempt -> rows per micro-batch
+    before = 0
+    for attempt in sorted({record["attempt"] for record in records}, reverse=True):
+        # A log of an earlier version does not say: it is what the next attempt found.
+        found = next((r for r in starts if r["attempt"] == attempt), None)
+        before, now = found["rows_per_micro_batch"] if found else (before, before)
+        rows[attempt] = now
+    newest = rows[max(rows)] if rows else 0
+    return [
+        record
+        | {
+            key: round(record[key] * rows[record["attempt"]] / newest)
+            for key in _POSITIONS
+            if key in record and rows[record["attempt"]] != newest
+        }
+        for record in records
+    ]
 
 
 def _position(record: Record) -> tuple[str, int | None]:

@@ -32,6 +32,10 @@ class Counters:
     evaluated_at: int = -1
     """``micro_step`` of the newest evaluation, whose figures are ``metrics``."""
     metrics: dict[str, float] = field(default_factory=dict)
+    window_begins: int = 0
+    """Where a resumption with other windows has cut one short, in micro-batches; 0: nowhere."""
+    best_metric: str = ""
+    """What ``best_value`` is a value of."""
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import Checkpoint
-from sad.config.schema import DistillConfig, ce_only
+from sad.config.identity import trajectory_changes
+from sad.config.load import load_config
+from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
 from sad.errors import OutputError, SadError, StoppedError, UnfitError
 from sad.models.load import load_student
@@ -38,6 +40,7 @@ from sad.report.results import BASELINE_NAME, format_results
 from sad.training.evaluate import evaluate_teacher
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ResultRow, result_row
+from sad.training.resume import LENGTH, plan_resumption
 from sad.training.student import build_structural, build_student
 from sad.training.trainer import MakeScheduler, Trainer
 
@@ -163,7 +166,7 @@ def _train_baseline(
     )
     name = BASELINE_NAME
     baseline = RunDirectory(run_dir.baseline)
-    if config.resume_from_checkpoint and baseline.read_status().get("state") == "finished":
+    if config.resume_from_checkpoint and _finished_as_long(baseline, config_ce_only):
         return baseline.read_run()["results"][0]
     checkpoint = baseline.claim(config_ce_only, report=print)
     trainer = _train(
@@ -173,6 +176,14 @@ def _train_baseline(
     baseline.write_run(baseline.read_run() | {"results": [row]})
     baseline.write_status("finished")
     return row
+
+
+def _finished_as_long(baseline: RunDirectory, config: DistillConfig) -> bool:
+    """Whether a baseline is done, for as many steps as it would be trained now."""
+    if baseline.read_status().get("state") != "finished":
+        return False
+    before = config_to_dict(load_config(baseline.path / "config.yaml"))
+    return not any(key in LENGTH for key, _, _ in trajectory_changes(before, config))
 
 
 def _train(
@@ -204,16 +215,17 @@ def _train(
         impl=config.impl,
     )
     trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler)
+    resumption = None if checkpoint is None else plan_resumption(trainer, checkpoint)
     with RunLog(
         run_dir.path,
         total_batches=trainer.run_length.micro_batches,
-        initial=0 if checkpoint is None else checkpoint.micro_step,
+        initial=0 if resumption is None else resumption.micro_step,
         report_to=config.report_to,
         name=name,
     ) as log:
-        if checkpoint is not None:
-            trainer.restore(checkpoint, log.warning)
-            checkpoint.tensors.clear()  # copied: the files need not stay mapped
+        if resumption is not None:
+            trainer.restore(resumption, log.warning)
+            resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
         header = run_header(
             name,
             config,
@@ -226,10 +238,12 @@ def _train(
             eval_rows=inputs.eval_rows,
             checks=checks,
             checkpoint=None if checkpoint is None else checkpoint.path,
+            resumption_notes=() if resumption is None else resumption.notes,
             tokenizer_notes=inputs.tokenizer_notes,
             balance_note=student.balance_note,
         )
-        log.header(header)
+        rows = config.per_device_train_batch_size
+        log.header(header, rows=(rows, rows) if resumption is None else resumption.rows)
         run_dir.write_run({"header": [list(line) for line in header]})
         run_dir.write_status("running")
         trainer.train(log, signals)

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sad.accumulate import GradientAccumulator
 from sad.checkpoint.parts import RandomGenerators, State, TensorGroups, capture_parts
 from sad.checkpoint.run_directory import RunDirectory
-from sad.checkpoint.store import Checkpoint, save_checkpoint
+from sad.checkpoint.store import Checkpoint, checkpoints_of, save_checkpoint, set_aside
 from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
@@ -37,6 +37,7 @@ from sad.metrics import DEFAULT_BEST
 from sad.optim.precision import Precision, structural_loss_parameters
 from sad.optim.schedule import (
     RunLength,
+    Window,
     build_scheduler,
     check_foreign_scheduler,
     step_scheduler,
@@ -47,6 +48,7 @@ from sad.training.batches import TrainBatches
 from sad.training.evaluate import evaluate_student
 from sad.training.inputs import RunInputs
 from sad.training.meters import Counters, ThroughputMeter, TrainMeter
+from sad.training.resume import Resumption, overtaken, plan_resumption
 from sad.training.skips import SkipWatch
 from sad.training.state import checkpoint_parts, restore_trainer
 from sad.training.student import LossWeights, StepOutput, StudentWithLoss
@@ -91,6 +93,7 @@ class Trainer:
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
         self.optimizer = precision.build_optimizer(student.model, student.structural)
+        self.builds_scheduler = make_scheduler is None
         if make_scheduler is None:
             self.scheduler: LRScheduler = build_scheduler(self.optimizer, config, self.run_length)
         else:
@@ -113,6 +116,7 @@ class Trainer:
         self.watch = SkipWatch(self.device)
         self.logged: dict[str, float] = {}  # the losses of the last train record
         self._failed_saves = 0
+        self._superseded: Path | None = None  # a checkpoint that counts other micro-batches
 
     # The story
 
@@ -153,7 +157,7 @@ class Trainer:
     def micro_batch(self) -> bool:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
-        window = self.run_length.window(counters.micro_step)
+        window = self._window(counters.micro_step)
         counts = self.batches.counts(window)
         if not accumulator.pending:
             accumulator.open_window(window.size, counts.targets)
@@ -222,7 +226,7 @@ class Trainer:
 
     def log_progress(self, log: RunLog, throughput: ThroughputMeter) -> None:
         """Write a train record. Waits for the device, as nothing else here does but TAID."""
-        window = self.run_length.window(self.counters.micro_step - 1)
+        window = self._window(self.counters.micro_step - 1)
         weights = self.weights(window.first_micro_step)
         term_weights = self.student.term_weights(weights)
         losses = self.meter.losses(term_weights)  # waits for the device, as do the next lines
@@ -289,6 +293,7 @@ class Trainer:
         value = metrics[self.metric_for_best]
         if value < counters.best_value:  # a tie keeps the earlier one, NaN never wins
             counters.best_value, counters.best_micro_step = value, counters.micro_step
+            counters.best_metric = self.metric_for_best
             self.export(self.run_dir.best)
 
     def export(self, target: Path) -> None:
@@ -328,6 +333,9 @@ class Trainer:
             log.warning(f"{error}; training goes on until the next save")
             return None
         self._failed_saves = 0
+        if self._superseded not in (None, path):
+            set_aside([self._superseded], log.warning)
+        self._superseded = None
         log.saved(self._position() | {"path": path.name})
         self.run_dir.write_status("running", checkpoint=path.name)
         return path
@@ -338,14 +346,27 @@ class Trainer:
         """The state of all parts, as plain values and named tensors: the live ones, not copies."""
         return capture_parts(self.parts)
 
-    def restore(self, checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+    def restore(
+        self, checkpoint: Checkpoint | Resumption, warn: Callable[[str], None]
+    ) -> Resumption:
         """Continue exactly where ``checkpoint`` was taken; every tensor is filled in place.
 
         Raises ``UsageError`` if the configuration or the data would take another course, unless
-        ``allow_config_change`` says that this is meant, and ``CheckpointError`` for a checkpoint
-        that lacks a part or holds other tensors.
+        ``allow_config_change`` says that this is meant and the data can go on, and
+        ``CheckpointError`` for a checkpoint that lacks a part or holds other tensors.
+
+        The run's other checkpoints are set aside if their numbers count other micro-batches than
+        this run's; ``checkpoint`` itself, if its number does, with the next save.
         """
-        restore_trainer(self, checkpoint, warn)
+        resumption = checkpoint
+        if isinstance(resumption, Checkpoint):
+            resumption = plan_resumption(self, resumption)
+        restore_trainer(self, resumption, warn)
+        ours, resumed = checkpoints_of(self.run_dir.path), resumption.checkpoint.path
+        set_aside(overtaken(ours, resumption), warn)
+        if resumption.renumbered:
+            self._superseded = next((path for path in ours if path.samefile(resumed)), None)
+        return resumption
 
     # Details
 
@@ -353,6 +374,9 @@ class Trainer:
         """Every parameter that collects gradients, by its name in checkpoints."""
         ours: dict[str, Tensor] = dict(self.student.model.named_parameters())
         return ours | structural_loss_parameters(self.student.structural)
+
+    def _window(self, micro_step: int) -> Window:
+        return self.run_length.window(micro_step, self.counters.window_begins)
 
     def _every(self, steps: int | None) -> bool:
         last = self.counters.micro_step == self.run_length.micro_batches

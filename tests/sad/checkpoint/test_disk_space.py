@@ -114,6 +114,11 @@ def test_what_an_earlier_attempt_wrote_counts_as_room(
     with (tmp_path / "checkpoints" / "earlier").open("wb") as file:
         file.truncate(60 * 2**20)
     require_space(config)
+    # What was set aside stays for good.
+    (tmp_path / "checkpoints" / "set-aside").mkdir()
+    (tmp_path / "checkpoints" / "earlier").rename(tmp_path / "checkpoints" / "set-aside" / "one")
+    with pytest.raises(OutputError):
+        require_space(config)
 
 
 def test_a_file_system_that_does_not_tell_is_trusted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from sad.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside,
     sweep_stale,
 )
 from sad.errors import CheckpointError
@@ -296,6 +298,43 @@ def test_trouble_with_removing_is_reported_and_fails_nothing(tmp_path: Path) -> 
 
     save(tmp_path, 40)  # the next attempt goes on as if nothing had happened
     assert complete(tmp_path)[-2:] == [30, 40]
+
+
+def test_what_is_set_aside_is_found_by_its_path_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, limit=9)
+    newest = tmp_path / "checkpoints" / "batch-000000003"
+    set_aside([newest], report=pytest.fail)
+    assert names(tmp_path) == ["batch-000000001", "batch-000000002", "set-aside"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "batch-000000002"
+    # The same number again: neither replaces the other.
+    save(tmp_path, 3, seed=30, limit=9)
+    set_aside([newest], report=pytest.fail)
+    aside = tmp_path / "checkpoints" / "set-aside"
+    assert sorted(os.listdir(aside)) == ["batch-000000003", "batch-000000003-2"]
+    assert holds(load_checkpoint(aside / "batch-000000003"), 3)
+    assert holds(load_checkpoint(aside / "batch-000000003-2"), 30)
+    save(tmp_path, 4)
+    save(tmp_path, 5)
+    sweep_stale(tmp_path)
+    assert names(tmp_path) == ["batch-000000004", "batch-000000005", "set-aside"]
+    assert len(os.listdir(aside)) == 2
+
+
+def test_trouble_with_setting_aside_is_reported_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, 1)
+
+    def refuse(source: object, target: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files, "OPERATIONS", files.FileOperations(rename=refuse))
+    reports: list[str] = []
+    set_aside([path], report=reports.append)
+    (report,) = reports
+    assert "could not set" in report and "EROFS" in report
+    assert latest_checkpoint(tmp_path) == path
 
 
 def test_an_equal_checkpoint_is_kept_and_another_replaced(tmp_path: Path) -> None:

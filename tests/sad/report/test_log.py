@@ -107,6 +107,32 @@ def test_each_process_is_an_attempt_and_the_newest_wins_a_repeated_step(tmp_path
     assert len([r for r in records if r["kind"] == "warning"]) == 2
 
 
+def test_positions_are_in_the_newest_attempts_micro_batches(tmp_path: Path) -> None:
+    """Resumed twice with another batch size: 4 rows, then 8, then 2."""
+    with open_log(tmp_path) as log:
+        log.header([("student", "tiny")])
+        for step in (4, 8, 12):
+            log.train(train_record(step))
+    with open_log(tmp_path, initial=4) as log:
+        log.header([("student", "tiny")], rows=(4, 8))
+        for step in (6, 8):
+            log.train(train_record(step))
+    with open_log(tmp_path, initial=32) as log:
+        log.header([("student", "tiny")], rows=(8, 2))
+        log.train(train_record(40))
+    records = read_log(tmp_path)
+    positions = [record["micro_step"] for record in records if record["kind"] == "train"]
+    assert positions == [8, 16, 24, 32, 40]
+    assert [r["resumed_from"] for r in records if r["kind"] == "start"] == [0, 16, 32]
+    with open_log(tmp_path, initial=40) as log:
+        log.header([("student", "tiny")], rows=(2, 2))
+    assert [r["micro_step"] for r in read_log(tmp_path) if r["kind"] == "train"] == positions
+    with open_log(tmp_path, initial=8) as log:  # from a checkpoint of the first attempt
+        log.header([("student", "tiny")], rows=(4, 4))
+    halves = [r["micro_step"] for r in read_log(tmp_path) if r["kind"] == "train"]
+    assert halves == [4, 8, 12, 16, 20]
+
+
 @pytest.mark.parametrize("cut", [1, 20, 200])
 def test_a_line_torn_by_a_kill_is_left_behind(tmp_path: Path, cut: int) -> None:
     with open_log(tmp_path) as log:

@@ -1,0 +1,256 @@
+"""Where a run goes on from a checkpoint, also if its sizes have changed since.
+
+A checkpoint's position is ``micro_step``, a number of micro-batches. With another number of rows in
+each it is another number: rows consumed in this epoch over the new rows per micro-batch. With other
+windows it may lie in the middle of one, which then begins there and is shorter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sad.checkpoint.parts import entry, tensor_group
+from sad.checkpoint.state import model_tensors
+from sad.checkpoint.store import Checkpoint
+from sad.config.identity import require_same_config, trajectory_changes
+from sad.errors import UsageError
+from sad.optim.precision import Precision
+from sad.optim.schedule import RunLength
+
+if TYPE_CHECKING:
+    from sad.training.trainer import Trainer
+
+Changes = dict[str, tuple[Any, Any]]
+"""Dotted key -> its value in the checkpoint, its value now."""
+
+LENGTH = ("num_train_epochs", "max_steps")
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+SCALED = ("fp16", "param_dtype", "master_weights")
+"""Keys that decide in which dtype and at which scale gradients are kept."""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint, and its position in the run that goes on from it."""
+
+    checkpoint: Checkpoint
+    changes: Changes
+    micro_step: int
+    global_step: int
+    window_begins: int
+    """As in ``Counters``."""
+    rows: tuple[int, int]
+    """Rows per micro-batch, in the checkpoint and now."""
+    notes: tuple[str, ...] = ()
+    """What the header says of it."""
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether ``micro_step`` counts micro-batches of another size than in the checkpoint."""
+        return self.rows[0] != self.rows[1]
+
+
+def plan_resumption(trainer: Trainer, checkpoint: Checkpoint) -> Resumption:
+    """Find where ``trainer`` goes on from ``checkpoint``; nothing is changed.
+
+    Raises ``UsageError`` where the data cannot go on exactly: inside a window whose gradients are
+    half added up, where the rows consumed are no whole number of the new micro-batches, and past
+    the end of a run that is shorter now.
+    """
+    identity = entry(checkpoint, "identity")
+    require_same_config(identity, trainer.config)
+    changes: Changes = {
+        key: (before, after)
+        for key, before, after in trajectory_changes(identity["config"], trainer.config)
+    }
+    counters, length = entry(checkpoint, "counters"), trainer.run_length
+    now = length.batch_size
+    before = changes.get(SIZES[0], (now, now))[0]
+    same_text = identity["train_rows"] == trainer.identity["train_rows"]
+    saved = Resumption(
+        checkpoint,
+        changes,
+        counters["micro_step"],
+        counters["global_step"],
+        counters.get("window_begins", 0),
+        (before, now),
+    )
+    _require_same_precision(saved)
+    if same_text and not any(key in changes for key in (*LENGTH, *SIZES, "scheduler_unit")):
+        return saved
+    if saved.renumbered and not same_text:
+        raise UsageError(
+            f"{SIZES[0]} must stay when a run is resumed on other rows, got {before} -> {now}; "
+            "change one of the two at a time"
+        )
+
+    micro_step = saved.micro_step
+    if saved.renumbered:
+        micro_step = _exact_position(saved, length)
+    if micro_step > length.micro_batches:
+        raise UsageError(
+            f"a resumed run must not end before its checkpoint, got {length.micro_batches:,} "
+            f"micro-batches planned and {micro_step:,} consumed; raise {' or '.join(LENGTH)}, or "
+            "resume from an earlier checkpoint"
+        )
+    moved = replace(saved, micro_step=micro_step)
+    if entry(checkpoint, "window_size"):
+        _require_same_window(moved, length)
+        return moved
+    return _at_a_window(moved, trainer)
+
+
+def renumber(micro_step: int, rows: tuple[int, int], num_rows: int) -> Fraction:
+    """The position ``micro_step`` of micro-batches of ``rows[0]`` rows in those of ``rows[1]``."""
+    before, now = (-(-num_rows // size) for size in rows)  # micro-batches of an epoch
+    epoch, batch = divmod(micro_step, before)
+    return epoch * now + Fraction(batch * rows[0], rows[1])
+
+
+def overtaken(checkpoints: Iterable[Path], resumption: Resumption) -> list[Path]:
+    """Those of a run's checkpoints whose numbers count other micro-batches than the run does now.
+
+    The one that is resumed from is not among them. One that cannot be read is, where the numbers
+    have changed just now.
+    """
+    others = [path for path in checkpoints if not path.samefile(resumption.checkpoint.path)]
+    known = {path: _rows_of(path) for path in others}
+    before, now = resumption.rows
+    return [path for path in others if (known[path] or before) != now]
+
+
+def _rows_of(checkpoint: Path) -> int | None:
+    """Rows per micro-batch in a checkpoint that need not be whole."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_bytes())["state"]
+        return int(state["identity"]["config"][SIZES[0]])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _exact_position(saved: Resumption, length: RunLength) -> int:
+    if entry(saved.checkpoint, "window_size"):
+        raise _inside_a_window(saved, "the rows of a micro-batch")
+    position = renumber(saved.micro_step, saved.rows, length.num_rows)
+    if position.denominator > 1:
+        batches = -(-length.num_rows // saved.rows[0])
+        consumed = saved.micro_step % batches * saved.rows[0]
+        raise UsageError(
+            f"{SIZES[0]} must divide the rows that a resumed run has consumed of its epoch, got "
+            f"{saved.rows[1]} and {consumed:,} rows; choose a divisor, or resume from a checkpoint "
+            "at an epoch's end"
+        )
+    return int(position)
+
+
+def _require_same_window(moved: Resumption, length: RunLength) -> None:
+    """Refuse a checkpoint in the middle of a window that would end elsewhere now."""
+    state = moved.checkpoint.state
+    done = state["gradient_accumulator_step_count"]
+    if moved.micro_step < length.micro_batches:
+        window = length.window(moved.micro_step, moved.window_begins)
+        if (window.first_micro_step, window.size) == (
+            moved.micro_step - done,
+            state["window_size"],
+        ):
+            return
+    raise _inside_a_window(moved, "the length of a window")
+
+
+def _require_same_precision(saved: Resumption) -> None:
+    if entry(saved.checkpoint, "window_size") and any(key in saved.changes for key in SCALED):
+        raise _inside_a_window(saved, "the precision of gradients")
+
+
+def _inside_a_window(saved: Resumption, what: str) -> UsageError:
+    state = saved.checkpoint.state
+    keys = [key for key in (*SIZES, *LENGTH, *SCALED) if key in saved.changes]
+    old = ", ".join(f"{key}: {saved.changes[key][0]}" for key in keys)
+    return UsageError(
+        f"{what} must stay until an accumulation window is closed, got a checkpoint after "
+        f"{state['gradient_accumulator_step_count']} of its {state['window_size']} micro-batches; "
+        f"resume with {old} until the next save, or from a checkpoint between two windows"
+    )
+
+
+def _at_a_window(moved: Resumption, trainer: Trainer) -> Resumption:
+    """The same position, as the beginning of a window; the scheduler's step has to follow."""
+    length, micro_step = trainer.run_length, moved.micro_step
+    begins, notes = 0, []
+    if micro_step == length.micro_batches:
+        global_step = length.windows
+    else:
+        window = length.window(micro_step)
+        global_step = length.windows_before(micro_step)
+        if window.first_micro_step != micro_step:
+            begins = micro_step
+            left = window.first_micro_step + window.size - micro_step
+            notes.append(f"the first window has {left} of {window.size} micro-batches")
+    if moved.renumbered:
+        rows = moved.rows
+        notes.append(
+            f"{moved.micro_step:,} micro-batches of {rows[1]} rows are done, which were "
+            f"{moved.checkpoint.micro_step:,} of {rows[0]}"
+        )
+        if trainer.config.warmup_batches:
+            notes.append(f"warmup_batches counts micro-batches of {rows[1]} rows from now on")
+    schedule = trainer.config.lr_scheduler_type
+    if any(key in moved.changes for key in (*SIZES, "scheduler_unit")) and schedule != "constant":
+        notes.append(
+            "the learning rate of a window may differ from what it would have been, by a fraction "
+            "of what it changes in a window"
+        )
+    result = replace(
+        moved, global_step=global_step, window_begins=begins, notes=(*moved.notes, *notes)
+    )
+    _require_movable_scheduler(result, trainer)
+    return result
+
+
+def _require_movable_scheduler(resumption: Resumption, trainer: Trainer) -> None:
+    steps = scheduler_steps(resumption, trainer)
+    saved = entry(resumption.checkpoint, "scheduler").get("last_epoch")
+    if not trainer.builds_scheduler and steps != saved:
+        raise UsageError(
+            f"a scheduler of one's own must have taken {steps} steps where the run goes on, got "
+            f"{saved}; keep {SIZES[0]}, {SIZES[1]} and scheduler_unit"
+        )
+
+
+def scheduler_steps(resumption: Resumption, trainer: Trainer) -> int:
+    """The steps that a scheduler has taken at this position."""
+    by_batch = trainer.config.scheduler_unit == "batch"
+    return resumption.micro_step if by_batch else resumption.global_step
+
+
+def in_present_dtypes(trainer: Trainer, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with weights, masters and moments in the dtypes that the run has now.
+
+    The exact weights are the masters where there are any.
+    """
+    precision: Precision = trainer.precision
+    model, masters = tensor_group(checkpoint, "model"), tensor_group(checkpoint, "masters")
+    exact = {**model, **masters}
+    tensors: dict[str, dict[str, Tensor]] = dict(checkpoint.tensors)
+    live = model_tensors(trainer.student.model)
+    tensors["model"] = {n: _as(live.get(n), exact[n]) for n in model}
+    separate = {} if precision.masters is None else precision.masters.separate
+    tensors["masters"] = {n: _as(separate[n], exact[n]) for n in separate if n in exact}
+    tensors["optimizer"] = {
+        path: tensor if key == "step" else _as(precision.optimizer_parameters.get(name), tensor)
+        for path, tensor in tensor_group(checkpoint, "optimizer").items()
+        for name, _, key in [path.rpartition("/")]
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
+def _as(live: Tensor | None, saved: Tensor) -> Tensor:
+    """``saved`` in the dtype of ``live``; names and shapes are checked when it is restored."""
+    return saved if live is None else saved.to(live.dtype)
