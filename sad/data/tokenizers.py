@@ -188,18 +188,20 @@ def _compare_ids(pair: _Pair) -> list[str]:
     if renamed:
         token_id, their_name, our_name = renamed[0]
         found = f"first {token_id}: {pair.both(repr(their_name), repr(our_name))}"
-        notes.append(f"{len(renamed)} special tokens have other names, {found}; {pair.whose} taken")
+        notes.append(
+            f"special tokens with another name: {len(renamed)} ({found}); {pair.whose} taken"
+        )
     if beyond:
         first = f"first {beyond[0][1]!r}, id {beyond[0][0]}"
         notes.append(
-            f"{len(beyond)} tokens of the {pair.role} lie beyond the last id here ({first}): "
-            "cut from both models' logits"
+            f"tokens of the {pair.role} beyond the last id here: {len(beyond)} ({first}); cut from "
+            "both models' logits"
         )
     if new:
         first = f"first {new[0][1]!r}, id {new[0][0]}"
         notes.append(
-            f"{len(new)} tokens of `tokenizer` are new to the student ({first}): their rows of its "
-            "embedding are as they come with the model"
+            f"tokens of `tokenizer` that are new to the student: {len(new)} ({first}); their rows "
+            "of its embedding are as they came with the model"
         )
     return notes
 

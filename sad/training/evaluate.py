@@ -6,6 +6,7 @@ forward KL of every target. Sums are added in float64 on the device and divided 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -13,6 +14,7 @@ import torch
 from sad_kernels import Objective, linear_distill_loss
 
 from sad.data.batch import Batch
+from sad.errors import UnfitError
 from sad.models.heads import eval_no_grad
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
@@ -60,6 +62,17 @@ def evaluate_student(
         for prefix, of_variant in metrics.items()
         for name, value in of_variant.compute(against_teacher=teacher is not None).items()
     }
+
+
+def require_finite_score(scores: Mapping[str, float], prefix: str, who: str) -> None:
+    """Raise ``UnfitError`` unless a model that was scored for a start has a finite loss."""
+    nll = scores.get(f"{prefix}/nll", 0.0)
+    if not math.isfinite(nll):
+        raise UnfitError(
+            f"{who} must have a finite loss on the held-out text, got {nll}; its weights are "
+            "damaged, or it overflows in its dtype: compute in bf16 or fp32 (for a teacher, "
+            "teacher_dtype)"
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from sad.config.load import load_config
 from sad.errors import UsageError
 from sad.models.load import load_student
 from sad.optim.precision import Precision
-from sad.training.evaluate import evaluate_student, evaluate_teacher
+from sad.training.evaluate import evaluate_student, evaluate_teacher, require_finite_score
 from sad.training.inputs import load_inputs
 from sad.training.meters import ResultRow, result_row
 from sad.training.student import build_student
@@ -25,7 +25,8 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
 
     Student and tokenizer come from ``best/``, as their users load them; text and teacher are those
     of the run's configuration. Returns rows of the result table: the teacher, if there is one, and
-    the student. Raises ``UsageError`` for a directory that holds no scored student.
+    the student. Raises ``UsageError`` for a directory that holds no scored student, and
+    ``UnfitError`` for a score that is not finite.
     """
     run = RunDirectory(run_dir)
     if not (run.best / "config.json").exists():
@@ -39,6 +40,7 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     rows = []
     if inputs.eval_teacher is not None:
         scores = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+        require_finite_score(scores, "eval_teacher", "the teacher")
         rows.append(result_row("teacher", inputs.eval_teacher.model, scores, "eval_teacher"))
     model = load_student(config)
     precision = Precision(config, inputs.device)
@@ -46,5 +48,6 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     scores = evaluate_student(
         student, inputs.eval_teacher, inputs.eval_batches(config), {"eval": nullcontext}
     )
+    require_finite_score(scores, "eval", "the student")
     rows.append(result_row("student, best", model, scores, "eval"))
     return rows

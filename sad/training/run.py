@@ -11,7 +11,6 @@ score the teacher, train the baseline without it, train the student, write resul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
-from sad.errors import OutputError, SadError, StoppedError, UnfitError
+from sad.errors import OutputError, SadError, StoppedError
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
 from sad.models.preflight import check_model, check_models_and_loss
@@ -37,7 +36,7 @@ from sad.report.header import memory_line, run_header
 from sad.report.log import RunLog
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
-from sad.training.evaluate import evaluate_teacher
+from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import ResultRow, result_row
 from sad.training.resume import LENGTH, plan_resumption
@@ -118,7 +117,7 @@ def _distill(
         teacher, row = inputs.eval_teacher.model, inputs.eval_rows.batch([0]).input_ids
         check_model(teacher, row, packing=config.packing)  # before it is relied on
         metrics = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
-        _require_teacher_score(metrics)
+        require_finite_score(metrics, "eval_teacher", "the teacher")
         results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
 
     if config.baseline:
@@ -136,14 +135,6 @@ def _distill(
     report = write_report(run_dir.path)
     print(f"\n{format_results(results)}\n\nreport   {report}\nstudent  {run_dir.final}")
     return RunResult(run_dir.path, metrics, results)
-
-
-def _require_teacher_score(metrics: Mapping[str, float]) -> None:
-    if math.isnan(metrics.get("eval_teacher/nll", 0.0)):
-        raise UnfitError(
-            "the teacher must have a finite loss on the held-out text, got NaN; its weights are "
-            "damaged, or it overflows in its dtype: set teacher_dtype to bfloat16 or float32"
-        )
 
 
 def _train_baseline(

@@ -94,6 +94,11 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
         "what is said of rows or classes that is left out, or read where it must not be",
         ("triton",),
     ),
+    "60": ("rows lost or repeated where a run goes on with other sizes", ("trainer",)),
+    "61": ("an average that starts at weights the run has left long ago", ("trainer",)),
+    "62": ("numbers that are not finite, under another name or under none", ("trainer",)),
+    "63": ("a student whose ids mean other tokens than its text's", ("trainer",)),
+    "64": ("experts that are trained without their family's balance", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

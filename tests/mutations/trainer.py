@@ -12,6 +12,7 @@ FILES = "sad/checkpoint/atomic_files.py"
 PARTS = "sad/checkpoint/parts.py"
 OPTIMIZER = "sad/optim/optimizer.py"
 PRECISION = "sad/optim/precision.py"
+RESUME = "sad/training/resume.py"
 SCHEDULE = "sad/optim/schedule.py"
 SELFTEST = "sad/selftest.py"
 STATE = "sad/checkpoint/state.py"
@@ -20,6 +21,10 @@ TRAINING = "sad/training/trainer.py"
 
 def training(*names: str) -> tuple[str, ...]:
     return tests("sad/training/test_trainer.py", *names)
+
+
+def resuming(*names: str) -> tuple[str, ...]:
+    return tests("sad/training/test_resume.py", *names)
 
 
 def structural(*names: str) -> tuple[str, ...]:
@@ -487,8 +492,8 @@ MUTATIONS = [
         "a structural term is divided by the units of its micro-batch",
         edit(
             "sad/training/student.py",
-            "count = max(getattr(counts, self.structural.unit_of(name)), 1)",
-            "count = max(getattr(batch.counts, self.structural.unit_of(name)), 1)",
+            "count = max(getattr(counts, self._unit_of(name)), 1)",
+            "count = max(getattr(batch.counts, self._unit_of(name)), 1)",
         ),
         structural("test_the_split_of_a_window_does_not_matter"),
     ),
@@ -541,5 +546,203 @@ MUTATIONS = [
         ),
         tests("sad/config/test_config.py", "test_the_usual_devices_are_taken_without_torch"),
         error="ModuleNotFoundError",
+    ),
+    # --- Runs that go on with another configuration ----------------------------------------------
+    Mutation(
+        "60",
+        "a position is not counted in the new micro-batches",
+        edit(RESUME, "    return int(position)\n", "    return saved.micro_step\n"),
+        resuming(
+            "test_another_split_of_windows_goes_on_with_the_same_rows_to_the_same_end[(8, 2)]",
+            "test_another_split_of_windows_goes_on_with_the_same_rows_to_the_same_end[(2, 8)]",
+            "test_checkpoints_that_count_other_micro_batches_are_set_aside",
+        ),
+    ),
+    Mutation(
+        "60",
+        "rows that are no whole number of micro-batches are rounded down",
+        edit(RESUME, "if position.denominator > 1:", "if False:"),
+        resuming("test_rows_that_are_no_whole_number_of_micro_batches_are_refused"),
+    ),
+    Mutation(
+        "60",
+        "half a window goes on in one of another size",
+        edit(RESUME, "        _require_same_window(moved, length)\n", ""),
+        resuming("test_inside_a_window_sizes_must_stay"),
+    ),
+    Mutation(
+        "60",
+        "gradients go on at another scale",
+        edit(RESUME, "    _require_same_precision(saved)\n    if", "    if"),
+        resuming("test_precision_must_stay_inside_a_window"),
+    ),
+    Mutation(
+        "60",
+        "a window that begins in its middle has the size of a whole one",
+        edit(SCHEDULE, "late = begins - first if first < begins <= micro_step else 0", "late = 0"),
+        resuming(
+            "test_other_windows_begin_where_the_checkpoint_is",
+            "test_a_longer_run_takes_every_row_once_an_epoch",
+        ),
+        error="RuntimeError",
+        says="a window must be open",
+    ),
+    Mutation(
+        "60",
+        "a shorter run ends before its checkpoint",
+        edit(RESUME, "if micro_step > length.micro_batches:", "if False:"),
+        resuming("test_a_run_that_is_shorter_than_its_checkpoint_is_refused"),
+        error="ValueError",
+    ),
+    Mutation(
+        "60",
+        "a finished baseline stays shorter than its student",
+        edit(
+            "sad/training/run.py",
+            "return not any(key in LENGTH for key, _, _ in trajectory_changes(before, config))",
+            "return True",
+        ),
+        resuming("test_a_baseline_is_as_long_as_the_student"),
+    ),
+    Mutation(
+        "60",
+        "checkpoints of the old numbering stay beside the new",
+        edit(TRAINING, "        set_aside(overtaken(ours, resumption), warn)\n", ""),
+        resuming("test_checkpoints_that_count_other_micro_batches_are_set_aside"),
+    ),
+    Mutation(
+        "39",
+        "a scheduler stays where it was, whatever it counts now",
+        edit(
+            "sad/training/state.py",
+            "        move_scheduler(trainer.scheduler, scheduler_steps(resumption, trainer))\n",
+            "        pass\n",
+        ),
+        resuming(
+            "test_another_unit_of_the_scheduler[batch]",
+            "test_another_unit_of_the_scheduler[optimizer_step]",
+            "test_another_split_of_windows_goes_on_with_the_same_rows_to_the_same_end[(2, 8)]",
+        ),
+    ),
+    Mutation(
+        "61",
+        "an average that is switched on starts at the initial weights",
+        edit(
+            "sad/training/state.py",
+            "                ema.restart()\n",
+            "                pass\n",
+        ),
+        resuming("test_an_average_that_is_switched_on_starts_at_the_resumed_weights"),
+    ),
+    # --- Numbers that are not finite -------------------------------------------------------------
+    Mutation(
+        "62",
+        "skipped updates are counted and stop nothing",
+        edit(
+            TRAINING,
+            "            if closed and self.watch.in_a_row >= self.config.max_nonfinite_steps:\n",
+            "            if False:\n",
+        ),
+        training("test_three_skips_in_a_row_stop_the_run_before_the_next_log_line"),
+    ),
+    Mutation(
+        "62",
+        "a run that ends before it hears of its last updates is finished",
+        edit(TRAINING, "if self.watch.last() >= self.config.max_nonfinite_steps:", "if False:"),
+        training("test_skips_that_are_heard_of_late_still_stop_the_run"),
+    ),
+    Mutation(
+        "62",
+        "a run whose evaluation is NaN is finished",
+        edit(
+            TRAINING,
+            "        _require_scores(metrics, variants, counters.micro_step)\n",
+            "",
+        ),
+        training(
+            "test_an_evaluation_that_is_no_number_ends_the_run[nan]",
+            "test_an_evaluation_that_is_no_number_ends_the_run[inf]",
+        ),
+    ),
+    Mutation(
+        "62",
+        "a teacher of NaN is learned from",
+        edit(
+            "sad/training/run.py",
+            '        require_finite_score(metrics, "eval_teacher", "the teacher")\n',
+            "",
+        ),
+        training("test_a_teacher_without_a_finite_score_is_refused_at_the_start"),
+    ),
+    Mutation(
+        "62",
+        "a loss is multiplied in float32",
+        edit("sad/training/meters.py", "out.loss.detach().double() *", "out.loss.detach() *"),
+        training("test_a_loss_past_float32_is_shown_as_what_it_is"),
+    ),
+    Mutation(
+        "62",
+        "infinity times a weight of 0",
+        edit(TRAINING, "for name, w in parts.items() if w)", "for name, w in parts.items())"),
+        training("test_an_infinite_part_without_a_weight_is_no_part_of_the_held_out_loss"),
+    ),
+    Mutation(
+        "62",
+        "embedding and head are not looked at",
+        edit("sad/models/preflight.py", "    require_finite_tables(model)\n    with", "    with"),
+        tests(
+            "sad/models/test_preflight.py",
+            "test_a_damaged_row_is_called_by_its_name_though_no_token_is_in_it"
+            "[embed-input embedding]",
+            "test_a_damaged_row_is_called_by_its_name_though_no_token_is_in_it[head-head]",
+        ),
+    ),
+    Mutation(
+        "62",
+        "the student is probed in another dtype than it is trained in",
+        edit("sad/models/preflight.py", "    with autocast():\n", "    with nullcontext():\n"),
+        tests(
+            "sad/models/test_preflight.py",
+            "test_a_student_that_overflows_under_autocast_is_told_so",
+        ),
+    ),
+    # --- Pairs -----------------------------------------------------------------------------------
+    Mutation(
+        "63",
+        "the student's own tokenizer is not compared",
+        edit(
+            "sad/training/inputs.py",
+            '    if config.tokenizer is None or config.student_init != "pretrained":\n',
+            "    if config.tokenizer is not None:\n",
+        ),
+        tests(
+            "sad/training/test_inputs.py",
+            "test_the_students_own_tokenizer_is_compared_too",
+            "test_special_tokens_are_those_of_the_key_tokenizer",
+        ),
+    ),
+    Mutation(
+        "64",
+        "the auxiliary loss is computed and left out of the gradient",
+        edit(
+            "sad/training/student.py",
+            "structural | {BALANCE: self.balance.coef}",
+            "structural",
+        ),
+        tests(
+            "sad/losses/test_balance.py",
+            "test_the_gradient_of_a_window_has_it[False]",
+            "test_the_gradient_of_a_window_has_it[True]",
+        ),
+    ),
+    Mutation(
+        "64",
+        "padding counts for the balance",
+        edit(
+            "sad/losses/balance.py",
+            "self._loss(router_logits, *self._experts, mask)",
+            "self._loss(router_logits, *self._experts, torch.ones_like(mask))",
+        ),
+        tests("sad/losses/test_balance.py", "test_padding_does_not_count"),
     ),
 ]

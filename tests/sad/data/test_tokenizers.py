@@ -100,8 +100,8 @@ class TestComparing:
         teacher.add_tokens(["<think>", "</think>"])
         (note,) = require_same_tokenizer(teacher, tiny_tokenizer())
         assert note == (
-            "2 tokens of the teacher lie beyond the last id here (first '<think>', id 512): cut "
-            "from both models' logits"
+            "tokens of the teacher beyond the last id here: 2 (first '<think>', id 512); cut from "
+            "both models' logits"
         )
 
     def test_a_token_that_the_teacher_lacks(self) -> None:
@@ -161,8 +161,8 @@ class TestComparing:
         student.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>", "<|tool|>"]})
         (note,) = require_same_tokenizer(teacher, student)
         assert note == (
-            "1 special tokens have other names, first 512: teacher '<|eot_id|>', student "
-            "'<|reserved_0|>'; the student's are taken"
+            "special tokens with another name: 1 (first 512: teacher '<|eot_id|>', student "
+            "'<|reserved_0|>'); the student's are taken"
         )
 
     def test_an_ordinary_token_with_another_name_is_refused(self) -> None:
@@ -176,7 +176,9 @@ class TestComparing:
         ours = tiny_tokenizer()
         ours.add_tokens(["<think>"])
         (note,) = require_same_tokenizer(tiny_tokenizer(), ours, role="student", source="tokenizer")
-        assert note.startswith("1 tokens of `tokenizer` are new to the student (first '<think>'")
+        assert note.startswith(
+            "tokens of `tokenizer` that are new to the student: 1 (first '<think>', id 512); "
+        )
 
     @pytest.mark.parametrize(
         "change",

@@ -89,8 +89,8 @@ def test_a_base_student_of_an_instruct_teacher_trains_and_the_header_says_how(
     assert header["tokenizer"].splitlines() == [
         f"the teacher's eos_token '<|im_end|>' (512) is '{EOS}' (0) here: the student's are taken; "
         "`tokenizer` may name the teacher's",
-        "2 tokens of the teacher lie beyond the last id here (first '<|im_end|>', id 512): cut "
-        "from both models' logits",
+        "tokens of the teacher beyond the last id here: 2 (first '<|im_end|>', id 512); cut from "
+        "both models' logits",
     ]
     kept = AutoTokenizer.from_pretrained(result.final)
     assert kept.eos_token == EOS and len(kept) == 512
@@ -116,8 +116,8 @@ def test_special_tokens_are_those_of_the_key_tokenizer(make_config: Make, tmp_pa
     assert inputs.tokenizer_notes == (
         f"the student's eos_token '{EOS}' (0) is '<|im_end|>' (512) here: those of `tokenizer` are "
         "taken",
-        "1 tokens of `tokenizer` are new to the student (first '<|im_end|>', id 512): their rows "
-        "of its embedding are as they come with the model",
+        "tokens of `tokenizer` that are new to the student: 1 (first '<|im_end|>', id 512); their "
+        "rows of its embedding are as they came with the model",
     )
 
 

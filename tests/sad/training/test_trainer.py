@@ -875,6 +875,18 @@ def test_a_teacher_without_a_finite_score_is_refused_at_the_start(
     assert refusal.value.exit_code == 65
 
 
+def test_a_student_whose_later_score_is_no_number_is_refused(
+    make_config: Callable[..., Any],
+) -> None:
+    result = distill(make_config(max_steps=1))
+    best = tiny_llama(seed=2, tie_word_embeddings=True)
+    with torch.no_grad():
+        best.model.norm.weight.fill_(float("nan"))
+    best.save_pretrained(result.best)
+    with pytest.raises(UnfitError, match=r"^the student must have a finite loss .*, got nan; "):
+        evaluate_run(result.run_dir)
+
+
 def test_a_loss_past_float32_is_shown_as_what_it_is(make_config: Callable[..., Any]) -> None:
     """The mean of a window fits where the sum that the log begins with would not."""
     trainer = make_trainer(make_config(use_ema=False))
