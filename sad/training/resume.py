@@ -120,7 +120,8 @@ def overtaken(checkpoints: Iterable[Path], resumption: Resumption) -> list[Path]
     The one that is resumed from is not among them. One that cannot be read is, where the numbers
     have changed just now.
     """
-    others = [path for path in checkpoints if not path.samefile(resumption.checkpoint.path)]
+    resumed = resumption.checkpoint.path.resolve()
+    others = [path for path in checkpoints if path.resolve() != resumed]
     known = {path: _rows_of(path) for path in others}
     before, now = resumption.rows
     return [path for path in others if (known[path] or before) != now]

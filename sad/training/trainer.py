@@ -362,10 +362,10 @@ class Trainer:
         if isinstance(resumption, Checkpoint):
             resumption = plan_resumption(self, resumption)
         restore_trainer(self, resumption, warn)
-        ours, resumed = checkpoints_of(self.run_dir.path), resumption.checkpoint.path
+        ours, resumed = checkpoints_of(self.run_dir.path), resumption.checkpoint.path.resolve()
         set_aside(overtaken(ours, resumption), warn)
         if resumption.renumbered:
-            self._superseded = next((path for path in ours if path.samefile(resumed)), None)
+            self._superseded = next((path for path in ours if path.resolve() == resumed), None)
         return resumption
 
     # Details
