@@ -569,6 +569,7 @@ MUTATIONS = [
         "half a window goes on in one of another size",
         edit(RESUME, "        _require_same_window(moved, length)\n", ""),
         resuming("test_inside_a_window_sizes_must_stay"),
+        error="ValueError",  # the counter of micro-batches, in the place of one line
     ),
     Mutation(
         "60",
@@ -584,8 +585,6 @@ MUTATIONS = [
             "test_other_windows_begin_where_the_checkpoint_is",
             "test_a_longer_run_takes_every_row_once_an_epoch",
         ),
-        error="RuntimeError",
-        says="a window must be open",
     ),
     Mutation(
         "60",
