@@ -17,7 +17,7 @@ from sad.environment import memory_now
 from sad.errors import OutputError, UsageError
 from sad.metrics import format_count, format_metric
 from sad.report.log import RunLog, from_json, read_log, to_json
-from sad.report.terminal import aligned_pairs, format_duration
+from sad.report.terminal import aligned_pairs, format_duration, waiting_bar
 
 
 class Terminal(io.StringIO):
@@ -488,3 +488,13 @@ def test_a_tracker_that_fails_is_one_warning_and_dropped(
     assert f"warning: {warning}" in shown.getvalue()
     assert len([r for r in records if r["kind"] == "train"]) == len(working.logged) == 2
     assert working.finished == 1
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_who_waits_at_a_terminal_sees_a_bar(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert list(waiting_bar(range(3), "scoring the teacher", delay=0)) == [0, 1, 2]
+    assert ("scoring the teacher" in shown.getvalue()) == shown.isatty()
