@@ -160,13 +160,7 @@ def _draw_plots(run_dir: Path) -> list[Plot] | None:
     clip = _read_config(run_dir).get("max_grad_norm")
     clip = clip if isinstance(clip, int | float) else None
     teacher = _teacher_metrics(run_dir, records)
-    panels = filled_panels(History.of(records), baseline, teacher, clip)
-    if _read_json(run_dir / "run.json").get("results"):
-        # One evaluation is a dot in a box: the table has its numbers.
-        panels = (
-            p for p in panels if p.group != "evaluation" or any(len(x.x) > 1 for x in p.lines)
-        )
-    return list(draw_plots(panels))
+    return list(draw_plots(filled_panels(History.of(records), baseline, teacher, clip)))
 
 
 def _teacher_metrics(run_dir: Path, records: Sequence[Record]) -> dict[str, float]:

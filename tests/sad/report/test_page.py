@@ -225,14 +225,17 @@ def test_prompt_and_written_text_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_no_box_is_empty(tmp_path: Path) -> None:
-    """Neither a text of nothing nor a plot of one dot, whose number is in the table."""
+    """No text of nothing; plots of one dot, whose number is in the table, are folded away."""
     run_dir = make_run(tmp_path)
-    assert "Held-out loss" in svgs_of(page_of(run_dir))
+    assert "<h2>On held-out text</h2>" in page_of(run_dir)
     once = tmp_path / "once"
     write_log(once, range(4, 84, 4), eval_every=80)
+    assert "<h2>On held-out text</h2>" in page_of(once)  # there is no table yet
     (once / "run.json").write_text((run_dir / "run.json").read_text())
     html = page_of(once)
-    assert "Held-out loss" not in svgs_of(html) and "On held-out text</h2>" not in html
+    assert "<h2>On held-out text</h2>" not in html
+    folded = html.partition("<details><summary>On held-out text: one")[2].partition("</details>")[0]
+    assert "Held-out loss" in svgs_of(folded)
     for page in (html, page_of(run_dir)):
         assert not re.findall(r"<(pre|dl|ul|figure|p|td|figcaption|section)[^>]*>\s*</\1>", page)
 
