@@ -78,9 +78,17 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     if not known or getattr(model_config, "is_encoder_decoder", False):
         raise UnfitError(
             f"{role} must be a causal language model, got {name} (model_type "
-            f"{model_config.model_type!r}); choose a decoder-only model"
+            f"{model_config.model_type!r}{_beside_text(model_config)}); choose a decoder-only model"
         )
     return model_config
+
+
+def _beside_text(model_config: PreTrainedConfig) -> str:
+    """What a model that is no causal one reads, if that is not text alone."""
+    seen = [part for part in ("vision", "audio") if hasattr(model_config, f"{part}_config")]
+    if seen and model_config.get_text_config() is not model_config:
+        return f", text and {' and '.join(seen)}: save its language model by itself"
+    return ", images and no text" if seen or hasattr(model_config, "image_size") else ""
 
 
 def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
