@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from sad.environment import processes, require_one_process
 from sad.errors import OutOfMemoryError, SadError, UsageError, is_out_of_memory, one_line
 from sad.recipes import recipe_names, recipe_summary
 
@@ -61,6 +63,13 @@ def _run(words: Sequence[str], args: argparse.Namespace) -> int:
 
 def _distill(args: argparse.Namespace) -> int:
     config = _load(args)
+    rank, _ = processes()
+    if rank > 0:  # under torchrun the first process says for all why there is no run
+        time.sleep(1)
+        return UsageError.exit_code
+    require_one_process()
+    # Before torch and transformers, whose import takes seconds.
+    print(f"sad distill: {_models(config)} -> {config.output_dir}", flush=True)
 
     from sad.training.run import distill
 
@@ -69,6 +78,8 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    print(f"sad eval: {args.run_dir}", file=sys.stderr, flush=True)
+
     from sad.report.results import format_results
     from sad.training.rescore import evaluate_run
 
@@ -78,6 +89,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _load(args)
+    print(f"sad plan: {_models(config)}", file=sys.stderr, flush=True)
 
     from sad.models.memory_plan import format_plan, plan
 
@@ -89,6 +101,10 @@ def _selftest(args: argparse.Namespace) -> int:
     from sad.selftest import run
 
     return run()
+
+
+def _models(config: Any) -> str:
+    return f"{config.student} from {config.teacher}" if config.teacher else config.student
 
 
 def _load(args: argparse.Namespace) -> Any:

@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,16 +49,19 @@ last attempt it raises an error."""
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Within, silence transformers' progress bars, and its and the Hub client's messages below
-    errors."""
+def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
+    """Within, silence transformers' and the Hub client's messages below errors.
+
+    transformers' progress bars are silenced as well, unless ``show_bars`` on a terminal.
+    """
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     hub_level = HUB.level
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not (show_bars and sys.stderr.isatty()):
+        transformers_logging.disable_progress_bar()
     HUB.setLevel(logging.ERROR)
     try:
         yield
@@ -147,10 +151,28 @@ def _peak_rss() -> dict[str, int]:
     return {}
 
 
-def resolve_device(name: str) -> torch.device:
+def processes() -> tuple[int, int]:
+    """Rank of this process and number of processes, as torchrun and accelerate announce them."""
+    numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    rank, world_size = (int(text) if text.isdigit() else 0 for text in numbers)
+    return rank, max(world_size, 1)
+
+
+def require_one_process() -> None:
+    """Raise ``UsageError`` in one of several processes: all of them would be the same run."""
+    _, world_size = processes()
+    if world_size > 1:
+        raise UsageError(
+            f"sad distill must run as one process, got WORLD_SIZE={world_size} from torchrun or a "
+            "launcher like it; start it without: a run trains on one device"
+        )
+
+
+def resolve_device(name: str, key: str = "device") -> torch.device:
     """The torch device of a name; ``auto`` is CUDA where there is one, else the CPU.
 
-    Raises ``UsageError`` for a device that this machine does not have.
+    Raises ``UsageError``, which names the configuration's ``key``, for a device that this machine
+    does not have.
     """
     import torch
 
@@ -161,7 +183,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(
-            f"device must be one that this machine has, got {name} ({one_line(error)}); "
+            f"{key} must be one that this machine has, got {name} ({one_line(error)}); "
             "use auto or cpu"
         ) from error
     return device

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sad.checkpoint.atomic_files import probe_writable, publish_directory, write_atomic
 from sad.checkpoint.parts import entry
@@ -85,10 +88,12 @@ class RunDirectory:
     ) -> None:
         """Say how the run stands. ``state`` is running, finished, stopped or failed.
 
-        ``checkpoint`` names the newest one; without it the one that was last named stays.
+        ``checkpoint`` names the newest one, "" none; without it the one that was last named stays.
         """
-        checkpoint = checkpoint or self.read_status().get("checkpoint")
-        record = {"state": state, "code": code, "message": message, "checkpoint": checkpoint}
+        if checkpoint is None:
+            checkpoint = self.read_status().get("checkpoint")
+        record = {"state": state, "code": code, "message": message}
+        record["checkpoint"] = checkpoint or None
         write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
 
     def read_status(self) -> dict[str, Any]:
@@ -107,23 +112,30 @@ class RunDirectory:
         tokenizer: PreTrainedTokenizerBase,
         valid_vocab: int,
         facts: dict[str, Any],
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Export the weights that ``model`` holds right now, completely or not at all.
 
-        Ids past ``valid_vocab`` were never trained, so generation is told to suppress them.
-        ``facts`` (metric, value, kind of weights, position) become ``sad.json``.
+        They are rounded to ``dtype``, by default not at all. The model's own generation settings
+        are exported as they are, but for ids past ``valid_vocab``: these were never trained, so
+        generation is told to suppress them, too. ``facts`` (metric, value, kind of weights,
+        position) become ``sad.json``.
         """
         tmp = target.parent / f".tmp-{target.name}"
         shutil.rmtree(tmp, ignore_errors=True)
         width = output_embedding(model).weight.shape[0]
-        suppressed = list(range(valid_vocab, width)) or None
-        generation = model.generation_config
-        before = (model.config.use_cache, generation.suppress_tokens)
-        model.config.use_cache, generation.suppress_tokens = True, suppressed
+        generation = _generation_settings(model, range(valid_vocab, width))
+        state = None if dtype in (None, model.dtype) else _rounded_state(model, dtype)
         try:
-            with quiet_libraries(), _rust_disk_errors():
-                model.save_pretrained(tmp)
+            with quiet_libraries(), _rust_disk_errors(), _plain_configuration(model):
+                model.save_pretrained(tmp, state_dict=state)
                 tokenizer.save_pretrained(tmp)
+            if generation is not None:
+                # Not by save_pretrained, which refuses settings that other versions of
+                # transformers wrote, such as a temperature without do_sample.
+                generation.to_json_file(tmp / "generation_config.json")
+            if state is not None:
+                _declare_dtype(tmp / "config.json", dtype)
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)
         except OSError as error:
@@ -131,8 +143,57 @@ class RunDirectory:
                 f"{target} must be writable, got {error}; free space or choose another --output_dir"
             ) from error
         finally:
-            model.config.use_cache, generation.suppress_tokens = before
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _generation_settings(model: PreTrainedModel, untrained: range) -> GenerationConfig | None:
+    """A copy of the model's generation settings that also suppresses the ids ``untrained``."""
+    own = getattr(model, "generation_config", None)
+    if own is None:
+        return None
+    settings = copy.deepcopy(own)
+    suppressed = {*(settings.suppress_tokens or ()), *untrained}
+    settings.suppress_tokens = sorted(suppressed) or None
+    settings._from_model_config = False  # else the next save derives them anew, without these ids
+    return settings
+
+
+@contextmanager
+def _plain_configuration(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model may cache and has no generation settings that could be refused."""
+    use_cache, generation = model.config.use_cache, getattr(model, "generation_config", None)
+    model.config.use_cache = True
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.config.use_cache = use_cache
+        if generation is not None:
+            model.generation_config = generation
+
+
+def _rounded_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor."""
+    rounded: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def round_once(tensor: Tensor) -> Tensor:
+        key = tensor.data_ptr(), tensor.shape
+        if key not in rounded:
+            kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
+            rounded[key] = tensor.detach().to("cpu", kind)
+        return rounded[key]
+
+    return {name: round_once(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _declare_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Name ``dtype`` in a ``config.json``: save_pretrained wrote that of the model in memory."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for section in (config, *(part for part in config.values() if isinstance(part, dict))):
+        if section is config or "dtype" in section:
+            section["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

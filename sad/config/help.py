@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from itertools import pairwise
@@ -118,11 +119,21 @@ def about_unknown_key(key: str) -> str:
             return f"unknown key {key!r}; here it is {RENAMED[name]!r}"
         if name in EXPLAINED:
             return f"unknown key {key!r}; {EXPLAINED[name]}"
+    # A misspelling only: names that merely look alike mean something else (use_peft, use_ema).
     tails = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(plain, known, 1) or difflib.get_close_matches(short, tails, 1)
+    near = _misspelt(plain, known) or _misspelt(short, tails)
     if near:
         return f"unknown key {key!r}; did you mean {tails.get(near[0], near[0])!r}?"
     return f"unknown key {key!r}; `sad distill --help` lists all keys"
+
+
+def _misspelt(word: str, names: Iterable[str]) -> list[str]:
+    """The name that ``word`` may be meant to be, in a list; empty if none is near enough."""
+    return difflib.get_close_matches(word, names, n=1, cutoff=MISSPELT)
+
+
+MISSPELT = 0.85
+"""How alike a misspelt key and the one that is meant must be, as ``difflib`` counts it."""
 
 
 RENAMED = {
@@ -164,6 +175,44 @@ RENAMED = {
     "kd_temperature": "temperature",
     "ema": "use_ema",
     "resume": "resume_from_checkpoint",
+    # names in use for the same thing
+    "activation_checkpointing": "gradient_checkpointing",
+    "adam_eps": "adam_epsilon",
+    "attn_impl": "attn_implementation",
+    "ce_alpha": "ce_weight",
+    "data_path": "data.train",
+    "dataset_path": "data.train",
+    "datasets": "data.train",
+    "ema_rate": "ema_decay",
+    "eval_dataset": "data.eval",
+    "eval_every": "eval_steps",
+    "eval_file": "data.eval",
+    "eval_interval": "eval_steps",
+    "eval_packing": "packing",
+    "full_determinism": "deterministic",
+    "hard_label_weight": "ce_weight",
+    "iterations": "max_steps",
+    "log_every": "logging_steps",
+    "log_interval": "logging_steps",
+    "logging_interval": "logging_steps",
+    "max_grad": "max_grad_norm",
+    "max_iters": "max_steps",
+    "max_norm": "max_grad_norm",
+    "max_tokens": "max_length",
+    "num_steps": "max_steps",
+    "num_train_steps": "max_steps",
+    "out_dir": "output_dir",
+    "outdir": "output_dir",
+    "output": "output_dir",
+    "sample_packing": "packing",
+    "save_every": "save_steps",
+    "save_interval": "save_steps",
+    "soft_label_weight": "kd_weight",
+    "total_steps": "max_steps",
+    "train_dataset": "data.train",
+    "val_file": "data.eval",
+    "val_set_size": "data.eval_fraction",
+    "warmup_iters": "warmup_steps",
 }
 """Keys of other libraries that have the same meaning here under another name."""
 
@@ -175,6 +224,24 @@ _16_BITS = "bf16: true or fp16: true computes in 16 bits, param_dtype stores the
 
 
 _CADENCE = "eval_steps and save_steps say how often; without them it is done at the end"
+
+
+_ONE_PROCESS = (
+    "a run is one process on one device, but for teacher_device; bf16, gradient_checkpointing and "
+    "gradient_accumulation_steps make large students fit it"
+)
+
+
+_NOT_QUANTIZED = (
+    "no key quantizes a model: teacher_dtype: bfloat16 halves an fp32 teacher, and "
+    "teacher_device: cpu keeps it off the GPU"
+)
+
+
+_NO_EARLY_STOPPING = (
+    "a run is as long as max_steps or num_train_epochs say; the best weights are kept in "
+    "RUN_DIR/best"
+)
 
 
 EXPLAINED = {
@@ -213,5 +280,103 @@ EXPLAINED = {
     # KDFlow, DistiLLM
     "jsd_beta": "there the student's share is meant: write divergence: jsd and beta: 1 - jsd_beta",
     "lam": "with JSD write beta: 1 - lam, with a skew beta: lam",
+    # several processes or devices
+    **dict.fromkeys(
+        """ddp ddp_backend deepspeed deepspeed_config fsdp fsdp_config local_rank nproc_per_node
+        num_gpus num_processes parallelism_config pipeline_parallel_size sequence_parallel
+        tensor_parallel_size world_size zero_stage""".split(),
+        _ONE_PROCESS,
+    ),
+    "device_map": "device takes one device, and teacher_device another for the teacher's layers",
+    # quantized models
+    **dict.fromkeys(
+        """bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_config
+        load_in_4bit load_in_8bit load_teacher_in_4bit load_teacher_in_8bit qlora quantization
+        quantization_config quantize_teacher teacher_load_in_4bit teacher_load_in_8bit
+        teacher_quantization teacher_quantization_config""".split(),
+        _NOT_QUANTIZED,
+    ),
+    # adapters
+    **dict.fromkeys(
+        "adapter adapters lora lora_rank peft_config use_adapter use_lora".split(),
+        "peft.r trains LoRA adapters of that rank: peft: {r: 16}",
+    ),
+    # teachers that run elsewhere, or write
+    **dict.fromkeys(
+        "cache_logits cache_teacher logits_path offline teacher_cache teacher_logits".split(),
+        "the teacher runs beside its student; eval_teacher_cache keeps what evaluations read of it",
+    ),
+    **dict.fromkeys(
+        """max_completion_length max_new_tokens max_prompt_length num_generations use_vllm vllm_mode
+        vllm_server_base_url""".split(),
+        "there is no such thing: no text is generated in training, which is off-policy",
+    ),
+    **dict.fromkeys(
+        "cross_tokenizer student_tokenizer teacher_tokenizer use_uld_loss".split(),
+        "student and teacher share one tokenizer; the key tokenizer names it",
+    ),
+    **dict.fromkeys(
+        "gkd_logits_topk kd_top_k loss_top_k".split(),
+        "there is no such thing: the divergence is over the whole vocabulary",
+    ),
+    # objective
+    **dict.fromkeys(
+        "distil_alpha distill_alpha distillation_alpha kd_alpha".split(),
+        "as the weight of the teacher it is kd_weight",
+    ),
+    "loss_weight": "each loss has a weight: ce_weight, kd_weight, feature.weight ...",
+    "cosine_weight": "between last hidden states it is feature.weight",
+    "mse_weight": "between hidden states it is feature.weight with feature.distance: relative_mse",
+    "layer_map": "pairs of layers are layerwise.layers, attention.layers, relations.layers",
+    "layer_mapping": "pairs of layers are layerwise.layers, attention.layers, relations.layers",
+    # optimizer and schedule
+    "betas": "they are adam_beta1 and adam_beta2",
+    "warmup": "it is warmup_steps, warmup_batches or warmup_ratio",
+    "lr_scheduler_kwargs": "a schedule's numbers are min_lr_ratio and decay_ratio",
+    "early_stopping": _NO_EARLY_STOPPING,
+    "early_stopping_patience": _NO_EARLY_STOPPING,
+    "patience": _NO_EARLY_STOPPING,
+    # precision and speed
+    **dict.fromkeys(
+        "amp fp32 half mixed_precision precision tf32 use_amp".split(),
+        f"numbers are fp32 by default; {_16_BITS}",
+    ),
+    **dict.fromkeys(
+        "flash_attention flash_attn use_flash_attention use_flash_attention_2".split(),
+        "write attn_implementation: flash_attention_2",
+    ),
+    "use_liger_kernel": "the losses are fused already, and layers are those of transformers",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing is always the non-reentrant one",
+    "activation_checkpointing_kwargs": "gradient_checkpointing is always the non-reentrant one",
+    "auto_find_batch_size": "`sad plan` predicts what a batch takes",
+    # data
+    **dict.fromkeys(
+        "dataloader_num_workers dataloader_pin_memory num_workers streaming".split(),
+        "text is packed once, and rows are read from a memory map without workers",
+    ),
+    "group_by_length": "packing: true fills rows with several documents instead",
+    "data_seed": "seed decides the order of the rows, too",
+    "shuffle": "rows come in an order of their own in every epoch, which seed decides",
+    # models
+    "dropout": "it belongs to the student: set it in the config.json of its folder",
+    "attention_dropout": "it belongs to the student: set it in the config.json of its folder",
+    "use_cache": "training uses no cache, and exported students do",
+    # logs and files
+    **dict.fromkeys(
+        "logging_dir project_name run_name wandb_project wandb_run_name".split(),
+        "a tracker's run has the name of output_dir, in the project sad",
+    ),
+    "logging_strategy": "logging_steps says how often",
+    "logging_first_step": "logging_steps: 1 logs every step",
+    "disable_tqdm": "there is a bar on a terminal only",
+    "eval_on_start": "the teacher is scored at the start, the student every eval_steps",
+    "eval_delay": _CADENCE,
+    "eval_accumulation_steps": "evaluations keep sums only, which take no memory",
+    "do_train": "`sad distill` trains, and `sad eval RUN_DIR` evaluates",
+    "do_eval": "`sad distill` trains, and `sad eval RUN_DIR` evaluates",
+    "overwrite_output_dir": (
+        "nothing is overwritten: choose another output_dir, or resume_from_checkpoint: auto"
+    ),
+    "save_safetensors": "weights are always saved as safetensors",
 }
 """Keys of other libraries that have no single counterpart here, and what to write instead."""

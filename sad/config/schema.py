@@ -173,6 +173,8 @@ class DistillConfig:
     """Rows per evaluation batch."""
     max_eval_rows: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate on at most this many held-out rows."""
+    eval_all_losses: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
+    """Evaluate structural losses also while the curriculum has their weight at 0."""
     eval_teacher_cache: NonNegativeInt = field(default=256 * 2**20, metadata=MAY_CHANGE_ON_RESUME)
     """Bytes of host memory in which evaluations keep the teacher's hidden states for one another;
     0: none. With structural losses, or another `routing.mode` than `teacher`, none are kept."""
@@ -246,6 +248,9 @@ class DistillConfig:
     """Save every so many optimizer steps. Default: at the end of each epoch only."""
     save_total_limit: AtLeastTwo = field(default=2, metadata=MAY_CHANGE_ON_RESUME)
     """Checkpoints kept (at least 2: one to fall back to)."""
+    save_dtype: DtypeName | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Dtype of the weights in `best/` and `final/`. Default: that of the student's files, or of its
+    parameters if these have fewer bits or it began at random."""
     metric_for_best_model: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Smallest wins. Default: `eval_ema/nll`, else `eval/nll`."""
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = field(

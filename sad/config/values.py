@@ -62,10 +62,11 @@ def convert(hint: Any, value: Any) -> Any:
         value = os.fspath(value)
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):  # X | None is the only union in a configuration
-        null = value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)
-        return None if null else convert(without_none(hint), value)
+        return None if _is_null(value) else convert(without_none(hint), value)
     if origin is tuple:
         inner = get_args(hint)[0]  # of tuple[X, ...]
+        if get_origin(inner) is Literal and _is_null(_sole_item(value)):
+            return ()  # `report_to: none`, as in transformers
         if get_origin(inner) is tuple:
             value = _parse_nested_list(value)
         items = value if isinstance(value, list | tuple) else [value]
@@ -77,9 +78,18 @@ def convert(hint: Any, value: Any) -> Any:
     return _SCALARS[hint](value)
 
 
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.lower() in NULL_WORDS)
+
+
+def _sole_item(value: Any) -> Any:
+    """The item of a list of one, which is how a command line gives a word; any other value."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
 def _parse_nested_list(value: Any) -> Any:
     """Parse lists of lists as a command line gives them: one word, ``[[0, 0], [-1, -1]]``."""
-    word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    word = _sole_item(value)
     if not isinstance(word, str):
         return value
     try:

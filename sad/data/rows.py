@@ -45,7 +45,8 @@ class PackedRows:
     """Packed rows in a folder of the cache; the token stream is memory-mapped.
 
     ``num_targets``, ``num_segments``, ``num_sequences`` and ``target_bytes`` are int64 arrays with
-    one entry per row. The caller checks ``max_token_id`` against the model's embedding.
+    one entry per row; ``longest_segment`` is the largest number of positions that a document has in
+    a row. The caller checks ``max_token_id`` against the model's embedding.
 
     Raises ``ValueError``, ``KeyError`` or ``OSError`` if the folder is not as it was written.
     """
@@ -76,6 +77,7 @@ class PackedRows:
         # Unpacked rows leave out the last token of each document: such a piece is in no row.
         in_row = (rows >= 0) & (cuts < ends[rows])
         rows, sizes = rows[in_row], sizes[in_row]
+        self.longest_segment = int(sizes.max(initial=0))
         self.num_segments = np.bincount(rows, minlength=len(self))
         self.num_sequences = np.bincount(rows[sizes > 1], minlength=len(self))
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
+from sad.errors import UnfitError
 from sad.losses._rows import no_autocast, require_no_grad, sum_of_row_kl, upcast
 from sad.losses.base import (
     AttentionInputs,
@@ -178,6 +179,7 @@ class AttentionLoss(StructuralLoss):
         self.student_spec, self.teacher_spec = (
             CaptureSpec(attention=layers) for layers in zip(*self.pairs, strict=True)
         )
+        self.remedy = _remedy(student, teacher)
         heads = heads_of(student), heads_of(teacher)
         self.learned = section.head_map == "learned"
         self.maps = nn.ModuleList(LearnedHeadMap(*heads) for _ in self.pairs if self.learned)
@@ -188,6 +190,13 @@ class AttentionLoss(StructuralLoss):
         for i, (s, t) in enumerate(self.pairs):
             P = cast(Tensor, self.maps[i]() if self.learned else self.fixed)
             student, teacher = inputs.student.attention[s], inputs.teacher.attention[t]
+            if student.window != teacher.window:
+                raise UnfitError(
+                    "attention.layers must pair layers that see as many positions back, got a "
+                    f"window of {student.window or 'all'} in student layer {s} and of "
+                    f"{teacher.window or 'all'} in teacher layer {t}; "
+                    f"{self.remedy}set attention.weight: 0"
+                )
             terms.append(attention_loss(student, teacher, inputs.layout, P, self.block))
             if self.learned:
                 penalties.append(cast(LearnedHeadMap, self.maps[i]).regularizer())
@@ -199,3 +208,12 @@ class AttentionLoss(StructuralLoss):
 
     def weights(self, weight: float) -> dict[str, float]:
         return {"attention": weight} | ({"head_map": weight} if self.learned else {})
+
+
+def _remedy(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
+    """The last layers of both that see every position back, as a pair to write; or nothing."""
+    kinds = [getattr(m.config.get_text_config(), "layer_types", None) for m in (student, teacher)]
+    full = [[i for i, kind in enumerate(k or ()) if kind == "full_attention"] for k in kinds]
+    if not all(full):
+        return "pair others, or "
+    return f"write attention.layers: [[{full[0][-1]}, {full[1][-1]}]], or "

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
+from sad.errors import UnfitError
 from sad.losses.attention import AttentionLoss
 from sad.losses.base import CaptureSpec, LossInputs, LossTerms, StructuralLoss
 from sad.losses.capture import Capture
@@ -110,10 +111,16 @@ class StructuralLosses(nn.Module):
         return self._capture(tuple(names))[0]
 
     def terms(self, names: Iterable[str], inputs: LossInputs) -> LossTerms:
-        """The terms of these losses: sums over the micro-batch, and their counts."""
+        """The terms of these losses: sums over the micro-batch, and their counts.
+
+        Raises ``UnfitError`` if a loss cannot compare what the two models have.
+        """
         terms: LossTerms = {}
         for name in names:
-            terms |= self._loss(name)(inputs)
+            try:
+                terms |= self._loss(name)(inputs)
+            except ValueError as error:
+                raise UnfitError(f"{error}, or set {name}.weight: 0") from error
         return terms
 
     def unit_of(self, term: str) -> str:

@@ -37,6 +37,7 @@ GATES: dict[str, GateKind] = {
     "glm4_moe": "sigmoid",
     "phimoe": "softmax",
     "llama4_text": "sigmoid",
+    "ernie4_5_moe": "softmax",
 }
 """Families whose router logits can be read: model_type -> kind of gate."""
 
@@ -106,6 +107,12 @@ def moe_layers(model: nn.Module) -> dict[int, MoeBlock]:
 def require_moe(model: nn.Module, what: str) -> dict[int, MoeBlock]:
     """``moe_layers(model)``; ``UnfitError`` in one line that names ``what`` if there are none."""
     blocks = moe_layers(model)
+    if not blocks and _has_stacked_experts(model):
+        raise UnfitError(
+            f"{what} must have experts laid out as in the families {', '.join(SUPPORTED)}, got "
+            f"those of {_name(model)}, whose router or shared experts differ; choose another "
+            f"model, or turn {what} off"
+        )
     if not blocks:
         raise UnfitError(
             f"{what} must have a model with experts, got {_name(model)}, in which there are none "
@@ -134,10 +141,16 @@ def _parts(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None:
     if len(sizes) != 1 or sum(map(len, stacks.values())) < 2:
         return None
     for child in block.children():
-        matrices = [p for p in child.parameters() if p.ndim == 2]
+        # One row: no matrix but the biases of a selection (Ernie 4.5).
+        matrices = [p for p in child.parameters() if p.ndim == 2 and len(p) > 1]
         if child not in stacks and len(matrices) == 1 and matrices[0].shape[0] in sizes:
             return child, next(iter(stacks)) if len(stacks) == 1 else None
     return None
+
+
+def _has_stacked_experts(model: nn.Module) -> bool:
+    """Whether some module holds several weights [E, ., .], as experts do in every layout."""
+    return any(len(_own(module, ndim=3)) > 1 for module in model.modules())
 
 
 def _own(module: nn.Module, *, ndim: int) -> list[nn.Parameter]:
@@ -145,7 +158,7 @@ def _own(module: nn.Module, *, ndim: int) -> list[nn.Parameter]:
 
 
 def _gate_weight(router: nn.Module) -> Tensor:  # [E, D]
-    return next(p for p in router.parameters() if p.ndim == 2)
+    return next(p for p in router.parameters() if p.ndim == 2 and len(p) > 1)
 
 
 def _layer_index(name: str) -> int:

@@ -78,9 +78,17 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     if not known or getattr(model_config, "is_encoder_decoder", False):
         raise UnfitError(
             f"{role} must be a causal language model, got {name} (model_type "
-            f"{model_config.model_type!r}); choose a decoder-only model"
+            f"{model_config.model_type!r}{_beside_text(model_config)}); choose a decoder-only model"
         )
     return model_config
+
+
+def _beside_text(model_config: PreTrainedConfig) -> str:
+    """What a model that is no causal one reads, if that is not text alone."""
+    seen = [part for part in ("vision", "audio") if hasattr(model_config, f"{part}_config")]
+    if seen and model_config.get_text_config() is not model_config:
+        return f", text and {' and '.join(seen)}: save its language model by itself"
+    return ", images and no text" if seen or hasattr(model_config, "image_size") else ""
 
 
 def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
@@ -112,6 +120,26 @@ def teacher_dtype(config: DistillConfig) -> torch.dtype:
     return getattr(torch, config.teacher_dtype) if config.teacher_dtype else compute_dtype(config)
 
 
+def export_dtype(config: DistillConfig) -> torch.dtype | None:
+    """The dtype that exported students have: ``save_dtype``, else that in which the student came.
+
+    None: that of its parameters in training. So it is for a student that begins at random, and for
+    one whose files have more bits than it is trained in, which exporting them would not bring back.
+    """
+    if config.save_dtype is not None:
+        return getattr(torch, config.save_dtype)
+    if config.student_init != "pretrained":
+        return None
+    model_config = read_model_config(config, "student")
+    came = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
+    if isinstance(came, str):
+        came = getattr(torch, came, None)
+    trained = getattr(torch, config.param_dtype)
+    if not isinstance(came, torch.dtype) or came.itemsize >= trained.itemsize:
+        return None
+    return came
+
+
 def _random_student(config: DistillConfig) -> PreTrainedModel:
     # No GPU's generator is forked: weights are drawn on the CPU.
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +151,7 @@ def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> 
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
     attention = _attention(config, role, name, model_config)
-    with quiet_libraries(), _explained(role, name, attention):
+    with quiet_libraries(show_bars=True), _explained(role, name, attention):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,

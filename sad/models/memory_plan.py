@@ -16,23 +16,30 @@ losses (their projectors, and the states that they capture: see bench/README.md)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sad_kernels import LinearMemory, linear_memory_bytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from sad.config.schema import DistillConfig
 from sad.environment import resolve_device
+from sad.errors import SadError, UnfitError, one_line
 from sad.models.heads import Backbone, output_embedding
 from sad.models.load import build_model, compute_dtype, enable_checkpointing, teacher_dtype
 
 Item = tuple[str, int]
 """What takes memory, and how many bytes."""
+
+FAKES = logging.getLogger("torch._subclasses.fake_tensor")
 
 FP32 = 4
 """Bytes of a number in fp32."""
@@ -223,17 +230,41 @@ def _activation_bytes(
 ) -> int:
     """What autograd keeps of the student's layers, parameters aside.
 
-    Grouped products of experts have no fake form but in bf16: such models are measured in bf16
-    and the result, scaled by the width of their numbers, is an upper estimate.
+    Raises ``UnfitError`` for a student with an operator that has no fake form.
     """
-    dtype, cast = _param_dtype(config), compute_dtype(config)
     if checkpointing is None:
         checkpointing = config.gradient_checkpointing
+    dtype, cast = _param_dtype(config), compute_dtype(config)
+    with _silent(FAKES):  # torch logs what it raises, with tracebacks
+        try:
+            return _kept_bytes(config, device, dtype, cast, checkpointing)
+        except (SadError, MemoryError):
+            raise
+        except Exception as error:
+            raise UnfitError(
+                f"an estimate of memory must run {config.student} on tensors without data, got "
+                f"{type(error).__name__}: {one_line(error)}; train without one"
+            ) from error
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
     try:
-        return _kept_bytes(config, device, dtype, cast, checkpointing)
-    except RuntimeError:
-        kept = _kept_bytes(config, device, torch.bfloat16, torch.bfloat16, checkpointing)
-        return kept * dtype.itemsize // torch.bfloat16.itemsize
+        yield
+    finally:
+        logger.disabled = before
+
+
+class _FakeGroupedProducts(TorchDispatchMode):
+    """Grouped products of experts on fake tensors: torch's own fakes are those of its GPU kernel,
+    which takes bf16 alone, in widths of 16 bytes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            rows, weights = args[:2]
+            return rows.new_empty(*rows.shape[:-1], weights.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _kept_bytes(
@@ -250,8 +281,9 @@ def _kept_bytes(
         kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
-    with FakeTensorMode():
-        with torch.device(device):
+    with FakeTensorMode(), _FakeGroupedProducts():
+        # Some initialisations (vision towers of Gemma 3) look at numbers, which fakes do not have.
+        with torch.device(device), no_init_weights():
             model = build_model(config, "student", dtype).train()
             rows = config.per_device_train_batch_size, config.max_length
             ids, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))

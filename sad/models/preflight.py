@@ -20,9 +20,10 @@ A model that fails is refused. There is no slower path to fall back to: its numb
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from sad_kernels import (
@@ -34,7 +35,7 @@ from sad_kernels import (
     reference,
 )
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sad.errors import UnfitError, is_out_of_memory, one_line
 from sad.models.heads import (
@@ -146,6 +147,38 @@ def require_length(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> N
             f"max_length must be at most what {type(model).__name__} can run "
             f"(max_position_embeddings {declared}), got {length} ({one_line(error)}); lower it"
         ) from error
+
+
+def known_positions(model_config: PreTrainedConfig) -> int | None:
+    """The number of positions that a model learned, scaled rotary embeddings included; None if its
+    configuration does not say."""
+    text: Any = model_config.get_text_config()
+    declared = getattr(text, "max_position_embeddings", None)
+    if not isinstance(declared, int):
+        return None
+    # By layer type in families with several kinds of attention.
+    scaling = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in (scaling, *scaling.values()) if isinstance(kind, Mapping)]
+    scaled = [
+        int(kind["factor"] * kind.get("original_max_position_embeddings", declared))
+        for kind in kinds
+        if isinstance(kind.get("factor"), int | float)
+    ]
+    return max([declared, *scaled])
+
+
+def require_known_positions(teacher: PreTrainedConfig, longest: int) -> None:
+    """Raise ``UnfitError`` if documents reach positions that the teacher never learned.
+
+    Where positions are computed it would run all the same, and teach what it makes of them.
+    """
+    known = known_positions(teacher)
+    if known is not None and longest > known:
+        raise UnfitError(
+            f"max_length must keep documents within the {known} positions that the teacher knows "
+            f"(max_position_embeddings), got one with {longest} in a row; lower max_length to "
+            f"{known}, or choose another teacher"
+        )
 
 
 def require_isolation(model: PreTrainedModel, backbone: Backbone, row: Tensor) -> float:

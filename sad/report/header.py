@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,7 @@ def run_header(
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
         ("student", _model_line(config.student, student)),
+        *_untrained_parts(student),
     ]
     if teacher is not None:
         # A teacher without a weight in the loss is still what evaluations compare with.
@@ -68,7 +70,7 @@ def run_header(
     if checks:
         lines.append(("self-check", ", ".join(f"{k} {v:.1e}" for k, v in checks.items())))
     lines += [
-        ("memory", f"{plan(config, len(eval_rows)).total / 2**20:,.0f} MiB predicted at peak"),
+        ("memory", _memory_forecast(predicted_peak(config, len(eval_rows)))),
         ("machine", _machine_line(precision.device)),
         ("versions", ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("config", config_hash(config)[:12]),
@@ -78,33 +80,63 @@ def run_header(
     return lines
 
 
-def memory_line(predicted: int, rss_before: int, now: dict[str, int]) -> str:
+def predicted_peak(config: DistillConfig, eval_rows: int) -> int | None:
+    """The peak in bytes that ``sad plan`` predicts; None where it fails, which ends no run."""
+    try:
+        return plan(config, eval_rows).total
+    except Exception:  # for whatever reason: the run needs no estimate
+        return None
+
+
+def _memory_forecast(predicted: int | None) -> str:
+    if predicted is None:
+        return "not predicted: the estimate fails for these models, which harms nothing else"
+    return f"{predicted / 2**20:,.0f} MiB predicted at peak"
+
+
+def memory_line(predicted: int | None, rss_before: int, now: dict[str, int]) -> str:
     """Peak memory beside the prediction of ``sad plan``, both in MiB; arguments are in bytes.
 
     ``now`` is what ``sad.environment.memory_now`` returns, ``rss_before`` the resident memory
-    before anything was loaded. On a GPU, a prediction more than 20 % off the peak is a warning; on
-    CPU the resident memory includes Python and its libraries, which no prediction covers.
+    before anything was loaded; without a prediction the peak stands alone. On a GPU, a prediction
+    more than 20 % off the peak is a warning; on CPU the resident memory includes Python and its
+    libraries, which no prediction covers.
     """
     mib = 2**20
     if "cuda_peak_bytes" in now:
         peak, total = now["cuda_peak_bytes"], now["cuda_total_bytes"]
+        line = f"peak {peak / mib:,.0f} MiB of {total / mib:,.0f}"
+        if predicted is None:
+            return line
         off = abs(peak - predicted) > 0.2 * peak
         warning = "; warning: more than 20 % off" if off else ""
-        return (
-            f"peak {peak / mib:,.0f} MiB of {total / mib:,.0f}, "
-            f"predicted {predicted / mib:,.0f}{warning}"
-        )
+        return f"{line}, predicted {predicted / mib:,.0f}{warning}"
     peak = now.get("rss_peak_bytes", now["rss_bytes"])
-    return (
-        f"peak {peak / mib:,.0f} MiB, of which {rss_before / mib:,.0f} before anything was loaded; "
-        f"predicted for the run's tensors {predicted / mib:,.0f} MiB"
+    line = (
+        f"peak {peak / mib:,.0f} MiB, of which {rss_before / mib:,.0f} before anything was loaded"
     )
+    if predicted is None:
+        return line
+    return f"{line}; predicted for the run's tensors {predicted / mib:,.0f} MiB"
 
 
 def _model_line(source: str, model: nn.Module) -> str:
     count = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return f"{source}, {count:,} parameters in {dtype}"
+
+
+def _untrained_parts(model: Any) -> list[Line]:
+    """What of a multimodal model text does not pass through: images would, and there are none."""
+    inner = model.base_model
+    language_model = getattr(inner, "language_model", None)
+    if not isinstance(language_model, nn.Module):
+        return []
+    parts = {name: part for name, part in inner.named_children() if part is not language_model}
+    count = sum(p.numel() for part in parts.values() for p in part.parameters())
+    if not count:
+        return []
+    return [("not trained", f"{', '.join(parts)} ({count:,} parameters), which text does not use")]
 
 
 def _text_line(rows: PackedRows) -> str:

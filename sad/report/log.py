@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from sad.errors import OutputError
+from sad.errors import OutputError, one_line
 from sad.report.terminal import (
     AlignedLines,
     aligned_pairs,
@@ -35,7 +36,7 @@ from sad.report.terminal import (
     evaluation_lines,
     progress_bar,
 )
-from sad.report.trackers import open_tracker
+from sad.report.trackers import Tracker, open_tracker, require_installed
 
 Record = dict[str, Any]
 
@@ -59,6 +60,8 @@ class RunLog:
     A record that cannot be written (no space left) is announced once and lost, and the run goes on:
     whether its work can still be saved is for checkpoints to find out.
 
+    A tracker that fails is announced once and dropped, and the run goes on without it.
+
     Raises ``OutputError`` if the file cannot be opened, ``UsageError`` if a tracker named in
     ``report_to`` is not installed.
     """
@@ -80,13 +83,16 @@ class RunLog:
         # Before anything is appended: this process is the next attempt after those in the file.
         earlier = (record["attempt"] for record in _records(run_dir / "log.jsonl"))
         self.attempt = 1 + max(earlier, default=0)
-        self._trackers = [
-            open_tracker(package, run_dir, attempt=self.attempt, initial=initial)
-            for package in report_to
-        ]
+        require_installed(report_to)  # before the file is there
         self._file = _AppendOnly(run_dir / "log.jsonl")
         self._lines = AlignedLines(total_batches, initial)
         self._bar: tqdm | None = None
+        self._trackers: dict[str, Tracker] = {}
+        for package in report_to:
+            with self._dropped_if_failing(package):
+                self._trackers[package] = open_tracker(
+                    package, run_dir, attempt=self.attempt, initial=initial
+                )
         # A bar where somebody watches; elsewhere lines, which a file or a pipe can hold.
         self._make_bar: Callable[[], tqdm] | None = None
         if out.isatty():
@@ -163,9 +169,11 @@ class RunLog:
     def close(self) -> None:
         """Release bar, file and trackers. May be called twice."""
         self._close_bar()
+        for package, tracker in list(self._trackers.items()):
+            with self._dropped_if_failing(package):
+                tracker.close()
+        self._trackers.clear()
         self._file.close()
-        while self._trackers:
-            self._trackers.pop().close()
 
     def _record(self, kind: str, record: Mapping[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -178,8 +186,21 @@ class RunLog:
             )
 
     def _track(self, micro_step: int, scalars: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(scalars, micro_step)
+        for package, tracker in list(self._trackers.items()):
+            with self._dropped_if_failing(package):
+                tracker.log(scalars, micro_step)
+
+    @contextmanager
+    def _dropped_if_failing(self, package: str) -> Iterator[None]:
+        """Within, whatever a tracker raises is a warning, and its last one."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.pop(package, None)
+            self.warning(
+                f"{package} fails, got {type(error).__name__}: {one_line(error)}; the run goes on "
+                "without it, and log.jsonl has every number"
+            )
 
     def _start_bar(self) -> None:
         """Make the bar when work begins: its clock must not count the loading of models."""

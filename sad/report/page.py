@@ -26,9 +26,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sad.checkpoint.atomic_files import write_atomic
 from sad.errors import OutputError, UsageError
-from sad.metrics import format_count, format_metric
+from sad.metrics import Metric, format_count, format_metric
 from sad.report.log import Record, from_json, read_log
-from sad.report.results import cells, columns_of, name_of, student_row, teacher_row, verdict
+from sad.report.results import (
+    Row,
+    cells,
+    columns_of,
+    name_of,
+    student_row,
+    teacher_row,
+    verdict,
+)
 from sad.report.terminal import format_duration
 from sad.report.theme import DARK, LIGHT
 
@@ -36,6 +44,8 @@ if TYPE_CHECKING:
     from sad.report.plots import Plot
 
 PLOTS_EXTRA = "student-aware-distillation[report]"
+
+ENDED_EARLY = ("failed", "stopped")
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -73,15 +83,22 @@ def _content(run_dir: Path, plots: Sequence[Plot] | None) -> dict[str, Any]:
     rows = run.get("results", [])
     columns = columns_of(rows)
     samples = run.get("samples", [])
+    status = _read_json(run_dir / "status.json")
     return {
         "name": run_dir.resolve().name,
         "light": LIGHT,
         "dark": DARK,
         "facts": list(_facts(run_dir, records, finished=bool(rows))),
         "verdict": verdict(rows),
+        "failure": status.get("message") if status.get("state") in ENDED_EARLY else "",
+        "scored": _scored(run.get("scored", {})),
         "columns": columns,
         "rows": [
-            {"name": name_of(row), "cells": cells(row, columns), "chosen": row is student_row(rows)}
+            {
+                "name": name_of(row),
+                "cells": _cells(row, columns),
+                "chosen": row is student_row(rows),
+            }
             for row in rows
         ],
         "plots": plots,
@@ -170,7 +187,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _facts(run_dir: Path, records: Sequence[Record], finished: bool) -> Iterator[str]:
-    """One line on what happened: state, length, time, memory."""
+    """One line on what happened: state, length, time, memory, date."""
     state = _read_json(run_dir / "status.json").get("state")
     if state == "running" and finished:
         state = "finished"  # the report is the last thing that a run writes before it says so
@@ -194,11 +211,33 @@ def _facts(run_dir: Path, records: Sequence[Record], finished: bool) -> Iterator
     peaks = [r.get("cuda_peak_bytes") or r.get("rss_peak_bytes") or 0 for r in train]
     if max(peaks):
         yield f"peak memory {max(peaks) / 2**30:.2f} GiB"
+    yield _date(records[-1]["time"])
+
+
+def _date(time: str) -> str:
+    """Day and minute of a record's time, in UTC."""
+    return f"{datetime.fromisoformat(time):%Y-%m-%d %H:%M} UTC"
 
 
 def _seconds(records: Sequence[Record], attempt: int) -> float:
     times = [datetime.fromisoformat(r["time"]) for r in records if r["attempt"] == attempt]
     return (max(times) - min(times)).total_seconds()
+
+
+def _scored(counts: Mapping[str, Any]) -> str:
+    """How much text the metrics are means over."""
+    if not {"rows", "targets"} <= counts.keys():
+        return ""
+    return f"{counts['rows']:,} rows with {counts['targets']:,} targets"
+
+
+def _cells(row: Row, columns: Sequence[Metric]) -> list[dict[str, str]]:
+    """A row of the result table: each cell with its title and rank, for narrow screens."""
+    titles = [("parameters", ""), *((c.title, "headline" * c.headline) for c in columns)]
+    return [
+        {"text": text, "title": title, "rank": rank}
+        for text, (title, rank) in zip(cells(row, columns), titles, strict=True)
+    ]
 
 
 def _how_to_plot(run_dir: Path) -> str:

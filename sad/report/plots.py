@@ -74,6 +74,8 @@ class Plot(NamedTuple):
     title: str
     svg: str
     png: bytes
+    points: int
+    """Of its longest line."""
 
 
 def draw_plots(panels: Iterable[FilledPanel]) -> Iterator[Plot]:
@@ -104,7 +106,9 @@ def _draw(panel: FilledPanel) -> Plot:
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
         figure.savefig(svg, format="svg", transparent=True)
     title = panel.spec.title
-    return Plot(panel.name, panel.group, title, _for_page(svg.getvalue(), title), png.getvalue())
+    points = max(len(line.x) for line in panel.lines)
+    page_svg = _for_page(svg.getvalue(), title)
+    return Plot(panel.name, panel.group, title, page_svg, png.getvalue(), points)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:

@@ -7,12 +7,14 @@ report as well: a number reads the same everywhere. Nothing here writes anything
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from sad.metrics import Metric, format_metric, in_order, is_number
+
+T = TypeVar("T")
 
 LINES_PER_TITLE = 20
 """How many lines of numbers follow one line of column titles."""
@@ -64,6 +66,14 @@ def progress_bar(name: str, total: int, initial: int, stream: TextIO) -> tqdm:
         mininterval=0.2,
         bar_format=BAR_FORMAT,
     )
+
+
+def waiting_bar(items: Sequence[T], desc: str, delay: float = 1.0) -> Iterable[T]:
+    """``items`` with a bar on standard error, if that is a terminal, after ``delay`` seconds.
+
+    The bar goes when they have passed.
+    """
+    return tqdm(items, desc=desc, leave=False, disable=None, delay=delay)
 
 
 def bar_postfix(record: Mapping[str, Any]) -> str:

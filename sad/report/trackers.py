@@ -1,9 +1,13 @@
-"""Experiment trackers that receive the log's numbers: the packages ``report_to`` may name."""
+"""Experiment trackers that receive the log's numbers: the packages ``report_to`` may name.
+
+A package that is not installed is refused before a run loads anything. What a tracker raises later
+(no network, no login, a full disk) is for the log to announce: the run goes on without it.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +20,20 @@ class Tracker(Protocol):
     def log(self, scalars: Mapping[str, float], micro_step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+MODULES = {
+    "tensorboard": "torch.utils.tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""Package -> the module that is imported of it."""
+
+
+def require_installed(packages: Iterable[str]) -> None:
+    """Import ``packages``; raise ``UsageError`` that names the first that is not installed."""
+    for package in packages:
+        _import(package)
 
 
 def open_tracker(package: str, run_dir: Path, *, attempt: int, initial: int) -> Tracker:
@@ -35,7 +53,7 @@ class _TensorBoard:
     """
 
     def __init__(self, run_dir: Path, initial: int) -> None:
-        module = _import("torch.utils.tensorboard", "tensorboard")
+        module = _import("tensorboard")
         self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=initial + 1)
 
     def log(self, scalars: Mapping[str, float], micro_step: int) -> None:
@@ -50,7 +68,7 @@ class _HostedTracker:
     """wandb, or trackio, which has the same functions. Each attempt of a run is a run there."""
 
     def __init__(self, package: str, run_dir: Path, attempt: int) -> None:
-        self._module = _import(package, package)
+        self._module = _import(package)
         name = run_dir.resolve().name + (f" (attempt {attempt})" if attempt > 1 else "")
         self._module.init(project="sad", name=name)
 
@@ -61,9 +79,9 @@ class _HostedTracker:
         self._module.finish()
 
 
-def _import(module: str, package: str) -> Any:
+def _import(package: str) -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(MODULES[package])
     except ImportError as error:
         raise UsageError(
             f"report_to must name installed packages, got {package!r}, which is missing; "

@@ -7,7 +7,7 @@ forward KL of every target. Sums are added in float64 on the device and divided 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -34,18 +34,18 @@ def evaluate_student(
     teacher: FrozenTeacher | CachedTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
+    losses: Sequence[str] = (),
 ) -> dict[str, float]:
     """Score the student under each variant of its weights, running the teacher once for all.
 
     Returns ``<prefix>/nll`` (nats per target), ``perplexity = exp(nll)``, ``kl`` (forward KL to the
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
-    teacher's, the label), ``entropy`` (nats), ``bits_per_byte``, and each term of the student's
-    structural losses under its name, unweighted, per unit. Without a teacher there is no ``kl`` and
-    no ``agreement``. Training mode, queues and random generators are left as they were.
+    teacher's, the label), ``entropy`` (nats), ``bits_per_byte``, and each term of the structural
+    ``losses`` under its name, unweighted, per unit; nothing is hooked for others. Without a teacher
+    there is no ``kl`` and no ``agreement``. Training mode, queues and random generators are left as
+    they were.
     """
     objective = OBJECTIVE_CE_ONLY if teacher is None else OBJECTIVE
-    # Every structural loss, whatever the curriculum has it at; terms are reported unweighted.
-    losses = () if student.structural is None else student.structural.losses
     weights = dict.fromkeys(losses, 1.0)
     capture = student.teacher_capture(weights)
 

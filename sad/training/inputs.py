@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +22,8 @@ from sad.data.tokenizers import (
 )
 from sad.environment import library_versions, memory_now, resolve_device, seed_everything
 from sad.models.load import load_teacher, read_model_config
+from sad.models.preflight import require_known_positions
+from sad.report.terminal import waiting_bar
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
 
@@ -42,11 +45,20 @@ class RunInputs:
     tokenizer_notes: tuple[str, ...] = ()
     """In what the models' own tokenizers differ from ``tokenizer``, and which is taken."""
 
-    def eval_batches(self, config: DistillConfig) -> Iterator[Batch]:
-        """Batches of the held-out rows, or of ``max_eval_rows`` of them: always the same sample."""
-        rows = epoch_permutation(0, 0, len(self.eval_rows))[: config.max_eval_rows]
+    def eval_row_numbers(self, config: DistillConfig) -> np.ndarray:
+        """The held-out rows, or ``max_eval_rows`` of them: always the same sample."""
+        return epoch_permutation(0, 0, len(self.eval_rows))[: config.max_eval_rows]
+
+    def scored(self, config: DistillConfig) -> dict[str, int]:
+        """How much text an evaluation scores: ``rows`` and ``targets``."""
+        rows = self.eval_row_numbers(config)
+        return {"rows": len(rows), "targets": self.eval_rows.counts(rows).targets}
+
+    def eval_batches(self, config: DistillConfig, shown: str = "evaluating") -> Iterator[Batch]:
+        """Batches of the rows that an evaluation scores; on a terminal a bar says ``shown``."""
+        rows = self.eval_row_numbers(config)
         size = config.per_device_eval_batch_size
-        for start in range(0, len(rows), size):
+        for start in waiting_bar(range(0, len(rows), size), shown):
             yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:
@@ -61,11 +73,13 @@ class RunInputs:
         }
 
 
-def load_inputs(config: DistillConfig) -> RunInputs:
+def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: None) -> RunInputs:
     """Load tokenizer, teacher and rows of text, and seed the random generators.
 
+    ``say`` is told of whatever may take long, before it does.
+
     Raises ``UsageError`` for what cannot be found and ``UnfitError`` for what cannot be used, such
-    as a teacher with another tokenizer.
+    as a teacher with another tokenizer, or one that does not know as many positions.
     """
     seed_everything(config.seed, deterministic=config.deterministic)
     rss_before = memory_now()["rss_bytes"]
@@ -83,9 +97,14 @@ def load_inputs(config: DistillConfig) -> RunInputs:
         teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
         source = "student" if config.tokenizer is None else "tokenizer"
         notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
+        say(f"loading the teacher {config.teacher}")
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
         eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes)
+    say("reading text")
     train_rows, eval_rows = load_rows(config, tokenizer)
+    if teacher is not None:
+        longest = max(rows.longest_segment for rows in (train_rows, eval_rows))
+        require_known_positions(teacher.model.config, longest)
     return RunInputs(
         tokenizer=tokenizer,
         valid_vocab=vocabulary,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +37,11 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
         )
     config = load_config(run.path / "config.yaml")
     config = replace(config, student=str(run.best), student_init="pretrained", tokenizer=None)
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, lambda text: print(text, file=sys.stderr, flush=True))
     rows = []
     if inputs.eval_teacher is not None:
-        scores = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+        batches = inputs.eval_batches(config, "scoring the teacher")
+        scores = evaluate_teacher(inputs.eval_teacher, batches)
         require_finite_score(scores, "eval_teacher", "the teacher")
         rows.append(result_row("teacher", inputs.eval_teacher.model, scores, "eval_teacher"))
     model = load_student(config)

@@ -10,15 +10,13 @@ score the teacher, train the baseline without it, train the student, write resul
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from sad_kernels._torch.gemm import onednn_products
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory
@@ -26,26 +24,24 @@ from sad.checkpoint.store import Checkpoint
 from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
-from sad.environment import StopSignals, memory_now, quiet_libraries, seed_everything
-from sad.errors import OutputError, SadError, StoppedError
+from sad.environment import StopSignals, memory_now, seed_everything
+from sad.errors import OutputError, SadError, StoppedError, one_line
 from sad.models.load import load_student
-from sad.models.memory_plan import plan
-from sad.models.preflight import check_model, check_models_and_loss
+from sad.models.preflight import check_model, check_models_and_loss, known_positions
 from sad.optim.precision import Precision
-from sad.report.header import memory_line, run_header
+from sad.report.header import memory_line, predicted_peak, run_header
 from sad.report.log import RunLog
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
 from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs, load_inputs
+from sad.training.machine import check_machine
 from sad.training.meters import ResultRow, result_row
+from sad.training.rehearsal import needs_rehearsal, rehearse
 from sad.training.resume import LENGTH, plan_resumption
-from sad.training.student import build_structural, build_student
+from sad.training.samples import write_samples
+from sad.training.student import build_student
 from sad.training.trainer import MakeScheduler, Trainer
-
-SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
-"""How many texts the finished student writes for the report, and their lengths in tokens (less if
-it knows fewer positions)."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,7 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
     configured one. It is stepped once per ``scheduler_unit``; one that waits for a metric, or ends
     before the run, is a ``UsageError``.
     """
+    check_machine(config)
     run_dir = RunDirectory(config.output_dir)
     checkpoint = run_dir.claim(config, report=print)
     try:
@@ -109,32 +106,55 @@ def _distill(
     make_scheduler: MakeScheduler | None,
 ) -> RunResult:
     require_space(config)  # before anything that takes time
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, _say)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
     if inputs.eval_teacher is not None:
         teacher, row = inputs.eval_teacher.model, inputs.eval_rows.batch([0]).input_ids
         check_model(teacher, row, packing=config.packing)  # before it is relied on
-        metrics = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+        if needs_rehearsal(config):
+            _say("trying every loss on one row")
+            rehearse(config, inputs)
+        _say(f"scoring the teacher on {inputs.scored(config)['rows']:,} held-out rows")
+        batches = inputs.eval_batches(config, "scoring the teacher")
+        metrics = evaluate_teacher(inputs.eval_teacher, batches)
         require_finite_score(metrics, "eval_teacher", "the teacher")
         results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
 
     if config.baseline:
-        _require_structural(config, inputs)  # the baseline takes its time, and has none
         results.append(_train_baseline(config, run_dir, inputs, signals, make_scheduler))
 
     distilled = config.kd_weight or config.structural_weights
     name = "student, distilled" if distilled else "student"
-    trainer = _train(config, run_dir, checkpoint, inputs, signals, make_scheduler, name=name)
+    title = f"2 of 2: {name}" if config.baseline else name
+    trainer, samples = _train(
+        config, run_dir, checkpoint, inputs, signals, make_scheduler, title=title
+    )
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics
 
-    record = {"results": results, "samples": _samples(run_dir.final, inputs)}
+    record = {"results": results, "samples": samples, "scored": inputs.scored(config)}
     run_dir.write_run(run_dir.read_run() | record)
-    report = write_report(run_dir.path)
-    print(f"\n{format_results(results)}\n\nreport   {report}\nstudent  {run_dir.final}")
+    report = _try_report(run_dir)
+    print(f"\n{format_results(results)}\n\n{report}\nstudent  {run_dir.final}")
     return RunResult(run_dir.path, metrics, results)
+
+
+def _say(text: str) -> None:
+    """A line for whoever waits, before there is a log."""
+    print(text, flush=True)
+
+
+def _try_report(run_dir: RunDirectory) -> str:
+    """Write the report, and say where it is; without one the student is as good."""
+    try:
+        return f"report   {write_report(run_dir.path)}"
+    except Exception as error:
+        return (
+            f"warning: the report could not be written, got {type(error).__name__}: "
+            f"{one_line(error)}"
+        )
 
 
 def _train_baseline(
@@ -160,11 +180,19 @@ def _train_baseline(
     if config.resume_from_checkpoint and _finished_as_long(baseline, config_ce_only):
         return baseline.read_run()["results"][0]
     checkpoint = baseline.claim(config_ce_only, report=print)
-    trainer = _train(
-        config_ce_only, baseline, checkpoint, inputs, signals, make_scheduler, name=name
-    )
+    title = f"1 of 2: {name}"
+    try:
+        trainer, samples = _train(
+            config_ce_only, baseline, checkpoint, inputs, signals, make_scheduler, title=title
+        )
+    except BaseException as error:
+        _write_failure(baseline, error)
+        newest = baseline.read_status().get("checkpoint")
+        if newest:  # where the whole run goes on from
+            run_dir.write_status("running", checkpoint=f"baseline/checkpoints/{newest}")
+        raise
     row = _student_row(name, trainer)
-    baseline.write_run(baseline.read_run() | {"results": [row]})
+    baseline.write_run(baseline.read_run() | {"results": [row], "samples": samples})
     baseline.write_status("finished")
     return row
 
@@ -177,6 +205,11 @@ def _finished_as_long(baseline: RunDirectory, config: DistillConfig) -> bool:
     return not any(key in LENGTH for key, _, _ in trajectory_changes(before, config))
 
 
+class _Trained(NamedTuple):
+    trainer: Trainer
+    samples: list[dict[str, str]]
+
+
 def _train(
     config: DistillConfig,
     run_dir: RunDirectory,
@@ -185,9 +218,10 @@ def _train(
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
     *,
-    name: str,
-) -> Trainer:
+    title: str,
+) -> _Trained:
     """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
+    _say(f"loading the student {config.student}")
     # Seeded again, so that a student does not depend on whether a baseline was trained before it.
     seed_everything(config.seed, deterministic=config.deterministic)
     precision = Precision(config, inputs.device)
@@ -212,13 +246,13 @@ def _train(
         total_batches=trainer.run_length.micro_batches,
         initial=0 if resumption is None else resumption.micro_step,
         report_to=config.report_to,
-        name=name,
+        name=title,
     ) as log:
         if resumption is not None:
             trainer.restore(resumption, log.warning)
             resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
         header = run_header(
-            name,
+            title,
             config,
             run_length=trainer.run_length,
             precision=precision,
@@ -235,54 +269,37 @@ def _train(
         )
         rows = config.per_device_train_batch_size
         log.header(header, rows=(rows, rows) if resumption is None else resumption.rows)
+        _warn_of_new_positions(student.model, inputs, log)
         run_dir.write_run({"header": [list(line) for line in header]})
-        run_dir.write_status("running")
+        run_dir.write_status("running", checkpoint=checkpoint.path.name if checkpoint else "")
         trainer.train(log, signals)
         trainer.export(run_dir.final)
-        memory = memory_now(inputs.device)
-        predicted = plan(config, len(inputs.eval_rows)).total
+        memory = memory_now(inputs.device)  # of training: samples come after it
+        predicted = predicted_peak(config, len(inputs.eval_rows))
         log.message(f"memory: {memory_line(predicted, inputs.rss_before, memory)}")
+        samples = write_samples(
+            run_dir.final,
+            inputs,
+            trust_remote_code=config.trust_remote_code_student,
+            warn=log.warning,
+        )
         log.end({"micro_step": trainer.counters.micro_step, **memory})
-    return trainer
+    return _Trained(trainer, samples)
 
 
-def _require_structural(config: DistillConfig, inputs: RunInputs) -> None:
-    """Raise ``UnfitError`` if the models cannot supply a structural loss of the configuration."""
-    if config.structural_weights and inputs.teacher is not None:
-        build_structural(config, load_student(config), inputs.teacher.model)
+def _warn_of_new_positions(model: PreTrainedModel, inputs: RunInputs, log: RunLog) -> None:
+    known, longest = known_positions(model.config), inputs.train_rows.longest_segment
+    if known is not None and longest > known:
+        log.warning(
+            f"rows hold documents of {longest} positions, and the student knows {known} "
+            "(max_position_embeddings): it learns the others from this text alone"
+        )
 
 
 def _student_row(name: str, trainer: Trainer) -> ResultRow:
     prefix = trainer.metric_for_best.partition("/")[0]
     label = f"{name} (EMA)" if prefix == "eval_ema" else name
     return result_row(label, trainer.student.model, trainer.counters.metrics, prefix)
-
-
-@torch.no_grad()
-def _samples(final: Path, inputs: RunInputs) -> list[dict[str, str]]:
-    """Texts that the exported student generates from the beginning of held-out rows.
-
-    It is loaded as a user would load it: an export that cannot be used fails the run here.
-    """
-    with quiet_libraries():
-        model: Any = AutoModelForCausalLM.from_pretrained(final)
-    model.to(inputs.device).eval()
-    tokenizer = inputs.tokenizer
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    length = int(min(SAMPLE_PROMPT, inputs.eval_rows.max_length, positions // 2))
-    samples = []
-    for row in range(min(SAMPLES, len(inputs.eval_rows))):
-        prompt = inputs.eval_rows.batch([row]).input_ids[:, :length].to(inputs.device)
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=int(min(SAMPLE_TOKENS, positions - length)),
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        texts = tokenizer.decode(prompt[0]), tokenizer.decode(output[0, length:])
-        samples.append({"prompt": texts[0], "text": texts[1], "model": final.name})
-    return samples
 
 
 def _write_failure(run_dir: RunDirectory, error: BaseException) -> None:

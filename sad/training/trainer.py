@@ -34,6 +34,7 @@ from sad.environment import StopSignals, memory_now
 from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
 from sad.losses.taid import TAIDSchedule
 from sad.metrics import DEFAULT_BEST
+from sad.models.load import export_dtype
 from sad.optim.precision import Precision, structural_loss_parameters
 from sad.optim.schedule import (
     RunLength,
@@ -81,6 +82,7 @@ class Trainer:
         self.identity = inputs.identity(config)
         self.policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
         self.device = inputs.device
+        self.export_dtype = export_dtype(config)
 
         self.run_length = RunLength(
             num_rows=len(inputs.train_rows),
@@ -270,11 +272,16 @@ class Trainer:
         if self.ema is not None:
             variants["eval_ema"] = self.ema.swapped
         batches = self.inputs.eval_batches(config)
+        weights = self.weights(min(counters.micro_step, self.run_length.micro_batches - 1))
+        losses = tuple(config.structural_weights)
+        if not config.eval_all_losses:
+            losses = self.student.active_losses(weights)
         with self.policy.evaluating():  # waits for the device at its end
-            metrics = evaluate_student(self.student, self.inputs.eval_teacher, batches, variants)
+            metrics = evaluate_student(
+                self.student, self.inputs.eval_teacher, batches, variants, losses
+            )
 
         # The held-out counterpart of the training loss: the same weights, on unsmoothed parts.
-        weights = self.weights(min(counters.micro_step, self.run_length.micro_batches - 1))
         parts = {"nll": config.objective().ce_weight, "kl": weights["kd"]}
         parts |= self.student.term_weights(weights)
         for prefix in variants:
@@ -312,6 +319,7 @@ class Trainer:
                 self.inputs.tokenizer,
                 self.inputs.valid_vocab,
                 facts,
+                self.export_dtype,
             )
 
     def save(self, log: RunLog, *, must: bool = False) -> Path | None:

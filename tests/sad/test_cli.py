@@ -58,7 +58,7 @@ def test_eval_prints_the_table_of_the_run(replace_module: Any, capsys: Any) -> N
     replace_module("sad.training.rescore", evaluate_run=lambda run_dir: [{"name": run_dir}])
     replace_module("sad.report.results", format_results=lambda rows: f"table of {rows[0]['name']}")
     assert main(["eval", "runs/one"]) == 0
-    assert capsys.readouterr().out == "table of runs/one\n"
+    assert capsys.readouterr() == ("table of runs/one\n", "sad eval: runs/one\n")
 
 
 def test_plan_prints_what_the_planner_says(recipe: str, replace_module: Any, capsys: Any) -> None:
@@ -66,7 +66,7 @@ def test_plan_prints_what_the_planner_says(recipe: str, replace_module: Any, cap
         "sad.models.memory_plan", plan=lambda config: config.seed, format_plan="seed {}".format
     )
     assert main(["plan", recipe, "--seed", "3"]) == 0
-    assert capsys.readouterr().out == "seed 3\n"
+    assert capsys.readouterr() == ("seed 3\n", "sad plan: s from t\n")
 
 
 ERRORS = [
@@ -234,6 +234,7 @@ def test_interrupt_before_the_loop(tmp_path: Path) -> None:
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
+        assert process.stdout.readline().startswith("sad distill: ")
         assert process.stdout.readline() == "loading\n"
         time.sleep(0.1)
         os.kill(process.pid, signal.SIGINT)

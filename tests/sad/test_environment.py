@@ -29,3 +29,13 @@ def test_what_was_set_before_comes_back(level: int, monkeypatch: pytest.MonkeyPa
     assert HUB.level == level
     after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     assert after == before
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_of_loading_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers_logging.enable_progress_bar()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    with quiet_libraries(show_bars=True):
+        assert transformers_logging.is_progress_bar_enabled() == terminal
+    with quiet_libraries():
+        assert not transformers_logging.is_progress_bar_enabled()

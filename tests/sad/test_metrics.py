@@ -78,7 +78,7 @@ def test_a_metric_that_is_declared_in_one_row_is_shown_everywhere(
 
     assert "toy score" in format_results([row]) and "25.0 %" in format_results([row])
     html = write_report(tmp_path).read_text()
-    assert "toy score&nbsp;<span>↓</span>" in html and "<td>25.0 %</td>" in html
+    assert "toy score&nbsp;<span>↓</span>" in html and ">25.0 %</td>" in html
     assert "toy score: what this test made up" in html
     assert "reaches toy score 25.0 %" in html
     drawn = [svg for title, svg in plots_of(html) if title == "toy score"]

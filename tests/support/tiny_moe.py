@@ -66,6 +66,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": _LOCAL,
     "llama4_text": _LOCAL
     | {"head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+    "ernie4_5_moe": {
+        "moe_num_experts": NUM_EXPERTS,
+        "moe_intermediate_size": 24,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+    },
 }
 
 

@@ -163,6 +163,15 @@ REFUSED_KEYS = [
     ("loss_functions:\n- {function: kl, weight: 1}", "a weight is ce_weight or kd_weight"),
     ("per-device-eval-batch-size: 1", "did you mean 'per_device_eval_batch_size'?"),
     ("xyzzy: 1", "unknown key 'xyzzy'; `sad distill --help` lists all keys ({path}:3)"),
+    ("use_cache: false", "unknown key 'use_cache'; training uses no cache"),  # not use_ema
+    ("use_lora: true", "peft: {{r: 16}}"),
+    ("deepspeed: zero3.json", "a run is one process on one device"),  # not seed
+    ("load_in_4bit: true", "no key quantizes a model: teacher_dtype: bfloat16 halves"),
+    ("num_gpus: 2", "a run is one process on one device"),  # not layerwise.num_pairs
+    ("kd_alpha: 0.5", "as the weight of the teacher it is kd_weight"),  # not taid.alpha
+    ("eval_every: 5", "here it is 'eval_steps'"),
+    ("use_frobnication: 1", "'use_frobnication'; `sad distill --help` lists all keys"),
+    ("restore_callback_states_from_checkpoint: true", "`sad distill --help` lists all keys"),
     ("data: ./folder", "data must be a section, got a value; set one of its keys: data.train"),
     ("seed: 1\nseed: 2", "seed must be given once, got it twice; remove one ({path}:4)"),
     ("data: {train: a}\ndata.train: b", "data.train must be given once"),
@@ -265,6 +274,14 @@ def test_a_broken_file_is_one_clear_line(
         load(tmp_path, text, name=name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["none", "null", "[]", "[none]", "None"])
+def test_no_tracker_has_a_name(tmp_path: Path, value: str) -> None:
+    """``report_to: none``, as transformers has it."""
+    assert load(tmp_path, MINIMAL + f"report_to: {value}\n").report_to == ()
+    assert load(tmp_path, MINIMAL, "--report_to", "none").report_to == ()
+    assert config(report_to="none").report_to == config(report_to=None).report_to == ()
 
 
 def test_files_that_are_not_there_or_no_text(tmp_path: Path) -> None:

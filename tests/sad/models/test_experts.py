@@ -144,6 +144,15 @@ def test_experts_of_an_unknown_family_are_refused_by_name() -> None:
         moe_layers(model)
 
 
+def test_experts_in_another_layout_are_refused_by_name() -> None:
+    """Inkling's router has rows for its shared experts as well: it is neither dense nor known."""
+    with pytest.raises(UnfitError) as caught:
+        require_moe(tiny_family("inkling_text"), "router.weight")
+    line = str(caught.value)
+    assert "'inkling_text'" in line and "dense" not in line and "\n" not in line
+    assert line.endswith("choose another model, or turn router.weight off")
+
+
 # Reading them
 
 

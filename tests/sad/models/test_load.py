@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    Qwen2VLConfig,
+    SiglipVisionConfig,
     T5Config,
     ViTConfig,
 )
@@ -191,6 +193,20 @@ def test_a_family_that_transformers_does_not_know(saved: str) -> None:
 def test_a_model_that_is_not_causal(config_class: Any, tmp_path: Path) -> None:
     config_class().save_pretrained(tmp_path)
     refused(UnfitError, tmp_path, f"must be a causal language model.*'{config_class.model_type}'")
+
+
+@pytest.mark.parametrize(
+    ("config_class", "says"),
+    [
+        (SiglipVisionConfig, "'siglip_vision_model', images and no text"),
+        (ViTConfig, "'vit', images and no text"),
+        (Qwen2VLConfig, "'qwen2_vl', text and vision: save its language model by itself"),
+        (T5Config, r"'t5'\); choose a decoder-only model"),
+    ],
+)
+def test_a_model_of_images_is_told_what_it_is(config_class: Any, says: str, tmp_path: Path) -> None:
+    config_class().save_pretrained(tmp_path)
+    refused(UnfitError, tmp_path, f"must be a causal language model.*{says}")
 
 
 def test_an_encoder_with_a_language_model_head(tmp_path: Path) -> None:

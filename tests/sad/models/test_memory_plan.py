@@ -11,6 +11,7 @@ import torch
 from sad_kernels._torch.scratch import release_scratch
 from support.families import tiny_family
 from support.tiny import tiny_llama
+from support.tiny_moe import tiny_moe
 from torch import Tensor, nn
 
 from sad.config.schema import DistillConfig
@@ -218,6 +219,33 @@ def test_experts_are_estimated_from_above(family: str, tmp_path: Path) -> None:
     config = config_for(tmp_path, teacher=None, kd_weight=0, max_length=64)
     real = kept_for_backward(load_student(config), config)
     assert real <= sizes(plan(config))["student activations"] <= 1.6 * real
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("keys", [{}, {"bf16": True}], ids=str)
+def test_experts_of_any_width_are_estimated_in_their_own_dtype(
+    family: str, keys: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch's fake of grouped products is of bf16 alone, in widths of 16 bytes."""
+    width = {"moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size": 20}
+    tiny_moe(family, **width).save_pretrained(tmp_path / "student")
+    capfd.readouterr()
+    config = config_for(tmp_path, teacher=None, kd_weight=0, max_length=64, **keys)
+    assert sizes(plan(config))["student activations"] > 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_student_without_a_fake_form_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def data_dependent(*_: Any) -> Any:
+        return torch.zeros(3).nonzero().item()
+
+    monkeypatch.setattr(Backbone, "__call__", data_dependent)
+    with pytest.raises(UnfitError, match="an estimate of memory must run") as caught:
+        plan(config_for(folder))
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # A whole step

@@ -17,7 +17,7 @@ from sad.environment import memory_now
 from sad.errors import OutputError, UsageError
 from sad.metrics import format_count, format_metric
 from sad.report.log import RunLog, from_json, read_log, to_json
-from sad.report.terminal import aligned_pairs, format_duration
+from sad.report.terminal import aligned_pairs, format_duration, waiting_bar
 
 
 class Terminal(io.StringIO):
@@ -472,3 +472,55 @@ def test_a_missing_tracker_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=f"got '{package}', which is missing.*pip install"):
         open_log(tmp_path, report_to=(package,))
+
+
+class FailingTracker(FakeTracker):
+    """A tracker without a network: the call named ``at`` raises."""
+
+    at = ""
+
+    def _fail(self, call: str) -> None:
+        if call == self.at:
+            raise ConnectionError("no route to host\ndetails")
+
+    def init(self, **options: Any) -> None:
+        self._fail("init")
+        super().init(**options)
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._fail("log")
+        super().log(scalars, step)
+
+    def finish(self) -> None:
+        self._fail("finish")
+        super().finish()
+
+
+@pytest.mark.parametrize("at", ["init", "log", "finish"])
+def test_a_tracker_that_fails_is_one_warning_and_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    failing, working = FailingTracker(), FakeTracker()
+    failing.at = at
+    monkeypatch.setitem(sys.modules, "wandb", failing)
+    monkeypatch.setitem(sys.modules, "trackio", working)
+    shown = io.StringIO()
+    with open_log(tmp_path, shown, report_to=("wandb", "trackio")) as log:
+        for step in (2, 4):
+            log.train(train_record(step))
+    records = read_log(tmp_path)
+    (warning,) = (r["message"] for r in records if r["kind"] == "warning")
+    assert warning.startswith("wandb fails, got ConnectionError: no route to host; the run goes on")
+    assert f"warning: {warning}" in shown.getvalue()
+    assert len([r for r in records if r["kind"] == "train"]) == len(working.logged) == 2
+    assert working.finished == 1
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_who_waits_at_a_terminal_sees_a_bar(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert list(waiting_bar(range(3), "scoring the teacher", delay=0)) == [0, 1, 2]
+    assert ("scoring the teacher" in shown.getvalue()) == shown.isatty()

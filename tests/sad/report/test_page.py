@@ -151,6 +151,7 @@ def make_run(run_dir: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     ]
     environment = {"python": "3.11", "cores": 2}
     run = {"results": rows, "samples": samples, "environment": environment}
+    run["scored"] = {"rows": 12, "targets": 3456}
     (run_dir / "run.json").write_text(json.dumps(run))
     (run_dir / "status.json").write_text('{"state": "running", "code": 0, "message": ""}')
     (run_dir / "config.yaml").write_text("student: tiny\nmax_grad_norm: 1.5\n")
@@ -199,7 +200,65 @@ def test_a_finished_run_has_everything_on_one_page(finished: tuple[Path, str]) -
         "tokenizer('    def read(', return_tensors=\"pt\")",
     ):
         assert text in page.text, text
-    assert "class Reader:\n    def read(self):" in page.text
+    assert re.search(r"peak memory 1.50 GiB · \d{4}-\d\d-\d\d \d\d:\d\d UTC", page.text)
+    assert "All on held-out text: 12 rows with 3,456 targets." in page.text
+
+
+def test_prompt_and_written_text_are_told_apart(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    samples = [
+        {"prompt": "class Reader:", "text": " def read(self):", "model": "final"},
+        {"prompt": "import os", "text": " \n", "model": "final"},
+    ]
+    run = json.loads((run_dir / "run.json").read_text()) | {"samples": samples}
+    (run_dir / "run.json").write_text(json.dumps(run))
+    section = page_of(run_dir).partition("What it writes")[2].partition("</section>")[0]
+    boxes = re.findall(
+        r"<figcaption>(.*?)</figcaption>\s*<(\w+)[^>]*>(.*?)</\2>", section, re.DOTALL
+    )
+    assert boxes == [
+        ("Prompt", "pre", "class Reader:"),
+        ("Written by the student", "pre", " def read(self):"),
+        ("Prompt", "pre", "import os"),
+        ("Written by the student", "p", "Nothing: it ended the text at once."),
+    ]
+
+
+def test_no_box_is_empty(tmp_path: Path) -> None:
+    """No text of nothing; plots of one dot, whose number is in the table, are folded away."""
+    run_dir = make_run(tmp_path)
+    assert "<h2>On held-out text</h2>" in page_of(run_dir)
+    once = tmp_path / "once"
+    write_log(once, range(4, 84, 4), eval_every=80)
+    assert "<h2>On held-out text</h2>" in page_of(once)  # there is no table yet
+    (once / "run.json").write_text((run_dir / "run.json").read_text())
+    html = page_of(once)
+    assert "<h2>On held-out text</h2>" not in html
+    folded = html.partition("<details><summary>On held-out text: one")[2].partition("</details>")[0]
+    assert "Held-out loss" in svgs_of(folded)
+    for page in (html, page_of(run_dir)):
+        assert not re.findall(r"<(pre|dl|ul|figure|p|td|figcaption|section)[^>]*>\s*</\1>", page)
+
+
+def test_a_narrow_screen_has_the_numbers_that_matter_first(finished: tuple[Path, str]) -> None:
+    """At 420 pixels each model is a card: the student's first, perplexity, KL, agreement on top."""
+    html = finished[1]
+    narrow = html.partition("@media (max-width: 40rem) {")[2].partition("</style>")[0]
+    assert ".results tr.chosen { order: -1; }" in narrow
+    assert ".results .headline { order: -1;" in narrow and "attr(data-title)" in narrow
+    row = html.partition('<tr class="chosen">')[2].partition("</tr>")[0]
+    cells = re.findall(r'<td class="(\w*)" data-title="([^"]+)">', row)
+    headline = ["perplexity", "KL", "agreement"]
+    assert [title for rank, title in cells if rank == "headline"] == headline
+    assert len(cells) == 8
+
+
+def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
+    write_log(tmp_path, range(20, 21))
+    message = "gradients must be finite, got 3 updates in a row"
+    (tmp_path / "status.json").write_text(json.dumps({"state": "failed", "message": message}))
+    page = Page(page_of(tmp_path))
+    assert message in page.text and "No results yet" not in page.text
 
 
 def test_the_page_loads_nothing_and_runs_nothing(finished: tuple[Path, str]) -> None:

@@ -1,0 +1,60 @@
+"""The rehearsal of a run: what only later phases of it need is computed once, on one row.
+
+The curriculum asks for structural losses after hours, an evaluation may come at the end only, and a
+baseline is trained before either. Models that cannot supply them are refused here instead.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from sad.config.schema import DistillConfig
+from sad.models.load import load_student
+from sad.optim.precision import Precision
+from sad.teachers.cached import CachedTeacher
+from sad.teachers.policy import build_teacher_policy
+from sad.training.evaluate import evaluate_student
+from sad.training.inputs import RunInputs
+from sad.training.student import build_student
+
+
+def needs_rehearsal(config: DistillConfig) -> bool:
+    """Whether the run's first micro-batch comes late, or does not need all that later ones need."""
+    if config.teacher is None:
+        return False
+    return config.baseline or bool(config.structural_weights or config.curriculum.schedules())
+
+
+def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
+    """Run one row forward and backward with every loss at its full weight, and evaluate it.
+
+    Nothing of this is kept: the student is another one than that of the run, and the teacher is
+    left as it was. Raises ``UnfitError`` for models that a loss or the routing cannot use.
+    """
+    if inputs.teacher is None:
+        return
+    policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
+    precision = Precision(config, inputs.device)
+    model, teacher = load_student(config), inputs.teacher.model
+    student = build_student(config, model, inputs.valid_vocab, precision, teacher)
+    weights = {"kd": config.kd_weight} | config.structural_weights
+    objective = config.objective(
+        teacher_share=config.taid.start if config.taid.enabled else 1.0,
+    )
+    batch = inputs.train_rows.batch([0]).to(inputs.device)
+    try:
+        target = policy.forward(batch, student.teacher_capture(weights))
+        result = student(batch, target, objective, batch.counts, weights)
+        precision.backward(result.loss)
+        with policy.evaluating():
+            uncached = CachedTeacher(inputs.teacher, 0)
+            losses = tuple(config.structural_weights)
+            evaluate_student(student, uncached, iter([batch]), {"eval": nullcontext}, losses)
+    finally:
+        teacher.requires_grad_(False)  # gates that the routing trains
+    del student, model, result
+    if inputs.device.type == "cuda":  # the run's own peak is measured from here on
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(inputs.device)
