@@ -137,6 +137,7 @@ RENAMED = {
     "max_train_samples": "data.max_documents",
     "max_eval_samples": "max_eval_rows",
     # TRL
+    "truncation_mode": "data.truncation",
     "model_name_or_path": "student",
     "student_model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher",
@@ -162,6 +163,7 @@ RENAMED = {
     "clip_grad_norm": "max_grad_norm",
     "gradient_clip_val": "max_grad_norm",
     "kd_temperature": "temperature",
+    "add_bos_token": "data.add_special_tokens",
     "ema": "use_ema",
     "resume": "resume_from_checkpoint",
 }
@@ -175,6 +177,9 @@ _16_BITS = "bf16: true or fp16: true computes in 16 bits, param_dtype stores the
 
 
 _CADENCE = "eval_steps and save_steps say how often; without them it is done at the end"
+
+
+_LEARNED = "data.completion_only_loss and data.assistant_only_loss say what of a record is learned"
 
 
 EXPLAINED = {
@@ -196,6 +201,9 @@ EXPLAINED = {
     # TRL
     "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
     "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
+    # Axolotl, LLaMA-Factory
+    "train_on_inputs": _LEARNED,
+    "train_on_prompt": _LEARNED,
     # DistillKit
     "loss_functions": (
         "a weight is ce_weight or kd_weight here, and is not divided by their sum; "
