@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.data.batch import Batch
+from sad.data.chat import set_chat_template
 from sad.data.rows import PackedRows, epoch_permutation, load_rows
 from sad.data.tokenizers import fingerprint, load_tokenizer, require_same_tokenizer, valid_vocab
 from sad.environment import library_versions, memory_now, resolve_device, seed_everything
@@ -68,6 +69,7 @@ def load_inputs(config: DistillConfig) -> RunInputs:
     if config.teacher is not None:
         read_model_config(config, "teacher")
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
+    set_chat_template(tokenizer, config.data)
     vocabulary = valid_vocab(tokenizer)
     teacher = eval_teacher = None
     if config.teacher is not None:
