@@ -29,6 +29,7 @@ from sad.errors import OutputError, SadError, StoppedError
 from sad.models.load import load_student
 from sad.models.memory_plan import plan
 from sad.models.preflight import check_model, check_models_and_loss
+from sad.models.stop_tokens import add_stop_tokens
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, run_header
 from sad.report.log import RunLog
@@ -181,6 +182,7 @@ def _train(
     precision = Precision(config, inputs.device)
     teacher = None if inputs.teacher is None else inputs.teacher.model
     student = build_student(config, load_student(config), inputs.valid_vocab, precision, teacher)
+    stop_tokens = add_stop_tokens(student.model, inputs.train_rows.end_tokens, inputs.tokenizer)
     checks = check_models_and_loss(
         student.model,
         teacher,
@@ -216,6 +218,8 @@ def _train(
             checks=checks,
             checkpoint=None if checkpoint is None else checkpoint.path,
         )
+        if stop_tokens:
+            header.append(("stop tokens", stop_tokens))
         log.header(header)
         run_dir.write_run({"header": [list(line) for line in header]})
         run_dir.write_status("running")
