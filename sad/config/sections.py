@@ -78,7 +78,8 @@ class DataConfig(Section):
 
     train: TextSources = ()
     """Files (such as .txt, .json, .jsonl, .parquet), folders of them, the name of a `datasets` data
-    set, or `python-stdlib`: the source of the standard library of the Python that runs this."""
+    set, or `python-stdlib`: the source of the standard library of the Python that runs this, or
+    `python-stdlib-functions`: its documented functions, of which the bodies are learned."""
     eval: TextSources = ()
     """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
     eval_fraction: FractionBelowOne = 0.05

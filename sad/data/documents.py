@@ -17,10 +17,12 @@ from sad.config.sections import DataConfig
 from sad.data.formats import READERS, Document, reader_of
 from sad.data.formats.base import columns_to_read, document_of, import_extra, record_of_row
 from sad.data.formats.json_file import NoRecordsError
+from sad.data.stdlib import functions_of
 from sad.environment import quiet_libraries
 from sad.errors import UnfitError, UsageError, one_line
 
 STDLIB = "python-stdlib"
+STDLIB_FUNCTIONS = "python-stdlib-functions"
 
 SourceKey = Literal["train", "eval"]
 """The key of ``DataConfig`` that names the sources: ``data.train`` or ``data.eval``."""
@@ -66,6 +68,9 @@ def _read_source(
     path = Path(source).expanduser()
     if source == STDLIB:
         yield from _read_stdlib()
+    elif source == STDLIB_FUNCTIONS:
+        for document in _read_stdlib():
+            yield from functions_of(document)
     elif path.is_dir():
         yield from _read_folder(path, config, key, report)
     elif path.exists():

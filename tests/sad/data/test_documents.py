@@ -522,6 +522,46 @@ class TestStandardLibrary:
             ("unittest/case.py", "# unittest/case.py\n"),
         ]
 
+    def test_functions_ask_with_their_docstrings(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = '''
+@decorated
+def one(x):
+    """Add one."""
+    return x + 1
+
+
+class A:
+    async def two(self):
+        """Say nothing.
+
+        At all.
+        """
+
+        if self:
+            return 2
+
+    def no_docstring(self):
+        return 3
+
+    def no_body(self):
+        """Nothing follows."""
+
+    def one_line(self): """Doc."""; return 4
+'''
+        (tmp_path / "a.py").write_text(source)
+        (tmp_path / "broken.py").write_text('def f(:\n    """Doc."""\n    return')
+        monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+        assert contents("python-stdlib-functions") == [
+            {"prompt": 'def one(x):\n    """Add one."""', "completion": "\n    return x + 1"},
+            {
+                "prompt": 'async def two(self):\n    """Say nothing.\n\n    At all.\n    """',
+                "completion": "\n\n    if self:\n        return 2",
+            },
+        ]
+        assert {name for name, _ in read("python-stdlib-functions")} == {"a.py"}
+
     def test_the_running_interpreter(self) -> None:
         texts = dict(read("python-stdlib"))
         assert "class ArgumentParser" in texts["argparse.py"]
