@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from support.chat import say, write_records
-from support.tiny import tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.tiny import save_tiny, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sad.config.schema import DistillConfig
+from sad.config.schema import DataConfig, DistillConfig
 from sad.training.run import distill
 
 pytestmark = [
@@ -34,6 +34,10 @@ ANSWERS = {
     "How many days are in a week?": "There are seven days in a week.",
     "What do cows drink?": "Cows drink water.",
 }
+RECORDS = [
+    {"prompt": say(f"user: {question}"), "completion": say(f"assistant: {answer}")}
+    for question, answer in ANSWERS.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,54 +51,51 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gguf_file": file.name,
     }
     folder = tmp_path_factory.mktemp("smollm2")
-    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
+    read: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    del read.config.quantization_config  # with which transformers would not save it
+    model: Any = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
 
 
-def make_config(tmp_path: Path, teacher: Path, *records: object, **keys: Any) -> DistillConfig:
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    vocabulary = AutoModelForCausalLM.from_pretrained(
-        teacher, dtype=torch.bfloat16
-    ).config.vocab_size
+@pytest.fixture
+def config(tmp_path: Path, teacher: Path) -> DistillConfig:
+    """A tiny student, and a few rows of 128 tokens."""
     student = tmp_path / "student"
-    tiny_llama(vocab_size=vocabulary, eos_token_id=0, initializer_range=0.02).save_pretrained(
-        student
+    fields = {"vocab_size": AutoConfig.from_pretrained(teacher).vocab_size, "eos_token_id": 0}
+    model = tiny_llama(**fields, initializer_range=0.02)
+    save_tiny(student, model, AutoTokenizer.from_pretrained(teacher))
+    path = write_records(tmp_path / "records.jsonl", *RECORDS)
+    return DistillConfig(
+        student=str(student),
+        teacher=str(teacher),
+        data=DataConfig(train=(path,), eval=(path,), cache_dir=str(tmp_path / "cache")),
+        max_length=128,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=12,
+        eval_steps=2,
+        learning_rate=1e-2,
+        kd_weight=0.9,
+        temperature=1.0,
+        label_smoothing=0.0,
+        use_ema=False,
+        output_dir=str(tmp_path / "run"),
     )
-    tokenizer.save_pretrained(student)
-    path = write_records(tmp_path / "records.jsonl", *records)
-    data = {"train": path, "eval": path, "cache_dir": str(tmp_path / "cache")}
-    settings: dict[str, Any] = {
-        "student": str(student),
-        "teacher": str(teacher),
-        "data": data | keys.pop("data", {}),
-        "max_length": 128,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "use_ema": False,
-        "temperature": 1.0,
-        "label_smoothing": 0.0,
-        "output_dir": str(tmp_path / "run"),
-    }
-    return DistillConfig(**(settings | keys))
 
 
 def test_a_student_learns_what_the_teacher_answers(
-    tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
+    config: DistillConfig, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = [
-        {"prompt": say(f"user: {question}"), "completion": say(f"assistant: {answer}")}
-        for question, answer in ANSWERS.items()
-    ]
-    config = make_config(
-        tmp_path, teacher, *records, max_steps=12, eval_steps=2, learning_rate=1e-2, kd_weight=0.9
-    )
     result = distill(config)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     # Each answer ends in the end of its turn and a line end.
     said = [f"{answer}<|im_end|>\n" for answer in ANSWERS.values()]
     learned = sum(len(ids) for ids in tokenizer(said)["input_ids"])
-    chats = [record["prompt"] + record["completion"] for record in records]
+    chats = [record["prompt"] + record["completion"] for record in RECORDS]
     tokens = sum(len(ids) for ids in tokenizer.apply_chat_template(chats)["input_ids"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"4 documents, {tokens:,} tokens, {learned} targets" in shown
@@ -104,19 +105,8 @@ def test_a_student_learns_what_the_teacher_answers(
     assert teacher_row["nll"] is not None and teacher_row["nll"] < 2
     log = map(json.loads, (result.run_dir / "log.jsonl").read_text().splitlines())
     kl = [record["eval/kl"] for record in log if "eval/kl" in record]
-    assert len(kl) == 6 and kl[-1] < 0.7 * kl[0]
+    assert len(kl) == 6 and kl == sorted(kl, reverse=True) and kl[-1] < 0.75 * kl[0]
     assert student_row["kl"] == kl[-1]
     exported: Any = AutoModelForCausalLM.from_pretrained(result.final)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in exported.generation_config.eos_token_id
     assert AutoTokenizer.from_pretrained(result.final).chat_template == tokenizer.chat_template
-
-
-def test_plain_text_ends_as_the_teacher_expects_it(tmp_path: Path, teacher: Path) -> None:
-    """Its eos is the end of a turn, which comes after no plain text that it has read."""
-    texts = [{"text": f"{answer}\n"} for answer in ANSWERS.values()]
-    nll = {}
-    for end in ("<|im_end|>", "<|endoftext|>"):
-        folder = tmp_path / end.strip("<|>")
-        config = make_config(folder, teacher, *texts, max_steps=1, data={"document_end": end})
-        nll[end] = distill(config).results[0]["nll"]
-    assert nll["<|endoftext|>"] < nll["<|im_end|>"]
