@@ -12,6 +12,7 @@ python -m bench overhead        what the trainer adds to a step
 python -m bench startup         CPU time of imports, help texts and a plan
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
                                 ten minutes)
+python -m bench quickstart_instruct     the same, of function bodies after their docstrings
 python -m bench tiles           tile sizes of the row kernels, compared on a GPU
 python -m bench faults          known faults of other libraries, reproduced here, and ours beside
 python -m bench end_to_end      sad distill against other trainers: tokens/s, memory, final quality
@@ -43,6 +44,7 @@ NAMED = {
     "overhead": "bench.training.overhead",
     "startup": "bench.training.startup",
     "quickstart": "bench.training.quickstart",
+    "quickstart_instruct": "bench.training.quickstart_instruct",
     "tiles": "bench.kernels.tiles",
     "faults": "bench.faults",
     "end_to_end": "bench.training.end_to_end",

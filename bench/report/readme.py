@@ -111,8 +111,27 @@ def comparison(results: Path) -> list[str]:
 
 def quickstart(results: Path) -> list[str]:
     result = read(results, "quickstart.json")
+    minutes, gib = max(result["seconds"]) / 60, result["peak_rss_mib"] / 1024
+    return [
+        *_gain("held-out text", result),
+        "",
+        "`python -m bench quickstart` measures this (`bench/results/quickstart.json`): both",
+        "students start from the same weights and see the same batches for 400 steps. A run took",
+        f"at most {minutes:.1f} minutes and {gib:.1f} GiB on {result['machine']['threads']} cores.",
+    ]
+
+
+def quickstart_instruct(results: Path) -> list[str]:
+    """The gain of distillation on completions."""
+    name = "quickstart_instruct.json"
+    result = read(results, name)
+    about = _measured(result, name, result["run"]["command"])
+    return [about, "", *_gain("bodies of held-out functions", result), ""]
+
+
+def _gain(what: str, result: Json) -> list[str]:
     lines = [
-        "| held-out text, mean of three seeds (lowest to highest) | parameters | perplexity "
+        f"| {what}, mean of three seeds (lowest to highest) | parameters | perplexity "
         "| KL to the teacher | same top token as the teacher |",
         "|-|-|-|-|-|",
     ]
@@ -122,14 +141,7 @@ def quickstart(results: Path) -> list[str]:
         cells.append(_mean(row.get("kl"), "{:.2f}"))
         cells.append(_mean(row.get("agreement"), "{:.1f}", 100, " %"))
         lines.append(_line(cells))
-    minutes, gib = max(result["seconds"]) / 60, result["peak_rss_mib"] / 1024
-    return [
-        *lines,
-        "",
-        "`python -m bench quickstart` measures this (`bench/results/quickstart.json`): both",
-        "students start from the same weights and see the same batches for 400 steps. A run took",
-        f"at most {minutes:.1f} minutes and {gib:.1f} GiB on {result['machine']['threads']} cores.",
-    ]
+    return lines
 
 
 def loss(results: Path) -> list[str]:
@@ -247,6 +259,7 @@ def _is_linear(row: Json) -> bool:
 SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "comparison": comparison,
     "quickstart": quickstart,
+    "quickstart_instruct": quickstart_instruct,
     "loss": loss,
     "targets": targets.table,
     "faults": text_of("faults"),

@@ -13,9 +13,9 @@ from sad.metrics import table_metrics
 from sad.training.run import distill
 
 
-def measure(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+def measure(seeds: tuple[int, ...] = (0, 1, 2), recipe: str = "quickstart") -> dict[str, Any]:
     """Mean and per-seed values of every metric of the table."""
-    runs = [_run(seed) for seed in seeds]
+    runs = [_run(recipe, seed) for seed in seeds]
     table = []
     for i, row in enumerate(runs[0]["results"]):
         names = [column.name for column in table_metrics() if row[column.name] is not None]
@@ -25,7 +25,7 @@ def measure(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
             | {m: {"mean": statistics.fmean(v), "seeds": v} for m, v in values.items()}
         )
     return {
-        "case": "quickstart",
+        "case": recipe.replace("-", "_"),
         "seeds": list(seeds),
         "table": table,
         "seconds": [run["seconds"] for run in runs],
@@ -33,9 +33,9 @@ def measure(seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
     }
 
 
-def _run(seed: int) -> dict[str, Any]:
+def _run(recipe: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config("quickstart", ("--output_dir", folder, "--seed", str(seed)))
+        config = load_config(recipe, ("--output_dir", folder, "--seed", str(seed)))
         begin = time.perf_counter()
         results = distill(config).results
         return {"results": results, "seconds": time.perf_counter() - begin}

@@ -148,6 +148,7 @@ RENAMED = {
     "max_train_samples": "data.max_documents",
     "max_eval_samples": "max_eval_rows",
     # TRL
+    "truncation_mode": "data.truncation",
     "model_name_or_path": "student",
     "student_model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher",
@@ -173,6 +174,7 @@ RENAMED = {
     "clip_grad_norm": "max_grad_norm",
     "gradient_clip_val": "max_grad_norm",
     "kd_temperature": "temperature",
+    "add_bos_token": "data.add_special_tokens",
     "ema": "use_ema",
     "resume": "resume_from_checkpoint",
     # names in use for the same thing
@@ -244,6 +246,9 @@ _NO_EARLY_STOPPING = (
 )
 
 
+_LEARNED = "data.completion_only_loss and data.assistant_only_loss say what of a record is learned"
+
+
 EXPLAINED = {
     # transformers
     "load_best_model_at_end": "the best weights are always kept, in RUN_DIR/best",
@@ -263,6 +268,9 @@ EXPLAINED = {
     # TRL
     "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
     "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
+    # Axolotl, LLaMA-Factory
+    "train_on_inputs": _LEARNED,
+    "train_on_prompt": _LEARNED,
     # DistillKit
     "loss_functions": (
         "a weight is ce_weight or kd_weight here, and is not divided by their sum; "

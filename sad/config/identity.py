@@ -75,6 +75,12 @@ def trajectory_changes(old: dict[str, Any], new: DistillConfig) -> list[tuple[st
     having its default: that is how the run behaved before the key existed.
     """
     before = _trajectory_defaults() | flatten(old)
+    # Two keys that once were otherwise. Whether they change anything shows in the fingerprints of
+    # the rows, which are compared as well.
+    if before["data.text_field"] == "text" and new.data.text_field is None:
+        before["data.text_field"] = None  # the former default
+    if "data.add_special_tokens" not in flatten(old):
+        before["data.add_special_tokens"] = new.data.add_special_tokens  # none were added then
     return [
         (key, before[key], value)
         for key, value in _trajectory(new).items()

@@ -32,6 +32,7 @@ whose permission, and change no weight. Every other key decides the trajectory, 
 that only changes rounding, such as ``impl``: a resumed run promises the same bits."""
 
 TextSources = Annotated[tuple[str, ...], INPUT_PATH]
+TextSource = Annotated[NonEmptyStr, INPUT_PATH]
 Distance = Literal["cosine", "relative_mse"]
 
 Pairs = Annotated[
@@ -76,14 +77,16 @@ class DataConfig(Section):
     name = "data"
 
     train: TextSources = ()
-    """Files (such as .txt, .jsonl, .parquet), folders of them, the name of a `datasets` data set,
-    or `python-stdlib`: the source of the standard library of the Python that runs this."""
+    """Files (such as .txt, .json, .jsonl, .parquet), folders of them, the name of a `datasets` data
+    set, or `python-stdlib`: the source of the standard library of the Python that runs this, or
+    `python-stdlib-functions`: its documented functions, of which the bodies are learned."""
     eval: TextSources = ()
     """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
     eval_fraction: FractionBelowOne = 0.05
     """Share of the documents held out for evaluation, chosen by a hash of each document's name."""
-    text_field: NonEmptyStr = "text"
-    """The field that holds the text in records: .jsonl, .parquet and `datasets`."""
+    text_field: NonEmptyStr | None = None
+    """The field that holds the text in records: .json, .jsonl, .parquet and `datasets`. Default,
+    for each record: `messages`, else `prompt` and `completion`, else `text`."""
     document_separator: Annotated[str | None, Constraint("not be empty", bool)] = None
     """Splits a .txt file into documents; without it each file is one document."""
     dataset_config: str | None = None
@@ -94,8 +97,38 @@ class DataConfig(Section):
     """Split of a `datasets` data set named in `eval`."""
     max_documents: PositiveInt | None = None
     """Use only this many documents of `data.train`, chosen by the hash of their names."""
+    completion_only_loss: bool | None = None
+    """Learn completions alone; their prompts are context. Default: true for records with `prompt`
+    and `completion`, the only ones it applies to."""
+    assistant_only_loss: bool = False
+    """Learn only what the assistant says in conversations. Needs a chat template that marks it with
+    `{% generation %}`."""
+    chat_template_path: TextSource | None = None
+    """A Jinja file, or a folder or id of a tokenizer, whose chat template makes text of messages.
+    Default: the tokenizer's own. The exported student has the one that was used."""
+    chat_template: NonEmptyStr | None = None
+    """The chat template itself, in place of `data.chat_template_path`."""
+    truncation: Literal["drop", "keep_start", "keep_end"] = "drop"
+    """What becomes of conversations, and of prompts with their completions, that are longer than
+    `max_length`: they are left out, or their beginning or end is kept. Each is counted."""
+    add_special_tokens: bool = True
+    """Begin a document of text as `tokenizer(text)` does, with BOS for many tokenizers. Chat
+    templates bring their own."""
+    document_end: NonEmptyStr | None = None
+    """The token that ends a document of text, such as `<|endoftext|>`. Default: the tokenizer's end
+    of text. Chat templates bring their own."""
     cache_dir: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            "data.chat_template",
+            "be left out with data.chat_template_path",
+            self.chat_template,
+            "give one of the two",
+            holds=self.chat_template is None or self.chat_template_path is None,
+        )
 
 
 # Structural losses. With a weight of 0, the default, nothing is captured or computed for one. By

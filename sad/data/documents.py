@@ -14,23 +14,32 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from sad.config.sections import DataConfig
-from sad.data.formats import READERS, Document
-from sad.data.formats.base import import_extra, require_field, require_text
+from sad.data.formats import READERS, Document, reader_of
+from sad.data.formats.base import columns_to_read, document_of, import_extra, record_of_row
+from sad.data.formats.json_file import NoRecordsError
+from sad.data.stdlib import functions_of
 from sad.environment import quiet_libraries
 from sad.errors import UnfitError, UsageError, one_line
 
 STDLIB = "python-stdlib"
+STDLIB_FUNCTIONS = "python-stdlib-functions"
 
 SourceKey = Literal["train", "eval"]
 """The key of ``DataConfig`` that names the sources: ``data.train`` or ``data.eval``."""
 
+Report = Callable[[str], None]
+"""What takes a line for the user."""
 
-def read_documents(config: DataConfig, key: SourceKey) -> Iterator[Document]:
+
+def read_documents(
+    config: DataConfig, key: SourceKey, report: Report = lambda _: None
+) -> Iterator[Document]:
     """Every document of the sources under ``config.train`` or ``config.eval``.
 
     Sources come in the order given, files of a folder sorted by path, records in file order.
     Documents that are empty or white space are left out. Text is UTF-8; in text files a byte order
-    mark is dropped and line ends become ``\\n``.
+    mark is dropped and line ends become ``\\n``. ``report`` is told which files of a folder are
+    not read.
 
     Raises ``UsageError`` for a source that is not there or cannot be read by what is installed, and
     ``UnfitError`` with file and line for content that is not as its format has it.
@@ -45,29 +54,27 @@ def read_documents(config: DataConfig, key: SourceKey) -> Iterator[Document]:
         # Two folders may hold files of one name. The first source needs no prefix, so that adding
         # a second does not rename its documents.
         prefix = f"{index}:" if index else ""
-        for name, text in _read_source(source, config, key):
-            if text and not text.isspace():
-                yield Document(prefix + name, text)
+        for document in _read_source(source, config, key, report):
+            if not document.is_empty:
+                yield document._replace(name=prefix + document.name)
 
 
 # Sources
 
 
-def _read_source(source: str, config: DataConfig, key: SourceKey) -> Iterator[Document]:
+def _read_source(
+    source: str, config: DataConfig, key: SourceKey, report: Report
+) -> Iterator[Document]:
     path = Path(source).expanduser()
     if source == STDLIB:
         yield from _read_stdlib()
+    elif source == STDLIB_FUNCTIONS:
+        for document in _read_stdlib():
+            yield from functions_of(document)
     elif path.is_dir():
-        files = _files_under(path, tuple(READERS))
-        if not files:
-            raise UnfitError(
-                f"data.{key} must name folders with {', '.join(READERS)} files, got none in "
-                f"{source}; name another folder"
-            )
-        for name in files:
-            yield from _read_file(path / name, name, config)
+        yield from _read_folder(path, config, key, report)
     elif path.exists():
-        if path.suffix.lower() not in READERS:
+        if reader_of(path.name) is None:
             raise UsageError(
                 f"data.{key} must name {', '.join(READERS)} files, got {source}; convert it, or "
                 "rename it if it holds plain text"
@@ -79,6 +86,35 @@ def _read_source(source: str, config: DataConfig, key: SourceKey) -> Iterator[Do
         )
     else:
         yield from _read_dataset(source, config, key)
+
+
+def _read_folder(
+    folder: Path, config: DataConfig, key: SourceKey, report: Report
+) -> Iterator[Document]:
+    left_out: list[str] = []
+    readable = False
+    for name in _files_under(folder):
+        if reader_of(name) is None:
+            left_out.append(name)
+            continue
+        try:
+            yield from _read_file(folder / name, name, config)
+            readable = True
+        except NoRecordsError:  # a configuration, say, that lies beside the text
+            left_out.append(name)
+    if not readable:
+        raise UnfitError(
+            f"data.{key} must name folders with {', '.join(READERS)} files of text, got "
+            f"{_some(left_out) if left_out else 'none'} in {folder}; name another folder"
+        )
+    if left_out:
+        report(f"data.{key}: not read in {folder}: {_some(left_out)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _looks_like_path(source: str) -> bool:
@@ -93,7 +129,7 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _files_under(
-    folder: Path, suffixes: tuple[str, ...], skip: Callable[[str], bool] = lambda _: False
+    folder: Path, suffixes: tuple[str, ...] = ("",), skip: Callable[[str], bool] = lambda _: False
 ) -> list[str]:
     """Sorted paths relative to ``folder``, with ``/``. Hidden and skipped names are passed over."""
 
@@ -114,7 +150,9 @@ def _files_under(
 
 def _read_file(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
     try:
-        yield from READERS[path.suffix.lower()](path, name, config)
+        reader = reader_of(path.name)
+        assert reader is not None, path
+        yield from reader(path, name, config)
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -145,11 +183,10 @@ def _read_dataset(name: str, config: DataConfig, key: SourceKey) -> Iterator[Doc
             f"'{name}' ({one_line(error)}); check the spelling, data.dataset_config and "
             f"data.{split_key}, and the connection"
         ) from error
-    field = config.text_field
-    require_field(field, dataset.column_names, f"data set {name}")
-    for row, record in enumerate(dataset.select_columns([field])):
-        text = require_text(record[field], field, f"data set {name}, row {row}")
-        yield Document(f"{name}:{row}", text)
+    columns = columns_to_read(dataset.column_names, config, f"data set {name}")
+    for row, record in enumerate(dataset.select_columns(columns)):
+        where = f"data set {name}, row {row}"
+        yield document_of(record_of_row(record), config, f"{name}:{row}", where)
 
 
 def _read_stdlib() -> Iterator[Document]:

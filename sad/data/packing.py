@@ -1,36 +1,49 @@
 """Tokenizing documents and packing them into rows, written to a folder once.
 
-Every document is tokenized and ended by the end-of-text token. All of them are concatenated into
-one token stream, and a row is a window of at most ``L = max_length`` inputs on it. The target of an
-input is the next token of the stream, if that belongs to the same document: each token except the
-first of a document is a target exactly once, wherever rows are cut.
+A document of text is tokenized as ``tokenizer(text)`` would, BOS included, and ended by one token;
+a conversation is what the chat template makes of it. All documents are concatenated into one token
+stream, and a row is a window of at most ``L = max_length`` inputs on it. The target of an input is
+the next token of the stream, if that belongs to the same document and is learned: not BOS, and not
+the *context* of a conversation, which its prompt is.
 
-* Packed: row ``r`` begins at input ``r * L``. Several documents share a row without attending to
-  each other; a long one goes on in the next row, where it does not see its beginning.
-* Not packed: a row holds one document; one longer than L goes on in the next rows.
+* Packed: several documents share a row without attending to each other. A text that does not end
+  there goes on in the next row, where it does not see its beginning. A conversation, or a prompt
+  with its completion, is never cut: one that does not fit into the row begins the next.
+* Not packed: a row holds one document; a text longer than L goes on in the next rows.
 
-Only a row that runs out of inputs is padded, on the right.
+Conversations longer than L are left out or cut (``data.truncation``), and so are those in which
+nothing is learned; the index counts them.
 
-The folder holds the stream, the offsets of its documents, the number of UTF-8 bytes of each row's
-targets, and an index with a hash of each file. Rows are not stored: ``cut_rows`` computes them.
+The folder holds the stream, the offsets of its documents, the places where a new row begins in
+spite of room in the last, the spans of context, the number of UTF-8 bytes of each row's targets,
+and an index with a hash of each file. Rows are not stored: ``cut_rows`` computes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from sad.config.sections import DataConfig
+from sad.data.chat import RenderedConversation, render
 from sad.data.documents import Document
+from sad.data.formats.base import TEXT
 from sad.data.split import DocumentSet
-from sad.data.tokenizers import fingerprint, valid_vocab
+from sad.data.stream import Affixes, ConversationTokens, TokenPiece, TokenStream, describe_counts
+from sad.data.tokenizers import (
+    document_end_id,
+    fingerprint,
+    special_affixes,
+    special_ids,
+    valid_vocab,
+)
 from sad.errors import UnfitError
 
 FORMAT = 1
@@ -39,22 +52,53 @@ FORMAT = 1
 INDEX = "index.json"
 TOKENS = "tokens.bin"  # the stream, in the index's token_dtype
 DOCUMENTS = "documents.bin"  # int64: where each document begins in the stream
+ROW_STARTS = "row_starts.bin"  # int64: documents before which the last row ends; packed rows only
+CONTEXT = "context.bin"  # int64 pairs: spans of the stream that are no targets
 TARGET_BYTES = "target_bytes.bin"  # int64, one per row
+
+CONVERSATION_FORMAT = 1
+"""The same for conversations alone."""
 
 _BATCH_CHARS = 1 << 18  # a token takes about 0.8 KB until it is written (transformers 5.23)
 _BATCH_TEXTS = 4096
 
 
 def fingerprint_rows(
-    documents: DocumentSet, tokenizer: PreTrainedTokenizerFast, max_length: int, *, packing: bool
+    documents: DocumentSet,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    *,
+    packing: bool,
+    config: DataConfig,
 ) -> str:
-    """Hash of everything that decides the rows' content: 32 hexadecimal digits."""
+    """Hash of everything that decides the rows' content: 32 hexadecimal digits.
+
+    What changes nothing for these documents is left out, so that rows that were packed before a key
+    existed keep their name, and a run on them can be resumed.
+    """
+    deciding: dict[str, Any] = {}
+    if config.add_special_tokens and any(special_affixes(tokenizer)):
+        deciding["add_special_tokens"] = True
+    end = document_end_id(tokenizer, config.document_end)
+    if end != tokenizer.eos_token_id:
+        deciding["document_end"] = end
+    if documents.kinds != TEXT:
+        deciding["conversations"] = [
+            CONVERSATION_FORMAT,
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            special_ids(tokenizer),
+            config.completion_only_loss,
+            config.assistant_only_loss,
+            config.truncation,
+        ]
     return _digest(
         format=FORMAT,
         documents=documents.digest,
         tokenizer=fingerprint(tokenizer),
         max_length=max_length,
         packing=packing,
+        **deciding,
     )
 
 
@@ -66,36 +110,50 @@ def write_rows(
     max_length: int,
     *,
     packing: bool,
+    config: DataConfig,
 ) -> None:
     """Write the packed rows of ``documents`` to an empty folder; ``name`` is their fingerprint.
 
     Memory hardly grows with the text: documents are tokenized in batches of 2^18 characters. A
-    longer document is cut for that, after the last line end before the limit, which can change a
-    token at the cut.
+    longer text is cut for that, after the last line end before the limit, which can change a token
+    at the cut.
 
-    Raises ``UnfitError`` if the tokenizer has no end-of-text token or the documents give no tokens.
+    Raises ``UnfitError`` if the tokenizer has no end-of-text token, a conversation does not fit the
+    chat template, or the documents give no tokens.
     """
-    end_of_text = tokenizer.eos_token_id
-    if not isinstance(end_of_text, int):
-        raise UnfitError(
-            "tokenizer must have an end-of-text token, got none; set eos_token in its "
-            "tokenizer_config.json"
-        )
+    affixes = Affixes.of(tokenizer, config)
     token_dtype = "<u2" if valid_vocab(tokenizer) <= 1 << 16 else "<i4"
     # Bytes per token are needed until the rows are cut, and only their sums per row are kept.
     token_bytes = folder / "token_bytes.bin"
     with (folder / TOKENS).open("wb") as ids_file, token_bytes.open("wb") as sizes_file:
+        stream = TokenStream(
+            ids_file, sizes_file, token_dtype, max_length, affixes, config.truncation
+        )
         bar = tqdm(documents, desc="tokenizing", unit=" documents", leave=False, disable=None)
-        pieces = _tokenize(bar, tokenizer)
-        stream = _write_stream(pieces, end_of_text, token_dtype, ids_file, sizes_file)
+        for piece in _tokenize(bar, tokenizer, config):
+            stream.add(piece)
+    stream.warn()
     if stream.num_tokens == 0:
+        if any(stream.counts.values()):
+            raise UnfitError(
+                f"data must hold a conversation that can be learned from, got "
+                f"{describe_counts(stream.counts, max_length)} among {len(documents)} documents; "
+                "raise max_length, or set data.truncation"
+            )
         raise UnfitError(
             f"data must hold text that the tokenizer knows, got no token from {len(documents)} "
             "documents; choose another tokenizer"
         )
-    stream.documents.tofile(folder / DOCUMENTS)
-    rows = cut_rows(stream.documents, stream.num_tokens, max_length, packing=packing)
-    _sum_over_targets(token_bytes, *rows).tofile(folder / TARGET_BYTES)
+    arrays = {DOCUMENTS: np.array(stream.documents, dtype="<i8")}
+    if stream.context:
+        arrays[CONTEXT] = np.array(stream.context, dtype="<i8")
+    if len(stream.row_starts) > 1 and packing:
+        arrays[ROW_STARTS] = np.array(stream.row_starts, dtype="<i8")
+    breaks = row_breaks(arrays[DOCUMENTS], arrays.get(ROW_STARTS), packing=packing)
+    rows = cut_rows(breaks, stream.num_tokens, max_length)
+    arrays[TARGET_BYTES] = _sum_over_targets(token_bytes, *rows)
+    for file_name, content in arrays.items():
+        content.tofile(folder / file_name)
     token_bytes.unlink()
 
     # Written last: a folder without its index is never read.
@@ -105,7 +163,9 @@ def write_rows(
         "packing": packing,
         "token_dtype": token_dtype,
         "max_token_id": stream.max_token_id,
-        "files": {n: _file_digest(folder / n) for n in (TOKENS, DOCUMENTS, TARGET_BYTES)},
+        "end_tokens": sorted(stream.end_tokens),
+        "counts": stream.counts,
+        "files": {n: _file_digest(folder / n) for n in (TOKENS, *arrays)},
     }
     content = json.dumps(index | {"digest": _digest(**index)}, indent=2)
     (folder / INDEX).write_text(content, encoding="utf-8")
@@ -137,59 +197,27 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def cut_rows(
-    documents: np.ndarray, num_tokens: int, max_length: int, *, packing: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def row_breaks(
+    documents: np.ndarray, row_starts: np.ndarray | None, *, packing: bool
+) -> np.ndarray:
+    """Positions of the stream where a new row begins whatever room the last one has left."""
+    if not packing:
+        return documents
+    return documents[:1] if row_starts is None else row_starts
+
+
+def cut_rows(breaks: np.ndarray, num_tokens: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """First input and number of inputs of each row, both [rows].
 
-    The last token of a stream is never an input, and unpacked neither is that of a document: it
-    has no target.
+    From one break to the next, rows follow each other without a gap. The last token before a break
+    is never an input: it has no target.
     """
-    if packing:
-        starts = np.arange(0, num_tokens - 1, max_length)
-        return starts, np.minimum(max_length, num_tokens - 1 - starts)
-    inputs = np.diff(documents, append=num_tokens) - 1
+    inputs = np.diff(breaks, append=num_tokens) - 1
     rows = -(-inputs // max_length)  # rounded up
-    document = np.repeat(np.arange(len(documents)), rows)
-    row_in_document = np.arange(len(document)) - np.repeat(np.cumsum(rows) - rows, rows)
-    offset = row_in_document * max_length
-    return documents[document] + offset, np.minimum(max_length, inputs[document] - offset)
-
-
-class _Stream(NamedTuple):
-    documents: np.ndarray  # int64: where each begins
-    num_tokens: int
-    max_token_id: int
-
-
-def _write_stream(
-    pieces: Iterable[_TokenPiece],
-    end_of_text: int,
-    token_dtype: str,
-    ids_file: BinaryIO,
-    sizes_file: BinaryIO,
-) -> _Stream:
-    """Write the token ids and, as uint32, the UTF-8 bytes that each of them stands for.
-
-    The first token of a document, which is never a target, and end-of-text, which stands for no
-    text, get 0 bytes. A document without tokens leaves nothing in the stream.
-    """
-    starts, num_tokens, max_token_id = array("q"), 0, 0
-    in_document = False
-    for ids, sizes, ends_document in pieces:
-        if not in_document and len(ids):
-            in_document = True
-            starts.append(num_tokens)
-            sizes[0] = 0  # never a target
-        if in_document and ends_document:
-            in_document = False
-            ids = np.append(ids, end_of_text)
-            sizes = np.append(sizes, 0)
-        ids_file.write(ids.astype(token_dtype).tobytes())
-        sizes_file.write(sizes.astype("<u4").tobytes())
-        num_tokens += len(ids)
-        max_token_id = max(max_token_id, int(ids.max(initial=0)))
-    return _Stream(np.array(starts, dtype="<i8"), num_tokens, max_token_id)
+    part = np.repeat(np.arange(len(breaks)), rows)
+    row_in_part = np.arange(len(part)) - np.repeat(np.cumsum(rows) - rows, rows)
+    offset = row_in_part * max_length
+    return breaks[part] + offset, np.minimum(max_length, inputs[part] - offset)
 
 
 def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -210,47 +238,116 @@ class _TextPiece(NamedTuple):
 
     text: str
     ends_document: bool
-
-
-class _TokenPiece(NamedTuple):
-    """The tokens of a ``_TextPiece``."""
-
-    ids: np.ndarray  # int64
-    sizes: np.ndarray  # int64: UTF-8 bytes that each token stands for
-    ends_document: bool
+    conversation: Document | None = None  # whose text is not rendered yet
 
 
 def _tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[_TokenPiece]:
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, config: DataConfig
+) -> Iterator[TokenPiece]:
     for pieces in _batches(documents):
-        yield from _tokenize_batch(pieces, tokenizer)
+        yield from _tokenize_batch(pieces, tokenizer, config)
 
 
 def _tokenize_batch(
-    pieces: Sequence[_TextPiece], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[_TokenPiece]:
+    pieces: Sequence[_TextPiece], tokenizer: PreTrainedTokenizerFast, config: DataConfig
+) -> Iterator[TokenPiece]:
+    rendered = [
+        None if piece.conversation is None else render(piece.conversation, tokenizer, config)
+        for piece in pieces
+    ]
+    texts = [
+        piece.text if conversation is None else conversation.text
+        for piece, conversation in zip(pieces, rendered, strict=True)
+    ]
+    encoded = _encode(texts, tokenizer)
+    prompts = _encode([r.prompt for r in rendered if r is not None and r.prompt], tokenizer)
+    special = special_ids(tokenizer) if any(rendered) else []
+    for piece, conversation, text, (ids, offsets) in zip(
+        pieces, rendered, texts, encoded, strict=True
+    ):
+        tokens = np.array(ids, dtype=np.int64)
+        sizes = _utf8_bytes(text, offsets)
+        if piece.conversation is None or conversation is None:
+            yield TokenPiece(tokens, sizes, piece.ends_document)
+            continue
+        prompt = next(prompts)[0] if conversation.prompt else []
+        name = piece.conversation.name
+        _require_prefix(prompt, ids, name, tokenizer)
+        learned = _learned(conversation, offsets, len(prompt))
+        end_token = None
+        if conversation.from_template:
+            is_special = np.isin(tokens, special)
+            sizes = np.where(is_special, 0, sizes)  # they stand for no text
+            end_token = _end_token(tokens, is_special & learned, text, offsets)
+        details = name, learned, conversation.from_template, end_token, conversation.empty_turns
+        yield TokenPiece(tokens, sizes, True, ConversationTokens(*details))
+
+
+Offsets = Sequence[tuple[int, int]]
+"""First character of each token, and the one after its last."""
+
+
+def _encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[list[int], Offsets]]:
+    if not texts:
+        return
     encoded = tokenizer(
-        [piece.text for piece in pieces],
+        texts,
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=True,
         verbose=False,  # it would warn of texts longer than the model's context
     )
-    every_ids, every_offsets = encoded["input_ids"], encoded["offset_mapping"]
-    for piece, ids, offsets in zip(pieces, every_ids, every_offsets, strict=True):
-        sizes = _utf8_bytes(piece.text, offsets)
-        yield _TokenPiece(np.array(ids, dtype=np.int64), sizes, piece.ends_document)
+    yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def _learned(conversation: RenderedConversation, offsets: Offsets, num_prompt: int) -> np.ndarray:
+    """Whether each token of a conversation is a target: in one of its spans, past its prompt."""
+    learned = np.ones(len(offsets), dtype=bool)
+    if conversation.spans is not None:
+        bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        learned[:] = False
+        for start, end in conversation.spans:
+            learned |= (bounds[:, 0] < end) & (bounds[:, 1] > start)
+    learned[:num_prompt] = False
+    return learned
+
+
+def _end_token(ids: np.ndarray, candidates: np.ndarray, text: str, offsets: Offsets) -> int | None:
+    """The last of the special tokens that are learned, if only white space comes after it."""
+    for last in np.flatnonzero(candidates)[-1:]:
+        if not text[offsets[last][1] :].strip():
+            return int(ids[last])
+    return None
+
+
+def _require_prefix(
+    prompt: Sequence[int], ids: Sequence[int], name: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Raise ``UnfitError`` unless ``ids`` begin with those of the prompt alone: the student would
+    learn to go on from what it never gets to see."""
+    same = 0
+    while same < len(prompt) and prompt[same : same + 1] == ids[same : same + 1]:
+        same += 1
+    if same < len(prompt):
+        alone, joined = (tokenizer.decode(tokens[same : same + 8]) for tokens in (prompt, ids))
+        raise UnfitError(
+            f"{name} must begin with the tokens of its prompt alone, got {joined!r} where the "
+            f"prompt alone has {alone!r}; end the prompt where a token ends (move white space to "
+            "the completion), or take a chat template that writes a prompt as it does before an "
+            "answer"
+        )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[_TextPiece]]:
     batch: list[_TextPiece] = []
     chars = 0
     for document in documents:
-        for piece in _pieces(document.text):
+        for piece in _pieces(document):
             batch.append(piece)
-            chars += len(piece.text)
+            chars += _num_chars(piece)
             if chars >= _BATCH_CHARS or len(batch) >= _BATCH_TEXTS:
                 yield batch
                 batch, chars = [], 0
@@ -258,8 +355,20 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[_TextPiece]]:
         yield batch
 
 
-def _pieces(text: str) -> Iterator[_TextPiece]:
+def _num_chars(piece: _TextPiece) -> int:
+    """Characters of a piece; of a conversation, about as many."""
+    document = piece.conversation
+    if document is None or document.conversation is None:
+        return len(piece.text)
+    return len(document.conversation.to_json())
+
+
+def _pieces(document: Document) -> Iterator[_TextPiece]:
     """Cut a text after line ends, where there are any, into pieces of ``_BATCH_CHARS`` at most."""
+    if document.conversation is not None:
+        yield _TextPiece("", ends_document=True, conversation=document)
+        return
+    text = document.text
     start = 0
     while len(text) - start > _BATCH_CHARS:
         limit = start + _BATCH_CHARS
@@ -269,7 +378,7 @@ def _pieces(text: str) -> Iterator[_TextPiece]:
     yield _TextPiece(text[start:], ends_document=True)
 
 
-def _utf8_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+def _utf8_bytes(text: str, offsets: Offsets) -> np.ndarray:
     """UTF-8 bytes of ``text`` that each token stands for, int64; they add up to its length.
 
     Offsets count characters. Tokens that share a character (byte tokens) have equal offsets: the

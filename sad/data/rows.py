@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,18 +24,24 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.checkpoint.atomic_files import TEMPORARY, describe
 from sad.config.schema import DistillConfig
+from sad.config.sections import DataConfig
 from sad.data.batch import IGNORE_INDEX, Batch, LossCounts
+from sad.data.formats.base import COMPLETION, MESSAGES
 from sad.data.packing import (
+    CONTEXT,
     DOCUMENTS,
+    ROW_STARTS,
     TARGET_BYTES,
     TOKENS,
     cut_rows,
     fingerprint_rows,
     read_index,
+    row_breaks,
     write_rows,
 )
 from sad.data.split import DocumentSet, split_documents
-from sad.errors import OutputError
+from sad.data.stream import describe_counts
+from sad.errors import OutputError, UnfitError
 
 _WEEK = 7 * 24 * 3600.0
 
@@ -60,14 +67,19 @@ class PackedRows:
         self._tokens = np.memmap(folder / TOKENS, dtype=index["token_dtype"], mode="r")
         self._documents = np.fromfile(folder / DOCUMENTS, dtype="<i8")  # where each begins
         self._ends = np.append(self._documents[1:], len(self._tokens))
-        self._starts, self._lengths = cut_rows(
-            self._documents, len(self._tokens), self.max_length, packing=index["packing"]
+        self._context = _read_array(folder, CONTEXT, index)  # spans: begin, end, begin, end ...
+        row_starts = _read_array(folder, ROW_STARTS, index)
+        breaks = row_breaks(
+            self._documents, row_starts if len(row_starts) else None, packing=index["packing"]
         )
-        # Every input has a target, except the last token of a document.
-        last_tokens = self._ends - 1
+        self._starts, self._lengths = cut_rows(breaks, len(self._tokens), self.max_length)
+        self.counts_left_out: dict[str, int] = index.get("counts", {})
+        self.end_tokens: list[int] = index.get("end_tokens", [])
+        # The targets of inputs [start, start + length) are the tokens one further on.
+        not_learned = _Spans.union(self._documents, self._context)
         self.num_targets = self._lengths - (
-            np.searchsorted(last_tokens, self._starts + self._lengths)
-            - np.searchsorted(last_tokens, self._starts)
+            not_learned.tokens_before(self._starts + self._lengths + 1)
+            - not_learned.tokens_before(self._starts + 1)
         )
         # Segments are what lies between cuts: the beginnings of documents, and the row bounds.
         ends = self._starts + self._lengths
@@ -92,6 +104,20 @@ class PackedRows:
     def num_tokens(self) -> int:
         return len(self._tokens)
 
+    @property
+    def padding(self) -> float:
+        """Share of the rows' positions that hold no input."""
+        return 1 - int(self._lengths.sum()) / (len(self) * self.max_length)
+
+    @property
+    def left_out(self) -> str:
+        """What was left out or cut of the conversations, in words; nothing for nothing."""
+        return describe_counts(self.counts_left_out, self.max_length)
+
+    def _learned(self, at: np.ndarray) -> np.ndarray:
+        """Whether the tokens at these places of the stream are no context."""
+        return np.searchsorted(self._context, at, side="right") % 2 == 0
+
     def counts(self, row_numbers: Sequence[int] | np.ndarray) -> LossCounts:
         """The loss denominators of a batch of these rows, without reading their tokens."""
         rows = np.asarray(row_numbers, dtype=np.int64)
@@ -113,7 +139,7 @@ class PackedRows:
         # no token before it sees it, so neither its ids nor its positions matter.
         at = start + np.minimum(column, length - 1)  # [B, L], positions in the stream
         document = np.searchsorted(self._documents, at, side="right") - 1
-        has_target = (column < length) & (at + 1 < self._ends[document])
+        has_target = (column < length) & (at + 1 < self._ends[document]) & self._learned(at + 1)
         labels = np.where(has_target, self._tokens[at + 1].astype(np.int64), IGNORE_INDEX)
         positions = column - (np.maximum(self._documents[document], start) - start)
         return Batch(
@@ -124,6 +150,35 @@ class PackedRows:
             counts=self.counts(rows),
             target_bytes=int(self.target_bytes[rows].sum()),
         )
+
+
+class _Spans(NamedTuple):
+    """Spans of the stream, in order, none of which overlap."""
+
+    begins: np.ndarray  # int64
+    ends: np.ndarray  # int64
+
+    @classmethod
+    def union(cls, documents: np.ndarray, context: np.ndarray) -> _Spans:
+        """The context and the first token of each document, which is in the context or is not."""
+        alone = documents[np.searchsorted(context, documents, side="right") % 2 == 0]
+        begins = np.concatenate([alone, context[0::2]])
+        order = np.argsort(begins, kind="stable")
+        return cls(begins[order], np.concatenate([alone + 1, context[1::2]])[order])
+
+    def tokens_before(self, at: np.ndarray) -> np.ndarray:
+        """How many tokens of the spans lie before each of these places."""
+        total = np.concatenate([[0], np.cumsum(self.ends - self.begins)])
+        number = np.searchsorted(self.begins, at)  # of spans that begin before
+        beyond = np.maximum(np.append(0, self.ends)[number] - at, 0)  # of the last of them
+        return total[number] - beyond
+
+
+def _read_array(folder: Path, name: str, index: dict[str, Any]) -> np.ndarray:
+    """A file of int64 that only some rows have."""
+    if name not in index["files"]:
+        return np.zeros(0, dtype="<i8")
+    return np.fromfile(folder / name, dtype="<i8")
 
 
 def epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
@@ -148,6 +203,8 @@ def load_rows(
 ) -> tuple[PackedRows, PackedRows]:
     """Training rows and held-out rows; raises like ``split_documents`` and ``pack_documents``."""
     cache = _cache_directory(config.data.cache_dir)
+    sides = split_documents(config.data)
+    _require_use(config.data, sides)
     train, held_out = (
         pack_documents(
             documents,
@@ -155,10 +212,25 @@ def load_rows(
             max_length=config.max_length,
             packing=config.packing,
             cache_dir=cache,
+            config=config.data,
         )
-        for documents in split_documents(config.data)
+        for documents in sides
     )
     return train, held_out
+
+
+def _require_use(config: DataConfig, sides: Sequence[DocumentSet]) -> None:
+    """Raise ``UnfitError`` if a key says what is learned of records that there are none of."""
+    kinds = frozenset().union(*(documents.kinds for documents in sides))
+    for key, on, kind, records in (
+        ("completion_only_loss", config.completion_only_loss, COMPLETION, "prompt and completion"),
+        ("assistant_only_loss", config.assistant_only_loss, MESSAGES, "messages"),
+    ):
+        if on and not kinds & kind:
+            raise UnfitError(
+                f"data.{key} must be left out for data without {records}, got no such record; "
+                "leave it out, or rename the fields"
+            )
 
 
 def pack_documents(
@@ -168,13 +240,17 @@ def pack_documents(
     max_length: int,
     packing: bool,
     cache_dir: Path,
+    config: DataConfig = DataConfig(),  # noqa: B008 it is frozen
 ) -> PackedRows:
     """Packed rows of ``documents``, from the cache if it has them undamaged.
 
-    Raises ``UnfitError`` if the tokenizer has no end-of-text token or the documents give no tokens,
-    and ``OutputError`` if the cache cannot be written.
+    Of ``config`` the keys count that say what documents become: special tokens, chat template,
+    what is learned. Raises ``UnfitError`` if the tokenizer has no end-of-text token, a conversation
+    does not fit the chat template or the documents give no tokens, and ``OutputError`` if the cache
+    cannot be written.
     """
-    name = fingerprint_rows(documents, tokenizer, max_length, packing=packing)
+    options: Any = {"packing": packing, "config": config}
+    name = fingerprint_rows(documents, tokenizer, max_length, **options)
     folder = cache_dir / f"rows-{name}"
     rows = _from_cache(folder)
     if rows is not None:
@@ -185,7 +261,7 @@ def pack_documents(
     try:
         tmp.mkdir(parents=True)
         _sweep(cache_dir)
-        write_rows(tmp, name, documents, tokenizer, max_length, packing=packing)
+        write_rows(tmp, name, documents, tokenizer, max_length, **options)
         return _publish(tmp, folder)
     except OSError as error:
         raise OutputError(

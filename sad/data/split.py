@@ -7,22 +7,29 @@ between 16 bytes are kept of each.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 
 from sad.config.sections import DataConfig
 from sad.data.documents import Document, SourceKey, read_documents
+from sad.data.formats.base import TEXT
 from sad.errors import UnfitError
+
+logger = logging.getLogger(__name__)
 
 
 class DocumentSet:
     """The training or the held-out documents; may be iterated any number of times.
 
     ``selected`` is a mask over the documents that ``read_documents(config, key)`` yields, and
-    ``source_digest`` the hash of all their texts. An iteration that reads other texts than were
-    hashed raises ``UnfitError`` at its end.
+    ``source_digest`` the hash of all of them. An iteration that reads others than were hashed
+    raises ``UnfitError`` at its end.
     """
+
+    kinds: frozenset[str] = TEXT
+    """The ``Document.kind`` of all documents of the source together."""
 
     def __init__(
         self,
@@ -30,7 +37,9 @@ class DocumentSet:
         key: SourceKey,
         selected: np.ndarray,  # bool [documents read]
         source_digest: str,
+        kinds: frozenset[str] = TEXT,
     ) -> None:
+        self.kinds = kinds
         self._config = config
         self._key: SourceKey = key
         self._selected = selected
@@ -48,7 +57,7 @@ class DocumentSet:
     def __iter__(self) -> Iterator[Document]:
         digest = _TextDigest()
         for index, document in enumerate(read_documents(self._config, self._key)):
-            digest.add(document.text)
+            digest.add(document)
             if index < len(self._selected) and self._selected[index]:
                 yield document
         # Text that changed on disk would make the rows differ from their fingerprint.
@@ -70,13 +79,13 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
 
     Raises ``UnfitError`` if a set would be empty, and whatever ``read_documents`` raises.
     """
-    names, digest = _hash_documents(config, "train")
+    names, digest, kinds = _hash_documents(config, "train")
     selected = _smallest(names["limit"], config.max_documents)
     if config.eval:
-        eval_names, eval_digest = _hash_documents(config, "eval")
+        eval_names, *eval_rest = _hash_documents(config, "eval")
         everything = np.ones(len(eval_names), dtype=bool)
-        train = DocumentSet(config, "train", selected, digest)
-        return train, DocumentSet(config, "eval", everything, eval_digest)
+        train = DocumentSet(config, "train", selected, digest, kinds)
+        return train, DocumentSet(config, "eval", everything, *eval_rest)
 
     if selected.sum() < 2:
         raise UnfitError(
@@ -86,8 +95,8 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
         )
     held_out = _held_out(names["split"], selected, config.eval_fraction)
     return (
-        DocumentSet(config, "train", selected & ~held_out, digest),
-        DocumentSet(config, "train", selected & held_out, digest),
+        DocumentSet(config, "train", selected & ~held_out, digest, kinds),
+        DocumentSet(config, "train", selected & held_out, digest, kinds),
     )
 
 
@@ -95,20 +104,22 @@ _NAME_HASH = np.dtype([("split", "<u8"), ("limit", "<u8")])
 """The halves of a name's 128-bit hash: one decides on holding out, one on ``max_documents``."""
 
 
-def _hash_documents(config: DataConfig, key: SourceKey) -> tuple[np.ndarray, str]:
-    """Read every document once; return the hashes of their names and one digest of their texts."""
-    hashes, digest = bytearray(), _TextDigest()
-    for document in read_documents(config, key):
+def _hash_documents(config: DataConfig, key: SourceKey) -> tuple[np.ndarray, str, frozenset[str]]:
+    """Read every document once; return the hashes of their names, one digest of all that they
+    hold, and their kinds."""
+    hashes, digest, kinds = bytearray(), _TextDigest(), TEXT - TEXT
+    for document in read_documents(config, key, report=logger.warning):
         hashes += hashlib.blake2b(
             document.name.encode(errors="surrogateescape"), digest_size=16
         ).digest()
-        digest.add(document.text)
+        digest.add(document)
+        kinds |= document.kind
     if not hashes:
         raise UnfitError(
             f"data.{key} must hold text, got no document in {', '.join(getattr(config, key))} "
             "that is not empty; name other files"
         )
-    return np.frombuffer(hashes, dtype=_NAME_HASH), digest.hex()
+    return np.frombuffer(hashes, dtype=_NAME_HASH), digest.hex(), kinds
 
 
 def _smallest(hashes: np.ndarray, count: int | None) -> np.ndarray:
@@ -128,14 +139,21 @@ def _held_out(hashes: np.ndarray, candidates_mask: np.ndarray, fraction: float) 
     return held_out
 
 
+_CONVERSATION = b"\xff" * 8
+"""Comes before a conversation in the hash: no text is so long that its length reads like this."""
+
+
 class _TextDigest:
-    """Hash of a sequence of texts; the boundaries between texts count, too."""
+    """Hash of a sequence of documents; the boundaries between them count, too."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
 
-    def add(self, text: str) -> None:
-        encoded = text.encode()
+    def add(self, document: Document) -> None:
+        encoded = document.text.encode()
+        if document.conversation is not None:
+            encoded = document.conversation.to_json().encode()
+            self._hash.update(_CONVERSATION)
         self._hash.update(len(encoded).to_bytes(8, "little"))
         self._hash.update(encoded)
 

@@ -246,6 +246,45 @@ def valid_vocab(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Ids that ``tokenizer(text)`` puts before those of the text, such as BOS, and after them."""
+    probe = "a1."
+    text = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(probe, return_special_tokens_mask=True)
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    first = next((i for i, special in enumerate(added) if not special), len(ids))
+    prefix, suffix = ids[:first], ids[first + len(text) :]
+    assert prefix + text + suffix == ids, (ids, text)
+    return prefix, suffix
+
+
+def document_end_id(tokenizer: PreTrainedTokenizerFast, document_end: str | None) -> int:
+    """The id of the token that ends a document of text; default: the tokenizer's end of text.
+
+    Raises ``UnfitError`` if there is no such token.
+    """
+    if document_end is not None:
+        ids = tokenizer.get_vocab()
+        if document_end not in ids:
+            raise UnfitError(
+                f"data.document_end must be a token of the tokenizer, got {document_end!r}; write "
+                f"one such as {tokenizer.eos_token or END_OF_TEXT}"
+            )
+        return ids[document_end]
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise UnfitError(
+            "tokenizer must have an end-of-text token, got none; name a token in "
+            "data.document_end, or set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of the tokens that stand for no text: end of text, end of turn, and the like."""
+    added = tokenizer.added_tokens_decoder.items()
+    return sorted({i for i, token in added if token.special} | set(tokenizer.all_special_ids))
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Hash of the tokenizer's definition: 32 hexadecimal digits, equal for equal encodings."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -141,7 +141,11 @@ def _untrained_parts(model: Any) -> list[Line]:
 
 def _text_line(rows: PackedRows) -> str:
     targets = int(rows.num_targets.sum())
-    return f"{rows.num_documents:,} documents, {targets:,} targets in {len(rows):,} rows"
+    line = (
+        f"{rows.num_documents:,} documents, {rows.num_tokens:,} tokens, {targets:,} targets in "
+        f"{len(rows):,} rows, {rows.padding:.1%} padding"
+    )
+    return f"{line} ({rows.left_out})" if rows.left_out else line
 
 
 def _batch_line(config: DistillConfig) -> str:

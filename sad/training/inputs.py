@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.data.batch import Batch
+from sad.data.chat import set_chat_template
 from sad.data.rows import PackedRows, epoch_permutation, load_rows
 from sad.data.tokenizers import (
     fingerprint,
@@ -90,6 +91,7 @@ def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: No
     if config.teacher is not None:
         read_model_config(config, "teacher")
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
+    set_chat_template(tokenizer, config.data)
     vocabulary = valid_vocab(tokenizer)
     notes = _compare_with_student(config, tokenizer)
     teacher = eval_teacher = None

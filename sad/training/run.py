@@ -28,6 +28,7 @@ from sad.environment import StopSignals, memory_now, seed_everything
 from sad.errors import OutputError, SadError, StoppedError, one_line
 from sad.models.load import load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
+from sad.models.stop_tokens import add_stop_tokens
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, predicted_peak, run_header
 from sad.report.log import RunLog
@@ -227,6 +228,7 @@ def _train(
     precision = Precision(config, inputs.device)
     teacher = None if inputs.teacher is None else inputs.teacher.model
     student = build_student(config, load_student(config), inputs.valid_vocab, precision, teacher)
+    stop_tokens = add_stop_tokens(student.model, inputs.train_rows.end_tokens, inputs.tokenizer)
     checks = check_models_and_loss(
         student.model,
         teacher,
@@ -267,6 +269,8 @@ def _train(
             tokenizer_notes=inputs.tokenizer_notes,
             balance_note=student.balance_note,
         )
+        if stop_tokens:
+            header.append(("stop tokens", stop_tokens))
         rows = config.per_device_train_batch_size
         log.header(header, rows=(rows, rows) if resumption is None else resumption.rows)
         _warn_of_new_positions(student.model, inputs, log)

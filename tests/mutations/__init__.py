@@ -13,6 +13,7 @@ torch_path.py   losses as torch computes them, and what both implementations sha
 triton_path.py  the kernels of the losses, their launchers and operators
 ema.py          update and swap of a moving average
 trainer.py      the package ``sad``
+text.py         its documents, tokens and rows
 reference.py    the specification and the rule that everything is judged by
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mutations import ema, reference, torch_path, trainer, triton_path
+from mutations import ema, reference, text, torch_path, trainer, triton_path
 from mutations.planting import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -28,6 +29,7 @@ MUTATIONS: list[Mutation] = [
     *triton_path.MUTATIONS,
     *ema.MUTATIONS,
     *trainer.MUTATIONS,
+    *text.MUTATIONS,
     *reference.MUTATIONS,
 ]
 
@@ -99,6 +101,11 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "62": ("numbers that are not finite, under another name or under none", ("trainer",)),
     "63": ("a student whose ids mean other tokens than its text's", ("trainer",)),
     "64": ("experts that are trained without their family's balance", ("trainer",)),
+    "70": ("special tokens around a text that no model was trained with", ("trainer",)),
+    "71": ("targets in what is only context, or none where there should be", ("trainer",)),
+    "72": ("conversations that are cut, or lost without a word", ("trainer",)),
+    "73": ("a student that never stops", ("trainer",)),
+    "74": ("packed rows that are taken for others", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

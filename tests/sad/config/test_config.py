@@ -128,7 +128,8 @@ def test_paths_in_a_file_mean_its_own_folder_first(tmp_path: Path, monkeypatch: 
     assert loaded.data.train == (str(recipes / "text"), "more")
     assert loaded.output_dir == "text"  # what is written goes where the user is
     assert load(recipes, text, "--student", "model").student == "model"  # the user's own folder
-    paths = ("student", "teacher", "tokenizer", "data.train", "data.eval")
+    data = ("data.train", "data.eval", "data.chat_template_path")
+    paths = ("student", "teacher", "tokenizer", *data)
     assert input_paths(DistillConfig) == paths
 
 
@@ -339,7 +340,7 @@ MAY_CHANGE = {
 def test_keys_that_decide_the_trajectory_are_compared(key: str) -> None:
     old = config()
     new = replace(old, **{key: CHANGED[key]})
-    name, before, after = ("data.text_field", "text", "body") if key == "data" else (key,) * 3
+    name, before, after = ("data.text_field", None, "body") if key == "data" else (key,) * 3
     if key != "data":
         before, after = config_to_dict(old)[key], config_to_dict(new)[key]
     assert trajectory_changes(config_to_dict(old), new) == [(name, before, after)]
@@ -360,6 +361,22 @@ def test_a_key_newer_than_the_checkpoint_had_its_default() -> None:
     del old["z_loss"], old["data"]["max_documents"]
     assert trajectory_changes(old, config()) == []
     assert trajectory_changes(old, config(z_loss=0.1)) == [("z_loss", 0.0, 0.1)]
+
+
+def test_a_run_from_before_conversations_goes_on() -> None:
+    """Its text was in the field `text`, nothing was put before it, and its rows are compared."""
+    old = config_to_dict(config())
+    old["data"]["text_field"] = "text"
+    for key in ("add_special_tokens", "document_end", "truncation", "assistant_only_loss"):
+        del old["data"][key]
+    assert trajectory_changes(old, config()) == []
+    off = config(data={"add_special_tokens": False})
+    assert trajectory_changes(old, off) == []
+    assert trajectory_changes(config_to_dict(config()), off) == [
+        ("data.add_special_tokens", True, False)
+    ]
+    body = config(data={"text_field": "body"})
+    assert trajectory_changes(old, body) == [("data.text_field", "text", "body")]
 
 
 @pytest.mark.parametrize("index", ["", ":0", ":9"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import os
 import re
 import sys
@@ -21,13 +23,24 @@ from sad.config.schema import DataConfig
 from sad.data.documents import read_documents
 from sad.data.formats import READERS, parquet, txt
 from sad.data.formats.base import Document, require_field
+from sad.data.split import split_documents
 from sad.errors import UnfitError, UsageError
 
 
 def read(*sources: Path | str, **options: Any) -> list[tuple[str, str]]:
     """Names and texts of all documents of these sources."""
     config = DataConfig(train=tuple(str(source) for source in sources), **options)
-    return [(name, text) for name, text in read_documents(config, "train")]
+    return [(document.name, document.text) for document in read_documents(config, "train")]
+
+
+def contents(*sources: Path | str, **options: Any) -> list[Any]:
+    """The texts, and what is given of the conversations, of all documents of these sources."""
+    config = DataConfig(train=tuple(str(source) for source in sources), **options)
+    found = [(document.text, document.conversation) for document in read_documents(config, "train")]
+    return [
+        {key: value for key, value in chat._asdict().items() if value is not None} if chat else text
+        for text, chat in found
+    ]
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -86,7 +99,9 @@ class TestJsonLines:
     def test_a_missing_field_names_those_that_are_there(self, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", {"text": "yes"}, {"id": 1, "body": "no"})
         with pytest.raises(
-            UnfitError, match=r"a\.jsonl, line 2 must have the field 'text', got 'id', 'body'; set"
+            UnfitError,
+            match=r"a\.jsonl, line 2 must have the field 'messages', or 'prompt' and 'completion', "
+            r"or 'text', got 'id', 'body'; set data\.text_field",
         ):
             read(path)
 
@@ -123,7 +138,7 @@ class TestParquet:
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
-            ({"id": [1], "body": ["a"]}, "must have the field 'text', got 'id', 'body'; set"),
+            ({"id": [1], "body": ["a"]}, "or 'text', got 'id', 'body'; set data.text_field"),
             ({"text": ["a", None]}, "row 1 must hold text in field 'text', got null"),
             ({"text": [1]}, "row 0 must hold text in field 'text', got int"),
         ],
@@ -147,9 +162,147 @@ class TestParquet:
             read(tmp_path / "a.parquet")
 
 
+HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+class TestRecords:
+    """What a record holds, record by record; the same for every format."""
+
+    def test_a_record_is_read_from_the_first_fields_that_it_has(self, tmp_path: Path) -> None:
+        records = [
+            {"messages": HI, "prompt": "p", "completion": "c", "text": "t"},
+            {"messages": None, "prompt": "p", "completion": "c", "text": "t"},
+            {"prompt": "p", "text": "t"},
+            {"prompt": HI[:1], "completion": HI[1:], "tools": [], "chat_template_kwargs": None},
+            {"messages": HI, "tools": [{"name": "f"}], "chat_template_kwargs": {"a": 1}},
+        ]
+        path = write_jsonl(tmp_path / "a.jsonl", *records)
+        assert contents(path) == [
+            {"messages": HI},
+            {"prompt": "p", "completion": "c"},
+            "t",
+            {"prompt": HI[:1], "completion": HI[1:]},
+            {"messages": HI, "tools": [{"name": "f"}], "template_kwargs": {"a": 1}},
+        ]
+        assert contents(write_jsonl(path, *records[:3]), text_field="text") == ["t", "t", "t"]
+
+    def test_empty_conversations_are_left_out_as_empty_texts_are(self, tmp_path: Path) -> None:
+        empty = [
+            {"messages": []},
+            {"prompt": " ", "completion": ""},
+            {"prompt": [], "completion": []},
+        ]
+        path = write_jsonl(tmp_path / "a.jsonl", *empty, {"prompt": "", "completion": "c"})
+        assert contents(path) == [{"prompt": "", "completion": "c"}]
+
+    @pytest.mark.parametrize(
+        ("record", "message"),
+        [
+            ({"messages": "Hi"}, "hold messages in field 'messages', got str; write a list"),
+            ({"messages": ["Hi"]}, "hold messages in field 'messages', got list of str;"),
+            (
+                {"messages": [{"from": "human", "value": "Hi"}]},
+                "have a 'role' in each message, got 'from', 'value' in message 0 of",
+            ),
+            (
+                {"prompt": "a", "completion": HI},
+                "hold texts or messages in both 'prompt' and 'completion', got str and list;",
+            ),
+            ({"messages": HI, "tools": "f()"}, "hold a list in field 'tools', got str; write"),
+            (
+                {"messages": HI, "chat_template_kwargs": [1]},
+                "hold an object in field 'chat_template_kwargs', got list;",
+            ),
+            ({"prompt": "a"}, "or 'text', got 'prompt'; give each prompt its completion"),
+            (
+                {"conversations": [{"from": "human"}]},
+                "got 'conversations'; rename 'conversations', each with 'role' and 'content', to",
+            ),
+            (
+                {"messages": [{"role": "user", "content": "\ud800"}]},
+                "be Unicode text, got half of a surrogate pair in field 'messages'",
+            ),
+        ],
+    )
+    def test_what_is_no_conversation_is_one_line(
+        self, tmp_path: Path, record: dict[str, Any], message: str
+    ) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", {"text": "a"}, record)
+        with pytest.raises(UnfitError, match=f"a.jsonl, line 2 must .*{message}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+    def test_tables_give_no_message_the_fields_of_another(self, tmp_path: Path) -> None:
+        call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+        table = pa.table({"id": [1, 2], "messages": [[HI[0], call], None], "text": [None, "t"]})
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert contents(tmp_path / "a.parquet") == [{"messages": [HI[0], call]}, "t"]
+
+    def test_the_digest_tells_a_conversation_from_its_json(self, tmp_path: Path) -> None:
+        chat = write_jsonl(tmp_path / "a.jsonl", {"messages": HI})
+        [document] = read_documents(DataConfig(train=(str(chat),)), "train")
+        assert document.conversation is not None
+        (tmp_path / "b.txt").write_text(document.conversation.to_json())
+        other = write_jsonl(tmp_path / "c.jsonl", {"messages": HI[::-1]})
+        digests = {
+            split_documents(DataConfig(train=(str(path),), eval=(str(path),)))[0].digest
+            for path in (chat, tmp_path / "b.txt", other)
+        }
+        assert len(digests) == 3
+
+
+class TestJson:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            '[{"text": "a"}, {"text": "é"}]',
+            '\ufeff[\n  {"text": "a"},\n  {"text": "é"}\n]\n',
+            '{"text": "a"}\n{"text": "é"}\n',
+        ],
+    )
+    def test_a_list_of_records_or_one_per_line(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "a.json").write_text(content, encoding="utf-8")
+        assert [text for _, text in read(tmp_path / "a.json")] == ["a", "é"]
+
+    def test_names_count_the_records(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": ""}, {"text": "b"}]')
+        assert read(tmp_path / "a.json") == [("a.json:0", "a"), ("a.json:2", "b")]
+        (tmp_path / "b.json").write_text('{\n "text": "a"\n}')
+        assert read(tmp_path / "b.json") == [("b.json:0", "a")]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("3", "must hold a list of JSON objects, got int; write one object for each"),
+            ('{"lr": 1}', "record 0 must have the field 'messages', or .* got 'lr'; set"),
+            (
+                '[{"text": "a"}, {"lr": 1}]',
+                "record 1 must have the field 'messages', or .* got 'lr'",
+            ),
+            ('[{"text": "a"', "must be valid JSON, got"),
+            ('{"text": "a"}\n{"text', "line 2 must be valid JSON, got"),
+        ],
+    )
+    def test_bad_files_are_one_line(self, tmp_path: Path, content: str, message: str) -> None:
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UnfitError, match=rf"a\.json,? {message}"):
+            read(tmp_path / "a.json")
+
+    def test_compressed_lines(self, tmp_path: Path) -> None:
+        content = b'{"text": "a"}\n\n{"text": "b"}\n'
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+        assert read(tmp_path / "a.jsonl.gz") == [("a.jsonl.gz:1", "a"), ("a.jsonl.gz:3", "b")]
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content * 999)[:-20])
+        with pytest.raises(UnfitError, match=r"a\.jsonl\.gz must be a whole gzip file, got 'C"):
+            read(tmp_path / "a.jsonl.gz")
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(UnfitError, match=r"a\.jsonl\.gz must be readable, got 'Not a gzip"):
+            read(tmp_path / "a.jsonl.gz")
+
+
 def read_csv(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
     column, *texts = path.read_text().splitlines()
-    require_field(config.text_field, [column], str(path))
+    require_field(config.text_field or "text", [column], str(path))
     yield from (Document(f"{name}:{row}", text) for row, text in enumerate(texts))
 
 
@@ -209,9 +362,27 @@ class TestFolders:
             (tmp_path / folder / "sub" / "x.txt").write_text("text")
         assert read(tmp_path / "here") == read(tmp_path / "there") == [("sub/x.txt", "text")]
 
+    def test_files_that_are_not_read_are_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Once in a run, which reads every file twice."""
+        for name in ("a.txt", "sub/b.csv", "README.md", ".hidden"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("text")
+        (tmp_path / "settings.json").write_text('{"lr": 1}')
+        with caplog.at_level(logging.WARNING):
+            train, held_out = split_documents(
+                DataConfig(train=(str(tmp_path),), eval=(str(tmp_path / "a.txt"),))
+            )
+            assert [document.name for side in (train, held_out) for document in side] == [
+                "a.txt"
+            ] * 2
+        line = f"data.train: not read in {tmp_path}: README.md, settings.json, sub/b.csv"
+        assert caplog.messages == [line]
+
     def test_a_folder_without_text_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.md").write_text("text")
-        with pytest.raises(UnfitError, match=r"folders with \.txt, \.jsonl, \.parquet files, got"):
+        with pytest.raises(UnfitError, match=r"folders with \.txt, .* files of text, got a\.md in"):
             read(tmp_path)
 
 
@@ -233,7 +404,7 @@ class TestBadSources:
     def test_other_kinds_of_files(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("a,b\n")
         with pytest.raises(
-            UsageError, match=r"must name \.txt, \.jsonl, \.parquet files, got .*a\.csv; convert"
+            UsageError, match=r"must name \.txt, .*\.parquet files, got .*a\.csv; convert"
         ):
             read(tmp_path / "a.csv")
 
@@ -261,8 +432,33 @@ class TestDatasets:
         options = {"text_field": "body", "dataset_config": "en", "dataset_split": "validation"}
         assert read("owner/name", **options) == [("owner/name:0", "a"), ("owner/name:2", "c")]
         assert asked == [("owner/name", "en", "validation")]
-        with pytest.raises(UnfitError, match="must have the field 'text', got 'id', 'body'"):
+        with pytest.raises(UnfitError, match="or 'text', got 'id', 'body'"):
             read("owner/name")
+
+    def test_real_records_of_every_kind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A folder as it lies on the Hub, read by `datasets` itself."""
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / "data"
+        folder.mkdir()
+        call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
+        write_jsonl(
+            folder / "train.jsonl", {"messages": HI, "id": 1}, {"messages": [call], "id": 2}
+        )
+        write_jsonl(folder / "validation.jsonl", {"messages": HI[:1], "id": 3})
+        load_dataset = datasets.load_dataset
+
+        def from_folder(name: str, *args: Any, **options: Any) -> Any:
+            assert name == "owner/chats"
+            return load_dataset(str(folder), *args, **options)
+
+        monkeypatch.setattr(datasets, "load_dataset", from_folder)
+        assert contents("owner/chats") == [{"messages": HI}, {"messages": [call]}]
+        assert contents("owner/chats", dataset_split="validation") == [{"messages": HI[:1]}]
+        assert [name for name, _ in read("owner/chats")] == ["owner/chats:0", "owner/chats:1"]
 
     def test_training_and_held_out_text_come_from_different_splits(
         self, monkeypatch: pytest.MonkeyPatch
@@ -325,6 +521,46 @@ class TestStandardLibrary:
             ("os.py", "# os.py\n"),
             ("unittest/case.py", "# unittest/case.py\n"),
         ]
+
+    def test_functions_ask_with_their_docstrings(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = '''
+@decorated
+def one(x):
+    """Add one."""
+    return x + 1
+
+
+class A:
+    async def two(self):
+        """Say nothing.
+
+        At all.
+        """
+
+        if self:
+            return 2
+
+    def no_docstring(self):
+        return 3
+
+    def no_body(self):
+        """Nothing follows."""
+
+    def one_line(self): """Doc."""; return 4
+'''
+        (tmp_path / "a.py").write_text(source)
+        (tmp_path / "broken.py").write_text('def f(:\n    """Doc."""\n    return')
+        monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path)}.__getitem__)
+        assert contents("python-stdlib-functions") == [
+            {"prompt": 'def one(x):\n    """Add one."""', "completion": "\n    return x + 1"},
+            {
+                "prompt": 'async def two(self):\n    """Say nothing.\n\n    At all.\n    """',
+                "completion": "\n\n    if self:\n        return 2",
+            },
+        ]
+        assert {name for name, _ in read("python-stdlib-functions")} == {"a.py"}
 
     def test_the_running_interpreter(self) -> None:
         texts = dict(read("python-stdlib"))

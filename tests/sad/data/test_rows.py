@@ -64,6 +64,7 @@ def pack(
     max_length: int = 8,
     packed: bool = True,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    **data: Any,
 ) -> PackedRows:
     return pack_documents(
         Texts(*texts),
@@ -71,6 +72,7 @@ def pack(
         max_length=max_length,
         packing=packed,
         cache_dir=cache,
+        config=DataConfig(**data),
     )
 
 
@@ -283,6 +285,19 @@ class TestBytes:
         assert packing._utf8_bytes("a", []).tolist() == []
 
 
+EOS_TOKEN = "<|endoftext|>"
+
+
+def with_special_tokens(template: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, which now puts ``!``, ``?`` or the end of text around a text."""
+    tokenizer = tiny_tokenizer()
+    known = [(token, ids_of(token)[0]) for token in ("!", "?", EOS_TOKEN)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # pyright: ignore
+        single=template, special_tokens=known
+    )
+    return tokenizer
+
+
 class TestTokenising:
     def test_long_documents_are_tokenised_in_pieces(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -293,9 +308,9 @@ class TestTokenising:
         sizes = []
         tokenize = packing._tokenize_batch
 
-        def spy(pieces: list[Any], tokenizer: PreTrainedTokenizerFast) -> Any:
+        def spy(pieces: list[Any], *args: Any) -> Any:
             sizes.append(sum(len(piece.text) for piece in pieces))
-            return tokenize(pieces, tokenizer)
+            return tokenize(pieces, *args)
 
         whole = pack(cache / "whole", *texts)
         monkeypatch.setattr(packing, "_BATCH_CHARS", limit)
@@ -315,14 +330,61 @@ class TestTokenising:
         assert rows.fingerprint == fresh.fingerprint
         assert same_rows(rows, fresh)
 
-    def test_the_tokenizer_adds_nothing_of_its_own(self, cache: Path) -> None:
-        """Many would put a beginning-of-text token before every document."""
-        tokenizer = tiny_tokenizer()
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # pyright: ignore
-            single="! $A", special_tokens=[("!", *ids_of("!"))]
-        )
-        assert tokenizer("Z")["input_ids"] == ids_of("!Z")
-        assert same_rows(pack(cache, "Z", tokenizer=tokenizer), pack(cache, "Z"))
+    def test_a_text_begins_as_the_tokenizer_begins_it(self, cache: Path) -> None:
+        """Models that were trained with a BOS, such as Gemma, are useless without it."""
+        batch = everything(pack(cache, "ZQ", "J", tokenizer=with_special_tokens("! $A")))
+        bos, z, q, j = ids_of("!ZQJ")
+        assert with_special_tokens("! $A")("ZQ")["input_ids"] == [bos, z, q]
+        assert batch.input_ids[0, :6].tolist() == [bos, z, q, EOS, bos, j]
+        # The first token of the text is a target now, BOS is none.
+        ignore = IGNORE_INDEX
+        assert batch.labels[0].tolist() == [z, q, EOS, ignore, j, EOS, ignore, ignore]
+        assert (batch.num_targets, batch.target_bytes) == (5, 3)
+
+    def test_a_key_turns_special_tokens_off(self, cache: Path) -> None:
+        tokenizer = with_special_tokens("! $A ?")
+        without = pack(cache, "Z", tokenizer=tokenizer, add_special_tokens=False)
+        assert same_rows(without, pack(cache, "Z"))
+        assert without.fingerprint != pack(cache, "Z", tokenizer=tokenizer).fingerprint
+
+    def test_no_token_before_the_text_is_a_target(self, cache: Path) -> None:
+        rows = pack(cache, "ZQ", "J", max_length=16, tokenizer=with_special_tokens("! ? $A"))
+        labels = everything(rows).labels
+        z, q, j = ids_of("ZQJ")
+        assert labels[labels != IGNORE_INDEX].tolist() == [z, q, EOS, j, EOS]
+        assert rows.num_targets.tolist() == [5]
+
+    @pytest.mark.parametrize("end, twice", [(EOS_TOKEN, 1), ("?", 2)])
+    def test_an_end_that_the_tokenizer_adds_is_not_added_twice(
+        self, cache: Path, end: str, twice: int
+    ) -> None:
+        tokenizer = with_special_tokens(f"$A {end}")
+        rows = pack(cache, "ZQ", f"Z{EOS_TOKEN}", max_length=16, tokenizer=tokenizer)
+        z, q = ids_of("ZQ")
+        ends = [*ids_of("?"), EOS] if twice == 2 else [EOS]
+        # What stands in the text itself is text.
+        assert rows._tokens.tolist() == [z, q, *ends, z, EOS, *ends]
+        assert rows.end_tokens == [EOS]
+
+    def test_another_token_may_end_a_text(self, cache: Path) -> None:
+        """The end of a turn, which a chat model's eos is, is not what its teacher expects there."""
+        rows = pack(cache, "ZQ", document_end="!")
+        assert everything(rows).labels[0, :2].tolist() == ids_of("Q!")
+        assert rows.end_tokens == ids_of("!")
+        assert rows.fingerprint != pack(cache, "ZQ").fingerprint
+        with pytest.raises(
+            UnfitError, match=r"data\.document_end must be a token of the tokenizer, got '<\|no"
+        ):
+            pack(cache, "ZQ", document_end="<|no|>")
+
+    def test_special_tokens_stand_around_a_long_text_once(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tokenizer = with_special_tokens("! $A ?")
+        whole = pack(cache / "whole", "Z\nQ\nJ\n", tokenizer=tokenizer)
+        monkeypatch.setattr(packing, "_BATCH_CHARS", 2)
+        assert same_rows(whole, pack(cache / "pieces", "Z\nQ\nJ\n", tokenizer=tokenizer))
+        assert (whole._tokens == ids_of("!")[0]).sum() == 1
 
     def test_documents_without_tokens_are_left_out(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -341,6 +403,7 @@ class TestTokenising:
         tokenizer.eos_token = None  # pyright: ignore
         with pytest.raises(UnfitError, match="must have an end-of-text token, got none"):
             pack(cache, "a", tokenizer=tokenizer)
+        assert pack(cache, "a", tokenizer=tokenizer, document_end="!").num_tokens == 2
 
     def test_ids_are_stored_in_16_bits_where_they_fit(self, cache: Path) -> None:
         tokenizer = tiny_tokenizer()
