@@ -51,8 +51,8 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "_divergence _rows reference",
         "_check",
         "_operator",
-        "_torch _triton memory",
-        "ce ema kd linear",
+        "_torch _triton",
+        "ce ema kd linear memory",
         "__init__",
     ),
     SAD: (
