@@ -175,8 +175,8 @@ def require_known_positions(teacher: PreTrainedConfig, longest: int) -> None:
     known = known_positions(teacher)
     if known is not None and longest > known:
         raise UnfitError(
-            f"max_length must keep documents within the {known} positions that the teacher knows "
-            f"(max_position_embeddings), got one with {longest} in a row; lower max_length to "
+            f"max_length must be at most the {known} positions that the teacher knows "
+            f"(max_position_embeddings), got a document of {longest} in a row; lower it to "
             f"{known}, or choose another teacher"
         )
 

@@ -122,8 +122,8 @@ def test_a_teacher_that_never_learned_a_rows_positions_is_refused(
     with pytest.raises(UnfitError) as caught:
         distill(config)
     assert str(caught.value) == (
-        "max_length must keep documents within the 16 positions that the teacher knows "
-        "(max_position_embeddings), got one with 32 in a row; lower max_length to 16, or choose "
+        "max_length must be at most the 16 positions that the teacher knows "
+        "(max_position_embeddings), got a document of 32 in a row; lower it to 16, or choose "
         "another teacher"
     )
     assert load_inputs(replace(config, max_length=16)).teacher is not None
