@@ -125,7 +125,9 @@ class RunDirectory:
         shutil.rmtree(tmp, ignore_errors=True)
         width = output_embedding(model).weight.shape[0]
         generation = _generation_settings(model, range(valid_vocab, width))
-        state = None if dtype in (None, model.dtype) else _rounded_state(model, dtype)
+        dtype = dtype or model.dtype
+        rounds = dtype != model.dtype
+        state = _rounded_state(model, dtype) if rounds else None
         try:
             with quiet_libraries(), _rust_disk_errors(), _plain_configuration(model):
                 model.save_pretrained(tmp, state_dict=state)
@@ -134,7 +136,7 @@ class RunDirectory:
                 # Not by save_pretrained, which refuses settings that other versions of
                 # transformers wrote, such as a temperature without do_sample.
                 generation.to_json_file(tmp / "generation_config.json")
-            if state is not None:
+            if rounds:
                 _declare_dtype(tmp / "config.json", dtype)
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)
@@ -149,7 +151,7 @@ class RunDirectory:
 def _generation_settings(model: PreTrainedModel, untrained: range) -> GenerationConfig | None:
     """A copy of the model's generation settings that also suppresses the ids ``untrained``."""
     own = getattr(model, "generation_config", None)
-    if own is None:
+    if own is None or not model.can_generate():
         return None
     settings = copy.deepcopy(own)
     suppressed = {*(settings.suppress_tokens or ()), *untrained}

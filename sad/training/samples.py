@@ -34,7 +34,7 @@ def write_samples(
     samples: list[dict[str, str]] = []
     try:
         with quiet_libraries():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 exported, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a family's own code may raise anything
@@ -51,7 +51,7 @@ def write_samples(
     return samples
 
 
-def _greedy(model: Any, end_of_text: int | None) -> GenerationConfig:
+def _greedy(model: Any, end_of_text: Any) -> GenerationConfig:
     """Greedy decoding that returns token ids and nothing else, whatever the student's own settings
     say: beams, several sequences, dictionaries, stop strings and contrastive search among them."""
     own = getattr(model, "generation_config", None)
@@ -75,8 +75,8 @@ def _sample(model: Any, inputs: RunInputs, row: int) -> dict[str, str]:
         max_new_tokens=int(min(SAMPLE_TOKENS, positions - length)),
     )
     ids = getattr(output, "sequences", output)
-    decode = inputs.tokenizer.decode
-    return {"prompt": decode(prompt[0]), "text": decode(ids[0, length:])}
+    texts = [str(inputs.tokenizer.decode(part)) for part in (prompt[0], ids[0, length:])]
+    return dict(zip(("prompt", "text"), texts, strict=True))
 
 
 def _named(error: Exception) -> str:

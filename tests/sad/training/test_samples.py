@@ -192,8 +192,8 @@ def exported_dtypes(folder: Path) -> tuple[str, set[torch.dtype]]:
 def test_a_student_is_exported_in_the_dtype_in_which_it_came(
     make_config: Make, tmp_path: Path, tied: bool
 ) -> None:
-    model = tiny_llama(tie_word_embeddings=tied).to(torch.bfloat16)
-    source = Path(save_tiny(tmp_path / "student", model))
+    model: Any = tiny_llama(tie_word_embeddings=tied)
+    source = Path(save_tiny(tmp_path / "student", model.to(torch.bfloat16)))
     result = distill(make_config(student=str(source)))
     for folder in (result.best, result.final):
         assert exported_dtypes(folder) == ("bfloat16", {torch.bfloat16})
@@ -215,7 +215,8 @@ CASES = [
 def test_save_dtype_wins_and_bits_that_are_not_there_are_not_written(
     make_config: Make, tmp_path: Path, keys: dict[str, Any], came: str, expected: torch.dtype
 ) -> None:
-    model = tiny_llama().to(getattr(torch, came))
+    model: Any = tiny_llama()
+    model.to(getattr(torch, came))
     result = distill(make_config(student=save_tiny(tmp_path / "student", model), **keys))
     name = str(expected).removeprefix("torch.")
     assert exported_dtypes(result.final) == (name, {expected})
