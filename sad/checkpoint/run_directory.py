@@ -176,17 +176,23 @@ def _plain_configuration(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _rounded_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor."""
-    rounded: dict[tuple[int, torch.Size], Tensor] = {}
+    """The model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor.
 
-    def round_once(tensor: Tensor) -> Tensor:
+    What its family keeps in fp32, such as the biases of a selection of experts, keeps every bit.
+    """
+    rounded: dict[tuple[int, torch.Size], Tensor] = {}
+    kept = {*(model._keep_in_fp32_modules_strict or ())}
+    if dtype == torch.float16:
+        kept |= {*(model._keep_in_fp32_modules or ())}
+
+    def round_once(name: str, tensor: Tensor) -> Tensor:
         key = tensor.data_ptr(), tensor.shape
         if key not in rounded:
-            kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
-            rounded[key] = tensor.detach().to("cpu", kind)
+            keeps = not tensor.dtype.is_floating_point or any(part in name for part in kept)
+            rounded[key] = tensor.detach().to("cpu", tensor.dtype if keeps else dtype)
         return rounded[key]
 
-    return {name: round_once(tensor) for name, tensor in model.state_dict().items()}
+    return {name: round_once(name, tensor) for name, tensor in model.state_dict().items()}
 
 
 def _declare_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_texts
+from support.tiny_moe import tiny_moe
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sad.checkpoint.run_directory import RunDirectory
@@ -233,3 +235,16 @@ def test_rounding_for_the_export_leaves_training_alone(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
         assert torch.equal(saved[name], tensor.bfloat16())
+
+
+def test_what_a_family_keeps_in_fp32_keeps_every_bit(tmp_path: Path) -> None:
+    """Biases that choose experts: rounded, they would choose others."""
+    model: Any = tiny_moe("deepseek_v3")
+    run_dir = RunDirectory(tmp_path)
+    run_dir.export(run_dir.best, model, tiny_tokenizer(), 512, {}, torch.bfloat16)
+    saved = load_file(run_dir.best / "model.safetensors")
+    (name,) = (name for name in saved if name.endswith("e_score_correction_bias"))
+    assert saved[name].dtype == torch.float32
+    assert torch.equal(saved[name], model.state_dict()[name])
+    others = {tensor.dtype for key, tensor in saved.items() if key != name}
+    assert others == {torch.bfloat16}
