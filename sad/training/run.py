@@ -26,7 +26,7 @@ from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.environment import StopSignals, memory_now, seed_everything
 from sad.errors import OutputError, SadError, StoppedError, one_line
-from sad.models.load import load_student
+from sad.models.load import export_dtype, load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
 from sad.models.stop_tokens import add_stop_tokens
 from sad.optim.precision import Precision
@@ -241,7 +241,15 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler)
+    trainer = Trainer(
+        config,
+        student,
+        inputs,
+        precision,
+        run_dir,
+        make_scheduler,
+        export_dtype=export_dtype(config),
+    )
     resumption = None if checkpoint is None else plan_resumption(trainer, checkpoint)
     with RunLog(
         run_dir.path,

@@ -34,7 +34,6 @@ from sad.environment import StopSignals, memory_now
 from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
 from sad.losses.taid import TAIDSchedule
 from sad.metrics import DEFAULT_BEST
-from sad.models.load import export_dtype
 from sad.optim.precision import Precision, structural_loss_parameters
 from sad.optim.schedule import (
     RunLength,
@@ -73,7 +72,10 @@ class Trainer:
         precision: Precision,
         run_dir: RunDirectory,
         make_scheduler: MakeScheduler | None = None,
+        *,
+        export_dtype: torch.dtype | None = None,
     ) -> None:
+        """``export_dtype`` is that of exported weights, by default the one of the parameters."""
         self.config = config
         self.student = student
         self.inputs = inputs
@@ -82,7 +84,7 @@ class Trainer:
         self.identity = inputs.identity(config)
         self.policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
         self.device = inputs.device
-        self.export_dtype = export_dtype(config)
+        self.export_dtype = export_dtype
 
         self.run_length = RunLength(
             num_rows=len(inputs.train_rows),
