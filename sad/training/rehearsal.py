@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from sad.config.schema import DistillConfig
+from sad.errors import SadError, UnfitError, is_out_of_memory, one_line
 from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.teachers.cached import CachedTeacher
@@ -31,7 +32,8 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
     """Run one row forward and backward with every loss at its full weight, and evaluate it.
 
     Nothing of this is kept: the student is another one than that of the run, and the teacher is
-    left as it was. Raises ``UnfitError`` for models that a loss or the routing cannot use.
+    left as it was. Raises ``UnfitError`` for models that a loss or the routing cannot use, also if
+    no check foresaw in which way.
     """
     if inputs.teacher is None:
         return
@@ -52,6 +54,15 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
             uncached = CachedTeacher(inputs.teacher, 0)
             losses = tuple(config.structural_weights)
             evaluate_student(student, uncached, iter([batch]), {"eval": nullcontext}, losses)
+    except Exception as error:
+        foreseen = isinstance(error, SadError) or is_out_of_memory(error)
+        if foreseen or not config.structural_weights:
+            raise
+        raise UnfitError(
+            f"{', '.join(config.structural_weights)} must work for {config.student} and "
+            f"{config.teacher}, got {type(error).__name__}: {one_line(error)}; set the weight of "
+            "the one that does not to 0 (--debug shows where it fails)"
+        ) from error
     finally:
         teacher.requires_grad_(False)  # gates that the routing trains
     del student, model, result

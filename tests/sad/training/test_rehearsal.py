@@ -135,6 +135,21 @@ def test_whatever_a_later_phase_needs_is_tried(
     assert line == "widths must be equal, got 3 and 4; choose others, or set feature.weight: 0"
 
 
+def test_a_failure_that_no_check_foresaw_is_one_line_too(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: FeatureLoss, inputs: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)\nand more")
+
+    monkeypatch.setattr(FeatureLoss, "forward", broken)
+    config = make_config(tiny_llama(), tiny_llama(seed=1), feature={"weight": 0.1})
+    assert refusal(config, monkeypatch) == (
+        f"feature must work for {config.student} and {config.teacher}, got RuntimeError: mat1 and "
+        "mat2 shapes cannot be multiplied (3x4 and 5x6); set the weight of the one that does not "
+        "to 0 (--debug shows where it fails)"
+    )
+
+
 def test_a_routing_that_the_teacher_has_not_is_refused_before_the_baseline(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
