@@ -22,13 +22,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sad.checkpoint.atomic_files import probe_writable, publish_directory, write_atomic
+from sad.checkpoint.atomic_files import (
+    TEMPORARY,
+    probe_writable,
+    publish_directory,
+    write_atomic,
+)
 from sad.checkpoint.parts import entry
 from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, sweep_stale
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
 from sad.environment import quiet_libraries
-from sad.errors import OutputError, UsageError
+from sad.errors import OutputError, UnfitError, UsageError, one_line
 from sad.models.heads import output_embedding
 
 
@@ -143,6 +148,32 @@ class RunDirectory:
         except OSError as error:
             raise OutputError(
                 f"{target} must be writable, got {error}; free space or choose another --output_dir"
+            ) from error
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+    def require_exportable(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Write all of an export but the weights, and remove it again.
+
+        Raises ``UnfitError`` for a model or tokenizer that cannot be saved: found out at the first
+        export, that would cost a whole training.
+        """
+        tmp = self.path / f"{TEMPORARY}export"
+        try:
+            with quiet_libraries(), _rust_disk_errors(), _plain_configuration(model):
+                model.config.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} must be writable, got {error}; free space or choose another "
+                "--output_dir"
+            ) from error
+        except Exception as error:  # a family's own code may raise anything
+            raise UnfitError(
+                f"student must be a model that can be saved again, got {type(error).__name__}: "
+                f"{one_line(error)}; correct its configuration or its tokenizer"
             ) from error
         finally:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -241,6 +241,7 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
+    run_dir.require_exportable(student.model, inputs.tokenizer)
     trainer = Trainer(
         config,
         student,

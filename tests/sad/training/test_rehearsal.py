@@ -16,7 +16,9 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     SiglipVisionConfig,
 )
 
@@ -32,6 +34,7 @@ from sad.training import run
 from sad.training.inputs import load_inputs
 from sad.training.rehearsal import rehearse
 from sad.training.run import distill
+from sad.training.trainer import Trainer
 
 Make = Callable[..., DistillConfig]
 
@@ -191,6 +194,27 @@ def test_an_ordinary_run_has_none(make_config: Make, monkeypatch: pytest.MonkeyP
     """Its first micro-batch needs all that later ones need."""
     monkeypatch.setattr(run, "rehearse", lambda *_: pytest.fail("rehearsed for nothing"))
     distill(make_config(tiny_llama(), tiny_llama(seed=1)))
+
+
+@pytest.mark.parametrize("part", [PreTrainedConfig, PreTrainedTokenizerBase])
+def test_a_student_that_cannot_be_saved_again_is_not_trained(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, part: type[Any]
+) -> None:
+    """Else the first export would find out, after all of the training."""
+    config = make_config(tiny_llama(), tiny_llama(seed=1))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("some parameters are set where they should not be\nand more")
+
+    monkeypatch.setattr(part, "save_pretrained", refuse)
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained for nothing"))
+    with pytest.raises(UnfitError) as caught:
+        distill(config)
+    assert str(caught.value) == (
+        "student must be a model that can be saved again, got ValueError: some parameters are set "
+        "where they should not be; correct its configuration or its tokenizer"
+    )
+    assert not list(Path(config.output_dir).glob(".tmp-*"))
 
 
 # Evaluation
