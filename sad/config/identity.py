@@ -13,6 +13,8 @@ from sad.config.sections import MAY_CHANGE_ON_RESUME
 from sad.config.values import section_types
 from sad.errors import UsageError
 
+_ADD_SPECIAL = "data.add_special_tokens"
+
 
 def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
     """Raise ``UsageError`` if ``config`` differs from the one in ``old`` in a key that decides the
@@ -33,8 +35,12 @@ def require_same_run(
     keys that decide the trajectory, the packed rows and the tokenizer must be equal, unless
     ``allow_config_change``. Versions of libraries may differ, with a warning.
     """
+    # Runs from before the key packed texts without the BOS that many tokenizers put before them.
+    hint = ""
+    if _ADD_SPECIAL not in flatten(old["config"]) and config.data.add_special_tokens:
+        hint = f" (if the tokenizer adds a BOS, --{_ADD_SPECIAL} false restores it)"
     changes = _config_changes(old, config) + [
-        f"{key}: {old[key][:12]} -> {new[key][:12]}"
+        f"{key}: {old[key][:12]} -> {new[key][:12]}{hint if key == 'train_rows' else ''}"
         for key in ("train_rows", "eval_rows", "tokenizer")
         if old[key] != new[key]
     ]
@@ -79,8 +85,8 @@ def trajectory_changes(old: dict[str, Any], new: DistillConfig) -> list[tuple[st
     # the rows, which are compared as well.
     if before["data.text_field"] == "text" and new.data.text_field is None:
         before["data.text_field"] = None  # the former default
-    if "data.add_special_tokens" not in flatten(old):
-        before["data.add_special_tokens"] = new.data.add_special_tokens  # none were added then
+    if _ADD_SPECIAL not in flatten(old):
+        before[_ADD_SPECIAL] = new.data.add_special_tokens  # none were added then
     return [
         (key, before[key], value)
         for key, value in _trajectory(new).items()

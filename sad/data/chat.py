@@ -164,17 +164,15 @@ def _apply(
         template = _STRFTIME_NOW + template
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
-        texts, spans = render_jinja_template(
-            [given],
-            tools=conversation.tools,
-            chat_template=template,
-            **(variables | options),
+        rendered: Any = render_jinja_template(
+            [given], tools=conversation.tools, chat_template=template, **(variables | options)
         )
     except Exception as error:  # whatever a template does with what it did not expect
         raise UnfitError(
             f"{name} must fit the chat template, got '{one_line(error)}'; correct the record, or "
             "name another template in data.chat_template_path"
         ) from error
+    texts, spans = rendered
     return texts[0], spans[0] if spans else []
 
 

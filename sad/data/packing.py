@@ -332,7 +332,9 @@ def _require_prefix(
     while same < len(prompt) and prompt[same : same + 1] == ids[same : same + 1]:
         same += 1
     if same < len(prompt):
-        alone, joined = (tokenizer.decode(tokens[same : same + 8]) for tokens in (prompt, ids))
+        alone, joined = (
+            tokenizer.decode(list(tokens[same : same + 8])) for tokens in (prompt, ids)
+        )
         raise UnfitError(
             f"{name} must begin with the tokens of its prompt alone, got {joined!r} where the "
             f"prompt alone has {alone!r}; end the prompt where a token ends (move white space to "

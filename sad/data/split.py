@@ -82,10 +82,10 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
     names, digest, kinds = _hash_documents(config, "train")
     selected = _smallest(names["limit"], config.max_documents)
     if config.eval:
-        eval_names, *eval_rest = _hash_documents(config, "eval")
+        eval_names, eval_digest, eval_kinds = _hash_documents(config, "eval")
         everything = np.ones(len(eval_names), dtype=bool)
         train = DocumentSet(config, "train", selected, digest, kinds)
-        return train, DocumentSet(config, "eval", everything, *eval_rest)
+        return train, DocumentSet(config, "eval", everything, eval_digest, eval_kinds)
 
     if selected.sum() < 2:
         raise UnfitError(

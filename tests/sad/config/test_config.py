@@ -16,7 +16,7 @@ from sad_kernels import Objective
 
 from sad.config import schema
 from sad.config.help import EXPLAINED, RENAMED, about_unknown_key, field_docs, keys_help
-from sad.config.identity import config_hash, trajectory_changes
+from sad.config.identity import config_hash, require_same_run, trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import (
     MAY_CHANGE_ON_RESUME,
@@ -375,6 +375,11 @@ def test_a_run_from_before_conversations_goes_on() -> None:
     assert trajectory_changes(config_to_dict(config()), off) == [
         ("data.add_special_tokens", True, False)
     ]
+    run = {"config": old, "train_rows": "1", "eval_rows": "2", "tokenizer": "3", "versions": {}}
+    with pytest.raises(UsageError, match=r"train_rows: 1 -> 4 \(if the tokenizer adds a BOS,"):
+        require_same_run(run, run | {"train_rows": "4"}, config(), print)
+    with pytest.raises(UsageError, match=r"got train_rows: 1 -> 4; restore"):
+        require_same_run(run, run | {"train_rows": "4"}, off, print)
     body = config(data={"text_field": "body"})
     assert trajectory_changes(old, body) == [("data.text_field", "text", "body")]
 

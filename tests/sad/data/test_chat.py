@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,13 +59,21 @@ def targets_of(rows: PackedRows) -> str:
     """The text of all targets, one after another."""
     labels = rows.batch(range(len(rows))).labels
     assert (labels != IGNORE_INDEX).sum() == rows.num_targets.sum()
-    return byte_tokenizer().decode(labels[labels != IGNORE_INDEX])
+    return text_of(labels[labels != IGNORE_INDEX].tolist())
 
 
 def inputs_of(rows: PackedRows) -> str:
     batch = rows.batch(range(len(rows)))
     ids = [row[:n] for row, n in zip(batch.input_ids, batch.lengths.tolist(), strict=True)]
-    return byte_tokenizer().decode(torch.cat(ids))
+    return text_of(torch.cat(ids).tolist())
+
+
+def ids_of(tokens: Sequence[str]) -> list[int]:
+    return byte_tokenizer().convert_tokens_to_ids(list(tokens))  # pyright: ignore
+
+
+def text_of(ids: list[int]) -> str:
+    return byte_tokenizer().decode(ids)  # pyright: ignore[reportReturnType]
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
@@ -206,8 +214,7 @@ class TestContext:
     def test_prompts_are_read_but_carry_no_loss(self, tmp_path: Path) -> None:
         rows = load(tmp_path, {"prompt": "ab", "completion": "cd"}, max_length=8)
         batch = rows.batch([0])
-        tokenizer = byte_tokenizer()
-        bos, a, b, c, d, eos = tokenizer.convert_tokens_to_ids([BOS, *"abcd", EOS])
+        bos, a, b, c, d, eos = ids_of([BOS, *"abcd", EOS])
         ignore = IGNORE_INDEX
         assert batch.input_ids[0, :5].tolist() == [bos, a, b, c, d]
         assert batch.labels[0].tolist() == [ignore, ignore, c, d, eos, *[ignore] * 3]
@@ -306,14 +313,13 @@ def rows_by_definition(
     texts: list[str | tuple[str, str]], max_length: int, packing: bool
 ) -> Iterator[Row]:
     """Inputs, labels and positions of each row, without padding."""
-    encode = byte_tokenizer().convert_tokens_to_ids
     parts: list[list[tuple[int, int, bool, bool]]] = [[]]  # token, document, learned, first
     for number, text in enumerate(texts):
         prompt, rest = text if isinstance(text, tuple) else ("", text)
         whole = isinstance(text, tuple)
         if not prompt + rest:
             continue  # a document without text
-        ids = encode([BOS, *prompt, *rest, EOS])
+        ids = ids_of([BOS, *prompt, *rest, EOS])
         if whole and len(ids) > max_length:
             continue
         used = len(parts[-1]) % max_length
@@ -496,7 +502,7 @@ class OneOf(DocumentSet):
 
 
 class TestFingerprint:
-    CHANGES = (
+    CHANGES: ClassVar[tuple[dict[str, Any], ...]] = (
         {"completion_only_loss": False},
         {"assistant_only_loss": True},
         {"truncation": "keep_end"},

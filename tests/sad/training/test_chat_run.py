@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.chat import BOS, END, TURN, byte_tokenizer, say, write_records
+from support.chat import BOS, CHAT_TEMPLATE, END, TURN, byte_tokenizer, say, write_records
 from support.tiny import save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,11 +34,12 @@ def config(tmp_path: Path) -> DistillConfig:
     ]
     long = {"prompt": say("user: Hi"), "completion": say(f"assistant: {'x' * 99}")}
     return DistillConfig(
-        student=save_tiny(tmp_path / "student", chat_model(1), byte_tokenizer()),
+        student=save_tiny(tmp_path / "student", chat_model(1), byte_tokenizer(None)),
         teacher=save_tiny(tmp_path / "teacher", chat_model(2), byte_tokenizer()),
         data={  # pyright: ignore[reportArgumentType]
             "train": write_records(tmp_path / "train.jsonl", *records, long),
             "eval": write_records(tmp_path / "eval.jsonl", *records),
+            "chat_template": CHAT_TEMPLATE,
             "cache_dir": str(tmp_path / "cache"),
         },
         max_length=64,
@@ -87,7 +88,7 @@ def test_only_what_is_said_is_scored_and_all_before_it_is_read(
     for folder in (result.best, result.final):
         exported: Any = AutoModelForCausalLM.from_pretrained(folder)
         assert exported.generation_config.eos_token_id == [1, 3]
-        assert AutoTokenizer.from_pretrained(folder).chat_template
+        assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize(
