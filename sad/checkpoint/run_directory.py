@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
 from sad.environment import quiet_libraries
 from sad.errors import OutputError, UsageError
+from sad.models.adapters import has_adapters, merged_weights
 from sad.models.heads import output_embedding
 
 
@@ -113,28 +114,40 @@ class RunDirectory:
         valid_vocab: int,
         facts: dict[str, Any],
         dtype: torch.dtype | None = None,
+        *,
+        merge_adapters: bool = False,
     ) -> None:
         """Export the weights that ``model`` holds right now, completely or not at all.
 
-        They are rounded to ``dtype``, by default not at all. The model's own generation settings
-        are exported as they are, but for ids past ``valid_vocab``: these were never trained, so
-        generation is told to suppress them, too. ``facts`` (metric, value, kind of weights,
-        position) become ``sad.json``.
+        They are rounded to ``dtype``, by default not at all. A student with adapters leaves these
+        alone, as they are and in PEFT's form, unless ``merge_adapters``. The model's own generation
+        settings are exported as they are, but for ids past ``valid_vocab``: these were never
+        trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
+        weights, position) become ``sad.json``.
         """
         tmp = target.parent / f".tmp-{target.name}"
         shutil.rmtree(tmp, ignore_errors=True)
         width = output_embedding(model).weight.shape[0]
         generation = _generation_settings(model, range(valid_vocab, width))
-        state = None if dtype in (None, model.dtype) else _rounded_state(model, dtype)
+        alone = has_adapters(model) and not merge_adapters
+        rounded = dtype not in (None, model.dtype) and not alone
         try:
-            with quiet_libraries(), _rust_disk_errors(), _plain_configuration(model):
+            with (
+                quiet_libraries(),
+                _rust_disk_errors(),
+                _plain_configuration(model),
+                merged_weights(model) if merge_adapters else nullcontext() as merged,
+            ):
+                state = merged
+                if rounded:
+                    state = _rounded_state(merged or model.state_dict(), dtype)
                 model.save_pretrained(tmp, state_dict=state)
                 tokenizer.save_pretrained(tmp)
             if generation is not None:
                 # Not by save_pretrained, which refuses settings that other versions of
                 # transformers wrote, such as a temperature without do_sample.
                 generation.to_json_file(tmp / "generation_config.json")
-            if state is not None:
+            if rounded:
                 _declare_dtype(tmp / "config.json", dtype)
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)
@@ -173,8 +186,8 @@ def _plain_configuration(model: PreTrainedModel) -> Iterator[None]:
             model.generation_config = generation
 
 
-def _rounded_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor."""
+def _rounded_state(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor."""
     rounded: dict[tuple[int, torch.Size], Tensor] = {}
 
     def round_once(tensor: Tensor) -> Tensor:
@@ -184,7 +197,7 @@ def _rounded_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tens
             rounded[key] = tensor.detach().to("cpu", kind)
         return rounded[key]
 
-    return {name: round_once(tensor) for name, tensor in model.state_dict().items()}
+    return {name: round_once(tensor) for name, tensor in state.items()}
 
 
 def _declare_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -152,6 +152,13 @@ RENAMED = {
     "model_name_or_path": "student",
     "student_model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher",
+    "lora_r": "peft.r",
+    "lora_alpha": "peft.lora_alpha",
+    "lora_dropout": "peft.lora_dropout",
+    "lora_target_modules": "peft.target_modules",
+    "lora_modules_to_save": "peft.modules_to_save",
+    "use_rslora": "peft.use_rslora",
+    "use_dora": "peft.use_dora",
     # DistillKit, torchtune, NeMo and others
     "model": "student",
     "student_model": "student",
@@ -253,7 +260,6 @@ EXPLAINED = {
     # transformers
     "load_best_model_at_end": "the best weights are always kept, in RUN_DIR/best",
     "greater_is_better": "the smallest metric_for_best_model wins",
-    "optim": "the optimizer is AdamW",
     "eval_strategy": _CADENCE,
     "evaluation_strategy": _CADENCE,
     "save_strategy": _CADENCE,
@@ -266,6 +272,7 @@ EXPLAINED = {
         "it is per_device_train_batch_size x gradient_accumulation_steps: set these two"
     ),
     # TRL
+    "use_peft": "peft.r trains LoRA adapters of that rank: peft: {r: 16}",
     "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
     "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
     # Axolotl, LLaMA-Factory

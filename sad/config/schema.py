@@ -33,6 +33,7 @@ from sad.config.sections import (
     DataConfig,
     FeatureConfig,
     LayerwiseConfig,
+    PeftConfig,
     RelationsConfig,
     RouterConfig,
     RoutingConfig,
@@ -112,6 +113,9 @@ class DistillConfig:
     """Run code that comes with the student's repository."""
     trust_remote_code_teacher: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Run code that comes with the teacher's repository."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    merge_adapters: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
+    """Export the student with its adapters merged into its weights, instead of the adapters."""
 
     # Data
     data: DataConfig = field(default_factory=DataConfig)
@@ -184,6 +188,9 @@ class DistillConfig:
     # Optimizer and schedule
     learning_rate: NonNegativeFloat = 5e-5
     """Peak learning rate of AdamW."""
+    optim: Literal["adamw_torch_fused", "adamw_8bit"] = "adamw_torch_fused"
+    """AdamW as torch has it, or by bitsandbytes with moments in 8 bits: a quarter of their memory,
+    one wait for the device per step. Needs the extra `8bit`."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     adam_beta1: FractionBelowOne = 0.9
@@ -228,6 +235,9 @@ class DistillConfig:
     """Decay of the average."""
     ema_warmup: bool = True
     """Lower the decay in the first updates: min(ema_decay, (1 + n) / (10 + n))."""
+    ema_device: Literal["cpu"] | None = None
+    """`cpu` keeps the average in host memory: it leaves a GPU 4 bytes per parameter, and each step
+    waits until the weights are copied. Default: the student's device."""
 
     # Run
     output_dir: NonEmptyStr = field(default="runs/sad", metadata=MAY_CHANGE_ON_RESUME)
@@ -263,6 +273,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         convert_and_check(self)
         _check_models(self)
+        _check_adapters(self)
         _check_objective(self)
         _check_teacher_sections(self)
         _check_schedule(self)
@@ -311,10 +322,11 @@ STRUCTURAL = tuple(
 def ce_only() -> dict[str, Any]:
     """Changes, for ``dataclasses.replace``, that make a run train on cross-entropy alone.
 
-    Every section but ``data`` configures something of the teacher's, and returns to its default.
+    Every section but ``data`` and ``peft`` configures something of the teacher's, and returns to
+    its default.
     """
     sections = section_types(DistillConfig).items()
-    defaults = {name: section() for name, section in sections if name != "data"}
+    defaults = {name: section() for name, section in sections if name not in ("data", "peft")}
     return {"kd_weight": 0.0, "ce_weight": 1.0} | defaults
 
 
@@ -348,6 +360,24 @@ def _check_models(config: DistillConfig) -> None:
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
         require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_adapters(config: DistillConfig) -> None:
+    require(
+        "merge_adapters",
+        "be false without a key of peft",
+        config.merge_adapters,
+        "there are no adapters to merge: leave it out, or set peft.r",
+        holds=config.peft.enabled or not config.merge_adapters,
+    )
+    saved = config.student_init == "pretrained" or config.merge_adapters
+    require(
+        "student_init",
+        "be pretrained for adapters that are exported alone",
+        config.student_init,
+        "what they belong to is saved nowhere: set merge_adapters: true",
+        holds=saved or not config.peft.enabled,
+    )
 
 
 def _check_objective(config: DistillConfig) -> None:

@@ -8,7 +8,7 @@ sections of structural losses are recognised by their base class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from sad.config.values import (
@@ -263,6 +263,53 @@ class CurriculumConfig(Section):
         """Loss -> its schedule, of the losses that were given one."""
         given = {loss: getattr(self, loss) for loss in RAMPS}
         return {loss: points for loss, points in given.items() if points is not None}
+
+
+LoRAInit = Literal["gaussian", "orthogonal"]
+"""PEFT's initialisations that leave the weights under the adapters as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig(Section):
+    """LoRA adapters of the student, by PEFT's keys: see `sad.models.adapters`.
+
+    Any key that is given turns them on; the others then have PEFT's defaults.
+    """
+
+    name = "peft"
+
+    peft_type: Literal["LORA"] | None = None
+    """Train adapters of this kind instead of the student's own weights, which stay frozen. Any key
+    of `peft` turns them on; needs the extra `peft`."""
+    r: PositiveInt | None = None
+    """Rank of the adapters. Default: PEFT's, 8."""
+    lora_alpha: PositiveInt | None = None
+    """The adapters' product is multiplied by `lora_alpha / r`. Default: PEFT's, 8."""
+    lora_dropout: FractionBelowOne | None = None
+    """Dropout of what the adapters read. Default: none."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the layers that get adapters, `all-linear`, or one regular expression for their
+    whole names. Default: PEFT's choice for the family, often the attention's projections."""
+    exclude_modules: tuple[str, ...] | None = None
+    """Names of layers that get none, or one regular expression."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Numbers of the decoder layers that get adapters. Default: all."""
+    bias: Literal["none", "all", "lora_only"] | None = None
+    """Which biases of the student are trained besides. Default: none."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules that are trained whole and saved with the adapters; the head cannot be one."""
+    use_rslora: bool | None = None
+    """Scale the adapters by `lora_alpha / sqrt(r)`."""
+    use_dora: bool | None = None
+    """Train magnitude and direction apart (DoRA)."""
+    init_lora_weights: LoRAInit | None = None
+    """How adapters begin. Default: PEFT's, at which they change nothing yet. What would change the
+    weights under them (pissa, olora ...) is not offered."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the student is trained through adapters."""
+        return any(getattr(self, item.name) is not None for item in fields(self))
 
 
 TeacherShare = Annotated[float, Constraint("lie in (0, 1]", lambda v: 0 < v <= 1)]

@@ -25,6 +25,7 @@ from transformers import (
 from sad.config.schema import DistillConfig
 from sad.environment import quiet_libraries, resolve_device
 from sad.errors import SadError, UnfitError, UsageError, one_line
+from sad.models.adapters import add_adapters
 
 Role = Literal["student", "teacher"]
 
@@ -34,10 +35,11 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
 
     With ``student_init: random`` only its configuration is read, and the weights are drawn from
     ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes.
-    Gradient checkpointing is non-reentrant. The global random state is left as it was.
+    Gradient checkpointing is non-reentrant. With a key of ``peft`` its adapters are added, and all
+    else is frozen. The global random state is left as it was.
 
     Raises ``UsageError`` if there is no such model or device, ``UnfitError`` if the model is not
-    causal or its weights are incomplete or damaged.
+    causal or its weights are incomplete or damaged, and whatever ``add_adapters`` raises.
     """
     device, dtype = resolve_device(config.device), getattr(torch, config.param_dtype)
     match config.student_init:
@@ -50,6 +52,8 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
     model.config.use_cache = False
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    if config.peft.enabled:
+        add_adapters(config, model)
     return model.to(device).train()
 
 
@@ -106,6 +110,16 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
             attn_implementation=attention,
             trust_remote_code=trust,
         )
+
+
+def build_student_model(config: DistillConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the student as it is trained, adapters included, with random weights on torch's default
+    device; ``dtype`` is ``param_dtype`` by default. Raises like ``load_student``.
+    """
+    model = build_model(config, "student", dtype or getattr(torch, config.param_dtype))
+    if config.peft.enabled:
+        add_adapters(config, model)
+    return model
 
 
 def compute_dtype(config: DistillConfig) -> torch.dtype:

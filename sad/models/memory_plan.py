@@ -34,7 +34,13 @@ from sad.config.schema import DistillConfig
 from sad.environment import resolve_device
 from sad.errors import SadError, UnfitError, one_line
 from sad.models.heads import Backbone, output_embedding
-from sad.models.load import build_model, compute_dtype, enable_checkpointing, teacher_dtype
+from sad.models.load import (
+    build_model,
+    build_student_model,
+    compute_dtype,
+    enable_checkpointing,
+    teacher_dtype,
+)
 
 Item = tuple[str, int]
 """What takes memory, and how many bytes."""
@@ -43,6 +49,12 @@ FAKES = logging.getLogger("torch._subclasses.fake_tensor")
 
 FP32 = 4
 """Bytes of a number in fp32."""
+
+SMALLEST_IN_8_BITS, BLOCK_IN_8_BITS = 4096, 256
+"""Numbers in the smallest tensor whose moments bitsandbytes keeps in 8 bits, and those that share a
+scale."""
+
+EMA = "EMA, float32"
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     """
     device = resolve_device(config.device)
     with torch.device("meta"):
-        student = build_model(config, "student", _param_dtype(config))
+        student = build_student_model(config)
         teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
 
     here, elsewhere = _teacher_weights(config, teacher)
@@ -84,7 +96,11 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     known = eval_rows is not None or config.max_eval_rows is not None
     if device.type == "cpu" and known:  # the budget alone would be no prediction
         here, host = here + host, []
-    always = student_states(config, student) + here
+    states = student_states(config, student)
+    if config.ema_device == "cpu" != device.type:
+        host += [item for item in states if item[0] == EMA]
+        states = [item for item in states if item[0] != EMA]
+    always = states + here
     gradients = [("gradients", gradient_bytes(config, student.parameters()))]
     turning = _forward_items(config, device, student, teacher)
     if config.gradient_accumulation_steps > 1:
@@ -124,18 +140,33 @@ def _line(label: str, size: int) -> str:
 
 def student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
     """What is alive from the first update on, and is saved in every checkpoint."""
-    count = sum(p.numel() for p in student.parameters())
+    trained = [p for p in student.parameters() if p.requires_grad]
     items = [(f"student weights, {config.param_dtype}", weight_bytes(student))]
     if _has_masters(config):
-        items.append(("master weights, float32", FP32 * count))
-    items.append(("AdamW moments", 2 * _optimized_itemsize(config) * count))
+        rounded = sum(p.numel() for p in trained if p.dtype == torch.bfloat16)
+        items.append(("master weights, float32", FP32 * rounded))
+    items.append(("AdamW moments", sum(_moment_bytes(config, p) for p in trained)))
     if config.use_ema:
-        items.append(("EMA, float32", FP32 * count))
+        items.append((EMA, FP32 * sum(p.numel() for p in trained)))
     return items
 
 
+def frozen_bytes(student: nn.Module) -> int:
+    """Of the weights that adapters lie upon: no checkpoint holds them."""
+    return _tensor_bytes(p for p in student.parameters() if not p.requires_grad)
+
+
 def gradient_bytes(config: DistillConfig, parameters: Iterable[Tensor]) -> int:
-    return _optimized_itemsize(config) * sum(p.numel() for p in parameters)
+    """Of those parameters that are trained."""
+    return sum(_optimized_itemsize(config, p) * p.numel() for p in parameters if p.requires_grad)
+
+
+def _moment_bytes(config: DistillConfig, parameter: Tensor) -> int:
+    """Of both moments; those in 8 bits have a scale in fp32 per block."""
+    count = parameter.numel()
+    if config.optim == "adamw_8bit" and count >= SMALLEST_IN_8_BITS:
+        return 2 * (count + FP32 * -(-count // BLOCK_IN_8_BITS))
+    return 2 * _optimized_itemsize(config, parameter) * count
 
 
 def _teacher_weights(
@@ -203,6 +234,7 @@ def _forward_items(
         ("loss: hidden states and their gradient", tokens * width * FP32),
         ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
+    items = [item for item in items if item[1]]  # a frozen head has no gradient
     if loss.weight_sum > 0:
         items.append(("loss: fp32 sum of that gradient", loss.weight_sum))
     return items
@@ -219,6 +251,7 @@ def _loss_bytes(
         student.in_features,
         teacher="hidden" if teacher else None,
         teacher_width=sum(head.in_features for head in teacher),
+        gradients=("hidden", "weight") if student.weight.requires_grad else ("hidden",),
         dtype=compute_dtype(config),
         chunk_bytes=config.chunk_bytes,
         device=device,
@@ -281,12 +314,12 @@ def _kept_bytes(
         kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
+    with torch.device("meta"), no_init_weights():
+        model = build_student_model(config, dtype).train()
     with FakeTensorMode(), _FakeGroupedProducts():
-        # Some initialisations (vision towers of Gemma 3) look at numbers, which fakes do not have.
-        with torch.device(device), no_init_weights():
-            model = build_model(config, "student", dtype).train()
-            rows = config.per_device_train_batch_size, config.max_length
-            ids, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+        _put_tensors(model, device)
+        rows = config.per_device_train_batch_size, config.max_length
+        ids, positions = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         if checkpointing:
             enable_checkpointing(model)
         autocast = torch.autocast(device.type, cast) if cast != dtype else nullcontext()
@@ -295,6 +328,23 @@ def _kept_bytes(
         for tensor in (*model.parameters(), *model.buffers()):
             kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _put_tensors(model: nn.Module, device: torch.device) -> None:
+    """Give a model of meta tensors empty ones on ``device``: under ``FakeTensorMode``, fake ones.
+
+    ``Module.to_empty`` would swap tensors in place, which fake ones do not allow.
+    """
+    tensors: dict[int, Tensor] = {}  # one for each: tied ones stay tied
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, old in own.items():
+                if old is None:
+                    continue
+                new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                own[name] = tensors.setdefault(id(old), new)
 
 
 def _full_logits(
@@ -321,9 +371,9 @@ def _has_masters(config: DistillConfig) -> bool:
     return config.param_dtype == "bfloat16" and config.master_weights
 
 
-def _optimized_itemsize(config: DistillConfig) -> int:
+def _optimized_itemsize(config: DistillConfig, parameter: Tensor) -> int:
     """Moments and gradients have the dtype of what the optimizer trains: the masters, if any."""
-    return FP32 if _has_masters(config) else _param_dtype(config).itemsize
+    return FP32 if _has_masters(config) else parameter.element_size()
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -320,6 +320,7 @@ class Trainer:
                 self.inputs.valid_vocab,
                 facts,
                 self.export_dtype,
+                merge_adapters=self.config.merge_adapters,
             )
 
     def save(self, log: RunLog, *, must: bool = False) -> Path | None:

@@ -38,7 +38,9 @@ REQUIRED = TORCH_ONLY | {
 }
 """What ``sad`` may import at module level: the dependencies that are always installed."""
 
-OPTIONAL = frozenset({"datasets", "matplotlib", "pyarrow", "tensorboard", "trackio", "wandb"})
+OPTIONAL = frozenset(
+    "bitsandbytes datasets matplotlib peft pyarrow tensorboard trackio wandb".split()
+)
 """What ``sad`` may import where it is needed, inside a function: the extras."""
 
 BEHIND_EXTRAS = {"report.plots": frozenset({"matplotlib"})}

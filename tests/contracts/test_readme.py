@@ -48,7 +48,7 @@ def test_configurations_load(text: str, tmp_path: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert len(YAML) == 2
+    assert len(YAML) == 3
     assert {name: len(blocks("python", text)) for name, text in DOCUMENTS.items()} == {
         "README": 3,
         "kernels": 2,
@@ -164,7 +164,7 @@ def test_requirements_are_those_of_the_distribution() -> None:
         package = re.split(r"[>=;]", requirement)[0]
         wanted = requirement.partition(";")[0] if package in named | {"transformers"} else package
         assert wanted in needs["sad_kernels" if package in named else "sad"]
-    for extra in ("data", "report"):
+    for extra in ("data", "report", "peft", "8bit"):
         for requirement in project["optional-dependencies"][extra]:
             assert re.split(r"[>=]", requirement)[0] in needs[extra]
     floor = project["requires-python"].removeprefix(">=")
