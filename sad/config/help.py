@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from sad_kernels._divergence_table import Divergence
 
 from sad.config.schema import DistillConfig
-from sad.config.values import field_types, leaf_types, section_types, without_none
+from sad.config.values import field_types, is_union, leaf_types, section_types, without_none
 
 WIDTH = 96
 TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
@@ -84,7 +84,7 @@ def _source(module: str) -> str:
 
 def _entry(cls: type, item: Field[Any], prefix: str) -> str:
     words = f"  --{prefix}{item.name} {_type_word(field_types(cls)[item.name])}"
-    if item.default not in (MISSING, None, ()):
+    if item.default not in (MISSING, None, (), ""):
         words += f"  [{str(item.default).lower() if item.type == 'bool' else item.default}]"
     elif item.default is MISSING:
         words += "  [required]"
@@ -95,6 +95,8 @@ def _entry(cls: type, item: Field[Any], prefix: str) -> str:
 
 def _type_word(hint: Any) -> str:
     inner = without_none(hint)
+    if is_union(inner):
+        return "|".join(_type_word(arg) for arg in get_args(inner))
     if get_origin(inner) is Literal:
         return "|".join(get_args(inner))
     if get_origin(inner) is tuple:

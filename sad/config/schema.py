@@ -72,6 +72,14 @@ StepsOrFraction = Annotated[
         lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
     ),
 ]
+LayerChoice = Annotated[
+    int | tuple[int, ...],
+    Constraint(
+        "be a number of layers, or a list of layers",
+        lambda v: v >= 1 if isinstance(v, int) else len(v) >= 1,
+        "for example 4, or [0, 3, 7, 11]",
+    ),
+]
 Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
 AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2)]
 
@@ -89,15 +97,19 @@ class DistillConfig:
     """
 
     # Models
-    student: ModelPath
+    student: ModelPath = ""
     """Hugging Face id or local path of the student, or with `student_init: random` of its
-    configuration."""
+    configuration. Needed unless `student_init` is `layers`."""
     teacher: ModelPath | None = None
     """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
-    student_init: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the student from its configuration alone, with weights drawn from `seed`."""
+    student_init: Literal["pretrained", "random", "layers"] = "pretrained"
+    """`random` builds the student from its configuration alone, with weights drawn from `seed`;
+    `layers` makes it of the teacher's embeddings, norm, head and `student_layers`."""
+    student_layers: LayerChoice | None = None
+    """With `student_init: layers`: which of the teacher's decoder layers the student has, counted
+    from 0, negative ones from the end; or how many, spread evenly from the first to the last."""
     teacher_dtype: DtypeName | None = None
     """Dtype of the frozen teacher. Default: the compute dtype."""
     device: str = field(default="auto", metadata=MAY_CHANGE_ON_RESUME)
@@ -271,8 +283,18 @@ class DistillConfig:
     """Show tracebacks for every error."""
 
     def __post_init__(self) -> None:
+        if self.student_init == "layers" and not self.student:
+            object.__setattr__(self, "student", self.teacher or "")  # what it is made of
+        require(
+            "student",
+            "be given",
+            self.student,
+            "name a model, or take its layers from a teacher with student_init: layers",
+            holds=bool(self.student),
+        )
         convert_and_check(self)
         _check_models(self)
+        _check_layers(self)
         _check_adapters(self)
         _check_objective(self)
         _check_teacher_sections(self)
@@ -360,6 +382,24 @@ def _check_models(config: DistillConfig) -> None:
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
         require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_layers(config: DistillConfig) -> None:
+    of_layers = config.student_init == "layers"
+    require(
+        "student_layers",
+        "be given with student_init layers, and with no other",
+        config.student_layers,
+        "write for example student_init: layers with student_layers: 4",
+        holds=of_layers == (config.student_layers is not None),
+    )
+    require(
+        "student",
+        "be left out with student_init layers",
+        config.student,
+        "the student is made of the teacher's layers",
+        holds=not of_layers or config.student == config.teacher,
+    )
 
 
 def _check_adapters(config: DistillConfig) -> None:

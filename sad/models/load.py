@@ -26,6 +26,7 @@ from sad.config.schema import DistillConfig
 from sad.environment import quiet_libraries, resolve_device
 from sad.errors import SadError, UnfitError, UsageError, one_line
 from sad.models.adapters import add_adapters
+from sad.models.layers import chosen_layers, copy_layers, with_layers
 
 Role = Literal["student", "teacher"]
 
@@ -34,7 +35,8 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
     """Load the student in ``param_dtype`` on ``device``, in training mode, without a KV cache.
 
     With ``student_init: random`` only its configuration is read, and the weights are drawn from
-    ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes.
+    ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes. With
+    ``layers`` they are those of the teacher as it is stored.
     Gradient checkpointing is non-reentrant. With a key of ``peft`` its adapters are added, and all
     else is frozen. The global random state is left as it was.
 
@@ -47,6 +49,8 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
             model: Any = _random_student(config).to(dtype)
         case "pretrained":
             model = _pretrained_model(config, "student", dtype)
+        case "layers":
+            model = _student_of_layers(config, dtype)
         case _:
             assert_never(config.student_init)
     model.config.use_cache = False
@@ -73,6 +77,8 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
 
     Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
     """
+    if role == "student" and config.student_init == "layers":
+        return with_layers(read_model_config(config, "teacher"), config)
     name, trust = _name_and_trust(config, role)
     with quiet_libraries(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -161,6 +167,14 @@ def _random_student(config: DistillConfig) -> PreTrainedModel:
         return build_model(config, "student", torch.float32)
 
 
+def _student_of_layers(config: DistillConfig, dtype: torch.dtype) -> PreTrainedModel:
+    teacher = _pretrained_model(config, "teacher", dtype)
+    with torch.random.fork_rng(devices=[]):  # drawn and overwritten
+        student = build_model(config, "student", dtype)
+    copy_layers(teacher, student, chosen_layers(teacher.config, config))
+    return student
+
+
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
@@ -200,6 +214,8 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
     """The local path or Hub id of a model, and whether its own code may run."""
     match role:
+        case "student" if config.student_init == "layers":
+            name, trust = config.teacher, config.trust_remote_code_teacher
         case "student":
             name, trust = config.student, config.trust_remote_code_student
         case "teacher":

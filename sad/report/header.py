@@ -48,7 +48,7 @@ def run_header(
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
-        ("student", _model_line(config.student, student)),
+        ("student", _model_line(_student_source(config), student)),
         *_untrained_parts(student),
     ]
     if teacher is not None:
@@ -118,6 +118,14 @@ def memory_line(predicted: int | None, rss_before: int, now: dict[str, int]) -> 
     if predicted is None:
         return line
     return f"{line}; predicted for the run's tensors {predicted / mib:,.0f} MiB"
+
+
+def _student_source(config: DistillConfig) -> str:
+    if config.student_init != "layers":
+        return config.student
+    layers = config.student_layers
+    chosen = f"{layers} layers" if isinstance(layers, int) else f"layers {list(layers or ())}"
+    return f"{chosen} of {config.teacher}"
 
 
 def _model_line(source: str, model: nn.Module) -> str:

@@ -41,7 +41,8 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     config = replace(config, tokenizer=str(run.best))
     adapters = (run.best / ADAPTER_CONFIG).exists()
     if not adapters:  # best/ is a whole model, adapters merged
-        whole: dict[str, Any] = {"peft": {}, "merge_adapters": False, "student_init": "pretrained"}
+        whole: dict[str, Any] = {"peft": {}, "merge_adapters": False}
+        whole |= {"student_init": "pretrained", "student_layers": None}
         config = replace(config, student=str(run.best), **whole)
     inputs = load_inputs(config, lambda text: print(text, file=sys.stderr, flush=True))
     rows = []
