@@ -212,6 +212,8 @@ def _resolve_paths(path: Path, settings: dict[str, Setting]) -> dict[str, Settin
     def resolve(value: Any) -> Any:
         if isinstance(value, list):
             return [resolve(item) for item in value]
+        if isinstance(value, dict) and "path" in value:  # an entry of data.train with its weight
+            return value | {"path": resolve(value["path"])}
         candidate = path.parent / value if isinstance(value, str) and value else None
         return os.path.abspath(candidate) if candidate and candidate.exists() else value
 
