@@ -121,6 +121,9 @@ class DistillConfig:
     chooses for each family, which is `sdpa` where the family has it."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward instead of keeping them."""
+    torch_compile: bool = False
+    """Compile the student's decoder layers. The first step takes a minute or more; packed rows are
+    compared with those of the layers as they are."""
     trust_remote_code_student: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Run code that comes with the student's repository."""
     trust_remote_code_teacher: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
@@ -295,6 +298,7 @@ class DistillConfig:
         convert_and_check(self)
         _check_models(self)
         _check_layers(self)
+        _check_compile(self)
         _check_adapters(self)
         _check_objective(self)
         _check_teacher_sections(self)
@@ -382,6 +386,16 @@ def _check_models(config: DistillConfig) -> None:
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
         require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_compile(config: DistillConfig) -> None:
+    require(
+        "torch_compile",
+        "be false with structural losses",
+        config.torch_compile,
+        f"they look into the layers: leave it out, or {', '.join(config.structural_weights)}",
+        holds=not (config.torch_compile and config.structural_weights),
+    )
 
 
 def _check_layers(config: DistillConfig) -> None:

@@ -241,6 +241,10 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
+    if config.torch_compile:  # after the checks, whose rows have other shapes
+        rows = range(min(config.per_device_train_batch_size, len(inputs.train_rows)))
+        packed = inputs.train_rows.batch(list(rows)).to(inputs.device)
+        checks["student/compiled"] = student.train().compile_layers(packed)
     trainer = Trainer(config, student, inputs, precision, run_dir, make_scheduler)
     resumption = None if checkpoint is None else plan_resumption(trainer, checkpoint)
     with RunLog(
