@@ -180,6 +180,7 @@ def test_evaluation_runs_layers_as_they_are(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_whole_run_by_the_compiler(keys: dict[str, Any]) -> None:
     result = distill(DistillConfig(**keys, max_steps=2))
     layers = decoder_layers(tiny_llama())
