@@ -116,6 +116,7 @@ class RunDirectory:
         dtype: torch.dtype | None = None,
         *,
         merge_adapters: bool = False,
+        card: str = "",
     ) -> None:
         """Export the weights that ``model`` holds right now, completely or not at all.
 
@@ -123,7 +124,7 @@ class RunDirectory:
         alone, as they are and in PEFT's form, unless ``merge_adapters``. The model's own generation
         settings are exported as they are, but for ids past ``valid_vocab``: these were never
         trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
-        weights, position) become ``sad.json``.
+        weights, position) become ``sad.json``, ``card`` the ``README.md``.
         """
         tmp = target.parent / f".tmp-{target.name}"
         shutil.rmtree(tmp, ignore_errors=True)
@@ -149,6 +150,8 @@ class RunDirectory:
                 generation.to_json_file(tmp / "generation_config.json")
             if rounded:
                 _declare_dtype(tmp / "config.json", dtype)
+            if card:
+                (tmp / "README.md").write_text(card, encoding="utf-8")
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)
         except OSError as error:

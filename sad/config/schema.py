@@ -282,6 +282,12 @@ class DistillConfig:
         default=(), metadata=MAY_CHANGE_ON_RESUME
     )
     """Trackers to send the log to besides `log.jsonl`."""
+    push_to_hub: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
+    """Upload `best/` to the Hugging Face Hub after the run; a failure is a warning."""
+    hub_model_id: NonEmptyStr | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Repository on the Hub, `name` or `owner/name`. Default: the name of `output_dir`."""
+    hub_private_repo: bool | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Make that repository private, if it is new. Default: as the account has it."""
     debug: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Show tracebacks for every error."""
 

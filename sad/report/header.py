@@ -123,9 +123,15 @@ def memory_line(predicted: int | None, rss_before: int, now: dict[str, int]) -> 
 def _student_source(config: DistillConfig) -> str:
     if config.student_init != "layers":
         return config.student
+    return f"{layers_phrase(config)} of {config.teacher}"
+
+
+def layers_phrase(config: DistillConfig) -> str:
+    """How ``student_layers`` reads in a sentence: ``4 layers``, ``layers 0, 3, 5``."""
     layers = config.student_layers
-    chosen = f"{layers} layers" if isinstance(layers, int) else f"layers {list(layers or ())}"
-    return f"{chosen} of {config.teacher}"
+    if isinstance(layers, int):
+        return f"{layers} layers"
+    return f"layers {', '.join(map(str, layers or ()))}"
 
 
 def _model_line(source: str, model: nn.Module) -> str:

@@ -32,6 +32,7 @@ from sad.models.stop_tokens import add_stop_tokens
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, predicted_peak, run_header
 from sad.report.log import RunLog
+from sad.report.model_card import push_to_hub
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
 from sad.training.evaluate import evaluate_teacher, require_finite_score
@@ -139,6 +140,8 @@ def _distill(
     run_dir.write_run(run_dir.read_run() | record)
     report = _try_report(run_dir)
     print(f"\n{format_results(results)}\n\n{report}\nstudent  {run_dir.final}")
+    if config.push_to_hub:
+        print(push_to_hub(config, run_dir.best))
     return RunResult(run_dir.path, metrics, results)
 
 

@@ -26,6 +26,7 @@ TORCH_ONLY = frozenset({"torch", "sad_kernels"}) | sys.stdlib_module_names
 
 REQUIRED = TORCH_ONLY | {
     "einops",
+    "huggingface_hub",
     "jinja2",
     "numpy",
     "psutil",
