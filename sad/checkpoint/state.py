@@ -124,12 +124,11 @@ def load_optimizer(
     moments of bf16 parameters. Here every tensor keeps its dtype.
     """
     _require_same_groups(optimizer, parameters, state["groups"])
-    # Plain values and tensors of one parameter belong together again: name -> key -> value.
-    restored: dict[str, dict[str, Any]] = {n: dict(v) for n, v in state["values"].items()}
+    # Names alone: each tensor is read when it is copied, and only then in memory.
+    paths: dict[str, list[str]] = {name: [] for name in state["values"]}
     for path in saved:
-        name, _, key = path.rpartition("/")
-        restored.setdefault(name, {})[key] = saved[path]
-    _require_known(restored, parameters, "optimizer state")
+        paths.setdefault(path.rpartition("/")[0], []).append(path)
+    _require_known(paths, parameters, "optimizer state")
 
     names = _parameter_names(optimizer, parameters)
     # All checks are done; from here on the optimizer changes.
@@ -139,11 +138,15 @@ def load_optimizer(
             # JSON has no tuples: betas must come back as one.
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         for parameter in group["params"]:
-            values = restored.get(names[id(parameter)])
-            if values is not None:
-                optimizer.state[parameter] = {
-                    key: _state_value(parameter, key, value, group) for key, value in values.items()
-                }
+            name = names[id(parameter)]
+            if name not in paths:
+                continue
+            # Plain values and tensors of one parameter belong together again.
+            optimizer.state[parameter] = dict(state["values"].get(name, {}))
+            for path in paths[name]:
+                key = path.rpartition("/")[2]
+                value = _state_value(parameter, key, saved[path], group)
+                optimizer.state[parameter][key] = value
 
 
 def _parameter_names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, str]:
@@ -175,10 +178,8 @@ def _require_same_groups(
         _require_same_names(live_names, group["names"], f"optimizer group {i} parameters")
 
 
-def _state_value(parameter: Tensor, key: str, value: Any, group: dict[str, Any]) -> Any:
-    """A saved item of a parameter's state, as this optimizer would have created it."""
-    if not isinstance(value, Tensor):
-        return value
+def _state_value(parameter: Tensor, key: str, value: Tensor, group: dict[str, Any]) -> Tensor:
+    """A saved tensor of a parameter's state, as this optimizer would have created it."""
     if key == "step" and not (group.get("fused") or group.get("capturable")):
         return value.to("cpu", copy=True)  # counted on the host: no synchronisation in a step
     return _copy_like(parameter, value)
