@@ -5,20 +5,22 @@ byte. The student's activations come from its own forward pass over fake tensors
 and storages but no data: what autograd asks to keep is added up, each storage once. The need of
 the loss follows from the size of its tiles.
 
-Memory peaks at one of two moments. When a micro-batch turns from forward to backward, all of its
-activations are alive, and the gradients of the window's earlier micro-batches. At the optimizer
-step the activations are gone, but all gradients are there. The plan itemises the worse of the two.
+Memory peaks at one of four moments. When a micro-batch turns from forward to backward, all of its
+activations are alive, those that structural losses look at among them, and the gradients of the
+window's earlier micro-batches. At the optimizer step the activations are gone, but all gradients
+are there. While the teacher runs, its own activations are alive, a few at a time; and in an
+evaluation there are no gradients, but there may be more rows. The plan itemises the worst of them.
 
-Not counted: what an allocator rounds up or cannot reuse, libraries (a CUDA context takes about
-0.5 GiB), the teacher's activations, which are gone before the student's begin, and structural
-losses (their projectors, and the states that they capture: see bench/README.md).
+Not counted: what an allocator rounds up or cannot reuse, and libraries. The interpreter with its
+libraries (``base``) is named apart: the process that plans has loaded the same ones. A CUDA context
+takes about 0.5 GiB besides.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +33,9 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sad.config.schema import DistillConfig
-from sad.environment import resolve_device
+from sad.environment import memory_now, resolve_device
 from sad.errors import SadError, UnfitError, one_line
+from sad.models.forward_memory import forward_peak, put_tensors
 from sad.models.heads import Backbone, output_embedding
 from sad.models.load import (
     build_model,
@@ -41,6 +44,7 @@ from sad.models.load import (
     enable_checkpointing,
     teacher_dtype,
 )
+from sad.models.structural_memory import peak_of_losses, structural_memory
 
 Item = tuple[str, int]
 """What takes memory, and how many bytes."""
@@ -55,6 +59,8 @@ SMALLEST_IN_8_BITS, BLOCK_IN_8_BITS = 4096, 256
 scale."""
 
 EMA = "EMA, float32"
+TILES = "loss: tiles of logits"
+STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class MemoryPlan:
     """Bytes of the logits of both models for one micro-batch, which never exist whole."""
     host: tuple[Item, ...] = ()
     """What lies in host memory and is not among ``items``."""
+    base: int = 0
+    """Resident bytes of the interpreter and its libraries, before anything is loaded."""
 
     @property
     def total(self) -> int:
@@ -87,6 +95,7 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     loading the models raises, as far as their configurations can tell.
     """
     device = resolve_device(config.device)
+    base = memory_now()["rss_bytes"]
     with torch.device("meta"):
         student = build_student_model(config)
         teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
@@ -103,16 +112,24 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     always = states + here
     gradients = [("gradients", gradient_bytes(config, student.parameters()))]
     turning = _forward_items(config, device, student, teacher)
-    if config.gradient_accumulation_steps > 1:
-        turning += gradients
-    at_turn = _sum(turning) > _sum(gradients)
+    earlier = gradients if config.gradient_accumulation_steps > 1 else []
+    # On a CPU the loss keeps its buffers for the next call.
+    tiles = [item for item in turning if item[0] == TILES and device.type == "cpu"]
+    moments = {
+        "between forward and backward": turning + earlier,
+        "at the optimizer step": gradients + tiles,
+        "in the teacher's forward pass": _teacher_items(config, device) + earlier + tiles,
+        "in an evaluation": _evaluation_items(config, device, student, teacher, eval_rows),
+    }
+    moment = max(moments, key=lambda name: _sum(moments[name]))
     return MemoryPlan(
         device=str(device),
-        moment="between forward and backward" if at_turn else "at the optimizer step",
-        items=tuple(always + (turning if at_turn else gradients)),
+        moment=moment,
+        items=tuple(always + _projector_items(config, student, teacher) + moments[moment]),
         elsewhere=tuple(elsewhere),
         full_logits=_full_logits(config, student, teacher),
         host=tuple(host),
+        base=base,
     )
 
 
@@ -121,6 +138,7 @@ def format_plan(plan: MemoryPlan) -> str:
     lines = [f"memory on {plan.device}, {plan.moment}"]
     lines += [_line(label, size) for label, size in plan.items]
     lines += [_line("predicted peak", plan.total)]
+    lines += [_line("interpreter and libraries, besides", plan.base)]
     if plan.elsewhere:
         lines += ["on the teacher's device"]
         lines += [_line(label, size) for label, size in plan.elsewhere]
@@ -213,9 +231,15 @@ def _forward_items(
     head = output_embedding(student)
     heads = [head] if teacher is None else [head, output_embedding(teacher)]
     loss = _loss_bytes(config, device, heads)
-    tiles = ("loss: tiles of logits", loss.logits)
+    tiles = (TILES, loss.logits)
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
+    structural = 0
+    if teacher is not None:
+        rows = config.per_device_train_batch_size
+        structural = peak_of_losses(
+            structural_memory(config, student, teacher, rows, gradients=True)
+        )
     if config.gradient_checkpointing:
         # Backward recomputes a layer after the loss has freed its tiles; on a CPU it keeps them.
         whole = _activation_bytes(config, device, checkpointing=False)
@@ -237,21 +261,108 @@ def _forward_items(
     items = [item for item in items if item[1]]  # a frozen head has no gradient
     if loss.weight_sum > 0:
         items.append(("loss: fp32 sum of that gradient", loss.weight_sum))
+    if structural:
+        items.append((STRUCTURAL_LOSSES, structural))
     return items
 
 
+def _projector_items(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> list[Item]:
+    """What structural losses have of their own, with what trains it."""
+    if teacher is None or not config.structural_weights:
+        return []
+    losses = structural_memory(config, student, teacher, 1, gradients=True)
+    size = sum(loss.always for loss in losses.values())
+    return [("structural losses: projectors and queues", size)] if size else []
+
+
+# The teacher's forward pass, and evaluations
+
+
+def _teacher_items(config: DistillConfig, device: torch.device) -> list[Item]:
+    """What the teacher holds while it runs a micro-batch, if it does so on the training device."""
+    size = _teacher_peak(config, device, config.per_device_train_batch_size)
+    return [("teacher activations", size)] if size else []
+
+
+def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int:
+    here = resolve_device(config.teacher_device or config.device) == device
+    if config.teacher is None or not here:
+        return 0
+    with torch.device("meta"):
+        teacher = build_model(config, "teacher", teacher_dtype(config))
+    return forward_peak(teacher, device, rows, config.max_length)
+
+
+def _evaluation_items(
+    config: DistillConfig,
+    device: torch.device,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    eval_rows: int | None,
+) -> list[Item]:
+    """What is alive in an evaluation's batch, at the worst of its three steps."""
+    known = [n for n in (eval_rows, config.max_eval_rows) if n is not None]
+    rows = min([config.per_device_eval_batch_size, *known])
+    tokens = rows * config.max_length
+    with torch.device("meta"):
+        model = build_student_model(config)
+    dtype, cast = _param_dtype(config), compute_dtype(config)
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, cast) if cast != dtype else nullcontext()
+
+    students = forward_peak(model, device, rows, config.max_length, autocast)
+    heads = [output_embedding(student)] + ([] if teacher is None else [output_embedding(teacher)])
+    loss = _loss_bytes(config, device, heads, tokens=tokens, gradients=False)
+    states = tokens * sum(head.in_features for head in heads) * FP32
+    losing = loss.logits + states
+    held: list[Item] = []
+    teachers = 0
+    if teacher is not None:
+        size = tokens * _teacher_bytes_per_token(config, teacher)
+        held.append(("teacher hidden states", size))
+        teachers = _teacher_peak(config, device, rows) - size
+        losses = structural_memory(config, student, teacher, rows, gradients=False)
+        structural = peak_of_losses(losses)
+        if structural:
+            held.append((STRUCTURAL_LOSSES, structural))
+    if device.type == "cpu":  # the buffers of the loss stay, and the teacher comes first
+        trained = _loss_bytes(config, device, heads).logits
+        buffers = max(loss.logits, trained)
+        held.append((TILES, buffers))
+        losing = states
+        if known and min(known) <= rows:  # in the only batch
+            teachers -= buffers - trained
+    steps = {
+        "teacher activations": teachers,
+        "student activations, without gradients": students,
+        "loss of the evaluation": losing,
+    }
+    step = max(steps, key=lambda name: steps[name])
+    return [*held, (step, steps[step])]
+
+
 def _loss_bytes(
-    config: DistillConfig, device: torch.device, heads: list[nn.Linear]
+    config: DistillConfig,
+    device: torch.device,
+    heads: list[nn.Linear],
+    *,
+    tokens: int | None = None,
+    gradients: bool = True,
 ) -> LinearMemory:
-    """What the loss takes on this device, with the student's head first."""
+    """What the loss takes on this device, with the student's head first, by default of a
+    micro-batch."""
     student, *teacher = heads
+    wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(
-        _tokens(config),
+        _tokens(config) if tokens is None else tokens,
         student.out_features,
         student.in_features,
         teacher="hidden" if teacher else None,
         teacher_width=sum(head.in_features for head in teacher),
-        gradients=("hidden", "weight") if student.weight.requires_grad else ("hidden",),
+        gradients=wrt if gradients else (),
         dtype=compute_dtype(config),
         chunk_bytes=config.chunk_bytes,
         device=device,
@@ -317,7 +428,7 @@ def _kept_bytes(
     with torch.device("meta"), no_init_weights():
         model = build_student_model(config, dtype).train()
     with FakeTensorMode(), _FakeGroupedProducts():
-        _put_tensors(model, device)
+        put_tensors(model, device)
         rows = config.per_device_train_batch_size, config.max_length
         ids, positions = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         if checkpointing:
@@ -328,23 +439,6 @@ def _kept_bytes(
         for tensor in (*model.parameters(), *model.buffers()):
             kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def _put_tensors(model: nn.Module, device: torch.device) -> None:
-    """Give a model of meta tensors empty ones on ``device``: under ``FakeTensorMode``, fake ones.
-
-    ``Module.to_empty`` would swap tensors in place, which fake ones do not allow.
-    """
-    tensors: dict[int, Tensor] = {}  # one for each: tied ones stay tied
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, old in own.items():
-                if old is None:
-                    continue
-                new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
-                if isinstance(old, nn.Parameter):
-                    new = nn.Parameter(new, requires_grad=old.requires_grad)
-                own[name] = tensors.setdefault(id(old), new)
 
 
 def _full_logits(
