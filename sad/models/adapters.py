@@ -7,6 +7,7 @@ them are frozen. Adapters are fp32 whatever the dtype of those weights, as in PE
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def add_adapters(config: DistillConfig, model: PreTrainedModel) -> None:
     is left as it was. Raises ``UsageError`` without PEFT and for layers that the model does not
     have, ``UnfitError`` for input embeddings that are also the head.
     """
+    # PEFT imports bitsandbytes where it is, which logs what it lacks for other uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import_extra("peft", "peft", "for a key of peft")
     from peft.tuners.tuners_utils import cast_adapter_dtype
 

@@ -314,3 +314,18 @@ def test_a_checkpoint_is_as_large_as_foreseen(make_config: Make) -> None:
     with torch.device("meta"):
         student = build_student_model(config)
     assert 0 <= saved - checkpoint_bytes(config, student) < 10_000
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_structural_losses_look_at_layers_with_adapters(
+    make_config: Make, options: dict[str, Any]
+) -> None:
+    on = {"weight": 0.1}
+    losses = {"relations": on, "attention": on, "layerwise": on, "use_curriculum": False}
+    trainer = make_trainer(make_config(**losses, **options))
+    before = named(trainer.student.model)
+    trainer.student.train()
+    trainer.micro_batch()
+    trainer.micro_batch()
+    after = named(trainer.student.model)
+    assert all(torch.equal(after[n], before[n]) != (".lora_B." in n) for n in after)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from support.tiny import save_tiny, tiny_llama, write_texts
 from support.tiny_moe import tiny_moe
 from torch import Tensor, nn
 
-from sad.config.schema import DistillConfig
+from sad.config.schema import DistillConfig, config_to_yaml
 from sad.data.batch import Batch, LossCounts
 from sad.errors import UnfitError, UsageError
 from sad.models.heads import Backbone
@@ -411,6 +414,39 @@ def test_evaluations_of_more_rows_count(runs: dict[str, Any], keys: dict[str, An
     found = plan(config)
     assert found.moment == "in an evaluation"
     assert found.tensors == pytest.approx(evaluation, rel=0.15)
+
+
+def resident(config: DistillConfig, *words: str) -> tuple[int, int]:
+    """MiB that a run in a process of its own took beyond its base, and those predicted for it."""
+    path = Path(config.output_dir).with_suffix(".yaml")
+    path.write_text(config_to_yaml(config))
+    command = [sys.executable, "-m", "sad", "distill", str(path), *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"and ([\d,]+) by the run, predicted ([\d,]+)", result.stdout)
+    assert found, result.stdout
+    return tuple(int(number.replace(",", "")) for number in found.groups())  # pyright: ignore
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys", [{}, {"relations": ON, "layerwise": ON}, {"bf16": True}], ids=lambda k: ",".join(k)
+)
+def test_a_process_takes_what_was_planned_and_no_more_when_resumed(
+    runs: dict[str, Any], tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    sizes = {"hidden_size": 320, "intermediate_size": 960, "vocab_size": 8192}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    models = {
+        "student": save_tiny(tmp_path / "s", tiny_llama(**sizes, num_hidden_layers=6)),
+        "teacher": save_tiny(tmp_path / "t", tiny_llama(**sizes, num_hidden_layers=12, seed=1)),
+    }
+    config = DistillConfig(**runs | models | keys | {"output_dir": str(tmp_path / "run")})
+    taken, planned = resident(config)
+    assert taken > 400
+    assert planned == pytest.approx(taken, rel=0.15)
+    longer = ("--max_steps", "4", "--allow_config_change", "true")
+    resumed, _ = resident(config, "--resume_from_checkpoint", "auto", *longer)
+    assert resumed < 1.05 * taken
 
 
 def test_a_teacher_much_larger_than_its_student_counts(folder: Path, tmp_path: Path) -> None:
