@@ -29,6 +29,8 @@ class ModelEMA:
 
     ``warmup=False`` uses ``decay`` from the first update on. ``masters`` names fp32 tensors that
     the average follows instead of the parameters of the same name, which are their rounded copies.
+    ``device`` keeps the shadows there, "cpu" in host memory: each update then copies the weights to
+    it and waits for them, and while they are swapped the weights lie there.
 
     Raises ``ValueError`` for a decay outside [0, 1], a model with nothing to average or a master
     without a parameter, and ``TypeError`` for float16, which cannot be exchanged with an fp32
@@ -42,6 +44,7 @@ class ModelEMA:
         warmup: bool = True,
         *,
         masters: Mapping[str, Tensor] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1], got {decay}; 0.9999 is usual")
@@ -55,10 +58,12 @@ class ModelEMA:
                 f"masters must have the names of averaged parameters, got {unknown[0]!r}; pass "
                 "those of the trainable parameters of this model"
             )
-        self._shadows = {name: _shadow_of(source) for name, source in self._sources.items()}
+        self._shadows = {n: _shadow_of(source, device) for n, source in self._sources.items()}
         # On the device, like the flag ``ok`` that it counts, so that no update waits for it.
-        device = next(iter(self._shadows.values())).device
-        self._num_updates = torch.zeros((), dtype=torch.int64, device=device)
+        shadow, source = next(iter(self._shadows.values())), next(iter(self._sources.values()))
+        self._num_updates = torch.zeros((), dtype=torch.int64, device=shadow.device)
+        self._elsewhere = shadow.device != source.device
+        self._kept: dict[str, Tensor] = {}  # the weights while swapped, if shadows lie elsewhere
         self._swapped = False
 
     @property
@@ -84,9 +89,15 @@ class ModelEMA:
         """
         self._require_not_swapped("updated")
         decay = self._decay_now()
+        ok = None if ok is None else ok.to(decay.device)
         if ok is not None:  # a decay of 1 leaves every bit of the shadows
             decay = torch.where(ok, decay, 1.0)
-        ema_update_(list(self._shadows.values()), list(self._sources.values()), decay)
+        shadows, sources = list(self._shadows.values()), list(self._sources.values())
+        if self._elsewhere:  # one at a time: a second copy of all weights may have no room
+            for shadow, source in zip(shadows, sources, strict=True):
+                ema_update_([shadow], [source.detach().to(shadow.device)], decay)
+        else:
+            ema_update_(shadows, sources, decay)
         self._num_updates += 1 if ok is None else ok
 
     @torch.no_grad()
@@ -167,11 +178,22 @@ class ModelEMA:
         return ((1.0 + n) / (10.0 + n)).clamp(max=self.decay)
 
     def _swap_in(self) -> None:
+        if self._elsewhere:
+            with torch.no_grad():
+                for name, live in self._live.items():
+                    self._kept[name] = live.detach().to(self._shadows[name].device, copy=True)
+                    live.copy_(self._shadows[name])
+            return
         ema_swap_(*self._exchanged())
         for live, _, shadow in self._with_master():  # rounds; the master keeps the weights
             live.copy_(shadow)
 
     def _swap_out(self) -> None:
+        if self._elsewhere:
+            with torch.no_grad():
+                for name, live in self._live.items():
+                    live.copy_(self._kept.pop(name))
+            return
         ema_swap_(*self._exchanged())
         for live, master, _ in self._with_master():
             live.copy_(master)
@@ -223,6 +245,6 @@ def _averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _shadow_of(source: Tensor) -> Tensor:
+def _shadow_of(source: Tensor, device: torch.device | str | None) -> Tensor:
     upcast = torch.promote_types(source.dtype, torch.float32)
-    return source.detach().to(upcast, copy=True)
+    return source.detach().to(device or source.device, upcast, copy=True)

@@ -10,6 +10,7 @@ Functions import torch, transformers, numpy and psutil when they are called, so 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import platform
@@ -17,11 +18,12 @@ import random
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sad.errors import UsageError, one_line
@@ -43,6 +45,18 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import a library that an extra brings; ``UsageError`` with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UsageError(
+            f"{package} must be installed {purpose}, got '{one_line(error)}'; run: "
+            f"python -m pip install 'student-aware-distillation[{extra}]'"
+        ) from error
+
+
 HUB = logging.getLogger("huggingface_hub")
 """Logger of the Hub's client, which warns of every failed attempt to reach the network; after the
 last attempt it raises an error."""
@@ -50,7 +64,8 @@ last attempt it raises an error."""
 
 @contextmanager
 def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
-    """Within, silence transformers' and the Hub client's messages below errors.
+    """Within, silence transformers' and the Hub client's messages below errors, and warnings of
+    names that transformers itself still uses.
 
     transformers' progress bars are silenced as well, unless ``show_bars`` on a terminal.
     """
@@ -64,7 +79,9 @@ def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
         transformers_logging.disable_progress_bar()
     HUB.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         HUB.setLevel(hub_level)
         transformers_logging.set_verbosity(verbosity)

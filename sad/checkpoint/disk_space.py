@@ -17,8 +17,8 @@ from sad.checkpoint.atomic_files import free_bytes, tree_bytes
 from sad.checkpoint.store import SET_ASIDE
 from sad.config.schema import DistillConfig
 from sad.errors import OutputError
-from sad.models.load import build_model
-from sad.models.memory_plan import gradient_bytes, student_states, weight_bytes
+from sad.models.load import build_student_model
+from sad.models.memory_plan import frozen_bytes, gradient_bytes, student_states, weight_bytes
 
 EXPORTS = ("best", "final")
 
@@ -32,11 +32,13 @@ def require_space(config: DistillConfig) -> None:
     student's configuration raises, too.
     """
     with torch.device("meta"):
-        student = build_model(config, "student", getattr(torch, config.param_dtype))
+        student = build_student_model(config)
     runs = 2 if config.baseline else 1
     checkpoints = runs * config.save_total_limit + 1
     exports = runs * len(EXPORTS)
     each, export = checkpoint_bytes(config, student), weight_bytes(student)
+    if not config.merge_adapters:
+        export -= frozen_bytes(student)
     needed = checkpoints * each + exports * export
     free = free_bytes(config.output_dir)
     kept = sum(tree_bytes(path) for path in Path(config.output_dir).glob(f"**/{SET_ASIDE}"))
@@ -54,7 +56,7 @@ def checkpoint_bytes(config: DistillConfig, student: nn.Module) -> int:
 
     Exact but for a few KiB: names, plain numbers, random states, buffers that are not saved.
     """
-    states = sum(size for _, size in student_states(config, student))
+    states = sum(size for _, size in student_states(config, student)) - frozen_bytes(student)
     mid_window = config.gradient_accumulation_steps > 1
     return states + (gradient_bytes(config, student.parameters()) if mid_window else 0)
 

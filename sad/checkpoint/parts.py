@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sad.checkpoint.state import (
+    frozen_digest,
     gradient_tensors,
     load_gradients,
     load_optimizer,
@@ -29,6 +30,7 @@ from sad.checkpoint.state import (
     model_tensors,
     optimizer_state,
     rng_state,
+    trained_tensors,
 )
 from sad.checkpoint.store import Checkpoint
 from sad.errors import CheckpointError
@@ -248,11 +250,15 @@ class NamedTensors(Part):
 
 
 class ModuleTensors(Part):
-    """Parameters and persistent buffers of a module, as one group; None as in ``NamedTensors``."""
+    """Parameters and persistent buffers of a module, as one group; None as in ``NamedTensors``.
 
-    def __init__(self, group: str, module: nn.Module | None) -> None:
+    Without ``frozen`` parameters, what does not train is not saved: it is loaded from elsewhere.
+    """
+
+    def __init__(self, group: str, module: nn.Module | None, *, frozen: bool = True) -> None:
         self._group = group
         self._module = module
+        self._tensors_of = model_tensors if frozen else trained_tensors
 
     def state_dict(self) -> PartState:
         return self._view().state_dict()
@@ -262,8 +268,29 @@ class ModuleTensors(Part):
 
     def _view(self) -> NamedTensors:
         # Looked up each time: a parameter may have been replaced since the part was made.
-        tensors = None if self._module is None else model_tensors(self._module)
+        tensors = None if self._module is None else self._tensors_of(self._module)
         return NamedTensors(self._group, tensors)
+
+
+class FrozenWeights(Part):
+    """A hash of a module's frozen parameters, which are not saved but must be the same again.
+
+    Raises ``CheckpointError`` on resumption with others.
+    """
+
+    def __init__(self, key: str, module: nn.Module) -> None:
+        self._key = key
+        self._digest = frozen_digest(module)
+
+    def state_dict(self) -> PartState:
+        return PartState({self._key: self._digest})
+
+    def load_state_dict(self, saved: PartState) -> None:
+        if saved.values[self._key] != self._digest:
+            raise CheckpointError(
+                "the student must have the weights under its adapters that the run began with, got "
+                "others; give it back the model it had, or begin a new run"
+            )
 
 
 class OptimizerState(Part):

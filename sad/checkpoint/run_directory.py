@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
 from sad.environment import quiet_libraries
 from sad.errors import OutputError, UnfitError, UsageError, one_line
+from sad.models.adapters import has_adapters, merged_weights
 from sad.models.heads import output_embedding
 
 
@@ -118,23 +119,35 @@ class RunDirectory:
         valid_vocab: int,
         facts: dict[str, Any],
         dtype: torch.dtype | None = None,
+        *,
+        merge_adapters: bool = False,
+        card: str = "",
     ) -> None:
         """Export the weights that ``model`` holds right now, completely or not at all.
 
-        They are rounded to ``dtype``, by default not at all. The model's own generation settings
-        are exported as they are, but for ids past ``valid_vocab``: these were never trained, so
-        generation is told to suppress them, too. ``facts`` (metric, value, kind of weights,
-        position) become ``sad.json``.
+        They are rounded to ``dtype``, by default not at all. A student with adapters leaves these
+        alone, as they are and in PEFT's form, unless ``merge_adapters``. The model's own generation
+        settings are exported as they are, but for ids past ``valid_vocab``: these were never
+        trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
+        weights, position) become ``sad.json``, ``card`` the ``README.md``.
         """
         tmp = target.parent / f".tmp-{target.name}"
         shutil.rmtree(tmp, ignore_errors=True)
         width = output_embedding(model).weight.shape[0]
         generation = _generation_settings(model, range(valid_vocab, width))
         dtype = dtype or model.dtype
-        rounds = dtype != model.dtype
-        state = _rounded_state(model, dtype) if rounds else None
+        alone = has_adapters(model) and not merge_adapters
+        rounds = dtype != model.dtype and not alone
         try:
-            with quiet_libraries(), _rust_disk_errors(), _plain_configuration(model):
+            with (
+                quiet_libraries(),
+                _rust_disk_errors(),
+                _plain_configuration(model),
+                merged_weights(model) if merge_adapters else nullcontext() as merged,
+            ):
+                state = merged
+                if rounds:
+                    state = _rounded_state(model, merged or model.state_dict(), dtype)
                 model.save_pretrained(tmp, state_dict=state)
                 tokenizer.save_pretrained(tmp)
             if generation is not None:
@@ -143,6 +156,8 @@ class RunDirectory:
                 generation.to_json_file(tmp / "generation_config.json")
             if rounds:
                 _declare_dtype(tmp / "config.json", dtype)
+            if card:
+                (tmp / "README.md").write_text(card, encoding="utf-8")
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             publish_directory(tmp, target)
         except OSError as error:
@@ -206,8 +221,10 @@ def _plain_configuration(model: PreTrainedModel) -> Iterator[None]:
             model.generation_config = generation
 
 
-def _rounded_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor.
+def _rounded_state(
+    model: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A model's tensors on the CPU, floats rounded to ``dtype``; tied ones stay one tensor.
 
     What its family keeps in fp32, such as the biases of a selection of experts, keeps every bit.
     """
@@ -223,7 +240,7 @@ def _rounded_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tens
             rounded[key] = tensor.detach().to("cpu", tensor.dtype if keeps else dtype)
         return rounded[key]
 
-    return {name: round_once(name, tensor) for name, tensor in model.state_dict().items()}
+    return {name: round_once(name, tensor) for name, tensor in state.items()}
 
 
 def _declare_dtype(path: Path, dtype: torch.dtype) -> None:

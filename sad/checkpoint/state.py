@@ -10,6 +10,8 @@ for a checkpoint of another run.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -24,6 +26,9 @@ from sad.errors import CheckpointError
 _LIVE_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Entries of an optimizer's group that are no state: how *this* process computes the update."""
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> the integers of its width."""
+
 _REMEDY = "resume with the models and the configuration the run began with"
 
 
@@ -35,6 +40,26 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()  # under all names; what it lacks is not persistent
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return dict(model.named_parameters()) | buffers
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """``model_tensors`` without frozen parameters."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in model_tensors(model).items() if name not in frozen}
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """A hash that tells frozen parameters of one model from those of another.
+
+    Of each parameter only the sum of its bits, as integers, is hashed: that takes one pass on its
+    device.
+    """
+    sums = {
+        name: int(p.detach().view(_INTEGERS[p.element_size()]).sum(dtype=torch.int64))
+        for name, p in model.named_parameters()
+        if not p.requires_grad
+    }
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -61,9 +86,10 @@ def optimizer_state(
     """Groups and plain values for JSON, and the state tensors as ``parameter name/state key``.
 
     ``parameters`` names every parameter of the optimizer; with fp32 master weights these are the
-    masters.
+    masters. A table that parameters share (bitsandbytes' quantisation maps) is copied for each.
     """
     names = _parameter_names(optimizer, parameters)
+    seen: set[int] = set()
     groups = [
         {
             "names": [names[id(parameter)] for parameter in group["params"]],
@@ -77,7 +103,9 @@ def optimizer_state(
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value
+                shared = value.numel() > 0 and value.data_ptr() in seen
+                tensors[f"{name}/{key}"] = value.clone() if shared else value
+                seen.add(value.data_ptr())
             else:
                 values.setdefault(name, {})[key] = _json_value(value)
     return {"groups": groups, "values": values}, tensors
@@ -96,12 +124,11 @@ def load_optimizer(
     moments of bf16 parameters. Here every tensor keeps its dtype.
     """
     _require_same_groups(optimizer, parameters, state["groups"])
-    # Plain values and tensors of one parameter belong together again: name -> key -> value.
-    restored: dict[str, dict[str, Any]] = {n: dict(v) for n, v in state["values"].items()}
+    # Names alone: each tensor is read when it is copied, and only then in memory.
+    paths: dict[str, list[str]] = {name: [] for name in state["values"]}
     for path in saved:
-        name, _, key = path.rpartition("/")
-        restored.setdefault(name, {})[key] = saved[path]
-    _require_known(restored, parameters, "optimizer state")
+        paths.setdefault(path.rpartition("/")[0], []).append(path)
+    _require_known(paths, parameters, "optimizer state")
 
     names = _parameter_names(optimizer, parameters)
     # All checks are done; from here on the optimizer changes.
@@ -111,11 +138,15 @@ def load_optimizer(
             # JSON has no tuples: betas must come back as one.
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         for parameter in group["params"]:
-            values = restored.get(names[id(parameter)])
-            if values is not None:
-                optimizer.state[parameter] = {
-                    key: _state_value(parameter, key, value, group) for key, value in values.items()
-                }
+            name = names[id(parameter)]
+            if name not in paths:
+                continue
+            # Plain values and tensors of one parameter belong together again.
+            optimizer.state[parameter] = dict(state["values"].get(name, {}))
+            for path in paths[name]:
+                key = path.rpartition("/")[2]
+                value = _state_value(parameter, key, saved[path], group)
+                optimizer.state[parameter][key] = value
 
 
 def _parameter_names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, str]:
@@ -147,10 +178,8 @@ def _require_same_groups(
         _require_same_names(live_names, group["names"], f"optimizer group {i} parameters")
 
 
-def _state_value(parameter: Tensor, key: str, value: Any, group: dict[str, Any]) -> Any:
-    """A saved item of a parameter's state, as this optimizer would have created it."""
-    if not isinstance(value, Tensor):
-        return value
+def _state_value(parameter: Tensor, key: str, value: Tensor, group: dict[str, Any]) -> Tensor:
+    """A saved tensor of a parameter's state, as this optimizer would have created it."""
     if key == "step" and not (group.get("fused") or group.get("capturable")):
         return value.to("cpu", copy=True)  # counted on the host: no synchronisation in a step
     return _copy_like(parameter, value)

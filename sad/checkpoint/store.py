@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,8 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
@@ -72,15 +73,20 @@ _DTYPE_NAMES = {
 }
 """The dtypes a checkpoint holds, as the safetensors format spells them."""
 
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What was saved. The tensors lie on the CPU and are read from the files as they are used."""
 
+    # A resumed run must not need more memory than one that was never stopped: while one tensor is
+    # copied into its place, no other is in memory.
+
     path: Path
     micro_step: int
     state: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Mapping[str, Tensor]]
 
 
 def save_checkpoint(
@@ -448,9 +454,56 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+class FileTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    Whoever drops a tensor drops its memory; ``load_file`` maps the whole file for as long as one of
+    its tensors is in use, and all that was read of it counts as memory of the process. The file is
+    kept open, so that tensors outlive its name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt"):  # the library checks the format
+            pass
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        length = int.from_bytes(self._read(0, 8), "little")
+        self._header: dict[str, Any] = json.loads(self._read(8, length))
+        self._header.pop("__metadata__", None)
+        self._start = 8 + length
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._header[name]
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        begin, end = entry["data_offsets"]
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        content = self._read(self._start + begin, end - begin)
+        return torch.frombuffer(content, dtype=dtype).reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def _read(self, offset: int, size: int) -> bytearray:
+        content = bytearray(size)
+        view, done = memoryview(content), 0
+        while done < size:  # one call reads 2 GiB at most
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise OSError(f"a file of tensors ended {size - done} bytes early")
+            done += count
+        return content
+
+
+def _read_tensors(path: Path) -> FileTensors:
     try:
-        return load_file(path)
+        return FileTensors(path)
     except SafetensorError as error:
         raise _unusable(path, "hold tensors in the safetensors format", str(error)) from error
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 from sad_kernels._divergence_table import Divergence
 
 from sad.config.schema import DistillConfig
-from sad.config.values import field_types, leaf_types, section_types, without_none
+from sad.config.values import field_types, is_union, leaf_types, section_types, without_none
 
 WIDTH = 96
 TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
@@ -84,7 +84,7 @@ def _source(module: str) -> str:
 
 def _entry(cls: type, item: Field[Any], prefix: str) -> str:
     words = f"  --{prefix}{item.name} {_type_word(field_types(cls)[item.name])}"
-    if item.default not in (MISSING, None, ()):
+    if item.default not in (MISSING, None, (), ""):
         words += f"  [{str(item.default).lower() if item.type == 'bool' else item.default}]"
     elif item.default is MISSING:
         words += "  [required]"
@@ -95,6 +95,8 @@ def _entry(cls: type, item: Field[Any], prefix: str) -> str:
 
 def _type_word(hint: Any) -> str:
     inner = without_none(hint)
+    if is_union(inner):
+        return "|".join(_type_word(arg) for arg in get_args(inner))
     if get_origin(inner) is Literal:
         return "|".join(get_args(inner))
     if get_origin(inner) is tuple:
@@ -152,6 +154,13 @@ RENAMED = {
     "model_name_or_path": "student",
     "student_model_name_or_path": "student",
     "teacher_model_name_or_path": "teacher",
+    "lora_r": "peft.r",
+    "lora_alpha": "peft.lora_alpha",
+    "lora_dropout": "peft.lora_dropout",
+    "lora_target_modules": "peft.target_modules",
+    "lora_modules_to_save": "peft.modules_to_save",
+    "use_rslora": "peft.use_rslora",
+    "use_dora": "peft.use_dora",
     # DistillKit, torchtune, NeMo and others
     "model": "student",
     "student_model": "student",
@@ -253,7 +262,6 @@ EXPLAINED = {
     # transformers
     "load_best_model_at_end": "the best weights are always kept, in RUN_DIR/best",
     "greater_is_better": "the smallest metric_for_best_model wins",
-    "optim": "the optimizer is AdamW",
     "eval_strategy": _CADENCE,
     "evaluation_strategy": _CADENCE,
     "save_strategy": _CADENCE,
@@ -266,6 +274,7 @@ EXPLAINED = {
         "it is per_device_train_batch_size x gradient_accumulation_steps: set these two"
     ),
     # TRL
+    "use_peft": "peft.r trains LoRA adapters of that rank: peft: {r: 16}",
     "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
     "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
     # Axolotl, LLaMA-Factory

@@ -18,13 +18,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 
 from sad.config.help import about_unknown_key
 from sad.config.schema import ConfigError, DistillConfig
-from sad.config.values import input_paths, leaf_types, without_none
+from sad.config.values import input_paths, leaf_types, takes_several
 from sad.errors import UsageError
 from sad.recipes import recipe_names, recipe_path
 
@@ -107,7 +107,7 @@ def _from_words(key: str, values: list[str]) -> Any:
     if len(values) == 1:
         return values[0]
     hint = leaf_types(DistillConfig).get(key)
-    if hint is None or get_origin(without_none(hint)) is tuple:
+    if hint is None or takes_several(hint):
         return values
     if not values and hint is bool:
         return True
@@ -212,6 +212,8 @@ def _resolve_paths(path: Path, settings: dict[str, Setting]) -> dict[str, Settin
     def resolve(value: Any) -> Any:
         if isinstance(value, list):
             return [resolve(item) for item in value]
+        if isinstance(value, dict) and "path" in value:  # an entry of data.train with its weight
+            return value | {"path": resolve(value["path"])}
         candidate = path.parent / value if isinstance(value, str) and value else None
         return os.path.abspath(candidate) if candidate and candidate.exists() else value
 
@@ -232,7 +234,7 @@ def _build(settings: dict[str, Setting], path: Path) -> DistillConfig:
             (nested.setdefault(section, {}) if section else nested)[name] = setting.value
         elif not _empty_section(key, setting):
             raise UsageError(f"{about_unknown_key(key)} ({setting.where})")
-    if "student" not in nested:
+    if "student" not in nested and nested.get("student_init") != "layers":
         raise UsageError(
             f"student must be given, got no such key; add it to the file or write --student NAME "
             f"({path})"

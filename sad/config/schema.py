@@ -33,6 +33,7 @@ from sad.config.sections import (
     DataConfig,
     FeatureConfig,
     LayerwiseConfig,
+    PeftConfig,
     RelationsConfig,
     RouterConfig,
     RoutingConfig,
@@ -71,6 +72,14 @@ StepsOrFraction = Annotated[
         lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
     ),
 ]
+LayerChoice = Annotated[
+    int | tuple[int, ...],
+    Constraint(
+        "be a number of layers, or a list of layers",
+        lambda v: v >= 1 if isinstance(v, int) else len(v) >= 1,
+        "for example 4, or [0, 3, 7, 11]",
+    ),
+]
 Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
 AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2)]
 
@@ -88,15 +97,19 @@ class DistillConfig:
     """
 
     # Models
-    student: ModelPath
+    student: ModelPath = ""
     """Hugging Face id or local path of the student, or with `student_init: random` of its
-    configuration."""
+    configuration. Needed unless `student_init` is `layers`."""
     teacher: ModelPath | None = None
     """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
-    student_init: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the student from its configuration alone, with weights drawn from `seed`."""
+    student_init: Literal["pretrained", "random", "layers"] = "pretrained"
+    """`random` builds the student from its configuration alone, with weights drawn from `seed`;
+    `layers` makes it of the teacher's embeddings, norm, head and `student_layers`."""
+    student_layers: LayerChoice | None = None
+    """With `student_init: layers`: which of the teacher's decoder layers the student has, counted
+    from 0, negative ones from the end; or how many, spread evenly from the first to the last."""
     teacher_dtype: DtypeName | None = None
     """Dtype of the frozen teacher. Default: the compute dtype."""
     device: str = field(default="auto", metadata=MAY_CHANGE_ON_RESUME)
@@ -108,10 +121,16 @@ class DistillConfig:
     chooses for each family, which is `sdpa` where the family has it."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in backward instead of keeping them."""
+    torch_compile: bool = False
+    """Compile the student's decoder layers. The first step takes a minute or more; packed rows are
+    compared with those of the layers as they are."""
     trust_remote_code_student: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Run code that comes with the student's repository."""
     trust_remote_code_teacher: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Run code that comes with the teacher's repository."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    merge_adapters: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
+    """Export the student with its adapters merged into its weights, instead of the adapters."""
 
     # Data
     data: DataConfig = field(default_factory=DataConfig)
@@ -184,6 +203,9 @@ class DistillConfig:
     # Optimizer and schedule
     learning_rate: NonNegativeFloat = 5e-5
     """Peak learning rate of AdamW."""
+    optim: Literal["adamw_torch_fused", "adamw_8bit"] = "adamw_torch_fused"
+    """AdamW as torch has it, or by bitsandbytes with moments in 8 bits: a quarter of their memory,
+    one wait for the device per step. Needs the extra `8bit`."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     adam_beta1: FractionBelowOne = 0.9
@@ -228,6 +250,9 @@ class DistillConfig:
     """Decay of the average."""
     ema_warmup: bool = True
     """Lower the decay in the first updates: min(ema_decay, (1 + n) / (10 + n))."""
+    ema_device: Literal["cpu"] | None = None
+    """`cpu` keeps the average in host memory: it leaves a GPU 4 bytes per parameter, and each step
+    waits until the weights are copied. Default: the student's device."""
 
     # Run
     output_dir: NonEmptyStr = field(default="runs/sad", metadata=MAY_CHANGE_ON_RESUME)
@@ -257,12 +282,30 @@ class DistillConfig:
         default=(), metadata=MAY_CHANGE_ON_RESUME
     )
     """Trackers to send the log to besides `log.jsonl`."""
+    push_to_hub: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
+    """Upload `best/` to the Hugging Face Hub after the run; a failure is a warning."""
+    hub_model_id: NonEmptyStr | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Repository on the Hub, `name` or `owner/name`. Default: the name of `output_dir`."""
+    hub_private_repo: bool | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Make that repository private, if it is new. Default: as the account has it."""
     debug: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Show tracebacks for every error."""
 
     def __post_init__(self) -> None:
+        if self.student_init == "layers" and not self.student:
+            object.__setattr__(self, "student", self.teacher or "")  # what it is made of
+        require(
+            "student",
+            "be given",
+            self.student,
+            "name a model, or take its layers from a teacher with student_init: layers",
+            holds=bool(self.student),
+        )
         convert_and_check(self)
         _check_models(self)
+        _check_layers(self)
+        _check_compile(self)
+        _check_adapters(self)
         _check_objective(self)
         _check_teacher_sections(self)
         _check_schedule(self)
@@ -311,10 +354,11 @@ STRUCTURAL = tuple(
 def ce_only() -> dict[str, Any]:
     """Changes, for ``dataclasses.replace``, that make a run train on cross-entropy alone.
 
-    Every section but ``data`` configures something of the teacher's, and returns to its default.
+    Every section but ``data`` and ``peft`` configures something of the teacher's, and returns to
+    its default.
     """
     sections = section_types(DistillConfig).items()
-    defaults = {name: section() for name, section in sections if name != "data"}
+    defaults = {name: section() for name, section in sections if name not in ("data", "peft")}
     return {"kd_weight": 0.0, "ce_weight": 1.0} | defaults
 
 
@@ -348,6 +392,52 @@ def _check_models(config: DistillConfig) -> None:
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
         require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_compile(config: DistillConfig) -> None:
+    require(
+        "torch_compile",
+        "be false with structural losses",
+        config.torch_compile,
+        f"they look into the layers: leave it out, or {', '.join(config.structural_weights)}",
+        holds=not (config.torch_compile and config.structural_weights),
+    )
+
+
+def _check_layers(config: DistillConfig) -> None:
+    of_layers = config.student_init == "layers"
+    require(
+        "student_layers",
+        "be given with student_init layers, and with no other",
+        config.student_layers,
+        "write for example student_init: layers with student_layers: 4",
+        holds=of_layers == (config.student_layers is not None),
+    )
+    require(
+        "student",
+        "be left out with student_init layers",
+        config.student,
+        "the student is made of the teacher's layers",
+        holds=not of_layers or config.student == config.teacher,
+    )
+
+
+def _check_adapters(config: DistillConfig) -> None:
+    require(
+        "merge_adapters",
+        "be false without a key of peft",
+        config.merge_adapters,
+        "there are no adapters to merge: leave it out, or set peft.r",
+        holds=config.peft.enabled or not config.merge_adapters,
+    )
+    saved = config.student_init == "pretrained" or config.merge_adapters
+    require(
+        "student_init",
+        "be pretrained for adapters that are exported alone",
+        config.student_init,
+        "what they belong to is saved nowhere: set merge_adapters: true",
+        holds=saved or not config.peft.enabled,
+    )
 
 
 def _check_objective(config: DistillConfig) -> None:

@@ -8,7 +8,8 @@ sections of structural losses are recognised by their base class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from sad.config.values import (
@@ -34,6 +35,10 @@ that only changes rounding, such as ``impl``: a resumed run promises the same bi
 TextSources = Annotated[tuple[str, ...], INPUT_PATH]
 TextSource = Annotated[NonEmptyStr, INPUT_PATH]
 Distance = Literal["cosine", "relative_mse"]
+
+Weights = Annotated[
+    tuple[float, ...], Constraint("be numbers above 0", lambda weights: all(w > 0 for w in weights))
+]
 
 Pairs = Annotated[
     tuple[tuple[int, ...], ...],
@@ -95,6 +100,10 @@ class DataConfig(Section):
     """Split of a `datasets` data set named in `train`."""
     dataset_eval_split: NonEmptyStr = "validation"
     """Split of a `datasets` data set named in `eval`."""
+    train_weights: Weights | None = None
+    """One number per entry of `train`: how often its training documents are read per epoch, 1 by
+    default. Of 2.5 all are read twice and half of them, chosen by the hash of their names, once
+    more. In a file an entry of `train` may be written `{path: code/, weight: 2.5}`."""
     max_documents: PositiveInt | None = None
     """Use only this many documents of `data.train`, chosen by the hash of their names."""
     completion_only_loss: bool | None = None
@@ -117,10 +126,14 @@ class DataConfig(Section):
     document_end: NonEmptyStr | None = None
     """The token that ends a document of text, such as `<|endoftext|>`. Default: the tokenizer's end
     of text. Chat templates bring their own."""
+    num_proc: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Processes that tokenize; the rows are the same whatever their number. Default: one per core
+    where there is much text, else none besides this one."""
     cache_dir: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
 
     def __post_init__(self) -> None:
+        _take_weights_apart(self)
         super().__post_init__()
         require(
             "data.chat_template",
@@ -129,6 +142,46 @@ class DataConfig(Section):
             "give one of the two",
             holds=self.chat_template is None or self.chat_template_path is None,
         )
+        require(
+            "data.train_weights",
+            f"be one number per entry of data.train ({len(self.train)})",
+            self.train_weights,
+            "give each its weight, or leave the key out",
+            holds=self.train_weights is None or len(self.train_weights) == len(self.train),
+        )
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a source is read more or less often than once per epoch."""
+        return any(weight != 1 for weight in self.train_weights or ())
+
+
+def _take_weights_apart(config: DataConfig) -> None:
+    """Turn entries ``{path: ..., weight: ...}`` of ``train`` into paths and ``train_weights``."""
+    entries = config.train if isinstance(config.train, list | tuple) else [config.train]
+    if not any(isinstance(entry, Mapping) for entry in entries):
+        return
+    paths, weights = [], []
+    for entry in entries:
+        plain: Any = entry if isinstance(entry, Mapping) else {"path": entry}
+        require(
+            "data.train",
+            "hold texts, or entries with path and weight",
+            entry,
+            "write for example {path: code/, weight: 2}",
+            holds="path" in plain and plain.keys() <= {"path", "weight"},
+        )
+        paths.append(plain["path"])
+        weights.append(plain.get("weight", 1))
+    require(
+        "data.train_weights",
+        "be left out where entries of data.train have weights",
+        config.train_weights,
+        "keep one of both",
+        holds=config.train_weights is None,
+    )
+    object.__setattr__(config, "train", paths)
+    object.__setattr__(config, "train_weights", weights)
 
 
 # Structural losses. With a weight of 0, the default, nothing is captured or computed for one. By
@@ -263,6 +316,53 @@ class CurriculumConfig(Section):
         """Loss -> its schedule, of the losses that were given one."""
         given = {loss: getattr(self, loss) for loss in RAMPS}
         return {loss: points for loss, points in given.items() if points is not None}
+
+
+LoRAInit = Literal["gaussian", "orthogonal"]
+"""PEFT's initialisations that leave the weights under the adapters as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig(Section):
+    """LoRA adapters of the student, by PEFT's keys: see `sad.models.adapters`.
+
+    Any key that is given turns them on; the others then have PEFT's defaults.
+    """
+
+    name = "peft"
+
+    peft_type: Literal["LORA"] | None = None
+    """Train adapters of this kind instead of the student's own weights, which stay frozen. Any key
+    of `peft` turns them on; needs the extra `peft`."""
+    r: PositiveInt | None = None
+    """Rank of the adapters. Default: PEFT's, 8."""
+    lora_alpha: PositiveInt | None = None
+    """The adapters' product is multiplied by `lora_alpha / r`. Default: PEFT's, 8."""
+    lora_dropout: FractionBelowOne | None = None
+    """Dropout of what the adapters read. Default: none."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the layers that get adapters, `all-linear`, or one regular expression for their
+    whole names. Default: PEFT's choice for the family, often the attention's projections."""
+    exclude_modules: tuple[str, ...] | None = None
+    """Names of layers that get none, or one regular expression."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Numbers of the decoder layers that get adapters. Default: all."""
+    bias: Literal["none", "all", "lora_only"] | None = None
+    """Which biases of the student are trained besides. Default: none."""
+    modules_to_save: tuple[str, ...] | None = None
+    """Modules that are trained whole and saved with the adapters; the head cannot be one."""
+    use_rslora: bool | None = None
+    """Scale the adapters by `lora_alpha / sqrt(r)`."""
+    use_dora: bool | None = None
+    """Train magnitude and direction apart (DoRA)."""
+    init_lora_weights: LoRAInit | None = None
+    """How adapters begin. Default: PEFT's, at which they change nothing yet. What would change the
+    weights under them (pissa, olora ...) is not offered."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the student is trained through adapters."""
+        return any(getattr(self, item.name) is not None for item in fields(self))
 
 
 TeacherShare = Annotated[float, Constraint("lie in (0, 1]", lambda v: 0 < v <= 1)]

@@ -61,8 +61,11 @@ def convert(hint: Any, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     origin = get_origin(hint)
-    if origin in (Union, types.UnionType):  # X | None is the only union in a configuration
-        return None if _is_null(value) else convert(without_none(hint), value)
+    if is_union(hint):
+        if types.NoneType in get_args(hint) and _is_null(value):
+            return None
+        inner = without_none(hint)
+        return _one_or_several(inner, value) if is_union(inner) else convert(inner, value)
     if origin is tuple:
         inner = get_args(hint)[0]  # of tuple[X, ...]
         if get_origin(inner) is Literal and _is_null(_sole_item(value)):
@@ -100,10 +103,30 @@ def _parse_nested_list(value: Any) -> Any:
 
 def without_none(hint: Any) -> Any:
     """``X`` of ``X | None``; any other type as it is."""
-    if get_origin(hint) not in (Union, types.UnionType):
+    if not is_union(hint):
         return hint
-    (inner,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
-    return inner
+    return Union[tuple(arg for arg in get_args(hint) if arg is not types.NoneType)]  # noqa: UP007
+
+
+def is_union(hint: Any) -> bool:
+    """Whether this is ``X | None``, or ``X | tuple[X, ...]``: the unions of a configuration."""
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def takes_several(hint: Any) -> bool:
+    """Whether a list is a value of this type."""
+    inner = without_none(hint)
+    return any(
+        get_origin(arg) is tuple for arg in (get_args(inner) if is_union(inner) else [inner])
+    )
+
+
+def _one_or_several(hint: Any, value: Any) -> Any:
+    """Convert to ``X``, or a list to ``tuple[X, ...]``; a list of one on a command line is [X]."""
+    one, several = get_args(hint)
+    if isinstance(value, str) and value.startswith("["):
+        value = _parse_nested_list(value)
+    return convert(several if isinstance(value, list | tuple) else one, value)
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:

@@ -34,7 +34,15 @@ Report = Callable[[str], None]
 def read_documents(
     config: DataConfig, key: SourceKey, report: Report = lambda _: None
 ) -> Iterator[Document]:
-    """Every document of the sources under ``config.train`` or ``config.eval``.
+    """The documents of ``read_sources``."""
+    return (document for _, document in read_sources(config, key, report))
+
+
+def read_sources(
+    config: DataConfig, key: SourceKey, report: Report = lambda _: None
+) -> Iterator[tuple[int, Document]]:
+    """Every document of the sources under ``config.train`` or ``config.eval``, after the number of
+    its source.
 
     Sources come in the order given, files of a folder sorted by path, records in file order.
     Documents that are empty or white space are left out. Text is UTF-8; in text files a byte order
@@ -56,7 +64,7 @@ def read_documents(
         prefix = f"{index}:" if index else ""
         for document in _read_source(source, config, key, report):
             if not document.is_empty:
-                yield document._replace(name=prefix + document.name)
+                yield index, document._replace(name=prefix + document.name)
 
 
 # Sources

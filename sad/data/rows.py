@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sad.checkpoint.atomic_files import TEMPORARY, describe
+from sad.checkpoint.atomic_files import TEMPORARY, describe, free_bytes
 from sad.config.schema import DistillConfig
 from sad.config.sections import DataConfig
 from sad.data.batch import IGNORE_INDEX, Batch, LossCounts
@@ -30,15 +30,18 @@ from sad.data.formats.base import COMPLETION, MESSAGES
 from sad.data.packing import (
     CONTEXT,
     DOCUMENTS,
+    LARGE_TEXT,
     ROW_STARTS,
     TARGET_BYTES,
     TOKENS,
     cut_rows,
     fingerprint_rows,
+    forecast,
     read_index,
     row_breaks,
     write_rows,
 )
+from sad.data.parallel import usable_cores
 from sad.data.split import DocumentSet, split_documents
 from sad.data.stream import describe_counts
 from sad.errors import OutputError, UnfitError
@@ -245,9 +248,9 @@ def pack_documents(
     """Packed rows of ``documents``, from the cache if it has them undamaged.
 
     Of ``config`` the keys count that say what documents become: special tokens, chat template,
-    what is learned. Raises ``UnfitError`` if the tokenizer has no end-of-text token, a conversation
-    does not fit the chat template or the documents give no tokens, and ``OutputError`` if the cache
-    cannot be written.
+    what is learned. Of much text is said first what tokenizing it will take. Raises ``UnfitError``
+    if the tokenizer has no end-of-text token, a conversation does not fit the chat template or the
+    documents give no tokens, and ``OutputError`` if the cache cannot be written or has no room.
     """
     options: Any = {"packing": packing, "config": config}
     name = fingerprint_rows(documents, tokenizer, max_length, **options)
@@ -261,6 +264,8 @@ def pack_documents(
     try:
         tmp.mkdir(parents=True)
         _sweep(cache_dir)
+        if documents.num_bytes >= LARGE_TEXT:
+            _foresee(documents, tokenizer, cache_dir, config)
         write_rows(tmp, name, documents, tokenizer, max_length, **options)
         return _publish(tmp, folder)
     except OSError as error:
@@ -270,6 +275,31 @@ def pack_documents(
         ) from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _foresee(
+    documents: DocumentSet,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    config: DataConfig,
+) -> None:
+    """Say what tokenizing will take; raise ``OutputError`` if the cache has no room for it."""
+    expected = forecast(documents, tokenizer, config)
+    free = free_bytes(cache_dir)
+    gib, minutes = expected.disk / 2**30, expected.seconds / 60
+    processes = config.num_proc or usable_cores()
+    print(
+        f"text: {documents.num_bytes / 1e9:,.1f} GB in {len(documents):,} documents, about "
+        f"{expected.tokens:,.3g} tokens; tokenizing takes about {minutes:,.0f} minutes by "
+        f"{processes} processes and {gib:,.1f} GiB in {cache_dir}",
+        flush=True,
+    )
+    if free is not None and free < expected.disk:
+        raise OutputError(
+            f"data.cache_dir must have room for about {gib:,.1f} GiB of tokens, got "
+            f"{free / 2**30:,.1f} GiB free in {cache_dir}; free space, or choose another "
+            "data.cache_dir"
+        )
 
 
 # The cache

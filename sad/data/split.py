@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sad.config.sections import DataConfig
-from sad.data.documents import Document, SourceKey, read_documents
+from sad.data.documents import Document, SourceKey, read_documents, read_sources
 from sad.data.formats.base import TEXT
 from sad.errors import UnfitError
 
@@ -25,11 +25,15 @@ class DocumentSet:
 
     ``selected`` is a mask over the documents that ``read_documents(config, key)`` yields, and
     ``source_digest`` the hash of all of them. An iteration that reads others than were hashed
-    raises ``UnfitError`` at its end.
+    raises ``UnfitError`` at its end. ``times`` says how often each document is yielded: what is
+    yielded again comes after all documents, in the same order, for copies side by side would share
+    a row. ``num_bytes`` is the length of all that the sources hold, in UTF-8.
     """
 
     kinds: frozenset[str] = TEXT
     """The ``Document.kind`` of all documents of the source together."""
+    num_bytes: int = 0
+    """Length of what is yielded, about: as if documents were equally long."""
 
     def __init__(
         self,
@@ -38,27 +42,38 @@ class DocumentSet:
         selected: np.ndarray,  # bool [documents read]
         source_digest: str,
         kinds: frozenset[str] = TEXT,
+        *,
+        times: np.ndarray | None = None,  # int64 [documents read]
+        num_bytes: int = 0,
     ) -> None:
         self.kinds = kinds
         self._config = config
         self._key: SourceKey = key
         self._selected = selected
         self._source_digest = source_digest
+        self._times = selected.astype(np.int64) if times is None else selected * times
+        self.num_bytes = num_bytes * int(self._times.sum()) // max(len(selected), 1)
 
     @property
     def digest(self) -> str:
         """Equal only for the same texts in the same order."""
         mask = np.packbits(self._selected).tobytes()
+        if (self._times != self._selected).any():
+            mask += self._times.tobytes()
         return hashlib.blake2b(self._source_digest.encode() + mask, digest_size=16).hexdigest()
 
     def __len__(self) -> int:
-        return int(self._selected.sum())
+        return int(self._times.sum())
 
     def __iter__(self) -> Iterator[Document]:
+        for time in range(max(int(self._times.max(initial=0)), 1)):
+            yield from self._read_once(self._times > time)
+
+    def _read_once(self, mask: np.ndarray) -> Iterator[Document]:
         digest = _TextDigest()
         for index, document in enumerate(read_documents(self._config, self._key)):
             digest.add(document)
-            if index < len(self._selected) and self._selected[index]:
+            if index < len(mask) and mask[index]:
                 yield document
         # Text that changed on disk would make the rows differ from their fingerprint.
         if digest.hex() != self._source_digest:
@@ -75,17 +90,25 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
     name, a number in [0, 1), is below ``eval_fraction``, so adding documents moves no other from
     one set to the other. Each set gets at least one document, which matters only for a handful of
     them. ``max_documents`` limits ``config.train`` before anything is held out, by another hash of
-    the names.
+    the names. ``train_weights`` repeat or thin out training documents; what is held out is read
+    once.
 
     Raises ``UnfitError`` if a set would be empty, and whatever ``read_documents`` raises.
     """
-    names, digest, kinds = _hash_documents(config, "train")
+    names, digest, kinds, num_bytes = _hash_documents(config, "train")
+
+    def train_set(mask: np.ndarray) -> DocumentSet:
+        times = _times(names, mask, config) if config.weighted else None
+        return DocumentSet(config, "train", mask, digest, kinds, times=times, num_bytes=num_bytes)
+
     selected = _smallest(names["limit"], config.max_documents)
     if config.eval:
-        eval_names, eval_digest, eval_kinds = _hash_documents(config, "eval")
+        eval_names, eval_digest, eval_kinds, eval_bytes = _hash_documents(config, "eval")
         everything = np.ones(len(eval_names), dtype=bool)
-        train = DocumentSet(config, "train", selected, digest, kinds)
-        return train, DocumentSet(config, "eval", everything, eval_digest, eval_kinds)
+        held_out = DocumentSet(
+            config, "eval", everything, eval_digest, eval_kinds, num_bytes=eval_bytes
+        )
+        return train_set(selected), held_out
 
     if selected.sum() < 2:
         raise UnfitError(
@@ -95,23 +118,27 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
         )
     held_out = _held_out(names["split"], selected, config.eval_fraction)
     return (
-        DocumentSet(config, "train", selected & ~held_out, digest, kinds),
-        DocumentSet(config, "train", selected & held_out, digest, kinds),
+        train_set(selected & ~held_out),
+        DocumentSet(config, "train", selected & held_out, digest, kinds, num_bytes=num_bytes),
     )
 
 
-_NAME_HASH = np.dtype([("split", "<u8"), ("limit", "<u8")])
-"""The halves of a name's 128-bit hash: one decides on holding out, one on ``max_documents``."""
+_NAME_HASH = np.dtype([("split", "<u8"), ("limit", "<u8"), ("source", "<u4")])
+"""The halves of a name's 128-bit hash, and the number of its source: one half decides on holding
+out, the other on ``max_documents`` and what a fraction of a weight takes."""
 
 
-def _hash_documents(config: DataConfig, key: SourceKey) -> tuple[np.ndarray, str, frozenset[str]]:
+def _hash_documents(
+    config: DataConfig, key: SourceKey
+) -> tuple[np.ndarray, str, frozenset[str], int]:
     """Read every document once; return the hashes of their names, one digest of all that they
-    hold, and their kinds."""
+    hold, their kinds, and the length of what they hold in UTF-8."""
     hashes, digest, kinds = bytearray(), _TextDigest(), TEXT - TEXT
-    for document in read_documents(config, key, report=logger.warning):
+    for source, document in read_sources(config, key, report=logger.warning):
         hashes += hashlib.blake2b(
             document.name.encode(errors="surrogateescape"), digest_size=16
         ).digest()
+        hashes += source.to_bytes(4, "little")
         digest.add(document)
         kinds |= document.kind
     if not hashes:
@@ -119,7 +146,7 @@ def _hash_documents(config: DataConfig, key: SourceKey) -> tuple[np.ndarray, str
             f"data.{key} must hold text, got no document in {', '.join(getattr(config, key))} "
             "that is not empty; name other files"
         )
-    return np.frombuffer(hashes, dtype=_NAME_HASH), digest.hex(), kinds
+    return np.frombuffer(hashes, dtype=_NAME_HASH), digest.hex(), kinds, digest.num_bytes
 
 
 def _smallest(hashes: np.ndarray, count: int | None) -> np.ndarray:
@@ -127,6 +154,18 @@ def _smallest(hashes: np.ndarray, count: int | None) -> np.ndarray:
     mask = np.ones(len(hashes), dtype=bool)
     mask[np.argsort(hashes, kind="stable")[len(hashes) if count is None else count :]] = False
     return mask
+
+
+def _times(names: np.ndarray, mask: np.ndarray, config: DataConfig) -> np.ndarray:
+    """How often each document of ``mask`` is read per epoch, int64: the whole part of its source's
+    weight, and once more for the share of documents that the fraction is, by their hashes."""
+    times = np.zeros(len(names), dtype=np.int64)
+    for source, weight in enumerate(config.train_weights or ()):
+        members = np.flatnonzero(mask & (names["source"] == source))
+        order = np.argsort(names["limit"][members], kind="stable")
+        times[members] = int(weight)
+        times[members[order[: round(weight % 1 * len(members))]]] += 1
+    return times
 
 
 def _held_out(hashes: np.ndarray, candidates_mask: np.ndarray, fraction: float) -> np.ndarray:
@@ -148,12 +187,14 @@ class _TextDigest:
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
+        self.num_bytes = 0
 
     def add(self, document: Document) -> None:
         encoded = document.text.encode()
         if document.conversation is not None:
             encoded = document.conversation.to_json().encode()
             self._hash.update(_CONVERSATION)
+        self.num_bytes += len(encoded)
         self._hash.update(len(encoded).to_bytes(8, "little"))
         self._hash.update(encoded)
 

@@ -25,6 +25,8 @@ from transformers import (
 from sad.config.schema import DistillConfig
 from sad.environment import quiet_libraries, resolve_device
 from sad.errors import SadError, UnfitError, UsageError, one_line
+from sad.models.adapters import add_adapters
+from sad.models.layers import chosen_layers, copy_layers, with_layers
 
 Role = Literal["student", "teacher"]
 
@@ -33,11 +35,13 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
     """Load the student in ``param_dtype`` on ``device``, in training mode, without a KV cache.
 
     With ``student_init: random`` only its configuration is read, and the weights are drawn from
-    ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes.
-    Gradient checkpointing is non-reentrant. The global random state is left as it was.
+    ``seed`` on the CPU in fp32: the same ones for every device, and rounded for other dtypes. With
+    ``layers`` they are those of the teacher as it is stored.
+    Gradient checkpointing is non-reentrant. With a key of ``peft`` its adapters are added, and all
+    else is frozen. The global random state is left as it was.
 
     Raises ``UsageError`` if there is no such model or device, ``UnfitError`` if the model is not
-    causal or its weights are incomplete or damaged.
+    causal or its weights are incomplete or damaged, and whatever ``add_adapters`` raises.
     """
     device, dtype = resolve_device(config.device), getattr(torch, config.param_dtype)
     match config.student_init:
@@ -45,11 +49,15 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
             model: Any = _random_student(config).to(dtype)
         case "pretrained":
             model = _pretrained_model(config, "student", dtype)
+        case "layers":
+            model = _student_of_layers(config, dtype)
         case _:
             assert_never(config.student_init)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         enable_checkpointing(model)
+    if config.peft.enabled:
+        add_adapters(config, model)
     return model.to(device).train()
 
 
@@ -69,6 +77,8 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
 
     Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
     """
+    if role == "student" and config.student_init == "layers":
+        return with_layers(read_model_config(config, "teacher"), config)
     name, trust = _name_and_trust(config, role)
     with quiet_libraries(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -106,6 +116,16 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
             attn_implementation=attention,
             trust_remote_code=trust,
         )
+
+
+def build_student_model(config: DistillConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the student as it is trained, adapters included, with random weights on torch's default
+    device; ``dtype`` is ``param_dtype`` by default. Raises like ``load_student``.
+    """
+    model = build_model(config, "student", dtype or getattr(torch, config.param_dtype))
+    if config.peft.enabled:
+        add_adapters(config, model)
+    return model
 
 
 def compute_dtype(config: DistillConfig) -> torch.dtype:
@@ -147,6 +167,14 @@ def _random_student(config: DistillConfig) -> PreTrainedModel:
         return build_model(config, "student", torch.float32)
 
 
+def _student_of_layers(config: DistillConfig, dtype: torch.dtype) -> PreTrainedModel:
+    teacher = _pretrained_model(config, "teacher", dtype)
+    with torch.random.fork_rng(devices=[]):  # drawn and overwritten
+        student = build_model(config, "student", dtype)
+    copy_layers(teacher, student, chosen_layers(teacher.config, config))
+    return student
+
+
 def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
@@ -186,6 +214,8 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def _name_and_trust(config: DistillConfig, role: Role) -> tuple[str, bool]:
     """The local path or Hub id of a model, and whether its own code may run."""
     match role:
+        case "student" if config.student_init == "layers":
+            name, trust = config.teacher, config.trust_remote_code_teacher
         case "student":
             name, trust = config.student, config.trust_remote_code_student
         case "teacher":

@@ -5,20 +5,23 @@ byte. The student's activations come from its own forward pass over fake tensors
 and storages but no data: what autograd asks to keep is added up, each storage once. The need of
 the loss follows from the size of its tiles.
 
-Memory peaks at one of two moments. When a micro-batch turns from forward to backward, all of its
-activations are alive, and the gradients of the window's earlier micro-batches. At the optimizer
-step the activations are gone, but all gradients are there. The plan itemises the worse of the two.
+Memory peaks at one of four moments. When a micro-batch turns from forward to backward, all of its
+activations are alive, those that structural losses look at among them, and the gradients of the
+window's earlier micro-batches. At the optimizer step the activations are gone, but all gradients
+are there. While the teacher runs, its own activations are alive, a few at a time; and in an
+evaluation there are no gradients, but there may be more rows. The plan itemises the worst of them.
 
-Not counted: what an allocator rounds up or cannot reuse, libraries (a CUDA context takes about
-0.5 GiB), the teacher's activations, which are gone before the student's begin, and structural
-losses (their projectors, and the states that they capture: see bench/README.md).
+On a CPU the allocator of the C library keeps much of what was freed in pieces that nothing fits: it
+has an item of its own, a share of what comes and goes that was measured. Not counted are libraries.
+The interpreter with its libraries (``base``) is named apart: the process that plans has loaded the
+same ones. A CUDA context takes about 0.5 GiB besides.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +34,18 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sad.config.schema import DistillConfig
-from sad.environment import resolve_device
+from sad.environment import memory_now, resolve_device
 from sad.errors import SadError, UnfitError, one_line
+from sad.models.forward_memory import forward_peak, put_tensors
 from sad.models.heads import Backbone, output_embedding
-from sad.models.load import build_model, compute_dtype, enable_checkpointing, teacher_dtype
+from sad.models.load import (
+    build_model,
+    build_student_model,
+    compute_dtype,
+    enable_checkpointing,
+    teacher_dtype,
+)
+from sad.models.structural_memory import peak_of_losses, structural_memory
 
 Item = tuple[str, int]
 """What takes memory, and how many bytes."""
@@ -43,6 +54,18 @@ FAKES = logging.getLogger("torch._subclasses.fake_tensor")
 
 FP32 = 4
 """Bytes of a number in fp32."""
+
+SMALLEST_IN_8_BITS, BLOCK_IN_8_BITS = 4096, 256
+"""Numbers in the smallest tensor whose moments bitsandbytes keeps in 8 bits, and those that share a
+scale."""
+
+EMA = "EMA, float32"
+ALLOCATOR = "freed memory that the allocator cannot reuse"
+UNUSED_SHARE = 0.25
+"""Of what comes and goes, in glibc's allocator (2026-11-30, runs of 0.9 to 1.5 GiB)."""
+
+TILES = "loss: tiles of logits"
+STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
 
 @dataclass(frozen=True)
@@ -60,11 +83,18 @@ class MemoryPlan:
     """Bytes of the logits of both models for one micro-batch, which never exist whole."""
     host: tuple[Item, ...] = ()
     """What lies in host memory and is not among ``items``."""
+    base: int = 0
+    """Resident bytes of the interpreter and its libraries, before anything is loaded."""
 
     @property
     def total(self) -> int:
         """The peak in bytes: the sum of ``items``."""
         return _sum(self.items)
+
+    @property
+    def tensors(self) -> int:
+        """What of it tensors hold."""
+        return _sum(item for item in self.items if item[0] != ALLOCATOR)
 
 
 def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
@@ -75,8 +105,9 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     loading the models raises, as far as their configurations can tell.
     """
     device = resolve_device(config.device)
+    base = memory_now()["rss_bytes"]
     with torch.device("meta"):
-        student = build_model(config, "student", _param_dtype(config))
+        student = build_student_model(config)
         teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
 
     here, elsewhere = _teacher_weights(config, teacher)
@@ -84,19 +115,34 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     known = eval_rows is not None or config.max_eval_rows is not None
     if device.type == "cpu" and known:  # the budget alone would be no prediction
         here, host = here + host, []
-    always = student_states(config, student) + here
+    states = student_states(config, student)
+    if config.ema_device == "cpu" != device.type:
+        host += [item for item in states if item[0] == EMA]
+        states = [item for item in states if item[0] != EMA]
+    always = states + here
     gradients = [("gradients", gradient_bytes(config, student.parameters()))]
     turning = _forward_items(config, device, student, teacher)
-    if config.gradient_accumulation_steps > 1:
-        turning += gradients
-    at_turn = _sum(turning) > _sum(gradients)
+    earlier = gradients if config.gradient_accumulation_steps > 1 else []
+    # On a CPU the loss keeps its buffers for the next call.
+    tiles = [item for item in turning if item[0] == TILES and device.type == "cpu"]
+    moments = {
+        "between forward and backward": turning + earlier,
+        "at the optimizer step": gradients + tiles,
+        "in the teacher's forward pass": _teacher_items(config, device) + earlier + tiles,
+        "in an evaluation": _evaluation_items(config, device, student, teacher, eval_rows),
+    }
+    moment = max(moments, key=lambda name: _sum(moments[name]))
+    passing = moments[moment]
+    if device.type == "cpu":
+        passing = [*passing, (ALLOCATOR, int(UNUSED_SHARE * _sum(passing)))]
     return MemoryPlan(
         device=str(device),
-        moment="between forward and backward" if at_turn else "at the optimizer step",
-        items=tuple(always + (turning if at_turn else gradients)),
+        moment=moment,
+        items=tuple(always + _projector_items(config, student, teacher) + passing),
         elsewhere=tuple(elsewhere),
         full_logits=_full_logits(config, student, teacher),
         host=tuple(host),
+        base=base,
     )
 
 
@@ -105,6 +151,8 @@ def format_plan(plan: MemoryPlan) -> str:
     lines = [f"memory on {plan.device}, {plan.moment}"]
     lines += [_line(label, size) for label, size in plan.items]
     lines += [_line("predicted peak", plan.total)]
+    if plan.base:
+        lines += [_line("interpreter and libraries, besides", plan.base)]
     if plan.elsewhere:
         lines += ["on the teacher's device"]
         lines += [_line(label, size) for label, size in plan.elsewhere]
@@ -124,18 +172,33 @@ def _line(label: str, size: int) -> str:
 
 def student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
     """What is alive from the first update on, and is saved in every checkpoint."""
-    count = sum(p.numel() for p in student.parameters())
+    trained = [p for p in student.parameters() if p.requires_grad]
     items = [(f"student weights, {config.param_dtype}", weight_bytes(student))]
     if _has_masters(config):
-        items.append(("master weights, float32", FP32 * count))
-    items.append(("AdamW moments", 2 * _optimized_itemsize(config) * count))
+        rounded = sum(p.numel() for p in trained if p.dtype == torch.bfloat16)
+        items.append(("master weights, float32", FP32 * rounded))
+    items.append(("AdamW moments", sum(_moment_bytes(config, p) for p in trained)))
     if config.use_ema:
-        items.append(("EMA, float32", FP32 * count))
+        items.append((EMA, FP32 * sum(p.numel() for p in trained)))
     return items
 
 
+def frozen_bytes(student: nn.Module) -> int:
+    """Of the weights that adapters lie upon: no checkpoint holds them."""
+    return _tensor_bytes(p for p in student.parameters() if not p.requires_grad)
+
+
 def gradient_bytes(config: DistillConfig, parameters: Iterable[Tensor]) -> int:
-    return _optimized_itemsize(config) * sum(p.numel() for p in parameters)
+    """Of those parameters that are trained."""
+    return sum(_optimized_itemsize(config, p) * p.numel() for p in parameters if p.requires_grad)
+
+
+def _moment_bytes(config: DistillConfig, parameter: Tensor) -> int:
+    """Of both moments; those in 8 bits have a scale in fp32 per block."""
+    count = parameter.numel()
+    if config.optim == "adamw_8bit" and count >= SMALLEST_IN_8_BITS:
+        return 2 * (count + FP32 * -(-count // BLOCK_IN_8_BITS))
+    return 2 * _optimized_itemsize(config, parameter) * count
 
 
 def _teacher_weights(
@@ -182,9 +245,15 @@ def _forward_items(
     head = output_embedding(student)
     heads = [head] if teacher is None else [head, output_embedding(teacher)]
     loss = _loss_bytes(config, device, heads)
-    tiles = ("loss: tiles of logits", loss.logits)
+    tiles = (TILES, loss.logits)
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
+    structural = 0
+    if teacher is not None:
+        rows = config.per_device_train_batch_size
+        structural = peak_of_losses(
+            structural_memory(config, student, teacher, rows, gradients=True)
+        )
     if config.gradient_checkpointing:
         # Backward recomputes a layer after the loss has freed its tiles; on a CPU it keeps them.
         whole = _activation_bytes(config, device, checkpointing=False)
@@ -203,22 +272,111 @@ def _forward_items(
         ("loss: hidden states and their gradient", tokens * width * FP32),
         ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
+    items = [item for item in items if item[1]]  # a frozen head has no gradient
     if loss.weight_sum > 0:
         items.append(("loss: fp32 sum of that gradient", loss.weight_sum))
+    if structural:
+        items.append((STRUCTURAL_LOSSES, structural))
     return items
 
 
+def _projector_items(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> list[Item]:
+    """What structural losses have of their own, with what trains it."""
+    if teacher is None or not config.structural_weights:
+        return []
+    losses = structural_memory(config, student, teacher, 1, gradients=True)
+    size = sum(loss.always for loss in losses.values())
+    return [("structural losses: projectors and queues", size)] if size else []
+
+
+# The teacher's forward pass, and evaluations
+
+
+def _teacher_items(config: DistillConfig, device: torch.device) -> list[Item]:
+    """What the teacher holds while it runs a micro-batch, if it does so on the training device."""
+    size = _teacher_peak(config, device, config.per_device_train_batch_size)
+    return [("teacher activations", size)] if size else []
+
+
+def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int:
+    here = resolve_device(config.teacher_device or config.device) == device
+    if config.teacher is None or not here:
+        return 0
+    with torch.device("meta"):
+        teacher = build_model(config, "teacher", teacher_dtype(config))
+    return forward_peak(teacher, device, rows, config.max_length)
+
+
+def _evaluation_items(
+    config: DistillConfig,
+    device: torch.device,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    eval_rows: int | None,
+) -> list[Item]:
+    """What is alive in an evaluation's batch, at the worst of its three steps."""
+    known = [n for n in (eval_rows, config.max_eval_rows) if n is not None]
+    rows = min([config.per_device_eval_batch_size, *known])
+    tokens = rows * config.max_length
+    with torch.device("meta"):
+        model = build_student_model(config)
+    dtype, cast = _param_dtype(config), compute_dtype(config)
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, cast) if cast != dtype else nullcontext()
+
+    students = forward_peak(model, device, rows, config.max_length, autocast)
+    heads = [output_embedding(student)] + ([] if teacher is None else [output_embedding(teacher)])
+    loss = _loss_bytes(config, device, heads, tokens=tokens, gradients=False)
+    states = tokens * sum(head.in_features for head in heads) * FP32
+    losing = loss.logits + states
+    held: list[Item] = []
+    teachers = 0
+    if teacher is not None:
+        size = tokens * _teacher_bytes_per_token(config, teacher)
+        held.append(("teacher hidden states", size))
+        teachers = _teacher_peak(config, device, rows) - size
+        losses = structural_memory(config, student, teacher, rows, gradients=False)
+        structural = peak_of_losses(losses)
+        if structural:
+            held.append((STRUCTURAL_LOSSES, structural))
+    if device.type == "cpu":  # the buffers of the loss stay, and the teacher comes first
+        trained = _loss_bytes(config, device, heads).logits
+        buffers = max(loss.logits, trained)
+        held.append((TILES, buffers))
+        losing = states
+        if known and min(known) <= rows:  # in the only batch
+            teachers -= buffers - trained
+    steps = {
+        "teacher activations": teachers,
+        "student activations, without gradients": students,
+        "loss of the evaluation": losing,
+    }
+    step = max(steps, key=lambda name: steps[name])
+    return [*held, (step, steps[step])]
+
+
 def _loss_bytes(
-    config: DistillConfig, device: torch.device, heads: list[nn.Linear]
+    config: DistillConfig,
+    device: torch.device,
+    heads: list[nn.Linear],
+    *,
+    tokens: int | None = None,
+    gradients: bool = True,
 ) -> LinearMemory:
-    """What the loss takes on this device, with the student's head first."""
+    """What the loss takes on this device, with the student's head first, by default of a
+    micro-batch."""
     student, *teacher = heads
+    wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(
-        _tokens(config),
+        _tokens(config) if tokens is None else tokens,
         student.out_features,
         student.in_features,
         teacher="hidden" if teacher else None,
         teacher_width=sum(head.in_features for head in teacher),
+        gradients=wrt if gradients else (),
         dtype=compute_dtype(config),
         chunk_bytes=config.chunk_bytes,
         device=device,
@@ -281,12 +439,12 @@ def _kept_bytes(
         kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
+    with torch.device("meta"), no_init_weights():
+        model = build_student_model(config, dtype).train()
     with FakeTensorMode(), _FakeGroupedProducts():
-        # Some initialisations (vision towers of Gemma 3) look at numbers, which fakes do not have.
-        with torch.device(device), no_init_weights():
-            model = build_model(config, "student", dtype).train()
-            rows = config.per_device_train_batch_size, config.max_length
-            ids, positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+        put_tensors(model, device)
+        rows = config.per_device_train_batch_size, config.max_length
+        ids, positions = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         if checkpointing:
             enable_checkpointing(model)
         autocast = torch.autocast(device.type, cast) if cast != dtype else nullcontext()
@@ -321,9 +479,9 @@ def _has_masters(config: DistillConfig) -> bool:
     return config.param_dtype == "bfloat16" and config.master_weights
 
 
-def _optimized_itemsize(config: DistillConfig) -> int:
+def _optimized_itemsize(config: DistillConfig, parameter: Tensor) -> int:
     """Moments and gradients have the dtype of what the optimizer trains: the masters, if any."""
-    return FP32 if _has_masters(config) else _param_dtype(config).itemsize
+    return FP32 if _has_masters(config) else parameter.element_size()
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -7,8 +7,9 @@ sync.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -16,27 +17,37 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Adam, AdamW, Optimizer
 
 from sad.config.schema import DistillConfig
+from sad.environment import import_extra
 
 
 def build_adamw(
     config: DistillConfig,
     parameters: Mapping[str, Tensor],
     projectors: Mapping[str, Tensor] | None = None,
-) -> AdamW:
-    """Fused AdamW over named parameters, with weight decay for matrices alone.
+) -> Optimizer:
+    """The AdamW of ``config.optim`` over named parameters, with weight decay for matrices alone.
 
     Vectors (norms, biases) do not decay. ``projectors``, the parameters of structural losses, are
-    groups of their own at ``projector_lr_ratio`` times the learning rate.
+    groups of their own at ``projector_lr_ratio`` times the learning rate. Raises ``UsageError``
+    without bitsandbytes where it is asked for.
     """
     groups = _groups(config, parameters, config.learning_rate)
     groups += _groups(config, projectors or {}, config.learning_rate * config.projector_lr_ratio)
-    return AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    match config.optim:
+        case "adamw_torch_fused":
+            return AdamW(groups, **options, fused=True)
+        case "adamw_8bit":
+            # It logs what it lacks for other uses when it is imported.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            bitsandbytes = import_extra("bitsandbytes", "8bit", "for optim: adamw_8bit")
+            return bitsandbytes.optim.AdamW8bit(groups, **options)
+        case _:
+            assert_never(config.optim)
 
 
 def _groups(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from sad.config.schema import DistillConfig
 from sad.ema import ModelEMA
@@ -107,7 +107,7 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def build_optimizer(self, model: nn.Module, structural: nn.Module | None = None) -> AdamW:
+    def build_optimizer(self, model: nn.Module, structural: nn.Module | None = None) -> Optimizer:
         """AdamW over the trainable parameters of ``model``, or their fp32 masters, and over those
         of the structural losses, which are fp32.
 
@@ -134,7 +134,13 @@ class Precision:
     def build_ema(self, model: nn.Module) -> ModelEMA:
         """The moving average of ``model``; with master weights, of these."""
         masters = None if self.masters is None else self.masters.separate
-        return ModelEMA(model, self.config.ema_decay, self.config.ema_warmup, masters=masters)
+        return ModelEMA(
+            model,
+            self.config.ema_decay,
+            self.config.ema_warmup,
+            masters=masters,
+            device=self.config.ema_device,
+        )
 
     @property
     def optimizer_parameters(self) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def run_header(
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
-        ("student", _model_line(config.student, student)),
+        ("student", _model_line(_student_source(config), student)),
         *_untrained_parts(student),
     ]
     if teacher is not None:
@@ -98,9 +98,9 @@ def memory_line(predicted: int | None, rss_before: int, now: dict[str, int]) -> 
     """Peak memory beside the prediction of ``sad plan``, both in MiB; arguments are in bytes.
 
     ``now`` is what ``sad.environment.memory_now`` returns, ``rss_before`` the resident memory
-    before anything was loaded; without a prediction the peak stands alone. On a GPU, a prediction
-    more than 20 % off the peak is a warning; on CPU the resident memory includes Python and its
-    libraries, which no prediction covers.
+    before anything was loaded, which no prediction covers; without a prediction the peak stands
+    alone. On a GPU, a prediction more than 20 % off the peak is a warning; on a CPU the peak may be
+    that of an earlier run of the process.
     """
     mib = 2**20
     if "cuda_peak_bytes" in now:
@@ -112,12 +112,28 @@ def memory_line(predicted: int | None, rss_before: int, now: dict[str, int]) -> 
         warning = "; warning: more than 20 % off" if off else ""
         return f"{line}, predicted {predicted / mib:,.0f}{warning}"
     peak = now.get("rss_peak_bytes", now["rss_bytes"])
+    run = peak - rss_before
     line = (
-        f"peak {peak / mib:,.0f} MiB, of which {rss_before / mib:,.0f} before anything was loaded"
+        f"peak {peak / mib:,.0f} MiB, of which {rss_before / mib:,.0f} before anything was loaded "
+        f"and {run / mib:,.0f} by the run"
     )
     if predicted is None:
         return line
-    return f"{line}; predicted for the run's tensors {predicted / mib:,.0f} MiB"
+    return f"{line}, predicted {predicted / mib:,.0f}"
+
+
+def _student_source(config: DistillConfig) -> str:
+    if config.student_init != "layers":
+        return config.student
+    return f"{layers_phrase(config)} of {config.teacher}"
+
+
+def layers_phrase(config: DistillConfig) -> str:
+    """How ``student_layers`` reads in a sentence: ``4 layers``, ``layers 0, 3, 5``."""
+    layers = config.student_layers
+    if isinstance(layers, int):
+        return f"{layers} layers"
+    return f"layers {', '.join(map(str, layers or ()))}"
 
 
 def _model_line(source: str, model: nn.Module) -> str:

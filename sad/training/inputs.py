@@ -90,7 +90,9 @@ def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: No
     read_model_config(config, "student")
     if config.teacher is not None:
         read_model_config(config, "teacher")
-    tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
+    of_layers = config.student_init == "layers"
+    trust = config.trust_remote_code_teacher if of_layers else config.trust_remote_code_student
+    tokenizer = load_tokenizer(config.tokenizer or config.student, trust)
     set_chat_template(tokenizer, config.data)
     vocabulary = valid_vocab(tokenizer)
     notes = _compare_with_student(config, tokenizer)

@@ -6,12 +6,14 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sad_kernels._torch.gemm import onednn_products
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.config.load import load_config
 from sad.errors import UsageError
+from sad.models.adapters import ADAPTER_CONFIG, load_adapters
 from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.training.evaluate import evaluate_student, evaluate_teacher, require_finite_score
@@ -30,13 +32,18 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
     ``UnfitError`` for a score that is not finite.
     """
     run = RunDirectory(run_dir)
-    if not (run.best / "config.json").exists():
+    if not (run.best / "sad.json").exists():
         raise UsageError(
             f"RUN_DIR must hold a scored student, got {run.path} without best/; let "
             "`sad distill` reach its first evaluation"
         )
     config = load_config(run.path / "config.yaml")
-    config = replace(config, student=str(run.best), student_init="pretrained", tokenizer=None)
+    config = replace(config, tokenizer=str(run.best))
+    adapters = (run.best / ADAPTER_CONFIG).exists()
+    if not adapters:  # best/ is a whole model, adapters merged
+        whole: dict[str, Any] = {"peft": {}, "merge_adapters": False}
+        whole |= {"student_init": "pretrained", "student_layers": None}
+        config = replace(config, student=str(run.best), **whole)
     inputs = load_inputs(config, lambda text: print(text, file=sys.stderr, flush=True))
     rows = []
     if inputs.eval_teacher is not None:
@@ -45,6 +52,8 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
         require_finite_score(scores, "eval_teacher", "the teacher")
         rows.append(result_row("teacher", inputs.eval_teacher.model, scores, "eval_teacher"))
     model = load_student(config)
+    if adapters:
+        load_adapters(model, run.best)
     precision = Precision(config, inputs.device)
     student = build_student(config, model, inputs.valid_vocab, precision)
     scores = evaluate_student(

@@ -32,6 +32,7 @@ from sad.models.stop_tokens import add_stop_tokens
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, predicted_peak, run_header
 from sad.report.log import RunLog
+from sad.report.model_card import push_to_hub
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
 from sad.training.evaluate import evaluate_teacher, require_finite_score
@@ -134,11 +135,14 @@ def _distill(
     )
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics
+    del trainer  # the exported student, which is loaded for samples, takes its place in memory
 
     record = {"results": results, "samples": samples, "scored": inputs.scored(config)}
     run_dir.write_run(run_dir.read_run() | record)
     report = _try_report(run_dir)
     print(f"\n{format_results(results)}\n\n{report}\nstudent  {run_dir.final}")
+    if config.push_to_hub:
+        print(push_to_hub(config, run_dir.best))
     return RunResult(run_dir.path, metrics, results)
 
 
@@ -242,6 +246,10 @@ def _train(
         impl=config.impl,
     )
     run_dir.require_exportable(student.model, inputs.tokenizer)
+    if config.torch_compile:  # after the checks, whose rows have other shapes
+        rows = range(min(config.per_device_train_batch_size, len(inputs.train_rows)))
+        packed = inputs.train_rows.batch(list(rows)).to(inputs.device)
+        checks["student/compiled"] = student.train().compile_layers(packed)
     trainer = Trainer(
         config,
         student,

@@ -12,6 +12,7 @@ from sad.checkpoint.parts import (
     Constant,
     Entries,
     Entry,
+    FrozenWeights,
     Gradients,
     ModuleTensors,
     NamedTensors,
@@ -39,10 +40,12 @@ def checkpoint_parts(trainer: Trainer) -> list[Part]:
     A new piece of state is one more line here, at the end.
     """
     meter, masters = trainer.meter, trainer.precision.masters
-    return [
+    adapters = trainer.config.peft.enabled
+    student = trainer.student.model
+    parts: list[Part] = [
         Constant("identity", trainer.identity),
         Entry("counters", trainer.counters),
-        ModuleTensors("model", trainer.student.model),
+        ModuleTensors("model", student, frozen=not adapters),
         NamedTensors("masters", None if masters is None else masters.separate),
         OptimizerState("optimizer", trainer.optimizer, trainer.precision.optimizer_parameters),
         Entry("scheduler", trainer.scheduler),
@@ -60,6 +63,9 @@ def checkpoint_parts(trainer: Trainer) -> list[Part]:
         Gradients("grads", trainer.trained_parameters()),
         Entries(trainer.accumulator),
     ]
+    if adapters:
+        parts.insert(0, FrozenWeights("frozen", student))
+    return parts
 
 
 def restore_trainer(trainer: Trainer, resumption: Resumption, warn: Callable[[str], None]) -> None:

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
+from sad.errors import UsageError
 from sad.losses.balance import NAME as BALANCE
 from sad.losses.balance import FamilyBalanceLoss, build_balance_loss, run_with_routers
 from sad.losses.base import LossInputs, LossTerms
 from sad.losses.capture import Capture
 from sad.losses.layout import layout_of
 from sad.losses.structural import StructuralLosses
+from sad.models.compiled import compile_and_check, eager
 from sad.models.heads import split_head, with_valid_vocab
 from sad.optim.precision import Precision
 from sad.teachers.frozen import TeacherOutput
@@ -80,6 +82,23 @@ class StudentWithLoss(nn.Module):
         self.autocast = autocast
         self.chunk_bytes = chunk_bytes
         self.impl = impl
+        self._compiled = False
+
+    def compile_layers(self, batch: Batch, backend: str = "inductor") -> float:
+        """Compile the model's layers for rows like those of ``batch``; see ``sad.models.compiled``.
+
+        Returns the relative difference of hidden states that this makes. Raises ``UsageError`` for
+        experts that are balanced: their routers are read inside the layers.
+        """
+        if self.balance is not None:
+            raise UsageError(
+                f"torch_compile must be false for {type(self.model).__name__} here, got experts "
+                "with a load-balancing loss, which looks into the layers; leave it out"
+            )
+        self._compiled = True
+        return compile_and_check(
+            self.model, batch.input_ids, batch.position_ids, self.autocast, backend
+        )
 
     def forward(
         self,
@@ -163,7 +182,8 @@ class StudentWithLoss(nn.Module):
         # Split on each call: a parameter that was replaced or unsharded meanwhile is the one used.
         backbone, _ = split_head(self.model)
         terms: LossTerms = {}
-        with self.autocast():
+        as_it_is = self._compiled and not self.training
+        with self.autocast(), eager() if as_it_is else nullcontext():
             if self.balance is None:
                 hidden = backbone(batch.input_ids, batch.position_ids)
             else:

@@ -43,6 +43,7 @@ from sad.optim.schedule import (
     step_scheduler,
 )
 from sad.report.log import RunLog
+from sad.report.model_card import model_card
 from sad.teachers.policy import build_teacher_policy
 from sad.training.batches import TrainBatches
 from sad.training.evaluate import evaluate_student
@@ -322,6 +323,8 @@ class Trainer:
                 self.inputs.valid_vocab,
                 facts,
                 self.export_dtype,
+                merge_adapters=self.config.merge_adapters,
+                card=model_card(self.config, self.counters.metrics, facts),
             )
 
     def save(self, log: RunLog, *, must: bool = False) -> Path | None:

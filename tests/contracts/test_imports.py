@@ -26,6 +26,7 @@ TORCH_ONLY = frozenset({"torch", "sad_kernels"}) | sys.stdlib_module_names
 
 REQUIRED = TORCH_ONLY | {
     "einops",
+    "huggingface_hub",
     "jinja2",
     "numpy",
     "psutil",
@@ -38,7 +39,9 @@ REQUIRED = TORCH_ONLY | {
 }
 """What ``sad`` may import at module level: the dependencies that are always installed."""
 
-OPTIONAL = frozenset({"datasets", "matplotlib", "pyarrow", "tensorboard", "trackio", "wandb"})
+OPTIONAL = frozenset(
+    "bitsandbytes datasets matplotlib peft pyarrow tensorboard trackio wandb".split()
+)
 """What ``sad`` may import where it is needed, inside a function: the extras."""
 
 BEHIND_EXTRAS = {"report.plots": frozenset({"matplotlib"})}

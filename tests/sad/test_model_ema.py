@@ -334,3 +334,38 @@ def test_models_that_cannot_be_averaged_are_refused() -> None:
         ModelEMA(linear().requires_grad_(False))
     with pytest.raises(TypeError, match="float16 for weight"):
         ModelEMA(linear(torch.float16))
+
+
+# --- Shadows elsewhere --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shadows_elsewhere_average_and_swap_alike(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What differs with shadows in host memory, with both sides in it."""
+    models = [linear(dtype), linear(dtype)]
+    models[1].load_state_dict(models[0].state_dict())
+    here, there = (ModelEMA(model, decay=0.9, device="cpu") for model in models)
+    assert not there._elsewhere
+    monkeypatch.setattr(there, "_elsewhere", True)
+    for n in range(4):
+        for model in models:
+            perturb(model, seed=n)
+        ok = torch.tensor(n != 2)
+        here.update(ok)
+        there.update(ok)
+    assert here.num_updates == there.num_updates == 3
+    assert bits(here.tensors()) == bits(there.tensors())
+    live = model_bits(models[1])
+    shadows = bits(there.tensors())
+    with here.swapped(), there.swapped():
+        assert model_bits(models[0]) == model_bits(models[1]) != live
+    assert model_bits(models[1]) == live and bits(there.tensors()) == shadows
+    assert not there._kept
+
+
+def test_shadows_lie_where_they_are_asked_for() -> None:
+    average = ModelEMA(linear(), device="meta")
+    assert average._elsewhere
+    assert {shadow.device.type for shadow in average.tensors().values()} == {"meta"}

@@ -101,6 +101,21 @@ def test_negative_numbers_null_and_lists_on_the_command_line(tmp_path: Path) -> 
     assert load(tmp_path, text).report_to == ("wandb",)
 
 
+@pytest.mark.parametrize(
+    ("words", "layers"),
+    [(["4"], 4), (["[4]"], (4,)), (["0", "3", "-1"], (0, 3, -1)), (["[0, 3]"], (0, 3))],
+)
+def test_a_number_or_a_list(tmp_path: Path, words: list[str], layers: Any) -> None:
+    path = write(tmp_path, "teacher: t\nstudent_init: layers\nstudent_layers: 2\n")
+    found = load_config(path, ["--student_layers", *words])
+    assert found.student_layers == layers and load_config(path).student_layers == 2
+    path.write_text(config_to_yaml(found))
+    assert load_config(path) == found
+    assert "--student_layers INT|INT ..." in keys_help()
+    with pytest.raises(UsageError, match=r"student_layers must be a whole number, got 'few'"):
+        load_config(path, ["--student_layers", "few"])
+
+
 def test_json_reads_like_yaml(tmp_path: Path) -> None:
     content = {"student": "s", "teacher": "t", "data": {"train": ["a", "b"]}, "seed": 3}
     loaded = load(tmp_path, json.dumps(content, indent="\t"), name="run.json")

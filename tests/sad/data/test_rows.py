@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sad.config.schema import DataConfig, DistillConfig
-from sad.data import packing
+from sad.data import packing, parallel
 from sad.data import rows as data
 from sad.data.batch import IGNORE_INDEX, Batch
 from sad.data.documents import Document
@@ -632,3 +632,63 @@ class TestRowOrder:
             for two in orders[:i]:
                 assert (one == two).mean() < 0.01  # one in a thousand agrees by chance
                 assert abs(np.corrcoef(one, two)[0, 1]) < 0.15  # 4.7 standard deviations
+
+
+# Much text
+
+
+@pytest.mark.parametrize("num_proc", [2, 3, None])
+def test_rows_are_the_same_bytes_by_any_number_of_processes(
+    cache: Path, num_proc: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_BATCH_CHARS", 300)  # many batches, and documents that are cut
+    monkeypatch.setattr(parallel, "FEW", 2)
+    texts = Texts(*(f"naïve text {i}, " + "and more of it\n" * (i % 50) for i in range(100)))
+    contents = []
+    for processes in (1, num_proc):
+        rows = pack_documents(
+            texts,
+            tiny_tokenizer(),
+            max_length=16,
+            packing=True,
+            cache_dir=cache / str(processes),
+            config=DataConfig(num_proc=processes),
+        )
+        (folder,) = (cache / str(processes)).glob("rows-*")
+        contents.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+        assert folder.name == f"rows-{rows.fingerprint}"
+    assert contents[0] == contents[1]
+
+
+def test_what_much_text_takes_is_said_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = Texts(*(f"document {i} of many, all alike" for i in range(5000)))
+    texts.num_bytes = sum(len(text) for text in texts.texts)
+    monkeypatch.setattr(packing, "_SAMPLE_CHARS", 5000)
+    options: Any = {"max_length": 16, "packing": True, "cache_dir": cache}
+    expected = packing.forecast(texts, tiny_tokenizer(), DataConfig(num_proc=1))
+    monkeypatch.setattr(data, "LARGE_TEXT", texts.num_bytes)
+    rows = pack_documents(texts, tiny_tokenizer(), **options)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("text: 0.0 GB in 5,000 documents, about ")
+    assert str(cache) in line and "minutes by" in line
+    assert expected.tokens == pytest.approx(rows.num_tokens, rel=0.2)
+    (folder,) = cache.glob("rows-*")
+    assert expected.disk == pytest.approx(
+        sum(path.stat().st_size for path in folder.iterdir()) + 4 * rows.num_tokens, rel=0.2
+    )
+    assert expected.seconds > 0
+    pack_documents(texts, tiny_tokenizer(), **options)
+    assert capsys.readouterr().out == "", "rows that are there take nothing"
+
+
+def test_a_cache_without_room_is_refused_first(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = Texts("some text", "and more")
+    texts.num_bytes = 10**12
+    monkeypatch.setattr(data, "free_bytes", lambda _: 10**9)
+    with pytest.raises(OutputError, match=r"data\.cache_dir must have room for about .* 0\.9 GiB"):
+        pack_documents(texts, tiny_tokenizer(), max_length=8, packing=True, cache_dir=cache)
+    assert not list(cache.glob("*"))

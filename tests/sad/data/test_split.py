@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sad.config.schema import DataConfig
+from sad.config.load import load_config
+from sad.config.schema import DataConfig, config_to_yaml
 from sad.data.split import DocumentSet, split_documents
-from sad.errors import UnfitError
+from sad.errors import UnfitError, UsageError
 
 
 def make(folder: Path, count: int) -> Path:
@@ -129,3 +131,107 @@ def test_text_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "0002.txt").write_text("something else")
     with pytest.raises(UnfitError, match="must stay as it is while it is read"):
         list(train)
+
+
+# Weights
+
+
+def sources(folder: Path) -> list[str]:
+    return [str(make(folder / name, count)) for name, count in (("a", 40), ("b", 20), ("c", 10))]
+
+
+def read(folder: Path, *weights: float, **options: Any) -> tuple[Counter[str], Counter[str]]:
+    """How often each document is read for training and for evaluation."""
+    config = DataConfig(
+        train=tuple(sources(folder)), train_weights=weights or None, eval_fraction=0.2, **options
+    )
+    train, held_out = (Counter(names(side)) for side in split_documents(config))
+    return train, held_out
+
+
+def of_source(times: Counter[str], source: int) -> Counter[int]:
+    """How many documents of a source are read so often."""
+    mine = [
+        n
+        for name, n in times.items()
+        if name.startswith(f"{source}:") or (source == 0 and ":" not in name)
+    ]
+    return Counter(mine)
+
+
+def test_a_weight_is_how_often_documents_are_read(tmp_path: Path) -> None:
+    plain, held_out = read(tmp_path)
+    weighted, same = read(tmp_path, 1, 2.5, 0.5)
+    assert same == held_out, "what is held out is read once"
+    assert of_source(weighted, 0) == of_source(plain, 0)
+    count = sum(of_source(plain, 1).values())
+    assert of_source(weighted, 1) == {2: count - round(count / 2), 3: round(count / 2)}
+    assert of_source(weighted, 2) == {1: round(sum(of_source(plain, 2).values()) / 2)}
+    assert weighted.keys() <= plain.keys()
+
+
+def test_copies_are_not_side_by_side(tmp_path: Path) -> None:
+    config = DataConfig(train=tuple(sources(tmp_path)), train_weights=(1, 2, 1))
+    train, _ = split_documents(config)
+    order = names(train)
+    assert len(order) == len(train) == len(set(order)) + sum(n.startswith("1:") for n in set(order))
+    assert order[len(set(order)) :] == [
+        name for name in order[: len(set(order))] if name[:2] == "1:"
+    ]
+
+
+def test_a_fraction_is_of_the_documents_that_are_used(tmp_path: Path) -> None:
+    """With ``max_documents``, which goes by the same hashes, as well."""
+    limited, _ = read(tmp_path, 0.5, 0.5, 0.5, max_documents=30)
+    whole, _ = read(tmp_path, max_documents=30)
+    assert abs(limited.total() - whole.total() / 2) <= 1.5
+
+
+def test_weights_of_1_change_nothing(tmp_path: Path) -> None:
+    """Rows that were packed before there were weights are found again."""
+    plain, ones = (
+        DataConfig(train=tuple(sources(tmp_path)), train_weights=weights)
+        for weights in (None, (1, 1, 1))
+    )
+    assert split_documents(plain)[0].digest == split_documents(ones)[0].digest
+    other = DataConfig(train=plain.train, train_weights=(1, 1, 2))
+    assert split_documents(other)[0].digest != split_documents(plain)[0].digest
+    assert split_documents(other)[1].digest == split_documents(plain)[1].digest
+
+
+def test_an_entry_may_carry_its_weight(tmp_path: Path) -> None:
+    make(tmp_path / "b", 2)
+    path = tmp_path / "run.yaml"
+    path.write_text("student: s\nteacher: t\ndata:\n  train: [a/, {path: b, weight: 2.5}]\n")
+    config = load_config(path)
+    assert config.data.train == ("a/", str(tmp_path / "b"))
+    assert config.data.train_weights == (1, 2.5)
+    path.write_text(config_to_yaml(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"train": ["a"], "train_weights": [1, 2]},
+            r"be one number per entry of data\.train \(1\)",
+        ),
+        ({"train": ["a"], "train_weights": [0]}, r"data\.train_weights must be numbers above 0"),
+        (
+            {"train": [{"path": "a", "wait": 2}]},
+            r"data\.train must hold texts, or entries with path",
+        ),
+        (
+            {"train": [{"path": "a", "weight": 2}], "train_weights": [2]},
+            r"data\.train_weights must be left out where entries",
+        ),
+        (
+            {"train": [{"path": "a", "weight": "two"}]},
+            r"data\.train_weights must be a finite number",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_meant(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DataConfig(**keys)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from sad.checkpoint import atomic_files as files
 from sad.checkpoint import store
 from sad.checkpoint.parts import Entry, Part
 from sad.checkpoint.run_directory import RunDirectory
-from sad.checkpoint.store import latest_checkpoint, load_checkpoint, save_checkpoint
+from sad.checkpoint.store import FileTensors, latest_checkpoint, load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals
@@ -119,6 +120,40 @@ def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Callable[..., 
         while second.counters.micro_step < total:
             second.micro_batch()
         assert_same_bits(everything(second), ends[-1])
+
+
+def test_resuming_holds_one_saved_tensor_at_a_time(
+    make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run must not need more memory because it was stopped: what was saved is as large as it."""
+    config = make_config()
+    inputs = load_inputs(config)
+    first = make_trainer(config, inputs)
+    for _ in range(6):
+        first.micro_batch()
+    path = save_checkpoint(config.output_dir, 6, *first.capture(), save_total_limit=2)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+    read = FileTensors._read
+
+    def counted(self: FileTensors, offset: int, size: int) -> Any:
+        nonlocal most
+
+        class Content(bytearray):  # can be referred to weakly
+            __hash__ = object.__hash__
+
+        content = Content(read(self, offset, size))
+        alive.add(content)
+        most = max(most, sum(map(len, alive)))
+        return content
+
+    checkpoint = load_checkpoint(path)
+    monkeypatch.setattr(FileTensors, "_read", counted)
+    second = make_trainer(config, inputs)
+    second.restore(checkpoint, warn=pytest.fail)
+    assert_same_bits(everything(second), everything(first))
+    largest = max(t.nbytes for group in first.capture()[1].values() for t in group.values())
+    assert largest <= most <= 2 * largest, "the one before goes when the next is there"
 
 
 def test_saving_and_evaluating_leave_training_alone(make_config: Callable[..., Any]) -> None:

@@ -1,0 +1,82 @@
+"""Options for cards with little memory: they resume to the same bits and are planned for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import assert_same_bits, everything, make_trainer
+from support.tiny import save_tiny, tiny_llama, write_texts
+
+from sad.checkpoint.disk_space import checkpoint_bytes
+from sad.checkpoint.store import load_checkpoint, save_checkpoint
+from sad.config.schema import DistillConfig
+from sad.models.load import build_student_model
+from sad.models.memory_plan import plan
+from sad.training.inputs import load_inputs
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "teacher": save_tiny(tmp_path / "teacher", tiny_llama(seed=1)),
+        "student": save_tiny(tmp_path / "student", tiny_llama(seed=2)),
+        "data": {"train": write_texts(tmp_path / "texts", count=8), "eval_fraction": 0.3},
+        "output_dir": str(tmp_path / "run"),
+        "max_length": 32,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"param_dtype": "bfloat16"}, {"peft": {"r": 64, "target_modules": "all-linear"}}],
+    ids=lambda options: ",".join(options) or "fp32",
+)
+def test_moments_in_8_bits_resume_to_the_same_bits(
+    keys: dict[str, Any], options: dict[str, Any]
+) -> None:
+    config = DistillConfig(**keys, optim="adamw_8bit", ema_device="cpu", **options)
+    inputs = load_inputs(config)
+    whole = make_trainer(config, inputs)
+    total = whole.run_length.micro_batches
+    for _ in range(total):
+        whole.micro_batch()
+    end = everything(whole)
+    assert any(t.dtype == torch.uint8 for n, t in end.items() if n.startswith("optimizer/"))
+
+    first = make_trainer(config, inputs)
+    for _ in range(3):
+        first.micro_batch()
+    state, tensors = first.capture()
+    foreseen = checkpoint_bytes(config, _meta_student(config))
+    maps = sum(t.nbytes for n, t in tensors["optimizer"].items() if "/qmap" in n)
+    saved = sum(t.nbytes for g, group in tensors.items() if g != "rng" for t in group.values())
+    assert abs(saved - maps - foreseen) < 10_000
+    path = save_checkpoint(config.output_dir, 3, state, tensors, save_total_limit=2)
+    second = make_trainer(config, inputs)
+    second.restore(load_checkpoint(path), warn=pytest.fail)
+    while second.counters.micro_step < total:
+        second.micro_batch()
+    assert_same_bits(everything(second), end)
+
+
+def _meta_student(config: DistillConfig) -> Any:
+    with torch.device("meta"):
+        return build_student_model(config)
+
+
+def test_an_average_in_host_memory_is_planned_there(
+    keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, on_cpu = (plan(DistillConfig(**keys, ema_device=device)) for device in (None, "cpu"))
+    assert here == on_cpu, "there is no other memory"
+    config = DistillConfig(**keys, ema_device="cpu", device="meta")
+    assert "EMA, float32" in dict(plan(config).host).keys() - dict(plan(config).items).keys()
