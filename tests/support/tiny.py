@@ -44,6 +44,16 @@ def tiny_llama(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     return _build(LlamaForCausalLM, LlamaConfig(**_llama_like(overrides)), seed)
 
 
+def overflowing_llama(*, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama whose hidden states pass 65,504, the largest number of float16."""
+    model: Any = tiny_llama(seed=seed)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 3000
+            layer.mlp.up_proj.weight *= 3000
+    return model
+
+
 def tiny_qwen3(*, seed: int = 0, **overrides: Any) -> Qwen3ForCausalLM:
     """A random two-layer Qwen 3; ``overrides`` are fields of ``Qwen3Config``."""
     return _build(Qwen3ForCausalLM, Qwen3Config(**_llama_like({"head_dim": 8} | overrides)), seed)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sad_kernels import Head, Objective, TeacherHidden
 from support.families import tiny_family
-from support.tiny import tiny_gpt2, tiny_llama, tiny_qwen3
+from support.tiny import overflowing_llama, tiny_gpt2, tiny_llama, tiny_qwen3
 from transformers import PreTrainedModel
 
 import sad.models.preflight
@@ -138,26 +138,16 @@ def test_a_damaged_weight_is_told_from_an_overflow() -> None:
         check_model(model, IDS, packing=False)
 
 
-def overflowing(factor: float = 3000.0) -> Any:
-    """A model whose hidden states pass 65,504, the largest number of float16."""
-    model = tiny_llama()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight *= factor
-            layer.mlp.up_proj.weight *= factor
-    return model
-
-
 def test_a_teacher_that_overflows_its_dtype_is_told_so() -> None:
-    assert check_model(overflowing(), IDS, packing=True)
+    assert check_model(overflowing_llama(), IDS, packing=True)
     message = "must give finite hidden states, got .* in float16, which its finite weights overflow"
     with pytest.raises(UnfitError, match=message):
-        check_model(overflowing().half(), IDS, packing=True)
+        check_model(overflowing_llama().half(), IDS, packing=True)
 
 
 def test_a_student_that_overflows_under_autocast_is_told_so() -> None:
     objective = Objective(ce_weight=1, kd_weight=0)
-    model = overflowing()
+    model = overflowing_llama()
     assert run(model, None, objective)
     fp16 = partial(torch.autocast, "cpu", dtype=torch.float16)
     message = "in float16, which its finite weights overflow; compute in a wider dtype"

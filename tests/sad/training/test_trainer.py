@@ -23,7 +23,7 @@ import torch
 from sad_kernels import DistillOutput, TeacherHidden
 from support.faulty_disk import tree
 from support.runs import assert_same_bits, everything, make_trainer, run_log
-from support.tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
+from support.tiny import overflowing_llama, save_tiny, tiny_gpt2, tiny_llama, write_texts
 from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
@@ -883,12 +883,8 @@ def test_an_evaluation_that_is_no_number_ends_the_run(
 def test_a_student_that_overflows_in_its_compute_dtype_is_told_so_at_the_start(
     make_config: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model = tiny_llama(seed=2)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.up_proj.weight *= 3000
-            layer.mlp.down_proj.weight *= 3000
-    config = make_config(student=save_tiny(tmp_path / "large", model), max_steps=1)
+    student = save_tiny(tmp_path / "large", overflowing_llama(seed=2))
+    config = make_config(student=student, max_steps=1)
     message = (
         r"^LlamaForCausalLM must give finite hidden states, got .* in float16, which its finite"
     )
