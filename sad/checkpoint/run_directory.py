@@ -58,6 +58,9 @@ class RunDirectory:
     def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
         """Claim the directory for this run; return the checkpoint to resume from, if any.
 
+        A new run's configuration is written; that of a resumed one with ``write_config``, once it
+        is known that it can go on.
+
         Raises ``UsageError`` for a directory that holds a run nobody asked to resume, for a
         checkpoint that is not there or of another configuration, and ``OutputError`` for a
         directory that cannot be written. A run that is refused here leaves what is there alone.
@@ -73,8 +76,12 @@ class RunDirectory:
         checkpoint = self._checkpoint(wanted, report)
         if checkpoint is not None:
             require_same_config(entry(checkpoint, "identity"), config)
-        write_atomic(self.path / "config.yaml", config_to_yaml(config))
+        else:
+            self.write_config(config)
         return checkpoint
+
+    def write_config(self, config: DistillConfig) -> None:
+        write_atomic(self.path / "config.yaml", config_to_yaml(config))
 
     def _checkpoint(self, wanted: str | None, report: Callable[[str], None]) -> Checkpoint | None:
         if wanted is None:

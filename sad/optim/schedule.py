@@ -134,6 +134,17 @@ class RunLength:
         return divmod(micro_step, self.batches_per_epoch)
 
 
+def planned_length(config: DistillConfig, num_rows: int) -> RunLength:
+    """The length of a run over ``num_rows`` rows."""
+    return RunLength(
+        num_rows=num_rows,
+        batch_size=config.per_device_train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+    )
+
+
 def warmup_batches(config: DistillConfig, run_length: RunLength) -> int:
     """The length of the warm-up in micro-batches.
 

@@ -8,7 +8,7 @@ windows it may lie in the middle of one, which then begins there and is shorter.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,9 +20,11 @@ from sad.checkpoint.parts import entry, tensor_group
 from sad.checkpoint.state import model_tensors
 from sad.checkpoint.store import Checkpoint
 from sad.config.identity import require_same_config, trajectory_changes
+from sad.config.schema import DistillConfig
+from sad.data.rows import PackedRows
 from sad.errors import UsageError
 from sad.optim.precision import Precision
-from sad.optim.schedule import RunLength
+from sad.optim.schedule import RunLength, planned_length
 
 if TYPE_CHECKING:
     from sad.training.trainer import Trainer
@@ -34,6 +36,9 @@ LENGTH = ("num_train_epochs", "max_steps")
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SCALED = ("fp16", "param_dtype", "master_weights")
 """Keys that decide in which dtype and at which scale gradients are kept."""
+
+_OPEN_WINDOW = ("gradient_accumulator_step_count", "window_size")
+"""Entries of a checkpoint: micro-batches of its open window, done and in all."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,34 @@ class Resumption:
         return self.rows[0] != self.rows[1]
 
 
-def plan_resumption(trainer: Trainer, checkpoint: Checkpoint) -> Resumption:
-    """Find where ``trainer`` goes on from ``checkpoint``; nothing is changed.
+class ResumptionRefusedError(UsageError):
+    """A checkpoint from which a run cannot go on as it is configured now; both are left alone."""
 
-    Raises ``UsageError`` where the data cannot go on exactly: inside a window whose gradients are
-    half added up, where the rows consumed are no whole number of the new micro-batches, and past
-    the end of a run that is shorter now.
+
+def plan_resumption(
+    checkpoint: Checkpoint,
+    config: DistillConfig,
+    train_rows: PackedRows,
+    *,
+    builds_scheduler: bool = True,
+) -> Resumption:
+    """Find where a run goes on from ``checkpoint``; nothing is changed, and no model is needed.
+
+    ``builds_scheduler`` is false for a run whose scheduler is the caller's own. Raises
+    ``ResumptionRefusedError`` where the data cannot go on exactly: inside a window whose gradients
+    are half added up, where the rows consumed are no whole number of the new micro-batches, and
+    past the end of a run that is shorter now.
     """
     identity = entry(checkpoint, "identity")
-    require_same_config(identity, trainer.config)
+    require_same_config(identity, config)
     changes: Changes = {
         key: (before, after)
-        for key, before, after in trajectory_changes(identity["config"], trainer.config)
+        for key, before, after in trajectory_changes(identity["config"], config)
     }
-    counters, length = entry(checkpoint, "counters"), trainer.run_length
+    counters, length = entry(checkpoint, "counters"), planned_length(config, len(train_rows))
     now = length.batch_size
     before = changes.get(SIZES[0], (now, now))[0]
-    same_text = identity["train_rows"] == trainer.identity["train_rows"]
+    same_text = identity["train_rows"] == train_rows.fingerprint
     saved = Resumption(
         checkpoint,
         changes,
@@ -82,11 +98,16 @@ def plan_resumption(trainer: Trainer, checkpoint: Checkpoint) -> Resumption:
         counters.get("window_begins", 0),
         (before, now),
     )
+    if "optim" in changes:
+        raise ResumptionRefusedError(
+            f"optim must stay when a run is resumed, got {' -> '.join(changes['optim'])}: each "
+            "keeps other moments; restore it, or begin a new run"
+        )
     _require_same_precision(saved)
     if same_text and not any(key in changes for key in (*LENGTH, *SIZES, "scheduler_unit")):
         return saved
     if saved.renumbered and not same_text:
-        raise UsageError(
+        raise ResumptionRefusedError(
             f"{SIZES[0]} must stay when a run is resumed on other rows, got {before} -> {now}; "
             "change one of the two at a time"
         )
@@ -95,7 +116,7 @@ def plan_resumption(trainer: Trainer, checkpoint: Checkpoint) -> Resumption:
     if saved.renumbered:
         micro_step = _exact_position(saved, length)
     if micro_step > length.micro_batches:
-        raise UsageError(
+        raise ResumptionRefusedError(
             f"a resumed run must not end before its checkpoint, got {length.micro_batches:,} "
             f"micro-batches planned and {micro_step:,} consumed; raise {' or '.join(LENGTH)}, or "
             "resume from an earlier checkpoint"
@@ -103,8 +124,15 @@ def plan_resumption(trainer: Trainer, checkpoint: Checkpoint) -> Resumption:
     moved = replace(saved, micro_step=micro_step)
     if entry(checkpoint, "window_size"):
         _require_same_window(moved, length)
-        return moved
-    return _at_a_window(moved, trainer)
+    else:
+        moved = _at_a_window(moved, config, length)
+    steps, saved_steps = scheduler_steps(moved, config), entry(checkpoint, "scheduler")
+    if not builds_scheduler and steps != saved_steps.get("last_epoch"):
+        raise ResumptionRefusedError(
+            f"a scheduler of one's own must have taken {steps} steps where the run goes on, got "
+            f"{saved_steps.get('last_epoch')}; keep {SIZES[0]}, {SIZES[1]} and scheduler_unit"
+        )
+    return moved
 
 
 def renumber(micro_step: int, rows: tuple[int, int], num_rows: int) -> Fraction:
@@ -143,7 +171,7 @@ def _exact_position(saved: Resumption, length: RunLength) -> int:
     if position.denominator > 1:
         batches = -(-length.num_rows // saved.rows[0])
         consumed = saved.micro_step % batches * saved.rows[0]
-        raise UsageError(
+        raise ResumptionRefusedError(
             f"{SIZES[0]} must divide the rows that a resumed run has consumed of its epoch, got "
             f"{saved.rows[1]} and {consumed:,} rows; choose a divisor, or resume from a checkpoint "
             "at an epoch's end"
@@ -153,14 +181,10 @@ def _exact_position(saved: Resumption, length: RunLength) -> int:
 
 def _require_same_window(moved: Resumption, length: RunLength) -> None:
     """Refuse a checkpoint in the middle of a window that would end elsewhere now."""
-    state = moved.checkpoint.state
-    done = state["gradient_accumulator_step_count"]
+    done, size = (entry(moved.checkpoint, key) for key in _OPEN_WINDOW)
     if moved.micro_step < length.micro_batches:
         window = length.window(moved.micro_step, moved.window_begins)
-        if (window.first_micro_step, window.size) == (
-            moved.micro_step - done,
-            state["window_size"],
-        ):
+        if (window.first_micro_step, window.size) == (moved.micro_step - done, size):
             return
     raise _inside_a_window(moved, "the length of a window")
 
@@ -170,20 +194,20 @@ def _require_same_precision(saved: Resumption) -> None:
         raise _inside_a_window(saved, "the precision of gradients")
 
 
-def _inside_a_window(saved: Resumption, what: str) -> UsageError:
-    state = saved.checkpoint.state
+def _inside_a_window(saved: Resumption, what: str) -> ResumptionRefusedError:
+    done, size = (entry(saved.checkpoint, key) for key in _OPEN_WINDOW)
     keys = [key for key in (*SIZES, *LENGTH, *SCALED) if key in saved.changes]
-    old = ", ".join(f"{key}: {saved.changes[key][0]}" for key in keys)
-    return UsageError(
+    old = ", ".join(f"{key}: {saved.changes[key][0]}" for key in keys) or "the old text"
+    return ResumptionRefusedError(
         f"{what} must stay until an accumulation window is closed, got a checkpoint after "
-        f"{state['gradient_accumulator_step_count']} of its {state['window_size']} micro-batches; "
+        f"{done} of its {size} micro-batches; "
         f"resume with {old} until the next save, or from a checkpoint between two windows"
     )
 
 
-def _at_a_window(moved: Resumption, trainer: Trainer) -> Resumption:
-    """The same position, as the beginning of a window; the scheduler's step has to follow."""
-    length, micro_step = trainer.run_length, moved.micro_step
+def _at_a_window(moved: Resumption, config: DistillConfig, length: RunLength) -> Resumption:
+    """The same position, as the beginning of a window."""
+    micro_step = moved.micro_step
     begins, notes = 0, []
     if micro_step == length.micro_batches:
         global_step = length.windows
@@ -200,56 +224,74 @@ def _at_a_window(moved: Resumption, trainer: Trainer) -> Resumption:
             f"{moved.micro_step:,} micro-batches of {rows[1]} rows are done, which were "
             f"{moved.checkpoint.micro_step:,} of {rows[0]}"
         )
-        if trainer.config.warmup_batches:
+        if config.warmup_batches:
             notes.append(f"warmup_batches counts micro-batches of {rows[1]} rows from now on")
-    schedule = trainer.config.lr_scheduler_type
+    schedule = config.lr_scheduler_type
     if any(key in moved.changes for key in (*SIZES, "scheduler_unit")) and schedule != "constant":
         notes.append(
             "the learning rate of a window may differ from what it would have been, by a fraction "
             "of what it changes in a window"
         )
-    result = replace(
+    return replace(
         moved, global_step=global_step, window_begins=begins, notes=(*moved.notes, *notes)
     )
-    _require_movable_scheduler(result, trainer)
-    return result
 
 
-def _require_movable_scheduler(resumption: Resumption, trainer: Trainer) -> None:
-    steps = scheduler_steps(resumption, trainer)
-    saved = entry(resumption.checkpoint, "scheduler").get("last_epoch")
-    if not trainer.builds_scheduler and steps != saved:
-        raise UsageError(
-            f"a scheduler of one's own must have taken {steps} steps where the run goes on, got "
-            f"{saved}; keep {SIZES[0]}, {SIZES[1]} and scheduler_unit"
-        )
-
-
-def scheduler_steps(resumption: Resumption, trainer: Trainer) -> int:
+def scheduler_steps(resumption: Resumption, config: DistillConfig) -> int:
     """The steps that a scheduler has taken at this position."""
-    by_batch = trainer.config.scheduler_unit == "batch"
+    by_batch = config.scheduler_unit == "batch"
     return resumption.micro_step if by_batch else resumption.global_step
 
 
 def in_present_dtypes(trainer: Trainer, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with weights, masters and moments in the dtypes that the run has now.
 
-    The exact weights are the masters where there are any.
+    The exact weights are the masters where there are any. Each tensor is read and converted when it
+    is asked for.
     """
     precision: Precision = trainer.precision
     model, masters = tensor_group(checkpoint, "model"), tensor_group(checkpoint, "masters")
-    exact = {**model, **masters}
-    tensors: dict[str, dict[str, Tensor]] = dict(checkpoint.tensors)
+    moments = tensor_group(checkpoint, "optimizer")
     live = model_tensors(trainer.student.model)
-    tensors["model"] = {n: _as(live.get(n), exact[n]) for n in model}
     separate = {} if precision.masters is None else precision.masters.separate
-    tensors["masters"] = {n: _as(separate[n], exact[n]) for n in separate if n in exact}
-    tensors["optimizer"] = {
-        path: tensor if key == "step" else _as(precision.optimizer_parameters.get(name), tensor)
-        for path, tensor in tensor_group(checkpoint, "optimizer").items()
-        for name, _, key in [path.rpartition("/")]
-    }
+
+    def exact(name: str) -> Tensor:
+        return masters[name] if name in masters else model[name]
+
+    def moment(path: str) -> Tensor:
+        name, _, key = path.rpartition("/")
+        parameter = precision.optimizer_parameters.get(name) if key in _MOMENTS else None
+        return _as(parameter, moments[path])
+
+    tensors = dict(checkpoint.tensors)
+    tensors["model"] = _Converted(model, lambda name: _as(live.get(name), exact(name)))
+    both = [name for name in separate if name in model or name in masters]
+    tensors["masters"] = _Converted(both, lambda name: _as(separate[name], exact(name)))
+    tensors["optimizer"] = _Converted(moments, moment)
     return replace(checkpoint, tensors=tensors)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""State of AdamW that has its parameter's dtype."""
+
+
+class _Converted(Mapping[str, Tensor]):
+    """Tensors by name that are computed when they are asked for."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _as(live: Tensor | None, saved: Tensor) -> Tensor:

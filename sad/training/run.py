@@ -40,7 +40,12 @@ from sad.training.inputs import RunInputs, load_inputs
 from sad.training.machine import check_machine
 from sad.training.meters import ResultRow, result_row
 from sad.training.rehearsal import needs_rehearsal, rehearse
-from sad.training.resume import LENGTH, plan_resumption
+from sad.training.resume import (
+    LENGTH,
+    Resumption,
+    ResumptionRefusedError,
+    plan_resumption,
+)
 from sad.training.samples import write_samples
 from sad.training.student import build_student
 from sad.training.trainer import MakeScheduler, Trainer
@@ -93,6 +98,8 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
     try:
         with StopSignals() as signals, onednn_products():
             result = _distill(config, run_dir, checkpoint, signals, make_scheduler)
+    except ResumptionRefusedError:  # the run is what it was
+        raise
     except BaseException as error:
         _write_failure(run_dir, error)
         raise
@@ -109,6 +116,7 @@ def _distill(
 ) -> RunResult:
     require_space(config)  # before anything that takes time
     inputs = load_inputs(config, _say)
+    resumption = _resumption(checkpoint, config, run_dir, inputs, make_scheduler)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
@@ -131,7 +139,7 @@ def _distill(
     name = "student, distilled" if distilled else "student"
     title = f"2 of 2: {name}" if config.baseline else name
     trainer, samples = _train(
-        config, run_dir, checkpoint, inputs, signals, make_scheduler, title=title
+        config, run_dir, resumption, inputs, signals, make_scheduler, title=title
     )
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics
@@ -185,10 +193,11 @@ def _train_baseline(
     if config.resume_from_checkpoint and _finished_as_long(baseline, config_ce_only):
         return baseline.read_run()["results"][0]
     checkpoint = baseline.claim(config_ce_only, report=print)
+    resumption = _resumption(checkpoint, config_ce_only, baseline, inputs, make_scheduler)
     title = f"1 of 2: {name}"
     try:
         trainer, samples = _train(
-            config_ce_only, baseline, checkpoint, inputs, signals, make_scheduler, title=title
+            config_ce_only, baseline, resumption, inputs, signals, make_scheduler, title=title
         )
     except BaseException as error:
         _write_failure(baseline, error)
@@ -210,6 +219,26 @@ def _finished_as_long(baseline: RunDirectory, config: DistillConfig) -> bool:
     return not any(key in LENGTH for key, _, _ in trajectory_changes(before, config))
 
 
+def _resumption(
+    checkpoint: Checkpoint | None,
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    inputs: RunInputs,
+    make_scheduler: MakeScheduler | None,
+) -> Resumption | None:
+    """Where a run goes on from its checkpoint, if it has one; its directory then has ``config``.
+
+    Before anything that takes time: what cannot go on is refused here.
+    """
+    if checkpoint is None:
+        return None
+    resumption = plan_resumption(
+        checkpoint, config, inputs.train_rows, builds_scheduler=make_scheduler is None
+    )
+    run_dir.write_config(config)
+    return resumption
+
+
 class _Trained(NamedTuple):
     trainer: Trainer
     samples: list[dict[str, str]]
@@ -218,14 +247,14 @@ class _Trained(NamedTuple):
 def _train(
     config: DistillConfig,
     run_dir: RunDirectory,
-    checkpoint: Checkpoint | None,
+    resumption: Resumption | None,
     inputs: RunInputs,
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
     *,
     title: str,
 ) -> _Trained:
-    """Train one student from the start or from ``checkpoint`` to the end, and write ``final/``."""
+    """Train one student from the start or from a checkpoint to the end, and write ``final/``."""
     _say(f"loading the student {config.student}")
     # Seeded again, so that a student does not depend on whether a baseline was trained before it.
     seed_everything(config.seed, deterministic=config.deterministic)
@@ -259,7 +288,6 @@ def _train(
         make_scheduler,
         export_dtype=export_dtype(config),
     )
-    resumption = None if checkpoint is None else plan_resumption(trainer, checkpoint)
     with RunLog(
         run_dir.path,
         total_batches=trainer.run_length.micro_batches,
@@ -281,7 +309,7 @@ def _train(
             train_rows=inputs.train_rows,
             eval_rows=inputs.eval_rows,
             checks=checks,
-            checkpoint=None if checkpoint is None else checkpoint.path,
+            checkpoint=None if resumption is None else resumption.checkpoint.path,
             resumption_notes=() if resumption is None else resumption.notes,
             tokenizer_notes=inputs.tokenizer_notes,
             balance_note=student.balance_note,
@@ -292,7 +320,8 @@ def _train(
         log.header(header, rows=(rows, rows) if resumption is None else resumption.rows)
         _warn_of_new_positions(student.model, inputs, log)
         run_dir.write_run({"header": [list(line) for line in header]})
-        run_dir.write_status("running", checkpoint=checkpoint.path.name if checkpoint else "")
+        newest = resumption.checkpoint.path.name if resumption else ""
+        run_dir.write_status("running", checkpoint=newest)
         trainer.train(log, signals)
         trainer.export(run_dir.final)
         memory = memory_now(inputs.device)  # of training: samples come after it

@@ -118,7 +118,7 @@ def _move(trainer: Trainer, resumption: Resumption) -> None:
     counters.global_step = resumption.global_step
     counters.window_begins = resumption.window_begins
     if trainer.builds_scheduler and isinstance(trainer.scheduler, LambdaLR):
-        move_scheduler(trainer.scheduler, scheduler_steps(resumption, trainer))
+        move_scheduler(trainer.scheduler, scheduler_steps(resumption, trainer.config))
 
 
 def _require_comparable_best(trainer: Trainer) -> None:

@@ -36,10 +36,10 @@ from sad.losses.taid import TAIDSchedule
 from sad.metrics import DEFAULT_BEST
 from sad.optim.precision import Precision, structural_loss_parameters
 from sad.optim.schedule import (
-    RunLength,
     Window,
     build_scheduler,
     check_foreign_scheduler,
+    planned_length,
     step_scheduler,
 )
 from sad.report.log import RunLog
@@ -87,13 +87,7 @@ class Trainer:
         self.device = inputs.device
         self.export_dtype = export_dtype
 
-        self.run_length = RunLength(
-            num_rows=len(inputs.train_rows),
-            batch_size=config.per_device_train_batch_size,
-            accumulation_steps=config.gradient_accumulation_steps,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps,
-        )
+        self.run_length = planned_length(config, len(inputs.train_rows))
         self.batches = TrainBatches(config, inputs.train_rows, self.run_length, inputs.device)
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
@@ -373,7 +367,12 @@ class Trainer:
         """
         resumption = checkpoint
         if isinstance(resumption, Checkpoint):
-            resumption = plan_resumption(self, resumption)
+            resumption = plan_resumption(
+                resumption,
+                self.config,
+                self.inputs.train_rows,
+                builds_scheduler=self.builds_scheduler,
+            )
         restore_trainer(self, resumption, warn)
         ours, resumed = checkpoints_of(self.run_dir.path), resumption.checkpoint.path.resolve()
         set_aside(overtaken(ours, resumption), warn)

@@ -567,7 +567,7 @@ MUTATIONS = [
     Mutation(
         "60",
         "half a window goes on in one of another size",
-        edit(RESUME, "        _require_same_window(moved, length)\n", ""),
+        edit(RESUME, "        _require_same_window(moved, length)\n", "        pass\n"),
         resuming("test_inside_a_window_sizes_must_stay"),
         error="ValueError",  # the counter of micro-batches, in the place of one line
     ),
@@ -614,8 +614,8 @@ MUTATIONS = [
         "a scheduler stays where it was, whatever it counts now",
         edit(
             "sad/training/state.py",
-            "        move_scheduler(trainer.scheduler, scheduler_steps(resumption, trainer))\n",
-            "        pass\n",
+            "move_scheduler(trainer.scheduler, scheduler_steps(resumption, trainer.config))",
+            "pass",
         ),
         resuming(
             "test_another_unit_of_the_scheduler[batch]",

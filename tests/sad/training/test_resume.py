@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.faulty_disk import tree
 from support.runs import assert_same_bits, everything, make_trainer, run_log
 from support.tiny import save_tiny, tiny_llama, write_texts
 
@@ -24,6 +25,7 @@ from sad.optim.precision import Precision
 from sad.optim.schedule import lr_factor
 from sad.report.log import read_log
 from sad.training.inputs import RunInputs, load_inputs
+from sad.training.resume import plan_resumption
 from sad.training.run import distill
 from sad.training.trainer import Trainer
 
@@ -330,6 +332,15 @@ def test_precision_must_stay_inside_a_window(make_config: Make, inputs: RunInput
     assert "the precision of gradients must stay" in message and "with fp16: False" in message
 
 
+def test_another_optimizer_is_refused(make_config: Make, inputs: RunInputs) -> None:
+    """Before it is built: the library may be missing where the run is resumed."""
+    checkpoint = stopped(make_config(), inputs, 4)
+    other = make_config(optim="adamw_8bit", allow_config_change=True)
+    message = "optim must stay when a run is resumed, got adamw_torch_fused -> adamw_8bit"
+    with pytest.raises(UsageError, match=message):
+        plan_resumption(checkpoint, other, inputs.train_rows)
+
+
 def test_an_average_that_is_switched_on_starts_at_the_resumed_weights(
     make_config: Make, inputs: RunInputs
 ) -> None:
@@ -449,6 +460,25 @@ def test_the_command_with_other_sizes_goes_on_and_says_so(
     positions = [r["micro_step"] for r in records if r["kind"] == "train"]
     assert positions == sorted(set(positions)) and positions[:4] == [2, 4, 6, 8]
     distill(replace(other, max_steps=-1))  # finished: the same command changes nothing
+
+
+def test_a_resumption_that_is_refused_leaves_the_run_alone(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is read: the run, finished here, does not look failed or reconfigured."""
+    config = make_config(max_steps=2)
+    distill(config)
+    other = replace(
+        config,
+        per_device_train_batch_size=3,
+        resume_from_checkpoint="auto",
+        allow_config_change=True,
+    )
+    before = tree(Path(config.output_dir))
+    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    with pytest.raises(UsageError, match="must divide the rows that a resumed run has consumed"):
+        distill(other)
+    assert tree(Path(config.output_dir)) == before
 
 
 def test_signals_and_sizes(make_config: Make, inputs: RunInputs) -> None:
