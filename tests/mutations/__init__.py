@@ -14,6 +14,7 @@ triton_path.py  the kernels of the losses, their launchers and operators
 ema.py          update and swap of a moving average
 trainer.py      the package ``sad``
 text.py         its documents, tokens and rows
+runs.py         its runs as a whole
 reference.py    the specification and the rule that everything is judged by
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mutations import ema, reference, text, torch_path, trainer, triton_path
+from mutations import ema, reference, runs, text, torch_path, trainer, triton_path
 from mutations.planting import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -30,6 +31,7 @@ MUTATIONS: list[Mutation] = [
     *ema.MUTATIONS,
     *trainer.MUTATIONS,
     *text.MUTATIONS,
+    *runs.MUTATIONS,
     *reference.MUTATIONS,
 ]
 
@@ -106,6 +108,10 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "72": ("conversations that are cut, or lost without a word", ("trainer",)),
     "73": ("a student that never stops", ("trainer",)),
     "74": ("packed rows that are taken for others", ("trainer",)),
+    "80": ("a run ended by what decorates it", ("trainer",)),
+    "81": ("what cannot work, found out after hours", ("trainer",)),
+    "82": ("an export that is not the student that came", ("trainer",)),
+    "83": ("a run that does not say where it goes on", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 
