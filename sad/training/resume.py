@@ -32,6 +32,9 @@ Changes = dict[str, tuple[Any, Any]]
 
 LENGTH = ("num_train_epochs", "max_steps")
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+FORM = ("optim", "student_init", "student_layers")
+"""Keys that decide which tensors are trained and what the optimizer keeps of them, as do those of
+``peft``."""
 SCALED = ("fp16", "param_dtype", "master_weights")
 """Keys that decide in which dtype and at which scale gradients are kept."""
 
@@ -82,6 +85,7 @@ def plan_resumption(trainer: Trainer, checkpoint: Checkpoint) -> Resumption:
         counters.get("window_begins", 0),
         (before, now),
     )
+    _require_same_form(saved)
     _require_same_precision(saved)
     if same_text and not any(key in changes for key in (*LENGTH, *SIZES, "scheduler_unit")):
         return saved
@@ -163,6 +167,16 @@ def _require_same_window(moved: Resumption, length: RunLength) -> None:
         ):
             return
     raise _inside_a_window(moved, "the length of a window")
+
+
+def _require_same_form(saved: Resumption) -> None:
+    """Raise ``UsageError`` if the checkpoint holds other tensors than this run trains."""
+    for key, (before, now) in saved.changes.items():
+        if key in FORM or key.startswith("peft."):
+            raise UsageError(
+                f"{key} must stay when a run is resumed, got {before!r} -> {now!r}: the checkpoint "
+                "holds other tensors; restore it, or begin a new run"
+            )
 
 
 def _require_same_precision(saved: Resumption) -> None:
