@@ -178,37 +178,45 @@ class ModelEMA:
         return ((1.0 + n) / (10.0 + n)).clamp(max=self.decay)
 
     def _swap_in(self) -> None:
-        if self._elsewhere:
-            with torch.no_grad():
-                for name, live in self._live.items():
-                    self._kept[name] = live.detach().to(self._shadows[name].device, copy=True)
-                    live.copy_(self._shadows[name])
-            return
         ema_swap_(*self._exchanged())
         for live, _, shadow in self._with_master():  # rounds; the master keeps the weights
             live.copy_(shadow)
+        if self._elsewhere:
+            self._copy_in()
 
     def _swap_out(self) -> None:
-        if self._elsewhere:
-            with torch.no_grad():
-                for name, live in self._live.items():
-                    live.copy_(self._kept.pop(name))
-            return
         ema_swap_(*self._exchanged())
         for live, master, _ in self._with_master():
             live.copy_(master)
+        if self._elsewhere:
+            self._copy_out()
+
+    @torch.no_grad()
+    def _copy_in(self) -> None:
+        """Swap in from elsewhere: the weights lie beside the shadows meanwhile."""
+        for name, live in self._live.items():
+            self._kept[name] = live.detach().to(self._shadows[name].device, copy=True)
+            live.copy_(self._shadows[name])
+
+    @torch.no_grad()
+    def _copy_out(self) -> None:
+        for name, live in self._live.items():
+            live.copy_(self._kept.pop(name))
 
     def _exchanged(self) -> tuple[list[Tensor], list[Tensor]]:
         """Shadows and live tensors to exchange in place.
 
-        A parameter with a master is overwritten instead, and rounded from its master again.
+        A parameter with a master is overwritten instead, and rounded from its master again; with
+        shadows elsewhere all are.
         """
+        if self._elsewhere:
+            return [], []
         names = [name for name in self._live if self._sources[name] is self._live[name]]
         return [self._shadows[name] for name in names], [self._live[name] for name in names]
 
     def _with_master(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for name, live in self._live.items():
-            if self._sources[name] is not live:
+            if self._sources[name] is not live and not self._elsewhere:
                 yield live.detach(), self._sources[name].detach(), self._shadows[name]
 
     def _refuse_step(self, optimizer: Optimizer, *_: object) -> None:

@@ -148,7 +148,7 @@ def export_dtype(config: DistillConfig) -> torch.dtype | None:
     """
     if config.save_dtype is not None:
         return getattr(torch, config.save_dtype)
-    if config.student_init != "pretrained":
+    if config.student_init == "random":
         return None
     model_config = read_model_config(config, "student")
     came = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype

@@ -304,9 +304,10 @@ def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int
     here = resolve_device(config.teacher_device or config.device) == device
     if config.teacher is None or not here:
         return 0
-    with torch.device("meta"):
-        teacher = build_model(config, "teacher", teacher_dtype(config))
-    return forward_peak(teacher, device, rows, config.max_length)
+    with _without_data(config.teacher):
+        with torch.device("meta"), no_init_weights():
+            teacher = build_model(config, "teacher", teacher_dtype(config))
+        return forward_peak(teacher, device, rows, config.max_length)
 
 
 def _evaluation_items(
@@ -320,14 +321,15 @@ def _evaluation_items(
     known = [n for n in (eval_rows, config.max_eval_rows) if n is not None]
     rows = min([config.per_device_eval_batch_size, *known])
     tokens = rows * config.max_length
-    with torch.device("meta"):
-        model = build_student_model(config)
     dtype, cast = _param_dtype(config), compute_dtype(config)
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, cast) if cast != dtype else nullcontext()
 
-    students = forward_peak(model, device, rows, config.max_length, autocast)
+    with _without_data(config.student):
+        with torch.device("meta"), no_init_weights():
+            model = build_student_model(config)
+        students = forward_peak(model, device, rows, config.max_length, autocast)
     heads = [output_embedding(student)] + ([] if teacher is None else [output_embedding(teacher)])
     loss = _loss_bytes(config, device, heads, tokens=tokens, gradients=False)
     states = tokens * sum(head.in_features for head in heads) * FP32
@@ -393,25 +395,25 @@ def _activation_bytes(
     if checkpointing is None:
         checkpointing = config.gradient_checkpointing
     dtype, cast = _param_dtype(config), compute_dtype(config)
-    with _silent(FAKES):  # torch logs what it raises, with tracebacks
-        try:
-            return _kept_bytes(config, device, dtype, cast, checkpointing)
-        except (SadError, MemoryError):
-            raise
-        except Exception as error:
-            raise UnfitError(
-                f"an estimate of memory must run {config.student} on tensors without data, got "
-                f"{type(error).__name__}: {one_line(error)}; train without one"
-            ) from error
+    with _without_data(config.student):
+        return _kept_bytes(config, device, dtype, cast, checkpointing)
 
 
 @contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    before, logger.disabled = logger.disabled, True
+def _without_data(name: str) -> Iterator[None]:
+    """Within, a model runs on tensors without data: what it raises becomes an ``UnfitError``."""
+    before, FAKES.disabled = FAKES.disabled, True  # torch logs what it raises, with tracebacks
     try:
         yield
+    except (SadError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnfitError(
+            f"an estimate of memory must run {name} on tensors without data, got "
+            f"{type(error).__name__}: {one_line(error)}; train without one"
+        ) from error
     finally:
-        logger.disabled = before
+        FAKES.disabled = before
 
 
 class _FakeGroupedProducts(TorchDispatchMode):

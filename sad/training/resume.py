@@ -34,6 +34,9 @@ Changes = dict[str, tuple[Any, Any]]
 
 LENGTH = ("num_train_epochs", "max_steps")
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+FORM = ("optim", "student_init", "student_layers")
+"""Keys that decide which tensors are trained and what the optimizer keeps of them, as do those of
+``peft``."""
 SCALED = ("fp16", "param_dtype", "master_weights")
 """Keys that decide in which dtype and at which scale gradients are kept."""
 
@@ -103,6 +106,7 @@ def plan_resumption(
             f"optim must stay when a run is resumed, got {' -> '.join(changes['optim'])}: each "
             "keeps other moments; restore it, or begin a new run"
         )
+    _require_same_form(saved)
     _require_same_precision(saved)
     if same_text and not any(key in changes for key in (*LENGTH, *SIZES, "scheduler_unit")):
         return saved
@@ -187,6 +191,16 @@ def _require_same_window(moved: Resumption, length: RunLength) -> None:
         if (window.first_micro_step, window.size) == (moved.micro_step - done, size):
             return
     raise _inside_a_window(moved, "the length of a window")
+
+
+def _require_same_form(saved: Resumption) -> None:
+    """Raise ``UsageError`` if the checkpoint holds other tensors than this run trains."""
+    for key, (before, now) in saved.changes.items():
+        if key in FORM or key.startswith("peft."):
+            raise UsageError(
+                f"{key} must stay when a run is resumed, got {before!r} -> {now!r}: the checkpoint "
+                "holds other tensors; restore it, or begin a new run"
+            )
 
 
 def _require_same_precision(saved: Resumption) -> None:

@@ -143,7 +143,6 @@ def _distill(
     )
     results.append(_student_row(name, trainer))
     metrics |= trainer.counters.metrics
-    del trainer  # the exported student, which is loaded for samples, takes its place in memory
 
     record = {"results": results, "samples": samples, "scored": inputs.scored(config)}
     run_dir.write_run(run_dir.read_run() | record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from support.tiny import save_tiny, tiny_llama, write_texts
 from sad.checkpoint.disk_space import checkpoint_bytes
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
+from sad.errors import UsageError
 from sad.models.load import build_student_model
 from sad.models.memory_plan import plan
 from sad.training.inputs import load_inputs
+from sad.training.resume import plan_resumption
 
 pytest.importorskip("bitsandbytes")
 
@@ -71,6 +74,26 @@ def test_moments_in_8_bits_resume_to_the_same_bits(
 def _meta_student(config: DistillConfig) -> Any:
     with torch.device("meta"):
         return build_student_model(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"optim": "adamw_torch_fused"}, "optim"),
+        ({"peft": {"r": 4}}, r"peft\.r"),
+        ({"student_init": "random"}, "student_init"),
+    ],
+)
+def test_other_tensors_are_refused_even_where_changes_are_allowed(
+    keys: dict[str, Any], change: dict[str, Any], key: str
+) -> None:
+    config = DistillConfig(**keys, optim="adamw_8bit")
+    inputs = load_inputs(config)
+    first = make_trainer(config, inputs)
+    path = save_checkpoint(config.output_dir, 0, *first.capture(), save_total_limit=2)
+    other = make_trainer(replace(config, **change, allow_config_change=True), inputs)
+    with pytest.raises(UsageError, match=f"{key} must stay when a run is resumed, got"):
+        plan_resumption(other, load_checkpoint(path))
 
 
 def test_an_average_in_host_memory_is_planned_there(
