@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +35,7 @@ from sad.config.sections import DataConfig
 from sad.data.chat import RenderedConversation, render
 from sad.data.documents import Document
 from sad.data.formats.base import TEXT
-from sad.data.parallel import map_in_order, usable_cores
+from sad.data.parallel import map_in_order
 from sad.data.split import DocumentSet
 from sad.data.stream import Affixes, ConversationTokens, TokenPiece, TokenStream, describe_counts
 from sad.data.tokenizers import (
@@ -133,7 +131,7 @@ def write_rows(
             ids_file, sizes_file, token_dtype, max_length, affixes, config.truncation
         )
         bar = tqdm(documents, desc="tokenizing", unit=" documents", leave=False, disable=None)
-        for piece in _tokenize(bar, tokenizer, config):
+        for piece in tokenize(bar, tokenizer, config):
             stream.add(piece)
     stream.warn()
     if stream.num_tokens == 0:
@@ -244,7 +242,7 @@ class _TextPiece(NamedTuple):
     conversation: Document | None = None  # whose text is not rendered yet
 
 
-def _tokenize(
+def tokenize(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, config: DataConfig
 ) -> Iterator[TokenPiece]:
     def pieces_of(batch: Sequence[_TextPiece]) -> list[TokenPiece]:
@@ -406,55 +404,3 @@ def _utf8_bytes(text: str, offsets: Offsets) -> np.ndarray:
     bytes_before = np.concatenate(([0], np.cumsum(widths)))
     # A token's bytes run from the end of the tokens before it to its own.
     return np.diff(bytes_before[np.maximum.accumulate(ends)], prepend=0)
-
-
-# What is said before much text is tokenized
-
-LARGE_TEXT = 100 * 10**6
-"""Bytes of text for which time and disk are foreseen."""
-
-_SAMPLE_CHARS = 1 << 20
-
-
-class Forecast(NamedTuple):
-    """What tokenizing documents will take, from a sample of them."""
-
-    tokens: int
-    seconds: float
-    disk: int
-    """Bytes of the rows, and of what is needed until they are cut."""
-
-
-def forecast(
-    documents: DocumentSet, tokenizer: PreTrainedTokenizerFast, config: DataConfig
-) -> Forecast:
-    """Foresee tokens, time and disk from the beginning of the documents, tokenized by one process.
-
-    Documents are taken to be alike; those read more than once count as often.
-    """
-    sample, chars = [], 0
-    for document in documents:
-        sample.append(document._replace(text=document.text[: _SAMPLE_CHARS - chars]))
-        chars += max(len(_content(document)), 1)
-        if chars >= _SAMPLE_CHARS:
-            break
-    read = sum(len(_content(document).encode()) for document in sample)
-    alone = replace(config, num_proc=1)
-    before = time.perf_counter()
-    tokens = sum(len(piece.ids) for piece in _tokenize(sample, tokenizer, alone))
-    seconds = time.perf_counter() - before
-    scale = documents.num_bytes / max(read, 1)
-    id_bytes = 2 if valid_vocab(tokenizer) <= 1 << 16 else 4
-    total = int(tokens * scale)
-    processes = config.num_proc or usable_cores()
-    return Forecast(
-        tokens=total,
-        seconds=seconds * scale / processes,
-        disk=total * (id_bytes + 4) + 8 * len(documents),
-    )
-
-
-def _content(document: Document) -> str:
-    """The text of a document, or the JSON of a conversation: what ``num_bytes`` counts."""
-    conversation = document.conversation
-    return document.text if conversation is None else conversation.to_json()

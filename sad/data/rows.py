@@ -26,17 +26,16 @@ from sad.checkpoint.atomic_files import TEMPORARY, describe, free_bytes
 from sad.config.schema import DistillConfig
 from sad.config.sections import DataConfig
 from sad.data.batch import IGNORE_INDEX, Batch, LossCounts
+from sad.data.forecast import LARGE_TEXT, forecast
 from sad.data.formats.base import COMPLETION, MESSAGES
 from sad.data.packing import (
     CONTEXT,
     DOCUMENTS,
-    LARGE_TEXT,
     ROW_STARTS,
     TARGET_BYTES,
     TOKENS,
     cut_rows,
     fingerprint_rows,
-    forecast,
     read_index,
     row_breaks,
     write_rows,

@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sad.config.schema import DataConfig, DistillConfig
-from sad.data import packing, parallel
+from sad.data import forecast, packing, parallel
 from sad.data import rows as data
 from sad.data.batch import IGNORE_INDEX, Batch
 from sad.data.documents import Document
@@ -665,9 +665,9 @@ def test_what_much_text_takes_is_said_first(
 ) -> None:
     texts = Texts(*(f"document {i} of many, all alike" for i in range(5000)))
     texts.num_bytes = sum(len(text) for text in texts.texts)
-    monkeypatch.setattr(packing, "_SAMPLE_CHARS", 5000)
+    monkeypatch.setattr(forecast, "_SAMPLE_CHARS", 5000)
     options: Any = {"max_length": 16, "packing": True, "cache_dir": cache}
-    expected = packing.forecast(texts, tiny_tokenizer(), DataConfig(num_proc=1))
+    expected = forecast.forecast(texts, tiny_tokenizer(), DataConfig(num_proc=1))
     monkeypatch.setattr(data, "LARGE_TEXT", texts.num_bytes)
     rows = pack_documents(texts, tiny_tokenizer(), **options)
     (line,) = capsys.readouterr().out.splitlines()
