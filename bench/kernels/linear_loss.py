@@ -60,14 +60,21 @@ def _problem(N: int, D_s: int, D_t: int, V: int, dtype: torch.dtype) -> Problem:
 
 def _measure(problem: Problem, rounds: int) -> dict[str, Any]:
     ways = {"naive": naive, "ours": ours}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     losses = {name: float(_step(way, problem)) for name, way in ways.items()}  # warm up
+    steps: dict[str, Callable[[], Any]] = {
+        name: lambda way=way: _step(way, problem) for name, way in ways.items()
+    }
+    steps["products"] = bare_products(problem)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, step in steps.items():
             start = time.perf_counter()
-            _step(way, problem)
+            step()
             seconds[name].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["naive"], strict=True)]
+    ratios, products = (
+        [a / b for a, b in zip(seconds[name], seconds["naive"], strict=True)]
+        for name in ("ours", "products")
+    )
     memory = {name: _peak_bytes(way, problem) for name, way in ways.items()}
     return {
         "dtype": str(problem.hidden.dtype).removeprefix("torch."),
@@ -75,6 +82,7 @@ def _measure(problem: Problem, rounds: int) -> dict[str, Any]:
         "seconds": seconds,
         "time_ratio": statistics.median(ratios),
         "time_ratio_range": [min(ratios), max(ratios)],
+        "products_ratio": statistics.median(products),
         "extra_bytes": memory,
         "memory_ratio": memory["ours"] / memory["naive"],
     }
@@ -92,6 +100,23 @@ def _step(way: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
     loss = way(problem)
     loss.backward()
     return loss.detach()
+
+
+def bare_products(problem: Problem) -> Callable[[], None]:
+    """The matrix products of a step by themselves: both models' logits and two gradients, each in
+    the dtype of the factors, into memory that is there."""
+    hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in problem[:4])
+    logits = hidden.new_empty(len(hidden), len(weight))
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def step() -> None:
+        torch.mm(teacher_hidden, teacher_weight.T, out=logits)
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=dhidden)
+        torch.mm(logits.T, hidden, out=dweight)
+
+    step()
+    return step
 
 
 def ours(problem: Problem) -> Tensor:
