@@ -19,7 +19,7 @@ from sad.config.schema import DistillConfig
 from sad.data.batch import Batch
 from sad.errors import UnfitError, one_line
 from sad.losses.base import LossTerm
-from sad.models.heads import Backbone, eval_no_grad, split_head
+from sad.models.heads import Backbone, eval_no_grad, inner_model, split_head
 
 NAME = "router_aux"
 """The term's name in the log."""
@@ -64,6 +64,7 @@ def build_balance_loss(
 
     Raises ``UnfitError`` if the configuration asks for one that the student's family has not.
     """
+    model = inner_model(model)  # adapters train the family's model
     name, asked = type(model).__name__, config.router_aux_loss_coef
     text_config = model.config.get_text_config()
     theirs = next((getattr(text_config, k, None) for k in _COEFFICIENTS if _has(text_config, k)), 0)

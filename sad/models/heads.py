@@ -153,7 +153,7 @@ def split_head(model: PreTrainedModel) -> tuple[Backbone, Head]:
     neither table unless its logits, probed once, are those of a causal model with a plain head.
     """
     # Families in the tables are not probed: that takes several forward passes.
-    model = _inner_model(model)
+    model = inner_model(model)
     head, backbone = read_head(model), Backbone(model)
     if model.config.model_type not in PLAIN_HEADS | SCALED_HEADS.keys():
         _require_plain(model, backbone, head)
@@ -206,7 +206,7 @@ def with_valid_vocab(head: Head, valid_vocab: int) -> Head:
     return replace(head, valid_vocab=valid_vocab)
 
 
-def _inner_model(model: Any) -> PreTrainedModel:
+def inner_model(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT model; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -101,11 +101,6 @@ def plan_resumption(
         counters.get("window_begins", 0),
         (before, now),
     )
-    if "optim" in changes:
-        raise ResumptionRefusedError(
-            f"optim must stay when a run is resumed, got {' -> '.join(changes['optim'])}: each "
-            "keeps other moments; restore it, or begin a new run"
-        )
     _require_same_form(saved)
     _require_same_precision(saved)
     if same_text and not any(key in changes for key in (*LENGTH, *SIZES, "scheduler_unit")):
@@ -194,10 +189,10 @@ def _require_same_window(moved: Resumption, length: RunLength) -> None:
 
 
 def _require_same_form(saved: Resumption) -> None:
-    """Raise ``UsageError`` if the checkpoint holds other tensors than this run trains."""
+    """Refuse a checkpoint that holds other tensors than this run trains."""
     for key, (before, now) in saved.changes.items():
         if key in FORM or key.startswith("peft."):
-            raise UsageError(
+            raise ResumptionRefusedError(
                 f"{key} must stay when a run is resumed, got {before!r} -> {now!r}: the checkpoint "
                 "holds other tensors; restore it, or begin a new run"
             )

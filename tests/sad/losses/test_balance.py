@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,20 @@ def test_the_key_wins_over_the_configuration_and_turns_it_off() -> None:
     assert build_balance_loss(config(router_aux_loss_coef=0), model) == (None, "no auxiliary loss")
     own = tiny_moe("mixtral", router_aux_loss_coef=0.0)
     assert build_balance_loss(config(), own) == (None, "")
+
+
+def test_a_student_with_adapters_has_that_of_the_model_inside() -> None:
+    peft: Any = pytest.importorskip("peft")
+    model = tiny_moe("mixtral", router_aux_loss_coef=COEF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT calls what transformers has renamed
+        targets = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+        adapted = peft.get_peft_model(model, targets)
+    loss, note = build_balance_loss(config(), adapted)
+    assert loss is not None and note == "0.25 of the auxiliary loss of MixtralForCausalLM"
+    _, routers = run_with_routers(split_head(adapted)[0], IDS, None)
+    term = loss.term(routers, batch([12, 12]))
+    torch.testing.assert_close(term.sum / term.count, own_loss(model, [12, 12]))
 
 
 def test_the_balance_of_the_router_loss_stands_for_it() -> None:

@@ -336,7 +336,7 @@ def test_another_optimizer_is_refused(make_config: Make, inputs: RunInputs) -> N
     """Before it is built: the library may be missing where the run is resumed."""
     checkpoint = stopped(make_config(), inputs, 4)
     other = make_config(optim="adamw_8bit", allow_config_change=True)
-    message = "optim must stay when a run is resumed, got adamw_torch_fused -> adamw_8bit"
+    message = "optim must stay when a run is resumed, got 'adamw_torch_fused' -> 'adamw_8bit'"
     with pytest.raises(UsageError, match=message):
         plan_resumption(checkpoint, other, inputs.train_rows)
 

@@ -91,9 +91,9 @@ def test_other_tensors_are_refused_even_where_changes_are_allowed(
     inputs = load_inputs(config)
     first = make_trainer(config, inputs)
     path = save_checkpoint(config.output_dir, 0, *first.capture(), save_total_limit=2)
-    other = make_trainer(replace(config, **change, allow_config_change=True), inputs)
+    other = replace(config, **change, allow_config_change=True)
     with pytest.raises(UsageError, match=f"{key} must stay when a run is resumed, got"):
-        plan_resumption(other, load_checkpoint(path))
+        plan_resumption(load_checkpoint(path), other, inputs.train_rows)
 
 
 def test_an_average_in_host_memory_is_planned_there(
