@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class MemoryPlan:
     """Bytes of the logits of both models for one micro-batch, which never exist whole."""
     host: tuple[Item, ...] = ()
     """What lies in host memory and is not among ``items``."""
-    base: int = 0
+    base: int = field(default=0, compare=False)
     """Resident bytes of the interpreter and its libraries, before anything is loaded."""
 
     @property

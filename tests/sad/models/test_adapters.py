@@ -210,7 +210,7 @@ def test_adapters_do_not_resume_over_other_weights(make_config: Make, tmp_path: 
     config = make_config(student=save_tiny(student, tiny_llama(seed=2)))
     trainer = make_trainer(config)
     path = save_checkpoint(config.output_dir, 0, *trainer.capture(), save_total_limit=2)
-    other = tiny_llama(seed=2)
+    other: Any = tiny_llama(seed=2)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
     other.save_pretrained(student)

@@ -407,8 +407,10 @@ def test_structural_losses_count(runs: dict[str, Any], keys: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("keys", [{}, {"relations": ON}], ids=lambda keys: ",".join(keys) or "none")
 def test_evaluations_of_more_rows_count(runs: dict[str, Any], keys: dict[str, Any]) -> None:
-    rows = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 24, "max_eval_rows": 24}
-    config = DistillConfig(**runs | rows | keys)
+    rows = {"per_device_train_batch_size": 1}
+    rows |= {"per_device_eval_batch_size": 24, "max_eval_rows": 24}
+    settings: dict[str, Any] = runs | rows | keys
+    config = DistillConfig(**settings)
     training, evaluation = measured_run(config)
     assert evaluation > 1.5 * training
     found = plan(config)
@@ -440,7 +442,8 @@ def test_a_process_takes_what_was_planned_and_no_more_when_resumed(
         "student": save_tiny(tmp_path / "s", tiny_llama(**sizes, num_hidden_layers=6)),
         "teacher": save_tiny(tmp_path / "t", tiny_llama(**sizes, num_hidden_layers=12, seed=1)),
     }
-    config = DistillConfig(**runs | models | keys | {"output_dir": str(tmp_path / "run")})
+    settings: dict[str, Any] = runs | models | keys | {"output_dir": str(tmp_path / "run")}
+    config = DistillConfig(**settings)
     taken, planned = resident(config)
     assert taken > 400
     assert planned == pytest.approx(taken, rel=0.15)

@@ -71,6 +71,28 @@ def test_moments_in_8_bits_resume_to_the_same_bits(
     assert_same_bits(everything(second), end)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"param_dtype": "bfloat16", "master_weights": False}], ids=str
+)
+def test_moments_in_8_bits_survive_an_allowed_change(
+    keys: dict[str, Any], options: dict[str, Any]
+) -> None:
+    config = DistillConfig(**keys, **options, optim="adamw_8bit")
+    inputs = load_inputs(config)
+    first = make_trainer(config, inputs)
+    for _ in range(2):
+        first.micro_batch()
+    path = save_checkpoint(config.output_dir, 2, *first.capture(), save_total_limit=2)
+    changed = replace(config, weight_decay=0.1, allow_config_change=True)
+    second = make_trainer(changed, inputs)
+    second.restore(plan_resumption(second, load_checkpoint(path)), lambda _: None)
+    before, after = everything(first), everything(second)
+    moments = [name for name in before if name.startswith("optimizer/")]
+    assert_same_bits({n: before[n] for n in moments}, {n: after[n] for n in moments})
+    second.micro_batch()
+    second.micro_batch()
+
+
 def _meta_student(config: DistillConfig) -> Any:
     with torch.device("meta"):
         return build_student_model(config)
