@@ -162,8 +162,8 @@ def loss(results: Path) -> list[str]:
         *lines,
         "",
         "`python -m bench loss` measures this (`bench/results/loss.json`), both in turn in one",
-        "process. In bf16 the naive loss multiplies in bf16 and rounds its logits; this one keeps",
-        "fp32 results, which a CPU's bf16 products cannot give.",
+        "process. In bf16 the naive loss rounds its logits to 8 bits; this one keeps 16, by a",
+        "second product of what the first has rounded off.",
     ]
 
 

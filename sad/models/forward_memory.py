@@ -85,7 +85,7 @@ def put_tensors(model: nn.Module, device: torch.device) -> None:
     """
     tensors: dict[int, Tensor] = {}  # one for each: tied ones stay tied
     for module in model.modules():
-        owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        owned: tuple[Any, ...] = (module._parameters, module._buffers)
         for own in owned:
             for name, old in own.items():
                 if old is None:

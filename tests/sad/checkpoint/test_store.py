@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ def quick_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "OPERATIONS", files.FileOperations(fsync=lambda fd: None))
 
 
+Tensors = Mapping[str, Mapping[str, Tensor]]
+
+
 def content(seed: int) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """A state that tells which save it belongs to, in every file."""
     state = {"global_step": seed, "lr": seed / 3, "names": ["a", "b"]}
@@ -61,7 +64,7 @@ def holds(checkpoint: Checkpoint, seed: int) -> bool:
     return checkpoint.state == state and same_bits(checkpoint.tensors, tensors)
 
 
-def same_bits(left: dict[str, dict[str, Tensor]], right: dict[str, dict[str, Tensor]]) -> bool:
+def same_bits(left: Tensors, right: Tensors) -> bool:
     return left.keys() == right.keys() and all(
         left[group].keys() == right[group].keys()
         and all(_bits(left[group][name]) == _bits(right[group][name]) for name in left[group])
