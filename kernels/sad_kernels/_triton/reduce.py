@@ -47,7 +47,8 @@ def reduce_kernel(
         rows = start + tl.arange(0, BLOCK)
         x = tl.load(of + rows, mask=rows < N, other=0.0)
         total += x
-        tl.store(lse_ptr + rows, x, mask=(rows < N) & (part == 7))
+        if part == 7:
+            tl.store(lse_ptr + rows, x, mask=rows < N)
         if HAS_LABELS:
             label = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
             count += (label != ignore_index).to(tl.int32)
