@@ -297,9 +297,10 @@ class Problem:
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Make room at once: pieces differ in size, and a buffer that grows is there twice."""
-        lengths = [group.stop - group.start for group, _ in self.groups]
         # As many rows as the largest piece has, not as there might be: pieces are cut evenly.
-        most = max((-(-n // -(-n // rows)) for n in lengths if n), default=0)
+        lengths = [group.stop - group.start for group, _ in self.groups]
+        pieces = [piece for length in lengths for piece in cut(length, rows)]
+        most = max((piece.stop - piece.start for piece in pieces), default=0)
         for source in (self.student, self.teacher):
             if source is not None:
                 source.reserve(most, min(columns, self.spec.vocab))
