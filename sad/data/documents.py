@@ -15,10 +15,10 @@ from typing import Literal, assert_never
 
 from sad.config.sections import DataConfig
 from sad.data.formats import READERS, Document, reader_of
-from sad.data.formats.base import columns_to_read, document_of, import_extra, record_of_row
+from sad.data.formats.base import columns_to_read, document_of, record_of_row
 from sad.data.formats.json_file import NoRecordsError
 from sad.data.stdlib import functions_of
-from sad.environment import quiet_libraries
+from sad.environment import import_extra, quiet_libraries
 from sad.errors import UnfitError, UsageError, one_line
 
 STDLIB = "python-stdlib"
@@ -174,7 +174,7 @@ def _unreadable(path: Path, error: OSError) -> UnfitError:
 
 def _read_dataset(name: str, config: DataConfig, key: SourceKey) -> Iterator[Document]:
     """The records of a data set of the Hugging Face Hub; needs ``datasets``."""
-    datasets = import_extra("datasets", f"unless '{name}' is a file or folder that exists")
+    datasets = import_extra("datasets", "data", f"unless '{name}' is a file or folder that exists")
     match key:
         case "train":
             split_key, split = "dataset_split", config.dataset_split

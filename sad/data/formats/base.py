@@ -1,15 +1,13 @@
-"""What readers of text share: the document, what a record holds, optional libraries."""
+"""What readers of text share: the document, and what a record holds."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from sad.config.sections import DataConfig
-from sad.errors import UnfitError, UsageError, one_line
+from sad.errors import UnfitError
 
 Record = Mapping[str, Any]
 """Field -> value: a line of JSON, a row of a table."""
@@ -158,18 +156,6 @@ def record_of_row(row: Record) -> Record:
 def type_name(value: object) -> str:
     """The type of a record's value as an error message names it: ``null``, ``int``, ``list``."""
     return "null" if value is None else type(value).__name__
-
-
-def import_extra(module: str, purpose: str) -> ModuleType:
-    """Import a library of the extra ``data``; ``UsageError`` with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UsageError(
-            f"{package} must be installed {purpose}, got '{one_line(error)}'; run: "
-            "python -m pip install 'student-aware-distillation[data]'"
-        ) from error
 
 
 # What a record holds

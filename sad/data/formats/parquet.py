@@ -10,9 +10,9 @@ from sad.data.formats.base import (
     Document,
     columns_to_read,
     document_of,
-    import_extra,
     record_of_row,
 )
+from sad.environment import import_extra
 from sad.errors import UnfitError, one_line
 
 ROWS_PER_READ = 1024
@@ -20,8 +20,8 @@ ROWS_PER_READ = 1024
 
 def read(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
     """The document of each row; only the columns that matter, ``ROWS_PER_READ`` rows at a time."""
-    pyarrow = import_extra("pyarrow", f"to read {path}")
-    parquet = import_extra("pyarrow.parquet", f"to read {path}")
+    pyarrow = import_extra("pyarrow", "data", f"to read {path}")
+    parquet = import_extra("pyarrow.parquet", "data", f"to read {path}")
     try:
         with parquet.ParquetFile(path) as file:
             columns = columns_to_read(file.schema_arrow.names, config, str(path))
