@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sad_kernels import Head, Objective, TeacherHidden, TeacherLogits, TeacherTopK, reference
+from sad_kernels._torch.scratch import release_scratch
 from support.oracle import IMPLS, bound
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -215,6 +216,17 @@ def test_inside_inference_mode(name: str, impl: str) -> None:
     function, x = function_and_leaf(name, impl)
     with torch.inference_mode():
         assert torch.equal(function(x.clone()), function(x))
+
+
+@every_impl
+@every_loss
+def test_after_inference_mode(name: str, impl: str) -> None:
+    """A call must not leave the next one memory that cannot be written to outside the mode."""
+    function, x = function_and_leaf(name, impl)
+    release_scratch()
+    with torch.inference_mode():
+        function(x.clone())
+    assert torch.isfinite(plain_gradient(function, x)).all()
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])

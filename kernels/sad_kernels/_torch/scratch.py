@@ -64,8 +64,10 @@ class Scratch:
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < self._padded(count):
             self.buffers.pop(name, None)  # its memory may serve the larger one
-            # zeros, because what nobody reads must still be numbers that cost no more than others
-            buffer = torch.zeros(self._padded(count), dtype=self.dtype, device=self.device)
+            # zeros, because what nobody reads must still be numbers that cost no more than others;
+            # a tensor made in inference mode could not be written to in a later call outside of it
+            with torch.inference_mode(False):
+                buffer = torch.zeros(self._padded(count), dtype=self.dtype, device=self.device)
             self.buffers[name] = buffer
         return buffer
 
