@@ -4,9 +4,13 @@ Everything that must survive a crash, a full disk or a power cut is written thro
 file operations, ``OPERATIONS``; tests replace it to make any single operation fail. Two rules do
 the work:
 
-* Data are written under a ``.tmp-`` name, forced to disk with ``fsync``, and only then renamed. A
-  rename within a directory is atomic, so a reader sees the old content or the new, never a part.
+* Data are written under a name ``.tmp-<name>-<16 hex digits>``, forced to disk with ``fsync``, and
+  only then renamed. A rename within a directory is atomic, so a reader sees the old content or the
+  new, never a part.
 * A rename is itself durable only once the directory that holds the name is forced to disk.
+
+Nobody can tell the digits beforehand, and a file is only ever made anew, never opened where a link
+lies: what is written goes nowhere else.
 
 Functions raise ``OSError`` unless they say otherwise.
 """
@@ -15,7 +19,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,9 +33,11 @@ from sad.errors import OutputError, SadError
 TEMPORARY = ".tmp-"
 """Prefix of what is being written or removed. Nobody reads it; the next start sweeps it away."""
 
-REPLACED = ".replaced"
-"""Suffix of a directory that makes way for its successor. The next start puts it back, unless the
+REPLACED = ".replaced-"
+"""Prefix of a directory that makes way for its successor. The next start puts it back, unless the
 successor has arrived."""
+
+_OWN_NAME = re.compile(r"\.(tmp|replaced)-(?P<name>\w[\w.-]*)-[0-9a-f]{16}")
 
 StrPath = str | os.PathLike[str]
 Chunk = bytes | memoryview
@@ -81,10 +90,8 @@ def publish_directory(tmp: Path, final: Path) -> None:
     crash in between is repaired by ``sweep_directory``.
     """
     sync_tree(tmp)
-    aside = final.with_name(final.name + REPLACED)
+    aside = _hidden(REPLACED, final)
     if final.exists():
-        if aside.exists():
-            remove_tree(aside)
         OPERATIONS.rename(final, aside)
     try:
         OPERATIONS.rename(tmp, final)
@@ -98,23 +105,31 @@ def publish_directory(tmp: Path, final: Path) -> None:
             remove_tree(aside)
 
 
-def sweep_directory(directory: Path) -> None:
-    """Tidy up after a process that died: remove ``.tmp-*``, and put back what had stepped aside.
+def put_back(directory: Path) -> None:
+    """Give back its name to what had stepped aside when a process died, if it was not replaced."""
+    for path, name in _own(directory):
+        final = path.with_name(name)
+        if path.name.startswith(REPLACED) and not final.exists():
+            OPERATIONS.rename(path, final)
+            sync_directory(directory)
 
-    Only for a directory that no other process is writing to.
+
+def sweep_directory(directory: Path) -> None:
+    """Tidy up after a process that died: ``put_back``, then remove what it had begun to write.
+
+    Other files, whatever their names begin with, are left alone. Only for a directory of ours that
+    no other process is writing to.
     """
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith(TEMPORARY):
-            with suppress(OSError):  # an unreadable leftover harms nobody
-                _remove(path)
-        elif path.name.endswith(REPLACED):
-            final = path.with_name(path.name.removesuffix(REPLACED))
-            if final.exists():
-                with suppress(OSError):
-                    _remove(path)
-            else:
-                OPERATIONS.rename(path, final)
-                sync_directory(directory)
+    put_back(directory)
+    for path, _ in _own(directory):
+        with suppress(OSError):  # an unreadable leftover harms nobody
+            _remove(path)
+
+
+def _own(directory: Path) -> list[tuple[Path, str]]:
+    """What lies here under a hidden name of ours, and for which name."""
+    found = ((path, _OWN_NAME.fullmatch(path.name)) for path in sorted(directory.iterdir()))
+    return [(path, match["name"]) for path, match in found if match]
 
 
 def probe_writable(directory: StrPath) -> None:
@@ -170,13 +185,20 @@ def describe(error: OSError) -> str:
 
 
 def temporary(path: Path) -> Path:
-    """The hidden name, on the same file system, under which ``path`` is written or removed."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    """A new hidden name, on the same file system, under which ``path`` is written or removed."""
+    return _hidden(TEMPORARY, path)
+
+
+def _hidden(prefix: str, path: Path) -> Path:
+    return path.with_name(f"{prefix}{path.name}-{secrets.token_hex(8)}")
 
 
 def write_file(path: Path, chunks: Iterable[Chunk]) -> None:
-    """Write a new file and force it to disk. The name is durable only once its directory is."""
-    fd = OPERATIONS.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    """Write a new file and force it to disk. The name is durable only once its directory is.
+
+    Whatever has the name already, a link that leads nowhere included, is an error.
+    """
+    fd = OPERATIONS.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         for chunk in chunks:
             _write_all(fd, memoryview(chunk))
@@ -235,11 +257,34 @@ def make_directories(path: Path) -> None:
     sync_directory(path.parent)
 
 
+def is_file(path: Path) -> bool:
+    """Whether this is an ordinary file: no link, folder or pipe, which would wait for a writer."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def read_text(path: Path) -> str | None:
+    """The text of an ordinary file; None if there is none that can be read."""
+    if not is_file(path):
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
 def discard(path: Path) -> None:
     """Remove a directory so that it is never seen half removed."""
     tmp = temporary(path)
     OPERATIONS.rename(path, tmp)
     remove_tree(tmp)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, or a symbolic link itself."""
+    OPERATIONS.unlink(path)
 
 
 def remove_tree(path: Path) -> None:

@@ -21,6 +21,8 @@ from sad.models.load import build_student_model
 from sad.models.memory_plan import frozen_bytes, gradient_bytes, student_states, weight_bytes
 
 EXPORTS = ("best", "final")
+RESULTS = ("checkpoints", "baseline", *EXPORTS)
+"""Folders of a run directory, whose space a run uses again."""
 
 
 def require_space(config: DistillConfig) -> None:
@@ -42,7 +44,8 @@ def require_space(config: DistillConfig) -> None:
     needed = checkpoints * each + exports * export
     free = free_bytes(config.output_dir)
     kept = sum(tree_bytes(path) for path in Path(config.output_dir).glob(f"**/{SET_ASIDE}"))
-    if free is not None and free + tree_bytes(config.output_dir) - kept < needed:
+    written = sum(tree_bytes(Path(config.output_dir) / name) for name in RESULTS)
+    if free is not None and free + written - kept < needed:
         raise OutputError(
             f"output_dir must have room for {checkpoints} checkpoints of {_size(each)} and "
             f"{exports} exported students of {_size(export)}, {_size(needed)} together, got "

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,19 +25,45 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sad.checkpoint.atomic_files import (
-    TEMPORARY,
+    is_file,
+    output_errors,
     probe_writable,
     publish_directory,
+    read_text,
+    remove_file,
+    temporary,
     write_atomic,
+    write_file,
 )
 from sad.checkpoint.parts import entry
-from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, sweep_stale
+from sad.checkpoint.run_lock import run_lock
+from sad.checkpoint.store import (
+    SET_ASIDE,
+    Checkpoint,
+    checkpoints_of,
+    latest_checkpoint,
+    load_checkpoint,
+    load_latest,
+    sweep_stale,
+)
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
 from sad.environment import quiet_libraries
-from sad.errors import OutputError, UnfitError, UsageError, one_line
+from sad.errors import CheckpointError, OutputError, UnfitError, UsageError, one_line
 from sad.models.adapters import has_adapters, merged_weights
 from sad.models.heads import output_embedding
+
+MARK = ".sad-run"
+"""An empty file that a run leaves first: what has the trainer's names here is the trainer's."""
+
+RESERVE = ".sad-reserve"
+"""Space kept for the last ``status.json`` on a disk that has filled up."""
+
+RESERVE_BYTES = 64 << 10
+
+RESULTS = ("log.jsonl", "checkpoints", "best", "final", "baseline")
+RECORDS = ("status.json", "run.json")
+SIDE_FILES = (*RECORDS, "log.jsonl", "config.yaml", "report.html")
 
 
 class RunDirectory:
@@ -49,36 +77,81 @@ class RunDirectory:
 
     @property
     def used(self) -> bool:
-        """Whether it holds results. A run that failed before it trained has left none."""
-        results = ("log.jsonl", "checkpoints", "best", "final", "baseline")
-        if any((self.path / name).exists() for name in results):
+        """Whether it holds results, or in a directory that no run has marked anything of a run's
+        name. A run that failed before it trained has left none."""
+        names = {*RESULTS}
+        if not is_file(self.path / MARK):
+            names |= {*SIDE_FILES, "plots"}
+        if any(os.path.lexists(self.path / name) for name in names):
             return True
-        return (self.path / "config.yaml").exists() and self.read_status().get("state") != "failed"
+        unfinished = self.read_status().get("state") == "failed"
+        return os.path.lexists(self.path / "config.yaml") and not unfinished
+
+    @contextmanager
+    def claimed(
+        self, config: DistillConfig, report: Callable[[str], None]
+    ) -> Iterator[Checkpoint | None]:
+        """``claim`` it as the only process that may, until the end of the block.
+
+        Raises what ``claim`` raises, and ``UsageError`` while another process has the directory.
+        """
+        parent = self.path.absolute().parent
+        if self.path.name == self.baseline.name and is_file(parent / MARK):
+            raise UsageError(
+                f"output_dir must be a run of its own, got {self.path}, the baseline of the run in "
+                f"{parent}; resume that run, or choose another --output_dir"
+            )
+        self._require_wanted(config.resume_from_checkpoint)
+        probe_writable(self.path)
+        with run_lock(self.path, report):
+            yield self.claim(config, report)
 
     def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
         """Claim the directory for this run; return the checkpoint to resume from, if any.
 
         A new run's configuration is written; that of a resumed one with ``write_config``, once it
-        is known that it can go on.
+        is known that it can go on. Files of ours that cannot be read count as absent; ``report``
+        hears of them.
 
-        Raises ``UsageError`` for a directory that holds a run nobody asked to resume, for a
-        checkpoint that is not there or of another configuration, and ``OutputError`` for a
-        directory that cannot be written. A run that is refused here leaves what is there alone.
+        Raises ``UsageError`` for a directory that holds a run nobody asked to resume or files of
+        somebody else, for a checkpoint that is not there or of another configuration,
+        ``CheckpointError`` where there are checkpoints and none can be used, and ``OutputError``
+        for a directory that cannot be written. A run that is refused here leaves what is there
+        alone.
         """
         wanted = config.resume_from_checkpoint
+        self._require_wanted(wanted)
+        probe_writable(self.path)
+        # Ours is what a run has marked, or a run's from before there were marks.
+        ours = is_file(self.path / MARK) or bool(latest_checkpoint(self.path, report=_silent))
+        if ours:
+            sweep_stale(self.path, remove=False)
+        checkpoint = self._checkpoint(wanted, report)
+        if not ours and self.used:
+            raise UsageError(
+                f"output_dir must be new or the directory of a run, got {self.path}, which holds "
+                "other files of these names; choose another --output_dir"
+            )
+        if checkpoint is not None:
+            require_same_config(entry(checkpoint, "identity"), config)
+        if ours:
+            sweep_stale(self.path)
+        with output_errors(self.path):
+            if not is_file(self.path / MARK):
+                write_file(self.path / MARK, [])
+            if not is_file(self.path / RESERVE):
+                write_file(self.path / RESERVE, [os.urandom(RESERVE_BYTES)])
+        self._make_way(report)
+        if checkpoint is None:
+            self.write_config(config)
+        return checkpoint
+
+    def _require_wanted(self, wanted: str | None) -> None:
         if self.used and wanted is None:
             raise UsageError(
                 f"output_dir must be new, got {self.path}, which holds another run; choose another "
                 "--output_dir, or continue that run with --resume_from_checkpoint auto"
             )
-        probe_writable(self.path)
-        sweep_stale(self.path)
-        checkpoint = self._checkpoint(wanted, report)
-        if checkpoint is not None:
-            require_same_config(entry(checkpoint, "identity"), config)
-        else:
-            self.write_config(config)
-        return checkpoint
 
     def write_config(self, config: DistillConfig) -> None:
         write_atomic(self.path / "config.yaml", config_to_yaml(config))
@@ -87,7 +160,7 @@ class RunDirectory:
         if wanted is None:
             return None
         if wanted == "auto":
-            return load_latest(self.path, report=report)
+            return self._latest(report)
         path = Path(wanted)
         if not path.is_dir():
             raise UsageError(
@@ -95,6 +168,38 @@ class RunDirectory:
                 "which does not exist; look under RUN_DIR/checkpoints"
             )
         return load_checkpoint(path)
+
+    def _latest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest usable checkpoint; None where none was ever published."""
+        folder = self.path / "checkpoints"
+        with output_errors(folder, CheckpointError):
+            checkpoint = load_latest(self.path, report)
+            if checkpoint is not None:
+                return checkpoint
+            if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+                found = "something that is no folder"
+            else:
+                left = checkpoints_of(self.path)
+                aside = list((folder / SET_ASIDE).glob("*")) if folder.is_dir() else []
+                found = f"{len(left)} and {len(aside)} set aside" if left or aside else ""
+        if not found:
+            return None
+        raise CheckpointError(
+            f"{folder} must hold a checkpoint that can be used, got {found}; restore one, or name "
+            "one with --resume_from_checkpoint; to start over, choose another --output_dir"
+        )
+
+    def _make_way(self, report: Callable[[str], None]) -> None:
+        """Say which files of ours cannot be read; one that is no file at all makes way."""
+        for name in SIDE_FILES:
+            path = self.path / name
+            if os.path.lexists(path) and not is_file(path):
+                aside = path.with_name(f"{name}.not-a-file-{secrets.token_hex(4)}")
+                with output_errors(path):
+                    os.rename(path, aside)
+                report(f"warning: {path} must be an ordinary file; it is now {aside.name}")
+            elif name in RECORDS and path.exists() and _read_json(path) is None:
+                report(f"warning: {path} cannot be read and counts as absent")
 
     def write_status(
         self, state: str, *, code: int = 0, message: str = "", checkpoint: str | None = None
@@ -107,16 +212,34 @@ class RunDirectory:
             checkpoint = self.read_status().get("checkpoint")
         record = {"state": state, "code": code, "message": message}
         record["checkpoint"] = checkpoint or None
-        write_atomic(self.path / "status.json", json.dumps(record, indent=2) + "\n")
+        text = json.dumps(record, indent=2) + "\n"
+        try:
+            write_atomic(self.path / "status.json", text)
+        except OutputError:
+            # A full disk must not keep the last word from being said.
+            if not self._use_reserve():
+                raise
+            write_atomic(self.path / "status.json", text)
+
+    def _use_reserve(self) -> bool:
+        try:
+            remove_file(self.path / RESERVE)
+        except OSError:
+            return False
+        return True
 
     def read_status(self) -> dict[str, Any]:
-        return _read_json(self.path / "status.json")
+        """What ``write_status`` wrote; empty if there is none that can be read."""
+        status = _read_json(self.path / "status.json") or {}
+        named = status.get("checkpoint")
+        return status if named is None or isinstance(named, str) else status | {"checkpoint": None}
 
     def write_run(self, record: dict[str, Any]) -> None:
         write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
     def read_run(self) -> dict[str, Any]:
-        return _read_json(self.path / "run.json")
+        """What ``write_run`` wrote; empty if there is none that can be read."""
+        return _read_json(self.path / "run.json") or {}
 
     def export(
         self,
@@ -138,8 +261,7 @@ class RunDirectory:
         trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
         weights, position) become ``sad.json``, ``card`` the ``README.md``.
         """
-        tmp = target.parent / f".tmp-{target.name}"
-        shutil.rmtree(tmp, ignore_errors=True)
+        tmp = temporary(target)
         width = output_embedding(model).weight.shape[0]
         generation = _generation_settings(model, range(valid_vocab, width))
         dtype = dtype or model.dtype
@@ -182,7 +304,7 @@ class RunDirectory:
         Raises ``UnfitError`` for a model or tokenizer that cannot be saved: found out at the first
         export, that would cost a whole training.
         """
-        tmp = self.path / f"{TEMPORARY}export"
+        tmp = temporary(self.path / "export")
         try:
             with quiet_libraries(), _rust_disk_errors(), _plain_configuration(model):
                 model.config.save_pretrained(tmp)
@@ -270,5 +392,14 @@ def _rust_disk_errors() -> Iterator[None]:
         raise
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of ours; None if there is no such file, or something else is in it."""
+    try:
+        content = json.loads(read_text(path) or "")
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _silent(line: str) -> None:
+    pass

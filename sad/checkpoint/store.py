@@ -9,9 +9,9 @@
     RUN_DIR/checkpoints/set-aside/           those that a resumption has overtaken: read if they are
                                              named, never removed
 
-Writing: into ``.tmp-<name>-<pid>`` next to the target, each file forced to disk, the manifest
-last, then the directory, then one rename, then the parent directory. So a process killed at any
-moment, a full disk or a power cut costs the checkpoint being written and no other. Older ones are
+Writing: into ``.tmp-<name>-<16 hex digits>`` next to the target, each file forced to disk, the
+manifest last, then the directory, then one rename, then the parent directory. So a process killed
+at any moment, a full disk or a power cut costs the one being written and no other. Older ones are
 removed only after all this has succeeded.
 
 Reading: nothing is used before the manifest, all sizes and all hashes agree. The formats are JSON
@@ -132,6 +132,7 @@ def save_checkpoint(
         with suppress(OSError):  # the next start sweeps what cannot be removed now
             if tmp.exists():
                 files.remove_tree(tmp)
+    _remember(target)
     _rotate(target, save_total_limit, report)
     return target
 
@@ -144,10 +145,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        manifest = _read_manifest(path)
-        for name, entry in manifest.items():
-            _verify_hash(path / name, entry["sha256"])
+        manifest = _verify(path)
         saved = _read_json(path / "state.json", ("micro_step", "state"))
+        _require_position(path, saved["micro_step"])
         groups = [name.removesuffix(".safetensors") for name in manifest if name != "state.json"]
         return Checkpoint(
             path=path,
@@ -180,6 +180,11 @@ def checkpoints_of(run_dir: str | Path) -> list[Path]:
     return _newest_first(Path(run_dir) / "checkpoints")
 
 
+def position_of(path: Path) -> int:
+    """The micro-batches in the name of a checkpoint's directory."""
+    return int(path.name.removeprefix("batch-"))
+
+
 def set_aside(paths: Iterable[Path], report: Report = print) -> None:
     """Move checkpoints to ``set-aside`` beside them, where only who names them finds them.
 
@@ -201,15 +206,17 @@ def set_aside(paths: Iterable[Path], report: Report = print) -> None:
             report(f"could not set {path} aside: {files.describe(error)}")
 
 
-def sweep_stale(run_dir: str | Path) -> None:
-    """At start: remove what a killed process left unfinished, and finish what it was replacing.
+def sweep_stale(run_dir: str | Path, *, remove: bool = True) -> None:
+    """At start: finish what a killed process was replacing and, with ``remove``, remove what it
+    left unfinished.
 
     Only for the process that owns the run directory. Raises ``OutputError``.
     """
+    tidy = files.sweep_directory if remove else files.put_back
     for directory in (Path(run_dir), Path(run_dir) / "checkpoints"):
-        if directory.is_dir():
+        if directory.is_dir() and not directory.is_symlink():
             with files.output_errors(directory):
-                files.sweep_directory(directory)
+                tidy(directory)
 
 
 # Writing
@@ -326,8 +333,6 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def _write(tmp: Path, contents: Mapping[str, Iterable[files.Chunk]]) -> None:
-    if tmp.exists():  # left by an earlier attempt of this process
-        files.remove_tree(tmp)
     files.OPERATIONS.mkdir(tmp)
     entries = {name: _write_hashed(tmp / name, chunks) for name, chunks in contents.items()}
     files.write_file(tmp / "manifest.json", [_json({"schema": SCHEMA, "files": entries})])
@@ -363,14 +368,18 @@ def _same(tmp: Path, target: Path) -> bool:
 
 
 def _rotate(saved: Path, limit: int, report: Report) -> None:
-    """Keep the newest ``limit`` complete checkpoints and the one just saved; drop what is older.
+    """Keep the newest ``limit`` usable checkpoints and the one just saved; drop what is older.
 
-    Incomplete ones do not count. Hashes are not computed here: ``saved`` is known to be good, so
-    one good checkpoint remains in any case.
+    Damaged ones do not count, so that none is kept in the place of a good one.
     """
     try:
         paths = _newest_first(saved.parent)
-        kept = [path for path in paths if path == saved or _looks_complete(path)][:limit]
+        if len(paths) <= limit:
+            return
+        kept: list[Path] = []
+        for path in paths:
+            if len(kept) < limit and (path == saved or _is_usable(path)):
+                kept.append(path)
         for path in paths[paths.index(kept[-1]) + 1 :]:
             if path != saved:
                 files.discard(path)
@@ -382,8 +391,8 @@ def _rotate(saved: Path, limit: int, report: Report) -> None:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    """Entries with the name of a checkpoint, complete or not."""
-    if not directory.is_dir():
+    """Entries with the name of a checkpoint, complete or not; none in the place of a link."""
+    if directory.is_symlink() or not directory.is_dir():
         return []
     numbered = [
         (int(match[1]), path)
@@ -393,12 +402,47 @@ def _newest_first(directory: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def _looks_complete(path: Path) -> bool:
+_verified: dict[Path, tuple[tuple[str, int, int, int], ...]] = {}
+"""Checkpoints that this process has written or verified, and how their files looked then: hashing
+gigabytes again at every save would take longer than the save."""
+
+
+def _remember(path: Path) -> None:
+    with suppress(OSError):
+        _verified[path.absolute()] = _look(path)
+
+
+def _look(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Name, size, inode and time of change of every file."""
+    stats = {child.name: child.lstat() for child in path.iterdir()}
+    return tuple((name, s.st_size, s.st_ino, s.st_mtime_ns) for name, s in sorted(stats.items()))
+
+
+def _is_usable(path: Path) -> bool:
+    """Whether it verifies; one that looks as it did when it last did is not read again."""
     try:
-        _read_manifest(path)
+        if _verified.get(path.absolute()) != _look(path):
+            _verify(path)
+            _remember(path)
     except (CheckpointError, OSError):
         return False
     return True
+
+
+def _verify(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest of a checkpoint, after checking it, all sizes and all hashes."""
+    manifest = _read_manifest(path)
+    for name, entry in manifest.items():
+        _verify_hash(path / name, entry["sha256"])
+    return manifest
+
+
+def _require_position(path: Path, micro_step: Any) -> None:
+    if type(micro_step) is not int or micro_step < 0:
+        raise _unusable(path, "count its micro-batches", f"micro_step = {str(micro_step)[:40]}")
+    named = _CHECKPOINT_NAME.fullmatch(path.name)
+    if named and int(named[1]) != micro_step:
+        raise _unusable(path, "be named by its micro-batches", f"micro_step = {micro_step:,}")
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

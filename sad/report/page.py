@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sad.checkpoint.atomic_files import write_atomic
+from sad.checkpoint.atomic_files import read_text, write_atomic
 from sad.errors import OutputError, UsageError
 from sad.metrics import Metric, format_count, format_metric
 from sad.report.log import Record, from_json, read_log
@@ -112,7 +112,7 @@ def _content(run_dir: Path, plots: Sequence[Plot] | None) -> dict[str, Any]:
             for record in records
             if record["kind"] == "warning"
         ],
-        "config": _read_text(run_dir / "config.yaml"),
+        "config": read_text(run_dir / "config.yaml") or "",
         "environment": [
             (key, value if isinstance(value, str) else json.dumps(value))
             for key, value in run.get("environment", {}).items()
@@ -126,23 +126,16 @@ def _content(run_dir: Path, plots: Sequence[Plot] | None) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     """The mapping in a file, or none: a report of what there is beats no report."""
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = from_json(read_text(path) or "")
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _read_config(run_dir: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(_read_text(run_dir / "config.yaml"))
-    except yaml.YAMLError:
+        config = yaml.safe_load(read_text(run_dir / "config.yaml") or "")
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date or an int may be no such thing
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sad.checkpoint.parts import entry, tensor_group
 from sad.checkpoint.state import model_tensors
-from sad.checkpoint.store import Checkpoint
+from sad.checkpoint.store import Checkpoint, position_of
 from sad.config.identity import require_same_config, trajectory_changes
 from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
@@ -142,16 +142,20 @@ def renumber(micro_step: int, rows: tuple[int, int], num_rows: int) -> Fraction:
 
 
 def overtaken(checkpoints: Iterable[Path], resumption: Resumption) -> list[Path]:
-    """Those of a run's checkpoints whose numbers count other micro-batches than the run does now.
+    """Those of a run's checkpoints that are no longer of its course: later ones than the one that
+    is resumed from, and those whose numbers count other micro-batches than the run does now.
 
-    The one that is resumed from is not among them. One that cannot be read is, where the numbers
-    have changed just now.
+    The one that is resumed from is not among them. Of one that cannot be read, the numbers are
+    taken to be those of before.
     """
     resumed = resumption.checkpoint.path.resolve()
     others = [path for path in checkpoints if path.resolve() != resumed]
-    known = {path: _rows_of(path) for path in others}
     before, now = resumption.rows
-    return [path for path in others if (known[path] or before) != now]
+    return [
+        path
+        for path in others
+        if (_rows_of(path) or before) != now or position_of(path) > resumption.micro_step
+    ]
 
 
 def _rows_of(checkpoint: Path) -> int | None:

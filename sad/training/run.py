@@ -25,7 +25,7 @@ from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.environment import StopSignals, memory_now, seed_everything
-from sad.errors import OutputError, SadError, StoppedError, one_line
+from sad.errors import OutputError, SadError, StoppedError, UsageError, one_line
 from sad.models.load import export_dtype, load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
 from sad.models.stop_tokens import add_stop_tokens
@@ -94,17 +94,17 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
     """
     check_machine(config)
     run_dir = RunDirectory(config.output_dir)
-    checkpoint = run_dir.claim(config, report=print)
-    try:
-        with StopSignals() as signals, onednn_products():
-            result = _distill(config, run_dir, checkpoint, signals, make_scheduler)
-    except ResumptionRefusedError:  # the run is what it was
-        raise
-    except BaseException as error:
-        _write_failure(run_dir, error)
-        raise
-    run_dir.write_status("finished")
-    return result
+    with run_dir.claimed(config, report=print) as checkpoint:
+        try:
+            with StopSignals() as signals, onednn_products():
+                result = _distill(config, run_dir, checkpoint, signals, make_scheduler)
+        except ResumptionRefusedError:  # the run is what it was
+            raise
+        except BaseException as error:
+            _write_failure(run_dir, error)
+            raise
+        run_dir.write_status("finished")
+        return result
 
 
 def _distill(
@@ -190,7 +190,8 @@ def _train_baseline(
     name = BASELINE_NAME
     baseline = RunDirectory(run_dir.baseline)
     if config.resume_from_checkpoint and _finished_as_long(baseline, config_ce_only):
-        return baseline.read_run()["results"][0]
+        (row,) = baseline.read_run()["results"]
+        return row
     checkpoint = baseline.claim(config_ce_only, report=print)
     resumption = _resumption(checkpoint, config_ce_only, baseline, inputs, make_scheduler)
     title = f"1 of 2: {name}"
@@ -212,9 +213,14 @@ def _train_baseline(
 
 def _finished_as_long(baseline: RunDirectory, config: DistillConfig) -> bool:
     """Whether a baseline is done, for as many steps as it would be trained now."""
-    if baseline.read_status().get("state") != "finished":
+    rows = baseline.read_run().get("results")
+    has_row = isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], dict)
+    if baseline.read_status().get("state") != "finished" or not has_row:
         return False
-    before = config_to_dict(load_config(baseline.path / "config.yaml"))
+    try:
+        before = config_to_dict(load_config(baseline.path / "config.yaml"))
+    except UsageError:  # damaged: its checkpoints know better
+        return False
     return not any(key in LENGTH for key, _, _ in trajectory_changes(before, config))
 
 

@@ -14,6 +14,7 @@ from sad.checkpoint import atomic_files as files
 from sad.errors import CheckpointError, OutputError
 
 OLD, NEW = b"old content\n", b"new content, a little longer\n"
+DIGITS = "0123456789abcdef"  # of a name of ours
 
 
 # write_atomic
@@ -126,7 +127,7 @@ def test_publish_directory_survives_a_power_cut_at_any_moment(tmp_path: Path) ->
 
 def _export(run_dir: Path) -> tuple[Path, Path]:
     """A finished new version under a temporary name next to the old one."""
-    tmp, final = run_dir / ".tmp-best", run_dir / "best"
+    tmp, final = run_dir / f".tmp-best-{DIGITS}", run_dir / "best"
     for directory, content in ((tmp, NEW), (final, OLD)):
         (directory / "sub").mkdir(parents=True)
         (directory / "w").write_bytes(content)
@@ -165,10 +166,11 @@ def _after_power_cut(before: Path, trace: list, run_dir: Path, *, keep_names: bo
 
 
 def test_sweep_removes_leftovers_and_restores_what_stepped_aside(tmp_path: Path) -> None:
-    for name in (".tmp-best-1", "final.replaced", "best", "best.replaced", "plots"):
+    aside = {name: f".replaced-{name}-{DIGITS}" for name in ("best", "final")}
+    for name in (f".tmp-best-{DIGITS}", aside["final"], "best", aside["best"], "plots"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "f").write_text(name)
-    (tmp_path / ".tmp-status.json-1").write_text("half")
+    (tmp_path / f".tmp-status.json-{DIGITS}").write_text("half")
     (tmp_path / "log.jsonl").write_text("{}")
 
     files.sweep_directory(tmp_path)
@@ -177,7 +179,7 @@ def test_sweep_removes_leftovers_and_restores_what_stepped_aside(tmp_path: Path)
         "best": None,
         "best/f": b"best",
         "final": None,
-        "final/f": b"final.replaced",
+        "final/f": aside["final"].encode(),
         "log.jsonl": b"{}",
         "plots": None,
         "plots/f": b"plots",
@@ -188,7 +190,7 @@ def test_removal_does_not_follow_symbolic_links(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")
-    tmp = tmp_path / "run" / ".tmp-x-1"
+    tmp = tmp_path / "run" / f".tmp-x-{DIGITS}"
     tmp.mkdir(parents=True)
     (tmp / "link").symlink_to(outside)
 

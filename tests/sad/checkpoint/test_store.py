@@ -41,6 +41,8 @@ def quick_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "OPERATIONS", files.FileOperations(fsync=lambda fd: None))
 
 
+DIGITS = "0123456789abcdef"  # of a name of ours
+
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -817,8 +819,8 @@ def test_every_broken_checkpoint_is_reported(two: Path, capsys: pytest.CaptureFi
 
 
 def test_sweeping_touches_leftovers_only(two: Path) -> None:
-    shutil.copytree(newest(two), two / "checkpoints" / ".tmp-batch-000000030-123")
-    (two / ".tmp-best").mkdir()
+    shutil.copytree(newest(two), two / "checkpoints" / f".tmp-batch-000000030-{DIGITS}")
+    (two / f".tmp-best-{DIGITS}").mkdir()
     (two / "log.jsonl").write_text("{}")
     sweep_stale(two)
     assert complete(two) == [10, 20]
@@ -828,7 +830,7 @@ def test_sweeping_touches_leftovers_only(two: Path) -> None:
 
 def test_a_checkpoint_that_stepped_aside_is_put_back(two: Path) -> None:
     """A process died between the two renames that replace a checkpoint."""
-    newest(two).rename(newest(two).with_name("batch-000000020" + files.REPLACED))
+    newest(two).rename(newest(two).with_name(f".replaced-batch-000000020-{DIGITS}"))
     sweep_stale(two)
     assert latest_checkpoint(two) == newest(two)
     assert holds(load_checkpoint(newest(two)), 20)
