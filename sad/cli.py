@@ -83,7 +83,12 @@ def _eval(args: argparse.Namespace) -> int:
     from sad.report.results import format_results
     from sad.training.rescore import evaluate_run
 
-    print(format_results(evaluate_run(args.run_dir)))
+    rows = evaluate_run(
+        args.run_dir,
+        trust_remote_code_student=args.trust_remote_code_student,
+        trust_remote_code_teacher=args.trust_remote_code_teacher,
+    )
+    print(format_results(rows))
     return 0
 
 
@@ -132,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score the best student of a run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="its output_dir")
+    for model in ("student", "teacher"):
+        evaluate.add_argument(
+            f"--trust_remote_code_{model}",
+            action="store_true",
+            help=f"run Python code that comes with the {model}; the run's own file cannot allow it",
+        )
     evaluate.set_defaults(run=_eval)
 
     plan = commands.add_parser(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from sad.checkpoint.atomic_files import is_file
 from sad.errors import OutputError, one_line
 from sad.report.terminal import (
     AlignedLines,
@@ -251,7 +253,9 @@ class _AppendOnly:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)
+            # A pipe in its place would wait for a reader, a link would lead elsewhere.
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._file = os.fdopen(os.open(path, flags, 0o666), "a+b", buffering=0)
         except OSError as error:
             raise OutputError(
                 f"{path} must be writable, got {error.strerror}; choose another --output_dir"
@@ -284,16 +288,31 @@ def _ends_with_newline(file: Any) -> bool:
 
 def _records(path: Path) -> Iterator[Record]:
     """Every whole record of the file, in order."""
-    if not path.exists():
+    if not is_file(path):
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # torn by a killed process
-            if isinstance(record, dict) and {"attempt", "kind"} <= record.keys():
+            if _is_record(record):
                 yield record if record["kind"] in TEXT_KINDS else _text_to_nonfinite(record)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line is one of ours: what readers count with must be numbers."""
+    if not isinstance(record, dict):
+        return False
+    numbers = [record.get("attempt"), *(record[key] for key in _POSITIONS if key in record)]
+    rows = record.get("rows_per_micro_batch", [1, 1])
+    return (
+        isinstance(record.get("kind"), str)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and isinstance(rows, list)
+        and len(rows) == 2
+        and all(type(number) is int and number > 0 for number in rows)
+    )
 
 
 def _in_newest_size(records: list[Record]) -> list[Record]:

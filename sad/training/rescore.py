@@ -23,13 +23,19 @@ from sad.training.student import build_student
 
 
 @onednn_products()  # as in the run, so that its scores come out again
-def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
+def evaluate_run(
+    run_dir: str | Path,
+    *,
+    trust_remote_code_student: bool = False,
+    trust_remote_code_teacher: bool = False,
+) -> list[ResultRow]:
     """Evaluate the best student of a finished or stopped run again, from its run directory.
 
     Student and tokenizer come from ``best/``, as their users load them; text and teacher are those
-    of the run's configuration. Returns rows of the result table: the teacher, if there is one, and
-    the student. Raises ``UsageError`` for a directory that holds no scored student, and
-    ``UnfitError`` for a score that is not finite.
+    of the run's configuration, whose ``trust_remote_code_*`` do not count: a directory that came
+    from somebody else must not decide that its own code runs. Returns rows of the result table:
+    the teacher, if there is one, and the student. Raises ``UsageError`` for a directory that holds
+    no scored student, and ``UnfitError`` for a score that is not finite.
     """
     run = RunDirectory(run_dir)
     if not (run.best / "sad.json").exists():
@@ -38,7 +44,12 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
             "`sad distill` reach its first evaluation"
         )
     config = load_config(run.path / "config.yaml")
-    config = replace(config, tokenizer=str(run.best))
+    config = replace(
+        config,
+        tokenizer=str(run.best),
+        trust_remote_code_student=trust_remote_code_student,
+        trust_remote_code_teacher=trust_remote_code_teacher,
+    )
     adapters = (run.best / ADAPTER_CONFIG).exists()
     if not adapters:  # best/ is a whole model, adapters merged
         whole: dict[str, Any] = {"peft": {}, "merge_adapters": False}

@@ -847,3 +847,49 @@ def test_an_interrupt_during_a_save_leaves_nothing_half_written(two: Path) -> No
         with pytest.raises(KeyboardInterrupt):
             save(two, 30)
     assert names(two) == ["batch-000000010", "batch-000000020"]
+
+
+# Damaged ones
+
+
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_good_one_is_not_dropped_while_a_damaged_newer_one_is_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step, limit=3)
+    flip_last_byte(tmp_path / "checkpoints" / "batch-000000030" / "model.safetensors")
+    save(tmp_path, 25, limit=2)
+    assert complete(tmp_path) == [20, 25]
+    save(tmp_path, 30, limit=2)  # the course arrives at the damaged one, and replaces it
+    assert complete(tmp_path) == [25, 30]
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(two: Path) -> None:
+    shutil.rmtree(newest(two))
+    shutil.copytree(two / "checkpoints" / "batch-000000010", newest(two))
+    with pytest.raises(CheckpointError, match="be named by its micro-batches, got micro_step = 10"):
+        load_checkpoint(newest(two))
+    found = latest_checkpoint(two)
+    assert found is not None and found.name == "batch-000000010"
+
+
+def test_what_was_verified_once_is_not_hashed_again(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    verify = checkpoint_module._verify_hash
+
+    def noted(path: Path, expected: str) -> None:
+        hashed.append(path.parent.name)
+        verify(path, expected)
+
+    monkeypatch.setattr(checkpoint_module, "_verify_hash", noted)
+    save(two, 30)
+    assert not hashed
+    flip_last_byte(two / "checkpoints" / "batch-000000030" / "model.safetensors")
+    save(two, 40)
+    assert "batch-000000030" in hashed
+    assert complete(two) == [20, 40]

@@ -414,6 +414,22 @@ def test_checkpoints_that_count_other_micro_batches_are_set_aside(
     assert names(folder) == ["set-aside"]
 
 
+def test_going_back_sets_the_abandoned_ones_aside(make_config: Make, inputs: RunInputs) -> None:
+    """``auto`` went on from the newest, which a rollback had meant to leave."""
+    config = make_config()
+    first = stopped(config, inputs, 4)
+    for step in (8, 12):
+        stopped(config, inputs, step)
+    trainer = resumed(config, inputs, first)
+    folder = f"{config.output_dir}/checkpoints"
+    assert names(folder) == ["batch-000000004", "set-aside"]
+    assert names(f"{folder}/set-aside") == ["batch-000000008", "batch-000000012"]
+    trainer.micro_batch()
+    saved(trainer)
+    latest = load_latest(config.output_dir, report=pytest.fail)
+    assert latest is not None and latest.micro_step == 5
+
+
 def test_other_windows_alone_set_nothing_aside(make_config: Make, inputs: RunInputs) -> None:
     config = make_config()
     stopped(config, inputs, 4)

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.config.schema import DistillConfig
+from sad.errors import SadError, UsageError
 from sad.report.log import read_log
 from sad.training import run
+from sad.training.rescore import evaluate_run
 from sad.training.run import RunResult, distill
 from sad.training.samples import write_samples
 
@@ -150,6 +152,29 @@ def test_students_with_code_of_their_own_finish(
         else []
     )
     AutoModelForCausalLM.from_pretrained(result.final, trust_remote_code=True)
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_a_received_run_cannot_make_its_own_code_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``sad eval`` obeyed ``trust_remote_code_student`` of the run's own config.yaml."""
+    student = save_remote(tmp_path / "student")
+    result = distill(make_config(student=student, trust_remote_code_student=True))
+    planted = tmp_path / "ran"
+    code = result.best / "modeling_ours.py"
+    code.write_text(f"open({str(planted)!r}, 'w').close()\n" + code.read_text())
+    with pytest.raises(SadError) as refused:
+        evaluate_run(result.run_dir)
+    assert "\n" not in str(refused.value) and not planted.exists()
+
+    def trusted(config: DistillConfig, say: Any) -> Any:
+        assert config.trust_remote_code_student and not config.trust_remote_code_teacher
+        raise UsageError("as told on the command line")
+
+    monkeypatch.setattr("sad.training.rescore.load_inputs", trusted)
+    with pytest.raises(UsageError, match="as told"):
+        evaluate_run(result.run_dir, trust_remote_code_student=True)
 
 
 def test_an_export_that_cannot_be_loaded_again_is_a_warning(

@@ -1,0 +1,1 @@
+"""Interruptions and damage, inflicted on whole runs: what a run promises, and whether it holds."""
