@@ -171,7 +171,9 @@ def _takes_configuration(parser: argparse.ArgumentParser, run: Any) -> None:
 
 
 def _recipes() -> str:
-    lines = [f"  {name:<20} {recipe_summary(name)}" for name in recipe_names()]
+    names = recipe_names()
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {recipe_summary(name)}" for name in names]
     return "\n".join(["recipes:", *lines])
 
 

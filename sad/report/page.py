@@ -15,6 +15,7 @@ The template is ``page.html.jinja`` beside this file, the style ``page.css``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 PLOTS_EXTRA = "student-aware-distillation[report]"
 
 ENDED_EARLY = ("failed", "stopped")
+
+BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n){4,}")
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -239,7 +242,19 @@ def _how_to_plot(run_dir: Path) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, str]:
-    return {key: str(sample.get(key, "")) for key in ("model", "prompt", "text")}
+    return {key: _shortened(str(sample.get(key, ""))) for key in ("model", "prompt", "text")}
+
+
+def _shortened(text: str) -> str:
+    """The text with many blank lines counted, where it is not blank: students repeat themselves."""
+    if not text.strip():
+        return text
+
+    def counted(run: re.Match[str]) -> str:
+        blank = run[0].count("\n") - 1
+        return f"\n[{blank} blank lines]\n"
+
+    return BLANK_LINES.sub(counted, text)
 
 
 def _short_prompt(samples: Sequence[Mapping[str, Any]]) -> str:

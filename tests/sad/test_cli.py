@@ -18,6 +18,7 @@ import torch
 from sad import errors
 from sad.cli import main
 from sad.config.schema import DistillConfig
+from sad.recipes import recipe_names
 
 
 @pytest.fixture
@@ -156,6 +157,9 @@ def test_help_names_commands_and_recipes(words: list[str], capsys: Any) -> None:
     out = capsys.readouterr().out
     for word in ("distill", "eval", "plan", "selftest", "quickstart"):
         assert f"  {word} " in out
+    recipes = out.partition("recipes:\n")[2].partition("\n\n")[0].splitlines()
+    width = max(len(name) for name in recipe_names()) + 4
+    assert all(line[width - 2 : width] == "  " and line[width] != " " for line in recipes)
 
 
 @pytest.mark.parametrize("words", [["distill", "-h"], ["distill", "quickstart", "--help"]])

@@ -204,9 +204,12 @@ def _messages(value: Any, field: str, where: str) -> list[Message]:
         )
     for number, message in enumerate(value):
         if not isinstance(message.get("role"), str):
+            got = _listed(list(message))
+            if "role" in message:
+                got = f"a 'role' that is {type_name(message['role'])}"
             raise UnfitError(
-                f"{where} must have a 'role' in each message, got {_listed(list(message))} in "
-                f"message {number} of '{field}'; write 'role' and 'content'"
+                f"{where} must have a 'role' in each message, got {got} in message {number} of "
+                f"'{field}'; write 'role' and 'content'"
             )
     return value
 

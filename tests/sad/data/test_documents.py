@@ -205,6 +205,10 @@ class TestRecords:
                 "have a 'role' in each message, got 'from', 'value' in message 0 of",
             ),
             (
+                {"messages": [{"role": 3, "content": "Hi"}]},
+                "have a 'role' in each message, got a 'role' that is int in message 0 of",
+            ),
+            (
                 {"prompt": "a", "completion": HI},
                 "hold texts or messages in both 'prompt' and 'completion', got str and list;",
             ),

@@ -208,7 +208,9 @@ def test_prompt_and_written_text_are_told_apart(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path)
     samples = [
         {"prompt": "class Reader:", "text": " def read(self):", "model": "final"},
-        {"prompt": "import os", "text": " \n", "model": "final"},
+        {"prompt": "import os", "text": "", "model": "final"},
+        {"prompt": "import re", "text": "\n" * 64, "model": "final"},
+        {"prompt": "import io", "text": "\n" * 61 + "    x\n\n\ny", "model": "final"},
     ]
     run = json.loads((run_dir / "run.json").read_text()) | {"samples": samples}
     (run_dir / "run.json").write_text(json.dumps(run))
@@ -221,6 +223,10 @@ def test_prompt_and_written_text_are_told_apart(tmp_path: Path) -> None:
         ("Written by the student", "pre", " def read(self):"),
         ("Prompt", "pre", "import os"),
         ("Written by the student", "p", "Nothing: it ended the text at once."),
+        ("Prompt", "pre", "import re"),
+        ("Written by the student", "p", "White space alone."),
+        ("Prompt", "pre", "import io"),
+        ("Written by the student", "pre", "\n[60 blank lines]\n    x\n\n\ny"),
     ]
 
 

@@ -13,6 +13,7 @@ from support.chat import BOS, CHAT_TEMPLATE, END, TURN, byte_tokenizer, say, wri
 from support.tiny import save_tiny, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sad.checkpoint.run_directory import RunDirectory
 from sad.config.schema import DistillConfig
 from sad.models.stop_tokens import add_stop_tokens
 from sad.training.run import distill
@@ -103,6 +104,35 @@ def test_what_is_missing_is_added_and_said(before: Any, ends: list[int], after: 
     assert line == ("<|end|> (3) added to those of the student, which is trained to end there" * (
         before != after
     ))  # fmt: skip
+
+
+def test_samples_go_on_from_a_rows_own_prompt(config: DistillConfig) -> None:
+    samples = RunDirectory(distill(config).run_dir).read_run()["samples"]
+    # The first two conversations share a row, of which the first counts.
+    asked = [f"{BOS}{TURN}user: {user}{END}{TURN}assistant: " for user in ("Hi", "Really?")]
+    assert [sample["prompt"] for sample in samples] == asked
+    assert all(sample["text"] for sample in samples)
+
+
+def test_a_prompt_is_whole_also_where_it_fills_the_positions(config: DistillConfig) -> None:
+    eval_file = Path(config.data.eval[0])
+    question = "Hi" * 25  # 50 tokens, and 12 around them
+    records = [{"prompt": say(f"user: {question}"), "completion": say("assistant: ")}]
+    data = replace(config.data, eval=(write_records(eval_file, *records),))
+    student = save_tiny(
+        Path(config.student), chat_model(1, max_position_embeddings=80), byte_tokenizer(None)
+    )
+    config = replace(config, data=data, student=student, max_length=80)
+    (sample,) = RunDirectory(distill(config).run_dir).read_run()["samples"]
+    assert sample["prompt"] == f"{BOS}{TURN}user: {question}{END}{TURN}assistant: "
+    assert sample["text"]
+
+
+def test_a_sample_of_texts_stays_within_one(config: DistillConfig, tmp_path: Path) -> None:
+    texts = write_records(tmp_path / "texts.jsonl", {"text": "ab"}, {"text": "cdefgh"})
+    data = replace(config.data, train=(texts,), eval=(texts,))
+    (sample,) = RunDirectory(distill(replace(config, data=data)).run_dir).read_run()["samples"]
+    assert sample["prompt"] == f"{BOS}cdefgh"
 
 
 def test_a_text_ends_in_the_token_that_is_named(config: DistillConfig, tmp_path: Path) -> None:
