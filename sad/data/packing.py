@@ -57,7 +57,7 @@ ROW_STARTS = "row_starts.bin"  # int64: documents before which the last row ends
 CONTEXT = "context.bin"  # int64 pairs: spans of the stream that are no targets
 TARGET_BYTES = "target_bytes.bin"  # int64, one per row
 
-CONVERSATION_FORMAT = 1
+CONVERSATION_FORMAT = 2
 """The same for conversations alone."""
 
 _BATCH_CHARS = 1 << 18  # a token takes about 0.8 KB until it is written (transformers 5.23)
