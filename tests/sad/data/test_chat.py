@@ -418,6 +418,34 @@ class TestLeftOut:
         with pytest.raises(UnfitError, match="got 1 left out for more than 8 tokens among 1 doc"):
             load(tmp_path, self.LONG, max_length=8)
 
+    @pytest.mark.parametrize(
+        ("record", "options", "remedy"),
+        [
+            (LONG, {"max_length": 8}, "raise max_length, or set data.truncation"),
+            (
+                LONG,
+                {"max_length": 8, "truncation": "keep_start"},
+                "raise max_length, or keep the other end in data.truncation",
+            ),
+            (
+                {"messages": say("system: Be kind.")},
+                {"assistant_only_loss": True},
+                "add what the assistant says, or leave out data.assistant_only_loss",
+            ),
+            (
+                {"prompt": say("user: A"), "completion": []},
+                {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+                "give each prompt its completion",
+            ),
+        ],
+    )
+    def test_and_what_to_do_about_it(
+        self, tmp_path: Path, record: Any, options: dict[str, Any], remedy: str
+    ) -> None:
+        with pytest.raises(UnfitError, match=r"got .* among 1 documents; ") as caught:
+            load(tmp_path, record, **options)
+        assert str(caught.value).endswith(f"; {remedy}")
+
 
 ANOTHER_PROMPT = CHAT_TEMPLATE.replace("<|turn|>assistant: ", "<|turn|>bot: ")
 
