@@ -99,7 +99,7 @@ def _text(
         "Objective": f"{objective.ce_weight:g} cross-entropy + {objective.kd_weight:g} "
         f"{objective.divergence} at temperature {objective.temperature:g}",
         "Weights": ("averaged (EMA)" if facts["weights"] == "ema" else "of the last step")
-        + f", after {facts['micro_step']:,} micro-batches",
+        + f", after {facts['micro_step']:,} micro-batches of {facts['micro_batch_rows']} rows",
         "Rows": f"{config.max_length} tokens",
     }
     table = [f"| {label} | {text} |" for label, text in lines.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -291,6 +292,26 @@ def test_a_baseline_is_as_long_as_the_student(make_config: Make) -> None:
     for folder in (config.output_dir, f"{config.output_dir}/baseline"):
         latest = load_latest(folder, report=pytest.fail)
         assert latest is not None and latest.micro_step == 8
+
+
+def test_where_the_best_student_stood_is_true_after_a_change_of_sizes(
+    make_config: Make, inputs: RunInputs
+) -> None:
+    """A run that counts anew leaves the export alone, which says of how many rows it counts."""
+    config = make_config(learning_rate=0.0)
+    trainer = make_trainer(config, inputs)
+    with run_log(config, trainer) as log:
+        for _ in range(8):
+            trainer.micro_batch()
+        trainer.evaluate(log)
+    other = replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    again = resumed(other, inputs, saved(trainer))
+    with run_log(other, again) as log:
+        again.train(log, StopSignals())  # at no learning rate there is no better student
+    best = json.loads((again.run_dir.best / "sad.json").read_text())
+    assert (best["micro_step"], best["micro_batch_rows"]) == (8, ROWS)
+    assert again.counters.best_micro_step * 2 == 8 * ROWS
+    assert "8 micro-batches of 4 rows" in (again.run_dir.best / "README.md").read_text()
 
 
 # Precision and averages
