@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 
 from sad.config.schema import DistillConfig
 from sad.environment import memory_now, resolve_device
-from sad.errors import SadError, UnfitError, one_line
+from sad.errors import SadError, UnfitError, with_type
 from sad.models.forward_memory import forward_peak, put_tensors
 from sad.models.heads import Backbone, output_embedding
 from sad.models.load import (
@@ -410,7 +410,7 @@ def _without_data(name: str) -> Iterator[None]:
     except Exception as error:
         raise UnfitError(
             f"an estimate of memory must run {name} on tensors without data, got "
-            f"{type(error).__name__}: {one_line(error)}; train without one"
+            f"{with_type(error)}; train without one"
         ) from error
     finally:
         FAKES.disabled = before

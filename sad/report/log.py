@@ -28,7 +28,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from sad.errors import OutputError, one_line
+from sad.errors import OutputError, with_type
 from sad.report.terminal import (
     AlignedLines,
     aligned_pairs,
@@ -198,7 +198,7 @@ class RunLog:
         except Exception as error:
             self._trackers.pop(package, None)
             self.warning(
-                f"{package} fails, got {type(error).__name__}: {one_line(error)}; the run goes on "
+                f"{package} fails, got {with_type(error)}; the run goes on "
                 "without it, and log.jsonl has every number"
             )
 

@@ -25,7 +25,7 @@ from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.environment import StopSignals, memory_now, seed_everything
-from sad.errors import OutputError, SadError, StoppedError, one_line
+from sad.errors import OutputError, SadError, StoppedError, with_type
 from sad.models.load import export_dtype, load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
 from sad.models.stop_tokens import add_stop_tokens
@@ -163,10 +163,7 @@ def _try_report(run_dir: RunDirectory) -> str:
     try:
         return f"report   {write_report(run_dir.path)}"
     except Exception as error:
-        return (
-            f"warning: the report could not be written, got {type(error).__name__}: "
-            f"{one_line(error)}"
-        )
+        return f"warning: the report could not be written, got {with_type(error)}"
 
 
 def _train_baseline(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sad.environment import quiet_libraries
-from sad.errors import one_line
+from sad.errors import with_type
 from sad.training.inputs import RunInputs
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
@@ -38,7 +38,9 @@ def write_samples(
                 exported, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a family's own code may raise anything
-        warn(f"{exported} cannot be loaded again, got {_named(error)}; the report has no samples")
+        warn(
+            f"{exported} cannot be loaded again, got {with_type(error)}; the report has no samples"
+        )
         return samples
     try:
         with quiet_libraries(), torch.no_grad():
@@ -47,7 +49,7 @@ def write_samples(
             for row in range(min(SAMPLES, len(inputs.eval_rows))):
                 samples.append(_sample(model, inputs, row) | {"model": exported.name})
     except Exception as error:
-        warn(f"the report has {len(samples) or 'no'} samples, generation got {_named(error)}")
+        warn(f"the report has {len(samples) or 'no'} samples, generation got {with_type(error)}")
     return samples
 
 
@@ -77,7 +79,3 @@ def _sample(model: Any, inputs: RunInputs, row: int) -> dict[str, str]:
     ids = getattr(output, "sequences", output)
     texts = [str(inputs.tokenizer.decode(part)) for part in (prompt[0], ids[0, length:])]
     return dict(zip(("prompt", "text"), texts, strict=True))
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

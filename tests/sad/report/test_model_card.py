@@ -135,7 +135,7 @@ def test_a_failure_is_a_warning(
     monkeypatch.setattr(HfApi, "create_repo", offline)
     result = distill(run)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("warning: the student is not on the Hub, got OfflineModeIsEnabled (no")
+    assert last.startswith("warning: the student is not on the Hub, got OfflineModeIsEnabled: no")
     assert str(result.best) in last and '"finished"' in (result.run_dir / "status.json").read_text()
 
 
