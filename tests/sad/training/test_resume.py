@@ -19,7 +19,7 @@ from support.tiny import save_tiny, tiny_llama, write_texts
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, save_checkpoint
-from sad.config.schema import DistillConfig
+from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals
 from sad.errors import StoppedError, UsageError
 from sad.optim.precision import Precision
@@ -499,6 +499,23 @@ def test_a_resumption_that_is_refused_leaves_the_run_alone(
     monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must divide the rows that a resumed run has consumed"):
         distill(other)
+    assert tree(Path(config.output_dir)) == before
+
+
+def test_a_baseline_that_is_refused_leaves_the_run_alone(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the student could go on: the baseline stands at another place."""
+    config = make_config(max_steps=1)
+    distill(config)
+    baseline = replace(config, **ce_only(), max_steps=2, output_dir=f"{config.output_dir}/baseline")
+    distill(baseline)
+    again = replace(config, baseline=True, resume_from_checkpoint="auto", allow_config_change=True)
+    RunDirectory(baseline.output_dir).write_status("stopped")
+    before = tree(Path(config.output_dir))
+    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    with pytest.raises(UsageError, match="must not end before its checkpoint"):
+        distill(again)
     assert tree(Path(config.output_dir)) == before
 
 
