@@ -21,9 +21,12 @@ from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals, quiet_libraries
 from sad.errors import CheckpointError, SadError, UnfitError, UsageError
+from sad.losses.feature import FeatureLoss
 from sad.models.load import build_student_model, load_student
 from sad.models.memory_plan import plan
+from sad.optim.precision import Precision
 from sad.training.inputs import RunInputs, load_inputs
+from sad.training.rehearsal import rehearse
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
 
@@ -433,6 +436,43 @@ def test_a_checkpoint_is_as_large_as_foreseen(make_config: Make) -> None:
     with torch.device("meta"):
         student = build_student_model(config)
     assert 0 <= saved - checkpoint_bytes(config, student) < 10_000
+
+
+def test_what_the_curriculum_asks_for_later_is_rehearsed_with_adapters(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = ("attention", "relations", "feature", "layerwise", "contrastive")
+    config = make_config(
+        **{name: {"weight": 0.1} for name in losses},
+        curriculum={name: [[0.5, 0], [0.6, 1]] for name in losses},
+    )
+    rehearsed = []
+    backward = Precision.backward
+
+    def noted(self: Precision, loss: Tensor) -> None:
+        rehearsed.append(loss.item())
+        backward(self, loss)
+
+    monkeypatch.setattr(Precision, "backward", noted)
+    inputs = load_inputs(config)
+    rehearse(config, inputs)
+    assert len(rehearsed) == 1
+    ends = []
+    for again in (True, False):
+        if again:
+            rehearse(config, inputs)
+        trainer = make_trainer(config, inputs)
+        while trainer.counters.micro_step < trainer.run_length.micro_batches:
+            trainer.micro_batch()
+        ends.append(everything(trainer))
+    assert_same_bits(*ends)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(FeatureLoss, "forward", broken)
+    with pytest.raises(UnfitError, match=r"must work for .*, got RuntimeError: shapes"):
+        distill(config)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
