@@ -369,7 +369,10 @@ def _loss_bytes(
     gradients: bool = True,
 ) -> LinearMemory:
     """What the loss takes on this device, with the student's head first, by default of a
-    micro-batch."""
+    micro-batch.
+
+    As if every token was a target: where few are, in conversations, the loss takes less.
+    """
     student, *teacher = heads
     wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(
