@@ -54,8 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str], args: argparse.Namespace) -> int:
+    parser = _parser()
     try:
-        _parser().parse_args(words, namespace=args)
+        _, unknown = parser.parse_known_args(words, namespace=args)
+        if unknown and "overrides" in args:  # all that comes after the file would be one
+            raise UsageError(
+                f"a recipe or file must come before the keys, got {unknown[0]} before it; write "
+                f"sad {words[0]} RECIPE|FILE.yaml {unknown[0]} ..."
+            )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit:  # argparse has printed a help text or versions
         return 0
     return args.run(args)

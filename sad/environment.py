@@ -64,8 +64,8 @@ last attempt it raises an error."""
 
 @contextmanager
 def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
-    """Within, silence transformers' and the Hub client's messages below errors, and warnings of
-    names that transformers itself still uses.
+    """Within, silence transformers' and the Hub client's messages below errors, warnings of names
+    that transformers itself still uses, and a wrong one of PEFT's.
 
     transformers' progress bars are silenced as well, unless ``show_bars`` on a terminal.
     """
@@ -81,6 +81,10 @@ def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            # PEFT 0.21 does not find those of parameters, and `add_adapters` has looked.
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match"
+            )
             yield
     finally:
         HUB.setLevel(hub_level)

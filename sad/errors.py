@@ -64,6 +64,12 @@ def one_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
+def with_type(error: BaseException) -> str:
+    """``Type: message`` of an error that a library raises, on one line."""
+    kind, line = type(error).__name__, one_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory of the device or the host is used up."""
     torch = sys.modules.get("torch")  # importing it takes seconds; its errors need it loaded

@@ -86,6 +86,11 @@ def linear_memory_bytes(
     names the leaves that get one. ``device`` decides, as a tensor's would, what ``impl="auto"`` is;
     it need not exist here.
 
+    For the worst number of ignored rows. They take nothing but their hidden states: where most
+    labels are ignored, as those of prompts and padding are, ``num_tokens`` should be the number of
+    those that are not, or far too much is said. With ``impl="torch"`` the rows are cut into chunks
+    of one size, so that a little more of them than fit at once take little more than half as much.
+
     An estimate, by the formulas of the module ``linear``: as if some row was ignored, so that the
     hidden states are copied; without what an allocator rounds up. With ``impl="torch"`` temporaries
     may take another quarter of ``logits``, and a softcap one more tile where the vocabulary is too

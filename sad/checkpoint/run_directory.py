@@ -49,7 +49,7 @@ from sad.checkpoint.store import (
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
 from sad.environment import quiet_libraries
-from sad.errors import CheckpointError, OutputError, UnfitError, UsageError, one_line
+from sad.errors import CheckpointError, OutputError, UnfitError, UsageError, with_type
 from sad.models.adapters import has_adapters, merged_weights
 from sad.models.heads import output_embedding
 
@@ -316,8 +316,8 @@ class RunDirectory:
             ) from error
         except Exception as error:  # a family's own code may raise anything
             raise UnfitError(
-                f"student must be a model that can be saved again, got {type(error).__name__}: "
-                f"{one_line(error)}; correct its configuration or its tokenizer"
+                f"student must be a model that can be saved again, got {with_type(error)}; correct "
+                "its configuration or its tokenizer"
             ) from error
         finally:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -21,7 +21,14 @@ from typing import Any, Literal, get_args, get_origin
 from sad_kernels._divergence_table import Divergence
 
 from sad.config.schema import DistillConfig
-from sad.config.values import field_types, is_union, leaf_types, section_types, without_none
+from sad.config.values import (
+    field_types,
+    is_union,
+    leaf_types,
+    section_types,
+    takes_mapping,
+    without_none,
+)
 
 WIDTH = 96
 TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
@@ -101,6 +108,8 @@ def _type_word(hint: Any) -> str:
         return "|".join(get_args(inner))
     if get_origin(inner) is tuple:
         return f"{_type_word(get_args(inner)[0])} ..."
+    if takes_mapping(inner):
+        return f"{{TEXT: {_type_word(get_args(inner)[1])}, ...}}"
     return TYPE_WORDS[inner]
 
 
@@ -123,6 +132,9 @@ def about_unknown_key(key: str) -> str:
             return f"unknown key {key!r}; {EXPLAINED[name]}"
     # A misspelling only: names that merely look alike mean something else (use_peft, use_ema).
     tails = {name.rpartition(".")[2]: name for name in known}
+    for name in known:
+        if plain.startswith(f"{name}.") and takes_mapping(known[name]):
+            return f"{name} must be given as a whole, got {key!r}; write --{name} '{{...}}'"
     near = _misspelt(plain, known) or _misspelt(short, tails)
     if near:
         return f"unknown key {key!r}; did you mean {tails.get(near[0], near[0])!r}?"
@@ -161,6 +173,9 @@ RENAMED = {
     "lora_modules_to_save": "peft.modules_to_save",
     "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora",
+    "lora_rank_pattern": "peft.rank_pattern",
+    "lora_alpha_pattern": "peft.alpha_pattern",
+    "lora_target_parameters": "peft.target_parameters",
     # DistillKit, torchtune, NeMo and others
     "model": "student",
     "student_model": "student",

@@ -10,7 +10,7 @@ from typing import Any
 
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.config.sections import MAY_CHANGE_ON_RESUME
-from sad.config.values import section_types
+from sad.config.values import leaf_types, section_types
 from sad.errors import UsageError
 
 _ADD_SPECIAL = "data.add_special_tokens"
@@ -90,16 +90,25 @@ def trajectory_changes(old: dict[str, Any], new: DistillConfig) -> list[tuple[st
     return [
         (key, before[key], value)
         for key, value in _trajectory(new).items()
-        if key not in before or before[key] != value
+        if key not in before or not _same(before[key], value)
     ]
 
 
+def _same(before: Any, after: Any) -> bool:
+    """Whether two values are equal; in mappings the order counts: the first that fits is taken."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return list(before.items()) == list(after.items())
+    return before == after
+
+
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"data": {"train": x}}`` as ``{"data.train": x}``."""
+    """``{"data": {"train": x}}`` as ``{"data.train": x}``; a key's own mapping stays whole."""
     flat: dict[str, Any] = {}
+    leaves = leaf_types(DistillConfig)
     for name, value in nested.items():
-        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat |= {prefix + name: value} if inner is None else inner
+        key = prefix + name
+        section = isinstance(value, dict) and key not in leaves
+        flat |= flatten(value, f"{key}.") if section else {key: value}
     return flat
 
 

@@ -24,7 +24,7 @@ import yaml
 
 from sad.config.help import about_unknown_key
 from sad.config.schema import ConfigError, DistillConfig
-from sad.config.values import input_paths, leaf_types, takes_several
+from sad.config.values import input_paths, leaf_types, takes_mapping, takes_several
 from sad.errors import UsageError
 from sad.recipes import recipe_names, recipe_path
 
@@ -143,7 +143,7 @@ def _flat_settings(content: dict[str, Any], prefix: str, where: str) -> dict[str
     settings: dict[str, Setting] = {}
     for name, value in content.items():
         key = prefix + name
-        nested = isinstance(value, dict)
+        nested = isinstance(value, dict) and key not in _mappings()
         inner = _flat_settings(value, f"{key}.", where) if nested else {key: Setting(value, where)}
         settings |= inner
     return settings
@@ -188,12 +188,27 @@ def _walk_yaml(
     # Nodes, not loaded values: they know their lines, and a key given twice is seen.
     for name, value in mapping.value:
         key, where = f"{prefix}{name.value}", f"{path}:{name.start_mark.line + 1}"
-        if isinstance(value, yaml.MappingNode):
+        if isinstance(value, yaml.MappingNode) and key in _mappings():
+            _require_unique(value, key, path)
+        elif isinstance(value, yaml.MappingNode):
             _walk_yaml(loader, value, f"{key}.", path, settings)
             continue
         if key in settings:
             raise _duplicate(key, where)
         settings[key] = Setting(loader.construct_object(value, deep=True), where)
+
+
+def _require_unique(mapping: yaml.MappingNode, key: str, path: Path) -> None:
+    names: set[str] = set()
+    for name, _ in mapping.value:
+        if name.value in names:
+            raise _duplicate(f"{key}: {name.value}", f"{path}:{name.start_mark.line + 1}")
+        names.add(name.value)
+
+
+def _mappings() -> set[str]:
+    """The keys whose value is a mapping, and which are no sections."""
+    return {key for key, hint in leaf_types(DistillConfig).items() if takes_mapping(hint)}
 
 
 def _duplicate(key: str, where: str) -> UsageError:

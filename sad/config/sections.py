@@ -322,6 +322,12 @@ LoRAInit = Literal["gaussian", "orthogonal"]
 """PEFT's initialisations that leave the weights under the adapters as they are."""
 
 
+Pattern = Annotated[
+    dict[str, int],
+    Constraint("hold numbers of at least 1", lambda v: all(n >= 1 for n in v.values())),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig(Section):
     """LoRA adapters of the student, by PEFT's keys: see `sad.models.adapters`.
@@ -343,10 +349,19 @@ class PeftConfig(Section):
     target_modules: tuple[str, ...] | None = None
     """Names of the layers that get adapters, `all-linear`, or one regular expression for their
     whole names. Default: PEFT's choice for the family, often the attention's projections."""
+    target_parameters: tuple[str, ...] | None = None
+    """Ends of the names of parameters that get adapters where no layer of its own holds them, such
+    as `mlp.experts.gate_up_proj`; without dropout and DoRA. With `target_modules: []` these
+    alone."""
     exclude_modules: tuple[str, ...] | None = None
     """Names of layers that get none, or one regular expression."""
     layers_to_transform: tuple[int, ...] | None = None
     """Numbers of the decoder layers that get adapters. Default: all."""
+    rank_pattern: Pattern | None = None
+    """Other ranks than `r`: ends of layers' names, or regular expressions for them, to numbers. The
+    first that fits counts."""
+    alpha_pattern: Pattern | None = None
+    """Other values than `lora_alpha`, in the same form."""
     bias: Literal["none", "all", "lora_only"] | None = None
     """Which biases of the student are trained besides. Default: none."""
     modules_to_save: tuple[str, ...] | None = None
@@ -358,6 +373,24 @@ class PeftConfig(Section):
     init_lora_weights: LoRAInit | None = None
     """How adapters begin. Default: PEFT's, at which they change nothing yet. What would change the
     weights under them (pissa, olora ...) is not offered."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, name in (("lora_dropout", "dropout"), ("use_dora", "DoRA")):
+            require(
+                f"peft.{key}",
+                "be left out with peft.target_parameters",
+                getattr(self, key),
+                f"PEFT has no {name} for parameters: leave out one of the two",
+                holds=not (getattr(self, key) and self.target_parameters),
+            )
+        require(
+            "peft.layers_to_transform",
+            "be left out with peft.target_parameters",
+            self.layers_to_transform,
+            "PEFT does not look at it there: name the layers, as in layers.1.mlp.experts.down_proj",
+            holds=not (self.layers_to_transform and self.target_parameters),
+        )
 
     @property
     def enabled(self) -> bool:

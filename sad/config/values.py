@@ -1,8 +1,9 @@
 """Conversion of plain values to the types of dataclass fields, and constraints on them.
 
 A value may be a text (from the command line; also YAML's ``1e-4``, which PyYAML reads as one), a
-Python number, a list for a tuple, or a mapping for a nested dataclass. A constraint stands in the
-field's type, ``Annotated[int, Constraint(...)]``, mostly under a name such as ``PositiveInt``.
+Python number, a list for a tuple, or a mapping for a ``dict[str, X]`` or a nested dataclass. A
+constraint stands in the field's type, ``Annotated[int, Constraint(...)]``, mostly under a name such
+as ``PositiveInt``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -74,6 +76,8 @@ def convert(hint: Any, value: Any) -> Any:
             value = _parse_nested_list(value)
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(convert(inner, item) for item in items)
+    if origin is dict:
+        return _mapping(get_args(hint)[1], value)
     if origin is Literal:
         return _choice(get_args(hint), value)
     if is_dataclass(hint) and isinstance(hint, type):
@@ -127,6 +131,22 @@ def _one_or_several(hint: Any, value: Any) -> Any:
     if isinstance(value, str) and value.startswith("["):
         value = _parse_nested_list(value)
     return convert(several if isinstance(value, list | tuple) else one, value)
+
+
+def takes_mapping(hint: Any) -> bool:
+    """Whether a mapping of texts to values is a value of this type, and no section."""
+    return get_origin(without_none(hint)) is dict
+
+
+def _mapping(inner: Any, value: Any) -> dict[str, Any]:
+    """Convert a mapping, or one as a command line gives it: one word, ``{"q_proj": 16}``."""
+    word = _sole_item(value)
+    if isinstance(word, str):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(word)
+    if not isinstance(value, Mapping):
+        raise Mismatch("be a mapping", 'write one such as {"name": 8}')
+    return {_to_str(key): convert(inner, item) for key, item in value.items()}
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:

@@ -21,6 +21,8 @@ from sad.errors import UnfitError, UsageError, one_line
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_ASKS_FOR_NULL = re.compile(r"\bcontent\b['\"\]]*\s+(is|is\s+not|==|!=)\s+[Nn]one\b")
+
 _FIXED_DATE = {
     "%d": "01", "%-d": "1", "%e": " 1", "%m": "01", "%b": "Jan", "%B": "January", "%y": "25",
     "%Y": "2025", "%a": "Wed", "%A": "Wednesday", "%H": "00", "%M": "00", "%S": "00",
@@ -162,7 +164,7 @@ def _apply(
     variables = {**tokenizer.special_tokens_map, **(conversation.template_kwargs or {})}
     if "strftime_now" in template:
         template = _STRFTIME_NOW + template
-    given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    given = [_given(message, template) for message in messages]
     try:
         rendered: Any = render_jinja_template(
             [given], tools=conversation.tools, chat_template=template, **(variables | options)
@@ -174,6 +176,16 @@ def _apply(
         ) from error
     texts, spans = rendered
     return texts[0], spans[0] if spans else []
+
+
+def _given(message: Message, template: str) -> Message:
+    """A message without its nulls, which most templates would write as ``None``.
+
+    Some, such as DeepSeek's, know by a content of null that a message calls tools, and write
+    nothing of it where there is none: a template that asks gets the null, given or left out.
+    """
+    given = {key: value for key, value in message.items() if value is not None}
+    return {"content": None, **given} if _ASKS_FOR_NULL.search(template) else given
 
 
 def _says_nothing(message: Message) -> bool:

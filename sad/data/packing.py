@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ ROW_STARTS = "row_starts.bin"  # int64: documents before which the last row ends
 CONTEXT = "context.bin"  # int64 pairs: spans of the stream that are no targets
 TARGET_BYTES = "target_bytes.bin"  # int64, one per row
 
-CONVERSATION_FORMAT = 1
+CONVERSATION_FORMAT = 2
 """The same for conversations alone."""
 
 _BATCH_CHARS = 1 << 18  # a token takes about 0.8 KB until it is written (transformers 5.23)
@@ -139,7 +139,7 @@ def write_rows(
             raise UnfitError(
                 f"data must hold a conversation that can be learned from, got "
                 f"{describe_counts(stream.counts, max_length)} among {len(documents)} documents; "
-                "raise max_length, or set data.truncation"
+                f"{_remedy(stream.counts, config)}"
             )
         raise UnfitError(
             f"data must hold text that the tokenizer knows, got no token from {len(documents)} "
@@ -170,6 +170,17 @@ def write_rows(
     }
     content = json.dumps(index | {"digest": _digest(**index)}, indent=2)
     (folder / INDEX).write_text(content, encoding="utf-8")
+
+
+def _remedy(counts: Mapping[str, int], config: DataConfig) -> str:
+    """What to do about conversations of which none can be learned from."""
+    if counts["longer"]:
+        return "raise max_length, or set data.truncation"
+    if counts["cut"]:
+        return "raise max_length, or keep the other end in data.truncation"
+    if config.assistant_only_loss:
+        return "add what the assistant says, or leave out data.assistant_only_loss"
+    return "give each prompt its completion"
 
 
 def read_index(folder: Path) -> dict[str, Any]:

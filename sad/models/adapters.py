@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,50 @@ def add_adapters(config: DistillConfig, model: PreTrainedModel) -> None:
         torch.manual_seed(config.seed)
         try:
             model.add_adapter(_lora_config(config), ADAPTER)
-        except ValueError as error:  # no such layers, or of a kind that cannot have adapters
+        # No such layers, or of a kind that cannot have adapters, or no regular expression.
+        except (ValueError, re.error) as error:
             raise UsageError(
                 f"peft must name layers of {type(model).__name__} that can have adapters, got "
                 f"{one_line(error)}; correct peft.target_modules"
             ) from error
     cast_adapter_dtype(model, ADAPTER)
+    _require_all_found(config, model)
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and model.get_input_embeddings() is not embeddings:
         raise UnfitError(
             f"the input embeddings of {type(model).__name__} must stay as they are, because they "
             "are its head too, got them in peft's target_modules or modules_to_save; take them out"
         )
+
+
+def _require_all_found(config: DistillConfig, model: PreTrainedModel) -> None:
+    """Raise ``UsageError`` for a parameter or a pattern that fits nothing: PEFT would ignore it."""
+    section, names = config.peft, list(_adapted(model))
+    found: dict[str, Callable[[str, str], Any]] = {
+        "target_parameters": lambda key, name: f".{name}".endswith(f".{key}"),
+        # As in PEFT's get_pattern_key.
+        "rank_pattern": lambda key, name: re.match(rf"(.*\.)?({key})$", name),
+        "alpha_pattern": lambda key, name: re.match(rf"(.*\.)?({key})$", name),
+    }
+    for option, fits in found.items():
+        for key in getattr(section, option) or ():
+            if not any(fits(key, name) for name in names):
+                raise UsageError(
+                    f"peft.{option} must name what has adapters in {type(model).__name__}, got "
+                    f"{key!r}, which fits none of {len(names)} such as {names[0]}; correct it"
+                )
+
+
+def _adapted(model: PreTrainedModel) -> Iterator[str]:
+    """The names of the layers, and parameters without a layer of their own, that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            # Several parameters of a layer are wrapped one in another.
+            name = name.replace(".base_layer", "")
+            parameter = getattr(module, "parameter_name", None)
+            yield name if parameter is None else f"{name}.{parameter}"
 
 
 def _lora_config(config: DistillConfig) -> Any:
@@ -77,8 +109,11 @@ def _lora_config(config: DistillConfig) -> Any:
         "lora_alpha": section.lora_alpha,
         "lora_dropout": section.lora_dropout,
         "target_modules": _names_or_pattern(section.target_modules),
+        "target_parameters": _list(section.target_parameters),
         "exclude_modules": _names_or_pattern(section.exclude_modules),
         "layers_to_transform": _list(section.layers_to_transform),
+        "rank_pattern": section.rank_pattern,
+        "alpha_pattern": section.alpha_pattern,
         "bias": section.bias,
         "modules_to_save": _list(section.modules_to_save),
         "use_rslora": section.use_rslora,
@@ -137,7 +172,7 @@ def merged_weights(model: PreTrainedModel) -> Iterator[dict[str, Tensor] | None]
 
     live: Any = model
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    under = [p for layer in layers for p in layer.get_base_layer().parameters()]
+    under = {p: None for layer in layers for p in layer.get_base_layer().parameters()}
     # Subtracting the adapters again would not give the same bits. In host memory: the device has
     # no room for a second model.
     kept = [p.detach().to("cpu", copy=True) for p in under]
@@ -161,5 +196,7 @@ def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".lora_" in name or ".original_module." in name:
             continue
         name = name.replace(f".modules_to_save.{ADAPTER}.", ".")
-        plain[name.replace(".base_layer.", ".")] = value
+        while ".base_layer." in name:  # around several parameters of a layer there are several
+            name = name.replace(".base_layer.", ".", 1)
+        plain[name] = value
     return plain

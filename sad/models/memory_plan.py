@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 
 from sad.config.schema import DistillConfig
 from sad.environment import memory_now, resolve_device
-from sad.errors import SadError, UnfitError, one_line
+from sad.errors import SadError, UnfitError, with_type
 from sad.models.forward_memory import forward_peak, put_tensors
 from sad.models.heads import Backbone, output_embedding
 from sad.models.load import (
@@ -369,7 +369,10 @@ def _loss_bytes(
     gradients: bool = True,
 ) -> LinearMemory:
     """What the loss takes on this device, with the student's head first, by default of a
-    micro-batch."""
+    micro-batch.
+
+    As if every token was a target: where few are, in conversations, the loss takes less.
+    """
     student, *teacher = heads
     wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(
@@ -410,7 +413,7 @@ def _without_data(name: str) -> Iterator[None]:
     except Exception as error:
         raise UnfitError(
             f"an estimate of memory must run {name} on tensors without data, got "
-            f"{type(error).__name__}: {one_line(error)}; train without one"
+            f"{with_type(error)}; train without one"
         ) from error
     finally:
         FAKES.disabled = before

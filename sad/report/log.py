@@ -30,7 +30,7 @@ from typing import Any, Self, TextIO
 from tqdm import tqdm
 
 from sad.checkpoint.atomic_files import is_file
-from sad.errors import OutputError, one_line
+from sad.errors import OutputError, with_type
 from sad.report.terminal import (
     AlignedLines,
     aligned_pairs,
@@ -200,7 +200,7 @@ class RunLog:
         except Exception as error:
             self._trackers.pop(package, None)
             self.warning(
-                f"{package} fails, got {type(error).__name__}: {one_line(error)}; the run goes on "
+                f"{package} fails, got {with_type(error)}; the run goes on "
                 "without it, and log.jsonl has every number"
             )
 

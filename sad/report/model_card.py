@@ -12,7 +12,7 @@ from typing import Any
 
 from sad.config.schema import DistillConfig
 from sad.environment import library_versions, quiet_libraries
-from sad.errors import one_line
+from sad.errors import with_type
 from sad.metrics import format_metric, metric, table_metrics
 from sad.report.header import layers_phrase
 
@@ -81,8 +81,8 @@ def push_to_hub(config: DistillConfig, folder: Path) -> str:
             )
     except Exception as error:  # the network, a token, a name, a right: all sorts of errors
         return (
-            f"warning: the student is not on the Hub, got {type(error).__name__} "
-            f"({one_line(error)}); log in with `hf auth login` and upload {folder}"
+            f"warning: the student is not on the Hub, got {with_type(error)}; log in "
+            f"with `hf auth login` and upload {folder}"
         )
     return f"hub      {repo}"
 
@@ -99,7 +99,7 @@ def _text(
         "Objective": f"{objective.ce_weight:g} cross-entropy + {objective.kd_weight:g} "
         f"{objective.divergence} at temperature {objective.temperature:g}",
         "Weights": ("averaged (EMA)" if facts["weights"] == "ema" else "of the last step")
-        + f", after {facts['micro_step']:,} micro-batches",
+        + f", after {facts['micro_step']:,} micro-batches of {facts['micro_batch_rows']} rows",
         "Rows": f"{config.max_length} tokens",
     }
     table = [f"| {label} | {text} |" for label, text in lines.items()]

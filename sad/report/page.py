@@ -280,7 +280,8 @@ def _origin(facts: Mapping[str, Any]) -> str:
     weights = "EMA weights" if facts["weights"] == "ema" else "raw weights"
     name = str(facts["metric"])
     value = format_metric(name.rpartition("/")[2], facts["value"])
-    return f"{weights} after micro-batch {facts['micro_step']:,}, {name} {value}"
+    rows = f" of {facts['micro_batch_rows']:,} rows" if "micro_batch_rows" in facts else ""
+    return f"{weights} after micro-batch {facts['micro_step']:,}{rows}, {name} {value}"
 
 
 def _header(records: Sequence[Record]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 
 from sad.config.schema import DistillConfig
-from sad.errors import SadError, UnfitError, is_out_of_memory, one_line
+from sad.errors import SadError, UnfitError, is_out_of_memory, with_type
 from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.teachers.cached import CachedTeacher
@@ -60,7 +60,7 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
             raise
         raise UnfitError(
             f"{', '.join(config.structural_weights)} must work for {config.student} and "
-            f"{config.teacher}, got {type(error).__name__}: {one_line(error)}; set the weight of "
+            f"{config.teacher}, got {with_type(error)}; set the weight of "
             "the one that does not to 0 (--debug shows where it fails)"
         ) from error
     finally:

@@ -25,7 +25,7 @@ from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.environment import StopSignals, memory_now, seed_everything
-from sad.errors import OutputError, SadError, StoppedError, UsageError, one_line
+from sad.errors import OutputError, SadError, StoppedError, UsageError, with_type
 from sad.models.load import export_dtype, load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
 from sad.models.stop_tokens import add_stop_tokens
@@ -116,7 +116,10 @@ def _distill(
 ) -> RunResult:
     require_space(config)  # before anything that takes time
     inputs = load_inputs(config, _say)
-    resumption = _resumption(checkpoint, config, run_dir, inputs, make_scheduler)
+    resumption = _resumption(checkpoint, config, inputs, make_scheduler)
+    baseline = _plan_baseline(config, run_dir, inputs, make_scheduler) if config.baseline else None
+    if resumption is not None:  # both can go on
+        run_dir.write_config(config)
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
@@ -132,8 +135,8 @@ def _distill(
         require_finite_score(metrics, "eval_teacher", "the teacher")
         results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
 
-    if config.baseline:
-        results.append(_train_baseline(config, run_dir, inputs, signals, make_scheduler))
+    if baseline is not None:
+        results.append(_train_baseline(baseline, run_dir, inputs, signals, make_scheduler))
 
     distilled = config.kd_weight or config.structural_weights
     name = "student, distilled" if distilled else "student"
@@ -163,14 +166,44 @@ def _try_report(run_dir: RunDirectory) -> str:
     try:
         return f"report   {write_report(run_dir.path)}"
     except Exception as error:
-        return (
-            f"warning: the report could not be written, got {type(error).__name__}: "
-            f"{one_line(error)}"
-        )
+        return f"warning: the report could not be written, got {with_type(error)}"
+
+
+class _Baseline(NamedTuple):
+    config: DistillConfig
+    run_dir: RunDirectory
+    finished: bool
+    claimed: bool  # else it has not begun, and its directory is made when it does
+    resumption: Resumption | None
+
+
+def _plan_baseline(
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    inputs: RunInputs,
+    make_scheduler: MakeScheduler | None,
+) -> _Baseline:
+    """Whether the baseline of a run is done, goes on or begins; what cannot go on is refused."""
+    config_ce_only = replace(
+        config,
+        **ce_only(),
+        baseline=False,
+        output_dir=str(run_dir.baseline),
+        resume_from_checkpoint=config.resume_from_checkpoint and "auto",
+    )
+    baseline = RunDirectory(run_dir.baseline)
+    begun = config.resume_from_checkpoint is not None and baseline.path.exists()
+    if begun and _finished_as_long(baseline, config_ce_only):
+        return _Baseline(config_ce_only, baseline, True, True, None)
+    checkpoint = baseline.claim(config_ce_only, report=print) if begun else None
+    resumption = _resumption(checkpoint, config_ce_only, inputs, make_scheduler)
+    if resumption is not None:
+        baseline.write_config(config_ce_only)
+    return _Baseline(config_ce_only, baseline, False, begun, resumption)
 
 
 def _train_baseline(
-    config: DistillConfig,
+    plan: _Baseline,
     run_dir: RunDirectory,
     inputs: RunInputs,
     signals: StopSignals,
@@ -180,24 +213,16 @@ def _train_baseline(
 
     It is a run of its own in ``baseline/``: resumed by itself, and not repeated once finished.
     """
-    config_ce_only = replace(
-        config,
-        **ce_only(),
-        baseline=False,
-        output_dir=str(run_dir.baseline),
-        resume_from_checkpoint=config.resume_from_checkpoint and "auto",
-    )
-    name = BASELINE_NAME
-    baseline = RunDirectory(run_dir.baseline)
-    if config.resume_from_checkpoint and _finished_as_long(baseline, config_ce_only):
+    config, baseline, name = plan.config, plan.run_dir, BASELINE_NAME
+    if plan.finished:
         (row,) = baseline.read_run()["results"]
         return row
-    checkpoint = baseline.claim(config_ce_only, report=print)
-    resumption = _resumption(checkpoint, config_ce_only, baseline, inputs, make_scheduler)
+    if not plan.claimed:
+        baseline.claim(config, report=print)
     title = f"1 of 2: {name}"
     try:
         trainer, samples = _train(
-            config_ce_only, baseline, resumption, inputs, signals, make_scheduler, title=title
+            config, baseline, plan.resumption, inputs, signals, make_scheduler, title=title
         )
     except BaseException as error:
         _write_failure(baseline, error)
@@ -227,21 +252,18 @@ def _finished_as_long(baseline: RunDirectory, config: DistillConfig) -> bool:
 def _resumption(
     checkpoint: Checkpoint | None,
     config: DistillConfig,
-    run_dir: RunDirectory,
     inputs: RunInputs,
     make_scheduler: MakeScheduler | None,
 ) -> Resumption | None:
-    """Where a run goes on from its checkpoint, if it has one; its directory then has ``config``.
+    """Where a run goes on from its checkpoint, if it has one.
 
     Before anything that takes time: what cannot go on is refused here.
     """
     if checkpoint is None:
         return None
-    resumption = plan_resumption(
+    return plan_resumption(
         checkpoint, config, inputs.train_rows, builds_scheduler=make_scheduler is None
     )
-    run_dir.write_config(config)
-    return resumption
 
 
 class _Trained(NamedTuple):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sad.data.batch import IGNORE_INDEX, Batch
 from sad.environment import quiet_libraries
-from sad.errors import one_line
+from sad.errors import with_type
 from sad.training.inputs import RunInputs
 
 SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 2, 48, 64
@@ -40,7 +40,9 @@ def write_samples(
                 exported, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # a family's own code may raise anything
-        warn(f"{exported} cannot be loaded again, got {_named(error)}; the report has no samples")
+        warn(
+            f"{exported} cannot be loaded again, got {with_type(error)}; the report has no samples"
+        )
         return samples
     try:
         with quiet_libraries(), torch.no_grad():
@@ -49,7 +51,7 @@ def write_samples(
             for row in range(min(SAMPLES, len(inputs.eval_rows))):
                 samples.append(_sample(model, inputs, row) | {"model": exported.name})
     except Exception as error:
-        warn(f"the report has {len(samples) or 'no'} samples, generation got {_named(error)}")
+        warn(f"the report has {len(samples) or 'no'} samples, generation got {with_type(error)}")
     return samples
 
 
@@ -100,7 +102,3 @@ def _prompt(batch: Batch, longest: int) -> Tensor:
     begin, end = max(documents, key=lambda document: document[1] - document[0])
     size = end - begin - int(not is_target[end - 1])  # a token without a target ends its document
     return ids[begin : begin + max(min(longest, size), 1)]
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)}"

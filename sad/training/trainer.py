@@ -308,6 +308,8 @@ class Trainer:
             "value": self.counters.metrics[self.metric_for_best],
             "weights": "ema" if averaged else "raw",
             "micro_step": self.counters.micro_step,
+            # It stays what it was where a resumption with other sizes counts anew.
+            "micro_batch_rows": self.config.per_device_train_batch_size,
         }
         with self.ema.swapped() if averaged and self.ema else nullcontext():
             self.run_dir.export(

@@ -138,6 +138,7 @@ def test_debug_in_the_file_counts_too(recipe: str, replace_module: Any, capsys: 
     [
         (["distil"], "invalid choice: 'distil'"),
         (["distill"], "the following arguments are required: RECIPE|FILE.yaml"),
+        (["distill", "--student", "a"], "must come before the keys, got --student before it;"),
         (["distill", "nowhere.yaml"], "got 'nowhere.yaml'; check the path"),
         (["distill", "quickstart", "--ema_decya", "1"], "did you mean 'ema_decay'?"),
         (["--frobnicate"], "required: COMMAND"),

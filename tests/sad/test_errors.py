@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sad.errors import one_line
+from sad.errors import one_line, with_type
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,10 @@ from sad.errors import one_line
 )
 def test_one_line(message: str, quoted: str) -> None:
     assert one_line(OSError(message)) == quoted
+
+
+@pytest.mark.parametrize(
+    ("message", "quoted"), [("no space\nleft", "OSError: no space"), ("", "OSError")]
+)
+def test_with_type(message: str, quoted: str) -> None:
+    assert with_type(OSError(message)) == quoted

@@ -107,6 +107,24 @@ def write_texts(folder: Path, count: int = 8, seed: int = 0) -> str:
     return str(folder)
 
 
+def tiny_run(
+    folder: Path,
+    student: PreTrainedModel | None = None,
+    teacher: PreTrainedModel | None = None,
+    *,
+    texts: int = 12,
+) -> dict[str, Any]:
+    """Keys of a configuration with two tiny models, by default Llamas, and text in ``folder``."""
+    return {
+        "student": save_tiny(folder / "student", student or tiny_llama(seed=2)),
+        "teacher": save_tiny(folder / "teacher", teacher or tiny_llama(seed=1)),
+        "data": {"train": write_texts(folder / "texts", count=texts), "eval_fraction": 0.3},
+        "output_dir": str(folder / "run"),
+        "max_length": 32,
+        "per_device_train_batch_size": 2,
+    }
+
+
 def _llama_like(overrides: dict[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB_SIZE,

@@ -116,6 +116,39 @@ def test_a_number_or_a_list(tmp_path: Path, words: list[str], layers: Any) -> No
         load_config(path, ["--student_layers", "few"])
 
 
+def test_a_mapping_is_read_whole_whatever_its_names_are(tmp_path: Path) -> None:
+    """Names may have dots, which else divide a section from its key."""
+    pattern = {r"layers\.0\.q_proj": 4, "v.proj": 2}
+    text = MINIMAL + "peft:\n  rank_pattern:\n    layers\\.0\\.q_proj: 4\n    v.proj: '2'\n"
+    found = load(tmp_path, text)
+    assert found.peft.rank_pattern == pattern
+    content = {"student": "s", "teacher": "t", "peft": {"rank_pattern": pattern}}
+    assert load(tmp_path, json.dumps(content), name="run.json") == found
+    assert load(tmp_path, MINIMAL, "--peft.rank_pattern", json.dumps(pattern)) == found
+    assert load(tmp_path, config_to_yaml(found)) == found
+    assert "--peft.rank_pattern {TEXT: INT, ...}" in keys_help()
+    for words, message in (
+        (("--peft.rank_pattern", "q_proj"), "peft.rank_pattern must be a mapping, got 'q_proj'"),
+        (("--peft.rank_pattern", '{"q": "x"}'), "peft.rank_pattern must be a whole number, got"),
+        (("--peft.rank_pattern.q", "2"), "peft.rank_pattern must be given as a whole, got 'peft"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load(tmp_path, MINIMAL, *words)
+    with pytest.raises(UsageError, match=r"peft.rank_pattern: q must be given once.*a\.yaml:6"):
+        load(tmp_path, MINIMAL + "peft:\n  rank_pattern:\n    q: 4\n    q: 2\n", name="a.yaml")
+
+
+def test_a_mapping_is_compared_whole_and_in_its_order() -> None:
+    """Of patterns the first that fits counts, and one that is gone is a change."""
+    both, one = {"q_proj": 4, ".*proj": 2}, {"q_proj": 4}
+    old = config_to_dict(config(peft={"rank_pattern": both}))
+    key = "peft.rank_pattern"
+    assert trajectory_changes(old, config(peft={"rank_pattern": both})) == []
+    assert trajectory_changes(old, config(peft={"rank_pattern": one})) == [(key, both, one)]
+    other = dict(reversed(both.items()))
+    assert trajectory_changes(old, config(peft={"rank_pattern": other})) == [(key, both, other)]
+
+
 def test_json_reads_like_yaml(tmp_path: Path) -> None:
     content = {"student": "s", "teacher": "t", "data": {"train": ["a", "b"]}, "seed": 3}
     loaded = load(tmp_path, json.dumps(content, indent="\t"), name="run.json")

@@ -235,6 +235,26 @@ class TestContext:
         assert "tools: 2<|end|>" in targets_of(rows) and "A<|end|>!" in targets_of(rows)
         assert "tools: 1<|end|>" in targets_of(rows) and "A<|end|>?" in targets_of(rows)
 
+    @pytest.mark.parametrize("content", [{"content": None}, {}])
+    @pytest.mark.parametrize(
+        "asks",
+        ["{% if m.content is none %}", "{% if m['content'] is not none %}{% else %}"],
+    )
+    def test_a_template_that_knows_calls_of_tools_by_null_gets_it(
+        self, tmp_path: Path, content: dict[str, None], asks: str
+    ) -> None:
+        """As DeepSeek's do, which would write nothing of the call."""
+        template = "{% for m in messages %}" + asks + "{{ m.tool_calls }}{% endif %}{% endfor %}"
+        calls: dict[str, Any] = {"role": "assistant", "tool_calls": "f()"} | content
+        rows = load(tmp_path, {"messages": [calls]}, chat_template=template)
+        assert inputs_of(rows) + ")" == "f()"
+
+    def test_another_never_writes_a_null(self, tmp_path: Path) -> None:
+        silent = {"role": "assistant", "content": None, "tool_calls": None}
+        template = "{% for m in messages %}>{{ m.content }}{{ m.tool_calls }}<|end|>{% endfor %}"
+        rows = load(tmp_path, {"messages": [silent]}, chat_template=template)
+        assert inputs_of(rows) + END == ">" + END
+
     def test_a_template_that_asks_for_the_date_gives_the_same_rows_every_day(
         self, tmp_path: Path
     ) -> None:
@@ -397,6 +417,34 @@ class TestLeftOut:
     def test_if_none_is_left_the_reason_is_told(self, tmp_path: Path) -> None:
         with pytest.raises(UnfitError, match="got 1 left out for more than 8 tokens among 1 doc"):
             load(tmp_path, self.LONG, max_length=8)
+
+    @pytest.mark.parametrize(
+        ("record", "options", "remedy"),
+        [
+            (LONG, {"max_length": 8}, "raise max_length, or set data.truncation"),
+            (
+                LONG,
+                {"max_length": 8, "truncation": "keep_start"},
+                "raise max_length, or keep the other end in data.truncation",
+            ),
+            (
+                {"messages": say("system: Be kind.")},
+                {"assistant_only_loss": True},
+                "add what the assistant says, or leave out data.assistant_only_loss",
+            ),
+            (
+                {"prompt": say("user: A"), "completion": []},
+                {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"},
+                "give each prompt its completion",
+            ),
+        ],
+    )
+    def test_and_what_to_do_about_it(
+        self, tmp_path: Path, record: Any, options: dict[str, Any], remedy: str
+    ) -> None:
+        with pytest.raises(UnfitError, match=r"got .* among 1 documents; ") as caught:
+            load(tmp_path, record, **options)
+        assert str(caught.value).endswith(f"; {remedy}")
 
 
 ANOTHER_PROMPT = CHAT_TEMPLATE.replace("<|turn|>assistant: ", "<|turn|>bot: ")

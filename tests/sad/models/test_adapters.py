@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support.runs import assert_same_bits, everything, make_trainer, run_log
 from support.tiny import save_tiny, tiny_llama, write_texts
+from support.tiny_moe import tiny_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +21,12 @@ from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals, quiet_libraries
 from sad.errors import CheckpointError, SadError, UnfitError, UsageError
+from sad.losses.feature import FeatureLoss
 from sad.models.load import build_student_model, load_student
 from sad.models.memory_plan import plan
+from sad.optim.precision import Precision
 from sad.training.inputs import RunInputs, load_inputs
+from sad.training.rehearsal import rehearse
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
 
@@ -38,6 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "teacher": save_tiny(folder / "teacher", tiny_llama(seed=1, hidden_size=48)),
         "student": save_tiny(folder / "student", tiny_llama(seed=2)),
         "tied": save_tiny(folder / "tied", tiny_llama(seed=2, tie_word_embeddings=True)),
+        "experts": save_tiny(folder / "experts", tiny_moe("qwen3_moe", seed=2)),
         "data": {"train": write_texts(folder / "texts", count=12), "eval_fraction": 0.3},
     }
 
@@ -55,7 +60,7 @@ def make_config(sources: dict[str, Any], tmp_path: Path) -> Make:
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
         }
-        own = {key: value for key, value in sources.items() if key != "tied"}
+        own = {key: value for key, value in sources.items() if key not in ("tied", "experts")}
         return DistillConfig(**(own | defaults | keys))
 
     return make
@@ -105,6 +110,60 @@ def test_they_are_fp32_over_16_bits(make_config: Make) -> None:
 def test_a_baseline_has_the_same_adapters(make_config: Make) -> None:
     config = make_config()
     assert replace(config, **ce_only()).peft == config.peft
+
+
+def ranks(model: Any) -> dict[str, int]:
+    """Layer's name -> rows of its A."""
+    return {
+        name.partition(".lora_A")[0]: len(parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name
+    }
+
+
+def test_patterns_give_layers_their_own_rank_and_alpha(make_config: Make) -> None:
+    patterns = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {r"layers\.1\.self_attn.q_proj": 2, "q_proj": 6},  # the first that fits
+        "alpha_pattern": {"up_proj": 16},
+    }
+    model: Any = load_student(make_config(peft=patterns))
+    assert ranks(model) == {
+        "model.layers.0.self_attn.q_proj": 6,
+        "model.layers.0.mlp.up_proj": 4,
+        "model.layers.1.self_attn.q_proj": 2,
+        "model.layers.1.mlp.up_proj": 4,
+    }
+    layer = model.model.layers[1]
+    assert layer.mlp.up_proj.scaling == {"default": 16 / 4}
+    assert layer.self_attn.q_proj.scaling == {"default": 8 / 2}
+
+
+EXPERTS: dict[str, Any] = {
+    "r": 2,
+    "target_modules": ["q_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"],
+    "rank_pattern": {"experts.down_proj": 3},
+}
+
+
+def test_parameters_without_a_layer_of_their_own_get_adapters(
+    make_config: Make, sources: dict[str, Any]
+) -> None:
+    trainer = make_trainer(make_config(student=sources["experts"], peft=EXPERTS))
+    model = trainer.student.model
+    of_experts = {name: rank for name, rank in ranks(model).items() if "q_proj" not in name}
+    assert of_experts.pop("model.layers.0.mlp.experts") == 8 * 2
+    # Of two parameters of a layer, the wrapper of one is around that of the other.
+    assert of_experts.keys() == {f"model.layers.1.mlp.experts{n}" for n in ("", ".base_layer")}
+    assert sorted(of_experts.values()) == [8 * 2, 8 * 3]
+    before = named(model)
+    for _ in range(4):
+        trainer.micro_batch()
+    changed = {name for name, value in named(model).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
 
 
 # Export
@@ -166,8 +225,28 @@ def test_a_merged_export_is_an_ordinary_student(
     assert (untouched - logits).abs().max() > 1e-3, "training must show"
 
 
-def test_a_run_and_its_later_score(make_config: Make) -> None:
-    result = distill(make_config())
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_of_parameters_are_exported(
+    make_config: Make, sources: dict[str, Any], merge: bool
+) -> None:
+    config = make_config(student=sources["experts"], peft=EXPERTS, merge_adapters=merge)
+    trainer, ids, logits = scored(config)
+    live = named(trainer.student.model)
+    trainer.export(trainer.run_dir.final)
+    assert_same_bits(named(trainer.student.model), live)
+    model = loaded(trainer.run_dir.final)
+    assert any(".lora_" in name for name, _ in model.named_parameters()) != merge
+    torch.testing.assert_close(logits_of(model, ids), logits, rtol=1e-5, atol=1e-5)
+    untouched = logits_of(loaded(Path(config.student or "")), ids)
+    assert (untouched - logits).abs().max() > 1e-3, "training must show"
+
+
+@pytest.mark.parametrize("section", [{}, EXPERTS], ids=["layers", "parameters"])
+def test_a_run_and_its_later_score(
+    make_config: Make, sources: dict[str, Any], section: dict[str, Any]
+) -> None:
+    keys = {"student": sources["experts"], "peft": section} if section else {}
+    result = distill(make_config(**keys))
     assert (result.final / "adapter_model.safetensors").exists()
     row = evaluate_run(result.run_dir)[-1]
     assert row["nll"] == pytest.approx(result.results[-1]["nll"], rel=1e-6)  # pyright: ignore
@@ -183,8 +262,17 @@ def test_a_random_student_is_exported_whole(make_config: Make) -> None:
 # Resumption
 
 
-def test_a_stop_after_any_micro_batch_changes_no_bit(make_config: Make) -> None:
-    config = make_config(peft={"r": 4, "lora_dropout": 0.1})
+@pytest.mark.parametrize(
+    ("student", "section"),
+    [
+        ("student", {"r": 4, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 2}}),
+        ("experts", EXPERTS),
+    ],
+)
+def test_a_stop_after_any_micro_batch_changes_no_bit(
+    make_config: Make, sources: dict[str, Any], student: str, section: dict[str, Any]
+) -> None:
+    config = make_config(student=sources[student], peft=section)
     inputs = load_inputs(config)
     whole = make_trainer(config, inputs)
     total = whole.run_length.micro_batches
@@ -240,6 +328,23 @@ def test_adapters_do_not_resume_over_other_weights(make_config: Make, tmp_path: 
             "peft must name layers of LlamaForCausalLM.*quark_proj.*correct peft.target_modules",
         ),
         (
+            {"peft": {"rank_pattern": {"quark_proj": 2}}},
+            UsageError,
+            r"peft\.rank_pattern must name what has adapters in LlamaForCausalLM, got 'quark_proj'",
+        ),
+        (
+            {"peft": {"alpha_pattern": {"proj": 2}}},
+            UsageError,
+            r"peft\.alpha_pattern must name what has adapters in LlamaForCausalLM, got 'proj'",
+        ),
+        ({"peft": {"rank_pattern": {"[": 2}}}, UsageError, "got unterminated character set"),
+        (
+            {"peft": {**EXPERTS, "target_parameters": ["gate_up_proj", "up"], "rank_pattern": {}}}
+            | {"student": "experts"},
+            UsageError,
+            r"peft\.target_parameters must name what has adapters in Qwen3MoeForCausalLM, got 'up'",
+        ),
+        (
             {"peft": {"modules_to_save": ["embed_tokens"]}, "student": "tied"},
             UnfitError,
             "the input embeddings of LlamaForCausalLM must stay as they are",
@@ -272,6 +377,23 @@ def test_what_cannot_be_trained_is_one_line(
         ),
         ({"peft": {"r": 0}}, r"peft\.r must be at least 1, got 0"),
         ({"peft": {"peft_type": "LOHA"}}, r"peft\.peft_type must be one of LORA, got 'LOHA'"),
+        (
+            {"peft": {"rank_pattern": {"q_proj": 0}}},
+            r"peft\.rank_pattern must hold numbers of at least 1, got {'q_proj': 0}",
+        ),
+        ({"peft": {"rank_pattern": 8}}, r"peft\.rank_pattern must be a mapping, got 8"),
+        (
+            {"peft": {"target_parameters": ["experts.up"], "lora_dropout": 0.1}},
+            r"peft\.lora_dropout must be left out with peft\.target_parameters, got 0\.1; PEFT has",
+        ),
+        (
+            {"peft": {"target_parameters": ["experts.up"], "use_dora": True}},
+            r"peft\.use_dora must be left out with peft\.target_parameters, got True; PEFT has no",
+        ),
+        (
+            {"peft": {"target_parameters": ["experts.up"], "layers_to_transform": [1]}},
+            r"peft\.layers_to_transform must be left out with peft\.target_parameters, got \(1,\)",
+        ),
         ({"peft": {"init_lora_weights": "pissa"}}, "must be one of gaussian, orthogonal"),
     ],
 )
@@ -314,6 +436,43 @@ def test_a_checkpoint_is_as_large_as_foreseen(make_config: Make) -> None:
     with torch.device("meta"):
         student = build_student_model(config)
     assert 0 <= saved - checkpoint_bytes(config, student) < 10_000
+
+
+def test_what_the_curriculum_asks_for_later_is_rehearsed_with_adapters(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = ("attention", "relations", "feature", "layerwise", "contrastive")
+    config = make_config(
+        **{name: {"weight": 0.1} for name in losses},
+        curriculum={name: [[0.5, 0], [0.6, 1]] for name in losses},
+    )
+    rehearsed = []
+    backward = Precision.backward
+
+    def noted(self: Precision, loss: Tensor) -> None:
+        rehearsed.append(loss.item())
+        backward(self, loss)
+
+    monkeypatch.setattr(Precision, "backward", noted)
+    inputs = load_inputs(config)
+    rehearse(config, inputs)
+    assert len(rehearsed) == 1
+    ends = []
+    for again in (True, False):
+        if again:
+            rehearse(config, inputs)
+        trainer = make_trainer(config, inputs)
+        while trainer.counters.micro_step < trainer.run_length.micro_batches:
+            trainer.micro_batch()
+        ends.append(everything(trainer))
+    assert_same_bits(*ends)
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(FeatureLoss, "forward", broken)
+    with pytest.raises(UnfitError, match=r"must work for .*, got RuntimeError: shapes"):
+        distill(config)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)

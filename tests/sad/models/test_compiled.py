@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.runs import assert_same_bits, everything, make_trainer
-from support.tiny import save_tiny, tiny_llama, write_texts
+from support.tiny import tiny_llama, tiny_run
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
@@ -42,12 +42,7 @@ def fresh() -> None:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> dict[str, Any]:
-    return {
-        "teacher": save_tiny(tmp_path / "teacher", tiny_llama(seed=1)),
-        "student": save_tiny(tmp_path / "student", tiny_llama(seed=2)),
-        "data": {"train": write_texts(tmp_path / "texts", count=12), "eval_fraction": 0.3},
-        "output_dir": str(tmp_path / "run"),
-        "max_length": 32,
+    return tiny_run(tmp_path) | {
         "num_train_epochs": 1,
         "per_device_train_batch_size": 5,
         "gradient_accumulation_steps": 2,

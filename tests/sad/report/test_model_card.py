@@ -16,7 +16,13 @@ from sad.report.model_card import model_card, push_to_hub
 from sad.training.run import distill
 
 METRICS = {"eval/nll": 9.0, "eval_ema/nll": 2.0, "eval_ema/perplexity": 7.389, "eval_ema/kl": 0.25}
-FACTS = {"metric": "eval_ema/nll", "value": 2.0, "weights": "ema", "micro_step": 1200}
+FACTS = {
+    "metric": "eval_ema/nll",
+    "value": 2.0,
+    "weights": "ema",
+    "micro_step": 1200,
+    "micro_batch_rows": 8,
+}
 
 
 def config_for(**keys: Any) -> DistillConfig:
@@ -43,7 +49,7 @@ def test_it_names_teacher_data_and_score() -> None:
         "| Student | owner/small |",
         "| Data | owner/texts, notes.jsonl |",
         "| Objective | 0.3 cross-entropy + 0.7 forward_kl at temperature 1.5 |",
-        "| Weights | averaged (EMA), after 1,200 micro-batches |",
+        "| Weights | averaged (EMA), after 1,200 micro-batches of 8 rows |",
     ):
         assert line in card.text, line
 
@@ -129,7 +135,7 @@ def test_a_failure_is_a_warning(
     monkeypatch.setattr(HfApi, "create_repo", offline)
     result = distill(run)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("warning: the student is not on the Hub, got OfflineModeIsEnabled (no")
+    assert last.startswith("warning: the student is not on the Hub, got OfflineModeIsEnabled: no")
     assert str(result.best) in last and '"finished"' in (result.run_dir / "status.json").read_text()
 
 

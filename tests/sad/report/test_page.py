@@ -158,6 +158,7 @@ def make_run(run_dir: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     for name, weights in (("best", "ema"), ("final", "raw")):
         (run_dir / name).mkdir()
         facts = {"metric": "eval/nll", "value": 4.98, "weights": weights, "micro_step": 80}
+        facts["micro_batch_rows"] = 8
         (run_dir / name / "sad.json").write_text(json.dumps(facts))
     return run_dir
 
@@ -196,7 +197,7 @@ def test_a_finished_run_has_everything_on_one_page(finished: tuple[Path, str]) -
         "max_grad_norm: 1.5",
         "python",
         f"from_pretrained({str(run_dir / 'best')!r})",
-        "EMA weights after micro-batch 80, eval/nll 4.9800",
+        "EMA weights after micro-batch 80 of 8 rows, eval/nll 4.9800",
         "tokenizer('    def read(', return_tensors=\"pt\")",
     ):
         assert text in page.text, text

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from sad_kernels import _dispatch
-from support.tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
+from support.tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_run
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.cli import main
@@ -35,16 +35,7 @@ Make = Callable[..., DistillConfig]
 @pytest.fixture
 def make_config(tmp_path: Path) -> Make:
     def make(**keys: Any) -> DistillConfig:
-        defaults: dict[str, Any] = {
-            "student": save_tiny(tmp_path / "student", tiny_llama()),
-            "teacher": save_tiny(tmp_path / "teacher", tiny_llama(seed=1)),
-            "data": {"train": write_texts(tmp_path / "texts", count=12), "eval_fraction": 0.3},
-            "output_dir": str(tmp_path / "run"),
-            "max_length": 32,
-            "max_steps": 2,
-            "max_eval_rows": 2,
-            "per_device_train_batch_size": 2,
-        }
+        defaults = tiny_run(tmp_path) | {"max_steps": 2, "max_eval_rows": 2}
         return DistillConfig(**(defaults | keys))
 
     return make

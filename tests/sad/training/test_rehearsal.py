@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.runs import assert_same_bits, everything, make_trainer, run_log
-from support.tiny import save_tiny, tiny_llama, write_texts
+from support.tiny import tiny_llama, tiny_run
 from support.tiny_moe import tiny_moe
 from transformers import (
     Gemma3Config,
@@ -42,16 +42,7 @@ Make = Callable[..., DistillConfig]
 @pytest.fixture
 def make_config(tmp_path: Path) -> Make:
     def make(student: PreTrainedModel, teacher: PreTrainedModel, **keys: Any) -> DistillConfig:
-        defaults: dict[str, Any] = {
-            "student": save_tiny(tmp_path / "student", student),
-            "teacher": save_tiny(tmp_path / "teacher", teacher),
-            "data": {"train": write_texts(tmp_path / "texts", count=12), "eval_fraction": 0.3},
-            "output_dir": str(tmp_path / "run"),
-            "max_length": 32,
-            "max_steps": 4,
-            "max_eval_rows": 2,
-            "per_device_train_batch_size": 2,
-        }
+        defaults = tiny_run(tmp_path, student, teacher) | {"max_steps": 4, "max_eval_rows": 2}
         return DistillConfig(**(defaults | keys))
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from support.tiny import save_tiny, tiny_llama, write_texts
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, save_checkpoint
-from sad.config.schema import DistillConfig
+from sad.config.schema import DistillConfig, ce_only
 from sad.environment import StopSignals
 from sad.errors import StoppedError, UsageError
 from sad.optim.precision import Precision
@@ -293,6 +294,26 @@ def test_a_baseline_is_as_long_as_the_student(make_config: Make) -> None:
         assert latest is not None and latest.micro_step == 8
 
 
+def test_where_the_best_student_stood_is_true_after_a_change_of_sizes(
+    make_config: Make, inputs: RunInputs
+) -> None:
+    """A run that counts anew leaves the export alone, which says of how many rows it counts."""
+    config = make_config(learning_rate=0.0)
+    trainer = make_trainer(config, inputs)
+    with run_log(config, trainer) as log:
+        for _ in range(8):
+            trainer.micro_batch()
+        trainer.evaluate(log)
+    other = replace(config, per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    again = resumed(other, inputs, saved(trainer))
+    with run_log(other, again) as log:
+        again.train(log, StopSignals())  # at no learning rate there is no better student
+    best = json.loads((again.run_dir.best / "sad.json").read_text())
+    assert (best["micro_step"], best["micro_batch_rows"]) == (8, ROWS)
+    assert again.counters.best_micro_step * 2 == 8 * ROWS
+    assert "8 micro-batches of 4 rows" in (again.run_dir.best / "README.md").read_text()
+
+
 # Precision and averages
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -494,6 +515,23 @@ def test_a_resumption_that_is_refused_leaves_the_run_alone(
     monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must divide the rows that a resumed run has consumed"):
         distill(other)
+    assert tree(Path(config.output_dir)) == before
+
+
+def test_a_baseline_that_is_refused_leaves_the_run_alone(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the student could go on: the baseline stands at another place."""
+    config = make_config(max_steps=1)
+    distill(config)
+    baseline = replace(config, **ce_only(), max_steps=2, output_dir=f"{config.output_dir}/baseline")
+    distill(baseline)
+    again = replace(config, baseline=True, resume_from_checkpoint="auto", allow_config_change=True)
+    RunDirectory(baseline.output_dir).write_status("stopped")
+    before = tree(Path(config.output_dir))
+    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    with pytest.raises(UsageError, match="must not end before its checkpoint"):
+        distill(again)
     assert tree(Path(config.output_dir)) == before
 
 

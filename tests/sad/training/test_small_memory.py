@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.runs import assert_same_bits, everything, make_trainer
-from support.tiny import save_tiny, tiny_llama, write_texts
+from support.tiny import tiny_run
 
 from sad.checkpoint.disk_space import checkpoint_bytes
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
@@ -25,14 +25,8 @@ pytest.importorskip("bitsandbytes")
 
 @pytest.fixture
 def keys(tmp_path: Path) -> dict[str, Any]:
-    return {
-        "teacher": save_tiny(tmp_path / "teacher", tiny_llama(seed=1)),
-        "student": save_tiny(tmp_path / "student", tiny_llama(seed=2)),
-        "data": {"train": write_texts(tmp_path / "texts", count=8), "eval_fraction": 0.3},
-        "output_dir": str(tmp_path / "run"),
-        "max_length": 32,
+    return tiny_run(tmp_path, texts=8) | {
         "max_steps": 3,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
     }
