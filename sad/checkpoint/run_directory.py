@@ -32,10 +32,13 @@ from sad.checkpoint.parts import entry
 from sad.checkpoint.store import Checkpoint, load_checkpoint, load_latest, sweep_stale
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
-from sad.environment import quiet_libraries
+from sad.environment import quiet_libraries, stop_if_requested
 from sad.errors import OutputError, UnfitError, UsageError, one_line
 from sad.models.adapters import has_adapters, merged_weights
 from sad.models.heads import output_embedding
+
+EXPORTING = "exporting the student"
+"""What a stop signal interrupts: the resumed run exports it."""
 
 
 class RunDirectory:
@@ -49,11 +52,12 @@ class RunDirectory:
 
     @property
     def used(self) -> bool:
-        """Whether it holds results. A run that failed before it trained has left none."""
-        results = ("log.jsonl", "checkpoints", "best", "final", "baseline")
+        """Whether it holds results. A run that ended before it trained, in whatever way, has left
+        none."""
+        results = ("log.jsonl", "checkpoints", "best", "final")
         if any((self.path / name).exists() for name in results):
             return True
-        return (self.path / "config.yaml").exists() and self.read_status().get("state") != "failed"
+        return self.baseline.exists() and RunDirectory(self.baseline).used
 
     def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
         """Claim the directory for this run; return the checkpoint to resume from, if any.
@@ -138,6 +142,7 @@ class RunDirectory:
         trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
         weights, position) become ``sad.json``, ``card`` the ``README.md``.
         """
+        stop_if_requested(EXPORTING)
         tmp = target.parent / f".tmp-{target.name}"
         shutil.rmtree(tmp, ignore_errors=True)
         width = output_embedding(model).weight.shape[0]
@@ -156,6 +161,7 @@ class RunDirectory:
                 if rounds:
                     state = _rounded_state(model, merged or model.state_dict(), dtype)
                 model.save_pretrained(tmp, state_dict=state)
+                stop_if_requested(EXPORTING)
                 tokenizer.save_pretrained(tmp)
             if generation is not None:
                 # Not by save_pretrained, which refuses settings that other versions of
@@ -166,6 +172,7 @@ class RunDirectory:
             if card:
                 (tmp / "README.md").write_text(card, encoding="utf-8")
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
+            stop_if_requested(EXPORTING)
             publish_directory(tmp, target)
         except OSError as error:
             raise OutputError(
@@ -241,6 +248,7 @@ def _rounded_state(
         kept |= {*(model._keep_in_fp32_modules or ())}
 
     def round_once(name: str, tensor: Tensor) -> Tensor:
+        stop_if_requested(EXPORTING)
         key = tensor.data_ptr(), tensor.shape
         if key not in rounded:
             keeps = not tensor.dtype.is_floating_point or any(part in name for part in kept)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -155,6 +156,8 @@ class Trainer:
 
     def _train(self, log: RunLog, signals: StopSignals) -> None:
         self.student.train()
+        if self._evaluation_is_missing():
+            self._evaluate_or_stop(log, signals)
         throughput = ThroughputMeter(self.counters.tokens)
         while self.counters.micro_step < self.run_length.micro_batches:
             closed = self.micro_batch()
@@ -169,23 +172,26 @@ class Trainer:
                 self.log_progress(log, throughput)
             if closed and self._every(self.config.eval_steps):
                 with throughput.paused():
-                    self.evaluate(log)
+                    self._evaluate_or_stop(log, signals)
             if self._save_is_due(closed):
                 with throughput.paused():
                     self.save(log)
             if signals.requested:  # in the middle of a window too: its gradients are saved
-                path = self.save(log, must=True)
-                raise StoppedError(
-                    f"training must finish to give a student, got {signals.requested} after "
-                    f"micro-batch {self.counters.micro_step}; the state is saved in {path}: the "
-                    "same command with --resume_from_checkpoint auto goes on"
-                )
+                self._save_and_stop(log, signals)
 
         if self.watch.last() >= self.config.max_nonfinite_steps:
             self._stop_diverged(log, throughput)
         if self.counters.evaluated_at != self.counters.micro_step:
-            self.evaluate(log)
+            self._evaluate_or_stop(log, signals)
         self.save(log, must=True)
+
+    def _save_and_stop(self, log: RunLog, signals: StopSignals) -> NoReturn:
+        path = self.save(log, must=True)
+        raise StoppedError(
+            f"training must finish to give a student, got {signals.requested} after "
+            f"micro-batch {self.counters.micro_step}; the state is saved in {path}: the "
+            "same command with --resume_from_checkpoint auto goes on"
+        )
 
     def micro_batch(self) -> bool:
         """Consume one micro-batch; return whether it closed its window."""
@@ -295,6 +301,22 @@ class Trainer:
             f"was not ({values}); lower learning_rate, lengthen the warm-up, or train in bf16 or "
             "fp32"
         )
+
+    def _evaluate_or_stop(self, log: RunLog, signals: StopSignals) -> None:
+        """Evaluate. A signal ends it as if it had not begun: the resumed run does it instead."""
+        before = replace(self.counters)
+        try:
+            self.evaluate(log)
+        except StoppedError:
+            vars(self.counters).update(vars(before))
+            self._save_and_stop(log, signals)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the run was stopped in the evaluation that is due at its position."""
+        position = self.counters.micro_step
+        if not position or self.accumulator.pending or self.counters.evaluated_at == position:
+            return False
+        return self._every(self.config.eval_steps)
 
     def evaluate(self, log: RunLog) -> None:
         """Score the raw and the averaged weights; export the best. Training is left untouched."""
