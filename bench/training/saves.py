@@ -2,9 +2,9 @@
 
 A student of 25 M parameters with AdamW and EMA, 16 bytes per parameter, on the quickstart's text.
 In each round the same trainer saves three times, a step between them: at once (``async_save:
-false``), in the background with new buffers, as the first save of a run does, and in the
-background with buffers in use. Blocking is the time that ``Trainer.save`` takes; nothing is in
-flight when it is called. The ratios are taken within a round, so that they hold on a machine that
+false``), in the background with new buffers, which a thread has prepared during a step, as the
+first save of a run does, and in the background with buffers in use. Blocking is the time that
+``Trainer.save`` takes; nothing is in flight when it is called. The ratios are taken within a round, so that they hold on a machine that
 does other work, too. Besides: a step while a checkpoint is being written, over one without.
 """
 
@@ -64,6 +64,7 @@ def _measure(setup: Setup, trainer: Trainer, log: RunLog) -> dict[str, Any]:
             trainer.config = replace(alone, async_save=way != "at once")
             if way.endswith("first"):
                 trainer.buffers = HostBuffers(pinned=trainer.buffers.pinned)
+                trainer.prepare_saves()  # as training does after its first window
             steps["alone"].append(_seconds(trainer.micro_batch))
             blocked[way].append(_seconds(lambda: trainer.save(log)))
             if trainer.config.async_save:

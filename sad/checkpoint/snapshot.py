@@ -56,6 +56,12 @@ class HostBuffers:
             self._buffers[group] = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         return self._buffers[group][:size]
 
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        """Reserve the buffers of groups of these bytes, and touch them: to get memory from the
+        system takes longer than to copy to it."""
+        for group, size in sizes.items():
+            self.reserve(group, size).zero_()
+
     def clear(self) -> None:
         """Give the memory back."""
         self._buffers.clear()
@@ -84,6 +90,11 @@ def snapshot(
         if device.type != "cpu":  # copies to pinned memory are only queued so far
             torch.accelerator.synchronize(device)
     return Snapshot(micro_step, copy.deepcopy(state), copies)
+
+
+def group_bytes(tensors: Tensors) -> dict[str, int]:
+    """The bytes of each group of tensors."""
+    return {group: sum(t.nbytes for t in named.values()) for group, named in tensors.items()}
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from sad.checkpoint.snapshot import (
     HostBuffers,
     Snapshot,
     at_once,
+    group_bytes,
     in_thread,
     snapshot,
     write,
@@ -142,6 +143,7 @@ class Trainer:
         self.watch = SkipWatch(self.device)
         self.logged: dict[str, float] = {}  # the losses of the last train record
         self.buffers = HostBuffers(pinned=self.device.type == "cuda")
+        self._preparing: Future[None] | None = None  # of the buffers
         self._pending: PendingSave | None = None
         self._saved: tuple[tuple[int, int], Path] | None = None  # the newest that is there
         self._failed_saves = 0
@@ -162,6 +164,8 @@ class Trainer:
         while self.counters.micro_step < self.run_length.micro_batches:
             closed = self.micro_batch()
             log.advance()
+            if closed and self._preparing is None and self._saves_before_the_end():
+                self.prepare_saves()
             self.finish_save(log)
             if closed and self.watch.in_a_row >= self.config.max_nonfinite_steps:
                 self._stop_diverged(log, throughput)
@@ -399,6 +403,8 @@ class Trainer:
     def _copy(self, taken: Snapshot, log: RunLog) -> Snapshot | None:
         """A copy that can be written while training goes on; None if there is no memory for it."""
         try:
+            if self._preparing is not None:
+                self._preparing.result()
             return snapshot(*taken, self.buffers)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -413,6 +419,11 @@ class Trainer:
     def _state_number(self) -> tuple[int, int]:
         """Equal for equal states of one run: an evaluation changes the counters, too."""
         return self.counters.micro_step, self.counters.evaluated_at
+
+    def prepare_saves(self) -> None:
+        """Begin to make room for copies of the state, once the optimizer has one, in a thread."""
+        _, tensors = self.capture()  # waits for the device
+        self._preparing = in_thread(partial(self.buffers.prepare, group_bytes(tensors)))
 
     def _write(self, taken: Snapshot, warn: Callable[[str], None]) -> Path:
         """Everything of a save that touches the disk, in this order; in the background, too."""
@@ -510,6 +521,11 @@ class Trainer:
     def _every(self, steps: int | None) -> bool:
         last = self.counters.micro_step == self.run_length.micro_batches
         return bool(steps) and (last or self.counters.global_step % steps == 0)
+
+    def _saves_before_the_end(self) -> bool:
+        """Whether checkpoints are written in the background at all: the last one is not."""
+        several = self.run_length.batches_per_epoch < self.run_length.micro_batches
+        return self.config.async_save and (several or self.config.save_steps is not None)
 
     def _save_is_due(self, closed: bool) -> bool:
         """Whether it is time for a periodic save. At the end of the run another one follows."""

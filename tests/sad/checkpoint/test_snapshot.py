@@ -12,7 +12,15 @@ from support.faulty_disk import FaultyDisk, tree
 from torch import Tensor
 
 from sad.checkpoint import snapshot as snapshot_module
-from sad.checkpoint.snapshot import WRITER, HostBuffers, at_once, in_thread, snapshot, write
+from sad.checkpoint.snapshot import (
+    WRITER,
+    HostBuffers,
+    at_once,
+    group_bytes,
+    in_thread,
+    snapshot,
+    write,
+)
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
 
 STATE: dict[str, Any] = {"seen": [1, 2], "nested": {"loss": float("inf")}}
@@ -72,6 +80,17 @@ def test_buffers_are_used_again_and_grow() -> None:
     assert larger.tensors["model"]["a"].sum() == 5000
     buffers.clear()
     assert snapshot(4, {}, groups(), buffers).tensors["grads"] == {}
+
+
+def test_prepared_buffers_are_those_that_are_used() -> None:
+    buffers, tensors = HostBuffers(), groups()
+    sizes = group_bytes(tensors)
+    assert sizes["grads"] == 0 and sizes["model"] == sum(
+        t.nbytes for t in tensors["model"].values()
+    )
+    buffers.prepare(sizes)
+    address = buffers.reserve("model", sizes["model"]).data_ptr()
+    assert snapshot(0, {}, tensors, buffers).tensors["model"].content.data_ptr() == address
 
 
 def test_tensors_that_share_memory_are_refused_before_they_are_two() -> None:

@@ -20,7 +20,7 @@ from support.tiny import save_tiny, tiny_llama, write_texts
 
 from sad.checkpoint import atomic_files as files
 from sad.checkpoint.run_directory import RunDirectory
-from sad.checkpoint.snapshot import WRITER
+from sad.checkpoint.snapshot import WRITER, HostBuffers
 from sad.checkpoint.store import latest_checkpoint
 from sad.config.schema import DistillConfig
 from sad.environment import StopSignals
@@ -311,6 +311,29 @@ def test_the_last_save_is_made_once(make_config: MakeConfig, inputs: RunInputs) 
     total = trainer.run_length.micro_batches
     saves = [r["micro_step"] for r in read_log(trainer.run_dir.path) if r["kind"] == "save"]
     assert saves == [*range(2, total, 2), total]
+
+
+@pytest.mark.parametrize(("keys", "prepares"), [({}, True), ({"save_steps": None}, False)], ids=str)
+def test_buffers_are_made_ready_by_a_thread_after_the_first_window(
+    make_config: MakeConfig,
+    inputs: RunInputs,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    prepares: bool,
+) -> None:
+    seen: list[tuple[str, int]] = []
+    prepare = HostBuffers.prepare
+
+    def watched(self: HostBuffers, sizes: Any) -> None:
+        seen.append((threading.current_thread().name, sizes["optimizer"]))
+        prepare(self, sizes)
+
+    monkeypatch.setattr(HostBuffers, "prepare", watched)
+    trainer = make_trainer(make_config(max_steps=2, **keys), inputs)
+    run(trainer)
+    parameters = sum(p.numel() for p in trainer.student.model.parameters())
+    assert len(seen) == prepares
+    assert all(name == WRITER and size > 8 * parameters for name, size in seen)
 
 
 def test_without_memory_for_a_copy_training_waits(
