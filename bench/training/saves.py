@@ -4,8 +4,9 @@ A student of 25 M parameters with AdamW and EMA, 16 bytes per parameter, on the 
 In each round the same trainer saves three times, a step between them: at once (``async_save:
 false``), in the background with new buffers, which a thread has prepared during a step, as the
 first save of a run does, and in the background with buffers in use. Blocking is the time that
-``Trainer.save`` takes; nothing is in flight when it is called. The ratios are taken within a round, so that they hold on a machine that
-does other work, too. Besides: a step while a checkpoint is being written, over one without.
+``Trainer.save`` takes; nothing is in flight when it is called. The ratios are taken within a round,
+so that they hold on a machine that does other work, too. Besides: a step while a checkpoint is
+being written, over one without.
 """
 
 from __future__ import annotations
