@@ -2,7 +2,8 @@
 
 A run stops in order on the first stop signal and at once on the second. Preemptible machines send
 SIGTERM or SIGUSR1 some seconds before they are taken away, a terminal sends SIGINT on Ctrl-C. The
-trainer reads ``StopSignals.requested`` after each micro-batch, saves its state and exits.
+trainer reads ``StopSignals.requested`` after each micro-batch, saves its state and exits. What else
+may take long (reading, packing, scoring, evaluation, export) calls ``stop_if_requested``.
 
 Functions import torch, transformers, numpy and psutil when they are called, so that
 ``sad --version`` waits for none of them.
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sad.errors import UsageError, one_line
+from sad.errors import StoppedError, UsageError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -112,9 +113,12 @@ class StopSignals:
         self.requested: str | None = None
         """Name of the first signal, such as ``SIGTERM``; None before any."""
         self._previous: dict[signal.Signals, Any] = {}
+        self._outer: StopSignals | None = None
 
     def __enter__(self) -> StopSignals:
+        global _active
         if threading.current_thread() is threading.main_thread():
+            self._outer, _active = _active, self
             self._previous = {
                 number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS
             }
@@ -126,6 +130,9 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        global _active
+        if _active is self:
+            _active = self._outer
         for number, handler in self._previous.items():
             # None is a handler that was not installed from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -135,6 +142,23 @@ class StopSignals:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = signal.Signals(number).name
+
+
+_active: StopSignals | None = None
+"""Who catches the signals of the process now."""
+
+
+def stop_if_requested(doing: str) -> None:
+    """Raise ``StoppedError`` if a stop signal has come; ``doing`` names what it interrupts.
+
+    For loops that may take seconds, between two steps. What is interrupted must be harmless to
+    repeat: nothing of it is saved.
+    """
+    if _active is not None and _active.requested is not None:
+        raise StoppedError(
+            f"{doing} must be finished, got {_active.requested}; the same command with "
+            "--resume_from_checkpoint auto goes on"
+        )
 
 
 def memory_now(device: torch.device | str | int | None = None) -> dict[str, int]:

@@ -46,7 +46,7 @@ class CheckpointError(SadError):
 
 
 class StoppedError(SadError):
-    """A signal stopped the run; its state is saved and the same command resumes it."""
+    """A signal stopped the run; what it had trained is saved and the same command resumes it."""
 
     exit_code = 75
 

@@ -48,7 +48,7 @@ from sad.checkpoint.store import (
 )
 from sad.config.identity import require_same_config
 from sad.config.schema import DistillConfig, config_to_yaml
-from sad.environment import quiet_libraries
+from sad.environment import quiet_libraries, stop_if_requested
 from sad.errors import CheckpointError, OutputError, UnfitError, UsageError, with_type
 from sad.models.adapters import has_adapters, merged_weights
 from sad.models.heads import output_embedding
@@ -61,9 +61,12 @@ RESERVE = ".sad-reserve"
 
 RESERVE_BYTES = 64 << 10
 
-RESULTS = ("log.jsonl", "checkpoints", "best", "final", "baseline")
+RESULTS = ("log.jsonl", "checkpoints", "best", "final")
 RECORDS = ("status.json", "run.json")
 SIDE_FILES = (*RECORDS, "log.jsonl", "config.yaml", "report.html")
+
+EXPORTING = "exporting the student"
+"""What a stop signal interrupts: the resumed run exports it."""
 
 
 class RunDirectory:
@@ -78,14 +81,13 @@ class RunDirectory:
     @property
     def used(self) -> bool:
         """Whether it holds results, or in a directory that no run has marked anything of a run's
-        name. A run that failed before it trained has left none."""
+        name. A run that ended before it trained, in whatever way, has left none."""
         names = {*RESULTS}
         if not is_file(self.path / MARK):
-            names |= {*SIDE_FILES, "plots"}
+            names |= {*SIDE_FILES, "plots", "baseline"}
         if any(os.path.lexists(self.path / name) for name in names):
             return True
-        unfinished = self.read_status().get("state") == "failed"
-        return os.path.lexists(self.path / "config.yaml") and not unfinished
+        return self.baseline.exists() and RunDirectory(self.baseline).used
 
     @contextmanager
     def claimed(
@@ -261,6 +263,7 @@ class RunDirectory:
         trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
         weights, position) become ``sad.json``, ``card`` the ``README.md``.
         """
+        stop_if_requested(EXPORTING)
         tmp = temporary(target)
         width = output_embedding(model).weight.shape[0]
         generation = _generation_settings(model, range(valid_vocab, width))
@@ -278,6 +281,7 @@ class RunDirectory:
                 if rounds:
                     state = _rounded_state(model, merged or model.state_dict(), dtype)
                 model.save_pretrained(tmp, state_dict=state)
+                stop_if_requested(EXPORTING)
                 tokenizer.save_pretrained(tmp)
             if generation is not None:
                 # Not by save_pretrained, which refuses settings that other versions of
@@ -288,6 +292,7 @@ class RunDirectory:
             if card:
                 (tmp / "README.md").write_text(card, encoding="utf-8")
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
+            stop_if_requested(EXPORTING)
             publish_directory(tmp, target)
         except OSError as error:
             raise OutputError(
@@ -363,6 +368,7 @@ def _rounded_state(
         kept |= {*(model._keep_in_fp32_modules or ())}
 
     def round_once(name: str, tensor: Tensor) -> Tensor:
+        stop_if_requested(EXPORTING)
         key = tensor.data_ptr(), tensor.shape
         if key not in rounded:
             keeps = not tensor.dtype.is_floating_point or any(part in name for part in kept)

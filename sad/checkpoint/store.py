@@ -222,10 +222,8 @@ def sweep_stale(run_dir: str | Path, *, remove: bool = True) -> None:
 # Writing
 
 
-def _serialised(
-    micro_step: int, state: dict[str, Any], tensors: Tensors
-) -> dict[str, Iterable[files.Chunk]]:
-    """File name -> content in chunks, after checking that all of it can be read back exactly."""
+def require_saveable(micro_step: int, state: dict[str, Any], tensors: Tensors) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what could not be read back exactly."""
     if type(micro_step) is not int or micro_step < 0:
         raise ValueError(
             f"micro_step must be an int of at least 0, got {micro_step!r}; count on the host"
@@ -237,8 +235,15 @@ def _serialised(
                 f"a tensor group must be named in lower-case letters, digits and _, got {group!r}; "
                 "it becomes a file name"
             )
-        _require_saveable(named, group)
+        _require_tensors(named, group)
         _require_disjoint(named, group)
+
+
+def _serialised(
+    micro_step: int, state: dict[str, Any], tensors: Tensors
+) -> dict[str, Iterable[files.Chunk]]:
+    """File name -> content in chunks, after checking that all of it can be read back exactly."""
+    require_saveable(micro_step, state, tensors)
     contents: dict[str, Iterable[files.Chunk]] = {
         "state.json": [_json({"micro_step": micro_step, "state": state})]
     }
@@ -263,7 +268,7 @@ def _require_plain(value: object, where: str) -> None:
         )
 
 
-def _require_saveable(named: Mapping[str, Tensor], group: str) -> None:
+def _require_tensors(named: Mapping[str, Tensor], group: str) -> None:
     for name, tensor in named.items():
         if type(name) is not str or name == "__metadata__":  # reserved by the format
             raise ValueError(f"tensor names of {group} must be str, got {name!r}; rename it")
@@ -298,6 +303,22 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def file_order(named: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order in which a file holds their tensors: wide dtypes first."""
+    return sorted(named, key=lambda name: (-named[name].element_size(), name))
+
+
+class PackedTensors(dict[str, Tensor]):
+    """Contiguous tensors on the CPU that lie without gaps, in ``file_order``, in ``content``.
+
+    They are hashed and written as one piece.
+    """
+
+    def __init__(self, named: Mapping[str, Tensor], content: Tensor) -> None:
+        super().__init__(named)
+        self.content = content  # uint8
+
+
 def _safetensors(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
     """The safetensors format, one tensor at a time.
 
@@ -310,7 +331,7 @@ def _safetensors(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
     The format: length of the header as a little-endian u64, the header as JSON padded with spaces
     to 8 bytes, then the tensors without gaps; wide dtypes first, so that every one is aligned.
     """
-    order = sorted(named, key=lambda name: (-named[name].element_size(), name))
+    order = file_order(named)
     header, end = {}, 0
     for name in order:
         tensor = named[name]
@@ -323,6 +344,9 @@ def _safetensors(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
+    if isinstance(named, PackedTensors):
+        yield _raw(named.content)
+        return
     for name in order:
         yield _raw(named[name])
 

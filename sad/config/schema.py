@@ -273,6 +273,8 @@ class DistillConfig:
     """Save every so many optimizer steps. Default: at the end of each epoch only."""
     save_total_limit: AtLeastTwo = field(default=2, metadata=MAY_CHANGE_ON_RESUME)
     """Checkpoints kept (at least 2: one to fall back to)."""
+    async_save: bool = field(default=True, metadata=MAY_CHANGE_ON_RESUME)
+    """Write checkpoints in the background while training goes on, from a copy in host memory."""
     save_dtype: DtypeName | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Dtype of the weights in `best/` and `final/`. Default: that of the student's files, or of its
     parameters if these have fewer bits or it began at random."""

@@ -45,6 +45,7 @@ from sad.data.tokenizers import (
     special_ids,
     valid_vocab,
 )
+from sad.environment import stop_if_requested
 from sad.errors import UnfitError
 
 FORMAT = 1
@@ -62,6 +63,10 @@ CONVERSATION_FORMAT = 2
 
 _BATCH_CHARS = 1 << 18  # a token takes about 0.8 KB until it is written (transformers 5.23)
 _BATCH_TEXTS = 4096
+_HASH_BYTES = 1 << 20
+
+PACKING = "packing the text"
+"""What a stop signal interrupts: the next start packs it again."""
 
 
 def fingerprint_rows(
@@ -132,6 +137,7 @@ def write_rows(
         )
         bar = tqdm(documents, desc="tokenizing", unit=" documents", leave=False, disable=None)
         for piece in tokenize(bar, tokenizer, config):
+            stop_if_requested(PACKING)
             stream.add(piece)
     stream.warn()
     if stream.num_tokens == 0:
@@ -205,8 +211,12 @@ def _digest(**fields: Any) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_HASH_BYTES):
+            stop_if_requested(PACKING)
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def row_breaks(
@@ -235,11 +245,13 @@ def cut_rows(breaks: np.ndarray, num_tokens: int, max_length: int) -> tuple[np.n
 def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """UTF-8 bytes of each row's targets, int64 [rows]."""
     sizes = np.memmap(token_bytes, dtype="<u4", mode="r")
-    sums = (
-        int(sizes[start + 1 : start + length + 1].sum(dtype=np.int64))
-        for start, length in zip(starts, lengths, strict=True)
-    )
-    return np.fromiter(sums, dtype="<i8", count=len(starts))
+
+    def sums() -> Iterator[int]:
+        for start, length in zip(starts, lengths, strict=True):
+            stop_if_requested(PACKING)
+            yield int(sizes[start + 1 : start + length + 1].sum(dtype=np.int64))
+
+    return np.fromiter(sums(), dtype="<i8", count=len(starts))
 
 
 # Tokenizing

@@ -15,6 +15,7 @@ import numpy as np
 from sad.config.sections import DataConfig
 from sad.data.documents import Document, SourceKey, read_documents, read_sources
 from sad.data.formats.base import TEXT
+from sad.environment import stop_if_requested
 from sad.errors import UnfitError
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class DocumentSet:
     def _read_once(self, mask: np.ndarray) -> Iterator[Document]:
         digest = _TextDigest()
         for index, document in enumerate(read_documents(self._config, self._key)):
+            stop_if_requested(READING)
             digest.add(document)
             if index < len(mask) and mask[index]:
                 yield document
@@ -123,6 +125,9 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
     )
 
 
+READING = "reading the text"
+"""What a stop signal interrupts."""
+
 _NAME_HASH = np.dtype([("split", "<u8"), ("limit", "<u8"), ("source", "<u4")])
 """The halves of a name's 128-bit hash, and the number of its source: one half decides on holding
 out, the other on ``max_documents`` and what a fraction of a weight takes."""
@@ -135,6 +140,7 @@ def _hash_documents(
     hold, their kinds, and the length of what they hold in UTF-8."""
     hashes, digest, kinds = bytearray(), _TextDigest(), TEXT - TEXT
     for source, document in read_sources(config, key, report=logger.warning):
+        stop_if_requested(READING)
         hashes += hashlib.blake2b(
             document.name.encode(errors="surrogateescape"), digest_size=16
         ).digest()

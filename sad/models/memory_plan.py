@@ -64,6 +64,7 @@ ALLOCATOR = "freed memory that the allocator cannot reuse"
 UNUSED_SHARE = 0.25
 """Of what comes and goes, in glibc's allocator (2026-11-30, runs of 0.9 to 1.5 GiB)."""
 
+SNAPSHOT = "copy of the state, for saving"
 TILES = "loss: tiles of logits"
 STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
@@ -116,6 +117,11 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     if device.type == "cpu" and known:  # the budget alone would be no prediction
         here, host = here + host, []
     states = student_states(config, student)
+    copied = _snapshot_items(config, device, student)
+    if device.type == "cpu":
+        here = here + copied
+    else:
+        host = host + copied
     if config.ema_device == "cpu" != device.type:
         host += [item for item in states if item[0] == EMA]
         states = [item for item in states if item[0] != EMA]
@@ -181,6 +187,21 @@ def student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
     if config.use_ema:
         items.append((EMA, FP32 * sum(p.numel() for p in trained)))
     return items
+
+
+def _snapshot_items(config: DistillConfig, device: torch.device, student: nn.Module) -> list[Item]:
+    """The copy that is written while training goes on; none where the only save is the last.
+
+    With ``max_steps`` the number of epochs is not known: ``save_steps`` alone decides.
+    """
+    epochs = config.num_train_epochs if config.max_steps <= 0 else 1
+    if not config.async_save or not (config.save_steps or epochs > 1):
+        return []
+    sizes = [size for _, size in student_states(config, student)]
+    sizes[0] -= frozen_bytes(student)
+    if device.type == "cuda":  # torch locks the pages of a power of two of bytes
+        sizes = [1 << (size - 1).bit_length() for size in sizes if size]
+    return [(SNAPSHOT, sum(sizes))]
 
 
 def frozen_bytes(student: nn.Module) -> int:

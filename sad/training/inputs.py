@@ -21,7 +21,13 @@ from sad.data.tokenizers import (
     require_same_tokenizer,
     valid_vocab,
 )
-from sad.environment import library_versions, memory_now, resolve_device, seed_everything
+from sad.environment import (
+    library_versions,
+    memory_now,
+    resolve_device,
+    seed_everything,
+    stop_if_requested,
+)
 from sad.models.load import load_teacher, read_model_config
 from sad.models.preflight import require_known_positions
 from sad.report.terminal import waiting_bar
@@ -56,10 +62,14 @@ class RunInputs:
         return {"rows": len(rows), "targets": self.eval_rows.counts(rows).targets}
 
     def eval_batches(self, config: DistillConfig, shown: str = "evaluating") -> Iterator[Batch]:
-        """Batches of the rows that an evaluation scores; on a terminal a bar says ``shown``."""
+        """Batches of the rows that an evaluation scores; on a terminal a bar says ``shown``.
+
+        Raises ``StoppedError`` after a stop signal, before the next batch.
+        """
         rows = self.eval_row_numbers(config)
         size = config.per_device_eval_batch_size
         for start in waiting_bar(range(0, len(rows), size), shown):
+            stop_if_requested(shown)
             yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sad.checkpoint.store import Checkpoint
 from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
-from sad.environment import StopSignals, memory_now, seed_everything
+from sad.environment import StopSignals, memory_now, seed_everything, stop_if_requested
 from sad.errors import OutputError, SadError, StoppedError, UsageError, with_type
 from sad.models.load import export_dtype, load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
@@ -157,7 +157,8 @@ def _distill(
 
 
 def _say(text: str) -> None:
-    """A line for whoever waits, before there is a log."""
+    """A line for whoever waits, before there is a log; the place to stop before the wait."""
+    stop_if_requested(text)
     print(text, flush=True)
 
 

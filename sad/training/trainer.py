@@ -12,10 +12,13 @@ stay where they were computed, and the verdict on it comes to the host when it c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from sad_kernels import Objective
@@ -26,12 +29,29 @@ from torch.optim.lr_scheduler import LRScheduler
 from sad.accumulate import GradientAccumulator
 from sad.checkpoint.parts import RandomGenerators, State, TensorGroups, capture_parts
 from sad.checkpoint.run_directory import RunDirectory
-from sad.checkpoint.store import Checkpoint, checkpoints_of, save_checkpoint, set_aside
+from sad.checkpoint.snapshot import (
+    HostBuffers,
+    Snapshot,
+    at_once,
+    group_bytes,
+    in_thread,
+    snapshot,
+    write,
+)
+from sad.checkpoint.store import Checkpoint, checkpoints_of, set_aside
 from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals, memory_now
-from sad.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from sad.errors import (
+    CheckpointError,
+    DivergedError,
+    StoppedError,
+    UsageError,
+    is_out_of_memory,
+    one_line,
+    with_type,
+)
 from sad.losses.taid import TAIDSchedule
 from sad.metrics import DEFAULT_BEST
 from sad.optim.precision import Precision, structural_loss_parameters
@@ -56,6 +76,15 @@ from sad.training.student import LossWeights, StepOutput, StudentWithLoss
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 """A scheduler of the caller's own, stepped as ``config.scheduler_unit`` says."""
+
+
+class PendingSave(NamedTuple):
+    """A save in flight: the checkpoint's path, once it is there, or what was raised."""
+
+    path: Future[Path]
+    state: tuple[int, int]  # which is saved: `Trainer._state_number`
+    position: dict[str, Any]
+    warnings: list[str]  # from the thread that writes
 
 
 class Trainer:
@@ -114,6 +143,10 @@ class Trainer:
         self.parts = checkpoint_parts(self)
         self.watch = SkipWatch(self.device)
         self.logged: dict[str, float] = {}  # the losses of the last train record
+        self.buffers = HostBuffers(pinned=self.device.type == "cuda")
+        self._preparing: Future[None] | None = None  # of the buffers
+        self._pending: PendingSave | None = None
+        self._saved: tuple[tuple[int, int], Path] | None = None  # the newest that is there
         self._failed_saves = 0
         self._superseded: Path | None = None  # a checkpoint that counts other micro-batches
 
@@ -121,11 +154,20 @@ class Trainer:
 
     def train(self, log: RunLog, signals: StopSignals) -> None:
         """Train to the end of the run, or until a signal asks to stop: the state is then saved."""
+        with self._finishing_saves(log):
+            self._train(log, signals)
+
+    def _train(self, log: RunLog, signals: StopSignals) -> None:
         self.student.train()
+        if self._evaluation_is_missing():
+            self._evaluate_or_stop(log, signals)
         throughput = ThroughputMeter(self.counters.tokens)
         while self.counters.micro_step < self.run_length.micro_batches:
             closed = self.micro_batch()
             log.advance()
+            if closed and self._preparing is None and self._saves_before_the_end():
+                self.prepare_saves()
+            self.finish_save(log)
             if closed and self.watch.in_a_row >= self.config.max_nonfinite_steps:
                 self._stop_diverged(log, throughput)
 
@@ -135,23 +177,26 @@ class Trainer:
                 self.log_progress(log, throughput)
             if closed and self._every(self.config.eval_steps):
                 with throughput.paused():
-                    self.evaluate(log)
-            if closed and (self._every(self.config.save_steps) or self._epoch_ends()):
+                    self._evaluate_or_stop(log, signals)
+            if self._save_is_due(closed):
                 with throughput.paused():
                     self.save(log)
             if signals.requested:  # in the middle of a window too: its gradients are saved
-                path = self.save(log, must=True)
-                raise StoppedError(
-                    f"training must finish to give a student, got {signals.requested} after "
-                    f"micro-batch {self.counters.micro_step}; the state is saved in {path}: the "
-                    "same command with --resume_from_checkpoint auto goes on"
-                )
+                self._save_and_stop(log, signals)
 
         if self.watch.last() >= self.config.max_nonfinite_steps:
             self._stop_diverged(log, throughput)
         if self.counters.evaluated_at != self.counters.micro_step:
-            self.evaluate(log)
+            self._evaluate_or_stop(log, signals)
         self.save(log, must=True)
+
+    def _save_and_stop(self, log: RunLog, signals: StopSignals) -> NoReturn:
+        path = self.save(log, must=True)
+        raise StoppedError(
+            f"training must finish to give a student, got {signals.requested} after "
+            f"micro-batch {self.counters.micro_step}; the state is saved in {path}: the "
+            "same command with --resume_from_checkpoint auto goes on"
+        )
 
     def micro_batch(self) -> bool:
         """Consume one micro-batch; return whether it closed its window."""
@@ -262,6 +307,22 @@ class Trainer:
             "fp32"
         )
 
+    def _evaluate_or_stop(self, log: RunLog, signals: StopSignals) -> None:
+        """Evaluate. A signal ends it as if it had not begun: the resumed run does it instead."""
+        before = replace(self.counters)
+        try:
+            self.evaluate(log)
+        except StoppedError:
+            vars(self.counters).update(vars(before))
+            self._save_and_stop(log, signals)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the run was stopped in the evaluation that is due at its position."""
+        position = self.counters.micro_step
+        if not position or self.accumulator.pending or self.counters.evaluated_at == position:
+            return False
+        return self._every(self.config.eval_steps)
+
     def evaluate(self, log: RunLog) -> None:
         """Score the raw and the averaged weights; export the best. Training is left untouched."""
         config, counters = self.config, self.counters
@@ -324,30 +385,98 @@ class Trainer:
             )
 
     def save(self, log: RunLog, *, must: bool = False) -> Path | None:
-        """Write a checkpoint. One periodic failure is a warning; a second, or a last one, stops."""
+        """Save a checkpoint. One periodic failure is a warning; a second, or a last one, stops.
+
+        With ``async_save`` training waits for a copy of its state alone; the files are written in
+        the background, and ``finish_save`` hears of them. One save is in flight: this one waits for
+        the last. A save that ``must`` succeed is over when this returns its path.
+        """
+        self.finish_save(log, wait=True, give_up=not must)  # the buffers are in use until then
+        if must and self._saved is not None and self._saved[0] == self._state_number():
+            return self._saved[1]
+        state, tensors = self.capture()  # waits for the device
+        taken = Snapshot(self.counters.micro_step, state, tensors)
+        copied = self._copy(taken, log) if self.config.async_save and not must else None
+        warnings: list[str] = []
+        job = partial(self._write, copied or taken, warnings.append)
+        path = in_thread(job) if copied else at_once(job)
+        self._pending = PendingSave(path, self._state_number(), self._position(), warnings)
+        return None if copied else self.finish_save(log, wait=True, must=must)
+
+    def _copy(self, taken: Snapshot, log: RunLog) -> Snapshot | None:
+        """A copy that can be written while training goes on; None if there is no memory for it."""
         try:
-            state, tensors = self.capture()  # waits for the device
-            path = save_checkpoint(
-                self.run_dir.path,
-                self.counters.micro_step,
-                state,
-                tensors,
-                save_total_limit=self.config.save_total_limit,
-                report=log.warning,
+            if self._preparing is not None:
+                self._preparing.result()
+            return snapshot(*taken, self.buffers)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.buffers.clear()
+            log.warning(
+                f"no host memory for a copy of the state, got {one_line(error)}; training waits "
+                "until the checkpoint is written (async_save: false does so without trying)"
             )
+            return None
+
+    def _state_number(self) -> tuple[int, int]:
+        """Equal for equal states of one run: an evaluation changes the counters, too."""
+        return self.counters.micro_step, self.counters.evaluated_at
+
+    def prepare_saves(self) -> None:
+        """Begin to make room for copies of the state, once the optimizer has one, in a thread."""
+        _, tensors = self.capture()  # waits for the device
+        self._preparing = in_thread(partial(self.buffers.prepare, group_bytes(tensors)))
+
+    def _write(self, taken: Snapshot, warn: Callable[[str], None]) -> Path:
+        """Everything of a save that touches the disk, in this order; in the background, too."""
+        limit = self.config.save_total_limit
+        path = write(self.run_dir.path, taken, save_total_limit=limit, report=warn)
+        if self._superseded not in (None, path):
+            set_aside([self._superseded], warn)
+        self._superseded = None
+        self.run_dir.write_status("running", checkpoint=path.name)  # it is there
+        return path
+
+    def finish_save(
+        self, log: RunLog, *, wait: bool = False, must: bool = False, give_up: bool = True
+    ) -> Path | None:
+        """Log the save in flight if it is over, and return its path if it succeeded.
+
+        ``wait`` until it is over. A failure is a warning; it is raised if the save ``must``
+        succeed, or if the one before it has failed, too, and that is a reason to ``give_up``.
+        """
+        pending = self._pending
+        if pending is None or not (wait or pending.path.done()):
+            return None
+        self._pending = None
+        try:
+            path = pending.path.result()
         except CheckpointError as error:
             self._failed_saves += 1
-            if must or self._failed_saves > 1:
+            if must or (give_up and self._failed_saves > 1):
                 raise
             log.warning(f"{error}; training goes on until the next save")
             return None
+        finally:
+            for warning in pending.warnings:
+                log.warning(warning)
         self._failed_saves = 0
-        if self._superseded not in (None, path):
-            set_aside([self._superseded], log.warning)
-        self._superseded = None
-        log.saved(self._position() | {"path": path.name})
-        self.run_dir.write_status("running", checkpoint=path.name)
+        self._saved = pending.state, path
+        log.saved(pending.position | {"path": path.name})
         return path
+
+    @contextmanager
+    def _finishing_saves(self, log: RunLog) -> Iterator[None]:
+        """Within, whatever is raised waits for the save in flight: nothing is written after it."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.finish_save(log, wait=True, give_up=False)
+            except Exception as error:  # what ends the run is the first error
+                log.warning(f"the last save failed, too: {with_type(error)}")
+            raise
 
     # Checkpoints
 
@@ -396,8 +525,17 @@ class Trainer:
         last = self.counters.micro_step == self.run_length.micro_batches
         return bool(steps) and (last or self.counters.global_step % steps == 0)
 
-    def _epoch_ends(self) -> bool:
-        return self.counters.micro_step % self.run_length.batches_per_epoch == 0
+    def _saves_before_the_end(self) -> bool:
+        """Whether checkpoints are written in the background at all: the last one is not."""
+        several = self.run_length.batches_per_epoch < self.run_length.micro_batches
+        return self.config.async_save and (several or self.config.save_steps is not None)
+
+    def _save_is_due(self, closed: bool) -> bool:
+        """Whether it is time for a periodic save. At the end of the run another one follows."""
+        step, length = self.counters.micro_step, self.run_length
+        if not closed or step == length.micro_batches:
+            return False
+        return self._every(self.config.save_steps) or step % length.batches_per_epoch == 0
 
     def _position(self) -> dict[str, Any]:
         epoch, batch = self.run_length.position(self.counters.micro_step)

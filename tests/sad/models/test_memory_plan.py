@@ -530,3 +530,27 @@ def test_compute_dtype_agrees_with_the_trainers(folder: Path) -> None:
     for keys in (*choices, {"param_dtype": "bfloat16"}):
         config = config_for(folder, **keys)
         assert compute_dtype(config) == Precision(config).compute_dtype
+
+
+# Saving in the background
+
+SAVED = {"save_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("keys", "counted"),
+    [
+        (SAVED, True),
+        ({"num_train_epochs": 2}, True),
+        ({}, False),
+        ({"num_train_epochs": 2, "max_steps": 5}, False),
+        (SAVED | {"async_save": False}, False),
+    ],
+    ids=str,
+)
+def test_the_copy_that_is_saved_counts_where_there_is_one(
+    folder: Path, keys: dict[str, Any], counted: bool
+) -> None:
+    """Weights, two moments and the average, in fp32, and a buffer of a few bytes."""
+    found = sizes(plan(config_for(folder, **keys))).get("copy of the state, for saving", 0)
+    assert 0 <= found - (16 * PARAMETERS if counted else 0) < 100

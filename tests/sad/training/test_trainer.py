@@ -975,7 +975,8 @@ def test_features_can_be_switched_off_alone(
 def test_one_failed_save_warns_and_two_end_the_run(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(save_steps=1, num_train_epochs=3)
+    # At once: the disk of this test is that of a call. In the background: test_saves.py.
+    config = make_config(save_steps=1, num_train_epochs=3, async_save=False)
     trainer = make_trainer(config)
     working = files.OPERATIONS
     monkeypatch.setattr(RunDirectory, "export", lambda *_: None)
