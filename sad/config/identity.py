@@ -11,9 +11,53 @@ from typing import Any
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.config.sections import MAY_CHANGE_ON_RESUME
 from sad.config.values import section_types
-from sad.errors import UsageError
+from sad.errors import CheckpointError, UsageError
+from sad.expected import (
+    UnexpectedValueError,
+    integer,
+    mapping,
+    optional,
+    plain,
+    record,
+    shown,
+    text,
+)
 
 _ADD_SPECIAL = "data.add_special_tokens"
+
+
+_IDENTITY = record(
+    {
+        "config": plain,
+        "train_rows": text,
+        "eval_rows": text,
+        "tokenizer": text,
+        "world_size": integer(1),
+        "versions": mapping(text),
+    },
+    optional={
+        "teacher": optional(mapping(text)),
+        "train_rows_content": text,
+        "eval_rows_content": text,
+    },
+)
+"""What a checkpoint says of its run; those from before the last three keys lack them."""
+
+_COMPUTED_WITH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys of a saved configuration that are not only compared."""
+
+
+def _require_identity(saved: Any) -> None:
+    """Raise ``CheckpointError`` for an identity that no run has written."""
+    try:
+        _IDENTITY(saved, "identity")
+        mapping(plain)(saved["config"], "identity.config")
+        sizes = {k: saved["config"][k] for k in _COMPUTED_WITH if k in saved["config"]}
+        mapping(integer(1))(sizes, "identity.config")
+    except UnexpectedValueError as error:
+        raise CheckpointError(
+            f"the checkpoint's {error}; resume from another checkpoint, or begin a new run"
+        ) from error
 
 
 def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
@@ -23,6 +67,7 @@ def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
     ``old`` is the run's fingerprint in a checkpoint. Neither text nor models are needed, so this
     check comes before anything is loaded or written.
     """
+    _require_identity(old)
     _refuse(_config_changes(old, config), config)
 
 
@@ -55,7 +100,7 @@ def require_same_run(
 
 def _config_changes(old: dict[str, Any], config: DistillConfig) -> list[str]:
     return [
-        f"{key}: {before!r} -> {after!r}"
+        f"{key}: {shown(before)} -> {shown(after)}"
         for key, before, after in trajectory_changes(old["config"], config)
     ]
 

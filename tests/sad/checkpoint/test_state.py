@@ -432,7 +432,7 @@ def test_generators_of_devices_are_saved_and_missing_ones_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three devices when saving, two when loading."""
-    states = [torch.full((16,), i, dtype=torch.uint8) for i in range(3)]
+    states = [torch.full((16,), 4 * i, dtype=torch.uint8) for i in range(3)]
     restored: dict[int, Tensor] = {}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
