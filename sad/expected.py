@@ -52,7 +52,7 @@ def anything(value: Any, where: str) -> None:
     """Any value at all: nobody reads it."""
 
 
-def text(value: Any, where: str) -> None:
+def string(value: Any, where: str) -> None:
     if type(value) is not str:
         raise UnexpectedValueError(where, "be a string", value)
 
@@ -94,6 +94,17 @@ def optional(inner: Check) -> Check:
     def check(value: Any, where: str) -> None:
         if value is not None:
             inner(value, where)
+
+    return check
+
+
+def one_of(*choices: str) -> Check:
+    """One of these strings."""
+
+    def check(value: Any, where: str) -> None:
+        string(value, where)
+        if value not in choices:
+            raise UnexpectedValueError(where, f"be one of {', '.join(choices)}", value)
 
     return check
 
@@ -204,7 +215,7 @@ def alike(live: Any) -> Check:
         return integer()
     if isinstance(live, float):
         return number() if math.isfinite(live) else number(finite=False)
-    return text if isinstance(live, str) else _single
+    return string if isinstance(live, str) else _single
 
 
 def _single(value: Any, where: str) -> None:

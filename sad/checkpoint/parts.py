@@ -41,7 +41,16 @@ from sad.checkpoint.state import (
 )
 from sad.checkpoint.store import Checkpoint
 from sad.errors import CheckpointError, one_line
-from sad.expected import Check, UnexpectedValueError, alike, integer, number, sequence, shown, text
+from sad.expected import (
+    Check,
+    UnexpectedValueError,
+    alike,
+    integer,
+    number,
+    sequence,
+    shown,
+    string,
+)
 
 State = dict[str, Any]
 TensorGroups = dict[str, Mapping[str, Tensor]]
@@ -400,7 +409,7 @@ class FrozenWeights(Part):
         return PartState({self._key: self._digest})
 
     def check(self, saved: PartState, *, changed: bool) -> None:
-        text(saved.values[self._key], self._key)
+        string(saved.values[self._key], self._key)
         if saved.values[self._key] != self._digest:
             raise CheckpointError(
                 "the student must have the weights under its adapters that the run began with, got "

@@ -41,7 +41,7 @@ from sad.expected import (
     plain,
     record,
     sequence,
-    text,
+    string,
 )
 
 _LIVE_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -257,7 +257,7 @@ _OPTIONS: dict[str, Check] = {
 
 OPTIMIZER = record(
     {
-        "groups": every(record({"names": every(text), "options": mapping(anything)})),
+        "groups": every(record({"names": every(string), "options": mapping(anything)})),
         "values": mapping(mapping(anything)),
     }
 )

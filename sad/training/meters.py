@@ -14,7 +14,7 @@ from sad_kernels import DistillOutput
 from torch import Tensor, nn
 
 from sad.data.batch import Batch
-from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, text
+from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, string
 from sad.losses.base import LossTerms
 from sad.metrics import table_metrics
 from sad.optim.precision import UpdateResult
@@ -55,7 +55,7 @@ COUNTERS = record(
         "evaluated_at": integer(-1),
         "metrics": mapping(number(finite=False)),
     },
-    optional={"window_begins": integer(0), "best_metric": text},
+    optional={"window_begins": integer(0), "best_metric": string},
 )
 """What a checkpoint may say of ``Counters``; those before the last two keys lack them."""
 

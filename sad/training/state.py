@@ -152,7 +152,11 @@ def _scheduler(trainer: Trainer) -> Check:
 
     def check(state: Any, where: str) -> None:
         own = trainer.scheduler.state_dict()
-        keys = {key: alike(value) for key, value in own.items()}
+        ours = trainer.builds_scheduler
+        keys = {
+            key: equal(value) if ours and isinstance(value, bool) else alike(value)
+            for key, value in own.items()
+        }
         for key in ("last_epoch", "_step_count"):
             if key in own:
                 keys[key] = integer(0)
