@@ -282,11 +282,10 @@ def _check_state(
         own = Form(parameter.dtype, tuple(parameter.shape))
         choices = (own, own._replace(dtype=torch.float32), Form(torch.float32, ()))
         forms = dict.fromkeys(paths, choices)
-    elif "step" in forms:
-        _require_same_names(forms, [*paths, *values], where)
-    else:  # counted by a plain value
-        _require_same_names([*forms, "step"], [*paths, *values], where)
+    else:
+        counted = () if "step" in forms else ("step",)  # by a tensor, or by a plain value
         _require_same_names(forms, paths, where)
+        _require_same_names(counted, values, f"plain {where}")
     for key, path in paths.items():
         _require_form(saved, path, forms[key], f"{where}, {key},")
         if key == "step" and not form_of(saved, path).shape:

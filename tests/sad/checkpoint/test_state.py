@@ -356,7 +356,7 @@ def test_another_optimizer_is_refused_and_nothing_changes() -> None:
             "count its steps, got nan",
         ),
         (lambda s, t: t.update({"turned/step": torch.zeros(3)}), r"got torch.float32 \(3,\)"),
-        (lambda s, t: s["values"].update(turned={"exp_avg": 1}), "turned"),
+        (lambda s, t: s["values"].update(turned={"exp_avg": 1}), "0 missing and 1 unexpected"),
         (lambda s, t: s["groups"][0]["options"].update(lr=-1.0), r"options.lr must be a finite"),
         (lambda s, t: s["groups"][0]["options"].update(lr=[]), "options.lr must be .* a list of 0"),
         (lambda s, t: s["groups"][0]["options"].update(betas=[0.9]), "betas must be a list of 2"),
