@@ -3,9 +3,12 @@
 Everything goes by name and comes back *in place*: an optimizer keeps pointing at the parameters it
 was built with. (A module that is replaced after its optimizer was built trains nothing.)
 
-The tensors returned are the live ones, not copies: write them before training goes on. Functions
-that load check names, shapes and dtypes before they change anything, and raise ``CheckpointError``
-for a checkpoint of another run.
+The tensors returned are the live ones, not copies: write them before training goes on.
+
+For every function that loads there is one that checks: names, shapes, dtypes, types and ranges of
+all that would be taken over. It raises ``CheckpointError`` for the state of another run, changes
+nothing and reads no tensor but single numbers. Whoever loads runs it first, so that a state is
+taken over as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,15 +16,33 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from sad.errors import CheckpointError
+from sad.expected import (
+    Check,
+    UnexpectedValueError,
+    alike,
+    anything,
+    equal,
+    every,
+    integer,
+    mapping,
+    number,
+    optional,
+    plain,
+    record,
+    sequence,
+    string,
+)
 
 _LIVE_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 """Entries of an optimizer's group that are no state: how *this* process computes the update."""
@@ -30,6 +51,42 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a number -> the integers of its width."""
 
 _REMEDY = "resume with the models and the configuration the run began with"
+
+
+class Form(NamedTuple):
+    """What can be known of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+@runtime_checkable
+class UnreadTensors(Protocol):
+    """Tensors by name whose forms are known before they are read."""
+
+    def form(self, name: str) -> Form: ...
+
+
+def form_of(tensors: Mapping[str, Tensor], name: str) -> Form:
+    """The form of a tensor, which is not read if it lies in a file."""
+    if isinstance(tensors, UnreadTensors):
+        dtype, shape = tensors.form(name)
+        return Form(dtype, tuple(shape))
+    return Form(tensors[name].dtype, tuple(tensors[name].shape))
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Turn a value that a check refuses into the error of the checkpoint that holds it."""
+    try:
+        yield
+    except UnexpectedValueError as error:
+        raise CheckpointError(
+            f"the checkpoint's {error}; resume from another checkpoint, or begin a new run"
+        ) from error
 
 
 # Modules, or any named tensors
@@ -70,11 +127,21 @@ def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def load_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """Copy ``saved`` into ``live``, name by name. ``what`` names the tensors in errors."""
-    _require_same_names(live, saved, f"{what} tensors")
-    for name, tensor in live.items():
-        _require_alike(tensor, saved[name], f"{what} tensor {name!r}")
+    check_tensors(live, saved, what)
     for name, tensor in live.items():
         tensor.copy_(saved[name])
+
+
+def check_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Check for ``load_tensors``: the same names, each with the same shape and dtype."""
+    _require_same_names(live, saved, f"{what} tensors")
+    for name in live:
+        _require_form(saved, name, form_of(live, name), f"{what} tensor {name!r}")
+
+
+def tensors_like(live: Mapping[str, Tensor]) -> Check:
+    """``check_tensors`` as one of the checks of ``sad.expected``."""
+    return lambda saved, where: check_tensors(live, saved, where)
 
 
 # Optimizers
@@ -123,13 +190,9 @@ def load_optimizer(
     ``Optimizer.load_state_dict`` would cast the state to the parameter's dtype, and so round fp32
     moments of bf16 parameters. Here every tensor keeps its dtype.
     """
-    _require_same_groups(optimizer, parameters, state["groups"])
+    check_optimizer(optimizer, parameters, state, saved)
     # Names alone: each tensor is read when it is copied, and only then in memory.
-    paths: dict[str, list[str]] = {name: [] for name in state["values"]}
-    for path in saved:
-        paths.setdefault(path.rpartition("/")[0], []).append(path)
-    _require_known(paths, parameters, "optimizer state")
-
+    paths = _paths_by_parameter(saved)
     names = _parameter_names(optimizer, parameters)
     # All checks are done; from here on the optimizer changes.
     optimizer.state.clear()
@@ -139,14 +202,143 @@ def load_optimizer(
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         for parameter in group["params"]:
             name = names[id(parameter)]
-            if name not in paths:
+            if name not in paths and name not in state["values"]:
                 continue
             # Plain values and tensors of one parameter belong together again.
             optimizer.state[parameter] = dict(state["values"].get(name, {}))
-            for path in paths[name]:
-                key = path.rpartition("/")[2]
+            for key, path in paths.get(name, {}).items():
                 value = _state_value(parameter, key, saved[path], group)
                 optimizer.state[parameter][key] = value
+
+
+def check_optimizer(
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Check for ``load_optimizer``.
+
+    A kernel goes through moments by the size of their parameter, whatever size they have: one of
+    another shape would be memory of somebody else.
+    """
+    with checkpoint_errors():
+        OPTIMIZER(state, "optimizer")
+    _require_same_groups(optimizer, parameters, state["groups"])
+    with checkpoint_errors():
+        for i, (group, saved_group) in enumerate(
+            zip(optimizer.param_groups, state["groups"], strict=True)
+        ):
+            for key, value in saved_group["options"].items():
+                check = _OPTIONS.get(key) or (alike(group[key]) if key in group else plain)
+                check(value, f"optimizer.groups[{i}].options.{key}")
+    values, paths = state["values"], _paths_by_parameter(saved)
+    _require_known((*values, *paths), parameters, "optimizer state")
+    names = _parameter_names(optimizer, parameters)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            if name in values or name in paths:
+                of_one = values.get(name, {}), paths.get(name, {}), saved
+                where = f"optimizer state of {name!r}"
+                _check_state(optimizer, parameter, group, *of_one, where)
+
+
+_UNIT = number(0.0, 1.0)
+
+_OPTIONS: dict[str, Check] = {
+    "lr": number(0.0),
+    "initial_lr": number(0.0),
+    "eps": number(0.0),
+    "weight_decay": number(0.0),
+    "betas": sequence(_UNIT, _UNIT),
+}
+"""Options of an optimizer's group that have limits."""
+
+OPTIMIZER = record(
+    {
+        "groups": every(record({"names": every(string), "options": mapping(anything)})),
+        "values": mapping(mapping(anything)),
+    }
+)
+"""What the plain values of an optimizer are made of."""
+
+
+def _check_state(
+    optimizer: Optimizer,
+    parameter: Tensor,
+    group: dict[str, Any],
+    values: Mapping[str, Any],
+    paths: Mapping[str, str],
+    saved: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    """Check the state of one parameter: ``values``, and the tensors ``saved[paths[key]]``."""
+    with checkpoint_errors():
+        for key, value in values.items():
+            (integer(0, 2**53) if key == "step" else _SINGLE)(value, f"{where}, {key},")
+    forms = _state_forms(optimizer, parameter, group)
+    if forms is None:  # of an optimizer that is not known here
+        own = Form(parameter.dtype, tuple(parameter.shape))
+        choices = (own, own._replace(dtype=torch.float32), Form(torch.float32, ()))
+        forms = dict.fromkeys(paths, choices)
+    else:
+        counted = () if "step" in forms else ("step",)  # by a tensor, or by a plain value
+        _require_same_names(forms, paths, where)
+        _require_same_names(counted, values, f"plain {where}")
+    for key, path in paths.items():
+        _require_form(saved, path, forms[key], f"{where}, {key},")
+        if key == "step" and not form_of(saved, path).shape:
+            _check_count(saved[path], where)
+
+
+_SINGLE = alike(None)
+
+
+def _check_count(step: Tensor, where: str) -> None:
+    value = float(step)
+    if not (0 <= value <= 2**53 and value.is_integer()):
+        raise CheckpointError(
+            f"the checkpoint's {where} must count its steps, got {value}; resume from another "
+            "checkpoint"
+        )
+
+
+def _state_forms(
+    optimizer: Optimizer, parameter: Tensor, group: dict[str, Any]
+) -> dict[str, Form | tuple[Form, ...]] | None:
+    """State tensor -> the forms that it may have; None for an optimizer that is not known here."""
+    shape = tuple(parameter.shape)
+    own, wide, scalar = (
+        Form(parameter.dtype, shape),
+        Form(torch.float32, shape),
+        Form(torch.float32, ()),
+    )
+    if isinstance(optimizer, Adam):  # as is torch's AdamW
+        # Fused kernels take moments of the parameter's dtype alone.
+        moment = own if group.get("fused") else (own, wide)
+        keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        step = scalar if group.get("fused") else (scalar, Form(torch.float64, ()))
+        return {"step": step} | dict.fromkeys(keys, moment)
+    if type(optimizer).__name__ == "AdamW8bit":  # of bitsandbytes, which need not be installed
+        if parameter.numel() < cast(Any, optimizer).args.min_8bit_size:
+            return {"state1": wide, "state2": wide}
+        states: dict[str, Form | tuple[Form, ...]] = {}
+        for i in "12":
+            states[f"state{i}"] = Form(torch.uint8, shape)
+            states[f"qmap{i}"] = Form(torch.float32, (256,))
+            states[f"absmax{i}"] = Form(torch.float32, (-(-parameter.numel() // 256),))
+        return states
+    return None
+
+
+def _paths_by_parameter(saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Parameter name -> state key -> the name of that tensor in ``saved``."""
+    paths: dict[str, dict[str, str]] = {}
+    for path in saved:
+        name, _, key = path.rpartition("/")
+        paths.setdefault(name, {})[key] = path
+    return paths
 
 
 def _parameter_names(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[int, str]:
@@ -201,12 +393,18 @@ def gradient_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Restore every ``.grad``; that of a parameter that ``saved`` does not name becomes None."""
-    _require_known(saved, parameters, "gradient")
-    for name, gradient in saved.items():
-        if gradient.shape != parameters[name].shape:
-            raise _mismatch(f"gradient {name!r}", parameters[name], gradient)
+    check_gradients(parameters, saved)
     for name, parameter in parameters.items():
         parameter.grad = _copy_like(parameter, saved[name]) if name in saved else None
+
+
+def check_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Check for ``load_gradients``: of this run's parameters, in the form that autograd adds to."""
+    _require_known(saved, parameters, "gradient")
+    for name in saved:
+        parameter = parameters[name]
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        _require_form(saved, name, Form(dtype, tuple(parameter.shape)), f"gradient {name!r}")
 
 
 # Random numbers
@@ -233,6 +431,7 @@ def load_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]
     Returns the names of saved generators whose device this machine lacks: if there are any, random
     draws on devices do not continue where they stopped.
     """
+    check_rng(state, saved)
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     key = saved["numpy"].numpy().astype(np.uint32)
@@ -247,6 +446,63 @@ def load_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]
         elif kind == "cuda":
             missing.append(name)
     return missing
+
+
+def check_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+    """Check for ``load_rng``: each state is one that its generator can be in."""
+    with checkpoint_errors():
+        _RNG(state, "rng")
+    required = {"torch", "numpy"}
+    devices = [name for name in saved if _CUDA.fullmatch(name)]
+    _require_same_names([*required, *devices], saved, "rng tensors")
+    _require_form(saved, "numpy", Form(torch.int64, (_WORDS,)), "rng tensor 'numpy'")
+    low, high = (int(bound) for bound in saved["numpy"].aminmax())
+    if low < 0 or high >= 2**32:
+        raise _impossible("numpy", f"words from {low} to {high}")
+    check_generator(saved, "torch", "rng tensor 'torch'")
+    for name in devices:
+        _require_form(saved, name, Form(torch.uint8, (16,)), f"rng tensor {name!r}")
+        offset = int(saved[name].view(torch.int64)[1])  # of Philox, beside its seed
+        if offset < 0 or offset % 4:
+            raise _impossible(name, f"an offset of {offset}")
+
+
+def check_generator(saved: Mapping[str, Tensor], name: str, what: str) -> None:
+    """Check that a generator of the CPU can be in the state ``saved[name]``."""
+    generator = torch.Generator()  # a fresh one, on which the state is tried
+    _require_form(saved, name, form_of({name: generator.get_state()}, name), what)
+    try:
+        generator.set_state(saved[name].clone())
+    except RuntimeError as error:
+        raise _impossible(name, "bytes that torch refuses") from error
+
+
+def _impossible(name: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's rng tensor {name!r} must be a state of its generator, got {found}; "
+        "resume from another checkpoint"
+    )
+
+
+_WORDS = 624
+"""Words of the Mersenne Twister's state, which Python, numpy and torch share."""
+
+_CUDA = re.compile(r"cuda\.\d{1,4}")
+
+_RNG = record(
+    {
+        "python": record(
+            {
+                "version": equal(3),
+                "words": sequence(*[integer(0, 2**32 - 1)] * _WORDS, integer(0, _WORDS)),
+                "gauss": optional(number()),
+            }
+        ),
+        "numpy": record(
+            {"position": integer(0, _WORDS), "has_gauss": integer(0, 1), "cached": number()}
+        ),
+    }
+)
 
 
 # Shared by the above
@@ -283,13 +539,15 @@ def _require_known(saved: Iterable[str], live: Mapping[str, Tensor], what: str) 
             )
 
 
-def _require_alike(live: Tensor, saved: Tensor, what: str) -> None:
-    if live.shape != saved.shape or live.dtype != saved.dtype:
-        raise _mismatch(what, live, saved)
+def _require_form(
+    saved: Mapping[str, Tensor], name: str, expected: Form | tuple[Form, ...], what: str
+) -> None:
+    """Raise ``CheckpointError`` unless ``saved[name]`` has one of the expected forms."""
+    choices = (expected,) if isinstance(expected, Form) else expected
+    found = form_of(saved, name)
+    if found not in choices:
+        raise _mismatch_of(what, str(choices[0]), found)
 
 
-def _mismatch(what: str, live: Tensor, saved: Tensor) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint's {what} must be {live.dtype} {tuple(live.shape)}, got {saved.dtype} "
-        f"{tuple(saved.shape)}; {_REMEDY}"
-    )
+def _mismatch_of(what: str, expected: str, found: Form) -> CheckpointError:
+    return CheckpointError(f"the checkpoint's {what} must be {expected}, got {found}; {_REMEDY}")

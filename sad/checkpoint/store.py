@@ -549,6 +549,11 @@ class FileTensors(Mapping[str, Tensor]):
         content = self._read(self._start + begin, end - begin)
         return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
+    def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of a tensor, which is not read for that."""
+        entry = self._header[name]
+        return _DTYPES[entry["dtype"]], tuple(entry["shape"])
+
     def __contains__(self, name: object) -> bool:
         return name in self._header
 
@@ -571,9 +576,14 @@ class FileTensors(Mapping[str, Tensor]):
 
 def _read_tensors(path: Path) -> FileTensors:
     try:
-        return FileTensors(path)
+        tensors = FileTensors(path)
+        for name in tensors:
+            tensors.form(name)
     except SafetensorError as error:
         raise _unusable(path, "hold tensors in the safetensors format", str(error)) from error
+    except KeyError as error:
+        raise _unusable(path, f"hold tensors of {', '.join(_DTYPES)}", str(error)) from error
+    return tensors
 
 
 def _verify_hash(path: Path, expected: str) -> None:

@@ -11,9 +11,54 @@ from typing import Any
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.config.sections import MAY_CHANGE_ON_RESUME
 from sad.config.values import leaf_types, section_types
-from sad.errors import UsageError
+from sad.errors import CheckpointError, UsageError
+from sad.expected import (
+    UnexpectedValueError,
+    integer,
+    mapping,
+    optional,
+    plain,
+    record,
+    shortened,
+    shown,
+    string,
+)
 
 _ADD_SPECIAL = "data.add_special_tokens"
+
+
+_IDENTITY = record(
+    {
+        "config": plain,
+        "train_rows": string,
+        "eval_rows": string,
+        "tokenizer": string,
+        "world_size": integer(1),
+        "versions": mapping(string),
+    },
+    optional={
+        "teacher": optional(mapping(string)),
+        "train_rows_content": string,
+        "eval_rows_content": string,
+    },
+)
+"""What a checkpoint says of its run; those from before the last three keys lack them."""
+
+_COMPUTED_WITH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys of a saved configuration that are not only compared."""
+
+
+def _require_identity(saved: Any) -> None:
+    """Raise ``CheckpointError`` for an identity that no run has written."""
+    try:
+        _IDENTITY(saved, "identity")
+        mapping(plain)(saved["config"], "identity.config")
+        sizes = {k: saved["config"][k] for k in _COMPUTED_WITH if k in saved["config"]}
+        mapping(integer(1))(sizes, "identity.config")
+    except UnexpectedValueError as error:
+        raise CheckpointError(
+            f"the checkpoint's {error}; resume from another checkpoint, or begin a new run"
+        ) from error
 
 
 def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
@@ -23,6 +68,7 @@ def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
     ``old`` is the run's fingerprint in a checkpoint. Neither text nor models are needed, so this
     check comes before anything is loaded or written.
     """
+    _require_identity(old)
     _refuse(_config_changes(old, config), config)
 
 
@@ -32,30 +78,59 @@ def require_same_run(
     """Raise ``UsageError`` unless the fingerprints agree; return whether changes were allowed.
 
     ``old`` is the fingerprint in the checkpoint, ``new`` that of the present run. Configuration
-    keys that decide the trajectory, the packed rows and the tokenizer must be equal, unless
-    ``allow_config_change``. Versions of libraries may differ, with a warning.
+    keys that decide the trajectory, packed rows, tokenizer and the weights of the teacher must be
+    equal, unless ``allow_config_change``. Versions of libraries may differ, with a warning, and so
+    may what the checkpoint is too old to tell.
     """
     # Runs from before the key packed texts without the BOS that many tokenizers put before them.
     hint = ""
     if _ADD_SPECIAL not in flatten(old["config"]) and config.data.add_special_tokens:
         hint = f" (if the tokenizer adds a BOS, --{_ADD_SPECIAL} false restores it)"
     changes = _config_changes(old, config) + [
-        f"{key}: {old[key][:12]} -> {new[key][:12]}{hint if key == 'train_rows' else ''}"
+        f"{key}: {shortened(old[key][:12])} -> {new[key][:12]}{hint if key == 'train_rows' else ''}"
         for key in ("train_rows", "eval_rows", "tokenizer")
         if old[key] != new[key]
     ]
+    changes += _changed_content(old, new)
     _refuse(changes, config)
     if changes:
         warn(f"resuming with changes: {'; '.join(changes)}")
     if old["versions"] != new["versions"]:
         differing = [k for k, v in new["versions"].items() if old["versions"].get(k) != v]
         warn(f"the run began with other versions of {', '.join(differing)}: not bit for bit")
+    untold = [words for key, words in _CONTENT.items() if key in new and key not in old]
+    if untold:
+        warn(f"the run began before checkpoints told {' and '.join(untold)}: not compared")
     return bool(changes)
+
+
+_CONTENT = {
+    "teacher": "a teacher's weights from others of that name",
+    "train_rows_content": "packed rows from others of the same text",
+}
+"""Entries that older checkpoints lack, and what they tell."""
+
+
+def _changed_content(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Files of the teacher, and packed rows, that are not those the run began with."""
+    changes = []
+    before, now = old.get("teacher"), new.get("teacher")
+    if before is not None and now is not None and before != now:
+        names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+        name, more = names[0], f" and {len(names) - 1} more" if len(names) > 1 else ""
+        values = [shortened(files.get(name, "absent")) for files in (before, now)]
+        changes.append(f"the teacher's {shortened(name)}: {values[0]} -> {values[1]}{more}")
+    for side in ("train_rows", "eval_rows"):
+        was, is_now = old.get(f"{side}_content"), new.get(f"{side}_content")
+        # Rows of another text are named by what they were made from.
+        if was is not None and was != is_now and old[side] == new[side]:
+            changes.append(f"content of {side}: {shortened(was[:12])} -> {(is_now or '')[:12]}")
+    return changes
 
 
 def _config_changes(old: dict[str, Any], config: DistillConfig) -> list[str]:
     return [
-        f"{key}: {before!r} -> {after!r}"
+        f"{key}: {shown(before)} -> {shown(after)}"
         for key, before, after in trajectory_changes(old["config"], config)
     ]
 

@@ -47,6 +47,7 @@ from sad.data.tokenizers import (
 )
 from sad.environment import stop_if_requested
 from sad.errors import UnfitError
+from sad.expected import boolean, every, integer, mapping, one_of, record, string
 
 FORMAT = 1
 """Part of the fingerprint, so that rows packed by other rules are never read."""
@@ -190,19 +191,46 @@ def _remedy(counts: Mapping[str, int], config: DataConfig) -> str:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of packed rows on disk; every byte of every file is checked against its hash.
+    """The index of packed rows on disk.
 
-    Raises ``ValueError``, ``KeyError`` or ``OSError`` if anything is not as ``write_rows`` left it.
+    Raises ``ValueError``, ``KeyError`` or ``OSError`` if it is not as ``write_rows`` left it.
     """
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{INDEX} is nested too deeply") from error
     if not isinstance(index, dict):
         raise ValueError(f"{INDEX} is not a JSON object")
     if index.pop("digest") != _digest(**index):
         raise ValueError(f"{INDEX} does not match its digest")
-    for name, expected in index["files"].items():
-        if _file_digest(folder / name) != expected:
-            raise ValueError(f"{name} does not match its digest")
+    _INDEX(index, INDEX)
     return index
+
+
+_INDEX = record(
+    {
+        "fingerprint": string,
+        "max_length": integer(1),
+        "packing": boolean,
+        "token_dtype": one_of("<u2", "<i4"),
+        "max_token_id": integer(0),
+        "files": mapping(string),
+    },
+    optional={"end_tokens": every(integer(0)), "counts": mapping(integer(0))},
+)
+
+
+def read_array(folder: Path, name: str, index: dict[str, Any]) -> np.ndarray:
+    """A file of int64; none if these rows have no such file.
+
+    Its bytes are read once, and checked against their hash: raises like ``read_index``.
+    """
+    if name not in index["files"]:
+        return np.zeros(0, dtype="<i8")
+    content = (folder / name).read_bytes()
+    if hashlib.blake2b(content, digest_size=16).hexdigest() != index["files"][name]:
+        raise ValueError(f"{name} does not match its digest")
+    return np.frombuffer(content, dtype="<i8")
 
 
 def _digest(**fields: Any) -> str:
@@ -244,14 +272,19 @@ def cut_rows(breaks: np.ndarray, num_tokens: int, max_length: int) -> tuple[np.n
 
 def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """UTF-8 bytes of each row's targets, int64 [rows]."""
-    sizes = np.memmap(token_bytes, dtype="<u4", mode="r")
+    with token_bytes.open("rb") as file:
 
-    def sums() -> Iterator[int]:
-        for start, length in zip(starts, lengths, strict=True):
+        def total(start: int, length: int) -> int:
             stop_if_requested(PACKING)
-            yield int(sizes[start + 1 : start + length + 1].sum(dtype=np.int64))
+            file.seek((start + 1) * 4)
+            sizes = np.frombuffer(file.read(length * 4), dtype="<u4")
+            if len(sizes) != length:
+                raise OSError(f"{token_bytes} was cut while it was read")
+            return int(sizes.sum(dtype=np.int64))
 
-    return np.fromiter(sums(), dtype="<i8", count=len(starts))
+        spans = zip(starts.tolist(), lengths.tolist(), strict=True)
+        sums = (total(start, length) for start, length in spans)
+        return np.fromiter(sums, dtype="<i8", count=len(starts))
 
 
 # Tokenizing

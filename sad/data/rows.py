@@ -8,6 +8,7 @@ the seed and the epoch's number.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import secrets
@@ -36,6 +37,7 @@ from sad.data.packing import (
     TOKENS,
     cut_rows,
     fingerprint_rows,
+    read_array,
     read_index,
     row_breaks,
     write_rows,
@@ -43,6 +45,7 @@ from sad.data.packing import (
 from sad.data.parallel import usable_cores
 from sad.data.split import DocumentSet, split_documents
 from sad.data.stream import describe_counts
+from sad.data.token_file import TokenFile
 from sad.errors import OutputError, UnfitError
 
 _WEEK = 7 * 24 * 3600.0
@@ -51,11 +54,13 @@ logger = logging.getLogger(__name__)
 
 
 class PackedRows:
-    """Packed rows in a folder of the cache; the token stream is memory-mapped.
+    """Packed rows in a folder of the cache; tokens are read from the disk when they are needed.
 
     ``num_targets``, ``num_segments``, ``num_sequences`` and ``target_bytes`` are int64 arrays with
     one entry per row; ``longest_segment`` is the largest number of positions that a document has in
     a row. The caller checks ``max_token_id`` against the model's embedding.
+
+    ``content`` is a hash of all their files: that of ``fingerprint`` says what they were made from.
 
     Raises ``ValueError``, ``KeyError`` or ``OSError`` if the folder is not as it was written.
     """
@@ -65,12 +70,14 @@ class PackedRows:
         self.fingerprint: str = index["fingerprint"]
         self.max_length: int = index["max_length"]
         self.max_token_id: int = index["max_token_id"]
-        self.target_bytes = np.fromfile(folder / TARGET_BYTES, dtype="<i8")
-        self._tokens = np.memmap(folder / TOKENS, dtype=index["token_dtype"], mode="r")
-        self._documents = np.fromfile(folder / DOCUMENTS, dtype="<i8")  # where each begins
+        files = json.dumps(index["files"], sort_keys=True).encode()
+        self.content = hashlib.blake2b(files, digest_size=16).hexdigest()
+        self.target_bytes = read_array(folder, TARGET_BYTES, index)
+        self._tokens = TokenFile(folder / TOKENS, index["token_dtype"], index["files"][TOKENS])
+        self._documents = read_array(folder, DOCUMENTS, index)  # where each begins
         self._ends = np.append(self._documents[1:], len(self._tokens))
-        self._context = _read_array(folder, CONTEXT, index)  # spans: begin, end, begin, end ...
-        row_starts = _read_array(folder, ROW_STARTS, index)
+        self._context = read_array(folder, CONTEXT, index)  # spans: begin, end, begin, end ...
+        row_starts = read_array(folder, ROW_STARTS, index)
         breaks = row_breaks(
             self._documents, row_starts if len(row_starts) else None, packing=index["packing"]
         )
@@ -132,7 +139,10 @@ class PackedRows:
         )
 
     def batch(self, row_numbers: Sequence[int] | np.ndarray) -> Batch:
-        """A batch of the rows ``row_numbers``, in that order."""
+        """A batch of the rows ``row_numbers``, in that order.
+
+        Raises ``UnfitError`` if their file is no longer what it was when the rows were opened.
+        """
         rows = np.asarray(row_numbers, dtype=np.int64)
         start = self._starts[rows][:, None]  # [B, 1]
         length = self._lengths[rows][:, None]  # [B, 1]
@@ -142,10 +152,11 @@ class PackedRows:
         at = start + np.minimum(column, length - 1)  # [B, L], positions in the stream
         document = np.searchsorted(self._documents, at, side="right") - 1
         has_target = (column < length) & (at + 1 < self._ends[document]) & self._learned(at + 1)
-        labels = np.where(has_target, self._tokens[at + 1].astype(np.int64), IGNORE_INDEX)
+        inputs, targets = self._tokens[np.stack([at, at + 1])].astype(np.int64)
+        labels = np.where(has_target, targets, IGNORE_INDEX)
         positions = column - (np.maximum(self._documents[document], start) - start)
         return Batch(
-            input_ids=torch.from_numpy(self._tokens[at].astype(np.int64)),
+            input_ids=torch.from_numpy(inputs),
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(positions),
             lengths=torch.from_numpy(self._lengths[rows].astype(np.int64)),
@@ -176,13 +187,6 @@ class _Spans(NamedTuple):
         return total[number] - beyond
 
 
-def _read_array(folder: Path, name: str, index: dict[str, Any]) -> np.ndarray:
-    """A file of int64 that only some rows have."""
-    if name not in index["files"]:
-        return np.zeros(0, dtype="<i8")
-    return np.fromfile(folder / name, dtype="<i8")
-
-
 def epoch_permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """The order of the rows in an epoch, int64 [num_rows]; a pure function of its arguments.
 
@@ -204,7 +208,7 @@ def load_rows(
     config: DistillConfig, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PackedRows, PackedRows]:
     """Training rows and held-out rows; raises like ``split_documents`` and ``pack_documents``."""
-    cache = _cache_directory(config.data.cache_dir)
+    cache = cache_directory(config.data.cache_dir)
     sides = split_documents(config.data)
     _require_use(config.data, sides)
     train, held_out = (
@@ -304,7 +308,8 @@ def _foresee(
 # The cache
 
 
-def _cache_directory(configured: str | None) -> Path:
+def cache_directory(configured: str | None) -> Path:
+    """The folder of packed rows: ``data.cache_dir``, or one under the user's cache."""
     path = configured or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sad")
     try:
         return Path(path).expanduser()

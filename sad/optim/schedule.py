@@ -277,11 +277,16 @@ def move_scheduler(scheduler: LambdaLR, steps: int) -> None:
     """Put a scheduler of ``build_scheduler`` where it is after ``steps`` steps."""
     scheduler.last_epoch = steps
     scheduler._step_count = steps + 1
-    for group, peak, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = peak * factor(steps)
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    rates = scheduled_rates(scheduler, steps)
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def scheduled_rates(scheduler: LambdaLR, steps: int) -> list[float]:
+    """The learning rate of each group after ``steps`` steps."""
+    peaks = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    return [peak * factor(steps) for peak, factor in peaks]
 
 
 def check_foreign_scheduler(

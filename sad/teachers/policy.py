@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
 
+from sad.checkpoint.state import check_generator, tensors_like
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
+from sad.expected import Check, anything, record
 from sad.losses.base import LossTerm, LossTerms
 from sad.losses.capture import Capture
 from sad.models.experts import all_experts, require_callable, require_moe
@@ -74,6 +76,25 @@ class TeacherPolicy:
     def state_dict(self) -> dict[str, Any]:
         """Plain values, and named ``tensors``."""
         return {"tensors": {}}
+
+    def check_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        """Raise ``CheckpointError`` or ``UnexpectedValueError`` unless this is a state of this
+        policy; nothing changes."""
+        record({"tensors": tensors_like({})})(state, where)
+
+    @property
+    def checks(self) -> tuple[Check, Check]:
+        """What a state must be: one of this policy, and where it may be one of another."""
+
+        def other(state: Mapping[str, Any], where: str) -> None:
+            if self.is_own(state):
+                self.check_state_dict(state, where)
+
+        return self.check_state_dict, other
+
+    def is_own(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state is one of this policy, not of another one."""
+        return False
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there, bit for bit.
@@ -134,8 +155,15 @@ class StudentAwarePolicy(TeacherPolicy):
     def state_dict(self) -> dict[str, Any]:
         return self.router.state_dict()
 
+    def check_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        record({"optimizer": anything, "tensors": anything})(state, where)
+        self.router.check_state_dict(state)
+
+    def is_own(self, state: Mapping[str, Any]) -> bool:
+        return "optimizer" in state
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "optimizer" in state:
+        if self.is_own(state):
             self.router.load_state_dict(state)
 
 
@@ -160,8 +188,16 @@ class AugmentedPolicy(TeacherPolicy):
     def state_dict(self) -> dict[str, Any]:
         return {"tensors": {"generator": self.generator.get_state()}}
 
+    def check_state_dict(self, state: Mapping[str, Any], where: str) -> None:
+        live = {"generator": self.generator.get_state()}
+        record({"tensors": tensors_like(live)})(state, where)
+        check_generator(state["tensors"], "generator", f"{where} tensor 'generator'")
+
+    def is_own(self, state: Mapping[str, Any]) -> bool:
+        return "generator" in state["tensors"]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "generator" in state["tensors"]:
+        if self.is_own(state):
             self.generator.set_state(state["tensors"]["generator"].clone())
 
 

@@ -30,9 +30,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sad.checkpoint.state import load_optimizer, load_tensors, optimizer_state
+from sad.checkpoint.state import (
+    Form,
+    check_optimizer,
+    check_tensors,
+    checkpoint_errors,
+    form_of,
+    load_optimizer,
+    load_tensors,
+    optimizer_state,
+)
 from sad.data.batch import Batch, LossCounts
-from sad.errors import UsageError
+from sad.errors import CheckpointError, UsageError
+from sad.expected import alike
 from sad.losses._rows import upcast
 from sad.losses.layout import layout_of
 from sad.losses.router import gate_variation, gates
@@ -177,18 +187,36 @@ class StudentAwareRouter:
         tensors |= {f"{_MOMENT}{name}": tensor for name, tensor in moments.items()}
         return {"optimizer": values, "tensors": tensors}
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ``CheckpointError`` unless ``load_state_dict`` can take this; nothing changes."""
+        tensors: Mapping[str, Tensor] = state["tensors"]
+        masters, moments = _WithPrefix(_GATE, tensors), _WithPrefix(_MOMENT, tensors)
+        check_tensors(self._masters.tensors, masters, "gate")
+        check_optimizer(self.optimizer, self._masters.tensors, state["optimizer"], moments)
+        own, _ = optimizer_state(self.optimizer, self._masters.tensors)
+        expected = [group["options"] for group in own["groups"]]
+        options = [group["options"] for group in state["optimizer"]["groups"]]
+        with checkpoint_errors():
+            alike(expected)(options, "gate optimizer options")
+        for name in tensors:
+            if not name.startswith((_GATE, _MOMENT)):
+                raise CheckpointError(
+                    f"the checkpoint's tensors of the teacher's gates must be weights and moments, "
+                    f"got {name!r}; resume from another checkpoint"
+                )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``, bit for bit; every tensor is filled in place.
 
         Raises ``CheckpointError`` for the state of another teacher.
         """
         tensors: Mapping[str, Tensor] = state["tensors"]
-        load_tensors(self._masters.tensors, _without_prefix(_GATE, tensors), "gate")
+        load_tensors(self._masters.tensors, _WithPrefix(_GATE, tensors), "gate")
         load_optimizer(
             self.optimizer,
             self._masters.tensors,
             state["optimizer"],
-            _without_prefix(_MOMENT, tensors),
+            _WithPrefix(_MOMENT, tensors),
         )
         self._masters.publish()
 
@@ -234,8 +262,25 @@ def augmented(
 _GATE, _MOMENT = "gate/", "optimizer/"  # prefixes of tensor names in a checkpoint
 
 
-def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+class _WithPrefix(Mapping[str, Tensor]):
+    """Those tensors whose names begin with ``prefix``, by the rest of their names; read late."""
+
+    def __init__(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        self._prefix = prefix
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def form(self, name: str) -> Form:
+        return form_of(self._tensors, self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (name for name in self._tensors if name.startswith(self._prefix))
+        return (name.removeprefix(self._prefix) for name in names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _detached(head: Head, device: torch.device) -> Head:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.data.batch import Batch
 from sad.data.chat import set_chat_template
-from sad.data.rows import PackedRows, epoch_permutation, load_rows
+from sad.data.rows import PackedRows, cache_directory, epoch_permutation, load_rows
 from sad.data.tokenizers import (
     fingerprint,
     load_tokenizer,
@@ -32,6 +32,7 @@ from sad.models.load import load_teacher, read_model_config
 from sad.models.preflight import require_known_positions
 from sad.report.terminal import waiting_bar
 from sad.teachers.cached import CachedTeacher
+from sad.teachers.fingerprint import HASHES, fingerprint_model
 from sad.teachers.frozen import FrozenTeacher
 
 
@@ -51,6 +52,8 @@ class RunInputs:
     """Resident memory in bytes before any of this was loaded."""
     tokenizer_notes: tuple[str, ...] = ()
     """In what the models' own tokenizers differ from ``tokenizer``, and which is taken."""
+    teacher_fingerprint: dict[str, str] | None = None
+    """What tells the teacher's weights from others: see ``sad.teachers.fingerprint``."""
 
     def eval_row_numbers(self, config: DistillConfig) -> np.ndarray:
         """The held-out rows, or ``max_eval_rows`` of them: always the same sample."""
@@ -81,6 +84,9 @@ class RunInputs:
             "tokenizer": fingerprint(self.tokenizer),
             "world_size": 1,
             "versions": library_versions(),
+            "teacher": self.teacher_fingerprint,
+            "train_rows_content": self.train_rows.content,
+            "eval_rows_content": self.eval_rows.content,
         }
 
 
@@ -106,13 +112,18 @@ def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: No
     set_chat_template(tokenizer, config.data)
     vocabulary = valid_vocab(tokenizer)
     notes = _compare_with_student(config, tokenizer)
-    teacher = eval_teacher = None
+    teacher = eval_teacher = teacher_fingerprint = None
     if config.teacher is not None:
         teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
         source = "student" if config.tokenizer is None else "tokenizer"
         notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
         say(f"loading the teacher {config.teacher}")
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
+        teacher_fingerprint = fingerprint_model(
+            config.teacher,
+            commit=getattr(teacher.model.config, "_commit_hash", None),
+            memory=cache_directory(config.data.cache_dir) / HASHES,
+        )
         eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes)
     say("reading text")
     train_rows, eval_rows = load_rows(config, tokenizer)
@@ -129,6 +140,7 @@ def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: No
         device=device,
         rss_before=rss_before,
         tokenizer_notes=notes,
+        teacher_fingerprint=teacher_fingerprint,
     )
 
 

@@ -14,6 +14,7 @@ from sad_kernels import DistillOutput
 from torch import Tensor, nn
 
 from sad.data.batch import Batch
+from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, string
 from sad.losses.base import LossTerms
 from sad.metrics import table_metrics
 from sad.optim.precision import UpdateResult
@@ -42,6 +43,21 @@ class Counters:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update(vars(Counters(**state)))
+
+
+COUNTERS = record(
+    {
+        "micro_step": integer(0),
+        "global_step": integer(0),
+        "tokens": integer(0),
+        "best_value": number(finite=False),
+        "best_micro_step": integer(-1),
+        "evaluated_at": integer(-1),
+        "metrics": mapping(number(finite=False)),
+    },
+    optional={"window_begins": integer(0), "best_metric": string},
+)
+"""What a checkpoint may say of ``Counters``; those before the last two keys lack them."""
 
 
 class ThroughputMeter:
@@ -100,11 +116,26 @@ class MeanMeter:
         """``sums`` and ``counts``, in the order of the names."""
         return {"sums": self._sums.tolist(), "counts": list(self._counts)}
 
+    @property
+    def checks(self) -> tuple[Check, Check]:
+        """What a state must be: of these losses, and where they may have been others."""
+
+        def other(state: Any, where: str) -> None:
+            record({"sums": every(anything), "counts": every(anything)})(state, where)
+            _sums_and_counts(len(state["counts"]))(state, where)
+
+        return _sums_and_counts(len(self.names)), other
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there, or from 0 if the losses have changed."""
         if len(state["counts"]) == len(self.names):
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
             self._counts = list(state["counts"])
+
+
+def _sums_and_counts(size: int) -> Check:
+    sums, counts = [number(finite=False)] * size, [integer(0)] * size
+    return record({"sums": sequence(*sums), "counts": sequence(*counts)})
 
 
 class TrainMeter:

@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from sad.checkpoint.atomic_files import read_text
 from sad.checkpoint.parts import entry, tensor_group
-from sad.checkpoint.state import model_tensors
+from sad.checkpoint.state import OPTIMIZER, Form, form_of, model_tensors, optimizer_state
 from sad.checkpoint.store import Checkpoint, position_of
 from sad.config.identity import require_same_config, trajectory_changes
 from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
-from sad.errors import UsageError
+from sad.errors import CheckpointError, UsageError
+from sad.expected import Check, anything, integer, mapping, shown
 from sad.optim.precision import Precision
 from sad.optim.schedule import RunLength, planned_length
+from sad.training.meters import COUNTERS
 
 if TYPE_CHECKING:
     from sad.training.trainer import Trainer
@@ -42,6 +45,14 @@ SCALED = ("fp16", "param_dtype", "master_weights")
 
 _OPEN_WINDOW = ("gradient_accumulator_step_count", "window_size")
 """Entries of a checkpoint: micro-batches of its open window, done and in all."""
+
+WINDOW: dict[str, Check] = {
+    "accumulation_steps": integer(1),
+    "gradient_accumulator_step_count": integer(0),
+    "window_size": integer(0),
+    "num_items": integer(0),
+}
+"""What a checkpoint's entries of its window must be."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def plan_resumption(
         key: (before, after)
         for key, before, after in trajectory_changes(identity["config"], config)
     }
-    counters, length = entry(checkpoint, "counters"), planned_length(config, len(train_rows))
+    counters, length = _position(checkpoint), planned_length(config, len(train_rows))
     now = length.batch_size
     before = changes.get(SIZES[0], (now, now))[0]
     same_text = identity["train_rows"] == train_rows.fingerprint
@@ -104,6 +115,7 @@ def plan_resumption(
     _require_same_form(saved)
     _require_same_precision(saved)
     if same_text and not any(key in changes for key in (*LENGTH, *SIZES, "scheduler_unit")):
+        _require_window_of_position(saved, length)
         return saved
     if saved.renumbered and not same_text:
         raise ResumptionRefusedError(
@@ -125,13 +137,55 @@ def plan_resumption(
         _require_same_window(moved, length)
     else:
         moved = _at_a_window(moved, config, length)
-    steps, saved_steps = scheduler_steps(moved, config), entry(checkpoint, "scheduler")
+    steps = scheduler_steps(moved, config)
+    saved_steps = entry(checkpoint, "scheduler", mapping(anything))
     if not builds_scheduler and steps != saved_steps.get("last_epoch"):
         raise ResumptionRefusedError(
             f"a scheduler of one's own must have taken {steps} steps where the run goes on, got "
             f"{saved_steps.get('last_epoch')}; keep {SIZES[0]}, {SIZES[1]} and scheduler_unit"
         )
     return moved
+
+
+def _position(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The counters of a checkpoint, after checking all that the position depends on."""
+    counters = entry(checkpoint, "counters", COUNTERS)
+    for key, check in WINDOW.items():
+        entry(checkpoint, key, check)
+    step, (done, size) = counters["micro_step"], (entry(checkpoint, key) for key in _OPEN_WINDOW)
+    if step != checkpoint.micro_step:
+        raise _impossible("counters.micro_step", f"be {shown(checkpoint.micro_step)}", step)
+    for key in ("global_step", "best_micro_step", "evaluated_at", "window_begins"):
+        if counters.get(key, 0) > step:
+            raise _impossible(f"counters.{key}", f"be at most micro_step, {step}", counters[key])
+    if not (done == size == 0 or 0 < done < size):
+        raise _impossible("window", f"have 1 to {max(size - 1, 1)} micro-batches done", done)
+    return counters
+
+
+def _require_window_of_position(saved: Resumption, length: RunLength) -> None:
+    """Refuse a position that no run of this configuration comes to."""
+    step, checkpoint = saved.micro_step, saved.checkpoint
+    if step > length.micro_batches:
+        raise _impossible("counters.micro_step", f"be at most {length.micro_batches}", step)
+    done, size = (entry(checkpoint, key) for key in _OPEN_WINDOW)
+    found = (step - done, size) if size else (step, 0)
+    if step == length.micro_batches:
+        expected = (step, 0)
+    else:
+        window = length.window(step, saved.window_begins)
+        begins = window.first_micro_step == step
+        expected = (step, 0) if begins else (window.first_micro_step, window.size)
+    if found != expected:
+        raise _impossible(
+            "window", f"begin at micro-batch {expected[0]} with {expected[1]} of them", found
+        )
+
+
+def _impossible(what: str, expectation: str, value: object) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's {what} must {expectation}, got {value}; resume from another checkpoint"
+    )
 
 
 def renumber(micro_step: int, rows: tuple[int, int], num_rows: int) -> Fraction:
@@ -161,9 +215,9 @@ def overtaken(checkpoints: Iterable[Path], resumption: Resumption) -> list[Path]
 def _rows_of(checkpoint: Path) -> int | None:
     """Rows per micro-batch in a checkpoint that need not be whole."""
     try:
-        state = json.loads((checkpoint / "state.json").read_bytes())["state"]
+        state = json.loads(read_text(checkpoint / "state.json") or "")["state"]
         return int(state["identity"]["config"][SIZES[0]])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -276,11 +330,27 @@ def in_present_dtypes(trainer: Trainer, checkpoint: Checkpoint) -> Checkpoint:
         parameter = precision.optimizer_parameters.get(name) if key in _MOMENTS else None
         return _as(parameter, moments[path])
 
+    def exact_form(name: str) -> Form:
+        return form_of(masters if name in masters else model, name)
+
+    def moment_form(path: str) -> Form:
+        name, _, key = path.rpartition("/")
+        parameter = precision.optimizer_parameters.get(name) if key in _MOMENTS else None
+        return _form_as(parameter, form_of(moments, path))
+
     tensors = dict(checkpoint.tensors)
-    tensors["model"] = _Converted(model, lambda name: _as(live.get(name), exact(name)))
+    tensors["model"] = _Converted(
+        model,
+        lambda name: _as(live.get(name), exact(name)),
+        lambda name: _form_as(live.get(name), exact_form(name)),
+    )
     both = [name for name in separate if name in model or name in masters]
-    tensors["masters"] = _Converted(both, lambda name: _as(separate[name], exact(name)))
-    tensors["optimizer"] = _Converted(moments, moment)
+    tensors["masters"] = _Converted(
+        both,
+        lambda name: _as(separate[name], exact(name)),
+        lambda name: _form_as(separate[name], exact_form(name)),
+    )
+    tensors["optimizer"] = _Converted(moments, moment, moment_form)
     return replace(checkpoint, tensors=tensors)
 
 
@@ -289,11 +359,17 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Converted(Mapping[str, Tensor]):
-    """Tensors by name that are computed when they are asked for."""
+    """Tensors by name that are computed when they are asked for, and their forms before."""
 
-    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        compute: Callable[[str], Tensor],
+        form: Callable[[str], Form],
+    ) -> None:
         self._names = dict.fromkeys(names)
         self._compute = compute
+        self.form = form
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -310,3 +386,30 @@ class _Converted(Mapping[str, Tensor]):
 def _as(live: Tensor | None, saved: Tensor) -> Tensor:
     """``saved`` in the dtype of ``live``; names and shapes are checked when it is restored."""
     return saved if live is None else saved.to(live.dtype)
+
+
+def _form_as(live: Tensor | None, saved: Form) -> Form:
+    return saved if live is None else saved._replace(dtype=live.dtype)
+
+
+def in_present_torch(trainer: Trainer, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the keys that this version of torch gives schedulers and optimizers.
+
+    Those that another version did not save keep the values they have.
+    """
+    state, live = dict(checkpoint.state), trainer.scheduler.state_dict()
+    state["scheduler"] = _with_keys_of(live, entry(checkpoint, "scheduler"))
+    groups, _ = optimizer_state(trainer.optimizer, trainer.precision.optimizer_parameters)
+    saved = entry(checkpoint, "optimizer", OPTIMIZER)
+    if len(saved["groups"]) == len(groups["groups"]):
+        both = zip(saved["groups"], groups["groups"], strict=True)
+        options = [_with_keys_of(own["options"], group["options"]) for group, own in both]
+        merged = [group | {"options": o} for group, o in zip(saved["groups"], options, strict=True)]
+        state["optimizer"] = saved | {"groups": merged}
+    return replace(checkpoint, state=state)
+
+
+def _with_keys_of(live: Mapping[str, Any], saved: Any) -> Any:
+    if type(saved) is not dict:
+        return saved
+    return {key: saved.get(key, value) for key, value in live.items()}

@@ -59,7 +59,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "__init__",
     ),
     SAD: (
-        "accumulate curriculum ema errors metrics recipes",
+        "accumulate curriculum ema errors expected metrics recipes",
         "config environment selftest",
         "models optim",
         "checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ from sad.checkpoint.state import (
     rng_state,
 )
 from sad.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
+from sad.config.schema import DistillConfig
 from sad.errors import CheckpointError
+from sad.optim.optimizer import build_adamw
 
 DEVICES = [
     "cpu",
@@ -331,6 +334,83 @@ def test_another_optimizer_is_refused_and_nothing_changes() -> None:
     assert_same_bits(optimizer_state(run.optimizer, run.parameters)[1], before)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda s, t: t.update({"turned/exp_avg": torch.zeros(2)}),
+            r"float32 \(4, 4\), got .*\(2,\)",
+        ),
+        (
+            lambda s, t: t.update({"turned/exp_avg": torch.zeros(4, 4).double()}),
+            "got torch.float64",
+        ),
+        (lambda s, t: t.update({"turned/more": torch.zeros(4, 4)}), "0 missing and 1 unexpected"),
+        (lambda s, t: t.pop("turned/exp_avg_sq"), "1 missing and 0 unexpected"),
+        (
+            lambda s, t: t.update({"turned/step": torch.tensor(-1.0)}),
+            "must count its steps, got -1",
+        ),
+        (
+            lambda s, t: t.update({"turned/step": torch.tensor(torch.nan)}),
+            "count its steps, got nan",
+        ),
+        (lambda s, t: t.update({"turned/step": torch.zeros(3)}), r"got torch.float32 \(3,\)"),
+        (lambda s, t: s["values"].update(turned={"exp_avg": 1}), "0 missing and 1 unexpected"),
+        (lambda s, t: s["groups"][0]["options"].update(lr=-1.0), r"options.lr must be a finite"),
+        (lambda s, t: s["groups"][0]["options"].update(lr=[]), "options.lr must be .* a list of 0"),
+        (lambda s, t: s["groups"][0]["options"].update(betas=[0.9]), "betas must be a list of 2"),
+        (lambda s, t: s["groups"][0]["options"].update(betas=[0.9, 1.5]), r"betas\[1\] must be"),
+        (lambda s, t: s["groups"][0]["options"].update(amsgrad=None), "amsgrad must be true or"),
+        (lambda s, t: s.update(groups=None), "optimizer.groups must be a list, got None"),
+        (lambda s, t: s.update(values=[]), "optimizer.values must be an object"),
+        (lambda s, t: s.update(more=1), "optimizer must have known keys only, got 'more'"),
+    ],
+)
+def test_state_that_no_optimizer_of_the_run_can_be_in_is_refused(
+    damage: Callable[[Any, dict[str, Tensor]], Any], message: str
+) -> None:
+    """A fused step goes through moments by the size of their parameter: a segmentation fault."""
+    run = Run("adamw fused", "cpu", seed=0)
+    run.micro_batch(0)
+    run.micro_batch(1)
+    state, tensors = optimizer_state(run.optimizer, run.parameters)
+    before = repr(state), copies(tensors)
+    state, changed = copy.deepcopy(state), copies(tensors)
+    damage(state, changed)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_optimizer(run.optimizer, run.parameters, state, changed)
+    assert "\n" not in str(error.value)
+    state, tensors = optimizer_state(run.optimizer, run.parameters)
+    assert repr(state) == before[0]
+    assert_same_bits(tensors, before[1])
+
+
+def test_moments_of_8_bits_come_back_and_others_are_refused() -> None:
+    pytest.importorskip("bitsandbytes")
+    large, small = nn.Parameter(torch.randn(64, 100)), nn.Parameter(torch.randn(10))
+    parameters: dict[str, Tensor] = {"large": large, "small": small}
+
+    def optimizer() -> Optimizer:
+        return build_adamw(DistillConfig(student="-", teacher="-", optim="adamw_8bit"), parameters)
+
+    trained = optimizer()
+    large.grad, small.grad = torch.ones_like(large), torch.ones_like(small)
+    trained.step()
+    state, tensors = optimizer_state(trained, parameters)
+    fresh = optimizer()
+    load_optimizer(fresh, parameters, state, tensors)
+    assert_same_bits(optimizer_state(fresh, parameters)[1], tensors)
+    for name, other in (
+        ("large/state1", torch.zeros(3, dtype=torch.uint8)),
+        ("large/absmax1", torch.zeros(3)),
+        ("large/qmap1", torch.zeros(3)),
+        ("small/state1", torch.zeros(10, dtype=torch.uint8)),
+    ):
+        with pytest.raises(CheckpointError, match=name.partition("/")[2]):
+            load_optimizer(fresh, parameters, state, tensors | {name: other})
+
+
 def test_every_parameter_needs_a_name() -> None:
     run = Run("sgd", "cpu", seed=0)
     del run.parameters["short"]
@@ -414,6 +494,44 @@ def test_random_numbers_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert [draws(), draws()] == expected
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s, t: s["python"].update(version=2), "version must be 3, got 2"),
+        (lambda s, t: s["python"]["words"].pop(), "words must be a list of 625 items"),
+        (lambda s, t: s["python"]["words"].__setitem__(3, 2**32), r"words\[3\] must be an integer"),
+        (
+            lambda s, t: s["python"]["words"].__setitem__(624, 625),
+            r"words\[624\] must be an integer",
+        ),
+        (lambda s, t: s["python"].update(gauss=float("nan")), "gauss must be a finite number"),
+        (lambda s, t: s["numpy"].update(position=625), "position must be an integer from 0 to 624"),
+        (lambda s, t: s["numpy"].pop("cached"), "must have the key 'cached'"),
+        (lambda s, t: t["numpy"].__setitem__(0, -1), "words from -1 to"),
+        (lambda s, t: t.update(numpy=torch.zeros(3).long()), r"got torch.int64 \(3,\)"),
+        (lambda s, t: t.update(torch=torch.zeros(16).byte()), r"got torch.uint8 \(16,\)"),
+        (lambda s, t: t["torch"].fill_(255), "got bytes that torch refuses"),
+        (lambda s, t: t.update({"cuda.0": torch.zeros(3).byte()}), r"'cuda.0' must be torch.uint8"),
+        (lambda s, t: t.update({"cuda.0": torch.full((16,), 255).byte()}), "an offset of -1"),
+        (lambda s, t: t.update({"cuda.x": torch.zeros(16).byte()}), "first 'cuda.x'"),
+    ],
+)
+def test_states_that_no_generator_can_be_in_are_refused(
+    damage: Callable[[Any, dict[str, Tensor]], Any], message: str
+) -> None:
+    state, tensors = rng_state()
+    tensors = copies(tensors)
+    damage(state, tensors)
+    expected = [random.getstate(), torch.get_rng_state().tolist(), repr(np.random.get_state())]
+    with pytest.raises(CheckpointError, match=message):
+        load_rng(state, tensors)
+    assert [
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+        repr(np.random.get_state()),
+    ] == expected
+
+
 def test_taking_the_state_draws_nothing_and_leaves_cuda_asleep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -432,7 +550,7 @@ def test_generators_of_devices_are_saved_and_missing_ones_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three devices when saving, two when loading."""
-    states = [torch.full((16,), i, dtype=torch.uint8) for i in range(3)]
+    states = [torch.full((16,), 4 * i, dtype=torch.uint8) for i in range(3)]
     restored: dict[int, Tensor] = {}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)

@@ -76,6 +76,11 @@ def pack(
     )
 
 
+def stream_of(rows: PackedRows) -> np.ndarray:
+    """The tokens of all documents, in order."""
+    return rows._tokens[np.arange(rows.num_tokens)]
+
+
 def everything(rows: PackedRows) -> Batch:
     return rows.batch(range(len(rows)))
 
@@ -363,7 +368,7 @@ class TestTokenising:
         z, q = ids_of("ZQ")
         ends = [*ids_of("?"), EOS] if twice == 2 else [EOS]
         # What stands in the text itself is text.
-        assert rows._tokens.tolist() == [z, q, *ends, z, EOS, *ends]
+        assert stream_of(rows).tolist() == [z, q, *ends, z, EOS, *ends]
         assert rows.end_tokens == [EOS]
 
     def test_another_token_may_end_a_text(self, cache: Path) -> None:
@@ -384,7 +389,7 @@ class TestTokenising:
         whole = pack(cache / "whole", "Z\nQ\nJ\n", tokenizer=tokenizer)
         monkeypatch.setattr(packing, "_BATCH_CHARS", 2)
         assert same_rows(whole, pack(cache / "pieces", "Z\nQ\nJ\n", tokenizer=tokenizer))
-        assert (whole._tokens == ids_of("!")[0]).sum() == 1
+        assert (stream_of(whole) == ids_of("!")[0]).sum() == 1
 
     def test_documents_without_tokens_are_left_out(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -492,6 +497,53 @@ class TestCache:
         rows = pack(cache, *self.TEXTS)
         (cache / f"rows-{rows.fingerprint}" / "index.json").write_text(index)
         assert same_rows(rows, pack(cache, *self.TEXTS))
+
+    @pytest.mark.parametrize("change", ["flip", "swap", "truncate", "empty", "grow and flip"])
+    def test_rows_that_change_while_they_are_read_are_noticed(
+        self, cache: Path, change: str
+    ) -> None:
+        """A memory map showed whatever was written, and ended the process where it was cut."""
+        rows = pack(cache, *self.TEXTS * 2000)
+        path = cache / f"rows-{rows.fingerprint}" / "tokens.bin"
+        content = path.read_bytes()
+        assert len(content) > 3 << 14  # several blocks
+        middle = len(content) // 2
+        with path.open("r+b") as file:
+            if change in ("truncate", "empty"):
+                file.truncate(middle if change == "truncate" else 0)
+            elif change == "swap":  # the same bytes in another order
+                file.write(content[::-1])
+            else:
+                file.seek(middle)
+                file.write(bytes([content[middle] ^ 1]))
+            if change.startswith("grow"):
+                file.seek(0, os.SEEK_END)
+                file.write(content)
+        with pytest.raises(UnfitError, match=r"packed rows must stay as they are .*tokens\.bin"):
+            everything(rows)
+        if change == "flip":  # what lies elsewhere is as it was
+            rows.batch([0, len(rows) - 1])
+
+    def test_rows_that_are_replaced_are_read_as_they_were(self, cache: Path) -> None:
+        rows = pack(cache, *self.TEXTS)
+        expected = everything(rows)
+        folder = cache / f"rows-{rows.fingerprint}"
+        (cache / "other").write_bytes(bytes(1000))
+        (cache / "other").rename(folder / "tokens.bin")
+        assert torch.equal(everything(rows).input_ids, expected.input_ids)
+        shutil.rmtree(folder)
+        assert torch.equal(everything(rows).input_ids, expected.input_ids)
+
+    @pytest.mark.parametrize("max_length", [3, 1000, 20_000])
+    def test_tokens_come_from_every_block(self, cache: Path, max_length: int) -> None:
+        rows = pack(cache, *self.TEXTS * 2000, max_length=max_length)
+        stream = np.fromfile(cache / f"rows-{rows.fingerprint}" / "tokens.bin", dtype="<u2")
+        at = np.arange(len(stream))
+        assert np.array_equal(rows._tokens[at], stream)
+        assert np.array_equal(rows._tokens[at[::-1, None]], stream[::-1, None])
+        batch = rows.batch(list(reversed(range(len(rows)))))
+        inputs = [row[:n] for row, n in zip(batch.input_ids, batch.lengths, strict=True)]
+        assert torch.equal(torch.cat(inputs[::-1]), torch.from_numpy(stream[:-1].astype(np.int64)))
 
     def test_a_process_that_was_faster_wins(
         self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
