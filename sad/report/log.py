@@ -195,7 +195,7 @@ class RunLog:
         """Within, whatever a tracker raises is a warning, and its last one."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a tracker may end a process that has no login
             self._trackers.pop(package, None)
             self.warning(
                 f"{package} fails, got {type(error).__name__}: {one_line(error)}; the run goes on "

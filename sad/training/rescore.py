@@ -38,7 +38,8 @@ def evaluate_run(run_dir: str | Path) -> list[ResultRow]:
             "`sad distill` reach its first evaluation"
         )
     config = load_config(run.path / "config.yaml")
-    config = replace(config, tokenizer=str(run.best))
+    # The directory may have been moved: text is read without the run's own directory.
+    config = replace(config, tokenizer=str(run.best), output_dir=str(run.path))
     adapters = (run.best / ADAPTER_CONFIG).exists()
     if not adapters:  # best/ is a whole model, adapters merged
         whole: dict[str, Any] = {"peft": {}, "merge_adapters": False}

@@ -1,0 +1,1 @@
+"""Attacks on the trainer's promises, in numbers: each inflicts damage and counts what is lost."""
