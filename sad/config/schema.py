@@ -259,7 +259,8 @@ class DistillConfig:
     master_weights: bool = True
     """With bfloat16 parameters: keep fp32 masters that the optimizer updates."""
     max_nonfinite_steps: PositiveInt = 3
-    """So many updates in a row with a non-finite gradient stop the run."""
+    """So many updates in a row that are not finite, by their gradient or their learning rate, stop
+    the run."""
 
     # EMA
     use_ema: bool = True
@@ -276,7 +277,7 @@ class DistillConfig:
     output_dir: Annotated[NonEmptyStr, PATH, HOME_PATH] = field(
         default="runs/sad", metadata=MAY_CHANGE_ON_RESUME
     )
-    """Directory of the run: log, checkpoints, report, exported models."""
+    """Directory of the run: log, checkpoints, report, exported models. `~/` is the user's home."""
     seed: Seed = 42
     """Seed of initialisation, order and dropout."""
     deterministic: bool = False

@@ -40,6 +40,7 @@ TextSources = Annotated[
     tuple[str, ...], INPUT_PATH, PATH._replace(holds=lambda paths: all(map(is_path, paths)))
 ]
 TextSource = Annotated[NonEmptyStr, INPUT_PATH, PATH]
+Processes = Annotated[PositiveInt, Constraint("be at most 1,024", lambda v: v <= 1024)]
 Distance = Literal["cosine", "relative_mse"]
 
 Weights = Annotated[
@@ -132,7 +133,7 @@ class DataConfig(Section):
     document_end: Name | None = None
     """The token that ends a document of text, such as `<|endoftext|>`. Default: the tokenizer's end
     of text. Chat templates bring their own."""
-    num_proc: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    num_proc: Processes | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Processes that tokenize; the rows are the same whatever their number. Default: one per core
     where there is much text, else none besides this one."""
     cache_dir: Annotated[str | None, PATH] = field(default=None, metadata=MAY_CHANGE_ON_RESUME)

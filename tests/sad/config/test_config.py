@@ -332,6 +332,7 @@ ODD_TEXTS = [  # each was a traceback, or took seconds, or filled the terminal
     ("max_length: 9223372036854775808", "max_length must be a whole number below 2^63, got 92233"),
     ("max_length: 9223372036854775807", "max_length must be below 2^31, got 9223372036854775807"),
     ("peft: {layers_to_transform: [9223372036854775808]}", "must be a whole number below 2^63"),
+    ("data: {num_proc: 100000}", "data.num_proc must be at most 1,024, got 100000"),
     ("warmup_steps: 1e300", "warmup_steps must be below 2^31, got 1e+300"),
     ("num_train_epochs: 1e300", "num_train_epochs must be at most a million, got 1e+300"),
     ("device: meta", "device must be a device, got 'meta'; write auto, cpu, cuda or one such as"),
