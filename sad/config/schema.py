@@ -98,9 +98,6 @@ MomentDecay = Annotated[
 ]
 Epsilon = Annotated[PositiveFloat, Constraint("be at least 1e-30", lambda v: v >= 1e-30)]
 
-GATE_OPTIONS = ((0.9, 0.999), 1e-8)
-"""Betas and epsilon of the AdamW that trains a teacher's gates: torch's own."""
-
 USUAL_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that every version of torch knows and that hold numbers."""
 
@@ -514,19 +511,14 @@ def _check_updates(config: DistillConfig) -> None:
     """Refuse a learning rate with which one update can make a weight infinite."""
     largest = config.learning_rate * max(1.0, config.projector_lr_ratio)
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    bounds = {
-        "learning_rate": update_bound(largest, betas, eps, max_grad_norm=config.max_grad_norm),
-        "routing.learning_rate": update_bound(config.routing.learning_rate, *GATE_OPTIONS),
-    }
-    for key, bound in bounds.items():
-        section, _, name = key.rpartition(".")
-        require(
-            key,
-            "keep every update below 2^100",
-            getattr(getattr(config, section) if section else config, name),
-            "weights would overflow: lower it, or raise adam_epsilon",
-            holds=bound < LARGEST_UPDATE,
-        )
+    bound = update_bound(largest, betas, eps, max_grad_norm=config.max_grad_norm)
+    require(
+        "learning_rate",
+        "keep every update below 2^100",
+        config.learning_rate,
+        "weights would overflow: lower it, or raise adam_epsilon",
+        holds=bound < LARGEST_UPDATE,
+    )
     require(
         "weight_decay",
         "be at most 1 / learning_rate",

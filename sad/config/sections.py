@@ -44,7 +44,9 @@ Processes = Annotated[PositiveInt, Constraint("be at most 1,024", lambda v: v <=
 Distance = Literal["cosine", "relative_mse"]
 
 Weights = Annotated[
-    tuple[float, ...], Constraint("be numbers above 0", lambda weights: all(w > 0 for w in weights))
+    tuple[float, ...],
+    Constraint("be numbers above 0", lambda weights: all(w > 0 for w in weights)),
+    Constraint("be at most a million", lambda weights: all(w <= 1e6 for w in weights)),
 ]
 
 Pairs = Annotated[

@@ -157,6 +157,8 @@ def _to_float(value: Any) -> float:
     number = _number(value)
     if number is None or not math.isfinite(number):
         raise Mismatch("be a finite number", "write one such as 0.5 or 1e-4")
+    if abs(number) >= 2**63:  # its square has no room in fp32
+        raise Mismatch("be a number below 2^63", "write one such as 0.5 or 1e-4")
     return number
 
 
