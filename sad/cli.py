@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from sad.environment import processes, require_one_process
-from sad.errors import OutOfMemoryError, SadError, UsageError, is_out_of_memory, one_line
+from sad.errors import (
+    OutOfMemoryError,
+    SadError,
+    UsageError,
+    is_out_of_memory,
+    one_line,
+    printable,
+    quoted,
+    shortened,
+)
 from sad.recipes import recipe_names, recipe_summary
 
 INTERRUPTED = 128 + 2  # SIGINT, as shells count
@@ -77,7 +86,7 @@ def _distill(args: argparse.Namespace) -> int:
         return UsageError.exit_code
     require_one_process()
     # Before torch and transformers, whose import takes seconds.
-    print(f"sad distill: {_models(config)} -> {config.output_dir}", flush=True)
+    print(f"sad distill: {_models(config)} -> {printable(config.output_dir)}", flush=True)
 
     from sad.training.run import distill
 
@@ -86,6 +95,7 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    _require_path(args.run_dir)
     print(f"sad eval: {args.run_dir}", file=sys.stderr, flush=True)
 
     from sad.report.results import format_results
@@ -110,6 +120,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _require_path(run_dir: str) -> None:
+    from sad.config.values import PATH, is_path
+
+    if not is_path(os.fsencode(run_dir).decode(errors="backslashreplace")):
+        raise UsageError(
+            f"RUN_DIR must {PATH.expectation}, got {quoted(run_dir)}; name the output_dir of a run"
+        )
+
+
 def _selftest(args: argparse.Namespace) -> int:
     from sad.selftest import run
 
@@ -117,7 +136,8 @@ def _selftest(args: argparse.Namespace) -> int:
 
 
 def _models(config: Any) -> str:
-    return f"{config.student} from {config.teacher}" if config.teacher else config.student
+    names = f"{config.student} from {config.teacher}" if config.teacher else config.student
+    return printable(names)
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -192,7 +212,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `{self.prog} --help`")
+        raise UsageError(f"{shortened(message, 200)}; see `{self.prog} --help`")
 
 
 class _ConfigurationHelp(argparse.Action):
@@ -230,7 +250,7 @@ def _report(error: Exception, *, debug: bool) -> int:
         kind = type(error).__name__
         line = f"this is a bug in sad, got {kind}: {error}; please report it with the lines below"
     else:
-        line = str(known)
+        line = printable(str(known))
     print(f"sad: error: {line}", file=sys.stderr)
     if known is None or debug:
         traceback.print_exception(error)

@@ -6,6 +6,7 @@ a bug in this package and ends with a traceback and code 1.
 
 from __future__ import annotations
 
+import reprlib
 import sys
 
 
@@ -52,7 +53,7 @@ class StoppedError(SadError):
 
 
 class DivergedError(SadError):
-    """Too many updates in a row had a non-finite gradient."""
+    """Too many updates in a row were not finite, and none of them was applied."""
 
     exit_code = 90
 
@@ -61,7 +62,42 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, at most 200 characters of it, to be
     quoted in one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return printable(lines[0] if lines else type(error).__name__)[:200]
+
+
+def printable(text: str) -> str:
+    """A text on one line, with control characters and half surrogate pairs escaped as in
+    ``repr``."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most ``limit`` characters of a text, ``...`` in place of its middle."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 3) // 3
+    return f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """The ``repr`` of a value for a message: one line of at most ``limit`` characters, however
+    long or deeply nested the value is."""
+    return shortened(printable(_REPR.repr(value)), limit)
+
+
+class _Repr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes no integer of more than 4,300 digits
+            return f"an integer of {x.bit_length():,} bits"
+
+
+_REPR = _Repr()
 
 
 def with_type(error: BaseException) -> str:

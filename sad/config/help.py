@@ -29,6 +29,7 @@ from sad.config.values import (
     takes_mapping,
     without_none,
 )
+from sad.errors import quoted
 
 WIDTH = 96
 TYPE_WORDS = {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}
@@ -120,16 +121,18 @@ def about_unknown_key(key: str) -> str:
     # its section, a key of another library, the nearest of our keys.
     if any(name.startswith(f"{key}.") for name in known):
         inner = [name for name in known if name.startswith(f"{key}.")]
-        return f"{key} must be a section, got a value; set one of its keys: {', '.join(inner)}"
+        named = ", ".join(inner[:5]) + " ..." * (len(inner) > 5)
+        return f"{key} must be a section, got a value; set one of its keys: {named}"
+    shown = quoted(key)
     plain = key.replace("-", "_")
     short = plain.rpartition(".")[2]
     if plain in known or short in known:
-        return f"unknown key {key!r}; did you mean {plain if plain in known else short!r}?"
+        return f"unknown key {shown}; did you mean {plain if plain in known else short!r}?"
     for name in (plain, short):
         if name in RENAMED:
-            return f"unknown key {key!r}; here it is {RENAMED[name]!r}"
+            return f"unknown key {shown}; here it is {RENAMED[name]!r}"
         if name in EXPLAINED:
-            return f"unknown key {key!r}; {EXPLAINED[name]}"
+            return f"unknown key {shown}; {EXPLAINED[name]}"
     # A misspelling only: names that merely look alike mean something else (use_peft, use_ema).
     tails = {name.rpartition(".")[2]: name for name in known}
     for name in known:
@@ -137,8 +140,8 @@ def about_unknown_key(key: str) -> str:
             return f"{name} must be given as a whole, got {key!r}; write --{name} '{{...}}'"
     near = _misspelt(plain, known) or _misspelt(short, tails)
     if near:
-        return f"unknown key {key!r}; did you mean {tails.get(near[0], near[0])!r}?"
-    return f"unknown key {key!r}; `sad distill --help` lists all keys"
+        return f"unknown key {shown}; did you mean {tails.get(near[0], near[0])!r}?"
+    return f"unknown key {shown}; `sad distill --help` lists all keys"
 
 
 def _misspelt(word: str, names: Iterable[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Precedence: defaults < file < command line. Every error names the key and where its value came from,
 file and line. A key of another library is answered with its translation, a misspelt one with the
-nearest.
+nearest. Whatever a file holds, it gives a configuration or one ``UsageError`` of at most
+``MAX_MESSAGE`` characters, within a second.
 
 No library for command lines (tyro, jsonargparse) is used. tyro was tried: it refuses
 ``--use_ema false`` and ``--eval_steps null``, which our files and users write, misreads lists of
@@ -25,8 +26,19 @@ import yaml
 from sad.config.help import about_unknown_key
 from sad.config.schema import ConfigError, DistillConfig
 from sad.config.values import input_paths, leaf_types, takes_mapping, takes_several
-from sad.errors import UsageError
+from sad.errors import UsageError, one_line, printable, quoted, shortened
 from sad.recipes import recipe_names, recipe_path
+
+MAX_BYTES = 128 * 1024
+"""Size of a configuration file at most: reading a larger one would take seconds."""
+MAX_LEVELS = 20
+"""Levels of nesting in a configuration file at most."""
+MAX_VALUES = 10_000
+"""Keys and values in a YAML file at most, which PyYAML reads in half a second."""
+MAX_NUMBER = 5000
+"""Characters of a number in a YAML file at most: PyYAML reads one in time quadratic in them."""
+MAX_MESSAGE = 300
+"""Characters of an error's message at most."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> DistillCon
 
     Raises ``UsageError`` naming key, file and line.
     """
-    path = find_config(source)
-    settings = _resolve_paths(path, read_file(path)) | read_overrides(overrides)
-    return _build(settings, path)
+    try:
+        path = find_config(source)
+        settings = _resolve_paths(path, read_file(path)) | read_overrides(overrides)
+        return _build(settings, path)
+    except UsageError as error:
+        error.args = (shortened(printable(str(error)), MAX_MESSAGE),)
+        raise
 
 
 def find_config(source: str | Path) -> Path:
@@ -58,16 +74,17 @@ def find_config(source: str | Path) -> Path:
     if source in recipe_names():
         return recipe_path(str(source))
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it raises for no name, however odd
         near = difflib.get_close_matches(str(source), recipe_names(), 1)
         remedy = f"did you mean {near[0]!r}?" if near else "check the path"
         raise UsageError(
             f"configuration must be a file or one of the recipes {', '.join(recipe_names())}, "
-            f"got {str(source)!r}; {remedy}"
+            f"got {quoted(str(source))}; {remedy}"
         )
     if path.suffix not in FILE_READERS:
         raise UsageError(
-            f"configuration must end in {', '.join(FILE_READERS)}, got {str(path)!r}; rename it"
+            f"configuration must end in {', '.join(FILE_READERS)}, got {quoted(str(path))}; rename "
+            "it"
         )
     return path
 
@@ -75,12 +92,24 @@ def find_config(source: str | Path) -> Path:
 def read_file(path: Path) -> dict[str, Setting]:
     """Read a file's settings under dotted keys; values are not checked yet."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"{path} must be readable as UTF-8 text, got {error}; check the file"
+            f"{_shown(path)} must be readable as UTF-8 text, got {one_line(error)}; check the file"
         ) from None
-    return FILE_READERS[path.suffix](path, text)
+    if len(content) > MAX_BYTES:
+        raise UsageError(
+            f"{_shown(path)} must be a configuration of at most {MAX_BYTES:,} bytes, got more; "
+            "name folders of text in place of their files, and data.chat_template_path"
+        )
+    # Universal newlines, as for any text file.
+    return FILE_READERS[path.suffix](path, text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _shown(path: Path) -> str:
+    return shortened(str(path), 120)
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Setting]:
@@ -91,7 +120,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, Setting]:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
             raise UsageError(
-                f"overrides must be --key value pairs, got {word!r}; write for example "
+                f"overrides must be --key value pairs, got {quoted(word)}; write for example "
                 "--learning_rate 1e-4"
             )
         key, equals, value = word[2:].partition("=")
@@ -113,9 +142,10 @@ def _from_words(key: str, values: list[str]) -> Any:
         return True
     if not values:
         raise UsageError(f"{key} must have a value, got none; write --{key} VALUE (command line)")
+    words = shortened(" ".join(values), 80)
     raise UsageError(
-        f"{key} must have one value, got {len(values)}: {' '.join(values)}; put a value with "
-        "spaces in quotes (command line)"
+        f"{key} must have one value, got {len(values)}: {words}; put a value with spaces in quotes "
+        "(command line)"
     )
 
 
@@ -124,19 +154,29 @@ def _read_json(path: Path, text: str) -> dict[str, Setting]:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                raise _duplicate(key, str(path))
+                raise _duplicate(key, where)
             content[key] = value
         return content
 
+    where = _shown(path)
     try:
         content = json.loads(text, object_pairs_hook=unique)
+        if not isinstance(content, dict):
+            raise _no_mapping(path, type(content).__name__)
+        return _flat_settings(content, "", where)
     except json.JSONDecodeError as error:
         raise UsageError(
-            f"{path} must be JSON, got {error.msg}; see line {error.lineno} ({path}:{error.lineno})"
+            f"{where} must be JSON, got {error.msg}; see line {error.lineno} "
+            f"({where}:{error.lineno})"
         ) from None
-    if not isinstance(content, dict):
-        raise _no_mapping(path, type(content).__name__)
-    return _flat_settings(content, "", str(path))
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        raise UsageError(
+            f"{where} must hold numbers, got one of thousands of digits; shorten it"
+        ) from None
+    except RecursionError:
+        raise UsageError(
+            f"{where} must hold few levels of nesting, got hundreds; see `sad distill --help`"
+        ) from None
 
 
 def _flat_settings(content: dict[str, Any], prefix: str, where: str) -> dict[str, Setting]:
@@ -151,23 +191,63 @@ def _flat_settings(content: dict[str, Any], prefix: str, where: str) -> dict[str
 
 def _read_yaml(path: Path, text: str) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
+    where = _shown(path)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _YamlLoader(text)
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
-            _walk_yaml(loader, root, "", path, settings)
+            _walk_yaml(loader, root, "", where, settings)
         elif root is not None:
             raise _no_mapping(path, root.tag.rpartition(":")[2])
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
+        raise _no_yaml(where, error.problem or error.context or "an error", line) from None
+    except UsageError:
+        raise
+    except Exception as error:  # a reader's own, or Python's: PyYAML lets any of them through
         raise UsageError(
-            f"{path} must be YAML, got {error.problem}; see that line ({path}:{line})"
+            f"{where} must be YAML, got {shortened(one_line(error), 80)}; check the file"
         ) from None
-    except yaml.YAMLError as error:
-        problem = str(error).splitlines()[0]
-        raise UsageError(f"{path} must be YAML, got {problem}; check the file") from None
     return settings
+
+
+def _no_yaml(where: str, problem: str, line: int) -> UsageError:
+    return UsageError(
+        f"{where} must be YAML, got {shortened(problem, 80)}; see that line ({where}:{line})"
+    )
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML without aliases, of few levels, in which a date is a text: no key takes a date.
+
+    Aliases that name each other stand for more values than memory holds, or for a value within
+    itself.
+    """
+
+    _levels = 0
+    _values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        self._levels += 1
+        self._values += 1
+        for problem, is_so in (
+            ("an alias, which stands for no value here", isinstance(event, yaml.AliasEvent)),
+            (f"more than {MAX_LEVELS} levels of nesting", self._levels > MAX_LEVELS),
+            (f"more than {MAX_VALUES:,} values", self._values > MAX_VALUES),
+        ):
+            if is_so:
+                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._levels -= 1
+        return node
+
+
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 FILE_READERS: Mapping[str, Callable[[Path, str], dict[str, Setting]]] = {
@@ -182,27 +262,54 @@ def _walk_yaml(
     loader: yaml.SafeLoader,
     mapping: yaml.MappingNode,
     prefix: str,
-    path: Path,
+    file: str,
     settings: dict[str, Setting],
 ) -> None:
     # Nodes, not loaded values: they know their lines, and a key given twice is seen.
     for name, value in mapping.value:
-        key, where = f"{prefix}{name.value}", f"{path}:{name.start_mark.line + 1}"
+        where = f"{file}:{name.start_mark.line + 1}"
+        if not isinstance(name, yaml.ScalarNode):
+            raise UsageError(f"a key must be a text, got a {name.id}; write KEY: VALUE ({where})")
+        key = prefix + name.value
         if isinstance(value, yaml.MappingNode) and key in _mappings():
-            _require_unique(value, key, path)
+            _require_unique(value, key, file)
         elif isinstance(value, yaml.MappingNode):
-            _walk_yaml(loader, value, f"{key}.", path, settings)
+            _walk_yaml(loader, value, f"{key}.", file, settings)
             continue
         if key in settings:
             raise _duplicate(key, where)
-        settings[key] = Setting(loader.construct_object(value, deep=True), where)
+        settings[key] = Setting(_yaml_value(loader, value, file), where)
 
 
-def _require_unique(mapping: yaml.MappingNode, key: str, path: Path) -> None:
+def _yaml_value(loader: yaml.SafeLoader, node: yaml.Node, file: str) -> Any:
+    try:
+        _require_short_numbers(node)
+        return loader.construct_object(node, deep=True)
+    except yaml.MarkedYAMLError:
+        raise
+    except Exception:  # `!!int x`, `0x_`, thousands of digits: whatever Python raises for them
+        kind = node.tag.rpartition(":")[2]
+        line = node.start_mark.line + 1
+        raise _no_yaml(file, f"a value that is no {shortened(kind, 30)}", line) from None
+
+
+def _require_short_numbers(node: yaml.Node) -> None:
+    if isinstance(node, yaml.CollectionNode):
+        for inner in node.value:
+            for item in inner if isinstance(inner, tuple) else (inner,):
+                _require_short_numbers(item)
+    elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER:
+        raise ValueError(node.tag)
+
+
+def _require_unique(mapping: yaml.MappingNode, key: str, file: str) -> None:
     names: set[str] = set()
     for name, _ in mapping.value:
+        where = f"{file}:{name.start_mark.line + 1}"
+        if not isinstance(name, yaml.ScalarNode):
+            raise UsageError(f"a key must be a text, got a {name.id}; write KEY: VALUE ({where})")
         if name.value in names:
-            raise _duplicate(f"{key}: {name.value}", f"{path}:{name.start_mark.line + 1}")
+            raise _duplicate(f"{key}: {name.value}", where)
         names.add(name.value)
 
 
@@ -212,12 +319,15 @@ def _mappings() -> set[str]:
 
 
 def _duplicate(key: str, where: str) -> UsageError:
-    return UsageError(f"{key} must be given once, got it twice; remove one ({where})")
+    return UsageError(
+        f"{shortened(key, 80)} must be given once, got it twice; remove one ({where})"
+    )
 
 
 def _no_mapping(path: Path, kind: str) -> UsageError:
     return UsageError(
-        f"{path} must hold 'key: value' pairs, got a {kind}; see `sad distill --help`"
+        f"{_shown(path)} must hold 'key: value' pairs, got a {shortened(kind, 30)}; see "
+        "`sad distill --help`"
     )
 
 
@@ -225,16 +335,22 @@ def _resolve_paths(path: Path, settings: dict[str, Setting]) -> dict[str, Settin
     """Make relative paths in a file's settings absolute where they exist beside the file."""
 
     def resolve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
         if isinstance(value, dict) and "path" in value:  # an entry of data.train with its weight
-            return value | {"path": resolve(value["path"])}
-        candidate = path.parent / value if isinstance(value, str) and value else None
-        return os.path.abspath(candidate) if candidate and candidate.exists() else value
+            return value | {"path": beside(value["path"])}
+        return beside(value)
+
+    def beside(value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        candidate = path.parent / value
+        return os.path.abspath(candidate) if os.path.exists(candidate) else value
+
+    def resolve_all(value: Any) -> Any:
+        return [resolve(item) for item in value] if isinstance(value, list) else resolve(value)
 
     paths = input_paths(DistillConfig)
     return {
-        key: Setting(resolve(setting.value), setting.where) if key in paths else setting
+        key: Setting(resolve_all(setting.value), setting.where) if key in paths else setting
         for key, setting in settings.items()
     }
 
@@ -252,12 +368,12 @@ def _build(settings: dict[str, Setting], path: Path) -> DistillConfig:
     if "student" not in nested and nested.get("student_init") != "layers":
         raise UsageError(
             f"student must be given, got no such key; add it to the file or write --student NAME "
-            f"({path})"
+            f"({_shown(path)})"
         )
     try:
         return DistillConfig(**nested)
     except ConfigError as error:  # a default that contradicts a given key has no place of its own
-        where = settings[error.key].where if error.key in settings else str(path)
+        where = settings[error.key].where if error.key in settings else _shown(path)
         raise ConfigError(error.key, f"{error} ({where})") from None
 
 

@@ -40,15 +40,23 @@ from sad.config.sections import (
     StructuralSection,
     TAIDConfig,
 )
+from sad.config.updates import LARGEST_UPDATE, update_bound
 from sad.config.values import (
+    HOME_PATH,
     INPUT_PATH,
+    NAME,
+    PATH,
+    SMALL,
     ConfigError,
     Constraint,
     Fraction,
     FractionBelowOne,
+    Name,
     NonEmptyStr,
+    NonNegativeBytes,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveBytes,
     PositiveFloat,
     PositiveInt,
     convert_and_check,
@@ -63,14 +71,15 @@ SchedulerUnit = Literal["batch", "optimizer_step"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Impl = Literal["auto", "triton", "torch"]
 
-ModelPath = Annotated[NonEmptyStr, INPUT_PATH]
-MaxSteps = Annotated[int, Constraint("be -1 or at least 1", lambda v: v == -1 or v >= 1)]
+ModelPath = Annotated[NonEmptyStr, INPUT_PATH, PATH]
+MaxSteps = Annotated[int, Constraint("be -1 or at least 1", lambda v: v == -1 or v >= 1), SMALL]
 StepsOrFraction = Annotated[
     float,
     Constraint(
         "be a whole number of steps, or a fraction below 1",
         lambda v: 0 <= v < 1 or (v > 0 and v.is_integer()),
     ),
+    SMALL,
 ]
 LayerChoice = Annotated[
     int | tuple[int, ...],
@@ -81,10 +90,16 @@ LayerChoice = Annotated[
     ),
 ]
 Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
-AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2)]
+AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2), SMALL]
+Epochs = Annotated[PositiveFloat, Constraint("be at most a million", lambda v: v <= 1e6)]
+# A decay that fp32 rounds to 1 divides by 0, and so does an epsilon that it rounds to 0.
+MomentDecay = Annotated[
+    FractionBelowOne, Constraint("be at most 0.999999", lambda v: v <= 0.999999)
+]
+Epsilon = Annotated[PositiveFloat, Constraint("be at least 1e-30", lambda v: v >= 1e-30)]
 
-USUAL_DEVICES = ("cpu", "cuda", "meta", "mps", "xpu")
-"""Kinds of devices that every version of torch knows."""
+USUAL_DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of devices that every version of torch knows and that hold numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +131,7 @@ class DistillConfig:
     """`auto` takes CUDA where there is one, else the CPU."""
     teacher_device: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Device of the teacher's layers (its head stays with the student). Default: `device`."""
-    attn_implementation: str | None = None
+    attn_implementation: Annotated[str | None, NAME] = None
     """Attention of both models, as in transformers: `sdpa`, `eager` ... Default: what transformers
     chooses for each family, which is `sdpa` where the family has it."""
     gradient_checkpointing: bool = False
@@ -157,7 +172,7 @@ class DistillConfig:
     """Mass spread over all classes in the training cross-entropy. Evaluation uses none."""
     z_loss: float = 0.0
     """Weight of lse^2, the squared log-normaliser of the student's logits."""
-    chunk_bytes: PositiveInt | None = None
+    chunk_bytes: PositiveBytes | None = None
     """Memory budget of the loss in bytes. Default: that of `sad_kernels`."""
     impl: Impl = "auto"
     """Implementation of the kernels; `auto` takes Triton on GPUs, else torch."""
@@ -182,7 +197,7 @@ class DistillConfig:
     add it to the result table."""
 
     # Length
-    num_train_epochs: PositiveFloat = 1.0
+    num_train_epochs: Epochs = 1.0
     """Passes over the data, if `max_steps` is not given."""
     max_steps: MaxSteps = -1
     """Optimizer steps; positive values override `num_train_epochs`."""
@@ -194,7 +209,7 @@ class DistillConfig:
     """Evaluate on at most this many held-out rows."""
     eval_all_losses: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Evaluate structural losses also while the curriculum has their weight at 0."""
-    eval_teacher_cache: NonNegativeInt = field(default=256 * 2**20, metadata=MAY_CHANGE_ON_RESUME)
+    eval_teacher_cache: NonNegativeBytes = field(default=256 * 2**20, metadata=MAY_CHANGE_ON_RESUME)
     """Bytes of host memory in which evaluations keep the teacher's hidden states for one another;
     0: none. With structural losses, or another `routing.mode` than `teacher`, none are kept."""
     gradient_accumulation_steps: PositiveInt = 1
@@ -208,11 +223,11 @@ class DistillConfig:
     one wait for the device per step. Needs the extra `8bit`."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
-    adam_beta1: FractionBelowOne = 0.9
+    adam_beta1: MomentDecay = 0.9
     """Decay of AdamW's first moment."""
-    adam_beta2: FractionBelowOne = 0.999
+    adam_beta2: MomentDecay = 0.999
     """Decay of AdamW's second moment."""
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_epsilon: Epsilon = 1e-8
     """Added to the root of AdamW's second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global norm the gradient is clipped to; 0 turns clipping off."""
@@ -241,7 +256,8 @@ class DistillConfig:
     master_weights: bool = True
     """With bfloat16 parameters: keep fp32 masters that the optimizer updates."""
     max_nonfinite_steps: PositiveInt = 3
-    """So many updates in a row with a non-finite gradient stop the run."""
+    """So many updates in a row that are not finite, by their gradient or their learning rate, stop
+    the run."""
 
     # EMA
     use_ema: bool = True
@@ -255,13 +271,17 @@ class DistillConfig:
     waits until the weights are copied. Default: the student's device."""
 
     # Run
-    output_dir: NonEmptyStr = field(default="runs/sad", metadata=MAY_CHANGE_ON_RESUME)
-    """Directory of the run: log, checkpoints, report, exported models."""
+    output_dir: Annotated[NonEmptyStr, PATH, HOME_PATH] = field(
+        default="runs/sad", metadata=MAY_CHANGE_ON_RESUME
+    )
+    """Directory of the run: log, checkpoints, report, exported models. `~/` is the user's home."""
     seed: Seed = 42
     """Seed of initialisation, order and dropout."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms on GPUs, at some cost."""
-    resume_from_checkpoint: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    resume_from_checkpoint: Annotated[str | None, PATH, HOME_PATH] = field(
+        default=None, metadata=MAY_CHANGE_ON_RESUME
+    )
     """`auto`, or the path of a checkpoint."""
     allow_config_change: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Resume although keys that decide the trajectory have changed."""
@@ -286,7 +306,7 @@ class DistillConfig:
     """Trackers to send the log to besides `log.jsonl`."""
     push_to_hub: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
     """Upload `best/` to the Hugging Face Hub after the run; a failure is a warning."""
-    hub_model_id: NonEmptyStr | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    hub_model_id: Name | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Repository on the Hub, `name` or `owner/name`. Default: the name of `output_dir`."""
     hub_private_repo: bool | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Make that repository private, if it is new. Default: as the account has it."""
@@ -311,6 +331,7 @@ class DistillConfig:
         _check_objective(self)
         _check_teacher_sections(self)
         _check_schedule(self)
+        _check_updates(self)
         _check_precision(self)
         _check_metric(self)
 
@@ -488,6 +509,27 @@ def _check_schedule(config: DistillConfig) -> None:
         )
 
 
+def _check_updates(config: DistillConfig) -> None:
+    """Refuse a learning rate with which one update can make a weight infinite."""
+    largest = config.learning_rate * max(1.0, config.projector_lr_ratio)
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    bound = update_bound(largest, betas, eps, max_grad_norm=config.max_grad_norm)
+    require(
+        "learning_rate",
+        "keep every update below 2^100",
+        config.learning_rate,
+        "weights would overflow: lower it, or raise adam_epsilon",
+        holds=bound < LARGEST_UPDATE,
+    )
+    require(
+        "weight_decay",
+        "be at most 1 / learning_rate",
+        config.weight_decay,
+        "a step would take more of a weight than there is",
+        holds=largest * config.weight_decay <= 1,
+    )
+
+
 def _check_precision(config: DistillConfig) -> None:
     require(
         "fp16",
@@ -523,6 +565,9 @@ def _check_metric(config: DistillConfig) -> None:
 def _is_device(name: str) -> bool:
     if re.fullmatch(rf"({'|'.join(USUAL_DEVICES)})(:[0-9])?", name):
         return True  # without torch, whose import takes seconds
+    # Tensors on `meta` have shapes and no numbers.
+    if not re.fullmatch(r"[a-z]{2,20}(:[0-9]{1,3})?", name) or name.startswith("meta"):
+        return False
     import torch
 
     try:

@@ -14,15 +14,19 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from sad.config.values import (
     INPUT_PATH,
+    NAME,
+    PATH,
     Constraint,
     Fraction,
     FractionBelowOne,
+    Name,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     convert_and_check,
+    is_path,
     require,
 )
 from sad.curriculum import RAMPS, is_schedule
@@ -32,12 +36,17 @@ MAY_CHANGE_ON_RESUME = {"may_change_on_resume": True}
 whose permission, and change no weight. Every other key decides the trajectory, and so does a key
 that only changes rounding, such as ``impl``: a resumed run promises the same bits."""
 
-TextSources = Annotated[tuple[str, ...], INPUT_PATH]
-TextSource = Annotated[NonEmptyStr, INPUT_PATH]
+TextSources = Annotated[
+    tuple[str, ...], INPUT_PATH, PATH._replace(holds=lambda paths: all(map(is_path, paths)))
+]
+TextSource = Annotated[NonEmptyStr, INPUT_PATH, PATH]
+Processes = Annotated[PositiveInt, Constraint("be at most 1,024", lambda v: v <= 1024)]
 Distance = Literal["cosine", "relative_mse"]
 
 Weights = Annotated[
-    tuple[float, ...], Constraint("be numbers above 0", lambda weights: all(w > 0 for w in weights))
+    tuple[float, ...],
+    Constraint("be numbers above 0", lambda weights: all(w > 0 for w in weights)),
+    Constraint("be at most a million", lambda weights: all(w <= 1e6 for w in weights)),
 ]
 
 Pairs = Annotated[
@@ -89,16 +98,16 @@ class DataConfig(Section):
     """Held-out text, in the same forms. Empty: `eval_fraction` of the training documents."""
     eval_fraction: FractionBelowOne = 0.05
     """Share of the documents held out for evaluation, chosen by a hash of each document's name."""
-    text_field: NonEmptyStr | None = None
+    text_field: Name | None = None
     """The field that holds the text in records: .json, .jsonl, .parquet and `datasets`. Default,
     for each record: `messages`, else `prompt` and `completion`, else `text`."""
     document_separator: Annotated[str | None, Constraint("not be empty", bool)] = None
     """Splits a .txt file into documents; without it each file is one document."""
-    dataset_config: str | None = None
+    dataset_config: Annotated[str | None, NAME] = None
     """Configuration name of a `datasets` data set."""
-    dataset_split: NonEmptyStr = "train"
+    dataset_split: Name = "train"
     """Split of a `datasets` data set named in `train`."""
-    dataset_eval_split: NonEmptyStr = "validation"
+    dataset_eval_split: Name = "validation"
     """Split of a `datasets` data set named in `eval`."""
     train_weights: Weights | None = None
     """One number per entry of `train`: how often its training documents are read per epoch, 1 by
@@ -123,13 +132,13 @@ class DataConfig(Section):
     add_special_tokens: bool = True
     """Begin a document of text as `tokenizer(text)` does, with BOS for many tokenizers. Chat
     templates bring their own."""
-    document_end: NonEmptyStr | None = None
+    document_end: Name | None = None
     """The token that ends a document of text, such as `<|endoftext|>`. Default: the tokenizer's end
     of text. Chat templates bring their own."""
-    num_proc: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    num_proc: Processes | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Processes that tokenize; the rows are the same whatever their number. Default: one per core
     where there is much text, else none besides this one."""
-    cache_dir: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    cache_dir: Annotated[str | None, PATH] = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Where packed rows are kept. Default: `$XDG_CACHE_HOME/sad` or `~/.cache/sad`."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from sad.errors import UsageError
+from sad.errors import UsageError, quoted
 
 NULL_WORDS = frozenset({"null", "none"})
 
@@ -101,7 +102,7 @@ def _parse_nested_list(value: Any) -> Any:
         return value
     try:
         return json.loads(word)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, an integer of thousands of digits, many levels
         raise Mismatch("be a list of lists", "write it such as [[0, 0], [-1, -1]]") from None
 
 
@@ -176,33 +177,58 @@ def _to_float(value: Any) -> float:
     number = _number(value)
     if number is None or not math.isfinite(number):
         raise Mismatch("be a finite number", "write one such as 0.5 or 1e-4")
-    return float(number)
+    if abs(number) >= 2**63:  # its square has no room in fp32
+        raise Mismatch("be a number below 2^63", "write one such as 0.5 or 1e-4")
+    return number
 
 
 def _to_int(value: Any) -> int:
-    number = _number(value)
-    if number is None or not math.isfinite(number) or number != int(number):
-        raise Mismatch("be a whole number", "write one such as 8")
-    return int(number)
+    whole = _whole_number(value)
+    if whole is None:
+        number = _number(value)
+        if number is None or not math.isfinite(number) or not number.is_integer():
+            raise Mismatch("be a whole number", "write one such as 8")
+        whole = int(number)
+    if abs(whole) >= 2**63:
+        raise Mismatch("be a whole number below 2^63", "write one such as 8")
+    return whole
 
 
 def _to_str(value: Any) -> str:
     if not isinstance(value, str):
         raise Mismatch("be a text", "write one, in quotes if it looks like a number")
+    if not _is_unicode(value):
+        raise Mismatch("be Unicode text", "write each character whole, not half a surrogate pair")
     return value
 
 
-def _number(value: Any) -> float | int | None:
-    if isinstance(value, str):
-        # int first: a float has no room for every digit of a large whole number.
-        for parse in (int, float):
-            try:
-                return parse(value)
-            except ValueError:
-                continue
-    if isinstance(value, bool) or not isinstance(value, Real):  # a bool is an int to Python
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _whole_number(value: Any) -> int | None:
+    """The integer that this is or writes: a float has no room for every digit of a large one."""
+    if isinstance(value, bool) or not isinstance(value, str | Integral):
         return None
-    return int(value) if isinstance(value, Integral) else float(value)
+    try:
+        return int(value)
+    except ValueError:  # no integer, or one of more than 4,300 digits
+        return None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, str | Real):  # a bool is an int to Python
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 _SCALARS: dict[Any, Callable[[Any], Any]] = {
@@ -230,9 +256,47 @@ class Constraint(NamedTuple):
     remedy: str = "choose such a value, or leave the key out for its default"
 
 
+def is_name(text: str) -> bool:
+    """Whether this can name a field, a split, a repository: a short line."""
+    return len(text.encode()) <= MAX_NAME and not _CONTROL.search(text)
+
+
+def is_path(text: str) -> bool:
+    """Whether a system can be asked for a file of this name: it would raise for any other."""
+    parts = text.split("/")
+    return (
+        text.strip() != ""
+        and not _CONTROL.search(text)
+        and len(text.encode()) < MAX_PATH
+        and all(len(part.encode()) <= MAX_NAME for part in parts)
+        and not os.path.expanduser(parts[0]).startswith("~")  # of a user who is not there
+    )
+
+
+MAX_NAME = 255
+"""Bytes of the name of a file, as Linux and macOS have it."""
+MAX_PATH = 4096
+"""Bytes of a path with its final NUL, as Linux has it."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+SMALL = Constraint("be below 2^31", lambda v: v < 2**31, "write a size that a machine can have")
+
+NAME = Constraint(
+    f"be a name of at most {MAX_NAME} bytes without control characters", is_name, "check the name"
+)
+PATH = Constraint(
+    f"be a path of at most {MAX_PATH - 1:,} bytes, {MAX_NAME} of each name in it, without control "
+    "characters",
+    is_path,
+    "check the path, and that a user after ~ has a home",
+)
 NonEmptyStr = Annotated[str, Constraint("not be empty", lambda v: v.strip() != "")]
-PositiveInt = Annotated[int, Constraint("be at least 1", lambda v: v >= 1)]
-NonNegativeInt = Annotated[int, Constraint("be at least 0", lambda v: v >= 0)]
+PositiveInt = Annotated[int, Constraint("be at least 1", lambda v: v >= 1), SMALL]
+NonNegativeInt = Annotated[int, Constraint("be at least 0", lambda v: v >= 0), SMALL]
+Name = Annotated[NonEmptyStr, NAME]
+PositiveBytes = Annotated[int, Constraint("be at least 1", lambda v: v >= 1)]
+NonNegativeBytes = Annotated[int, Constraint("be at least 0", lambda v: v >= 0)]
 PositiveFloat = Annotated[float, Constraint("be above 0", lambda v: v > 0)]
 NonNegativeFloat = Annotated[float, Constraint("be at least 0", lambda v: v >= 0)]
 Fraction = Annotated[float, Constraint("lie in [0, 1]", lambda v: 0 <= v <= 1)]
@@ -242,6 +306,9 @@ FractionBelowOne = Annotated[float, Constraint("lie in [0, 1)", lambda v: 0 <= v
 INPUT_PATH = "input path"
 """Marks the type of a key that may name a file or folder to read: in a configuration file a
 relative path is looked up in the file's own folder first."""
+
+HOME_PATH = "home path"
+"""Marks the type of a key whose leading ``~`` becomes the user's home when it is read."""
 
 
 @cache
@@ -276,8 +343,10 @@ def convert_and_check(config: Any, prefix: str = "") -> None:
         try:
             value = convert(hint, value)
         except Mismatch as error:
-            message = f"{key} must {error.expectation}, got {value!r}; {error.remedy}"
+            message = f"{key} must {error.expectation}, got {quoted(value)}; {error.remedy}"
             raise ConfigError(key, message) from None
+        if HOME_PATH in annotations[name] and value is not None:
+            value = os.path.expanduser(value)
         object.__setattr__(config, name, value)  # the dataclass is frozen
         for extra in annotations[name]:
             if isinstance(extra, Constraint) and value is not None:
@@ -287,4 +356,4 @@ def convert_and_check(config: Any, prefix: str = "") -> None:
 def require(key: str, expectation: str, value: object, remedy: str, *, holds: bool) -> None:
     """Raise ``ConfigError``, "KEY must EXPECTATION, got VALUE; REMEDY", unless ``holds``."""
     if not holds:
-        raise ConfigError(key, f"{key} must {expectation}, got {value!r}; {remedy}")
+        raise ConfigError(key, f"{key} must {expectation}, got {quoted(value)}; {remedy}")

@@ -19,7 +19,7 @@ from sad.data.formats.base import columns_to_read, document_of, record_of_row
 from sad.data.formats.json_file import NoRecordsError
 from sad.data.stdlib import functions_of
 from sad.environment import import_extra, quiet_libraries
-from sad.errors import UnfitError, UsageError, one_line
+from sad.errors import UnfitError, UsageError, one_line, printable, quoted
 
 STDLIB = "python-stdlib"
 STDLIB_FUNCTIONS = "python-stdlib-functions"
@@ -32,14 +32,22 @@ Report = Callable[[str], None]
 
 
 def read_documents(
-    config: DataConfig, key: SourceKey, report: Report = lambda _: None
+    config: DataConfig,
+    key: SourceKey,
+    report: Report = lambda _: None,
+    *,
+    run_dir: str | None = None,
 ) -> Iterator[Document]:
     """The documents of ``read_sources``."""
-    return (document for _, document in read_sources(config, key, report))
+    return (document for _, document in read_sources(config, key, report, run_dir=run_dir))
 
 
 def read_sources(
-    config: DataConfig, key: SourceKey, report: Report = lambda _: None
+    config: DataConfig,
+    key: SourceKey,
+    report: Report = lambda _: None,
+    *,
+    run_dir: str | None = None,
 ) -> Iterator[tuple[int, Document]]:
     """Every document of the sources under ``config.train`` or ``config.eval``, after the number of
     its source.
@@ -47,7 +55,8 @@ def read_sources(
     Sources come in the order given, files of a folder sorted by path, records in file order.
     Documents that are empty or white space are left out. Text is UTF-8; in text files a byte order
     mark is dropped and line ends become ``\\n``. ``report`` is told which files of a folder are
-    not read.
+    not read. A folder may contain ``run_dir``, the run's own directory, which is no text of it:
+    what the run writes would be read by the same run when it is resumed.
 
     Raises ``UsageError`` for a source that is not there or cannot be read by what is installed, and
     ``UnfitError`` with file and line for content that is not as its format has it.
@@ -62,7 +71,7 @@ def read_sources(
         # Two folders may hold files of one name. The first source needs no prefix, so that adding
         # a second does not rename its documents.
         prefix = f"{index}:" if index else ""
-        for document in _read_source(source, config, key, report):
+        for document in _read_source(source, config, key, report, run_dir):
             if not document.is_empty:
                 yield index, document._replace(name=prefix + document.name)
 
@@ -71,17 +80,22 @@ def read_sources(
 
 
 def _read_source(
-    source: str, config: DataConfig, key: SourceKey, report: Report
+    source: str, config: DataConfig, key: SourceKey, report: Report, run_dir: str | None
 ) -> Iterator[Document]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == STDLIB:
         yield from _read_stdlib()
     elif source == STDLIB_FUNCTIONS:
         for document in _read_stdlib():
             yield from functions_of(document)
     elif path.is_dir():
-        yield from _read_folder(path, config, key, report)
+        yield from _read_folder(path, config, key, report, run_dir)
     elif path.exists():
+        if not path.is_file():
+            raise UsageError(
+                f"data.{key} must name files and folders, got a pipe or a device, "
+                f"{quoted(source)}; write its text into a file"
+            )
         if reader_of(path.name) is None:
             raise UsageError(
                 f"data.{key} must name {', '.join(READERS)} files, got {source}; convert it, or "
@@ -97,12 +111,20 @@ def _read_source(
 
 
 def _read_folder(
-    folder: Path, config: DataConfig, key: SourceKey, report: Report
+    folder: Path, config: DataConfig, key: SourceKey, report: Report, run_dir: str | None
 ) -> Iterator[Document]:
     left_out: list[str] = []
     readable = False
-    for name in _files_under(folder):
-        if reader_of(name) is None:
+    if run_dir is not None:
+        if os.path.realpath(folder) == os.path.realpath(run_dir):
+            raise UsageError(
+                f"data.{key} must be another folder than output_dir, got {quoted(str(folder))}, in "
+                "which the run writes; choose another output_dir"
+            )
+        if _is_within(run_dir, folder):
+            left_out.append("the run's own directory")
+    for name in _files_under(folder, but=run_dir):
+        if reader_of(name) is None or _is_pipe(folder / name):
             left_out.append(name)
             continue
         try:
@@ -122,7 +144,17 @@ def _read_folder(
 def _some(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+    return printable(", ".join(names[:5])) + more
+
+
+def _is_pipe(path: Path) -> bool:
+    """Whether reading this would wait for a writer, or never end: a pipe, a socket, a device."""
+    return path.exists() and not path.is_file()
+
+
+def _is_within(inner: str, outer: Path) -> bool:
+    """Whether a path lies below a folder."""
+    return Path(os.path.realpath(outer)) in Path(os.path.realpath(inner)).parents
 
 
 def _looks_like_path(source: str) -> bool:
@@ -137,17 +169,28 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _files_under(
-    folder: Path, suffixes: tuple[str, ...] = ("",), skip: Callable[[str], bool] = lambda _: False
+    folder: Path,
+    suffixes: tuple[str, ...] = ("",),
+    skip: Callable[[str], bool] = lambda _: False,
+    *,
+    but: str | None = None,
 ) -> list[str]:
-    """Sorted paths relative to ``folder``, with ``/``. Hidden and skipped names are passed over."""
+    """Sorted paths relative to ``folder``, with ``/``. Hidden and skipped names are passed over,
+    and so is the folder ``but``."""
 
     def fail(error: OSError) -> None:
         raise _unreadable(folder, error) from error
 
+    def enters(parent: str, name: str) -> bool:
+        if name.startswith(".") or skip(name):
+            return False
+        return left_out is None or os.path.realpath(os.path.join(parent, name)) != left_out
+
+    left_out = None if but is None else os.path.realpath(but)
     found: list[str] = []
     for parent, subfolders, files in os.walk(folder, onerror=fail):
         # Assigned in place: os.walk does not enter the folders removed here.
-        subfolders[:] = [name for name in subfolders if not (name.startswith(".") or skip(name))]
+        subfolders[:] = [name for name in subfolders if enters(parent, name)]
         found += [
             Path(parent, name).relative_to(folder).as_posix()
             for name in files
@@ -166,7 +209,7 @@ def _read_file(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
 
 
 def _unreadable(path: Path, error: OSError) -> UnfitError:
-    reason = error.strerror or str(error)
+    reason = error.strerror or one_line(error)
     return UnfitError(
         f"{path} must be readable, got '{reason}'; check the file and who may read it"
     )

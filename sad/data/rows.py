@@ -209,7 +209,7 @@ def load_rows(
 ) -> tuple[PackedRows, PackedRows]:
     """Training rows and held-out rows; raises like ``split_documents`` and ``pack_documents``."""
     cache = cache_directory(config.data.cache_dir)
-    sides = split_documents(config.data)
+    sides = split_documents(config.data, run_dir=config.output_dir)
     _require_use(config.data, sides)
     train, held_out = (
         pack_documents(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -25,10 +26,11 @@ class DocumentSet:
     """The training or the held-out documents; may be iterated any number of times.
 
     ``selected`` is a mask over the documents that ``read_documents(config, key)`` yields, and
-    ``source_digest`` the hash of all of them. An iteration that reads others than were hashed
-    raises ``UnfitError`` at its end. ``times`` says how often each document is yielded: what is
-    yielded again comes after all documents, in the same order, for copies side by side would share
-    a row. ``num_bytes`` is the length of all that the sources hold, in UTF-8.
+    ``source_digest`` the hash of all of them; folders are read without ``run_dir``. An iteration
+    that reads others than were hashed raises ``UnfitError`` at its end. ``times`` says how often
+    each document is yielded: what is yielded again comes after all documents, in the same order,
+    for copies side by side would share a row. ``num_bytes`` is the length of all that the sources
+    hold, in UTF-8.
     """
 
     kinds: frozenset[str] = TEXT
@@ -46,8 +48,10 @@ class DocumentSet:
         *,
         times: np.ndarray | None = None,  # int64 [documents read]
         num_bytes: int = 0,
+        run_dir: str | None = None,
     ) -> None:
         self.kinds = kinds
+        self._run_dir = run_dir
         self._config = config
         self._key: SourceKey = key
         self._selected = selected
@@ -72,7 +76,8 @@ class DocumentSet:
 
     def _read_once(self, mask: np.ndarray) -> Iterator[Document]:
         digest = _TextDigest()
-        for index, document in enumerate(read_documents(self._config, self._key)):
+        documents = read_documents(self._config, self._key, run_dir=self._run_dir)
+        for index, document in enumerate(documents):
             stop_if_requested(READING)
             digest.add(document)
             if index < len(mask) and mask[index]:
@@ -85,7 +90,9 @@ class DocumentSet:
             )
 
 
-def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
+def split_documents(
+    config: DataConfig, *, run_dir: str | None = None
+) -> tuple[DocumentSet, DocumentSet]:
     """The training documents and the held-out ones.
 
     With ``config.eval`` these are two sources. Otherwise a document is held out if the hash of its
@@ -95,21 +102,22 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
     the names. ``train_weights`` repeat or thin out training documents; what is held out is read
     once.
 
+    Folders are read without ``run_dir``, the run's own directory.
+
     Raises ``UnfitError`` if a set would be empty, and whatever ``read_documents`` raises.
     """
-    names, digest, kinds, num_bytes = _hash_documents(config, "train")
+    document_set = partial(DocumentSet, config, run_dir=run_dir)
+    names, digest, kinds, num_bytes = _hash_documents(config, "train", run_dir)
 
     def train_set(mask: np.ndarray) -> DocumentSet:
         times = _times(names, mask, config) if config.weighted else None
-        return DocumentSet(config, "train", mask, digest, kinds, times=times, num_bytes=num_bytes)
+        return document_set("train", mask, digest, kinds, times=times, num_bytes=num_bytes)
 
     selected = _smallest(names["limit"], config.max_documents)
     if config.eval:
-        eval_names, eval_digest, eval_kinds, eval_bytes = _hash_documents(config, "eval")
+        eval_names, eval_digest, eval_kinds, eval_bytes = _hash_documents(config, "eval", run_dir)
         everything = np.ones(len(eval_names), dtype=bool)
-        held_out = DocumentSet(
-            config, "eval", everything, eval_digest, eval_kinds, num_bytes=eval_bytes
-        )
+        held_out = document_set("eval", everything, eval_digest, eval_kinds, num_bytes=eval_bytes)
         return train_set(selected), held_out
 
     if selected.sum() < 2:
@@ -121,7 +129,7 @@ def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
     held_out = _held_out(names["split"], selected, config.eval_fraction)
     return (
         train_set(selected & ~held_out),
-        DocumentSet(config, "train", selected & held_out, digest, kinds, num_bytes=num_bytes),
+        document_set("train", selected & held_out, digest, kinds, num_bytes=num_bytes),
     )
 
 
@@ -134,12 +142,13 @@ out, the other on ``max_documents`` and what a fraction of a weight takes."""
 
 
 def _hash_documents(
-    config: DataConfig, key: SourceKey
+    config: DataConfig, key: SourceKey, run_dir: str | None
 ) -> tuple[np.ndarray, str, frozenset[str], int]:
     """Read every document once; return the hashes of their names, one digest of all that they
     hold, their kinds, and the length of what they hold in UTF-8."""
     hashes, digest, kinds = bytearray(), _TextDigest(), TEXT - TEXT
-    for source, document in read_sources(config, key, report=logger.warning):
+    sources = read_sources(config, key, report=logger.warning, run_dir=run_dir)
+    for source, document in sources:
         stop_if_requested(READING)
         hashes += hashlib.blake2b(
             document.name.encode(errors="surrogateescape"), digest_size=16

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.config.sections import DataConfig
 from sad.data.tokenizers import document_end_id, special_affixes
+from sad.errors import printable
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class TokenStream:
                 f"{number:,}",
                 "document" if number == 1 else "documents",
                 COUNTS[count].format(max_length=self._max_length),
-                first,
+                printable(first),
             )
 
     def _add_text(self, piece: TokenPiece) -> None:

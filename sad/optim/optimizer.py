@@ -2,7 +2,8 @@
 
 A step whose gradient is not finite must change nothing: no parameter, no moment, no step count.
 Whether it is finite, ``ok``, is a tensor on the device; a fused optimizer reads it there, without a
-sync.
+sync. A finite gradient can still give an update that is not, with a learning rate of 1e38; that is
+bounded beforehand, on the host (``sad.config.updates``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Adam, AdamW, Optimizer
 
 from sad.config.schema import DistillConfig
+from sad.config.updates import update_is_finite
 from sad.environment import import_extra
 
 
@@ -83,6 +85,25 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if max_norm > 0:
         clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm
+
+
+def can_update(optimizer: Optimizer, norm: Tensor, max_norm: float) -> Tensor:
+    """Whether a step of AdamW is finite, [] bool on the device: ``norm`` is, and learning rate and
+    weight decay of every group keep the update so. Does not wait for the device.
+
+    ``norm`` is that of the gradient before it was clipped to ``max_norm``.
+    """
+    fits = all(
+        update_is_finite(
+            float(group["lr"]),
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            max_grad_norm=max_norm,
+        )
+        for group in optimizer.param_groups
+    )
+    return norm.isfinite() if fits else torch.zeros_like(norm, dtype=torch.bool)
 
 
 def guarded_step(optimizer: Optimizer, ok: Tensor) -> None:

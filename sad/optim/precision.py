@@ -30,14 +30,14 @@ from torch.optim import Optimizer
 from sad.config.schema import DistillConfig
 from sad.ema import ModelEMA
 from sad.errors import UsageError
-from sad.optim.optimizer import build_adamw, clip_gradients, guarded_step
+from sad.optim.optimizer import build_adamw, can_update, clip_gradients, guarded_step
 
 
 class UpdateResult(NamedTuple):
     """Outcome of an optimizer step, on the device."""
 
     norm: Tensor  # [] norm of the whole gradient before clipping
-    ok: Tensor  # [] bool: the gradient was finite, and the update applied
+    ok: Tensor  # [] bool: gradient and update were finite, and it was applied
     skipped: Tensor  # [] bool: not applied, and not because the loss scale was too high
 
 
@@ -152,7 +152,7 @@ class Precision:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, max_grad_norm: float) -> UpdateResult:
-        """Unscale and clip the window's gradient, and update the weights if it is finite.
+        """Unscale and clip the window's gradient, and update the weights if that is finite.
 
         No sync if the optimizer is a fused AdamW. A gradient that overflows because the loss scale
         is too high is expected now and then: the scale is lowered, and ``skipped`` stays false
@@ -164,12 +164,12 @@ class Precision:
             self.masters.take_gradients()
         self.scaler.unscale_(optimizer)
         norm = clip_gradients(self._parameters.values(), max_grad_norm)
-        ok = norm.isfinite()
+        ok = can_update(optimizer, norm, max_grad_norm)
         guarded_step(optimizer, ok)
         self.scaler.update()
         if self.masters is not None:
             self.masters.publish()
-        return UpdateResult(norm, ok, skipped=~ok & self._loss_scale_is_low(norm))
+        return UpdateResult(norm, ok, skipped=~ok & self._is_no_overflow(norm))
 
     def zero_grad(self, optimizer: Optimizer) -> None:
         """Drop every gradient of the window."""
@@ -191,8 +191,8 @@ class Precision:
         if state:
             self.scaler.load_state_dict(state)
 
-    def _loss_scale_is_low(self, norm: Tensor) -> Tensor:
-        """Whether the loss scale, [] bool, is too low to explain an overflow."""
+    def _is_no_overflow(self, norm: Tensor) -> Tensor:
+        """Whether a high loss scale, [] bool, is no reason for a step that is not applied."""
         if not self.scaler.is_enabled():
             return torch.ones_like(norm, dtype=torch.bool)
-        return self.scaler.scale(torch.ones_like(norm)) < 1.0
+        return norm.isfinite() | (self.scaler.scale(torch.ones_like(norm)) < 1.0)

@@ -197,7 +197,7 @@ class RunLog:
         """Within, whatever a tracker raises is a warning, and its last one."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a tracker may end a process that has no login
             self._trackers.pop(package, None)
             self.warning(
                 f"{package} fails, got {with_type(error)}; the run goes on "

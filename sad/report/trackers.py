@@ -31,9 +31,17 @@ MODULES = {
 
 
 def require_installed(packages: Iterable[str]) -> None:
-    """Import ``packages``; raise ``UsageError`` that names the first that is not installed."""
+    """Import ``packages``; raise ``UsageError`` that names the first that is not installed.
+
+    What else an import raises is a tracker's failure: it comes again when the tracker is opened.
+    """
     for package in packages:
-        _import(package)
+        try:
+            _import(package)
+        except UsageError:
+            raise
+        except Exception:
+            continue
 
 
 def open_tracker(package: str, run_dir: Path, *, attempt: int, initial: int) -> Tracker:

@@ -56,7 +56,7 @@ from sad.models.experts import (
     require_moe,
 )
 from sad.models.heads import split_head, with_valid_vocab
-from sad.optim.optimizer import clip_gradients, guarded_step
+from sad.optim.optimizer import can_update, clip_gradients, guarded_step
 from sad.optim.precision import MasterWeights, UpdateResult
 
 # The kernels' teacher never gets a gradient, so teacher and student change places:
@@ -159,14 +159,14 @@ class StudentAwareRouter:
         return RoutingLoss(out.kd, balance.detach())
 
     def step(self) -> UpdateResult:
-        """Take one AdamW step on the masters; a gradient that is not finite changes nothing.
+        """Take one AdamW step on the masters; one that is not finite changes nothing.
 
         The gates become the rounded masters, and all gradients are dropped. Does not wait for the
         device.
         """
         self._masters.take_gradients()
         norm = clip_gradients(self._masters.tensors.values(), max_norm=0)
-        ok = norm.isfinite()
+        ok = can_update(self.optimizer, norm, 0)
         guarded_step(self.optimizer, ok)
         self._masters.publish()
         self.optimizer.zero_grad(set_to_none=True)

@@ -47,6 +47,7 @@ def evaluate_run(
     config = replace(
         config,
         tokenizer=str(run.best),
+        output_dir=str(run.path),  # it may have been moved: text is read without the run's own
         trust_remote_code_student=trust_remote_code_student,
         trust_remote_code_teacher=trust_remote_code_teacher,
     )

@@ -302,9 +302,9 @@ class Trainer:
         named = ("ce", "kd", *self.student.term_names)
         values = ", ".join(f"{name} {losses[name]:.4g}" for name in named if name in losses)
         raise DivergedError(
-            f"gradients must be finite, got {self.watch.in_a_row} updates in a row whose gradient "
-            f"was not ({values}); lower learning_rate, lengthen the warm-up, or train in bf16 or "
-            "fp32"
+            f"updates must be finite, got {self.watch.in_a_row} updates in a row that were not, by "
+            f"their gradient or learning rate ({values}); lower learning_rate, lengthen the "
+            "warm-up, or train in bf16 or fp32"
         )
 
     def _evaluate_or_stop(self, log: RunLog, signals: StopSignals) -> None:

@@ -449,13 +449,27 @@ MUTATIONS = [
     Mutation(
         "43",
         "an update is applied whatever its gradient is",
-        edit(PRECISION, "ok = norm.isfinite()", "ok = torch.ones_like(norm, dtype=torch.bool)"),
+        edit(
+            PRECISION,
+            "ok = can_update(optimizer, norm, max_grad_norm)",
+            "ok = torch.ones_like(norm, dtype=torch.bool)",
+        ),
         tests(
             "sad/optim/test_precision.py",
             "test_a_step_with_a_bad_gradient_leaves_every_bit[fp32-True-nan]",
             "test_a_step_with_a_bad_gradient_leaves_every_bit[bf16-False-inf]",
         )
         + LAST_GRADIENT,
+    ),
+    Mutation(
+        "43",
+        "an update is applied whatever its learning rate is",
+        edit(PRECISION, "ok = can_update(optimizer, norm, max_grad_norm)", "ok = norm.isfinite()"),
+        tests(
+            "sad/optim/test_precision.py",
+            "test_a_step_that_would_overflow_leaves_every_bit[fp32-1e+38]",
+            "test_a_step_that_would_overflow_leaves_every_bit[masters-nan]",
+        ),
     ),
     Mutation(
         "43",

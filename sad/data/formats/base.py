@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sad.config.sections import DataConfig
-from sad.errors import UnfitError
+from sad.errors import UnfitError, shortened
 
 Record = Mapping[str, Any]
 """Field -> value: a line of JSON, a row of a table."""
@@ -33,8 +33,17 @@ class Conversation(NamedTuple):
     template_kwargs: dict[str, Any] | None = None
 
     def to_json(self) -> str:
-        """Equal only for what a chat template cannot tell apart: the order of keys counts."""
-        return json.dumps(self, default=str)
+        """Equal only for what a chat template cannot tell apart: the order of keys counts.
+
+        Raises ``UnfitError`` for values of hundreds of levels.
+        """
+        try:
+            return json.dumps(self, default=str)
+        except RecursionError as error:
+            raise UnfitError(
+                "conversations must hold few levels of nesting, got hundreds; look for a list in a "
+                "list in a list"
+            ) from error
 
 
 TEXT = frozenset({"text"})
@@ -174,7 +183,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "no field"
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return ", ".join(f"'{shortened(name, 80)}'" for name in names[:10]) + more or "no field"
 
 
 def _prompt_and_completion(record: Record, where: str) -> Conversation:
@@ -226,7 +236,7 @@ def _parsed(value: Any, kind: type, field: str, where: str) -> Any:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = value
     if parsed is not None and not isinstance(parsed, kind):
         form = {list: "a list", dict: "an object"}[kind]

@@ -61,6 +61,7 @@ def document_of_json(record: dict[str, Any], config: DataConfig, name: str, wher
     # JSON can escape half of a surrogate pair, which no tokenizer can encode.
     content = document.text
     if document.conversation is not None:
+        document.conversation.to_json()  # refuses what is nested too deeply
         content = json.dumps(document.conversation, ensure_ascii=False)
     try:
         content.encode()

@@ -33,7 +33,13 @@ def read(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
             for row, record in enumerate(records):
                 where = f"{path}, row {row}"
                 yield document_of(record_of_row(record), config, f"{name}:{row}", where)
-    except pyarrow.ArrowException as error:
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UnfitError(
+            f"{path} must hold UTF-8 text, got byte {byte:#04x}; write it again as UTF-8"
+        ) from error
+    # Values that Python has no type for, such as a time past its years, are a ValueError.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise UnfitError(
             f"{path} must be a valid Parquet file, got '{one_line(error)}'; write it again"
         ) from error

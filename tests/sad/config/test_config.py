@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -323,6 +325,144 @@ def test_a_broken_file_is_one_clear_line(
         load(tmp_path, text, name=name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ODD_TEXTS = [  # each was a traceback, or took seconds, or filled the terminal
+    ("seed: !!int x", "must be YAML, got a value that is no int; see that line ("),
+    ("seed: !!int ''", "got a value that is no int"),
+    ("bf16: !!bool x", "got a value that is no bool"),
+    ("seed: 0x_", "got a value that is no int"),
+    ("student: !!timestamp x", "got a value that is no timestamp"),
+    (f"seed: {'9' * 4301}", "got a value that is no int"),
+    (f"seed: {'9' * 4299}", "seed must be a whole number below 2^63, got 9999"),
+    (f"seed: 0x{'f' * 4500}", "got an integer of 18,000 bits; write one such as 8"),
+    (f"learning_rate: {'9' * 400}", "learning_rate must be a finite number, got 9999"),
+    (f"seed: '{'9' * 5000}'", "seed must be a whole number, got '9999"),
+    (f"x: {'1:' * 20_000}1", "got a value that is no int"),
+    ("data: {train: &a [*a]}", "got an alias, which stands for no value here; see that line ("),
+    ("a: &a {b: 1}\ndata: *a", "got an alias"),
+    ("<<: {seed: 1}", "unknown key '<<.seed'"),
+    (f"data: {{train: {'[' * 5000}", "got more than 20 levels of nesting"),
+    ("data: " * 30 + "{}", "must be YAML, got mapping values are not allowed here"),
+    ("x: [" + "1," * 20_000 + "]", "got more than 10,000 values"),
+    ("x: [" + "1, " * 50_000 + "]", "must be a configuration of at most 131,072 bytes"),
+    ("? [a, b]\n: 1", "a key must be a text, got a sequence; write KEY: VALUE ("),
+    (f"{'k' * 1000}: 1", "unknown key 'kkk"),
+    (f"{'k' * 50}: 1\n{'k' * 50}: 1", f"{'k' * 50} must be given once"),
+    (f"output_dir: {'n' * 5000}", "output_dir must be a path of at most 4,095 bytes, 255 of each"),
+    (f"student: {'n' * 300}", "student must be a path of at most 4,095 bytes, 255 of each"),
+    (f"data: {{train: [a, {'n/' * 2500}]}}", "data.train must be a path of at most 4,095 bytes"),
+    ('data: {train: ""}', "data.train must be a path"),
+    ("student: ~nobody-of-this-name/x", "student must be a path"),
+    ('output_dir: "a\\0b"', "output_dir must be a path of"),
+    ('student: "a\\nb\\e[31m"', r"without control characters, got 'a\nb\x1b[31m'; check"),
+    ('student: "\\ud800"', r"student must be Unicode text, got '\ud800'; write each character"),
+    ('"\\e[31m": 1', r"unknown key '\x1b[31m'; `sad distill --help` lists"),
+    ('"\\e[31m": 1\n"\\e[31m": 1', r"\x1b[31m must be given once"),
+    (f"data: {{text_field: {'n' * 256}}}", "data.text_field must be a name of at most 255 bytes"),
+    (f"attention: {{layers: '{'[' * 5000}'}}", "attention.layers must be a list of lists, got '["),
+    (f"attention: {{layers: '[[{'9' * 5000}]]'}}", "attention.layers must be a list of lists"),
+    ("max_length: 9223372036854775808", "max_length must be a whole number below 2^63, got 92233"),
+    ("max_length: 9223372036854775807", "max_length must be below 2^31, got 9223372036854775807"),
+    ("peft: {layers_to_transform: [9223372036854775808]}", "must be a whole number below 2^63"),
+    ("data: {num_proc: 100000}", "data.num_proc must be at most 1,024, got 100000"),
+    ("warmup_steps: 1e10", "warmup_steps must be below 2^31, got 10000000000.0"),
+    ("warmup_steps: 1e300", "warmup_steps must be a number below 2^63, got '1e300'"),
+    ("num_train_epochs: 1e7", "num_train_epochs must be at most a million, got 10000000.0"),
+    ("device: meta", "device must be a device, got 'meta'; write auto, cpu, cuda or one such as"),
+    ("device: meta:0", "device must be a device, got 'meta:0'"),
+    ("teacher_device: meta", "teacher_device must be a device, got 'meta'"),
+    ("device: cuda:99999999999999999999", "device must be a device"),
+    ("learning_rate: 1e38", "learning_rate must be a number below 2^63, got '1e38'"),
+    (
+        "learning_rate: 1e4\nadam_beta2: 0.5\nmax_grad_norm: 0",
+        "learning_rate must keep every update below 2^100, got 10000.0; weights would overflow",
+    ),
+    ("learning_rate: 1e18\nprojector_lr_ratio: 1e18", "learning_rate must keep every update below"),
+    ("routing: {learning_rate: 1e38}", "routing.learning_rate must be a number below 2^63"),
+    ("weight_decay: 1e18", "weight_decay must be at most 1 / learning_rate, got 1e+18"),
+    ("temperature: 1e300", "temperature must be a number below 2^63, got '1e300'"),
+    ("data: {train: [a], train_weights: 1e10}", "data.train_weights must be at most a million"),
+    ("adam_epsilon: 1e-46", "adam_epsilon must be at least 1e-30, got 1e-46"),
+    ("adam_beta2: 0.99999999999", "adam_beta2 must be at most 0.999999, got 0.99999999999"),
+]
+
+
+@pytest.mark.parametrize(
+    "text, message", ODD_TEXTS, ids=[f"{n}-{text[:24]!a}" for n, (text, _) in enumerate(ODD_TEXTS)]
+)
+def test_an_odd_text_is_refused_at_once_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    base = "" if re.match("student|teacher:", text) else "student: s\n"
+    begin = time.process_time()
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, f"teacher: t\n{base}{text}\n")
+    assert time.process_time() - begin < 1
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"seed": ' + "9" * 5000 + "}", "must hold numbers, got one of thousands of digits"),
+        ("[" * 100_000, "must hold few levels of nesting, got hundreds"),
+        ('{"x": ' * 970 + "1" + "}" * 970, "must hold few levels of nesting, got hundreds"),
+        ('{"student": "\\ud800"}', "student must be Unicode text"),
+        ('{"student": "a\\u0000"}', "student must be a path"),
+        ('{"data": {"train": ' + "[" * 900 + "]" * 900 + "}}", "student must be given"),
+        ('{"student": "s", "teacher": ' + "[" * 900 + "]" * 900 + "}", "teacher must be a text"),
+    ],
+)
+def test_odd_json_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, text, name="run.json")
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 5000 + ".yaml", "a\0.yaml", "a/" * 3000, "\udcff", "pipe.yaml"]
+)
+def test_a_name_that_no_file_has_is_refused_in_one_line(
+    tmp_path: Path, name: str, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.yaml")
+    with pytest.raises(UsageError, match="configuration must be a file or one of") as caught:
+        load_config(name)
+    assert str(caught.value).isprintable() and len(str(caught.value)) <= 300
+
+
+def test_an_error_in_a_file_with_a_long_name_is_short(tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*["n" * 200] * 10)
+    folder.mkdir(parents=True)
+    for text in (
+        "seed: 1\nseed: 2",
+        "a: *b",
+        "- a",
+        "unknown: 1",
+        MINIMAL + "seed: -1",
+        "teacher: t",
+    ):
+        with pytest.raises(UsageError) as caught:
+            load(folder, text)
+        assert len(str(caught.value)) <= 300, text
+
+
+def test_dates_are_texts(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "student: 2024-99-99\nteacher: t\noutput_dir: 2024-01-02\n")
+    assert (loaded.student, loaded.output_dir) == ("2024-99-99", "2024-01-02")
+
+
+def test_the_directory_of_a_run_may_lie_in_the_users_home(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = load(tmp_path, MINIMAL + "output_dir: ~/x\nresume_from_checkpoint: ~/y\n")
+    assert loaded.output_dir == str(tmp_path / "x")
+    assert loaded.resume_from_checkpoint == str(tmp_path / "y")
+    assert load(tmp_path, MINIMAL, "--output_dir", "~/z").output_dir == str(tmp_path / "z")
+    assert config(output_dir="~").output_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["none", "null", "[]", "[none]", "None"])

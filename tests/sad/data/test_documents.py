@@ -153,6 +153,29 @@ class TestParquet:
         with pytest.raises(UnfitError, match=r"a\.parquet must be a valid Parquet file, got '"):
             read(tmp_path / "a.parquet")
 
+    @pytest.mark.parametrize("field", ["text", "messages"])
+    def test_text_that_is_no_utf8_is_named(self, tmp_path: Path, field: str) -> None:
+        texts: Any = pa.array([b"fine", b"caf\xe9 not"]).view(pa.string())
+        if field == "messages":
+            roles = pa.array(["user", "user"])
+            turns = pa.StructArray.from_arrays([roles, texts], ["role", "content"])
+            texts = pa.ListArray.from_arrays([0, 1, 2], turns)
+        pq.write_table(pa.table({field: texts}), tmp_path / "a.parquet")
+        with pytest.raises(UnfitError, match=r"a\.parquet must hold UTF-8 text, got byte 0xe9;"):
+            read(tmp_path / "a.parquet")
+
+    def test_what_python_has_no_value_for_is_one_line(self, tmp_path: Path) -> None:
+        times = pa.array([2**62], type=pa.timestamp("us"))
+        pq.write_table(pa.table({"text": times}), tmp_path / "a.parquet")
+        with pytest.raises(UnfitError, match=r"a\.parquet must be a valid Parquet file, got '"):
+            read(tmp_path / "a.parquet")
+
+    def test_tools_of_many_levels_are_one_line(self, tmp_path: Path) -> None:
+        records = {"messages": [HI], "tools": ["[" * 100_000]}
+        pq.write_table(pa.table(records), tmp_path / "a.parquet")
+        with pytest.raises(UnfitError, match=r"row 0 must hold a list in field 'tools', got str"):
+            read(tmp_path / "a.parquet")
+
     def test_a_missing_extra_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -329,7 +352,71 @@ class TestFormats:
         assert len(named) >= 3 and set(named) <= set(READERS)
 
 
+class TestPipes:
+    """Opening one would wait for a writer."""
+
+    @pytest.mark.parametrize("suffix", [*READERS])
+    def test_a_pipe_is_refused_at_once(self, tmp_path: Path, suffix: str) -> None:
+        os.mkfifo(tmp_path / f"a{suffix}")
+        with pytest.raises(UsageError, match=r"must name files and folders, got a pipe or a dev"):
+            read(tmp_path / f"a{suffix}")
+
+    def test_a_pipe_in_a_folder_is_passed_over(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.txt")
+        (tmp_path / "b.txt").write_text("b")
+        told: list[str] = []
+        documents = read_documents(DataConfig(train=(str(tmp_path),)), "train", told.append)
+        assert [document.name for document in documents] == ["b.txt"]
+        assert told == [f"data.train: not read in {tmp_path}: a.txt"]
+
+    def test_the_home_of_nobody_is_no_folder(self) -> None:
+        with pytest.raises(UsageError, match=r"data\.train must"):
+            read("~nobody-of-this-name/x.txt")
+
+
+class TestRunDirectory:
+    """What the run writes is no text of it: a resumed run would read more than it began with."""
+
+    def test_a_folder_is_read_without_the_runs_own_directory(self, tmp_path: Path) -> None:
+        run = tmp_path / "runs" / "one"
+        for folder in (tmp_path, run, tmp_path / "runs"):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "a.txt").write_text(folder.name)
+        (run / "log.jsonl").write_text('{"kind": "start"}\n')
+        config, told = DataConfig(train=(str(tmp_path),)), list[str]()
+        documents = read_documents(config, "train", told.append, run_dir=str(run))
+        assert [document.name for document in documents] == ["a.txt", "runs/a.txt"]
+        assert told == [f"data.train: not read in {tmp_path}: the run's own directory"]
+        train, held_out = split_documents(config, run_dir=str(run))
+        assert sorted(document.name for side in (train, held_out) for document in side) == [
+            "a.txt",
+            "runs/a.txt",
+        ]
+
+    def test_a_link_to_it_is_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "text" / "run").mkdir(parents=True)
+        (tmp_path / "text" / "a.txt").write_text("a")
+        (tmp_path / "text" / "run" / "log.jsonl").write_text('{"kind": "start"}\n')
+        (tmp_path / "link").symlink_to("text/run")
+        monkeypatch.chdir(tmp_path)
+        documents = read_documents(DataConfig(train=("text",)), "train", run_dir="link")
+        assert [document.name for document in documents] == ["a.txt"]
+
+    def test_the_directory_itself_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("a")
+        config = DataConfig(train=(str(tmp_path),))
+        with pytest.raises(UsageError, match=r"must be another folder than output_dir, got '"):
+            list(read_documents(config, "train", run_dir=f"{tmp_path}/../{tmp_path.name}"))
+
+
 class TestFolders:
+    def test_odd_names_of_files_are_shown_on_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("a")
+        (tmp_path / "b\n\x1b[31m.md").write_text("b")
+        told: list[str] = []
+        list(read_documents(DataConfig(train=(str(tmp_path),)), "train", told.append))
+        assert told == [rf"data.train: not read in {tmp_path}: b\n\x1b[31m.md"]
+
     def test_files_sort_by_path_and_only_text_is_read(self, tmp_path: Path) -> None:
         for name in ("b.txt", "a/z.txt", "a/y/x.TXT", "a.md", ".hidden.txt", ".git/c.txt"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -628,6 +628,17 @@ class TestLoadRows:
         again = load_rows(config, tiny_tokenizer())
         assert [rows.fingerprint for rows in again] == [train.fingerprint, held_out.fingerprint]
 
+    def test_the_runs_own_directory_is_no_text(self, tmp_path: Path) -> None:
+        folder = write_texts(tmp_path / "texts", count=20)
+        run = tmp_path / "texts" / "run"
+        data_config = DataConfig(train=(folder,), cache_dir=str(tmp_path / "cache"))
+        config = DistillConfig(student="s", kd_weight=0.0, data=data_config, output_dir=str(run))
+        before = [rows.fingerprint for rows in load_rows(config, tiny_tokenizer())]
+        run.mkdir()
+        (run / "report.txt").write_text("what the run wrote")
+        after = [rows.fingerprint for rows in load_rows(config, tiny_tokenizer())]
+        assert after == before
+
     def test_where_the_cache_lies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

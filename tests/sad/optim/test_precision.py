@@ -118,6 +118,32 @@ def test_a_step_with_a_bad_gradient_leaves_every_bit(name: str, fused: bool, bad
     assert average.num_updates == 1
 
 
+@pytest.mark.parametrize("lr", [1e38, 1e300, torch.nan])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_step_that_would_overflow_leaves_every_bit(name: str, lr: float) -> None:
+    """A finite gradient, and a learning rate, of a scheduler say, that makes weights infinite."""
+    used, model = precision(name), network(name)
+    used.load_state_dict(used.state_dict() | {"scale": 1024.0} if name == "fp16" else {})
+    optimizer = used.build_optimizer(model)
+    average = used.build_ema(model)
+    used.backward(loss_of(model, used))
+    average.update(used.step(optimizer, max_grad_norm=1.0).ok)
+    used.zero_grad(optimizer)
+
+    optimizer.param_groups[0]["lr"] = lr
+    used.backward(loss_of(model, used))
+    before = everything(model, used, optimizer)
+    shadows = [shadow.clone() for shadow in average.tensors().values()]
+    update = used.step(optimizer, max_grad_norm=1.0)
+    average.update(update.ok)
+
+    assert not update.ok and update.norm.isfinite() and update.skipped
+    after = everything(model, used, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for old, shadow in zip(shadows, average.tensors().values(), strict=True):
+        assert torch.equal(old, shadow)
+
+
 def test_a_norm_that_overflows_skips_even_if_the_gradient_is_finite() -> None:
     """GradScaler sees finite gradients; clipped by an infinite norm they would all be zero."""
     used, model = precision("fp16"), network("fp16")

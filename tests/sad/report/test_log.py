@@ -478,10 +478,11 @@ class FailingTracker(FakeTracker):
     """A tracker without a network: the call named ``at`` raises."""
 
     at = ""
+    error: type[BaseException] = ConnectionError
 
     def _fail(self, call: str) -> None:
         if call == self.at:
-            raise ConnectionError("no route to host\ndetails")
+            raise self.error("no route to host\ndetails")
 
     def init(self, **options: Any) -> None:
         self._fail("init")
@@ -496,12 +497,13 @@ class FailingTracker(FakeTracker):
         super().finish()
 
 
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
 @pytest.mark.parametrize("at", ["init", "log", "finish"])
 def test_a_tracker_that_fails_is_one_warning_and_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: type[BaseException]
 ) -> None:
     failing, working = FailingTracker(), FakeTracker()
-    failing.at = at
+    failing.at, failing.error = at, error
     monkeypatch.setitem(sys.modules, "wandb", failing)
     monkeypatch.setitem(sys.modules, "trackio", working)
     shown = io.StringIO()
@@ -510,10 +512,22 @@ def test_a_tracker_that_fails_is_one_warning_and_dropped(
             log.train(train_record(step))
     records = read_log(tmp_path)
     (warning,) = (r["message"] for r in records if r["kind"] == "warning")
-    assert warning.startswith("wandb fails, got ConnectionError: no route to host; the run goes on")
+    assert warning.startswith(f"wandb fails, got {error.__name__}: no route to host; the run goes")
     assert f"warning: {warning}" in shown.getvalue()
     assert len([r for r in records if r["kind"] == "train"]) == len(working.logged) == 2
     assert working.finished == 1
+
+
+def test_a_tracker_whose_import_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trackio.py").write_text("raise AttributeError('its protobuf is another')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with open_log(tmp_path, report_to=("trackio",)) as log:
+        log.train(train_record(2))
+    (warning,) = (r["message"] for r in read_log(tmp_path) if r["kind"] == "warning")
+    assert warning.startswith("trackio fails, got AttributeError: its protobuf is another; the run")
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])

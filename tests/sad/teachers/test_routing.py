@@ -240,7 +240,8 @@ def test_recomputing_activations_changes_no_bit_and_leaves_no_trace(
     assert torch.equal(first.kl, second.kl) and same_bits(gradients(one), gradients(two))
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+@pytest.mark.parametrize("bad", ["gradient", "learning rate"])
+def test_an_update_that_is_not_finite_changes_nothing(bad: str) -> None:
     teacher, student, batch = tiny_moe("mixtral"), tiny_llama(seed=1), make_batch()
     router = make_router(teacher)
     states = student_states(student, batch)
@@ -253,11 +254,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert bool(router.step().ok)
     before = everything()
     broken = states[0].detach().clone()
-    broken[0, 0, 0] = torch.nan
+    (group,) = router.optimizer.param_groups
+    lr = group["lr"]
+    if bad == "gradient":
+        broken[0, 0, 0] = torch.nan
+    else:
+        group["lr"] = 1e38
     router.backward(batch, broken, states[1], batch.counts)
     update = router.step()
     assert not bool(update.ok) and bool(update.skipped)
     assert same_bits(everything(), before)
+    group["lr"] = lr
     router.backward(batch, *states, batch.counts)
     assert bool(router.step().ok)
     assert not same_bits(everything(), before)

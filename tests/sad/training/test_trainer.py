@@ -830,6 +830,19 @@ def test_three_skips_in_a_row_stop_the_run_before_the_next_log_line(
     assert latest_checkpoint(config.output_dir) is None
 
 
+def test_a_learning_rate_that_overflows_stops_the_run(make_config: Callable[..., Any]) -> None:
+    """A scheduler of the caller's own: the configuration refuses such a rate."""
+    config = make_config(gradient_accumulation_steps=1)
+    message = "got 3 updates in a row that were not, by their gradient or learning rate"
+    with pytest.raises(DivergedError, match=message):
+        distill(
+            config,
+            make_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: 1e40 if step >= 2 else 1.0
+            ),
+        )
+
+
 def test_skips_that_are_heard_of_late_still_stop_the_run(
     make_config: Callable[..., Any],
 ) -> None:
