@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from sad.config.help import about_unknown_key
 from sad.config.schema import ConfigError, DistillConfig
@@ -238,7 +239,7 @@ class _YamlLoader(yaml.SafeLoader):
             (f"more than {MAX_VALUES:,} values", self._values > MAX_VALUES),
         ):
             if is_so:
-                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+                raise ComposerError(None, None, problem, event.start_mark)
         node = super().compose_node(parent, index)
         self._levels -= 1
         return node
