@@ -18,6 +18,7 @@ Functions raise ``OSError`` unless they say otherwise.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -75,6 +76,8 @@ def write_atomic(path: StrPath, content: bytes | str) -> None:
         try:
             write_file(tmp, [data])
             OPERATIONS.rename(tmp, path)
+        except FileExistsError:  # not ours
+            raise
         except OSError:
             with suppress(OSError):
                 OPERATIONS.unlink(tmp)
@@ -273,6 +276,12 @@ def read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def discard(path: Path) -> None:

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sad.checkpoint.atomic_files import (
     publish_directory,
     read_text,
     remove_file,
+    sha256,
     temporary,
     write_atomic,
     write_file,
@@ -214,21 +215,17 @@ class RunDirectory:
             checkpoint = self.read_status().get("checkpoint")
         record = {"state": state, "code": code, "message": message}
         record["checkpoint"] = checkpoint or None
+        self._write_record("status.json", record)
+
+    def _write_record(self, name: str, record: dict[str, Any]) -> None:
+        """Write a record, and try once more: a full disk must not have the last word."""
         text = json.dumps(record, indent=2) + "\n"
         try:
-            write_atomic(self.path / "status.json", text)
+            write_atomic(self.path / name, text)
         except OutputError:
-            # A full disk must not keep the last word from being said.
-            if not self._use_reserve():
-                raise
-            write_atomic(self.path / "status.json", text)
-
-    def _use_reserve(self) -> bool:
-        try:
-            remove_file(self.path / RESERVE)
-        except OSError:
-            return False
-        return True
+            with suppress(OSError):
+                remove_file(self.path / RESERVE)
+            write_atomic(self.path / name, text)
 
     def read_status(self) -> dict[str, Any]:
         """What ``write_status`` wrote; empty if there is none that can be read."""
@@ -237,7 +234,7 @@ class RunDirectory:
         return status if named is None or isinstance(named, str) else status | {"checkpoint": None}
 
     def write_run(self, record: dict[str, Any]) -> None:
-        write_atomic(self.path / "run.json", json.dumps(record, indent=2) + "\n")
+        self._write_record("run.json", record)
 
     def read_run(self) -> dict[str, Any]:
         """What ``write_run`` wrote; empty if there is none that can be read."""
@@ -261,7 +258,8 @@ class RunDirectory:
         alone, as they are and in PEFT's form, unless ``merge_adapters``. The model's own generation
         settings are exported as they are, but for ids past ``valid_vocab``: these were never
         trained, so generation is told to suppress them, too. ``facts`` (metric, value, kind of
-        weights, position) become ``sad.json``, ``card`` the ``README.md``.
+        weights, position) become ``sad.json``, with the SHA-256 of the files beside it;
+        ``card`` the ``README.md``.
         """
         stop_if_requested(EXPORTING)
         tmp = temporary(target)
@@ -291,6 +289,7 @@ class RunDirectory:
                 _declare_dtype(tmp / "config.json", dtype)
             if card:
                 (tmp / "README.md").write_text(card, encoding="utf-8")
+            facts = facts | {"files": _hashes(tmp)}
             (tmp / "sad.json").write_text(json.dumps(facts, indent=2) + "\n")
             stop_if_requested(EXPORTING)
             publish_directory(tmp, target)
@@ -326,6 +325,27 @@ class RunDirectory:
             ) from error
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def is_whole_export(folder: Path) -> bool:
+    """Whether an exported student has the files, and the bytes, that ``sad.json`` names.
+
+    One of an earlier version, which names none, counts as whole.
+    """
+    facts = _read_json(folder / "sad.json")
+    if facts is None:
+        return False
+    hashes = facts.get("files", {})
+    return isinstance(hashes, dict) and all(
+        name == Path(name).name and is_file(folder / name) and sha256(folder / name) == digest
+        for name, digest in hashes.items()
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file that makes an exported student: all but words about it."""
+    paths = [p for p in sorted(folder.iterdir()) if is_file(p)]
+    return {p.name: sha256(p) for p in paths if p.name not in ("sad.json", "README.md")}
 
 
 def _generation_settings(model: PreTrainedModel, untrained: range) -> GenerationConfig | None:

@@ -587,8 +587,7 @@ def _read_tensors(path: Path) -> FileTensors:
 
 
 def _verify_hash(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.sha256(path)
     if found != expected:
         raise _unusable(path, f"have SHA-256 {expected[:12]}...", f"{found[:12]}...")
 

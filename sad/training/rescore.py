@@ -10,7 +10,7 @@ from typing import Any
 
 from sad_kernels._torch.gemm import onednn_products
 
-from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.run_directory import RunDirectory, is_whole_export
 from sad.config.load import load_config
 from sad.errors import UsageError
 from sad.models.adapters import ADAPTER_CONFIG, load_adapters
@@ -42,6 +42,11 @@ def evaluate_run(
         raise UsageError(
             f"RUN_DIR must hold a scored student, got {run.path} without best/; let "
             "`sad distill` reach its first evaluation"
+        )
+    if not is_whole_export(run.best):
+        raise UsageError(
+            f"{run.best} must hold what was exported, got other files or bytes than its sad.json "
+            "names; restore it, or let `sad distill` write it again"
         )
     config = load_config(run.path / "config.yaml")
     config = replace(

@@ -19,7 +19,7 @@ from sad_kernels._torch.gemm import onednn_products
 from transformers import PreTrainedModel
 
 from sad.checkpoint.disk_space import require_space
-from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.run_directory import RunDirectory, is_whole_export
 from sad.checkpoint.store import Checkpoint
 from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
@@ -148,7 +148,10 @@ def _distill(
     metrics |= trainer.counters.metrics
 
     record = {"results": results, "samples": samples, "scored": inputs.scored(config)}
-    run_dir.write_run(run_dir.read_run() | record)
+    try:
+        run_dir.write_run(run_dir.read_run() | record)
+    except OutputError as error:  # the table is printed, the student is there
+        _say(f"warning: {error}")
     report = _try_report(run_dir)
     print(f"\n{format_results(results)}\n\n{report}\nstudent  {run_dir.final}")
     if config.push_to_hub:
@@ -241,7 +244,10 @@ def _finished_as_long(baseline: RunDirectory, config: DistillConfig) -> bool:
     """Whether a baseline is done, for as many steps as it would be trained now."""
     rows = baseline.read_run().get("results")
     has_row = isinstance(rows, list) and len(rows) == 1 and isinstance(rows[0], dict)
+    exports = (baseline.best, baseline.final)
     if baseline.read_status().get("state") != "finished" or not has_row:
+        return False
+    if not all(is_whole_export(folder) for folder in exports):
         return False
     try:
         before = config_to_dict(load_config(baseline.path / "config.yaml"))
@@ -351,7 +357,7 @@ def _train(
         newest = resumption.checkpoint.path.name if resumption else ""
         run_dir.write_status("running", checkpoint=newest)
         trainer.train(log, signals)
-        trainer.export(run_dir.final)
+        _export_final(trainer, run_dir, log)
         memory = memory_now(inputs.device)  # of training: samples come after it
         predicted = predicted_peak(config, len(inputs.eval_rows))
         log.message(f"memory: {memory_line(predicted, inputs.rss_before, memory)}")
@@ -363,6 +369,15 @@ def _train(
         )
         log.end({"micro_step": trainer.counters.micro_step, **memory})
     return _Trained(trainer, samples)
+
+
+def _export_final(trainer: Trainer, run_dir: RunDirectory, log: RunLog) -> None:
+    """Write ``final/``, in a second attempt if a disk refuses once; the state is saved by now."""
+    try:
+        trainer.export(run_dir.final)
+    except OutputError as error:
+        log.warning(f"{error}; trying once more")
+        trainer.export(run_dir.final)
 
 
 def _warn_of_new_positions(model: PreTrainedModel, inputs: RunInputs, log: RunLog) -> None:

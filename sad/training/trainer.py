@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sad.accumulate import GradientAccumulator
 from sad.checkpoint.parts import RandomGenerators, State, TensorGroups, capture_parts
-from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.run_directory import RunDirectory, is_whole_export
 from sad.checkpoint.snapshot import (
     HostBuffers,
     Snapshot,
@@ -46,6 +46,7 @@ from sad.environment import StopSignals, memory_now
 from sad.errors import (
     CheckpointError,
     DivergedError,
+    OutputError,
     StoppedError,
     UsageError,
     is_out_of_memory,
@@ -147,7 +148,7 @@ class Trainer:
         self._preparing: Future[None] | None = None  # of the buffers
         self._pending: PendingSave | None = None
         self._saved: tuple[tuple[int, int], Path] | None = None  # the newest that is there
-        self._failed_saves = 0
+        self._failed_saves = self._failed_exports = 0
         self._superseded: Path | None = None  # a checkpoint that counts other micro-batches
 
     # The story
@@ -356,10 +357,35 @@ class Trainer:
                 f"{self.metric_for_best}; it reported {', '.join(metrics)}"
             )
         value = metrics[self.metric_for_best]
-        if value < counters.best_value:  # a tie keeps the earlier one, NaN never wins
+        # A tie keeps the earlier one, NaN never wins.
+        if value < counters.best_value and self._export_best(log):
             counters.best_value, counters.best_micro_step = value, counters.micro_step
             counters.best_metric = self.metric_for_best
+
+    def _export_best(self, log: RunLog) -> bool:
+        """Export the student to ``best/``; return whether it is there.
+
+        A disk that refuses once is a warning. A second refusal, and a student that cannot be
+        exported, end the run, with its state saved.
+        """
+        try:
             self.export(self.run_dir.best)
+        except StoppedError:
+            raise
+        except Exception as error:
+            self._failed_exports += 1
+            if isinstance(error, OutputError) and self._failed_exports == 1:
+                log.warning(f"{error}; training goes on until the next better score")
+                # The last evaluation has no next one.
+                last = self.counters.micro_step == self.run_length.micro_batches
+                return last and self._export_best(log)
+            try:
+                self.save(log, must=True)
+            except CheckpointError as another:  # what ends the run is the first error
+                log.warning(f"the state could not be saved either: {another}")
+            raise
+        self._failed_exports = 0
+        return True
 
     def export(self, target: Path) -> None:
         """Write the student that was scored: the averaged weights if those are what is compared."""
@@ -435,7 +461,10 @@ class Trainer:
         if self._superseded not in (None, path):
             set_aside([self._superseded], warn)
         self._superseded = None
-        self.run_dir.write_status("running", checkpoint=path.name)  # it is there
+        try:
+            self.run_dir.write_status("running", checkpoint=path.name)  # it is there
+        except OutputError as error:
+            warn(str(error))
         return path
 
     def finish_save(
@@ -505,6 +534,12 @@ class Trainer:
                 builds_scheduler=self.builds_scheduler,
             )
         restore_trainer(self, resumption, warn)
+        counters = self.counters
+        if math.isfinite(counters.best_value) and not is_whole_export(self.run_dir.best):
+            warn(f"{self.run_dir.best} is not what was exported: the next evaluation writes it")
+            counters.best_value = math.inf
+            if counters.micro_step == self.run_length.micro_batches:
+                counters.evaluated_at = -1  # there is a next one
         ours, resumed = checkpoints_of(self.run_dir.path), resumption.checkpoint.path.resolve()
         set_aside(overtaken(ours, resumption), warn)
         if resumption.renumbered:

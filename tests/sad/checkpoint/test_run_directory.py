@@ -19,7 +19,7 @@ from support.tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sad.checkpoint import atomic_files as files
-from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.run_directory import RunDirectory, is_whole_export
 from sad.checkpoint.run_lock import LOCK
 from sad.checkpoint.store import Checkpoint, save_checkpoint, set_aside
 from sad.config.schema import DistillConfig, config_to_dict
@@ -42,15 +42,13 @@ def test_a_directory_with_results_belongs_to_another_run(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("state", [None, "running", "stopped", "finished"])
-def test_a_configuration_alone_may_be_of_a_run_that_is_just_starting(
-    tmp_path: Path, state: str | None
-) -> None:
+def test_a_run_that_left_no_results_may_be_begun_again(tmp_path: Path, state: str | None) -> None:
+    """Two Ctrl-C while models are loaded; a run that is just starting is known by its lock."""
     run = RunDirectory(tmp_path)
     run.claim(config_for(tmp_path), report=pytest.fail)
     if state:
         run.write_status(state)
-    with pytest.raises(UsageError, match="holds another run"):
-        run.claim(config_for(tmp_path), report=pytest.fail)
+    assert run.claim(config_for(tmp_path), report=pytest.fail) is None
 
 
 def test_files_of_other_kinds_are_no_run(tmp_path: Path) -> None:
@@ -109,7 +107,15 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def save(run_dir: Path, micro_step: int) -> Path:
-    identity = {"config": config_to_dict(config_for(run_dir)), "versions": {}}
+    identity = {
+        "config": config_to_dict(config_for(run_dir)),
+        "versions": {},
+        "train_rows": "a",
+        "eval_rows": "b",
+        "tokenizer": "c",
+        "world_size": 1,
+        "teacher": None,
+    }
     return save_checkpoint(run_dir, micro_step, {"identity": identity}, {}, save_total_limit=9)
 
 
@@ -305,3 +311,24 @@ def test_the_last_status_fits_on_a_full_disk(
     monkeypatch.undo()
     claim(tmp_path, resume_from_checkpoint="auto")
     assert reserve.exists()  # kept anew
+
+
+# Exports that were damaged
+
+
+@pytest.mark.parametrize("how", ["flipped", "deleted", "folder", "link", "pipe", "no facts"])
+def test_a_damaged_export_is_noticed(tmp_path: Path, how: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.export(run.best, model(1), TOKENIZER, 512, {"metric": "eval/nll"})
+    (run.best / "notes.txt").write_text("a user's own")
+    (run.best / "README.md").write_text("a better card")
+    assert is_whole_export(run.best)
+    weights = run.best / "model.safetensors"
+    if how == "flipped":
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "no facts":
+        (run.best / "sad.json").write_text("{")
+    else:
+        spoil(weights, how)
+    assert not is_whole_export(run.best)
