@@ -53,7 +53,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def make_config(sources: dict[str, Any], tmp_path: Path) -> MakeConfig:
-    return lambda **keys: DistillConfig(**(sources | {"output_dir": str(tmp_path / "run")} | keys))
+    def make(**keys: Any) -> DistillConfig:
+        settings: dict[str, Any] = sources | {"output_dir": str(tmp_path / "run")} | keys
+        return DistillConfig(**settings)
+
+    return make
 
 
 @pytest.fixture(scope="module")
