@@ -68,11 +68,11 @@ class HostBuffers:
 
 
 class Snapshot(NamedTuple):
-    """A copy of what a checkpoint holds, which training does not change."""
+    """What a checkpoint holds: of ``snapshot`` a copy, which training does not change."""
 
     micro_step: int
     state: dict[str, Any]
-    tensors: Mapping[str, PackedTensors]
+    tensors: Tensors
 
 
 def snapshot(

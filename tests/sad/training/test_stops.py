@@ -58,9 +58,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def make_config(sources: dict[str, Any], tmp_path: Path) -> MakeConfig:
     def make(name: str = "run", **keys: Any) -> DistillConfig:
         data = sources["data"] | {"cache_dir": str(tmp_path / "cache")}
-        return DistillConfig(
-            **(sources | {"output_dir": str(tmp_path / name), "data": data} | keys)
-        )
+        settings: dict[str, Any] = sources | {"output_dir": str(tmp_path / name), "data": data}
+        return DistillConfig(**settings | keys)
 
     return make
 
