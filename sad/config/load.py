@@ -34,8 +34,8 @@ MAX_BYTES = 128 * 1024
 """Size of a configuration file at most: reading a larger one would take seconds."""
 MAX_LEVELS = 20
 """Levels of nesting in a configuration file at most."""
-MAX_VALUES = 10_000
-"""Keys and values in a YAML file at most, which PyYAML reads in half a second."""
+MAX_VALUES = 5_000
+"""Keys and values in a YAML file at most, which PyYAML reads in a quarter of a second."""
 MAX_NUMBER = 5000
 """Characters of a number in a YAML file at most: PyYAML reads one in time quadratic in them."""
 MAX_MESSAGE = 300

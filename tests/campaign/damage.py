@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,34 +77,46 @@ DAMAGE: dict[str, Callable[[Path, Path], None]] = {
 
 
 def damage_every_file(
-    workshop: Workshop, folder: Path, most: int | None = None, seed: int = 0
+    workshop: Workshop,
+    folder: Path,
+    share: float = 1.0,
+    seed: int = 0,
+    *,
+    names: Sequence[str] | None = None,
+    ways: Iterable[str] = tuple(DAMAGE),
 ) -> Iterator[Tally]:
-    """Damage every file of a stopped run in every way, or ``most`` of these cases."""
+    """Damage every file of a stopped run in every way, or a random ``share`` of these cases."""
     whole, stopped = folder / "whole-damage", folder / "stopped"
     log = folder / "damage.log"
     if run(workshop.config(NAME, whole), log).code:
         raise RuntimeError("a run that nobody damages must finish")
-    expected = digest(whole)
+    expected = _without_baselines_checkpoint(digest(whole))
     outcome = in_child(lambda: _stop_after(workshop.config(NAME, stopped), 14), log)
     if outcome.code != 1:
         raise RuntimeError(f"the run must stop half-way, got {outcome}")
-    names = sorted(str(p.relative_to(stopped)) for p in stopped.rglob("*") if p.is_file())
-    cases = [(name, how) for name in names for how in DAMAGE]
-    if most is not None:
-        cases = random.Random(seed).sample(cases, min(most, len(cases)))
+    paths = [path for path in sorted(stopped.rglob("*")) if path.is_file()]
+    found = [str(p.relative_to(stopped)) for p in paths if names is None or p.name in names]
+    cases = [(name, how) for name in found for how in ways]
+    if share < 1:
+        cases = random.Random(seed).sample(cases, max(round(share * len(cases)), 1))
     for i, (name, how) in enumerate(cases):
         run_dir = folder / f"damaged-{i}"
         shutil.copytree(stopped, run_dir)
-        other = names[(names.index(name) + 1) % len(names)]
+        other = found[(found.index(name) + 1) % len(found)]
         DAMAGE[how](run_dir / name, run_dir / other)
         outcome = run(workshop.config(NAME, run_dir), log)
         if outcome.code == 0:
-            fair = digest(run_dir) == expected
+            fair = _without_baselines_checkpoint(digest(run_dir)) == expected
         else:
             fair = outcome.code in EXPECTED_CODES and is_one_line(outcome.message)
         example = "" if fair else f"{name} {how}: {outcome}"
         yield Tally(inflicted=1, lost=int(not fair), example=example)
         shutil.rmtree(run_dir)
+
+
+def _without_baselines_checkpoint(found: dict[str, str]) -> dict[str, str]:
+    """What users get: nobody needs the checkpoints of a baseline that is finished."""
+    return {name: d for name, d in found.items() if not name.startswith("baseline/checkpoints")}
 
 
 def _stop_after(config: Any, micro_batches: int) -> None:

@@ -22,9 +22,9 @@ NAME = "accumulation, with a baseline"
 
 
 def fail_once(
-    workshop: Workshop, folder: Path, most: int | None = None, seed: int = 0
+    workshop: Workshop, folder: Path, share: float = 1.0, seed: int = 0
 ) -> Iterator[Tally]:
-    """Fail every file operation of a run once with each error, or ``most`` of these cases."""
+    """Fail every file operation of a run once with each error, or a random ``share`` of these cases."""
     changes = {"max_steps": 4, "eval_steps": 2, "baseline": False}
     whole = folder / "whole-disk"
     if run(workshop.config(NAME, whole, **changes), folder / "disk.log").code:
@@ -32,8 +32,8 @@ def fail_once(
     expected = digest(whole)
     count = _operations(workshop, folder, changes)
     cases = [(at, error) for at in range(count) for error in ERRORS]
-    if most is not None:
-        cases = random.Random(seed).sample(cases, min(most, len(cases)))
+    if share < 1:
+        cases = random.Random(seed).sample(cases, max(round(share * len(cases)), 1))
     for at, error in cases:
         run_dir, log = folder / f"disk-{at}-{error}", folder / "disk.log"
         config = workshop.config(NAME, run_dir, **changes)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,20 @@ from sad.checkpoint import atomic_files as files
 from sad.training.run import distill
 
 
-def kill_at_random(workshop: Workshop, folder: Path, kills: int, seed: int = 0) -> Iterator[Tally]:
-    """Kill runs of every configuration ``kills`` times in all; each ends as if it had never been
-    killed. One tally per run that came to its end."""
+def kill_at_random(
+    workshop: Workshop,
+    folder: Path,
+    kills: int,
+    seed: int = 0,
+    names: Sequence[str] = tuple(CONFIGURATIONS),
+) -> Iterator[Tally]:
+    """Kill runs of these configurations, in turn, ``kills`` times in all; each ends as if it had
+    never been killed. One tally per run that came to its end."""
     draw = random.Random(seed)
-    whole = {name: _whole(workshop, folder, name) for name in CONFIGURATIONS}
+    whole = {name: _whole(workshop, folder, name) for name in names}
     inflicted = turn = 0
     while inflicted < kills:
-        name = list(CONFIGURATIONS)[turn % len(CONFIGURATIONS)]
+        name = names[turn % len(names)]
         run_dir = folder / f"killed-{turn}"
         config, log = workshop.config(name, run_dir), folder / f"killed-{turn}.log"
         expected, seconds = whole[name]
@@ -59,8 +66,6 @@ def kill_at_random(workshop: Workshop, folder: Path, kills: int, seed: int = 0) 
 
 def _whole(workshop: Workshop, folder: Path, name: str) -> tuple[dict[str, str], float]:
     """Digest and seconds of a run that nobody interrupts."""
-    import time
-
     run_dir = folder / f"whole-{list(CONFIGURATIONS).index(name)}"
     begin = time.monotonic()
     outcome = run(workshop.config(name, run_dir), folder / "whole.log")

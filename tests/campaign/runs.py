@@ -66,14 +66,17 @@ class Outcome:
 
 
 class Workshop:
-    """Models and texts for the runs, made once in ``folder``."""
+    """Models and texts for the runs, made once in ``folder``.
 
-    def __init__(self, folder: Path) -> None:
+    ``replace_in`` sets an attribute of a module.
+    """
+
+    def __init__(self, folder: Path, replace_in: Callable[..., None] = setattr) -> None:
         torch.set_num_threads(1)  # forked children cannot use the parent's threads
         # Drawing plots and predicting memory are most of a tiny run's time, and neither is state.
-        page._draw_plots = lambda run_dir: None
+        replace_in(page, "_draw_plots", lambda run_dir: None)
         for module in (run_module, header):
-            module.predicted_peak = lambda *_: None
+            replace_in(module, "predicted_peak", lambda *_: None)
         self.folder = folder
         small = {"num_hidden_layers": 1}
         dropout = {f"{name}_pdrop": 0.1 for name in ("resid", "embd", "attn")}
@@ -162,7 +165,7 @@ def run(config: DistillConfig, log: Path, **how: Any) -> Outcome:
 def digest(run_dir: Path) -> dict[str, str]:
     """What a finished run has come to, part by part, in hashes."""
     found = {}
-    for name in ("best", "final"):
+    for name in ("best", "final", "baseline/best", "baseline/final"):
         for path in sorted((run_dir / name).glob("*.safetensors")):
             found[f"{name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for folder in (run_dir, run_dir / "baseline"):

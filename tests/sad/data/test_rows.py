@@ -642,10 +642,10 @@ class TestLoadRows:
     def test_where_the_cache_lies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert data._cache_directory("~/mine") == tmp_path / "home" / "mine"
-        assert data._cache_directory(None) == tmp_path / "xdg" / "sad"
+        assert data.cache_directory("~/mine") == tmp_path / "home" / "mine"
+        assert data.cache_directory(None) == tmp_path / "xdg" / "sad"
         monkeypatch.delenv("XDG_CACHE_HOME")
-        assert data._cache_directory(None) == tmp_path / "home" / ".cache" / "sad"
+        assert data.cache_directory(None) == tmp_path / "home" / ".cache" / "sad"
 
     def test_a_user_without_a_home_is_told_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def homeless(_: Path) -> Path:
@@ -653,7 +653,7 @@ class TestLoadRows:
 
         monkeypatch.setattr(Path, "expanduser", homeless)
         with pytest.raises(OutputError, match=r"data\.cache_dir must be a directory"):
-            data._cache_directory(None)
+            data.cache_directory(None)
 
 
 class TestRowOrder:

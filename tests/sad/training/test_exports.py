@@ -77,7 +77,7 @@ def test_the_state_is_saved_before_giving_up(
     """A student that could not be exported was lost with all its training."""
     with monkeypatch.context() as patch:
         failing_exports(patch, "best", {2, 3}, error)
-        with pytest.raises(type(error), match="must be writable|cannot be saved"):
+        with pytest.raises(type(error), match=r"must be writable|cannot be saved"):
             distill(replace(config, save_steps=None))
     saved = latest_checkpoint(config.output_dir, report=pytest.fail)
     assert saved is not None

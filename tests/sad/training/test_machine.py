@@ -47,7 +47,6 @@ def make_config(tmp_path: Path) -> Make:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device": "cuda:7"}, "device must be one that this machine has, got cuda:7"),
     ({"teacher_device": "cuda:7"}, "teacher_device must be one that this machine has, got cuda:7"),
-    ({"device": "meta"}, "device must be a device that computes, got meta"),
     ({"impl": "triton", "device": "cpu"}, "impl must be auto or torch on this machine, got triton"),
     ({"report_to": ["wandb"]}, "report_to must name installed packages, got 'wandb'"),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -383,8 +384,9 @@ def test_an_average_can_be_switched_off(make_config: Make, inputs: RunInputs) ->
 
 
 def test_the_best_value_of_another_metric_is_forgotten(
-    make_config: Make, inputs: RunInputs
+    make_config: Make, inputs: RunInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sad.training.trainer.is_whole_export", lambda _: True)
     config = make_config()
     trainer = make_trainer(config, inputs)
     trainer.counters.best_value, trainer.counters.best_metric = 1e-6, "eval_ema/nll"
@@ -405,7 +407,7 @@ def names(folder: str | Path) -> list[str]:
 def test_checkpoints_that_count_other_micro_batches_are_set_aside(
     make_config: Make, inputs: RunInputs
 ) -> None:
-    config = make_config(save_steps=1)
+    config = make_config(save_steps=1, async_save=False)
     folder = f"{config.output_dir}/checkpoints"
     stopped(config, inputs, 4)
     checkpoint = stopped(config, inputs, 8)
@@ -524,10 +526,10 @@ def test_a_baseline_that_is_refused_leaves_the_run_alone(
     """Also where the student could go on: the baseline stands at another place."""
     config = make_config(max_steps=1)
     distill(config)
-    baseline = replace(config, **ce_only(), max_steps=2, output_dir=f"{config.output_dir}/baseline")
-    distill(baseline)
+    baseline = replace(config, **ce_only(), max_steps=2, output_dir=f"{config.output_dir}-other")
+    shutil.move(distill(baseline).run_dir, f"{config.output_dir}/baseline")
     again = replace(config, baseline=True, resume_from_checkpoint="auto", allow_config_change=True)
-    RunDirectory(baseline.output_dir).write_status("stopped")
+    RunDirectory(f"{config.output_dir}/baseline").write_status("stopped")
     before = tree(Path(config.output_dir))
     monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must not end before its checkpoint"):

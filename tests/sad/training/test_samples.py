@@ -163,6 +163,8 @@ def test_a_received_run_cannot_make_its_own_code_run(
     result = distill(make_config(student=student, trust_remote_code_student=True))
     planted = tmp_path / "ran"
     code = result.best / "modeling_ours.py"
+    facts = json.loads((result.best / "sad.json").read_text())
+    (result.best / "sad.json").write_text(json.dumps(facts | {"files": {}}))
     code.write_text(f"open({str(planted)!r}, 'w').close()\n" + code.read_text())
     with pytest.raises(SadError) as refused:
         evaluate_run(result.run_dir)
