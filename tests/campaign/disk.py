@@ -24,7 +24,7 @@ NAME = "accumulation, with a baseline"
 def fail_once(
     workshop: Workshop, folder: Path, share: float = 1.0, seed: int = 0
 ) -> Iterator[Tally]:
-    """Fail every file operation of a run once with each error, or a random ``share`` of these cases."""
+    """Fail every file operation of a run once with each error, or a random ``share`` of that."""
     changes = {"max_steps": 4, "eval_steps": 2, "baseline": False}
     whole = folder / "whole-disk"
     if run(workshop.config(NAME, whole, **changes), folder / "disk.log").code:

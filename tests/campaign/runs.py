@@ -134,6 +134,8 @@ def _in_this_child(work: Callable[[], Any], log: Path) -> int:
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
+    # A pool of torch's does not survive a fork: made anew here, before several threads want it.
+    torch.set_num_threads(1)
     try:
         work()
         sys.stdout.flush()
