@@ -129,6 +129,16 @@ def quickstart_instruct(results: Path) -> list[str]:
     return [about, "", *_gain("bodies of held-out functions", result), ""]
 
 
+def campaign(results: Path) -> list[str]:
+    """What was inflicted on whole runs, and what was lost."""
+    parts = read(results, "campaign.json").values()
+    lines = ["| promise | inflicted | survived | lost or wrong |", "|-|-|-|-|"]
+    for part in parts:
+        counts = (f"{part[key]:,}" for key in ("inflicted", "survived", "lost"))
+        lines.append(_line([part["text"], *counts]))
+    return [*lines, ""]
+
+
 def _gain(what: str, result: Json) -> list[str]:
     lines = [
         f"| {what}, mean of three seeds (lowest to highest) | parameters | perplexity "
@@ -260,6 +270,7 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "comparison": comparison,
     "quickstart": quickstart,
     "quickstart_instruct": quickstart_instruct,
+    "campaign": campaign,
     "loss": loss,
     "targets": targets.table,
     "faults": text_of("faults"),

@@ -280,13 +280,13 @@ def move_scheduler(scheduler: LambdaLR, steps: int) -> None:
     rates = scheduled_rates(scheduler, steps)
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates
+    scheduler._last_lr = [*rates]
 
 
 def scheduled_rates(scheduler: LambdaLR, steps: int) -> list[float]:
     """The learning rate of each group after ``steps`` steps."""
     peaks = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    return [peak * factor(steps) for peak, factor in peaks]
+    return [float(peak) * factor(steps) for peak, factor in peaks]
 
 
 def check_foreign_scheduler(

@@ -1,10 +1,12 @@
-"""A disk that refuses once: every change of the disk in a run fails, one at a time.
+"""A disk that refuses once: changes of the disk in a run fail, one at a time.
 
-The run goes on, or ends in one line with its state saved; resumed, it ends in the same bits.
+Every operation of a save fails with each of five errors, every other one of the run with one of
+them. The run goes on, or ends in one line with its state saved; resumed, it ends in the same bits.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from support.faulty_disk import FaultyDisk
 from campaign.report import Tally
 from campaign.runs import EXPECTED_CODES, Workshop, digest, in_child, is_one_line, run
 from sad.checkpoint import atomic_files as files
+from sad.checkpoint import snapshot
+from sad.checkpoint.store import save_checkpoint
 from sad.training.run import distill
 
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EACCES", "EDQUOT")
@@ -24,14 +28,20 @@ NAME = "accumulation, with a baseline"
 def fail_once(
     workshop: Workshop, folder: Path, share: float = 1.0, seed: int = 0
 ) -> Iterator[Tally]:
-    """Fail every file operation of a run once with each error, or a random ``share`` of that."""
-    changes = {"max_steps": 4, "eval_steps": 2, "baseline": False}
+    """Fail the file operations of a run, one at a time, or a random ``share`` of these cases."""
+    # In the background, operations would have no order.
+    changes = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "async_save": False}
+    changes |= {"baseline": False, "gradient_accumulation_steps": 1}
     whole = folder / "whole-disk"
     if run(workshop.config(NAME, whole, **changes), folder / "disk.log").code:
         raise RuntimeError("a run on a disk that works must finish")
     expected = digest(whole)
-    count = _operations(workshop, folder, changes)
-    cases = [(at, error) for at in range(count) for error in ERRORS]
+    count, saving = _operations(workshop, folder, changes)
+    cases = [
+        (at, error)
+        for at in range(count)
+        for error in (ERRORS if at in saving else ERRORS[at % 5 : at % 5 + 1])
+    ]
     if share < 1:
         cases = random.Random(seed).sample(cases, max(round(share * len(cases)), 1))
     for at, error in cases:
@@ -45,21 +55,32 @@ def fail_once(
         first = in_child(failing, log)
         honest = first.code == 0 or (first.code in EXPECTED_CODES and is_one_line(first.message))
         last = run(config, log) if first.code else first
-        same = last.code == 0 and digest(run_dir) == expected
-        fair = honest and same
+        fair = honest and last.code == 0 and digest(run_dir) == expected
         example = "" if fair else f"{error} at operation {at}: {first}, then {last}"
         yield Tally(inflicted=1, lost=int(not fair), example=example)
-        files.remove_tree(run_dir)
+        if run_dir.exists():
+            files.remove_tree(run_dir)
 
 
-def _operations(workshop: Workshop, folder: Path, changes: dict[str, Any]) -> int:
-    """How many changes of the disk such a run makes."""
+def _operations(workshop: Workshop, folder: Path, changes: dict[str, Any]) -> tuple[int, range]:
+    """How many changes of the disk such a run makes, and which of them are those of a save that
+    removes an older checkpoint."""
     config, note = workshop.config(NAME, folder / "counted", **changes), folder / "operations"
 
     def counting() -> None:
+        saves: list[tuple[int, int]] = []
         with FaultyDisk().mounted() as disk:
+
+            def counted(*args: Any, **options: Any) -> Path:
+                begin = len(disk.trace)
+                path = save_checkpoint(*args, **options)
+                saves.append((begin, len(disk.trace)))
+                return path
+
+            snapshot.save_checkpoint = counted
             distill(config)
-        note.write_text(str(len(disk.trace)))
+        note.write_text(json.dumps([len(disk.trace), *saves[-1]]))
 
     in_child(counting, folder / "disk.log")
-    return int(note.read_text())
+    count, begin, end = json.loads(note.read_text())
+    return count, range(begin, end)

@@ -92,7 +92,7 @@ class Workshop:
         """The configuration of that name, a run of a dozen steps in ``run_dir``."""
         keys = CONFIGURATIONS[name] | changes
         models = {role: self.models[keys.get(role, role)] for role in ("teacher", "student")}
-        base = {
+        base: dict[str, Any] = {
             "data": {
                 "train": self.text,
                 "eval_fraction": 0.3,

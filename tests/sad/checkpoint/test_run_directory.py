@@ -300,7 +300,7 @@ def test_the_last_status_fits_on_a_full_disk(
     run, reserve = RunDirectory(tmp_path), tmp_path / ".sad-reserve"
     assert reserve.stat().st_size >= 4096
 
-    def full(fd: int, data: bytes) -> int:
+    def full(fd: int, data: files.Chunk) -> int:
         if reserve.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         return os.write(fd, data)

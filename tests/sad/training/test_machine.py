@@ -35,7 +35,7 @@ Make = Callable[..., DistillConfig]
 @pytest.fixture
 def make_config(tmp_path: Path) -> Make:
     def make(**keys: Any) -> DistillConfig:
-        defaults = tiny_run(tmp_path) | {"max_steps": 2, "max_eval_rows": 2}
+        defaults: dict[str, Any] = {"max_steps": 2, "max_eval_rows": 2} | tiny_run(tmp_path)
         return DistillConfig(**(defaults | keys))
 
     return make

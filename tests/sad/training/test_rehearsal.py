@@ -42,7 +42,8 @@ Make = Callable[..., DistillConfig]
 @pytest.fixture
 def make_config(tmp_path: Path) -> Make:
     def make(student: PreTrainedModel, teacher: PreTrainedModel, **keys: Any) -> DistillConfig:
-        defaults = tiny_run(tmp_path, student, teacher) | {"max_steps": 4, "max_eval_rows": 2}
+        models = tiny_run(tmp_path, student, teacher)
+        defaults: dict[str, Any] = {"max_steps": 4, "max_eval_rows": 2} | models
         return DistillConfig(**(defaults | keys))
 
     return make
