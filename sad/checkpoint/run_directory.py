@@ -139,12 +139,12 @@ class RunDirectory:
             require_same_config(entry(checkpoint, "identity"), config)
         if ours:
             sweep_stale(self.path)
+        self._make_way(report)
         with output_errors(self.path):
             if not is_file(self.path / MARK):
                 write_file(self.path / MARK, [])
             if not is_file(self.path / RESERVE):
                 write_file(self.path / RESERVE, [os.urandom(RESERVE_BYTES)])
-        self._make_way(report)
         if checkpoint is None:
             self.write_config(config)
         return checkpoint
@@ -194,7 +194,7 @@ class RunDirectory:
 
     def _make_way(self, report: Callable[[str], None]) -> None:
         """Say which files of ours cannot be read; one that is no file at all makes way."""
-        for name in SIDE_FILES:
+        for name in (*SIDE_FILES, MARK, RESERVE):
             path = self.path / name
             if os.path.lexists(path) and not is_file(path):
                 aside = path.with_name(f"{name}.not-a-file-{secrets.token_hex(4)}")

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -169,6 +170,11 @@ def _apply(
         rendered: Any = render_jinja_template(
             [given], tools=conversation.tools, chat_template=template, **(variables | options)
         )
+    except TemplateSyntaxError as error:  # in whichever record it is met first
+        raise UnfitError(
+            f"the chat template must be written in Jinja, got '{one_line(error)}' in line "
+            f"{error.lineno}; correct it, or name another in data.chat_template_path"
+        ) from error
     except Exception as error:  # whatever a template does with what it did not expect
         raise UnfitError(
             f"{name} must fit the chat template, got '{one_line(error)}'; correct the record, or "

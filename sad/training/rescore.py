@@ -40,7 +40,8 @@ def evaluate_run(
     run = RunDirectory(run_dir)
     if not (run.best / "sad.json").exists():
         raise UsageError(
-            f"RUN_DIR must hold a scored student, got {run.path} without best/; let "
+            f"RUN_DIR must hold a scored student, got {run.path}, "
+            f"{'without best/' if run.path.is_dir() else 'which does not exist'}; let "
             "`sad distill` reach its first evaluation"
         )
     if not is_whole_export(run.best):

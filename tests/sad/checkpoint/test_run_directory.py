@@ -269,7 +269,9 @@ SPOILT = ["empty", "flipped", "a list", "deep", "odd types", "folder", "pipe", "
 
 
 @pytest.mark.parametrize("how", SPOILT)
-@pytest.mark.parametrize("name", ["status.json", "run.json", "config.yaml", "log.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["status.json", "run.json", "config.yaml", "log.jsonl", ".sad-run", ".sad-reserve"]
+)
 def test_spoilt_side_files_keep_no_run_from_going_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, how: str
 ) -> None:

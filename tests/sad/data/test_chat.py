@@ -472,6 +472,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"chat_template": "{{ raise_exception('no robots') }}"},
         "chat.jsonl:1 must fit the chat template, got 'no robots'; correct the record",
     ),
+    "a template that is none": (
+        {"messages": say("user: A")},
+        {"chat_template": "a\n{% if %}"},
+        "the chat template must be written in Jinja, got 'Expected an expression.*' in line 2;",
+    ),
     "no assistant": (
         {"text": "a"},
         {"assistant_only_loss": True},
