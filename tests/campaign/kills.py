@@ -53,7 +53,8 @@ def kill_at_random(
             if outcome.code != -signal.SIGKILL:
                 break  # it came to its end, or went wrong
             deaths += 1
-        outcome = run(config, log)
+        if outcome.code in (0, -signal.SIGKILL):
+            outcome = run(config, log)
         found = digest(run_dir) if outcome.code == 0 else {}
         survived = outcome.code == 0 and found == expected
         inflicted += deaths

@@ -17,11 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
 from support.tiny import save_tiny, tiny_gpt2, tiny_llama, write_texts
 from support.tiny_moe import tiny_moe
+from tqdm import tqdm
 
 from sad.checkpoint.store import latest_checkpoint, load_checkpoint
 from sad.cli import _as_sad_error
@@ -54,7 +56,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 EXPECTED_CODES = {2, 65, 71, 73, 74, 75, 90}
 """Exit codes that a refusal in one line may have, see ``sad.errors``."""
 
-HANGS_AFTER = 300.0  # seconds, of a child that should take a few
+HANGS_AFTER = 120.0  # seconds, of a child that should take a few
+HUNG = 124
 
 
 @dataclass
@@ -73,6 +76,8 @@ class Workshop:
 
     def __init__(self, folder: Path, replace_in: Callable[..., None] = setattr) -> None:
         torch.set_num_threads(1)  # forked children cannot use the parent's threads
+        # All processes share the usual one, and one that is killed would keep it.
+        tqdm.set_lock(RLock())
         # Drawing plots and predicting memory are most of a tiny run's time, and neither is state.
         replace_in(page, "_draw_plots", lambda run_dir: None)
         for module in (run_module, header):
@@ -121,6 +126,8 @@ def in_child(work: Callable[[], Any], log: Path, kill_after: float | None = None
     if pid == 0:
         os._exit(_in_this_child(work, log))
     code = _wait(pid, HANGS_AFTER if kill_after is None else kill_after)
+    if code is None:
+        code = HUNG if kill_after is None else -signal.SIGKILL
     message = ""
     with suppress(OSError):
         message = log.with_suffix(".error").read_text()
@@ -147,8 +154,8 @@ def _in_this_child(work: Callable[[], Any], log: Path) -> int:
         return known.exit_code if isinstance(known, SadError) else 1
 
 
-def _wait(pid: int, seconds: float) -> int:
-    """The exit code of a child, which is killed when its time is over."""
+def _wait(pid: int, seconds: float) -> int | None:
+    """The exit code of a child; None for one that is killed because its time is over."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -156,7 +163,8 @@ def _wait(pid: int, seconds: float) -> int:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.waitpid(pid, 0)
+    return None
 
 
 def run(config: DistillConfig, log: Path, **how: Any) -> Outcome:
