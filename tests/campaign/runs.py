@@ -163,8 +163,8 @@ def _wait(pid: int, seconds: float) -> int | None:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    status = os.waitpid(pid, 0)[1]  # it may just have ended by itself
+    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
 
 
 def run(config: DistillConfig, log: Path, **how: Any) -> Outcome:
