@@ -117,15 +117,20 @@ class Workshop:
         return DistillConfig(**(base | keys | models))
 
 
-def in_child(work: Callable[[], Any], log: Path, kill_after: float | None = None) -> Outcome:
+def in_child(
+    work: Callable[[], Any],
+    log: Path,
+    kill_after: float | None = None,
+    hangs_after: float = HANGS_AFTER,
+) -> Outcome:
     """Do ``work`` in a forked child, killed after some seconds if need be; what it says goes to
-    ``log``."""
+    ``log``. One that takes ``hangs_after`` seconds is killed, too, and ends with ``HUNG``."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         os._exit(_in_this_child(work, log))
-    code = _wait(pid, HANGS_AFTER if kill_after is None else kill_after)
+    code = _wait(pid, hangs_after if kill_after is None else kill_after)
     if code is None:
         code = HUNG if kill_after is None else -signal.SIGKILL
     message = ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from campaign.report import Tally
-from campaign.runs import Workshop, in_child
+from campaign.runs import HANGS_AFTER, Workshop, in_child
 from sad.training.run import distill
 from sad.training.trainer import Trainer
 
@@ -31,12 +32,15 @@ def soak(workshop: Workshop, folder: Path, steps: int) -> Iterator[Tally]:
         save_steps=max(steps // 40, 1),
         logging_steps=max(steps // 100, 1),
     )
-    outcome = in_child(lambda: _watched(config, note, every=max(steps // 20, 1)), folder / "log")
-    samples = json.loads(note.read_text()) if note.exists() else []
+    work = partial(_watched, config, note, every=max(steps // 20, 1))
+    outcome = in_child(work, folder / "log", hangs_after=HANGS_AFTER + steps)
+    if outcome.code:
+        yield Tally(inflicted=steps, lost=steps, example=f"{steps} steps: {outcome}")
+        return
+    samples = json.loads(note.read_text())
     settled = samples[len(samples) // 4 :]  # after the first saves and evaluations
     grown = [settled[-1][key] - settled[0][key] for key in ("rss", "descriptors")]
-    flat = grown[0] <= SLACK and grown[1] <= 0
-    fair = outcome.code == 0 and len(samples) >= 19 and flat
+    fair = len(samples) >= 19 and grown[0] <= SLACK and grown[1] <= 0
     grew = f"{grown[0]:,} bytes and {grown[1]} files more"
     example = "" if fair else f"{steps} steps: {outcome}, {grew}"
     yield Tally(inflicted=steps, lost=0 if fair else steps, example=example)
