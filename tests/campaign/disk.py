@@ -1,24 +1,25 @@
-"""A disk that refuses once: changes of the disk in a run fail, one at a time.
+"""A disk that refuses once: changes of the disk fail, one at a time.
 
-Every operation of a save fails with each of five errors, every other one of the run with one of
-them. The run goes on, or ends in one line with its state saved; resumed, it ends in the same bits.
+Every operation of a save fails with each of five errors, and every operation of a whole run with one
+of them. The run goes on, or ends in one line with its state saved; resumed, it ends in the same bits.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.faulty_disk import FaultyDisk
 
 from campaign.report import Tally
 from campaign.runs import EXPECTED_CODES, Workshop, digest, in_child, is_one_line, run
 from sad.checkpoint import atomic_files as files
-from sad.checkpoint import snapshot
-from sad.checkpoint.store import save_checkpoint
+from sad.checkpoint.store import load_latest, save_checkpoint, sweep_stale
+from sad.errors import CheckpointError
 from sad.training.run import distill
 
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EACCES", "EDQUOT")
@@ -28,7 +29,60 @@ NAME = "accumulation, with a baseline"
 def fail_once(
     workshop: Workshop, folder: Path, share: float = 1.0, seed: int = 0
 ) -> Iterator[Tally]:
-    """Fail the file operations of a run, one at a time, or a random ``share`` of these cases."""
+    """Fail every operation, one at a time, or a random ``share`` of these cases."""
+    draw = random.Random(seed)
+    yield from _in_saves(folder, partial(_sampled, share=share, draw=draw))
+    yield from _in_runs(workshop, folder, partial(_sampled, share=share, draw=draw))
+
+
+Cases = list[tuple[int, str]]
+"""Number of the operation that fails, name of the error."""
+
+
+def _sampled(cases: Cases, share: float, draw: random.Random) -> Cases:
+    return cases if share == 1 else draw.sample(cases, max(round(share * len(cases)), 1))
+
+
+def _in_saves(folder: Path, sampled: Callable[[Cases], Cases]) -> Iterator[Tally]:
+    """Fail a save: it is there or it is not, and the one before it is, whole."""
+
+    def save(run_dir: Path, step: int) -> None:
+        tensors = {"model": {"w": torch.full((300,), float(step))}, "rng": {"r": torch.ones(3)}}
+        save_checkpoint(
+            run_dir, step, {"step": step}, tensors, save_total_limit=2, report=lambda _: None
+        )
+
+    whole = folder / "saves"
+    for step in (1, 2):
+        save(whole, step)
+    with FaultyDisk().mounted() as disk:
+        save(whole, 3)
+    for at, error in sampled([(at, error) for at in range(len(disk.trace)) for error in ERRORS]):
+        run_dir = folder / f"save-{at}-{error}"
+        for step in (1, 2):
+            save(run_dir, step)
+        problem, saved = "", True
+        try:
+            with FaultyDisk(error, at).mounted():
+                save(run_dir, 3)
+        except CheckpointError as refused:
+            saved = False
+            problem = "" if is_one_line(str(refused)) else "more than one line"
+        except Exception as other:
+            problem = repr(other)
+        sweep_stale(run_dir)
+        newest = load_latest(run_dir, report=lambda _: None)
+        allowed = (3,) if saved else (2, 3)
+        if newest is None or newest.micro_step not in allowed:
+            problem = problem or f"the newest is {newest and newest.path.name}"
+        example = f"a save with {error} at operation {at}: {problem}" if problem else ""
+        yield Tally(inflicted=1, lost=int(bool(problem)), example=example)
+        files.remove_tree(run_dir)
+
+
+def _in_runs(
+    workshop: Workshop, folder: Path, sampled: Callable[[Cases], Cases]
+) -> Iterator[Tally]:
     # In the background, operations would have no order.
     changes = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "async_save": False}
     changes |= {"baseline": False, "gradient_accumulation_steps": 1}
@@ -36,15 +90,8 @@ def fail_once(
     if run(workshop.config(NAME, whole, **changes), folder / "disk.log").code:
         raise RuntimeError("a run on a disk that works must finish")
     expected = digest(whole)
-    count, saving = _operations(workshop, folder, changes)
-    cases = [
-        (at, error)
-        for at in range(count)
-        for error in (ERRORS if at in saving else ERRORS[at % 5 : at % 5 + 1])
-    ]
-    if share < 1:
-        cases = random.Random(seed).sample(cases, max(round(share * len(cases)), 1))
-    for at, error in cases:
+    count = _operations(workshop, folder, changes)
+    for at, error in sampled([(at, ERRORS[at % len(ERRORS)]) for at in range(count)]):
         run_dir, log = folder / f"disk-{at}-{error}", folder / "disk.log"
         config = workshop.config(NAME, run_dir, **changes)
 
@@ -56,31 +103,20 @@ def fail_once(
         honest = first.code == 0 or (first.code in EXPECTED_CODES and is_one_line(first.message))
         last = run(config, log) if first.code else first
         fair = honest and last.code == 0 and digest(run_dir) == expected
-        example = "" if fair else f"{error} at operation {at}: {first}, then {last}"
+        example = "" if fair else f"a run with {error} at operation {at}: {first}, then {last}"
         yield Tally(inflicted=1, lost=int(not fair), example=example)
         if run_dir.exists():
             files.remove_tree(run_dir)
 
 
-def _operations(workshop: Workshop, folder: Path, changes: dict[str, Any]) -> tuple[int, range]:
-    """How many changes of the disk such a run makes, and which of them are those of a save that
-    removes an older checkpoint."""
+def _operations(workshop: Workshop, folder: Path, changes: dict[str, Any]) -> int:
+    """How many changes of the disk such a run makes."""
     config, note = workshop.config(NAME, folder / "counted", **changes), folder / "operations"
 
     def counting() -> None:
-        saves: list[tuple[int, int]] = []
         with FaultyDisk().mounted() as disk:
-
-            def counted(*args: Any, **options: Any) -> Path:
-                begin = len(disk.trace)
-                path = save_checkpoint(*args, **options)
-                saves.append((begin, len(disk.trace)))
-                return path
-
-            snapshot.save_checkpoint = counted
             distill(config)
-        note.write_text(json.dumps([len(disk.trace), *saves[-1]]))
+        note.write_text(str(len(disk.trace)))
 
     in_child(counting, folder / "disk.log")
-    count, begin, end = json.loads(note.read_text())
-    return count, range(begin, end)
+    return int(note.read_text())
