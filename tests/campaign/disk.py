@@ -1,7 +1,8 @@
 """A disk that refuses once: changes of the disk fail, one at a time.
 
-Every operation of a save fails with each of five errors, and every third one of a whole run with one
-of them. The run goes on, or ends in one line with its state saved; resumed, it ends in the same bits.
+Every operation of a save fails with each of five errors, and every third one of a whole run with
+one of them. The run goes on, or ends in one line with its state saved; resumed, it ends in the same
+bits.
 """
 
 from __future__ import annotations
