@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign.report import Tally
-from campaign.runs import CONFIGURATIONS, Workshop, digest, in_child, run
+from campaign.runs import CONFIGURATIONS, Outcome, Workshop, digest, in_child, run
 from sad.checkpoint import atomic_files as files
 from sad.training.run import distill
 
@@ -40,10 +40,8 @@ def kill_at_random(
         run_dir = folder / f"killed-{turn}"
         config, log = workshop.config(name, run_dir), folder / f"killed-{turn}.log"
         expected, seconds = whole[name]
-        deaths, events = 0, draw.randrange(400)
+        deaths, events, outcome = 0, draw.randrange(400), Outcome(-signal.SIGKILL)
         for _ in range(16):  # then it is left alone
-            if inflicted + deaths >= kills:
-                break
             if draw.random() < 0.5:
                 outcome = run(config, log, kill_after=draw.uniform(0.2, 1.1) * seconds)
             else:
@@ -53,6 +51,8 @@ def kill_at_random(
             if outcome.code != -signal.SIGKILL:
                 break  # it came to its end, or went wrong
             deaths += 1
+            if inflicted + deaths >= kills:
+                break
         if outcome.code in (0, -signal.SIGKILL):
             outcome = run(config, log)
         found = digest(run_dir) if outcome.code == 0 else {}

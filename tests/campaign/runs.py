@@ -96,7 +96,9 @@ class Workshop:
     def config(self, name: str, run_dir: Path, **changes: Any) -> DistillConfig:
         """The configuration of that name, a run of a dozen steps in ``run_dir``."""
         keys = CONFIGURATIONS[name] | changes
-        models = {role: self.models[keys.get(role, role)] for role in ("teacher", "student")}
+        models: dict[str, Any] = {
+            role: self.models[keys.get(role, role)] for role in ("teacher", "student")
+        }
         base: dict[str, Any] = {
             "data": {
                 "train": self.text,
