@@ -33,7 +33,7 @@ def test_killed_runs_resume_to_the_same_bits(workshop: Workshop, tmp_path: Path)
 
 
 def test_a_disk_that_refuses_once_costs_nothing(workshop: Workshop, tmp_path: Path) -> None:
-    promise = Promise("").add(fail_once(workshop, tmp_path, share=0.004))
+    promise = Promise("").add(fail_once(workshop, tmp_path, share=0.01))
     assert promise.inflicted >= 3 and not promise.examples
 
 

@@ -56,7 +56,9 @@ def test_distill_gets_the_configuration(recipe: str, replace_module: Any) -> Non
 
 
 def test_eval_prints_the_table_of_the_run(replace_module: Any, capsys: Any) -> None:
-    replace_module("sad.training.rescore", evaluate_run=lambda run_dir: [{"name": run_dir}])
+    replace_module(
+        "sad.training.rescore", evaluate_run=lambda run_dir, **trust: [{"name": run_dir}]
+    )
     replace_module("sad.report.results", format_results=lambda rows: f"table of {rows[0]['name']}")
     assert main(["eval", "runs/one"]) == 0
     assert capsys.readouterr() == ("table of runs/one\n", "sad eval: runs/one\n")

@@ -53,7 +53,13 @@ def config_for(folder: Path, student: str = "student", **keys: Any) -> DistillCo
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 1,
     }
-    return DistillConfig(student=str(folder / student), **(settings | keys))
+    settings |= keys
+    # A device that is not the host's, and which no configuration takes.
+    elsewhere = {key: settings.pop(key) for key, value in keys.items() if value == "meta"}
+    config = DistillConfig(student=str(folder / student), **settings)
+    for key, value in elsewhere.items():
+        object.__setattr__(config, key, value)
+    return config
 
 
 def sizes(plan: MemoryPlan) -> dict[str, int]:
