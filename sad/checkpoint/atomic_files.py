@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sad.errors import OutputError, SadError
 
@@ -276,6 +278,15 @@ def read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
+
+
+def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any] | None:
+    """The JSON object in an ordinary file; None if there is none that can be read."""
+    try:
+        content = parse(read_text(path) or "")
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def sha256(path: Path) -> str:

@@ -26,10 +26,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sad.checkpoint.atomic_files import (
     is_file,
+    make_directories,
     output_errors,
     probe_writable,
     publish_directory,
-    read_text,
+    read_object,
     remove_file,
     sha256,
     temporary,
@@ -104,8 +105,9 @@ class RunDirectory:
                 f"output_dir must be a run of its own, got {self.path}, the baseline of the run in "
                 f"{parent}; resume that run, or choose another --output_dir"
             )
-        self._require_wanted(config.resume_from_checkpoint)
-        probe_writable(self.path)
+        self._require_wanted(config.resume_from_checkpoint)  # before the directory is made
+        with output_errors(self.path):
+            make_directories(self.path)
         with run_lock(self.path, report):
             yield self.claim(config, report)
 
@@ -201,7 +203,7 @@ class RunDirectory:
                 with output_errors(path):
                     os.rename(path, aside)
                 report(f"warning: {path} must be an ordinary file; it is now {aside.name}")
-            elif name in RECORDS and path.exists() and _read_json(path) is None:
+            elif name in RECORDS and path.exists() and read_object(path) is None:
                 report(f"warning: {path} cannot be read and counts as absent")
 
     def write_status(
@@ -229,7 +231,7 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         """What ``write_status`` wrote; empty if there is none that can be read."""
-        status = _read_json(self.path / "status.json") or {}
+        status = read_object(self.path / "status.json") or {}
         named = status.get("checkpoint")
         return status if named is None or isinstance(named, str) else status | {"checkpoint": None}
 
@@ -238,7 +240,7 @@ class RunDirectory:
 
     def read_run(self) -> dict[str, Any]:
         """What ``write_run`` wrote; empty if there is none that can be read."""
-        return _read_json(self.path / "run.json") or {}
+        return read_object(self.path / "run.json") or {}
 
     def export(
         self,
@@ -332,7 +334,7 @@ def is_whole_export(folder: Path) -> bool:
 
     One of an earlier version, which names none, counts as whole.
     """
-    facts = _read_json(folder / "sad.json")
+    facts = read_object(folder / "sad.json")
     if facts is None:
         return False
     hashes = facts.get("files", {})
@@ -416,15 +418,6 @@ def _rust_disk_errors() -> Iterator[None]:
         if isinstance(error, SafetensorError) or type(error) is Exception:
             raise OSError(str(error)) from error
         raise
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file of ours; None if there is no such file, or something else is in it."""
-    try:
-        content = json.loads(read_text(path) or "")
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _silent(line: str) -> None:

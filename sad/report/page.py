@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from sad.checkpoint.atomic_files import read_text, write_atomic
+from sad.checkpoint.atomic_files import read_object, read_text, write_atomic
 from sad.errors import OutputError, UsageError
 from sad.metrics import Metric, format_count, format_metric
 from sad.report.log import Record, from_json, read_log
@@ -128,11 +128,7 @@ def _content(run_dir: Path, plots: Sequence[Plot] | None) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The mapping in a file, or none: a report of what there is beats no report."""
-    try:
-        content = from_json(read_text(path) or "")
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(path, from_json) or {}
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from sad.checkpoint.atomic_files import describe, make_directories, write_atomic
+from sad.checkpoint.atomic_files import describe, make_directories, read_object, write_atomic
 from sad.errors import OutputError, UsageError
-from sad.expected import integer, mapping, sequence, string
+from sad.expected import UnexpectedValueError, integer, mapping, sequence, string
 
 HASHES = "hashes.json"
 """Where hashes are remembered, beside the packed rows."""
@@ -84,10 +84,10 @@ def fingerprint_files(files: Iterable[Path], memory: Path) -> dict[Path, str]:
 
 
 def _remembered(memory: Path) -> dict[str, list]:
+    content = read_object(memory) or {}
     try:
-        content = json.loads(memory.read_bytes())
         _MEMORY(content, str(memory))
-    except (OSError, ValueError, RecursionError):  # also what a check refuses
+    except UnexpectedValueError:
         return {}
     return content
 
