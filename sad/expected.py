@@ -10,8 +10,11 @@ Checks of containers are built from those of what they hold:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from sad.errors import CheckpointError, printable, quoted, shortened
 
 Check = Callable[[Any, str], None]
 """Called with a value and its place, such as ``counters.micro_step``."""
@@ -27,7 +30,18 @@ class UnexpectedValueError(ValueError):
     """A value that is not what its place asks for; the message is ``<where> must ..., got ...``."""
 
     def __init__(self, where: str, expectation: str, value: object) -> None:
-        super().__init__(f"{shortened(where)} must {expectation}, got {shown(value)}")
+        super().__init__(f"{brief(where)} must {expectation}, got {shown(value)}")
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Turn a value that a check refuses into the error of the checkpoint that holds it."""
+    try:
+        yield
+    except UnexpectedValueError as error:
+        raise CheckpointError(
+            f"the checkpoint's {error}; resume from another checkpoint, or begin a new run"
+        ) from error
 
 
 def shown(value: object) -> str:
@@ -36,13 +50,12 @@ def shown(value: object) -> str:
         return f"an object of {len(value)} items"
     if isinstance(value, list):
         return f"a list of {len(value)} items"
-    return shortened(repr(value))
+    return quoted(value, _SHOWN)
 
 
-def shortened(text: str) -> str:
-    """The beginning of a text, printable, and dots in place of the rest."""
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: _SHOWN + 1])
-    return plain if len(plain) <= _SHOWN else f"{plain[:_SHOWN]}..."
+def brief(text: str) -> str:
+    """A text that was read from a file, as an error quotes it without quotation marks."""
+    return shortened(printable(text), _SHOWN)
 
 
 # Single values

@@ -27,7 +27,6 @@ from sad.checkpoint.state import (
     check_optimizer,
     check_rng,
     check_tensors,
-    checkpoint_errors,
     frozen_digest,
     gradient_tensors,
     load_gradients,
@@ -40,11 +39,12 @@ from sad.checkpoint.state import (
     trained_tensors,
 )
 from sad.checkpoint.store import Checkpoint
-from sad.errors import CheckpointError, one_line
+from sad.errors import CheckpointError, with_type
 from sad.expected import (
     Check,
     UnexpectedValueError,
     alike,
+    checkpoint_errors,
     integer,
     number,
     sequence,
@@ -104,7 +104,11 @@ def capture_parts(parts: Sequence[Part]) -> tuple[State, TensorGroups]:
 
 def restore_parts(parts: Sequence[Part], checkpoint: Checkpoint, *, changed: bool = False) -> None:
     """Hand every part what it saved; raises like ``check_parts``, before anything is restored."""
-    saved = check_parts(parts, checkpoint, changed=changed)
+    load_parts(parts, check_parts(parts, checkpoint, changed=changed))
+
+
+def load_parts(parts: Sequence[Part], saved: Mapping[int, PartState]) -> None:
+    """Hand every part what ``check_parts`` found of it."""
     for part in _in_order_of_restoration(parts):
         part.load_state_dict(saved[id(part)])
 
@@ -273,7 +277,7 @@ def _refusals_explained(key: str) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint's {key} must be a state that this run can take over, got "
-            f"{type(error).__name__}: {one_line(error)}; resume from another checkpoint"
+            f"{with_type(error)}; resume from another checkpoint"
         ) from error
 
 

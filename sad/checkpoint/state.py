@@ -17,8 +17,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -29,9 +28,9 @@ from torch.optim import Adam, Optimizer
 from sad.errors import CheckpointError
 from sad.expected import (
     Check,
-    UnexpectedValueError,
     alike,
     anything,
+    checkpoint_errors,
     equal,
     every,
     integer,
@@ -76,17 +75,6 @@ def form_of(tensors: Mapping[str, Tensor], name: str) -> Form:
         dtype, shape = tensors.form(name)
         return Form(dtype, tuple(shape))
     return Form(tensors[name].dtype, tuple(tensors[name].shape))
-
-
-@contextmanager
-def checkpoint_errors() -> Iterator[None]:
-    """Turn a value that a check refuses into the error of the checkpoint that holds it."""
-    try:
-        yield
-    except UnexpectedValueError as error:
-        raise CheckpointError(
-            f"the checkpoint's {error}; resume from another checkpoint, or begin a new run"
-        ) from error
 
 
 # Modules, or any named tensors

@@ -11,15 +11,15 @@ from typing import Any
 from sad.config.schema import DistillConfig, config_to_dict
 from sad.config.sections import MAY_CHANGE_ON_RESUME
 from sad.config.values import leaf_types, section_types
-from sad.errors import CheckpointError, UsageError
+from sad.errors import UsageError
 from sad.expected import (
-    UnexpectedValueError,
+    brief,
+    checkpoint_errors,
     integer,
     mapping,
     optional,
     plain,
     record,
-    shortened,
     shown,
     string,
 )
@@ -44,21 +44,17 @@ _IDENTITY = record(
 )
 """What a checkpoint says of its run; those from before the last three keys lack them."""
 
-_COMPUTED_WITH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-"""Keys of a saved configuration that are not only compared."""
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys that give a position its meaning: of a saved configuration they are not only compared."""
 
 
 def _require_identity(saved: Any) -> None:
     """Raise ``CheckpointError`` for an identity that no run has written."""
-    try:
+    with checkpoint_errors():
         _IDENTITY(saved, "identity")
         mapping(plain)(saved["config"], "identity.config")
-        sizes = {k: saved["config"][k] for k in _COMPUTED_WITH if k in saved["config"]}
+        sizes = {key: saved["config"][key] for key in SIZES if key in saved["config"]}
         mapping(integer(1))(sizes, "identity.config")
-    except UnexpectedValueError as error:
-        raise CheckpointError(
-            f"the checkpoint's {error}; resume from another checkpoint, or begin a new run"
-        ) from error
 
 
 def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
@@ -87,7 +83,7 @@ def require_same_run(
     if _ADD_SPECIAL not in flatten(old["config"]) and config.data.add_special_tokens:
         hint = f" (if the tokenizer adds a BOS, --{_ADD_SPECIAL} false restores it)"
     changes = _config_changes(old, config) + [
-        f"{key}: {shortened(old[key][:12])} -> {new[key][:12]}{hint if key == 'train_rows' else ''}"
+        f"{key}: {brief(old[key][:12])} -> {new[key][:12]}{hint if key == 'train_rows' else ''}"
         for key in ("train_rows", "eval_rows", "tokenizer")
         if old[key] != new[key]
     ]
@@ -118,13 +114,13 @@ def _changed_content(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if before is not None and now is not None and before != now:
         names = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
         name, more = names[0], f" and {len(names) - 1} more" if len(names) > 1 else ""
-        values = [shortened(files.get(name, "absent")) for files in (before, now)]
-        changes.append(f"the teacher's {shortened(name)}: {values[0]} -> {values[1]}{more}")
+        values = [brief(files.get(name, "absent")) for files in (before, now)]
+        changes.append(f"the teacher's {brief(name)}: {values[0]} -> {values[1]}{more}")
     for side in ("train_rows", "eval_rows"):
         was, is_now = old.get(f"{side}_content"), new.get(f"{side}_content")
         # Rows of another text are named by what they were made from.
         if was is not None and was != is_now and old[side] == new[side]:
-            changes.append(f"content of {side}: {shortened(was[:12])} -> {(is_now or '')[:12]}")
+            changes.append(f"content of {side}: {brief(was[:12])} -> {(is_now or '')[:12]}")
     return changes
 
 

@@ -34,7 +34,6 @@ from sad.checkpoint.state import (
     Form,
     check_optimizer,
     check_tensors,
-    checkpoint_errors,
     form_of,
     load_optimizer,
     load_tensors,
@@ -42,7 +41,7 @@ from sad.checkpoint.state import (
 )
 from sad.data.batch import Batch, LossCounts
 from sad.errors import CheckpointError, UsageError
-from sad.expected import alike
+from sad.expected import alike, checkpoint_errors
 from sad.losses._rows import upcast
 from sad.losses.layout import layout_of
 from sad.losses.router import gate_variation, gates

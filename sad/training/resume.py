@@ -7,7 +7,6 @@ windows it may lie in the middle of one, which then begins there and is shorter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sad.checkpoint.atomic_files import read_text
+from sad.checkpoint.atomic_files import read_object
 from sad.checkpoint.parts import entry, tensor_group
 from sad.checkpoint.state import OPTIMIZER, Form, form_of, model_tensors, optimizer_state
 from sad.checkpoint.store import Checkpoint, position_of
-from sad.config.identity import require_same_config, trajectory_changes
+from sad.config.identity import SIZES, require_same_config, trajectory_changes
 from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
 from sad.errors import CheckpointError, UsageError
@@ -36,7 +35,6 @@ Changes = dict[str, tuple[Any, Any]]
 """Dotted key -> its value in the checkpoint, its value now."""
 
 LENGTH = ("num_train_epochs", "max_steps")
-SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 FORM = ("optim", "student_init", "student_layers")
 """Keys that decide which tensors are trained and what the optimizer keeps of them, as do those of
 ``peft``."""
@@ -215,9 +213,9 @@ def overtaken(checkpoints: Iterable[Path], resumption: Resumption) -> list[Path]
 def _rows_of(checkpoint: Path) -> int | None:
     """Rows per micro-batch in a checkpoint that need not be whole."""
     try:
-        state = json.loads(read_text(checkpoint / "state.json") or "")["state"]
-        return int(state["identity"]["config"][SIZES[0]])
-    except (ValueError, LookupError, TypeError, RecursionError):
+        saved = read_object(checkpoint / "state.json") or {}
+        return int(saved["state"]["identity"]["config"][SIZES[0]])
+    except (ValueError, LookupError, TypeError):
         return None
 
 

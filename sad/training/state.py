@@ -22,10 +22,10 @@ from sad.checkpoint.parts import (
     Part,
     check_parts,
     entry,
-    restore_parts,
+    load_parts,
     tensor_group,
 )
-from sad.checkpoint.state import checkpoint_errors, optimizer_state, tensors_like
+from sad.checkpoint.state import optimizer_state, tensors_like
 from sad.checkpoint.store import Checkpoint
 from sad.config.identity import require_same_run
 from sad.errors import one_line
@@ -35,6 +35,7 @@ from sad.expected import (
     alike,
     anything,
     boolean,
+    checkpoint_errors,
     close,
     equal,
     integer,
@@ -229,11 +230,11 @@ def restore_trainer(trainer: Trainer, resumption: Resumption, warn: Callable[[st
     decay = None if ema is None else (ema.decay, ema.warmup)
     configured_curriculum = curriculum.state_dict()
 
-    check_parts(trainer.parts, checkpoint, changed=changed)
+    saved = check_parts(trainer.parts, checkpoint, changed=changed)
     if not changed:
         with checkpoint_errors():
             _check_together(trainer, resumption, checkpoint)
-    restore_parts(trainer.parts, checkpoint, changed=changed)
+    load_parts(trainer.parts, saved)
 
     if changed:  # the new configuration wins over what the old one left behind
         for group, configured in zip(optimizer.param_groups, options, strict=True):

@@ -59,7 +59,8 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "__init__",
     ),
     SAD: (
-        "accumulate curriculum ema errors expected metrics recipes",
+        "accumulate curriculum ema errors metrics recipes",
+        "expected",
         "config environment selftest",
         "models optim",
         "checkpoint",
