@@ -34,6 +34,7 @@ def run_header(
     train_rows: PackedRows,
     eval_rows: PackedRows,
     checks: dict[str, float],
+    predicted: int | None,
     checkpoint: Path | None,
     tokenizer_notes: Sequence[str] = (),
     resumption_notes: Sequence[str] = (),
@@ -41,10 +42,11 @@ def run_header(
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
 
-    ``checks`` are the errors that the self-checks measured, by name. ``checkpoint`` is the one that
-    the run goes on from, None for a run from the start. ``tokenizer_notes`` say in what the models'
-    own tokenizers differ from the run's, ``resumption_notes`` what a change of sizes means,
-    ``balance_note`` what becomes of the auxiliary loss of a mixture-of-experts student.
+    ``checks`` are the errors that the self-checks measured, by name, ``predicted`` is the peak of
+    memory in bytes, where there is a prediction. ``checkpoint`` is the one that the run goes on
+    from, None for a run from the start. ``tokenizer_notes`` say in what the models' own tokenizers
+    differ from the run's, ``resumption_notes`` what a change of sizes means, ``balance_note`` what
+    becomes of the auxiliary loss of a mixture-of-experts student.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
@@ -70,7 +72,7 @@ def run_header(
     if checks:
         lines.append(("self-check", ", ".join(f"{k} {v:.1e}" for k, v in checks.items())))
     lines += [
-        ("memory", _memory_forecast(predicted_peak(config, len(eval_rows)))),
+        ("memory", _memory_forecast(predicted)),
         ("machine", _machine_line(precision.device)),
         ("versions", ", ".join(f"{k} {v}" for k, v in library_versions().items())),
         ("config", config_hash(config)[:12]),

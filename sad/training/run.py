@@ -332,6 +332,7 @@ def _train(
         if resumption is not None:
             trainer.restore(resumption, log.warning)
             resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
+        predicted = predicted_peak(config, len(inputs.eval_rows))
         header = run_header(
             title,
             config,
@@ -343,6 +344,7 @@ def _train(
             train_rows=inputs.train_rows,
             eval_rows=inputs.eval_rows,
             checks=checks,
+            predicted=predicted,
             checkpoint=None if resumption is None else resumption.checkpoint.path,
             resumption_notes=() if resumption is None else resumption.notes,
             tokenizer_notes=inputs.tokenizer_notes,
@@ -359,7 +361,6 @@ def _train(
         trainer.train(log, signals)
         _export_final(trainer, run_dir, log)
         memory = memory_now(inputs.device)  # of training: samples come after it
-        predicted = predicted_peak(config, len(inputs.eval_rows))
         log.message(f"memory: {memory_line(predicted, inputs.rss_before, memory)}")
         samples = write_samples(
             run_dir.final,

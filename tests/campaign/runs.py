@@ -29,7 +29,7 @@ from sad.checkpoint.store import latest_checkpoint, load_checkpoint
 from sad.cli import _as_sad_error
 from sad.config.schema import DistillConfig
 from sad.errors import SadError
-from sad.report import header, page
+from sad.report import page
 from sad.training import run as run_module
 from sad.training.run import distill
 
@@ -80,8 +80,7 @@ class Workshop:
         tqdm.set_lock(RLock())
         # Drawing plots and predicting memory are most of a tiny run's time, and neither is state.
         replace_in(page, "_draw_plots", lambda run_dir: None)
-        for module in (run_module, header):
-            replace_in(module, "predicted_peak", lambda *_: None)
+        replace_in(run_module, "predicted_peak", lambda *_: None)
         self.folder = folder
         small = {"num_hidden_layers": 1}
         dropout = {f"{name}_pdrop": 0.1 for name in ("resid", "embd", "attn")}
