@@ -131,12 +131,15 @@ def quickstart_instruct(results: Path) -> list[str]:
 
 def campaign(results: Path) -> list[str]:
     """What was inflicted on whole runs, and what was lost."""
-    parts = read(results, "campaign.json").values()
+    return [*campaign_table(read(results, "campaign.json").values()), ""]
+
+
+def campaign_table(parts: Iterable[Json]) -> list[str]:
     lines = ["| promise | inflicted | survived | lost or wrong |", "|-|-|-|-|"]
     for part in parts:
         counts = (f"{part[key]:,}" for key in ("inflicted", "survived", "lost"))
         lines.append(_line([part["text"], *counts]))
-    return [*lines, ""]
+    return lines
 
 
 def _gain(what: str, result: Json) -> list[str]:

@@ -137,7 +137,7 @@ def about_unknown_key(key: str) -> str:
     tails = {name.rpartition(".")[2]: name for name in known}
     for name in known:
         if plain.startswith(f"{name}.") and takes_mapping(known[name]):
-            return f"{name} must be given as a whole, got {key!r}; write --{name} '{{...}}'"
+            return f"{name} must be given as a whole, got {shown}; write --{name} '{{...}}'"
     near = _misspelt(plain, known) or _misspelt(short, tails)
     if near:
         return f"unknown key {shown}; did you mean {tails.get(near[0], near[0])!r}?"

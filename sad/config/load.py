@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,7 @@ def _require_unique(mapping: yaml.MappingNode, key: str, file: str) -> None:
         names.add(name.value)
 
 
+@cache
 def _mappings() -> set[str]:
     """The keys whose value is a mapping, and which are no sections."""
     return {key for key, hint in leaf_types(DistillConfig).items() if takes_mapping(hint)}

@@ -20,11 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.report.readme import campaign_table
 from campaign import checkpoints, configurations
 from campaign.damage import damage_every_file
 from campaign.disk import fail_once
 from campaign.kills import kill_at_random
-from campaign.report import Promise, Tally, table
+from campaign.report import Promise, Tally
 from campaign.runs import Workshop
 from campaign.soak import soak
 
@@ -97,7 +98,7 @@ def main(words: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="campaign-") as place:
         workshop = Workshop(Path(place))
         records = {name: _record(name, workshop, Path(place), args.share) for name in names}
-    print(f"\n{table(records.values())}")
+    print("", *campaign_table(records.values()), sep="\n")
     if args.share == 1:
         _keep(records)
     return int(any(record["lost"] for record in records.values()))

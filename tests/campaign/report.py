@@ -36,13 +36,3 @@ class Promise:
 
     def record(self) -> dict[str, Any]:
         return asdict(self) | {"survived": self.inflicted - self.lost}
-
-
-def table(promises: Iterable[dict[str, Any]]) -> str:
-    """The table in Markdown."""
-    lines = ["| promise | inflicted | survived | lost or wrong |", "|-|-|-|-|"]
-    lines += [
-        f"| {p['text']} | {p['inflicted']:,} | {p['survived']:,} | {p['lost']:,} |"
-        for p in promises
-    ]
-    return "\n".join(lines)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from support.faulty_disk import tree
-from support.tiny import save_tiny, tiny_llama, write_texts
+from support.tiny import tiny_llama, tiny_run
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.store import load_checkpoint, load_latest
@@ -38,11 +38,7 @@ MakeConfig = Callable[..., DistillConfig]
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sources")
-    return {
-        "student": save_tiny(folder / "student", tiny_llama(seed=2, attention_dropout=0.1)),
-        "teacher": save_tiny(folder / "teacher", tiny_llama(seed=1)),
-        "data": {"train": write_texts(folder / "texts", count=12), "eval_fraction": 0.3},
-        "max_length": 32,
+    return tiny_run(folder, tiny_llama(seed=2, attention_dropout=0.1)) | {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 2,
