@@ -52,6 +52,12 @@ class StoppedError(SadError):
     exit_code = 75
 
 
+class RankLostError(SadError):
+    """A process of a run on several of them was lost; its checkpoints are intact."""
+
+    exit_code = 76
+
+
 class DivergedError(SadError):
     """Too many updates in a row were not finite, and none of them was applied."""
 
