@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sad.environment import processes, require_one_process
+from sad.environment import processes
 from sad.errors import (
     OutOfMemoryError,
     SadError,
@@ -81,12 +80,9 @@ def _run(words: Sequence[str], args: argparse.Namespace) -> int:
 def _distill(args: argparse.Namespace) -> int:
     config = _load(args)
     rank, _ = processes()
-    if rank > 0:  # under torchrun the first process says for all why there is no run
-        time.sleep(1)
-        return UsageError.exit_code
-    require_one_process()
     # Before torch and transformers, whose import takes seconds.
-    print(f"sad distill: {_models(config)} -> {printable(config.output_dir)}", flush=True)
+    if rank == 0:  # under torchrun it says for all what is done
+        print(f"sad distill: {_models(config)} -> {printable(config.output_dir)}", flush=True)
 
     from sad.training.run import distill
 

@@ -9,6 +9,9 @@ updates.
 Shadows are fp32 whatever the parameters are; in bf16 they would hardly move. The average covers the
 trainable parameters, tied ones once, and the persistent floating-point buffers; nothing else is
 touched.
+
+Of parameters that are split over ranks each rank averages its part. The gathered copies that FSDP2
+keeps do not see an exchange: ``sad.distributed.sharding.reshard`` drops them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from sad_kernels import ema_swap_, ema_update_
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from sad.distributed.tensors import copy_from, local, placed_like
 
 
 class ModelEMA:
@@ -50,7 +55,9 @@ class ModelEMA:
             raise ValueError(f"decay must lie in [0, 1], got {decay}; 0.9999 is usual")
         self.decay = decay
         self.warmup = warmup
-        self._live = _averaged_tensors(model)
+        averaged = _averaged_tensors(model)
+        self._averaged = averaged  # of which this rank may hold a part
+        self._live = {name: local(tensor) for name, tensor in averaged.items()}
         self._sources: dict[str, Tensor] = self._live | dict(masters or {})
         if self._sources.keys() != self._live.keys():
             unknown = sorted(self._sources.keys() - self._live.keys())
@@ -130,7 +137,7 @@ class ModelEMA:
     def tensors(self) -> dict[str, Tensor]:
         """The shadows by parameter name: the live tensors, not copies."""
         self._require_not_swapped("saved")
-        return dict(self._shadows)
+        return {n: placed_like(shadow, self._averaged[n]) for n, shadow in self._shadows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """``decay``, ``warmup``, ``num_updates`` and ``shadow``, the tensors of ``tensors()``."""
@@ -159,15 +166,15 @@ class ModelEMA:
                 "the same model"
             )
         # Everything is checked before anything is copied.
-        for name, shadow in self._shadows.items():
+        for name, shadow in self.tensors().items():
             if saved[name].shape != shadow.shape or saved[name].dtype != shadow.dtype:
                 raise ValueError(
                     f"the average of {name} must be {shadow.dtype} {tuple(shadow.shape)}, got "
                     f"{saved[name].dtype} {tuple(saved[name].shape)}; load the state of the same "
                     "model"
                 )
-        for name, shadow in self._shadows.items():
-            shadow.copy_(saved[name])
+        for name, shadow in self.tensors().items():
+            copy_from(shadow, saved, name)
         self.decay, self.warmup = state["decay"], state["warmup"]
         self._num_updates.fill_(state["num_updates"])
 
@@ -221,7 +228,7 @@ class ModelEMA:
 
     def _refuse_step(self, optimizer: Optimizer, *_: object) -> None:
         # A step would train the average, and be lost when the weights come back.
-        ours = {id(tensor) for tensor in (*self._live.values(), *self._sources.values())}
+        ours = {id(tensor) for tensor in (*self._averaged.values(), *self._sources.values())}
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             self._require_not_swapped("trained")
 

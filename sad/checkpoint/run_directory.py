@@ -74,11 +74,17 @@ EXPORTING = "exporting the student"
 class RunDirectory:
     """Paths of one run, and the files in it that are replaced as a whole."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, world_size: int = 1) -> None:
         self.path = Path(path)
+        self.world_size = world_size
         self.best = self.path / "best"
         self.final = self.path / "final"
         self.baseline = self.path / "baseline"
+
+    @property
+    def baseline_run(self) -> RunDirectory:
+        """The directory of the run without a teacher."""
+        return RunDirectory(self.baseline, world_size=self.world_size)
 
     @property
     def used(self) -> bool:
@@ -138,7 +144,7 @@ class RunDirectory:
                 "other files of these names; choose another --output_dir"
             )
         if checkpoint is not None:
-            require_same_config(entry(checkpoint, "identity"), config)
+            require_same_config(entry(checkpoint, "identity"), config, self.world_size)
         if ours:
             sweep_stale(self.path)
         self._make_way(report)
@@ -253,8 +259,10 @@ class RunDirectory:
         *,
         merge_adapters: bool = False,
         card: str = "",
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Export the weights that ``model`` holds right now, completely or not at all.
+        """Export the weights that ``model`` holds right now, or those in ``state``, completely or
+        not at all.
 
         They are rounded to ``dtype``, by default not at all. A student with adapters leaves these
         alone, as they are and in PEFT's form, unless ``merge_adapters``. The model's own generation
@@ -275,12 +283,11 @@ class RunDirectory:
                 quiet_libraries(),
                 _rust_disk_errors(),
                 _plain_configuration(model),
-                merged_weights(model) if merge_adapters else nullcontext() as merged,
+                merged_weights(model) if merge_adapters else nullcontext(state) as whole,
             ):
-                state = merged
                 if rounds:
-                    state = _rounded_state(model, merged or model.state_dict(), dtype)
-                model.save_pretrained(tmp, state_dict=state)
+                    whole = _rounded_state(model, whole or model.state_dict(), dtype)
+                model.save_pretrained(tmp, state_dict=whole)
                 stop_if_requested(EXPORTING)
                 tokenizer.save_pretrained(tmp)
             if generation is not None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from sad.distributed.tensors import copy_from, local
 from sad.errors import CheckpointError
 from sad.expected import (
     Check,
@@ -117,7 +118,7 @@ def load_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: 
     """Copy ``saved`` into ``live``, name by name. ``what`` names the tensors in errors."""
     check_tensors(live, saved, what)
     for name, tensor in live.items():
-        tensor.copy_(saved[name])
+        copy_from(tensor, saved, name)
 
 
 def check_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
@@ -158,9 +159,10 @@ def optimizer_state(
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                shared = value.numel() > 0 and value.data_ptr() in seen
+                part = local(value)
+                shared = part.numel() > 0 and part.data_ptr() in seen
                 tensors[f"{name}/{key}"] = value.clone() if shared else value
-                seen.add(value.data_ptr())
+                seen.add(part.data_ptr())
             else:
                 values.setdefault(name, {})[key] = _json_value(value)
     return {"groups": groups, "values": values}, tensors
@@ -195,7 +197,7 @@ def load_optimizer(
             # Plain values and tensors of one parameter belong together again.
             optimizer.state[parameter] = dict(state["values"].get(name, {}))
             for key, path in paths.get(name, {}).items():
-                value = _state_value(parameter, key, saved[path], group)
+                value = _state_value(parameter, key, saved, path, group)
                 optimizer.state[parameter][key] = value
 
 
@@ -358,11 +360,13 @@ def _require_same_groups(
         _require_same_names(live_names, group["names"], f"optimizer group {i} parameters")
 
 
-def _state_value(parameter: Tensor, key: str, value: Tensor, group: dict[str, Any]) -> Tensor:
+def _state_value(
+    parameter: Tensor, key: str, saved: Mapping[str, Tensor], path: str, group: dict[str, Any]
+) -> Tensor:
     """A saved tensor of a parameter's state, as this optimizer would have created it."""
     if key == "step" and not (group.get("fused") or group.get("capturable")):
-        return value.to("cpu", copy=True)  # counted on the host: no synchronisation in a step
-    return _copy_like(parameter, value)
+        return saved[path].to("cpu", copy=True)  # counted on the host: a step need not wait
+    return _copy_like(parameter, saved, path)
 
 
 def _json_value(value: Any) -> Any:
@@ -383,7 +387,7 @@ def load_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]
     """Restore every ``.grad``; that of a parameter that ``saved`` does not name becomes None."""
     check_gradients(parameters, saved)
     for name, parameter in parameters.items():
-        parameter.grad = _copy_like(parameter, saved[name]) if name in saved else None
+        parameter.grad = _copy_like(parameter, saved, name) if name in saved else None
 
 
 def check_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -496,15 +500,19 @@ _RNG = record(
 # Shared by the above
 
 
-def _copy_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy on the parameter's device, in the parameter's memory layout if it has its shape.
+def _copy_like(parameter: Tensor, saved: Mapping[str, Tensor], name: str) -> Tensor:
+    """A copy of ``saved[name]`` on the parameter's device, in the parameter's memory layout, and
+    split over ranks like it, if it has its shape.
 
     Fused optimizers walk through parameter, gradient and moments by address, so the strides of a
     moment must be those it would have been created with.
     """
-    if value.shape != parameter.shape:
-        return value.to(parameter.device, copy=True)
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    dtype, shape = form_of(saved, name)
+    if shape != tuple(parameter.shape):
+        return saved[name].to(parameter.device, copy=True)
+    copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    copy_from(copy, saved, name)
+    return copy
 
 
 def _require_same_names(live: Iterable[str], saved: Iterable[str], what: str) -> None:

@@ -47,6 +47,9 @@ _IDENTITY = record(
 SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """Keys that give a position its meaning: of a saved configuration they are not only compared."""
 
+_ROWS = (SIZES[0], "global_batch_size")
+"""Keys that say how many rows a micro-batch has."""
+
 
 def _require_identity(saved: Any) -> None:
     """Raise ``CheckpointError`` for an identity that no run has written."""
@@ -55,17 +58,18 @@ def _require_identity(saved: Any) -> None:
         mapping(plain)(saved["config"], "identity.config")
         sizes = {key: saved["config"][key] for key in SIZES if key in saved["config"]}
         mapping(integer(1))(sizes, "identity.config")
+        optional(integer(1))(saved["config"].get(_ROWS[1]), f"identity.config.{_ROWS[1]}")
 
 
-def require_same_config(old: dict[str, Any], config: DistillConfig) -> None:
-    """Raise ``UsageError`` if ``config`` differs from the one in ``old`` in a key that decides the
-    trajectory, unless ``allow_config_change``.
+def require_same_config(old: dict[str, Any], config: DistillConfig, world_size: int = 1) -> None:
+    """Raise ``UsageError`` if ``config``, on ``world_size`` processes, differs from the one in
+    ``old`` in a key that decides the trajectory, unless ``allow_config_change``.
 
     ``old`` is the run's fingerprint in a checkpoint. Neither text nor models are needed, so this
     check comes before anything is loaded or written.
     """
     _require_identity(old)
-    _refuse(_config_changes(old, config), config)
+    _refuse(_config_changes(old, config, world_size), config)
 
 
 def require_same_run(
@@ -82,7 +86,7 @@ def require_same_run(
     hint = ""
     if _ADD_SPECIAL not in flatten(old["config"]) and config.data.add_special_tokens:
         hint = f" (if the tokenizer adds a BOS, --{_ADD_SPECIAL} false restores it)"
-    changes = _config_changes(old, config) + [
+    changes = _config_changes(old, config, new["world_size"]) + [
         f"{key}: {brief(old[key][:12])} -> {new[key][:12]}{hint if key == 'train_rows' else ''}"
         for key in ("train_rows", "eval_rows", "tokenizer")
         if old[key] != new[key]
@@ -124,11 +128,37 @@ def _changed_content(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _config_changes(old: dict[str, Any], config: DistillConfig) -> list[str]:
+def _config_changes(old: dict[str, Any], config: DistillConfig, world_size: int) -> list[str]:
     return [
         f"{key}: {shown(before)} -> {shown(after)}"
-        for key, before, after in trajectory_changes(old["config"], config)
+        for key, before, after in run_changes(old, config, world_size)
     ]
+
+
+def run_changes(
+    old: dict[str, Any], config: DistillConfig, world_size: int = 1
+) -> list[tuple[str, Any, Any]]:
+    """``trajectory_changes`` from a run, of which ``old`` is the fingerprint, to one on
+    ``world_size`` processes.
+
+    However many processes share them, and whichever key says so, it is the rows of a micro-batch
+    that count: their change goes by the name ``SIZES[0]``.
+    """
+    changes = trajectory_changes(old["config"], config)
+    others = [change for change in changes if change[0] not in _ROWS]
+    place = next((i for i, change in enumerate(changes) if change[0] in _ROWS), len(others))
+    before, now = saved_rows(old), config.rows_per_micro_batch(world_size)
+    rows = [] if before == now else [(SIZES[0], before, now)]
+    return [*others[:place], *rows, *others[place:]]
+
+
+def saved_rows(identity: dict[str, Any]) -> int:
+    """Rows of a micro-batch in the run of a fingerprint, over all of its processes."""
+    saved = _trajectory_defaults() | flatten(identity["config"])
+    together = saved["global_batch_size"]
+    if together is not None:
+        return together // saved[SIZES[1]]
+    return saved[SIZES[0]] * identity["world_size"]
 
 
 def _refuse(changes: list[str], config: DistillConfig) -> None:

@@ -214,6 +214,9 @@ class DistillConfig:
     0: none. With structural losses, or another `routing.mode` than `teacher`, none are kept."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
+    global_batch_size: PositiveInt | None = None
+    """Rows per optimizer step, over all processes: with it a run is the same on any number of them.
+    Default: `per_device_train_batch_size` for each process and micro-batch, which it overrides."""
 
     # Optimizer and schedule
     learning_rate: NonNegativeFloat = 5e-5
@@ -269,6 +272,23 @@ class DistillConfig:
     ema_device: Literal["cpu"] | None = None
     """`cpu` keeps the average in host memory: it leaves a GPU 4 bytes per parameter, and each step
     waits until the weights are copied. Default: the student's device."""
+
+    # Several processes, started by torchrun
+    dp_shard_size: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Processes that each model is split over. Default: all, or with `dp_replicate_size` all of
+    one replica."""
+    dp_replicate_size: PositiveInt = field(default=1, metadata=MAY_CHANGE_ON_RESUME)
+    """Replicas of the split models. With as many as there are processes nothing is split."""
+    reshard_after_forward: bool = field(default=True, metadata=MAY_CHANGE_ON_RESUME)
+    """Gather each layer again in backward. `false` keeps it whole from forward on: one transfer
+    less, at the memory of the whole student."""
+    cpu_offload: bool = field(default=False, metadata=MAY_CHANGE_ON_RESUME)
+    """Keep the split student, its gradients and its optimizer in host memory."""
+    sync_each_batch: bool = field(default=True, metadata=MAY_CHANGE_ON_RESUME)
+    """Sum the gradients over processes after each micro-batch. `false` does so once per optimizer
+    step, and holds whole gradients until then."""
+    ddp_timeout: PositiveInt = field(default=1800, metadata=MAY_CHANGE_ON_RESUME)
+    """Seconds after which a process that does not answer is given up."""
 
     # Run
     output_dir: Annotated[NonEmptyStr, PATH, HOME_PATH] = field(
@@ -331,6 +351,7 @@ class DistillConfig:
         _check_objective(self)
         _check_teacher_sections(self)
         _check_schedule(self)
+        _check_batches(self)
         _check_updates(self)
         _check_precision(self)
         _check_metric(self)
@@ -349,6 +370,12 @@ class DistillConfig:
         """
         shared = self.routing.mode == "teacher" and not self.structural_weights
         return self.eval_teacher_cache if shared and self.teacher is not None else 0
+
+    def rows_per_micro_batch(self, world_size: int = 1) -> int:
+        """Rows of a micro-batch, over ``world_size`` processes."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size // self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * world_size
 
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """The objective while the divergence has the weight ``kd_weight`` (default: the configured
@@ -415,6 +442,17 @@ def _check_models(config: DistillConfig) -> None:
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
         require(key, "be a device", name, remedy, holds=known)
+
+
+def _check_batches(config: DistillConfig) -> None:
+    rows, steps = config.global_batch_size, config.gradient_accumulation_steps
+    require(
+        "global_batch_size",
+        f"be a multiple of gradient_accumulation_steps, {steps}",
+        rows,
+        "change one of them: each micro-batch has as many rows",
+        holds=rows is None or rows % steps == 0,
+    )
 
 
 def _check_compile(config: DistillConfig) -> None:

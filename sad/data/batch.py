@@ -34,6 +34,15 @@ class Batch(NamedTuple):
             lengths=self.lengths.to(device),
         )
 
+    def without_targets(self) -> Batch:
+        """The same tokens as padding: a forward pass that adds nothing to any loss."""
+        return self._replace(
+            labels=torch.full_like(self.labels, IGNORE_INDEX),
+            lengths=torch.zeros_like(self.lengths),
+            counts=LossCounts(targets=0, tokens=0, sequences=0),
+            target_bytes=0,
+        )
+
 
 class LossCounts(NamedTuple):
     """Denominators of the losses, counted on the host before any forward pass.

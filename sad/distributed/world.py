@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sad.environment import stop_if_requested
 from sad.errors import RankLostError, SadError, UsageError, with_type
 
 T = TypeVar("T")
@@ -44,6 +46,11 @@ class World:
     def main(self) -> bool:
         """Whether this is the rank that writes what there is one of."""
         return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This rank's part of ``count`` things in a row, of which some ranks may get none."""
+        size = -(-count // self.size)
+        return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
 
     # Tensors, over their device's group
 
@@ -104,6 +111,20 @@ class World:
             raise shared[1]
         return shared[0]  # pyright: ignore[reportReturnType]
 
+    def main_first(self, function: Callable[[], T]) -> T:
+        """``function()`` on the first rank, then on the others, which find what it left on disk."""
+        if self.main:
+            return self.agree(function)
+        self._raise_first(self.gather(None))
+        return function()
+
+    def stop_if_requested(self, doing: str) -> None:
+        """Raise ``StoppedError`` on all ranks if one of them was asked to stop."""
+        if self.size == 1:
+            stop_if_requested(doing)
+            return
+        self.agree(partial(stop_if_requested, doing))
+
     def agree(self, function: Callable[[], T]) -> T:
         """``function()`` on every rank; what one of them raises is raised on all."""
         if self.size == 1:
@@ -117,10 +138,14 @@ class World:
         errors = self.gather(_travelling(error))
         if error is not None:
             raise error
-        for other in errors:
-            if other is not None:
-                raise other
+        self._raise_first(errors)
         return result[0]
+
+    def _raise_first(self, errors: list[BaseException | None]) -> None:
+        """Raise what another rank has raised, and says itself."""
+        for error in errors:
+            if error is not None:
+                raise error
 
     def same(self, value: object, what: str) -> None:
         """Raise ``UsageError`` on all ranks unless ``value`` is equal on all of them."""
@@ -140,14 +165,23 @@ def _travelling(error: BaseException | None) -> BaseException | None:
     return RankLostError(f"all ranks must go on, got {with_type(error)} on one of them")
 
 
+ALONE = World()
+"""The world of a process that is a run of its own."""
+
+
 @contextmanager
 def whole_world(
-    device_type: str, *, timeout_seconds: int, shard_size: int | None = None
+    device_type: str,
+    *,
+    timeout_seconds: int,
+    replicas: int = 1,
+    shard_size: int | None = None,
 ) -> Iterator[World]:
     """The world that torchrun has announced in the environment, or the one process there is.
 
-    ``shard_size`` ranks hold a model together, by default all. Initialises the process group, if
-    nobody has, and destroys it then. Raises ``UsageError`` where the ranks do not divide.
+    There are ``replicas`` copies of each model, each split over ``shard_size`` ranks, by default
+    as many as there are for each copy. Initialises the process group, if nobody has, and destroys
+    it then. Raises ``UsageError`` where these do not make up the number of ranks.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not dist.is_initialized():
@@ -159,20 +193,41 @@ def whole_world(
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
         size = dist.get_world_size()
-        shards = size if shard_size is None else shard_size
-        if shards < 1 or size % shards:
+        shards = size // replicas if shard_size is None else shard_size
+        if replicas * shards != size:
             raise UsageError(
-                f"dp_shard_size must divide the number of processes, got {shards} for {size}; "
-                "leave it out to split the model over all of them"
+                f"dp_replicate_size x dp_shard_size must be the number of processes, {size}, got "
+                f"{replicas} x {shards}; leave the second out to split over all there are"
             )
         mesh = init_device_mesh(
-            device_type, (size // shards, shards), mesh_dim_names=("dp_replicate", "dp_shard")
+            device_type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
         )
         hosts = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
         yield World(dist.get_rank(), size, mesh, hosts)
     finally:
         if begun and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_explained(world: World, where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Within, an error of a transfer whose other end is gone is a ``RankLostError``; ``where`` says
+    how far the run had come."""
+    try:
+        yield
+    except Exception as error:
+        if world.size == 1 or not is_lost_rank(error):
+            raise
+        raise RankLostError(
+            f"all {world.size} processes must answer, got {with_type(error)}{where()}: a rank was "
+            "lost; resume with --resume_from_checkpoint auto, on any number of processes"
+        ) from error
+
+
+def use_own_device() -> None:
+    """Make this rank's GPU the current one, if it is one of several processes with GPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 LOST = ("connection closed by peer", "connection reset", "timed out", "broken pipe", "nccl")
@@ -184,4 +239,3 @@ def is_lost_rank(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and "gloo" in text and any(w in text for w in LOST)
-

@@ -184,13 +184,19 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
             f"{name} must have an output embedding, got a model without one; choose a causal "
             "language model"
         )
-    if type(linear) is not nn.Linear:
+    if not _is_plain_linear(linear):
         raise UnfitError(
             f"the head of {name} must be exactly torch.nn.Linear, got {type(linear).__name__}, "
             "whose weight is not all that it multiplies by; take the head (lm_head) out of PEFT's "
             "target_modules and modules_to_save, and leave it out of quantization"
         )
     return linear
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is a ``torch.nn.Linear`` and no subclass, save the one that FSDP2 makes of it."""
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.__bases__[-1] is nn.Linear)
 
 
 def with_valid_vocab(head: Head, valid_vocab: int) -> Head:

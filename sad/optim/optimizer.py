@@ -19,6 +19,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from sad.config.schema import DistillConfig
 from sad.config.updates import update_is_finite
+from sad.distributed.tensors import whole
 from sad.environment import import_extra
 
 
@@ -84,7 +85,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
         clip_grads_with_norm_(with_gradient, max_norm, norm)
-    return norm
+    return whole(norm)  # of gradients that are split over ranks: the same on all of them
 
 
 def can_update(optimizer: Optimizer, norm: Tensor, max_norm: float) -> Tensor:

@@ -90,8 +90,16 @@ class Precision:
     under ``autocast()`` and ``backward(loss)``; at the end of a window ``step`` and ``zero_grad``.
     """
 
-    def __init__(self, config: DistillConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: DistillConfig,
+        device: torch.device | str = "cpu",
+        *,
+        sharded: bool = False,
+    ) -> None:
+        """``sharded``: parameters are split over ranks, and gathered in the compute dtype."""
         self.config = config
+        self._sharded = sharded
         self.device = torch.device(device)
         self.param_dtype: torch.dtype = getattr(torch, config.param_dtype)
         self.compute_dtype = self.param_dtype
@@ -103,7 +111,7 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of the forward pass: matrix products of fp32 parameters in the compute dtype."""
-        if self.compute_dtype == self.param_dtype:
+        if self.compute_dtype == self.param_dtype or self._sharded:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 

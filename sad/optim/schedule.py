@@ -134,11 +134,11 @@ class RunLength:
         return divmod(micro_step, self.batches_per_epoch)
 
 
-def planned_length(config: DistillConfig, num_rows: int) -> RunLength:
-    """The length of a run over ``num_rows`` rows."""
+def planned_length(config: DistillConfig, num_rows: int, world_size: int = 1) -> RunLength:
+    """The length of a run over ``num_rows`` rows on ``world_size`` processes."""
     return RunLength(
         num_rows=num_rows,
-        batch_size=config.per_device_train_batch_size,
+        batch_size=config.rows_per_micro_batch(world_size),
         accumulation_steps=config.gradient_accumulation_steps,
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,

@@ -216,6 +216,40 @@ class RunLog:
             self._bar = None
 
 
+class SilentLog(RunLog):
+    """The log of a process beside the one that writes: nothing is recorded or shown."""
+
+    def __init__(self) -> None:
+        pass
+
+    def header(self, lines: Sequence[tuple[str, str]], rows: tuple[int, int] | None = None) -> None:
+        pass
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def saved(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def warning(self, text: str) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_log(run_dir: str | Path) -> list[Record]:
     """The records of a run in the order they were written; a log that does not exist is empty.
 

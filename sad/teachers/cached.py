@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 from sad_kernels import TeacherHidden
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sad.data.batch import Batch
+from sad.distributed.world import ALONE, World
 from sad.losses.capture import Capture
 from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 
@@ -22,13 +23,16 @@ class CachedTeacher:
 
     ``teacher`` must give the same hidden states throughout: gates that are trained or sampled
     (``sad.teachers.policy``) do not, and take ``cache_bytes=0``.
+
+    All ranks of ``world`` score equally many batches: the teacher runs for all or for none of them.
     """
 
-    def __init__(self, teacher: FrozenTeacher, cache_bytes: int) -> None:
+    def __init__(self, teacher: FrozenTeacher, cache_bytes: int, world: World = ALONE) -> None:
         self.teacher = teacher
         self.cache_bytes = cache_bytes
+        self.world = world
         self.kept_bytes = 0
-        self._kept: dict[bytes, TeacherHidden] = {}
+        self._kept: dict[bytes, Tensor] = {}  # hidden states
 
     @property
     def model(self) -> PreTrainedModel:
@@ -40,16 +44,20 @@ class CachedTeacher:
         if capture is not None or not self.cache_bytes:
             return self.teacher.forward(batch, capture)
         key = _key(batch)
-        if key in self._kept:
-            kept = self._kept[key]
-            return TeacherOutput((replace(kept, hidden=kept.hidden.to(self.teacher.device)),))
+        if not self.world.any(key not in self._kept):
+            hidden = self._kept[key].to(self.teacher.device)
+            return TeacherOutput((TeacherHidden(hidden, self.teacher.head()),))
         output = self.teacher.forward(batch)
         (target,) = output.targets
         size = target.hidden.untyped_storage().nbytes()
-        if self.kept_bytes + size <= self.cache_bytes:
+        if key not in self._kept and self.kept_bytes + size <= self.cache_bytes:
             self.kept_bytes += size
-            self._kept[key] = replace(target, hidden=target.hidden.to("cpu"))
+            self._kept[key] = target.hidden.to("cpu")
         return output
+
+    def release(self) -> None:
+        """As ``FrozenTeacher.release``."""
+        self.teacher.release()
 
 
 def _key(batch: Batch) -> bytes:

@@ -52,10 +52,17 @@ class FrozenTeacher:
             target = self._target(batch)
         return TeacherOutput((target,), _to_device(activations, self.device))
 
+    def head(self) -> Head:
+        """The teacher's head, on the student's device."""
+        return self._head
+
+    def release(self) -> None:
+        """Called when nobody needs the targets any more, after the student's backward pass."""
+
     def _target(self, batch: Batch) -> TeacherHidden:
         moved = batch.to(self._layers_device)
         hidden = self._backbone(moved.input_ids, moved.position_ids)
-        return TeacherHidden(hidden.to(self.device), self._head)
+        return TeacherHidden(hidden.to(self.device), self.head())
 
 
 def _to_device(activations: Activations, device: torch.device) -> Activations:

@@ -69,6 +69,11 @@ class TeacherPolicy:
         """The targets of a micro-batch in training."""
         return self.teacher.forward(batch, capture)
 
+    def release(self) -> None:
+        """Called when the targets have been used, after the student's backward pass."""
+        if self._teacher is not None:
+            self._teacher.release()
+
     def evaluating(self) -> AbstractContextManager[object]:
         """A context in which ``teacher`` itself routes as evaluation wants it."""
         return nullcontext()

@@ -10,22 +10,29 @@ import torch
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
 from sad.data.rows import PackedRows, epoch_permutation
+from sad.distributed.world import ALONE, World
 from sad.optim.schedule import RunLength, Window
 
 
 class TrainBatches:
     """Micro-batches as a pure function of seed and position: a resumed run needs no more state.
 
-    Every epoch has an order of its own, in which each row comes once.
+    Every epoch has an order of its own, in which each row comes once. Row numbers and counts are
+    those of the ranks of ``world`` together, batches are this rank's part.
     """
 
     def __init__(
-        self, config: DistillConfig, rows: PackedRows, run_length: RunLength, device: torch.device
+        self,
+        config: DistillConfig,
+        rows: PackedRows,
+        run_length: RunLength,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.rows = rows
         self.device = device
         self._seed = config.seed
-        self._size = config.per_device_train_batch_size
+        self._world = world
         self._run_length = run_length
         self._order: tuple[int, np.ndarray] | None = None  # an epoch, and the order of its rows
 
@@ -34,11 +41,13 @@ class TrainBatches:
         epoch, batch = self._run_length.position(micro_step)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_permutation(self._seed, epoch, len(self.rows))
-        return self._order[1][batch * self._size : (batch + 1) * self._size]
+        size = self._run_length.batch_size
+        return self._order[1][batch * size : (batch + 1) * size]
 
     def batch(self, micro_step: int) -> Batch:
-        """A micro-batch, on the device."""
-        return self.rows.batch(self.row_numbers(micro_step)).to(self.device)
+        """This rank's rows of a micro-batch, on the device; a row without targets for none."""
+        rows = self.row_numbers(micro_step)
+        return rank_batch(self.rows, rows, self._world.share(len(rows))).to(self.device)
 
     def window(self, window: Window) -> Iterator[Batch]:
         """The micro-batches of a window, one by one."""
@@ -47,6 +56,22 @@ class TrainBatches:
     def counts(self, window: Window) -> LossCounts:
         """The units in all micro-batches of a window together, known before any is made."""
         return self.rows.counts(np.concatenate([self.row_numbers(step) for step in _steps(window)]))
+
+    def targets(self, micro_step: int) -> int:
+        """The targets in a micro-batch."""
+        return int(self.rows.num_targets[self.row_numbers(micro_step)].sum())
+
+
+def rank_batch(rows: PackedRows, row_numbers: np.ndarray, share: slice) -> Batch:
+    """The batch of those of the ``row_numbers`` that are in ``share``.
+
+    If there are none, one of the others stands in without its targets: every rank has to take part
+    in every forward pass.
+    """
+    mine = row_numbers[share]
+    if len(mine):
+        return rows.batch(mine)
+    return rows.batch(row_numbers[:1]).without_targets()
 
 
 def _steps(window: Window) -> range:

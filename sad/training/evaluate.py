@@ -14,6 +14,7 @@ import torch
 from sad_kernels import Objective, linear_distill_loss
 
 from sad.data.batch import Batch
+from sad.distributed.world import ALONE, World
 from sad.errors import UnfitError
 from sad.models.heads import eval_no_grad
 from sad.teachers.cached import CachedTeacher
@@ -35,8 +36,11 @@ def evaluate_student(
     batches: Iterator[Batch],
     variants: Variants,
     losses: Sequence[str] = (),
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Score the student under each variant of its weights, running the teacher once for all.
+
+    ``batches`` are this rank's part of those that the ranks of ``world`` score, as many on each.
 
     Returns ``<prefix>/nll`` (nats per target), ``perplexity = exp(nll)``, ``kl`` (forward KL to the
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
@@ -57,10 +61,14 @@ def evaluate_student(
                 with with_weights():
                     result = student(batch, output, objective, batch.counts, weights)
                 metrics[prefix].update(result.distill, batch, result.terms)
+    if teacher is not None:
+        teacher.release()
     return {
         f"{prefix}/{name}": value
         for prefix, of_variant in metrics.items()
-        for name, value in of_variant.compute(against_teacher=teacher is not None).items()
+        for name, value in of_variant.compute(
+            against_teacher=teacher is not None, world=world
+        ).items()
     }
 
 
@@ -80,6 +88,7 @@ def evaluate_teacher(
     teacher: FrozenTeacher | CachedTeacher,
     batches: Iterator[Batch],
     prefix: str = "eval_teacher",
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Score the teacher itself: the mark that its student is measured against."""
     metrics = EvalMetrics()
@@ -87,5 +96,6 @@ def evaluate_teacher(
         (target,) = teacher.forward(batch).targets
         out = linear_distill_loss(target.hidden, target.head, batch.labels, None, OBJECTIVE_CE_ONLY)
         metrics.update(out, batch)
-    values = metrics.compute(against_teacher=False)
+    teacher.release()
+    values = metrics.compute(against_teacher=False, world=world)
     return {f"{prefix}/{name}": value for name, value in values.items()}

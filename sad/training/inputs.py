@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ from sad.data.tokenizers import (
     require_same_tokenizer,
     valid_vocab,
 )
+from sad.distributed.world import ALONE, World
 from sad.environment import (
     library_versions,
     memory_now,
     resolve_device,
     seed_everything,
-    stop_if_requested,
 )
 from sad.models.load import load_teacher, read_model_config
 from sad.models.preflight import require_known_positions
@@ -34,6 +35,7 @@ from sad.report.terminal import waiting_bar
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.fingerprint import HASHES, fingerprint_model
 from sad.teachers.frozen import FrozenTeacher
+from sad.training.batches import rank_batch
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class RunInputs:
     """In what the models' own tokenizers differ from ``tokenizer``, and which is taken."""
     teacher_fingerprint: dict[str, str] | None = None
     """What tells the teacher's weights from others: see ``sad.teachers.fingerprint``."""
+    world: World = ALONE
 
     def eval_row_numbers(self, config: DistillConfig) -> np.ndarray:
         """The held-out rows, or ``max_eval_rows`` of them: always the same sample."""
@@ -65,15 +68,19 @@ class RunInputs:
         return {"rows": len(rows), "targets": self.eval_rows.counts(rows).targets}
 
     def eval_batches(self, config: DistillConfig, shown: str = "evaluating") -> Iterator[Batch]:
-        """Batches of the rows that an evaluation scores; on a terminal a bar says ``shown``.
+        """Batches of the rows that an evaluation scores, of this rank's part; on a terminal a bar
+        says ``shown``.
 
         Raises ``StoppedError`` after a stop signal, before the next batch.
         """
         rows = self.eval_row_numbers(config)
-        size = config.per_device_eval_batch_size
-        for start in waiting_bar(range(0, len(rows), size), shown):
-            stop_if_requested(shown)
-            yield self.eval_rows.batch(rows[start : start + size]).to(self.device)
+        size, world = config.per_device_eval_batch_size, self.world
+        share = slice(world.rank * size, (world.rank + 1) * size)
+        starts = range(0, len(rows), size * world.size)
+        for start in waiting_bar(starts, shown) if world.main else starts:
+            world.stop_if_requested(shown)
+            together = rows[start : start + size * world.size]
+            yield rank_batch(self.eval_rows, together, share).to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:
         """The run's identity, which checkpoints hold: what a resumed run must share with it."""
@@ -82,7 +89,7 @@ class RunInputs:
             "train_rows": self.train_rows.fingerprint,
             "eval_rows": self.eval_rows.fingerprint,
             "tokenizer": fingerprint(self.tokenizer),
-            "world_size": 1,
+            "world_size": self.world.size,
             "versions": library_versions(),
             "teacher": self.teacher_fingerprint,
             "train_rows_content": self.train_rows.content,
@@ -90,7 +97,9 @@ class RunInputs:
         }
 
 
-def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: None) -> RunInputs:
+def load_inputs(
+    config: DistillConfig, say: Callable[[str], None] = lambda _: None, world: World = ALONE
+) -> RunInputs:
     """Load tokenizer, teacher and rows of text, and seed the random generators.
 
     ``say`` is told of whatever may take long, before it does.
@@ -119,14 +128,18 @@ def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: No
         notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
         say(f"loading the teacher {config.teacher}")
         teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
-        teacher_fingerprint = fingerprint_model(
-            config.teacher,
-            commit=getattr(teacher.model.config, "_commit_hash", None),
-            memory=cache_directory(config.data.cache_dir) / HASHES,
+        # One rank reads the files; what it finds is remembered for the others.
+        teacher_fingerprint = world.main_first(
+            partial(
+                fingerprint_model,
+                config.teacher,
+                commit=getattr(teacher.model.config, "_commit_hash", None),
+                memory=cache_directory(config.data.cache_dir) / HASHES,
+            )
         )
-        eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes)
+        eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
-    train_rows, eval_rows = load_rows(config, tokenizer)
+    train_rows, eval_rows = world.main_first(partial(load_rows, config, tokenizer))
     if teacher is not None:
         longest = max(rows.longest_segment for rows in (train_rows, eval_rows))
         require_known_positions(teacher.model.config, longest)
@@ -141,6 +154,7 @@ def load_inputs(config: DistillConfig, say: Callable[[str], None] = lambda _: No
         rss_before=rss_before,
         tokenizer_notes=notes,
         teacher_fingerprint=teacher_fingerprint,
+        world=world,
     )
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from sad_kernels._dispatch import choose_impl
 
 from sad.config.schema import DistillConfig
-from sad.environment import require_one_process, resolve_device
+from sad.environment import resolve_device
 from sad.errors import UsageError
 from sad.report.trackers import require_installed
 
 
 def check_machine(config: DistillConfig) -> None:
-    """Raise ``UsageError`` for devices, kernels or trackers that are not here, and for a run that
-    is one of several processes."""
-    require_one_process()
+    """Raise ``UsageError`` for devices, kernels or trackers that are not here."""
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         if name is not None and resolve_device(name, key).type == "meta":
             raise UsageError(

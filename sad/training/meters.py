@@ -14,6 +14,7 @@ from sad_kernels import DistillOutput
 from torch import Tensor, nn
 
 from sad.data.batch import Batch
+from sad.distributed.world import ALONE, World
 from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, string
 from sad.losses.base import LossTerms
 from sad.metrics import table_metrics
@@ -112,6 +113,13 @@ class MeanMeter:
         self._sums.zero_()
         self._counts = [0] * len(self.names)
 
+    def collect(self, world: World) -> None:
+        """Move the sums and counts of all ranks to the first. Waits for the device."""
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self._sums.device)
+        sums, counts = world.sum_(torch.stack([self._sums, counts])) * world.main
+        self._sums.copy_(sums)
+        self._counts = [int(count) for count in counts.tolist()]
+
     def state_dict(self) -> dict[str, Any]:
         """``sums`` and ``counts``, in the order of the names."""
         return {"sums": self._sums.tolist(), "counts": list(self._counts)}
@@ -170,6 +178,12 @@ class TrainMeter:
         longest = torch.maximum(longest, streak)
         self.skipped.copy_(torch.stack([total + update.skipped, streak, longest]))
 
+    def collect(self, world: World) -> None:
+        """Move what all ranks have summed to the first, as if it had seen all of it."""
+        if world.size > 1:
+            self.sums.copy_(world.sum_(self.sums.clone()) * world.main)
+            self.terms.collect(world)
+
     def losses(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The total loss and its parts, as means over their own units. Waits for the device.
 
@@ -220,10 +234,13 @@ class EvalMetrics:
                 value, count = self._terms.get(name, (0.0, 0))
                 self._terms[name] = (value + term.sum.double(), count + term.count)
 
-    def compute(self, *, against_teacher: bool) -> dict[str, float]:
-        """The metrics by name; none if there was no batch. Waits for the device."""
+    def compute(self, *, against_teacher: bool, world: World = ALONE) -> dict[str, float]:
+        """The metrics by name, over the batches of all ranks; none if there was no batch. Waits for
+        the device."""
         if self._sums is None:
             return {}
+        if world.size > 1:
+            self._collect(world)
         ce, kd, targets, correct, agree, entropy = self._sums.tolist()
         nll = ce / targets
         result = {
@@ -238,6 +255,18 @@ class EvalMetrics:
         return result | {
             name: float(value) / max(count, 1) for name, (value, count) in self._terms.items()
         }
+
+    def _collect(self, world: World) -> None:
+        """Sum over all ranks, which have the same terms."""
+        assert self._sums is not None
+        terms = [(value, count) for value, count in self._terms.values()]
+        parts = [*self._sums, self._sums.new_tensor(self._bytes), *(value for value, _ in terms)]
+        counts = [self._sums.new_tensor(count) for _, count in terms]
+        total = world.sum_(torch.stack([*parts, *counts]))
+        self._sums, self._bytes = total[:6], int(total[6])
+        values, counts = total[7:].view(2, -1)
+        both = zip(self._terms, values, counts.tolist(), strict=True)
+        self._terms = {name: (value, int(count)) for name, value, count in both}
 
 
 ResultRow = dict[str, Any]

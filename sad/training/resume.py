@@ -19,7 +19,7 @@ from sad.checkpoint.atomic_files import read_object
 from sad.checkpoint.parts import entry, tensor_group
 from sad.checkpoint.state import OPTIMIZER, Form, form_of, model_tensors, optimizer_state
 from sad.checkpoint.store import Checkpoint, position_of
-from sad.config.identity import SIZES, require_same_config, trajectory_changes
+from sad.config.identity import SIZES, require_same_config, run_changes, saved_rows
 from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
 from sad.errors import CheckpointError, UsageError
@@ -84,6 +84,7 @@ def plan_resumption(
     train_rows: PackedRows,
     *,
     builds_scheduler: bool = True,
+    world_size: int = 1,
 ) -> Resumption:
     """Find where a run goes on from ``checkpoint``; nothing is changed, and no model is needed.
 
@@ -93,12 +94,12 @@ def plan_resumption(
     past the end of a run that is shorter now.
     """
     identity = entry(checkpoint, "identity")
-    require_same_config(identity, config)
+    require_same_config(identity, config, world_size)
     changes: Changes = {
-        key: (before, after)
-        for key, before, after in trajectory_changes(identity["config"], config)
+        key: (before, after) for key, before, after in run_changes(identity, config, world_size)
     }
-    counters, length = _position(checkpoint), planned_length(config, len(train_rows))
+    counters = _position(checkpoint)
+    length = planned_length(config, len(train_rows), world_size)
     now = length.batch_size
     before = changes.get(SIZES[0], (now, now))[0]
     same_text = identity["train_rows"] == train_rows.fingerprint
@@ -214,8 +215,8 @@ def _rows_of(checkpoint: Path) -> int | None:
     """Rows per micro-batch in a checkpoint that need not be whole."""
     try:
         saved = read_object(checkpoint / "state.json") or {}
-        return int(saved["state"]["identity"]["config"][SIZES[0]])
-    except (ValueError, LookupError, TypeError):
+        return saved_rows(saved["state"]["identity"])
+    except (ArithmeticError, ValueError, LookupError, TypeError):
         return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +22,24 @@ from transformers import PreTrainedModel
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory, is_whole_export
 from sad.checkpoint.store import Checkpoint
-from sad.config.identity import trajectory_changes
+from sad.config.identity import config_hash, trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
-from sad.environment import StopSignals, memory_now, seed_everything, stop_if_requested
+from sad.distributed.world import World, lost_ranks_explained, use_own_device, whole_world
+from sad.environment import (
+    StopSignals,
+    library_versions,
+    memory_now,
+    resolve_device,
+    seed_everything,
+)
 from sad.errors import OutputError, SadError, StoppedError, UsageError, with_type
 from sad.models.load import export_dtype, load_student
 from sad.models.preflight import check_model, check_models_and_loss, known_positions
 from sad.models.stop_tokens import add_stop_tokens
 from sad.optim.precision import Precision
 from sad.report.header import memory_line, predicted_peak, run_header
-from sad.report.log import RunLog
+from sad.report.log import RunLog, SilentLog
 from sad.report.model_card import push_to_hub
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
@@ -39,6 +47,13 @@ from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.machine import check_machine
 from sad.training.meters import ResultRow, result_row
+from sad.training.ranks import (
+    SharedRunDirectory,
+    check_ranks,
+    shard_student,
+    sharded_config,
+    with_sharded_teacher,
+)
 from sad.training.rehearsal import needs_rehearsal, rehearse
 from sad.training.resume import (
     LENGTH,
@@ -92,19 +107,31 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
     configured one. It is stepped once per ``scheduler_unit``; one that waits for a metric, or ends
     before the run, is a ``UsageError``.
     """
+    use_own_device()
     check_machine(config)
-    run_dir = RunDirectory(config.output_dir)
-    with run_dir.claimed(config, report=print) as checkpoint:
-        try:
-            with StopSignals() as signals, onednn_products():
-                result = _distill(config, run_dir, checkpoint, signals, make_scheduler)
-        except ResumptionRefusedError:  # the run is what it was
-            raise
-        except BaseException as error:
-            _write_failure(run_dir, error)
-            raise
-        run_dir.write_status("finished")
-        return result
+    with whole_world(
+        resolve_device(config.device).type,
+        timeout_seconds=config.ddp_timeout,
+        replicas=config.dp_replicate_size,
+        shard_size=config.dp_shard_size,
+    ) as world:
+        check_ranks(config, world)
+        world.same(config_hash(config), "the configuration")
+        world.same(library_versions(), "the versions of libraries")
+        run_dir = RunDirectory(config.output_dir)
+        if world.size > 1:
+            run_dir = SharedRunDirectory(config.output_dir, world)
+        with run_dir.claimed(config, report=print) as checkpoint:
+            try:
+                with StopSignals() as signals, onednn_products(), lost_ranks_explained(world):
+                    result = _distill(config, run_dir, checkpoint, signals, make_scheduler, world)
+            except ResumptionRefusedError:  # the run is what it was
+                raise
+            except BaseException as error:
+                _write_failure(run_dir, error)
+                raise
+            run_dir.write_status("finished")
+            return result
 
 
 def _distill(
@@ -113,9 +140,12 @@ def _distill(
     checkpoint: Checkpoint | None,
     signals: StopSignals,
     make_scheduler: MakeScheduler | None,
+    world: World,
 ) -> RunResult:
-    require_space(config)  # before anything that takes time
-    inputs = load_inputs(config, _say)
+    _say = partial(_announce, world)
+    world.from_main(lambda: require_space(config))  # before anything that takes time
+    inputs = load_inputs(config, _say, world)
+    world.same(inputs.identity(config), "text, tokenizer and teacher")
     resumption = _resumption(checkpoint, config, inputs, make_scheduler)
     baseline = _plan_baseline(config, run_dir, inputs, make_scheduler) if config.baseline else None
     if resumption is not None:  # both can go on
@@ -129,9 +159,11 @@ def _distill(
         if needs_rehearsal(config):
             _say("trying every loss on one row")
             rehearse(config, inputs)
+        inputs = with_sharded_teacher(inputs)
+        assert inputs.eval_teacher is not None
         _say(f"scoring the teacher on {inputs.scored(config)['rows']:,} held-out rows")
         batches = inputs.eval_batches(config, "scoring the teacher")
-        metrics = evaluate_teacher(inputs.eval_teacher, batches)
+        metrics = evaluate_teacher(inputs.eval_teacher, batches, world=world)
         require_finite_score(metrics, "eval_teacher", "the teacher")
         results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
 
@@ -151,18 +183,20 @@ def _distill(
     try:
         run_dir.write_run(run_dir.read_run() | record)
     except OutputError as error:  # the table is printed, the student is there
-        _say(f"warning: {error}")
-    report = _try_report(run_dir)
-    print(f"\n{format_results(results)}\n\n{report}\nstudent  {run_dir.final}")
-    if config.push_to_hub:
-        print(push_to_hub(config, run_dir.best))
+        print(f"warning: {error}", flush=True)
+    if world.main:
+        report = _try_report(run_dir)
+        print(f"\n{format_results(results)}\n\n{report}\nstudent  {run_dir.final}")
+        if config.push_to_hub:
+            print(push_to_hub(config, run_dir.best))
     return RunResult(run_dir.path, metrics, results)
 
 
-def _say(text: str) -> None:
+def _announce(world: World, text: str) -> None:
     """A line for whoever waits, before there is a log; the place to stop before the wait."""
-    stop_if_requested(text)
-    print(text, flush=True)
+    world.stop_if_requested(text)
+    if world.main:
+        print(text, flush=True)
 
 
 def _try_report(run_dir: RunDirectory) -> str:
@@ -195,9 +229,10 @@ def _plan_baseline(
         output_dir=str(run_dir.baseline),
         resume_from_checkpoint=config.resume_from_checkpoint and "auto",
     )
-    baseline = RunDirectory(run_dir.baseline)
-    begun = config.resume_from_checkpoint is not None and baseline.path.exists()
-    if begun and _finished_as_long(baseline, config_ce_only):
+    baseline, world = run_dir.baseline_run, inputs.world
+    begun = config.resume_from_checkpoint is not None
+    begun = begun and world.from_main(baseline.path.exists)
+    if begun and world.from_main(lambda: _finished_as_long(baseline, config_ce_only)):
         return _Baseline(config_ce_only, baseline, True, True, None)
     checkpoint = baseline.claim(config_ce_only, report=print) if begun else None
     resumption = _resumption(checkpoint, config_ce_only, inputs, make_scheduler)
@@ -219,7 +254,7 @@ def _train_baseline(
     """
     config, baseline, name = plan.config, plan.run_dir, BASELINE_NAME
     if plan.finished:
-        (row,) = baseline.read_run()["results"]
+        (row,) = inputs.world.from_main(lambda: baseline.read_run()["results"])
         return row
     if not plan.claimed:
         baseline.claim(config, report=print)
@@ -269,7 +304,11 @@ def _resumption(
     if checkpoint is None:
         return None
     return plan_resumption(
-        checkpoint, config, inputs.train_rows, builds_scheduler=make_scheduler is None
+        checkpoint,
+        config,
+        inputs.train_rows,
+        builds_scheduler=make_scheduler is None,
+        world_size=inputs.world.size,
     )
 
 
@@ -289,16 +328,19 @@ def _train(
     title: str,
 ) -> _Trained:
     """Train one student from the start or from a checkpoint to the end, and write ``final/``."""
-    _say(f"loading the student {config.student}")
+    world = inputs.world
+    _announce(world, f"loading the student {config.student}")
     # Seeded again, so that a student does not depend on whether a baseline was trained before it.
     seed_everything(config.seed, deterministic=config.deterministic)
-    precision = Precision(config, inputs.device)
+    sharded = world.size > 1
+    loaded = sharded_config(config) if sharded else config
+    precision = Precision(loaded, inputs.device, sharded=sharded)
     teacher = None if inputs.teacher is None else inputs.teacher.model
-    student = build_student(config, load_student(config), inputs.valid_vocab, precision, teacher)
+    student = build_student(config, load_student(loaded), inputs.valid_vocab, precision, teacher)
     stop_tokens = add_stop_tokens(student.model, inputs.train_rows.end_tokens, inputs.tokenizer)
     checks = check_models_and_loss(
         student.model,
-        teacher,
+        None if sharded else teacher,  # checked before it was split
         inputs.eval_rows.batch([0]).input_ids,
         config.objective(),
         valid_vocab=inputs.valid_vocab,
@@ -308,11 +350,13 @@ def _train(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    run_dir.require_exportable(student.model, inputs.tokenizer)
+    world.from_main(lambda: run_dir.require_exportable(student.model, inputs.tokenizer))
     if config.torch_compile:  # after the checks, whose rows have other shapes
         rows = range(min(config.per_device_train_batch_size, len(inputs.train_rows)))
         packed = inputs.train_rows.batch(list(rows)).to(inputs.device)
         checks["student/compiled"] = student.train().compile_layers(packed)
+    if sharded:
+        shard_student(student, config, precision, world)
     trainer = Trainer(
         config,
         student,
@@ -322,13 +366,7 @@ def _train(
         make_scheduler,
         export_dtype=export_dtype(config),
     )
-    with RunLog(
-        run_dir.path,
-        total_batches=trainer.run_length.micro_batches,
-        initial=0 if resumption is None else resumption.micro_step,
-        report_to=config.report_to,
-        name=title,
-    ) as log:
+    with _open_log(config, run_dir, trainer, resumption, title) as log:
         if resumption is not None:
             trainer.restore(resumption, log.warning)
             resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
@@ -352,7 +390,7 @@ def _train(
         )
         if stop_tokens:
             header.append(("stop tokens", stop_tokens))
-        rows = config.per_device_train_batch_size
+        rows = trainer.run_length.batch_size
         log.header(header, rows=(rows, rows) if resumption is None else resumption.rows)
         _warn_of_new_positions(student.model, inputs, log)
         run_dir.write_run({"header": [list(line) for line in header]})
@@ -362,14 +400,35 @@ def _train(
         _export_final(trainer, run_dir, log)
         memory = memory_now(inputs.device)  # of training: samples come after it
         log.message(f"memory: {memory_line(predicted, inputs.rss_before, memory)}")
-        samples = write_samples(
-            run_dir.final,
-            inputs,
-            trust_remote_code=config.trust_remote_code_student,
-            warn=log.warning,
+        samples = world.from_main(
+            partial(
+                write_samples,
+                run_dir.final,
+                inputs,
+                trust_remote_code=config.trust_remote_code_student,
+                warn=log.warning,
+            )
         )
         log.end({"micro_step": trainer.counters.micro_step, **memory})
     return _Trained(trainer, samples)
+
+
+def _open_log(
+    config: DistillConfig,
+    run_dir: RunDirectory,
+    trainer: Trainer,
+    resumption: Resumption | None,
+    title: str,
+) -> RunLog:
+    if not trainer.world.main:
+        return SilentLog()
+    return RunLog(
+        run_dir.path,
+        total_batches=trainer.run_length.micro_batches,
+        initial=0 if resumption is None else resumption.micro_step,
+        report_to=config.report_to,
+        name=title,
+    )
 
 
 def _export_final(trainer: Trainer, run_dir: RunDirectory, log: RunLog) -> None:

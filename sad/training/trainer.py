@@ -42,6 +42,7 @@ from sad.checkpoint.store import Checkpoint, checkpoints_of, set_aside
 from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
+from sad.distributed.sharding import reshard, set_last_backward, whole_state
 from sad.environment import StopSignals, memory_now
 from sad.errors import (
     CheckpointError,
@@ -115,10 +116,12 @@ class Trainer:
         self.identity = inputs.identity(config)
         self.policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
         self.device = inputs.device
+        self.world = inputs.world
         self.export_dtype = export_dtype
 
-        self.run_length = planned_length(config, len(inputs.train_rows))
-        self.batches = TrainBatches(config, inputs.train_rows, self.run_length, inputs.device)
+        rows = inputs.train_rows
+        self.run_length = planned_length(config, len(rows), self.world.size)
+        self.batches = TrainBatches(config, rows, self.run_length, inputs.device, self.world)
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
         self.optimizer = precision.build_optimizer(student.model, student.structural)
@@ -163,7 +166,10 @@ class Trainer:
         if self._evaluation_is_missing():
             self._evaluate_or_stop(log, signals)
         throughput = ThroughputMeter(self.counters.tokens)
+        stops_all = self.world.begin_any(False)
         while self.counters.micro_step < self.run_length.micro_batches:
+            if not self.accumulator.pending:
+                stops_all = self.world.begin_any(signals.requested is not None)
             closed = self.micro_batch()
             log.advance()
             if closed and self._preparing is None and self._saves_before_the_end():
@@ -182,7 +188,7 @@ class Trainer:
             if self._save_is_due(closed):
                 with throughput.paused():
                     self.save(log)
-            if signals.requested:  # in the middle of a window too: its gradients are saved
+            if self._stops_here(signals, closed, stops_all):
                 self._save_and_stop(log, signals)
 
         if self.watch.last() >= self.config.max_nonfinite_steps:
@@ -191,10 +197,20 @@ class Trainer:
             self._evaluate_or_stop(log, signals)
         self.save(log, must=True)
 
+    def _stops_here(
+        self, signals: StopSignals, closed: bool, stops_all: Callable[[], bool]
+    ) -> bool:
+        """Whether to stop now. A process of its own does so in the middle of a window, too: its
+        gradients are saved. Several do at its end, if a signal came to any before it began."""
+        if self.world.size == 1:
+            return signals.requested is not None
+        return closed and stops_all()
+
     def _save_and_stop(self, log: RunLog, signals: StopSignals) -> NoReturn:
         path = self.save(log, must=True)
+        requested = signals.requested or "a signal to another process"
         raise StoppedError(
-            f"training must finish to give a student, got {signals.requested} after "
+            f"training must finish to give a student, got {requested} after "
             f"micro-batch {self.counters.micro_step}; the state is saved in {path}: the "
             "same command with --resume_from_checkpoint auto goes on"
         )
@@ -213,20 +229,23 @@ class Trainer:
         # window has one objective; the loss is divided by the units of the whole window.
         batch = self.batches.batch(counters.micro_step)
         weights = self.weights(window.first_micro_step)
+        closes = accumulator.should_step()
+        if self.world.size > 1:
+            set_last_backward(self.student, last=closes, sync_each=self.config.sync_each_batch)
         result = self._forward(batch, weights, counts)
         self.precision.backward(result.loss)
+        self.policy.release()
         self.meter.add(result.distill, result.terms, accumulator.num_items)
         self.window_loss += result.distill.loss.detach()
 
         # The optimizer steps at the window's end, the scheduler there or after each micro-batch.
-        closes = accumulator.should_step()
         if closes:
             self._close_window(empty=accumulator.num_items == 0)
         if closes or self.config.scheduler_unit == "batch":
             step_scheduler(self.scheduler)
         accumulator.advance()
+        counters.tokens += self.batches.targets(counters.micro_step)
         counters.micro_step += 1
-        counters.tokens += batch.num_targets
         return closes
 
     def _forward(self, batch: Batch, weights: LossWeights, counts: LossCounts) -> StepOutput:
@@ -264,13 +283,14 @@ class Trainer:
         if self.taid is not None:
             progress = (self.counters.micro_step + 1) / self.run_length.micro_batches
             # Waits for the device: the teacher's share of the next window follows this loss.
-            self.taid.update(float(self.window_loss), progress)
+            self.taid.update(float(self.world.sum_(self.window_loss)), progress)
         self.window_loss.zero_()
 
     # Once in a while
 
     def log_progress(self, log: RunLog, throughput: ThroughputMeter) -> None:
         """Write a train record. Waits for the device, as nothing else here does but TAID."""
+        self.meter.collect(self.world)
         window = self._window(self.counters.micro_step - 1)
         weights = self.weights(window.first_micro_step)
         term_weights = self.student.term_weights(weights)
@@ -297,7 +317,7 @@ class Trainer:
 
     def _stop_diverged(self, log: RunLog, throughput: ThroughputMeter) -> NoReturn:
         """Raise ``DivergedError``, after a train record of what there is to see."""
-        if self.meter.sums.any():  # else such a record has just been written
+        if self.world.any(bool(self.meter.sums.any())):  # else such a record has just been written
             self.log_progress(log, throughput)
         losses = self.logged
         named = ("ce", "kd", *self.student.term_names)
@@ -329,7 +349,7 @@ class Trainer:
         config, counters = self.config, self.counters
         variants: dict[str, Any] = {"eval": nullcontext}
         if self.ema is not None:
-            variants["eval_ema"] = self.ema.swapped
+            variants["eval_ema"] = self.averaged
         batches = self.inputs.eval_batches(config)
         weights = self.weights(min(counters.micro_step, self.run_length.micro_batches - 1))
         losses = tuple(config.structural_weights)
@@ -337,7 +357,7 @@ class Trainer:
             losses = self.student.active_losses(weights)
         with self.policy.evaluating():  # waits for the device at its end
             metrics = evaluate_student(
-                self.student, self.inputs.eval_teacher, batches, variants, losses
+                self.student, self.inputs.eval_teacher, batches, variants, losses, self.world
             )
 
         # The held-out counterpart of the training loss: the same weights, on unsmoothed parts.
@@ -387,6 +407,15 @@ class Trainer:
         self._failed_exports = 0
         return True
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the student has its averaged weights."""
+        assert self.ema is not None
+        reshard(self.student)
+        with self.ema.swapped():
+            yield
+            reshard(self.student)
+
     def export(self, target: Path) -> None:
         """Write the student that was scored: the averaged weights if those are what is compared."""
         averaged = self.metric_for_best.startswith("eval_ema/")
@@ -396,10 +425,11 @@ class Trainer:
             "weights": "ema" if averaged else "raw",
             "micro_step": self.counters.micro_step,
             # It stays what it was where a resumption with other sizes counts anew.
-            "micro_batch_rows": self.config.per_device_train_batch_size,
+            "micro_batch_rows": self.run_length.batch_size,
         }
-        with self.ema.swapped() if averaged and self.ema else nullcontext():
-            self.run_dir.export(
+        with self.averaged() if averaged and self.ema else nullcontext():
+            export = partial(
+                self.run_dir.export,
                 target,
                 self.student.model,
                 self.inputs.tokenizer,
@@ -409,6 +439,9 @@ class Trainer:
                 merge_adapters=self.config.merge_adapters,
                 card=model_card(self.config, self.counters.metrics, facts),
             )
+            if self.world.size > 1:
+                export = partial(export, state=whole_state(self.student.model, self.world))
+            self.world.from_main(export)
 
     def save(self, log: RunLog, *, must: bool = False) -> Path | None:
         """Save a checkpoint. One periodic failure is a warning; a second, or a last one, stops.
@@ -532,16 +565,18 @@ class Trainer:
                 self.config,
                 self.inputs.train_rows,
                 builds_scheduler=self.builds_scheduler,
+                world_size=self.world.size,
             )
         restore_trainer(self, resumption, warn)
         counters = self.counters
-        if math.isfinite(counters.best_value) and not is_whole_export(self.run_dir.best):
+        is_whole = partial(is_whole_export, self.run_dir.best)
+        if math.isfinite(counters.best_value) and not self.world.from_main(is_whole):
             warn(f"{self.run_dir.best} is not what was exported: the next evaluation writes it")
             counters.best_value = math.inf
             if counters.micro_step == self.run_length.micro_batches:
                 counters.evaluated_at = -1  # there is a next one
         ours, resumed = checkpoints_of(self.run_dir.path), resumption.checkpoint.path.resolve()
-        set_aside(overtaken(ours, resumption), warn)
+        self.world.from_main(lambda: set_aside(overtaken(ours, resumption), warn))
         if resumption.renumbered:
             self._superseded = next((path for path in ours if path.resolve() == resumed), None)
         return resumption

@@ -14,19 +14,31 @@ from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.report.log import RunLog
 from sad.training.inputs import RunInputs, load_inputs
+from sad.training.ranks import (
+    SharedRunDirectory,
+    shard_student,
+    sharded_config,
+    with_sharded_teacher,
+)
 from sad.training.student import build_student
 from sad.training.trainer import Trainer
 
 
 def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trainer:
-    """A fresh trainer, built and seeded as ``distill`` does it."""
+    """A fresh trainer, built and seeded as ``distill`` does it, on as many processes."""
     inputs = inputs or load_inputs(config)
     seed_everything(config.seed, deterministic=config.deterministic)
-    precision = Precision(config, inputs.device)
-    model = load_student(config)
+    world = inputs.world
+    loaded = config if world.size == 1 else sharded_config(config)
+    precision = Precision(loaded, inputs.device, sharded=world.size > 1)
+    model = load_student(loaded)
     teacher = None if inputs.teacher is None else inputs.teacher.model
     student = build_student(config, model, inputs.valid_vocab, precision, teacher)
-    return Trainer(config, student, inputs, precision, RunDirectory(config.output_dir))
+    if world.size == 1:
+        return Trainer(config, student, inputs, precision, RunDirectory(config.output_dir))
+    shard_student(student, config, precision, world)
+    run_dir = SharedRunDirectory(config.output_dir, world)
+    return Trainer(config, student, with_sharded_teacher(inputs), precision, run_dir)
 
 
 def run_log(config: DistillConfig, trainer: Trainer) -> RunLog:

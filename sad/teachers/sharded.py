@@ -1,0 +1,59 @@
+"""A frozen teacher that is split over the ranks of a run."""
+
+from __future__ import annotations
+
+import torch
+from sad_kernels import Head, TeacherHidden
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from sad.data.batch import Batch
+from sad.distributed.sharding import reshard, shard_frozen
+from sad.models.heads import decoder_layers, read_head, split_head, with_valid_vocab
+from sad.teachers.frozen import FrozenTeacher
+
+
+class ShardedTeacher(FrozenTeacher):
+    """A frozen teacher whose layers and head are split, in place, over the ranks of ``mesh``.
+
+    Its head is whole from ``forward`` or ``head`` on until ``release``: the student's backward pass
+    reads it again.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, valid_vocab: int, *, device: torch.device, mesh: DeviceMesh
+    ) -> None:
+        super().__init__(model, valid_vocab, device=device)
+        self._root = _Backbone(model)
+        self._valid_vocab = valid_vocab
+        output: nn.Module = model.get_output_embeddings()
+        tied = output.weight is model.get_input_embeddings().weight
+        layers = list(decoder_layers(model))
+        # A tied head is whole as long as the embedding is; another one is a unit of its own.
+        shard_frozen(self._root, layers if tied else [*layers, output], mesh, keep_root=tied)
+        self._unit = self._root if tied else output
+
+    def head(self) -> Head:
+        assert isinstance(self._unit, FSDPModule)
+        self._unit.unshard()
+        return with_valid_vocab(read_head(self.model), self._valid_vocab)
+
+    def release(self) -> None:
+        reshard(self._root)
+
+    def _target(self, batch: Batch) -> TeacherHidden:
+        return TeacherHidden(self._root(batch), self.head())
+
+
+class _Backbone(nn.Module):
+    """A model whose forward pass ends with its hidden states."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._backbone, _ = split_head(model)
+
+    def forward(self, batch: Batch) -> Tensor:  # [B, L, D]
+        return self._backbone(batch.input_ids, batch.position_ids)

@@ -1,0 +1,161 @@
+"""A run on several processes: what each may do, and where the first one acts for all.
+
+There is one run directory and one log. The first rank writes them; the others do the same work and
+say nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.store import Checkpoint, load_checkpoint
+from sad.config.schema import DistillConfig
+from sad.distributed.sharding import shard_trained
+from sad.distributed.world import World
+from sad.errors import OutputError, UsageError
+from sad.models.heads import decoder_layers
+from sad.optim.precision import Precision
+from sad.teachers.cached import CachedTeacher
+from sad.teachers.sharded import ShardedTeacher
+from sad.training.inputs import RunInputs
+from sad.training.student import StudentWithLoss
+
+
+def check_ranks(config: DistillConfig, world: World) -> None:
+    """Raise ``UsageError`` for what a run on several processes cannot do yet."""
+    if world.size == 1:
+        return
+    remedies = {
+        "peft": ("be empty", config.peft.enabled),
+        "torch_compile": ("be false", config.torch_compile),
+        "optim": ("be adamw_torch_fused", config.optim != "adamw_torch_fused"),
+        "teacher_device": ("be left out", config.teacher_device is not None),
+        "ema_device": ("be left out", config.ema_device is not None),
+        "routing.mode": ("be teacher", config.routing.mode != "teacher"),
+        # What these compare or balance is all rows of a micro-batch together.
+        "contrastive.weight": ("be 0", config.contrastive.weight > 0),
+        "router.balance_weight": (
+            "be 0",
+            config.router.weight > 0 and config.router.balance_weight > 0,
+        ),
+    }
+    for key, (expectation, wrong) in remedies.items():
+        if wrong:
+            raise UsageError(
+                f"{key} must {expectation} on several processes, got WORLD_SIZE={world.size}; "
+                "change it, or run one process"
+            )
+
+
+def sharded_config(config: DistillConfig) -> DistillConfig:
+    """How a student that is split over ranks is loaded: fp32 parameters, where a process of its own
+    has bf16 ones and fp32 masters, are these masters, rounded when they are gathered."""
+    if config.param_dtype == "bfloat16" and config.master_weights:
+        return replace(config, param_dtype="float32", bf16=True)
+    return config
+
+
+def seed_rank(config: DistillConfig, world: World, position: int = 0) -> None:
+    """Give every rank random numbers of its own, for dropout."""
+    if world.size > 1:
+        torch.manual_seed(hash((config.seed, world.rank, position)) % 2**63)
+
+
+def shard_student(
+    student: StudentWithLoss, config: DistillConfig, precision: Precision, world: World
+) -> None:
+    """Split a student over the ranks, in place; from here on they draw their own dropout."""
+    assert world.mesh is not None
+    shard_trained(
+        student,
+        decoder_layers(student.model),
+        world.mesh,
+        compute_dtype=precision.compute_dtype,
+        reshard_after_forward=config.reshard_after_forward,
+        cpu_offload=config.cpu_offload,
+    )
+    seed_rank(config, world)
+
+
+def with_sharded_teacher(inputs: RunInputs) -> RunInputs:
+    """The same inputs, with a teacher that is split over the ranks if there are several."""
+    if inputs.world.mesh is None or inputs.teacher is None or inputs.eval_teacher is None:
+        return inputs
+    teacher = ShardedTeacher(
+        inputs.teacher.model, inputs.valid_vocab, device=inputs.device, mesh=inputs.world.mesh
+    )
+    cached = CachedTeacher(teacher, inputs.eval_teacher.cache_bytes, inputs.world)
+    return replace(inputs, teacher=teacher, eval_teacher=cached)
+
+
+class SharedRunDirectory(RunDirectory):
+    """The directory of a run on several processes, in which the first rank writes for all."""
+
+    def __init__(self, path: str | Path, world: World) -> None:
+        super().__init__(path, world_size=world.size)
+        self.world = world
+
+    @property
+    def baseline_run(self) -> RunDirectory:
+        return SharedRunDirectory(self.baseline, self.world)
+
+    @contextmanager
+    def claimed(
+        self, config: DistillConfig, report: Callable[[str], None]
+    ) -> Iterator[Checkpoint | None]:
+        alone = RunDirectory(self.path, world_size=self.world.size)
+        with ExitStack() as stack:
+            yield self._on_main(lambda: stack.enter_context(alone.claimed(config, report)))
+
+    def claim(self, config: DistillConfig, report: Callable[[str], None]) -> Checkpoint | None:
+        alone = RunDirectory(self.path, world_size=self.world.size)
+        return self._on_main(lambda: alone.claim(config, report))
+
+    def _on_main(self, claim: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+        """The checkpoint that the first rank's ``claim`` finds, on every rank."""
+        found: list[Checkpoint | None] = [None]
+
+        def path() -> Path | None:
+            found[0] = claim()
+            return found[0] and found[0].path
+
+        resumed = self.world.from_main(path)
+        self._require_shared()
+        if resumed is None or self.world.main:
+            return self.world.agree(lambda: found[0])
+        return self.world.agree(lambda: load_checkpoint(resumed))
+
+    def _require_shared(self) -> None:
+        """Raise ``OutputError`` unless all ranks see the same directory."""
+        token = self.world.from_main(lambda: f".tmp-shared-{secrets.token_hex(8)}")
+        self.world.main_first(lambda: (self.path / token).touch() if self.world.main else None)
+
+        def seen() -> None:
+            if not (self.path / token).exists():
+                raise OutputError(
+                    f"output_dir must be on a file system that all processes share, got "
+                    f"{self.path}, where rank {self.world.rank} does not see what rank 0 writes; "
+                    "choose another --output_dir"
+                )
+
+        try:
+            self.world.agree(seen)
+        finally:
+            if self.world.main:
+                (self.path / token).unlink(missing_ok=True)
+
+    def write_config(self, config: DistillConfig) -> None:
+        if self.world.main:
+            super().write_config(config)
+
+    def _write_record(self, name: str, record: dict[str, Any]) -> None:
+        if self.world.main:
+            super()._write_record(name, record)
