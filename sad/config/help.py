@@ -258,10 +258,13 @@ _16_BITS = "bf16: true or fp16: true computes in 16 bits, param_dtype stores the
 _CADENCE = "eval_steps and save_steps say how often; without them it is done at the end"
 
 
-_ONE_PROCESS = (
-    "a run is one process on one device, but for teacher_device; bf16, gradient_checkpointing and "
-    "gradient_accumulation_steps make large students fit it"
+_TORCHRUN = (
+    "torchrun --nproc_per_node N -m sad distill ... splits both models over N processes by FSDP2; "
+    "dp_shard_size and dp_replicate_size say how"
 )
+
+
+_NO_MODEL_PARALLELISM = "layers are not split by themselves: FSDP2 splits models, see dp_shard_size"
 
 
 _NOT_QUANTIZED = (
@@ -291,9 +294,6 @@ EXPLAINED = {
     "trust_remote_code": "there is one per model: trust_remote_code_student and _teacher",
     "dtype": _16_BITS,
     "torch_dtype": _16_BITS,
-    "global_batch_size": (
-        "it is per_device_train_batch_size x gradient_accumulation_steps: set these two"
-    ),
     # TRL
     "use_peft": "peft.r trains LoRA adapters of that rank: peft: {r: 16}",
     "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
@@ -321,9 +321,12 @@ EXPLAINED = {
     # several processes or devices
     **dict.fromkeys(
         """ddp ddp_backend deepspeed deepspeed_config fsdp fsdp_config local_rank nproc_per_node
-        num_gpus num_processes parallelism_config pipeline_parallel_size sequence_parallel
-        tensor_parallel_size world_size zero_stage""".split(),
-        _ONE_PROCESS,
+        num_gpus num_processes parallelism_config world_size zero_stage""".split(),
+        _TORCHRUN,
+    ),
+    **dict.fromkeys(
+        "pipeline_parallel_size sequence_parallel tensor_parallel_size".split(),
+        _NO_MODEL_PARALLELISM,
     ),
     "device_map": "device takes one device, and teacher_device another for the teacher's layers",
     # quantized models
