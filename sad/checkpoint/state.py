@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from sad.checkpoint.placement import local_part, read_like
 from sad.errors import CheckpointError
 from sad.expected import (
     Check,
@@ -117,7 +118,7 @@ def load_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: 
     """Copy ``saved`` into ``live``, name by name. ``what`` names the tensors in errors."""
     check_tensors(live, saved, what)
     for name, tensor in live.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(read_like(saved, name, tensor))
 
 
 def check_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
@@ -158,9 +159,10 @@ def optimizer_state(
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                shared = value.numel() > 0 and value.data_ptr() in seen
+                address = local_part(value).data_ptr()
+                shared = local_part(value).numel() > 0 and address in seen
                 tensors[f"{name}/{key}"] = value.clone() if shared else value
-                seen.add(value.data_ptr())
+                seen.add(address)
             else:
                 values.setdefault(name, {})[key] = _json_value(value)
     return {"groups": groups, "values": values}, tensors
@@ -195,7 +197,7 @@ def load_optimizer(
             # Plain values and tensors of one parameter belong together again.
             optimizer.state[parameter] = dict(state["values"].get(name, {}))
             for key, path in paths.get(name, {}).items():
-                value = _state_value(parameter, key, saved[path], group)
+                value = _state_value(parameter, key, saved, path, group)
                 optimizer.state[parameter][key] = value
 
 
@@ -358,11 +360,13 @@ def _require_same_groups(
         _require_same_names(live_names, group["names"], f"optimizer group {i} parameters")
 
 
-def _state_value(parameter: Tensor, key: str, value: Tensor, group: dict[str, Any]) -> Tensor:
+def _state_value(
+    parameter: Tensor, key: str, saved: Mapping[str, Tensor], path: str, group: dict[str, Any]
+) -> Tensor:
     """A saved tensor of a parameter's state, as this optimizer would have created it."""
     if key == "step" and not (group.get("fused") or group.get("capturable")):
-        return value.to("cpu", copy=True)  # counted on the host: no synchronisation in a step
-    return _copy_like(parameter, value)
+        return saved[path].to("cpu", copy=True)  # on the host: no synchronisation in a step
+    return _copy_like(parameter, saved, path)
 
 
 def _json_value(value: Any) -> Any:
@@ -383,7 +387,7 @@ def load_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]
     """Restore every ``.grad``; that of a parameter that ``saved`` does not name becomes None."""
     check_gradients(parameters, saved)
     for name, parameter in parameters.items():
-        parameter.grad = _copy_like(parameter, saved[name]) if name in saved else None
+        parameter.grad = _copy_like(parameter, saved, name) if name in saved else None
 
 
 def check_gradients(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -496,14 +500,16 @@ _RNG = record(
 # Shared by the above
 
 
-def _copy_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy on the parameter's device, in the parameter's memory layout if it has its shape.
+def _copy_like(parameter: Tensor, saved: Mapping[str, Tensor], name: str) -> Tensor:
+    """A copy of ``saved[name]`` on the parameter's device, in the parameter's memory layout, and
+    split over processes as it is, if it has its shape.
 
     Fused optimizers walk through parameter, gradient and moments by address, so the strides of a
     moment must be those it would have been created with.
     """
-    if value.shape != parameter.shape:
-        return value.to(parameter.device, copy=True)
+    if form_of(saved, name).shape != parameter.shape:
+        return saved[name].to(parameter.device, copy=True)
+    value = read_like(saved, name, parameter)
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 

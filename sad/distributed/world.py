@@ -184,4 +184,3 @@ def is_lost_rank(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and "gloo" in text and any(w in text for w in LOST)
-

@@ -66,6 +66,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "checkpoint",
         "data",
         "losses",
+        "distributed",
         "report teachers",
         "training",
         "cli",
