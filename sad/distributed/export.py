@@ -111,8 +111,8 @@ def export_checkpoint(
         merge_adapters=config.merge_adapters,
     )
     note = (
-        f"{run.best} is not there or not whole: generation stops at the tokens at which the student "
-        "stopped before it was trained"
+        f"{run.best} is not there or not whole: generation stops at the tokens at which the "
+        "student stopped before it was trained"
     )
     return Exported(out, chosen, "" if has_best else note)
 

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -46,6 +45,8 @@ from torch.distributed.checkpoint.planner import (
     SavePlan,
     SavePlanner,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -166,7 +167,7 @@ def write_shards(
     tmp = world.from_main(lambda: _begin(target))
     writer = ShardWriter(tmp, target, world.rank, json_bytes(content), list(taken.tensors))
     try:
-        dcp.save(
+        save(
             named,
             storage_writer=writer,
             planner=_ShardPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
@@ -512,7 +513,7 @@ def _load(named: dict[str, Tensor], reader: ShardReader, group: dist.ProcessGrou
     """Let torch's planner fill live tensors; without a group on this rank alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(
+        load(
             dict(named),
             storage_reader=reader,
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),

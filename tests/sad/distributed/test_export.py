@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.ranks import run_ranks
+from support.runs import assert_same_bits, everything, make_trainer
 from support.tiny import tiny_run
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,11 +121,18 @@ def test_raw_weights_are_those_that_are_trained(finished: DistillConfig, tmp_pat
 @pytest.mark.parametrize(
     "keys",
     [
-        {"param_dtype": "bfloat16", "bf16": True, "master_weights": True},
-        {"use_ema": False, "save_dtype": "bfloat16"},
-        {"metric_for_best_model": "eval/nll", "student_init": "random"},
+        pytest.param(
+            {"param_dtype": "bfloat16", "bf16": True, "master_weights": True}, id="masters"
+        ),
+        pytest.param(
+            {"use_ema": False, "save_dtype": "bfloat16"}, id="rounded", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"metric_for_best_model": "eval/nll", "student_init": "random"},
+            id="raw compared",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["masters", "rounded", "raw compared"],
 )
 def test_whatever_a_run_trains_is_exported_as_it_does(tmp_path: Path, keys: dict[str, Any]) -> None:
     config = configured(tmp_path, **keys)
@@ -133,7 +141,7 @@ def test_whatever_a_run_trains_is_exported_as_it_does(tmp_path: Path, keys: dict
     assert_same_folder(tmp_path / "out", result.final)
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_are_exported_as_the_run_does(tmp_path: Path, merge: bool) -> None:
     pytest.importorskip("peft")
     section = {"r": 4, "target_modules": "all-linear"}
@@ -282,8 +290,8 @@ def test_no_average_and_another_student(
     config = (run_dir / "config.yaml").read_text()
     out = str(tmp_path / "out")
     (run_dir / "config.yaml").write_text(config + "\nstudent_init: random\n")
-    code, line = refused(capsys, str(newest(run_dir)), out)
-    assert code == UsageError.exit_code
+    code, line = refused(capsys, str(newest(run_dir)), out)  # a key twice
+    assert code == UsageError.exit_code and "config.yaml" in line
     changed = config.replace("param_dtype: float32", "param_dtype: bfloat16")
     assert changed != config
     (run_dir / "config.yaml").write_text(changed)
@@ -291,6 +299,7 @@ def test_no_average_and_another_student(
     assert code == UsageError.exit_code and "config.yaml must describe the student" in line
 
     plain = distill(configured(tmp_path / "plain", use_ema=False, max_steps=1))
+    capsys.readouterr()
     code, line = refused(capsys, str(newest(plain.run_dir)), out, "--weights", "ema")
     assert code == UsageError.exit_code and "checkpoint without an average" in line
     code, line = refused_argument(capsys, str(newest(plain.run_dir)), out, "--weights", "both")
@@ -317,10 +326,8 @@ def test_the_runs_own_file_cannot_allow_code(
 ) -> None:
     run_dir = shutil.copytree(finished.output_dir, tmp_path / "run")
     file = run_dir / "config.yaml"
-    text = file.read_text().replace(
-        "trust_remote_code_student: false", "trust_remote_code_student: true"
-    )
-    file.write_text(text)
+    key = "trust_remote_code_student: "
+    file.write_text(file.read_text().replace(f"{key}false", f"{key}true"))
     seen: list[bool] = []
 
     def trusted(config: DistillConfig, *_: Any) -> Any:
@@ -339,8 +346,6 @@ def test_the_runs_own_file_cannot_allow_code(
 
 def test_one_process_goes_on_from_two(finished: DistillConfig, tmp_path: Path) -> None:
     """Everything but the generators of the ranks, which are left as they were."""
-    from support.runs import assert_same_bits, everything, make_trainer
-
     config = replace(finished, output_dir=str(tmp_path / "run"))
     first = make_trainer(config)
     first.micro_batch()
