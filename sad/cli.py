@@ -91,7 +91,7 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    _require_path(args.run_dir)
+    _require_path(args.run_dir, "RUN_DIR", "name the output_dir of a run")
     print(f"sad eval: {args.run_dir}", file=sys.stderr, flush=True)
 
     from sad.report.results import format_results
@@ -116,13 +116,31 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_path(run_dir: str) -> None:
+def _export(args: argparse.Namespace) -> int:
+    _require_path(args.checkpoint, "CHECKPOINT", "name a folder under RUN_DIR/checkpoints")
+    _require_path(args.out, "OUT", "name a new folder")
+    print(f"sad export: {args.checkpoint} -> {args.out}", file=sys.stderr, flush=True)
+
+    from sad.distributed.export import describe, export_checkpoint
+
+    exported = export_checkpoint(
+        args.checkpoint,
+        args.out,
+        weights=args.weights,
+        trust_remote_code_student=args.trust_remote_code_student,
+        trust_remote_code_teacher=args.trust_remote_code_teacher,
+    )
+    if exported.note:
+        print(f"note: {printable(exported.note)}", file=sys.stderr)
+    print(printable(describe(exported)))
+    return 0
+
+
+def _require_path(path: str, what: str, remedy: str) -> None:
     from sad.config.values import PATH, is_path
 
-    if not is_path(os.fsencode(run_dir).decode(errors="backslashreplace")):
-        raise UsageError(
-            f"RUN_DIR must {PATH.expectation}, got {quoted(run_dir)}; name the output_dir of a run"
-        )
+    if not is_path(os.fsencode(path).decode(errors="backslashreplace")):
+        raise UsageError(f"{what} must {PATH.expectation}, got {quoted(path)}; {remedy}")
 
 
 def _selftest(args: argparse.Namespace) -> int:
@@ -161,13 +179,21 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="score the best student of a run")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="its output_dir")
-    for model in ("student", "teacher"):
-        evaluate.add_argument(
-            f"--trust_remote_code_{model}",
-            action="store_true",
-            help=f"run Python code that comes with the {model}; the run's own file cannot allow it",
-        )
+    _may_trust(evaluate)
     evaluate.set_defaults(run=_eval)
+
+    export = commands.add_parser("export", help="write the student of a checkpoint as a model")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a folder under RUN_DIR/checkpoints"
+    )
+    export.add_argument("out", metavar="OUT", help="the folder to write: new, or an earlier export")
+    export.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="averaged or as trained; by default those whose score the run compares",
+    )
+    _may_trust(export)
+    export.set_defaults(run=_export)
 
     plan = commands.add_parser(
         "plan", add_help=False, help="predict a run's peak memory; no weights are loaded"
@@ -177,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     selftest = commands.add_parser("selftest", help="check the kernels against their definitions")
     selftest.set_defaults(run=_selftest)
 
-    for child in (distill, evaluate, plan, selftest):
+    for child in (distill, evaluate, export, plan, selftest):
         child.add_argument(
             "--debug",
             action="store_true",
@@ -192,6 +218,15 @@ def _takes_configuration(parser: argparse.ArgumentParser, run: Any) -> None:
     parser.add_argument("config", metavar="RECIPE|FILE.yaml")
     parser.add_argument("overrides", metavar="...", nargs=argparse.REMAINDER)
     parser.set_defaults(run=run)
+
+
+def _may_trust(parser: argparse.ArgumentParser) -> None:
+    for model in ("student", "teacher"):
+        parser.add_argument(
+            f"--trust_remote_code_{model}",
+            action="store_true",
+            help=f"run Python code that comes with the {model}; the run's own file cannot allow it",
+        )
 
 
 def _recipes() -> str:

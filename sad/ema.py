@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sad.distributed.tensors import copy_from, local, placed_like
+from sad.distributed.tensors import is_split, local_part, placed_like, read_like
 
 
 class ModelEMA:
@@ -57,7 +57,10 @@ class ModelEMA:
         self.warmup = warmup
         averaged = _averaged_tensors(model)
         self._averaged = averaged  # of which this rank may hold a part
-        self._live = {name: local(tensor) for name, tensor in averaged.items()}
+        self._live = {
+            name: local_part(tensor.detach()) if is_split(tensor) else tensor
+            for name, tensor in averaged.items()
+        }
         self._sources: dict[str, Tensor] = self._live | dict(masters or {})
         if self._sources.keys() != self._live.keys():
             unknown = sorted(self._sources.keys() - self._live.keys())
@@ -174,7 +177,7 @@ class ModelEMA:
                     "model"
                 )
         for name, shadow in self.tensors().items():
-            copy_from(shadow, saved, name)
+            shadow.copy_(read_like(saved, name, shadow))
         self.decay, self.warmup = state["decay"], state["warmup"]
         self._num_updates.fill_(state["num_updates"])
 

@@ -69,6 +69,10 @@ class Part(ABC):
     restored_last = False
     """Whether it must come after all others, because restoring those would disturb it."""
 
+    per_rank = False
+    """Whether every process of a run has a state of its own, which another number of processes
+    cannot take over: it then stays as it is."""
+
     @abstractmethod
     def state_dict(self) -> PartState:
         """The entries and groups of this part; the same names in every state of the run."""
@@ -102,39 +106,55 @@ def capture_parts(parts: Sequence[Part]) -> tuple[State, TensorGroups]:
     return state, tensors
 
 
-def restore_parts(parts: Sequence[Part], checkpoint: Checkpoint, *, changed: bool = False) -> None:
+def per_rank_names(parts: Sequence[Part]) -> frozenset[str]:
+    """The entries and groups of parts of which every process saves its own state."""
+    states = [part.state_dict() for part in parts if part.per_rank]
+    return frozenset(name for state in states for name in (*state.values, *state.tensors))
+
+
+def restore_parts(
+    parts: Sequence[Part], checkpoint: Checkpoint, *, changed: bool = False, ranks: int = 1
+) -> None:
     """Hand every part what it saved; raises like ``check_parts``, before anything is restored."""
-    load_parts(parts, check_parts(parts, checkpoint, changed=changed))
+    load_parts(parts, check_parts(parts, checkpoint, changed=changed, ranks=ranks))
 
 
 def load_parts(parts: Sequence[Part], saved: Mapping[int, PartState]) -> None:
     """Hand every part what ``check_parts`` found of it."""
     for part in _in_order_of_restoration(parts):
-        part.load_state_dict(saved[id(part)])
+        if id(part) in saved:
+            part.load_state_dict(saved[id(part)])
 
 
 def check_parts(
-    parts: Sequence[Part], checkpoint: Checkpoint, *, changed: bool = False
+    parts: Sequence[Part], checkpoint: Checkpoint, *, changed: bool = False, ranks: int = 1
 ) -> dict[int, PartState]:
     """What a checkpoint holds of each part, by the part's ``id``.
+
+    Parts of which every process has its own state are left out if the checkpoint is of another
+    number of processes than the ``ranks`` of this run.
 
     Raises ``CheckpointError`` for a checkpoint that lacks an entry or a group of tensors, has one
     that no part knows, or holds in one what its part cannot be in. ``changed`` is as in
     ``Part.check``.
     """
     own = {id(part): part.state_dict() for part in parts}
+    foreign = {id(part) for part in parts if part.per_rank and checkpoint.ranks != ranks}
     saved = {
         part: PartState(
             {key: entry(checkpoint, key) for key in state.values},
             {group: tensor_group(checkpoint, group) for group in state.tensors},
         )
         for part, state in own.items()
+        if part not in foreign
     }
     keys = {key for state in own.values() for key in state.values}
     groups = {group for state in own.values() for group in state.tensors}
     _require_known(checkpoint, "entries of state.json", checkpoint.state, keys)
     _require_known(checkpoint, "files of tensors", checkpoint.tensors, groups)
     for part in parts:
+        if id(part) in foreign:
+            continue
         with checkpoint_errors():
             part.check(saved[id(part)], changed=changed)
     return saved
@@ -481,6 +501,7 @@ class RandomGenerators(Part):
     """The global random generators; ``missing`` names those whose device this machine lacks."""
 
     restored_last = True  # building and loading other objects draws numbers
+    per_rank = True
 
     def __init__(self, key: str) -> None:
         self._key = key

@@ -6,6 +6,9 @@ same bytes as without a copy. ``in_thread`` lets that happen in the background. 
 do not hold Python's interpreter lock, and each group of tensors is hashed and written as one piece,
 so that the thread hardly ever makes training wait.
 
+Of a tensor that is split over processes (``DTensor``) each copies its own part; the writer of such
+snapshots is in ``sad.distributed.shards``.
+
 The copy lies in ``HostBuffers``, which are used again by the next snapshot: whoever takes one has
 to wait for the writer of the last.
 """
@@ -24,14 +27,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sad.checkpoint.placement import with_local_part
 from sad.checkpoint.store import (
-    PackedTensors,
     Report,
     Tensors,
-    file_order,
     require_saveable,
     save_checkpoint,
 )
+from sad.checkpoint.tensor_files import PackedTensors, file_order
+from sad.distributed.tensors import local_part
 
 T = TypeVar("T")
 
@@ -93,20 +97,23 @@ def snapshot(
 
 
 def group_bytes(tensors: Tensors) -> dict[str, int]:
-    """The bytes of each group of tensors."""
-    return {group: sum(t.nbytes for t in named.values()) for group, named in tensors.items()}
+    """The bytes of each group of tensors in this process."""
+    return {
+        group: sum(local_part(t).nbytes for t in named.values()) for group, named in tensors.items()
+    }
 
 
 @torch.no_grad()
 def _copy(group: str, named: Mapping[str, Tensor], buffers: HostBuffers) -> PackedTensors:
     order = file_order(named)
-    ends = list(accumulate(named[name].nbytes for name in order))
+    parts = {name: local_part(named[name]) for name in order}
+    ends = list(accumulate(part.nbytes for part in parts.values()))
     content = buffers.reserve(group, ends[-1] if ends else 0)
     copies = {}
-    for name, end in zip(order, ends, strict=True):
-        tensor = named[name]
-        part = content[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
-        copies[name] = part.copy_(tensor, non_blocking=buffers.pinned)
+    for (name, part), end in zip(parts.items(), ends, strict=True):
+        place = content[end - part.nbytes : end].view(part.dtype).view(part.shape)
+        copy_of_part = place.copy_(part, non_blocking=buffers.pinned)
+        copies[name] = with_local_part(named[name], copy_of_part)
     return PackedTensors(copies, content)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from sad.distributed.tensors import copy_from, local
+from sad.distributed.tensors import local_part, read_like
 from sad.errors import CheckpointError
 from sad.expected import (
     Check,
@@ -118,7 +118,7 @@ def load_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: 
     """Copy ``saved`` into ``live``, name by name. ``what`` names the tensors in errors."""
     check_tensors(live, saved, what)
     for name, tensor in live.items():
-        copy_from(tensor, saved, name)
+        tensor.copy_(read_like(saved, name, tensor))
 
 
 def check_tensors(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
@@ -159,10 +159,10 @@ def optimizer_state(
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                part = local(value)
-                shared = part.numel() > 0 and part.data_ptr() in seen
+                address = local_part(value).data_ptr()
+                shared = local_part(value).numel() > 0 and address in seen
                 tensors[f"{name}/{key}"] = value.clone() if shared else value
-                seen.add(part.data_ptr())
+                seen.add(address)
             else:
                 values.setdefault(name, {})[key] = _json_value(value)
     return {"groups": groups, "values": values}, tensors
@@ -365,7 +365,7 @@ def _state_value(
 ) -> Tensor:
     """A saved tensor of a parameter's state, as this optimizer would have created it."""
     if key == "step" and not (group.get("fused") or group.get("capturable")):
-        return saved[path].to("cpu", copy=True)  # counted on the host: a step need not wait
+        return saved[path].to("cpu", copy=True)  # on the host: no synchronisation in a step
     return _copy_like(parameter, saved, path)
 
 
@@ -502,17 +502,15 @@ _RNG = record(
 
 def _copy_like(parameter: Tensor, saved: Mapping[str, Tensor], name: str) -> Tensor:
     """A copy of ``saved[name]`` on the parameter's device, in the parameter's memory layout, and
-    split over ranks like it, if it has its shape.
+    split over processes as it is, if it has its shape.
 
     Fused optimizers walk through parameter, gradient and moments by address, so the strides of a
     moment must be those it would have been created with.
     """
-    dtype, shape = form_of(saved, name)
-    if shape != tuple(parameter.shape):
+    if form_of(saved, name).shape != parameter.shape:
         return saved[name].to(parameter.device, copy=True)
-    copy = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    copy_from(copy, saved, name)
-    return copy
+    value = read_like(saved, name, parameter)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _require_same_names(live: Iterable[str], saved: Iterable[str], what: str) -> None:

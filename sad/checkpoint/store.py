@@ -9,6 +9,10 @@
     RUN_DIR/checkpoints/set-aside/           those that a resumption has overtaken: read if they are
                                              named, never removed
 
+A run on several processes writes the same directory in another layout, schema 2: every process its
+own chunks of tensors, in files ``<group>.<rank>.safetensors``, and ``tensors.json`` says where each
+of them lies (see ``sad.checkpoint.chunks`` and ``sad.distributed.shards``). Both are read here.
+
 Writing: into ``.tmp-<name>-<16 hex digits>`` next to the target, each file forced to disk, the
 manifest last, then the directory, then one rename, then the parent directory. So a process killed
 at any moment, a full disk or a power cut costs the one being written and no other. Older ones are
@@ -27,26 +31,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import stat
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
-from sad.errors import CheckpointError
+from sad.checkpoint.chunks import (
+    INDEX,
+    SHARD_NAME,
+    ChunkedTensors,
+    Index,
+    ShardFiles,
+    check_shards,
+    read_index,
+)
+from sad.checkpoint.tensor_files import (
+    DTYPE_NAMES,
+    read_json,
+    read_tensors,
+    safetensors_chunks,
+    unusable,
+)
+from sad.distributed.tensors import local_part
+from sad.errors import CheckpointError, quoted
 
 SCHEMA = 1
-"""Version of the layout. A reader refuses a higher one."""
+"""Version of the layout that one process writes."""
+
+SHARDED_SCHEMA = 2
+"""Version of the layout that several write. A reader refuses a higher one."""
 
 SET_ASIDE = "set-aside"
 """The folder of checkpoints that ``auto`` and ``save_total_limit`` pass over."""
@@ -56,24 +77,9 @@ Report = Callable[[str], object]
 
 _CHECKPOINT_NAME = re.compile(r"batch-(\d{9,})")
 _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_FILE_NAME = re.compile(r"state\.json|[a-z][a-z0-9_]*\.safetensors")
+_GROUP_FILE = re.compile(r"[a-z][a-z0-9_]*\.safetensors")
+_RANK_NAME = re.compile(r"(0|[1-9]\d{0,9})/(.*)", re.DOTALL)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The dtypes a checkpoint holds, as the safetensors format spells them."""
-
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ class Checkpoint:
     micro_step: int
     state: dict[str, Any]
     tensors: dict[str, Mapping[str, Tensor]]
+    ranks: int = 1
+    """Processes that saved it. What each of them has for itself, such as random generators, is in
+    ``state`` and ``tensors`` only if as many read it: then each gets its own."""
 
 
 def save_checkpoint(
@@ -116,12 +125,12 @@ def save_checkpoint(
             f"save_total_limit must be at least 2, got {save_total_limit}; one is to fall back to"
         )
     contents = _serialised(micro_step, state, tensors)
-    target = Path(run_dir) / "checkpoints" / f"batch-{micro_step:09d}"
+    target = checkpoint_path(run_dir, micro_step)
     tmp = files.temporary(target)
     try:
         files.make_directories(target.parent)
         _write(tmp, contents)
-        if not _same(tmp, target):
+        if not is_same(tmp, target):
             files.publish_directory(tmp, target)
     except OSError as error:
         raise CheckpointError(
@@ -132,31 +141,22 @@ def save_checkpoint(
         with suppress(OSError):  # the next start sweeps what cannot be removed now
             if tmp.exists():
                 files.remove_tree(tmp)
-    _remember(target)
-    _rotate(target, save_total_limit, report)
+    after_save(target, save_total_limit, report)
     return target
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint after verifying all of it.
+    """Read a checkpoint of either schema after verifying all of it.
+
+    Of one that several processes saved, tensors are put together from their chunks, each when it is
+    asked for.
 
     Raises ``CheckpointError`` if anything is missing, altered, newer than this program, or points
     out of the directory.
     """
     path = Path(path)
-    try:
-        manifest = _verify(path)
-        saved = _read_json(path / "state.json", ("micro_step", "state"))
-        _require_position(path, saved["micro_step"])
-        groups = [name.removesuffix(".safetensors") for name in manifest if name != "state.json"]
-        return Checkpoint(
-            path=path,
-            micro_step=saved["micro_step"],
-            state=saved["state"],
-            tensors={group: _read_tensors(path / f"{group}.safetensors") for group in groups},
-        )
-    except OSError as error:
-        raise _unusable(path, "be readable", files.describe(error)) from error
+    with readable(path):
+        return open_verified(path, _verify(path))
 
 
 def latest_checkpoint(run_dir: str | Path, report: Report = print) -> Path | None:
@@ -178,6 +178,11 @@ def load_latest(run_dir: str | Path, report: Report = print) -> Checkpoint | Non
 def checkpoints_of(run_dir: str | Path) -> list[Path]:
     """The directories of a run's checkpoints, complete or not, the newest first."""
     return _newest_first(Path(run_dir) / "checkpoints")
+
+
+def checkpoint_path(run_dir: str | Path, micro_step: int) -> Path:
+    """The directory of the checkpoint of a position."""
+    return Path(run_dir) / "checkpoints" / f"batch-{micro_step:09d}"
 
 
 def position_of(path: Path) -> int:
@@ -245,10 +250,10 @@ def _serialised(
     """File name -> content in chunks, after checking that all of it can be read back exactly."""
     require_saveable(micro_step, state, tensors)
     contents: dict[str, Iterable[files.Chunk]] = {
-        "state.json": [_json({"micro_step": micro_step, "state": state})]
+        "state.json": [json_bytes({"micro_step": micro_step, "state": state})]
     }
     return contents | {
-        f"{group}.safetensors": _safetensors(named) for group, named in tensors.items()
+        f"{group}.safetensors": safetensors_chunks(named) for group, named in tensors.items()
     }
 
 
@@ -272,10 +277,10 @@ def _require_tensors(named: Mapping[str, Tensor], group: str) -> None:
     for name, tensor in named.items():
         if type(name) is not str or name == "__metadata__":  # reserved by the format
             raise ValueError(f"tensor names of {group} must be str, got {name!r}; rename it")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPE_NAMES:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
             raise ValueError(
                 f"{group} tensor {name!r} must be dense and of one of the dtypes "
-                f"{', '.join(map(str, _DTYPE_NAMES))}, got {tensor.dtype}, {tensor.layout} on "
+                f"{', '.join(map(str, DTYPE_NAMES))}, got {tensor.dtype}, {tensor.layout} on "
                 f"{tensor.device}; convert it"
             )
 
@@ -284,8 +289,8 @@ def _require_disjoint(named: Mapping[str, Tensor], group: str) -> None:
     """A tied tensor saved under two names would come back untied."""
     spans = sorted(
         (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name)
-        for name, tensor in named.items()
-        if tensor.numel()
+        for name, whole in named.items()
+        if (tensor := local_part(whole)).numel()
     )
     for (device, _, end, name), (next_device, start, _, next_name) in pairwise(spans):
         if device == next_device and start < end:
@@ -303,66 +308,14 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def file_order(named: Mapping[str, Tensor]) -> list[str]:
-    """Names in the order in which a file holds their tensors: wide dtypes first."""
-    return sorted(named, key=lambda name: (-named[name].element_size(), name))
-
-
-class PackedTensors(dict[str, Tensor]):
-    """Contiguous tensors on the CPU that lie without gaps, in ``file_order``, in ``content``.
-
-    They are hashed and written as one piece.
-    """
-
-    def __init__(self, named: Mapping[str, Tensor], content: Tensor) -> None:
-        super().__init__(named)
-        self.content = content  # uint8
-
-
-def _safetensors(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
-    """The safetensors format, one tensor at a time.
-
-    A writer of our own because the bytes must pass through ``files.OPERATIONS``, where faults are
-    injected and files forced to disk, and are hashed on the way; the library's ``save_file`` opens
-    the file itself. It takes contiguous tensors only, and copies all tensors of a device to the
-    host before it writes the first (tensors on the CPU it writes from where they lie); ``save``
-    returns the whole file as bytes and holds it twice meanwhile (0.8.0: 763 MiB for 381 MiB).
-
-    The format: length of the header as a little-endian u64, the header as JSON padded with spaces
-    to 8 bytes, then the tensors without gaps; wide dtypes first, so that every one is aligned.
-    """
-    order = file_order(named)
-    header, end = {}, 0
-    for name in order:
-        tensor = named[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    if isinstance(named, PackedTensors):
-        yield _raw(named.content)
-        return
-    for name in order:
-        yield _raw(named[name])
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
 def _write(tmp: Path, contents: Mapping[str, Iterable[files.Chunk]]) -> None:
     files.OPERATIONS.mkdir(tmp)
-    entries = {name: _write_hashed(tmp / name, chunks) for name, chunks in contents.items()}
-    files.write_file(tmp / "manifest.json", [_json({"schema": SCHEMA, "files": entries})])
+    entries = {name: write_hashed(tmp / name, chunks) for name, chunks in contents.items()}
+    files.write_file(tmp / "manifest.json", [json_bytes({"schema": SCHEMA, "files": entries})])
 
 
-def _write_hashed(path: Path, chunks: Iterable[files.Chunk]) -> dict[str, Any]:
+def write_hashed(path: Path, chunks: Iterable[files.Chunk]) -> dict[str, Any]:
+    """Write a new file and return its entry of the manifest: ``bytes`` and ``sha256``."""
     digest, size = hashlib.sha256(), 0
 
     def tallied() -> Iterator[files.Chunk]:
@@ -376,11 +329,12 @@ def _write_hashed(path: Path, chunks: Iterable[files.Chunk]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _json(value: object) -> bytes:
+def json_bytes(value: object) -> bytes:
+    """A value as the content of a JSON file."""
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _same(tmp: Path, target: Path) -> bool:
+def is_same(tmp: Path, target: Path) -> bool:
     """Whether ``target`` already is, whole, what ``tmp`` holds: manifests name every byte."""
     if not target.exists():
         return False
@@ -389,6 +343,12 @@ def _same(tmp: Path, target: Path) -> bool:
     except CheckpointError:
         return False
     return (tmp / "manifest.json").read_bytes() == (target / "manifest.json").read_bytes()
+
+
+def after_save(saved: Path, save_total_limit: int, report: Report) -> None:
+    """Remember that a new checkpoint is whole, and drop those that are too many now."""
+    remember_verified(saved)
+    _rotate(saved, save_total_limit, report)
 
 
 def _rotate(saved: Path, limit: int, report: Report) -> None:
@@ -431,7 +391,8 @@ _verified: dict[Path, tuple[tuple[str, int, int, int], ...]] = {}
 gigabytes again at every save would take longer than the save."""
 
 
-def _remember(path: Path) -> None:
+def remember_verified(path: Path) -> None:
+    """Do not hash the files of this checkpoint again as long as they look as they do now."""
     with suppress(OSError):
         _verified[path.absolute()] = _look(path)
 
@@ -447,58 +408,152 @@ def _is_usable(path: Path) -> bool:
     try:
         if _verified.get(path.absolute()) != _look(path):
             _verify(path)
-            _remember(path)
+            remember_verified(path)
     except (CheckpointError, OSError):
         return False
     return True
 
 
-def _verify(path: Path) -> dict[str, dict[str, Any]]:
+class Manifest(NamedTuple):
+    """What ``manifest.json`` says."""
+
+    schema: int
+    files: dict[str, dict[str, Any]]  # name -> ``bytes`` and ``sha256``
+
+
+def _verify(path: Path) -> Manifest:
     """The manifest of a checkpoint, after checking it, all sizes and all hashes."""
-    manifest = _read_manifest(path)
-    for name, entry in manifest.items():
-        _verify_hash(path / name, entry["sha256"])
+    manifest = read_manifest(path)
+    verify_hashes(path, manifest, manifest.files)
     return manifest
+
+
+def verify_hashes(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raise ``CheckpointError`` unless these files have the hashes that the manifest names."""
+    for name in names:
+        _verify_hash(path / name, manifest.files[name]["sha256"])
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of a disk that does not let a checkpoint be read into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise unusable(path, "be readable", files.describe(error)) from error
+
+
+def open_verified(
+    path: Path, manifest: Manifest, rank: int = 0, ranks: int = 1, *, share: Iterable[str] = ()
+) -> Checkpoint:
+    """Read a checkpoint for one of ``ranks`` processes; its files have the hashes of ``manifest``.
+
+    Of the files of chunks, this process compares those in ``share`` with ``tensors.json``, the only
+    one all.
+    """
+    sharded = manifest.schema == SHARDED_SCHEMA
+    keys = ("micro_step", "state", "per_rank", "ranks") if sharded else ("micro_step", "state")
+    saved = read_json(path / "state.json", keys)
+    _require_position(path, saved["micro_step"])
+    if not sharded:
+        groups = [n.removesuffix(".safetensors") for n in manifest.files if n != "state.json"]
+        whole = {group: read_tensors(path / f"{group}.safetensors") for group in groups}
+        return Checkpoint(path, saved["micro_step"], saved["state"], {**whole})
+    index = read_index(path, manifest.files)
+    names = [name for name in (manifest.files if ranks == 1 else share) if SHARD_NAME.match(name)]
+    check_shards(path, index, names)
+    _require_ranks(path, saved, index)
+    state, source, tensors = saved["state"], ShardFiles(path), {}
+    as_many = ranks == len(saved["ranks"])
+    if as_many:
+        state |= saved["ranks"][rank]
+    for group, named in index.items():
+        if group not in saved["per_rank"]:
+            tensors[group] = ChunkedTensors(source, named)
+        elif as_many:
+            tensors[group] = ChunkedTensors(source, _of_rank(named, rank))
+    return Checkpoint(path, saved["micro_step"], state, tensors, len(saved["ranks"]))
+
+
+def _require_ranks(path: Path, saved: dict[str, Any], index: Index) -> None:
+    """Refuse a ``state.json`` that does not say of each process what it alone has."""
+    file, state, per_rank = path / "state.json", saved["state"], saved["per_rank"]
+    if type(state) is not dict:
+        raise unusable(file, "hold an object as state", quoted(state))
+    if type(per_rank) is not list or not all(type(name) is str for name in per_rank):
+        raise unusable(file, "list the names of what each process has", quoted(per_rank))
+    ranks = saved["ranks"]
+    if type(ranks) is not list or not ranks:
+        raise unusable(file, "hold the values of each process", quoted(ranks))
+    for values in ranks:
+        if type(values) is not dict or not values.keys() <= {*per_rank} - state.keys():
+            raise unusable(file, f"hold {quoted(per_rank)} of each process", quoted(values))
+    for group in set(per_rank) & index.keys():
+        for name in index[group]:
+            named = _RANK_NAME.fullmatch(name)
+            if named is None or int(named[1]) >= len(ranks):
+                raise unusable(
+                    path / INDEX,
+                    f"name tensors of {group} by one of {len(ranks)} processes",
+                    quoted(name),
+                )
+
+
+def name_of_rank(rank: int, name: str) -> str:
+    """The name under which a process saves a tensor that it has for itself."""
+    return f"{rank}/{name}"
+
+
+def _of_rank(named: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    prefix = name_of_rank(rank, "")
+    return {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
 
 
 def _require_position(path: Path, micro_step: Any) -> None:
     if type(micro_step) is not int or micro_step < 0:
-        raise _unusable(path, "count its micro-batches", f"micro_step = {str(micro_step)[:40]}")
+        raise unusable(path, "count its micro-batches", f"micro_step = {str(micro_step)[:40]}")
     named = _CHECKPOINT_NAME.fullmatch(path.name)
     if named and int(named[1]) != micro_step:
-        raise _unusable(path, "be named by its micro-batches", f"micro_step = {micro_step:,}")
+        raise unusable(path, "be named by its micro-batches", f"micro_step = {micro_step:,}")
 
 
-def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """File name -> ``bytes`` and ``sha256``, after checking all but the hashes."""
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint, after checking all but the hashes."""
     if path.is_symlink() or not path.is_dir():
-        raise _unusable(path, "be a directory", "a symbolic link or nothing of the kind")
+        raise unusable(path, "be a directory", "a symbolic link or nothing of the kind")
     _require_regular(path / "manifest.json")
-    manifest = _read_json(path / "manifest.json", ("schema", "files"))
+    manifest = read_json(path / "manifest.json", ("schema", "files"))
     schema, entries = manifest["schema"], manifest["files"]
-    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+    if type(schema) is not int or not 1 <= schema <= SHARDED_SCHEMA:
         raise CheckpointError(
-            f"checkpoint {path} must have a schema from 1 to {SCHEMA}, got {schema!r}; a higher "
-            "one was written by a newer version of sad: update, or resume from another checkpoint"
+            f"checkpoint {path} must have a schema from 1 to {SHARDED_SCHEMA}, got {schema!r}; a "
+            "higher one was written by a newer version of sad: update, or resume from another "
+            "checkpoint"
         )
     if type(entries) is not dict or "state.json" not in entries:
-        raise _unusable(path, "list state.json in its manifest", f"files = {str(entries)[:80]}")
+        raise unusable(path, "list state.json in its manifest", f"files = {str(entries)[:80]}")
+    if schema == SHARDED_SCHEMA and INDEX not in entries:
+        raise unusable(path, f"list {INDEX} in its manifest", f"files = {str(entries)[:80]}")
     for name, entry in entries.items():
-        _require_entry(path, name, entry)
-    return entries
+        _require_entry(path, schema, name, entry)
+    return Manifest(schema, entries)
 
 
-def _require_entry(path: Path, name: str, entry: Any) -> None:
+def _require_entry(path: Path, schema: int, name: str, entry: Any) -> None:
     # The name's form rules out '..', '/' and absolute paths: the file lies in this directory.
-    if not _FILE_NAME.fullmatch(name):
-        raise _unusable(path, "list state.json and <group>.safetensors only", repr(name))
+    sharded = schema == SHARDED_SCHEMA
+    listed = ("state.json", INDEX) if sharded else ("state.json",)
+    form = SHARD_NAME if sharded else _GROUP_FILE
+    if name not in listed and not form.fullmatch(name):
+        tensors = "<group>.<rank>.safetensors" if sharded else "<group>.safetensors"
+        raise unusable(path, f"list {', '.join(listed)} and {tensors} only", repr(name))
     if type(entry) is not dict or not (
         type(entry.get("bytes")) is int and _SHA256.fullmatch(str(entry.get("sha256")))
     ):
-        raise _unusable(path / name, "have its size and SHA-256 in the manifest", f"{entry!r}")
+        raise unusable(path / name, "have its size and SHA-256 in the manifest", f"{entry!r}")
     size = _require_regular(path / name)
     if size != entry["bytes"]:
-        raise _unusable(path / name, f"have {entry['bytes']:,} bytes", f"{size:,}")
+        raise unusable(path / name, f"have {entry['bytes']:,} bytes", f"{size:,}")
 
 
 def _require_regular(path: Path) -> int:
@@ -506,93 +561,13 @@ def _require_regular(path: Path) -> int:
     try:
         status = path.lstat()
     except FileNotFoundError as error:
-        raise _unusable(path, "exist", "no such file") from error
+        raise unusable(path, "exist", "no such file") from error
     if not stat.S_ISREG(status.st_mode):
-        raise _unusable(path, "be an ordinary file", stat.filemode(status.st_mode))
+        raise unusable(path, "be an ordinary file", stat.filemode(status.st_mode))
     return status.st_size
-
-
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise _unusable(path, "hold JSON", repr(error)) from error
-    if type(content) is not dict or not all(key in content for key in keys):
-        raise _unusable(path, f"hold an object with {' and '.join(keys)}", f"{str(content)[:80]}")
-    return content
-
-
-class FileTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read when it is asked for.
-
-    Whoever drops a tensor drops its memory; ``load_file`` maps the whole file for as long as one of
-    its tensors is in use, and all that was read of it counts as memory of the process. The file is
-    kept open, so that tensors outlive its name.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, framework="pt"):  # the library checks the format
-            pass
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-        length = int.from_bytes(self._read(0, 8), "little")
-        self._header: dict[str, Any] = json.loads(self._read(8, length))
-        self._header.pop("__metadata__", None)
-        self._start = 8 + length
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self._header[name]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        begin, end = entry["data_offsets"]
-        if begin == end:
-            return torch.empty(shape, dtype=dtype)
-        content = self._read(self._start + begin, end - begin)
-        return torch.frombuffer(content, dtype=dtype).reshape(shape)
-
-    def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Dtype and shape of a tensor, which is not read for that."""
-        entry = self._header[name]
-        return _DTYPES[entry["dtype"]], tuple(entry["shape"])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._header
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header)
-
-    def __len__(self) -> int:
-        return len(self._header)
-
-    def _read(self, offset: int, size: int) -> bytearray:
-        content = bytearray(size)
-        view, done = memoryview(content), 0
-        while done < size:  # one call reads 2 GiB at most
-            count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"a file of tensors ended {size - done} bytes early")
-            done += count
-        return content
-
-
-def _read_tensors(path: Path) -> FileTensors:
-    try:
-        tensors = FileTensors(path)
-        for name in tensors:
-            tensors.form(name)
-    except SafetensorError as error:
-        raise _unusable(path, "hold tensors in the safetensors format", str(error)) from error
-    except KeyError as error:
-        raise _unusable(path, f"hold tensors of {', '.join(_DTYPES)}", str(error)) from error
-    return tensors
 
 
 def _verify_hash(path: Path, expected: str) -> None:
     found = files.sha256(path)
     if found != expected:
-        raise _unusable(path, f"have SHA-256 {expected[:12]}...", f"{found[:12]}...")
-
-
-def _unusable(path: Path, expectation: str, value: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {path} must {expectation}, got {value}; resume from another checkpoint"
-    )
+        raise unusable(path, f"have SHA-256 {expected[:12]}...", f"{found[:12]}...")

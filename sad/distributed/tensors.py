@@ -1,34 +1,50 @@
-"""Tensors that are split over ranks: this rank's part, the whole, and copies into them.
+"""Tensors that are split over ranks (``DTensor``): this rank's part, the whole, copies into them.
 
-Of a tensor that is not split, part and whole are the tensor itself.
+Of a tensor that is not split, part and whole are the tensor itself. torch's module of ``DTensor``
+takes long to import and is looked up only where somebody has imported it: without it there are
+none.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part; it shares the tensor's memory and has no graph."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+@runtime_checkable
+class PlacedTensors(Protocol):
+    """Saved tensors by name that can be read as they are split over the ranks now."""
+
+    def like(self, name: str, live: Tensor) -> Tensor: ...
+
+
+def is_split(tensor: object) -> bool:
+    """Whether it is a ``DTensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: of a ``DTensor`` its shard, the live one."""
+    split: Any = tensor
+    return split.to_local() if is_split(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered: every rank has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    split: Any = tensor
+    return split.full_tensor() if is_split(tensor) else tensor
 
 
-def placed_like(part: Tensor, split: Tensor) -> Tensor:
-    """``part`` as this rank's part of a tensor that is split as ``split`` is."""
-    if not isinstance(split, DTensor):
+def placed_like(part: Tensor, live: Tensor) -> Tensor:
+    """``part`` as what this rank holds of a tensor that is split as ``live`` is."""
+    if not is_split(live):
         return part
-    return DTensor.from_local(
+    split: Any = live
+    return type(split).from_local(
         part,
         split.device_mesh,
         split.placements,
@@ -38,30 +54,18 @@ def placed_like(part: Tensor, split: Tensor) -> Tensor:
     )
 
 
-@runtime_checkable
-class Readable(Protocol):
-    """Tensors by name of which a part can be read without the rest."""
+def read_like(saved: Mapping[str, Tensor], name: str, live: Tensor) -> Tensor:
+    """``saved[name]``, split over the ranks as ``live`` is.
 
-    def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor: ...
-
-
-def part_of(saved: Mapping[str, Tensor], name: str, live: Tensor) -> Tensor:
-    """The part of the whole tensor ``saved[name]`` that this rank holds of ``live``."""
-    if not isinstance(live, DTensor):
+    Of a file only this rank's part is read, if it can be; no rank waits for another.
+    """
+    if not is_split(live):
         return saved[name]
-    shape, offsets = compute_local_shape_and_global_offset(
-        live.shape, live.device_mesh, live.placements
-    )
-    if isinstance(saved, Readable):
-        return saved.read(name, tuple(offsets), tuple(shape))
-    part = saved[name]
-    for dimension, (begin, size) in enumerate(zip(offsets, shape, strict=True)):
-        # Of a dimension that has nothing for this rank, the offset may lie past its end.
-        part = part.narrow(dimension, min(begin, part.shape[dimension]), size)
-    return part
+    if isinstance(saved, PlacedTensors):
+        return saved.like(name, live)
+    from torch.distributed.tensor import distribute_tensor
 
-
-@torch.no_grad()
-def copy_from(live: Tensor, saved: Mapping[str, Tensor], name: str) -> None:
-    """Copy the whole tensor ``saved[name]`` into ``live``, of which this rank may hold a part."""
-    local(live).copy_(part_of(saved, name, live))
+    split: Any = live
+    complete = saved[name].to(live.device)
+    # Every rank has read the same: each keeps its part, and none sends anything.
+    return distribute_tensor(complete, split.device_mesh, split.placements, src_data_rank=None)

@@ -224,6 +224,12 @@ def lost_ranks_explained(world: World, where: Callable[[], str] = lambda: "") ->
         ) from error
 
 
+def seed_rank(seed: int, world: World, position: int = 0) -> None:
+    """Give every rank random numbers of its own, for dropout; nothing with one process."""
+    if world.size > 1:
+        torch.manual_seed(hash((seed, world.rank, position)) % 2**63)
+
+
 def use_own_device() -> None:
     """Make this rank's GPU the current one, if it is one of several processes with GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():

@@ -184,6 +184,12 @@ class TrainMeter:
             self.sums.copy_(world.sum_(self.sums.clone()) * world.main)
             self.terms.collect(world)
 
+    def keep_on_main(self, world: World) -> None:
+        """After a checkpoint was loaded on all ranks: only the first has seen what is summed."""
+        if not world.main:
+            self.sums.zero_()
+            self.terms.reset()
+
     def losses(self, weights: Mapping[str, float]) -> dict[str, float]:
         """The total loss and its parts, as means over their own units. Waits for the device.
 

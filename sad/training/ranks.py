@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sad.checkpoint.run_directory import RunDirectory
-from sad.checkpoint.store import Checkpoint, load_checkpoint
+from sad.checkpoint.store import Checkpoint
 from sad.config.schema import DistillConfig
 from sad.distributed.sharding import shard_trained
-from sad.distributed.world import World
+from sad.distributed.shards import load_shards
+from sad.distributed.world import World, seed_rank
 from sad.errors import OutputError, UsageError
 from sad.models.heads import decoder_layers
 from sad.optim.precision import Precision
@@ -63,12 +62,6 @@ def sharded_config(config: DistillConfig) -> DistillConfig:
     return config
 
 
-def seed_rank(config: DistillConfig, world: World, position: int = 0) -> None:
-    """Give every rank random numbers of its own, for dropout."""
-    if world.size > 1:
-        torch.manual_seed(hash((config.seed, world.rank, position)) % 2**63)
-
-
 def shard_student(
     student: StudentWithLoss, config: DistillConfig, precision: Precision, world: World
 ) -> None:
@@ -82,7 +75,7 @@ def shard_student(
         reshard_after_forward=config.reshard_after_forward,
         cpu_offload=config.cpu_offload,
     )
-    seed_rank(config, world)
+    seed_rank(config.seed, world)
 
 
 def with_sharded_teacher(inputs: RunInputs) -> RunInputs:
@@ -129,9 +122,7 @@ class SharedRunDirectory(RunDirectory):
 
         resumed = self.world.from_main(path)
         self._require_shared()
-        if resumed is None or self.world.main:
-            return self.world.agree(lambda: found[0])
-        return self.world.agree(lambda: load_checkpoint(resumed))
+        return None if resumed is None else load_shards(resumed, self.world)
 
     def _require_shared(self) -> None:
         """Raise ``OutputError`` unless all ranks see the same directory."""

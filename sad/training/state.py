@@ -28,6 +28,7 @@ from sad.checkpoint.parts import (
 from sad.checkpoint.state import optimizer_state, tensors_like
 from sad.checkpoint.store import Checkpoint
 from sad.config.identity import require_same_run
+from sad.distributed.world import seed_rank
 from sad.errors import one_line
 from sad.expected import (
     Check,
@@ -218,7 +219,8 @@ def restore_trainer(trainer: Trainer, resumption: Resumption, warn: Callable[[st
     checkpoint = resumption.checkpoint
     saved_identity = entry(checkpoint, "identity")
     changed = require_same_run(saved_identity, trainer.identity, trainer.config, warn)
-    if changed:
+    moved = saved_identity["world_size"] != trainer.world.size
+    if changed or moved:  # split parameters are their own fp32 masters
         checkpoint = in_present_dtypes(trainer, checkpoint)
     if saved_identity["versions"].get("torch") != trainer.identity["versions"]["torch"]:
         checkpoint = in_present_torch(trainer, checkpoint)
@@ -230,11 +232,18 @@ def restore_trainer(trainer: Trainer, resumption: Resumption, warn: Callable[[st
     decay = None if ema is None else (ema.decay, ema.warmup)
     configured_curriculum = curriculum.state_dict()
 
-    saved = check_parts(trainer.parts, checkpoint, changed=changed)
+    saved = check_parts(trainer.parts, checkpoint, changed=changed, ranks=trainer.world.size)
     if not changed:
         with checkpoint_errors():
             _check_together(trainer, resumption, checkpoint)
     load_parts(trainer.parts, saved)
+    trainer.meter.keep_on_main(trainer.world)
+    if moved:
+        seed_rank(trainer.config.seed, trainer.world, resumption.micro_step)
+        warn(
+            f"the run goes on on {trainer.world.size} processes in place of "
+            f"{saved_identity['world_size']}: not bit for bit, and random numbers start anew"
+        )
 
     if changed:  # the new configuration wins over what the old one left behind
         for group, configured in zip(optimizer.param_groups, options, strict=True):

@@ -36,13 +36,13 @@ from sad.checkpoint.snapshot import (
     group_bytes,
     in_thread,
     snapshot,
-    write,
 )
 from sad.checkpoint.store import Checkpoint, checkpoints_of, set_aside
 from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
 from sad.distributed.sharding import reshard, set_last_backward, whole_state
+from sad.distributed.shards import background_world, own_parts, write_shards
 from sad.environment import StopSignals, memory_now
 from sad.errors import (
     CheckpointError,
@@ -146,6 +146,8 @@ class Trainer:
         self.generators = RandomGenerators("rng")
         self.parts = checkpoint_parts(self)
         self.watch = SkipWatch(self.device)
+        # Saves talk in the background, beside training.
+        self._writers = background_world(self.world)
         self.logged: dict[str, float] = {}  # the losses of the last train record
         self.buffers = HostBuffers(pinned=self.device.type == "cuda")
         self._preparing: Future[None] | None = None  # of the buffers
@@ -453,10 +455,13 @@ class Trainer:
         self.finish_save(log, wait=True, give_up=not must)  # the buffers are in use until then
         if must and self._saved is not None and self._saved[0] == self._state_number():
             return self._saved[1]
+        self.meter.collect(self.world)
         state, tensors = self.capture()  # waits for the device
         taken = Snapshot(self.counters.micro_step, state, tensors)
         copied = self._copy(taken, log) if self.config.async_save and not must else None
         warnings: list[str] = []
+        if copied is None:
+            taken = taken._replace(tensors=own_parts(tensors))
         job = partial(self._write, copied or taken, warnings.append)
         path = in_thread(job) if copied else at_once(job)
         self._pending = PendingSave(path, self._state_number(), self._position(), warnings)
@@ -464,6 +469,10 @@ class Trainer:
 
     def _copy(self, taken: Snapshot, log: RunLog) -> Snapshot | None:
         """A copy that can be written while training goes on; None if there is no memory for it."""
+        copied = self._own_copy(taken, log)
+        return None if self.world.any(copied is None) else copied
+
+    def _own_copy(self, taken: Snapshot, log: RunLog) -> Snapshot | None:
         try:
             if self._preparing is not None:
                 self._preparing.result()
@@ -490,8 +499,10 @@ class Trainer:
     def _write(self, taken: Snapshot, warn: Callable[[str], None]) -> Path:
         """Everything of a save that touches the disk, in this order; in the background, too."""
         limit = self.config.save_total_limit
-        path = write(self.run_dir.path, taken, save_total_limit=limit, report=warn)
-        if self._superseded not in (None, path):
+        path = write_shards(
+            self.run_dir.path, taken, self._writers, save_total_limit=limit, report=warn
+        )
+        if self.world.main and self._superseded not in (None, path):
             set_aside([self._superseded], warn)
         self._superseded = None
         try:
@@ -509,7 +520,7 @@ class Trainer:
         succeed, or if the one before it has failed, too, and that is a reason to ``give_up``.
         """
         pending = self._pending
-        if pending is None or not (wait or pending.path.done()):
+        if pending is None or not (wait or not self.world.any(not pending.path.done())):
             return None
         self._pending = None
         try:

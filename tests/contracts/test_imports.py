@@ -68,6 +68,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "checkpoint",
         "data",
         "losses",
+        "distributed",
         "report teachers",
         "distributed",
         "training",

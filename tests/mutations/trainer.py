@@ -402,10 +402,10 @@ MUTATIONS = [
         "older checkpoints go before the new one has its name",
         edit(
             CHECKPOINT,
-            "        if not _same(tmp, target):\n",
+            "        if not is_same(tmp, target):\n",
             "        for old in _newest_first(target.parent)[save_total_limit - 1 :]:\n"
             "            files.discard(old)\n"
-            "        if not _same(tmp, target):\n",
+            "        if not is_same(tmp, target):\n",
         ),
         tests(
             "sad/checkpoint/test_store.py",

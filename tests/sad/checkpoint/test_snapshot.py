@@ -22,7 +22,8 @@ from sad.checkpoint.snapshot import (
     snapshot,
     write,
 )
-from sad.checkpoint.store import PackedTensors, load_checkpoint, save_checkpoint
+from sad.checkpoint.store import load_checkpoint, save_checkpoint
+from sad.checkpoint.tensor_files import PackedTensors
 
 STATE: dict[str, Any] = {"seen": [1, 2], "nested": {"loss": float("inf")}}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from support.ranks import run_ranks
 from support.runs import make_trainer
 from support.tiny import save_tiny, tiny_llama, write_texts

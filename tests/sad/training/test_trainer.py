@@ -31,7 +31,8 @@ from sad.checkpoint import atomic_files as files
 from sad.checkpoint import store
 from sad.checkpoint.parts import Entry, Part
 from sad.checkpoint.run_directory import RunDirectory
-from sad.checkpoint.store import FileTensors, latest_checkpoint, load_checkpoint, save_checkpoint
+from sad.checkpoint.store import latest_checkpoint, load_checkpoint, save_checkpoint
+from sad.checkpoint.tensor_files import FileTensors
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
 from sad.environment import StopSignals
