@@ -22,6 +22,7 @@ from sad.errors import (
     printable,
     quoted,
     shortened,
+    speaks_for_itself,
 )
 from sad.recipes import recipe_names, recipe_summary
 
@@ -282,7 +283,9 @@ def _report(error: Exception, *, debug: bool) -> int:
         line = f"this is a bug in sad, got {kind}: {error}; please report it with the lines below"
     else:
         line = printable(str(known))
-    print(f"sad: error: {line}", file=sys.stderr)
+    rank, _ = processes()
+    if rank == 0 or debug or speaks_for_itself(error):
+        print(f"sad: error: {line}", file=sys.stderr)
     if known is None or debug:
         traceback.print_exception(error)
     return 1 if known is None else known.exit_code

@@ -15,6 +15,10 @@ class SadError(Exception):
 
     exit_code = 1
 
+    spoken: bool | None = None
+    """On several processes: whether this one is to say it. None: it depends on the kind of error,
+    see ``speaks_for_itself``."""
+
 
 class UsageError(SadError):
     """The command line or the configuration is wrong."""
@@ -62,6 +66,18 @@ class DivergedError(SadError):
     """Too many updates in a row were not finite, and none of them was applied."""
 
     exit_code = 90
+
+
+def speaks_for_itself(error: BaseException) -> bool:
+    """Whether a process that is not the first of a run has to say its error.
+
+    Most errors come to all of them alike, for the same configuration, models and numbers: then the
+    first one says it for all.
+    """
+    if isinstance(error, SadError) and error.spoken is not None:
+        return error.spoken
+    alike = (UsageError, UnfitError, OutputError, CheckpointError, StoppedError, DivergedError)
+    return not isinstance(error, alike)
 
 
 def one_line(error: BaseException) -> str:

@@ -377,6 +377,10 @@ class DistillConfig:
             return self.global_batch_size // self.gradient_accumulation_steps
         return self.per_device_train_batch_size * world_size
 
+    def rows_per_process(self, world_size: int = 1) -> int:
+        """Rows of a micro-batch on one of ``world_size`` processes, at most."""
+        return -(-self.rows_per_micro_batch(world_size) // world_size)
+
     def objective(self, *, kd_weight: float | None = None, teacher_share: float = 1.0) -> Objective:
         """The objective while the divergence has the weight ``kd_weight`` (default: the configured
         one). The weight of the cross-entropy does not depend on it."""

@@ -108,7 +108,7 @@ class World:
         if error is not None:
             raise error
         if isinstance(shared[1], BaseException):
-            raise shared[1]
+            raise _heard(shared[1])
         return shared[0]  # pyright: ignore[reportReturnType]
 
     def main_first(self, function: Callable[[], T]) -> T:
@@ -136,6 +136,8 @@ class World:
         except BaseException as raised:
             error = raised
         errors = self.gather(_travelling(error))
+        if isinstance(error, SadError):  # the first of them says it
+            error.spoken = not any(errors[: self.rank])
         if error is not None:
             raise error
         self._raise_first(errors)
@@ -145,7 +147,7 @@ class World:
         """Raise what another rank has raised, and says itself."""
         for error in errors:
             if error is not None:
-                raise error
+                raise _heard(error)
 
     def same(self, value: object, what: str) -> None:
         """Raise ``UsageError`` on all ranks unless ``value`` is equal on all of them."""
@@ -167,6 +169,13 @@ def _travelling(error: BaseException | None) -> BaseException | None:
 
 ALONE = World()
 """The world of a process that is a run of its own."""
+
+
+def _heard(error: BaseException) -> BaseException:
+    """An error of another rank, which says it."""
+    if isinstance(error, SadError):
+        error.spoken = False
+    return error
 
 
 @contextmanager

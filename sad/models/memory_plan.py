@@ -271,7 +271,7 @@ def _forward_items(
     items = [("student activations", _activation_bytes(config, device))]
     structural = 0
     if teacher is not None:
-        rows = config.per_device_train_batch_size
+        rows = config.rows_per_process()
         structural = peak_of_losses(
             structural_memory(config, student, teacher, rows, gradients=True)
         )
@@ -317,7 +317,7 @@ def _projector_items(
 
 def _teacher_items(config: DistillConfig, device: torch.device) -> list[Item]:
     """What the teacher holds while it runs a micro-batch, if it does so on the training device."""
-    size = _teacher_peak(config, device, config.per_device_train_batch_size)
+    size = _teacher_peak(config, device, config.rows_per_process())
     return [("teacher activations", size)] if size else []
 
 
@@ -469,7 +469,7 @@ def _kept_bytes(
         model = build_student_model(config, dtype).train()
     with FakeTensorMode(), _FakeGroupedProducts():
         put_tensors(model, device)
-        rows = config.per_device_train_batch_size, config.max_length
+        rows = config.rows_per_process(), config.max_length
         ids, positions = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         if checkpointing:
             enable_checkpointing(model)
@@ -494,7 +494,7 @@ def _full_logits(
 
 
 def _tokens(config: DistillConfig) -> int:
-    return config.per_device_train_batch_size * config.max_length
+    return config.rows_per_process() * config.max_length
 
 
 def _param_dtype(config: DistillConfig) -> torch.dtype:

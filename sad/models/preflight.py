@@ -74,13 +74,15 @@ def check_models_and_loss(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    run_teacher: Callable[[Tensor], TeacherHidden] | None = None,
 ) -> dict[str, float]:
     """Check both models and the loss on the first row of a batch; return the relative errors.
 
     Their names are ``student/causality``, ``student/head``, ``student/packing``, the same for the
     teacher, ``loss`` and ``loss_gradient``. The student's hidden states, for the loss, are computed
     within ``autocast``, as in training. Weights, gradients, training modes and random states
-    keep every bit. The models may be on different devices.
+    keep every bit. The models may be on different devices. A teacher that was checked before, and
+    cannot be taken apart any more, is given as ``run_teacher``: [1, l] -> its answer, [1, l, D].
 
     Raises ``UnfitError`` with the check that failed, its error and the remedy.
     """
@@ -96,6 +98,9 @@ def check_models_and_loss(
         target = TeacherHidden(
             teacher_hidden.to(hidden.device), _moved(teacher_head, hidden.device)
         )
+    if run_teacher is not None:
+        answer = run_teacher(row.to(hidden.device))
+        target = TeacherHidden(answer.hidden[0, :-1][:TARGETS], answer.head)
     labels = row[0, 1 : 1 + TARGETS].to(hidden.device)
     return errors | check_loss(
         hidden.to(compute_dtype), head, labels, target, objective, chunk_bytes, impl

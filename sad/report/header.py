@@ -39,6 +39,7 @@ def run_header(
     tokenizer_notes: Sequence[str] = (),
     resumption_notes: Sequence[str] = (),
     balance_note: str = "",
+    world_size: int = 1,
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
 
@@ -63,7 +64,7 @@ def run_header(
         *((("tokenizer", "\n".join(tokenizer_notes)),) if tokenizer_notes else ()),
         ("text", _text_line(train_rows) + f"; held out {_text_line(eval_rows)}"),
         ("length", describe(config, run_length)),
-        ("batch", _batch_line(config)),
+        ("batch", _batch_line(config, run_length, world_size)),
         ("objective", _objective_line(config)),
         *((("experts", balance_note),) if balance_note else ()),
         *((("routing", config.routing.mode),) if config.routing.mode != "teacher" else ()),
@@ -72,6 +73,7 @@ def run_header(
     if checks:
         lines.append(("self-check", ", ".join(f"{k} {v:.1e}" for k, v in checks.items())))
     lines += [
+        *((("processes", _processes_line(config, world_size)),) if world_size > 1 else ()),
         ("memory", _memory_forecast(predicted)),
         ("machine", _machine_line(precision.device)),
         ("versions", ", ".join(f"{k} {v}" for k, v in library_versions().items())),
@@ -166,10 +168,22 @@ def _text_line(rows: PackedRows) -> str:
     return f"{line} ({rows.left_out})" if rows.left_out else line
 
 
-def _batch_line(config: DistillConfig) -> str:
-    rows, windows = config.per_device_train_batch_size, config.gradient_accumulation_steps
+def _batch_line(config: DistillConfig, run_length: RunLength, world_size: int) -> str:
+    rows, windows = run_length.batch_size, config.gradient_accumulation_steps
     tokens = rows * windows * config.max_length
-    return f"{rows} rows x {config.max_length} tokens x {windows} micro-batches = {tokens:,} tokens"
+    among = f", {-(-rows // world_size)} on each process" if world_size > 1 else ""
+    return (
+        f"{rows} rows x {config.max_length} tokens x {windows} micro-batches = {tokens:,} tokens"
+        f"{among}"
+    )
+
+
+def _processes_line(config: DistillConfig, world_size: int) -> str:
+    replicas = config.dp_replicate_size
+    shards = world_size // replicas
+    split = "whole on each" if shards == 1 else f"split over {shards}"
+    copies = f", {replicas} replicas" if replicas > 1 else ""
+    return f"{world_size}, each model {split}{copies}"
 
 
 def _objective_line(config: DistillConfig) -> str:

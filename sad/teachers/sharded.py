@@ -40,11 +40,16 @@ class ShardedTeacher(FrozenTeacher):
         self._unit.unshard()
         return with_valid_vocab(read_head(self.model), self._valid_vocab)
 
+    def answer(self, input_ids: Tensor) -> TeacherHidden:
+        """Hidden states [B, L, D] and head for rows [B, L] of one document each."""
+        with torch.no_grad():
+            return TeacherHidden(self._root(input_ids), self.head())
+
     def release(self) -> None:
         reshard(self._root)
 
     def _target(self, batch: Batch) -> TeacherHidden:
-        return TeacherHidden(self._root(batch), self.head())
+        return TeacherHidden(self._root(batch.input_ids, batch.position_ids), self.head())
 
 
 class _Backbone(nn.Module):
@@ -55,5 +60,5 @@ class _Backbone(nn.Module):
         self.model = model
         self._backbone, _ = split_head(model)
 
-    def forward(self, batch: Batch) -> Tensor:  # [B, L, D]
-        return self._backbone(batch.input_ids, batch.position_ids)
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return self._backbone(input_ids, position_ids)  # [B, L, D]

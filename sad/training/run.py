@@ -43,6 +43,7 @@ from sad.report.log import RunLog, SilentLog
 from sad.report.model_card import push_to_hub
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
+from sad.teachers.sharded import ShardedTeacher
 from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.machine import check_machine
@@ -349,10 +350,11 @@ def _train(
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
+        run_teacher=inputs.teacher.answer if isinstance(inputs.teacher, ShardedTeacher) else None,
     )
     world.from_main(lambda: run_dir.require_exportable(student.model, inputs.tokenizer))
     if config.torch_compile:  # after the checks, whose rows have other shapes
-        rows = range(min(config.per_device_train_batch_size, len(inputs.train_rows)))
+        rows = range(min(config.rows_per_process(), len(inputs.train_rows)))
         packed = inputs.train_rows.batch(list(rows)).to(inputs.device)
         checks["student/compiled"] = student.train().compile_layers(packed)
     if sharded:
@@ -387,6 +389,7 @@ def _train(
             resumption_notes=() if resumption is None else resumption.notes,
             tokenizer_notes=inputs.tokenizer_notes,
             balance_note=student.balance_note,
+            world_size=world.size,
         )
         if stop_tokens:
             header.append(("stop tokens", stop_tokens))
