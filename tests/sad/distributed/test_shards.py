@@ -317,9 +317,11 @@ def test_parts_of_a_sharded_run_are_restored_in_place(tmp_path: Path, readers: i
 
     def write() -> Path:
         with whole_world("cpu", timeout_seconds=60) as world:
-            _, _, parts = trained(world, seed=1, steps=3)
+            _, optimizer, parts = trained(world, seed=1, steps=3)
             state, tensors = capture_parts(parts)
             assert per_rank_names(parts) == {"rng"}
+            live = {id(moment) for of_one in optimizer.state.values() for moment in of_one.values()}
+            assert {id(tensor) for tensor in tensors["optimizer"].values()} == live, "copied"
             return save_shards(tmp_path, 1, state, tensors, world, save_total_limit=2)
 
     path = run_ranks(2, write)[0]
