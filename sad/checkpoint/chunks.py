@@ -4,8 +4,8 @@
 chunks: the offsets at which each begins, its sizes, its file and its key there::
 
     {"model": {"lm_head.weight": {"dtype": "F32", "shape": [512, 32], "chunks": [
-        [[0, 0], [256, 32], "model.00000.safetensors", "lm_head.weight@0,0"],
-        [[256, 0], [256, 32], "model.00001.safetensors", "lm_head.weight@256,0"]]}}}
+        [[0, 0], [256, 32], "model.00000.safetensors", "lm_head.weight(0,0)"],
+        [[256, 0], [256, 32], "model.00001.safetensors", "lm_head.weight(256,0)"]]}}}
 
 The chunks of a tensor cover it exactly, and none is empty.
 """
@@ -72,8 +72,11 @@ def shard_name(group: str, rank: int) -> str:
 
 
 def chunk_key(name: str, offsets: Sequence[int]) -> str:
-    """The key of a chunk in its file."""
-    return f"{name}@{','.join(map(str, offsets))}"
+    """The key of a chunk in its file.
+
+    The bracket sorts before what names consist of: keys have the order of names.
+    """
+    return f"{name}({','.join(map(str, offsets))})"
 
 
 def index_as_json(index: Index) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from sad.checkpoint.store import (
     require_saveable,
     save_checkpoint,
 )
-from sad.checkpoint.tensor_files import PackedTensors, file_order
+from sad.checkpoint.tensor_files import file_order
 from sad.distributed.tensors import local_part
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ def group_bytes(tensors: Tensors) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _copy(group: str, named: Mapping[str, Tensor], buffers: HostBuffers) -> PackedTensors:
+def _copy(group: str, named: Mapping[str, Tensor], buffers: HostBuffers) -> dict[str, Tensor]:
     order = file_order(named)
     parts = {name: local_part(named[name]) for name in order}
     ends = list(accumulate(part.nbytes for part in parts.values()))
@@ -114,7 +114,7 @@ def _copy(group: str, named: Mapping[str, Tensor], buffers: HostBuffers) -> Pack
         place = content[end - part.nbytes : end].view(part.dtype).view(part.shape)
         copy_of_part = place.copy_(part, non_blocking=buffers.pinned)
         copies[name] = with_local_part(named[name], copy_of_part)
-    return PackedTensors(copies, content)
+    return copies
 
 
 def write(

@@ -440,6 +440,18 @@ def load_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> list[str]
     return missing
 
 
+def start_rng(seed: int, rank: int, micro_step: int) -> None:
+    """Start the global generators at a state that follows from these three numbers.
+
+    For a checkpoint of another number of processes, whose generators nobody can take over: each
+    process draws other numbers, and none those that it drew at the start of the run.
+    """
+    words = np.random.SeedSequence([seed, rank, micro_step]).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
+
+
 def check_rng(state: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
     """Check for ``load_rng``: each state is one that its generator can be in."""
     with checkpoint_errors():

@@ -40,19 +40,9 @@ def file_order(named: Mapping[str, Tensor]) -> list[str]:
     return sorted(named, key=lambda name: (-named[name].element_size(), name))
 
 
-class PackedTensors(dict[str, Tensor]):
-    """Contiguous tensors on the CPU that lie without gaps, in ``file_order``, in ``content``.
-
-    They are hashed and written as one piece.
-    """
-
-    def __init__(self, named: Mapping[str, Tensor], content: Tensor) -> None:
-        super().__init__(named)
-        self.content = content  # uint8
-
-
 def safetensors_chunks(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
-    """The safetensors format, one tensor at a time.
+    """The safetensors format, one tensor at a time; those that lie in host memory one after the
+    other, as in a snapshot, as one piece.
 
     A writer of our own because the bytes must pass through ``files.OPERATIONS``, where faults are
     injected and files forced to disk, and are hashed on the way; the library's ``save_file`` opens
@@ -76,11 +66,35 @@ def safetensors_chunks(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    if isinstance(named, PackedTensors):
-        yield _raw(named.content)
-        return
-    for name in order:
-        yield _raw(named[name])
+    piece: list[Tensor] = []
+    for tensor in (named[name] for name in order if named[name].numel()):
+        if piece and not _follows(piece[-1], tensor):
+            yield _joined(piece)
+            piece = []
+        piece.append(tensor)
+    if piece:
+        yield _joined(piece)
+
+
+def _follows(before: Tensor, tensor: Tensor) -> bool:
+    """Whether a tensor begins in host memory where the one before it ends."""
+    return (
+        before.device.type == tensor.device.type == "cpu"
+        and before.is_contiguous()
+        and tensor.is_contiguous()
+        and before.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        and before.data_ptr() + before.nbytes == tensor.data_ptr()
+    )
+
+
+def _joined(piece: Sequence[Tensor]) -> memoryview:
+    """The bytes of tensors of which each follows the one before."""
+    first = piece[0]
+    if len(piece) == 1:
+        return _raw(first)
+    storage = first.untyped_storage()
+    begin, size = first.data_ptr() - storage.data_ptr(), sum(tensor.nbytes for tensor in piece)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,)).numpy().data
 
 
 def _raw(tensor: Tensor) -> memoryview:

@@ -193,15 +193,16 @@ def whole_world(
     it then. Raises ``UsageError`` where these do not make up the number of ranks.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 and not dist.is_initialized():
-        yield World()
+    if dist.is_initialized():
+        size = dist.get_world_size()
+    if size == 1:
+        yield ALONE
         return
     begun = not dist.is_initialized()
     if begun:
         backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     try:
-        size = dist.get_world_size()
         shards = size // replicas if shard_size is None else shard_size
         if replicas * shards != size:
             raise UsageError(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sad.distributed.tensors import is_split
 from sad.errors import UnfitError, UsageError
 from sad.losses.attention_hook import (
     AttentionCall,
@@ -145,7 +146,12 @@ class Capture:
                     raise self._refusal(kind.name, layer, "a forward pass without")
 
     def _check_model(self, model: PreTrainedModel) -> None:
-        """Run one short row through the model, and recompute its attention from the capture."""
+        """Run one short row through the model, and recompute its attention from the capture.
+
+        A model that is split over ranks runs from its root alone; it was checked before.
+        """
+        if any(is_split(parameter) for parameter in model.parameters()):
+            return
         backbone, head = split_head(model)
         ids = (torch.arange(PROBE_LENGTH, device=head.weight.device) * 7 % head.vocab_size)[None]
         activations = Activations()

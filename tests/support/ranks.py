@@ -1,7 +1,8 @@
 """Several processes on this machine that compute together, forked from the test's own.
 
 ``run_ranks(size, function, *args)`` gives ``function(*args)`` to each of ``size`` forked ranks of
-one gloo group and returns what each returned, in the order of the ranks.
+one gloo group and returns what each returned, in the order of the ranks. ``ends_of_ranks`` is for
+ranks that are meant to fail: it says how each ended.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,12 +28,22 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
+from sad.errors import SadError
+
 SECONDS = 240
 """How long ranks may take together before they are killed."""
 
 
 class RankFailedError(AssertionError):
     """A rank raised; the message is its traceback."""
+
+
+@dataclass
+class End:
+    """How a rank ended: its exit code (negative: the signal), and its error in one line."""
+
+    code: int
+    message: str = ""
 
 
 def run_ranks(
@@ -40,21 +54,8 @@ def run_ranks(
     It sees the environment of torchrun and an initialised process group. Raises
     ``RankFailedError`` as soon as one rank raises; the others are killed.
     """
-    context = multiprocessing.get_context("fork")
-    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-    processes: list[BaseProcess] = []
     results: dict[int, Any] = {}
-    try:
-        receivers: dict[Connection, int] = {}
-        for rank in range(size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank, args=(rank, size, folder / "store", sender, function, args)
-            )
-            process.start()
-            sender.close()  # the child has its own: its end is seen here
-            processes.append(process)
-            receivers[receiver] = rank
+    with _forked(size, partial(function, *args)) as (processes, receivers):
         while receivers:
             ready = wait(list(receivers), timeout)
             if not ready:
@@ -66,6 +67,54 @@ def run_ranks(
         for process in processes:
             process.join(timeout)
         return [results[rank] for rank in range(size)]
+
+
+def ends_of_ranks(
+    size: int, function: Callable[[], object], *, timeout: float = SECONDS
+) -> list[End]:
+    """How each of ``size`` ranks ends that call ``function()``; one that hangs is killed."""
+
+    def ending() -> tuple[int, str]:
+        try:
+            function()
+        except SadError as error:
+            return error.exit_code, str(error)
+        return 0, ""
+
+    ends: dict[int, End] = {}
+    with _forked(size, ending, leave_together=False) as (processes, receivers):
+        for receiver, rank in receivers.items():
+            try:
+                if not receiver.poll(timeout):
+                    raise RankFailedError(f"rank {rank} has not ended within {timeout:g} s")
+                ends[rank] = End(*_received(receiver, rank))
+            except RankFailedError as error:
+                processes[rank].join(timeout)
+                ends[rank] = End(processes[rank].exitcode or 0, str(error))
+    return [ends[rank] for rank in range(size)]
+
+
+@contextmanager
+def _forked(
+    size: int, function: Callable[[], Any], *, leave_together: bool = True
+) -> Iterator[tuple[list[BaseProcess], dict[Connection, int]]]:
+    """The processes of the ranks, and from where their results come."""
+    context = multiprocessing.get_context("fork")
+    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+    processes: list[BaseProcess] = []
+    receivers: dict[Connection, int] = {}
+    try:
+        for rank in range(size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank,
+                args=(rank, size, folder / "store", sender, function, leave_together),
+            )
+            process.start()
+            sender.close()  # the child has its own: its end is seen here
+            processes.append(process)
+            receivers[receiver] = rank
+        yield processes, receivers
     finally:
         for process in processes:
             if process.is_alive():
@@ -89,8 +138,8 @@ def _rank(
     size: int,
     store: Path,
     sender: Connection,
-    function: Callable[..., Any],
-    args: Sequence[Any],
+    function: Callable[[], Any],
+    leave_together: bool,
 ) -> None:
     """One rank, in the forked process; it ends without the clean-up of the test runner's."""
     torch.set_num_threads(1)  # a pool of torch's does not survive a fork
@@ -106,10 +155,11 @@ def _rank(
             timeout=timedelta(seconds=60),
         )
         buffer = io.BytesIO()
-        torch.save(function(*args), buffer)
+        torch.save(function(), buffer)
         sender.send((False, buffer.getvalue()))
-        dist.barrier()  # no rank leaves while another still talks to it
-        dist.destroy_process_group()
+        if leave_together:
+            dist.barrier()  # no rank leaves while another still talks to it
+            dist.destroy_process_group()
     except BaseException:
         sender.send((True, traceback.format_exc()[-4000:]))
         os._exit(1)

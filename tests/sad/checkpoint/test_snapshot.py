@@ -23,7 +23,7 @@ from sad.checkpoint.snapshot import (
     write,
 )
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
-from sad.checkpoint.tensor_files import PackedTensors
+from sad.checkpoint.tensor_files import file_order, safetensors_chunks
 
 STATE: dict[str, Any] = {"seen": [1, 2], "nested": {"loss": float("inf")}}
 
@@ -48,8 +48,7 @@ def groups() -> dict[str, dict[str, Tensor]]:
 def address_of(taken: Snapshot) -> int:
     """Of the copy's first group."""
     named = taken.tensors["model"]
-    assert isinstance(named, PackedTensors)
-    return named.content.data_ptr()
+    return named[file_order(named)[0]].data_ptr()
 
 
 def test_the_files_have_the_bytes_of_the_live_tensors(tmp_path: Path) -> None:
@@ -59,6 +58,18 @@ def test_the_files_have_the_bytes_of_the_live_tensors(tmp_path: Path) -> None:
     copied = write(tmp_path / "copied", taken, save_total_limit=2)
     assert copied.name == live.name
     assert tree(copied) == tree(live)
+
+
+def test_what_lies_together_in_memory_is_one_piece_of_the_file() -> None:
+    """Whatever was left out between, and with the same bytes as from tensors that lie apart."""
+    taken = snapshot(7, STATE, groups(), HostBuffers())
+    header, *pieces = safetensors_chunks(taken.tensors["model"])
+    expected = sum(tensor.nbytes for tensor in groups()["model"].values())
+    assert len(header) and [len(piece) for piece in pieces] == [expected]
+    apart = {name: tensor.clone() for name, tensor in taken.tensors["model"].items()}
+    assert b"".join(safetensors_chunks(apart)) == bytes(header) + bytes(pieces[0])
+    some = {name: tensor for name, tensor in taken.tensors["model"].items() if name != "c"}
+    assert len(list(safetensors_chunks(some))) == 3  # around what was left out
 
 
 def test_what_changes_afterwards_is_not_in_it(tmp_path: Path) -> None:

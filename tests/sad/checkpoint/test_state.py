@@ -27,6 +27,7 @@ from sad.checkpoint.state import (
     model_tensors,
     optimizer_state,
     rng_state,
+    start_rng,
 )
 from sad.checkpoint.store import Checkpoint, load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
@@ -562,3 +563,17 @@ def test_generators_of_devices_are_saved_and_missing_ones_named(
     assert_same_bits(
         {str(i): tensor for i, tensor in restored.items()}, {"0": states[0], "1": states[1]}
     )
+
+
+def test_generators_start_at_a_state_of_their_own() -> None:
+    """Of each process and each position, and the same one whenever it is asked for."""
+
+    def drawn(*numbers: int) -> tuple[float, float, float]:
+        start_rng(*numbers)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    one = drawn(0, 0, 0)
+    assert drawn(0, 0, 0) == one
+    others = [drawn(*numbers) for numbers in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2**40, 7, 10**9))]
+    for i in range(3):
+        assert len({drawn[i] for drawn in (one, *others)}) == 5

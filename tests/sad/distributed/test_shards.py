@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -235,8 +235,8 @@ def test_layout(tmp_path: Path) -> None:
         "dtype": "F32",
         "shape": [7, 4],
         "chunks": [
-            [[0, 0], [4, 4], "model.00000.safetensors", "embed@0,0"],
-            [[4, 0], [3, 4], "model.00001.safetensors", "embed@4,0"],
+            [[0, 0], [4, 4], "model.00000.safetensors", "embed(0,0)"],
+            [[4, 0], [3, 4], "model.00001.safetensors", "embed(4,0)"],
         ],
     }
     state = json.loads((path / "state.json").read_text())
@@ -317,9 +317,11 @@ def test_parts_of_a_sharded_run_are_restored_in_place(tmp_path: Path, readers: i
 
     def write() -> Path:
         with whole_world("cpu", timeout_seconds=60) as world:
-            _, _, parts = trained(world, seed=1, steps=3)
+            _, optimizer, parts = trained(world, seed=1, steps=3)
             state, tensors = capture_parts(parts)
             assert per_rank_names(parts) == {"rng"}
+            live = {id(moment) for of_one in optimizer.state.values() for moment in of_one.values()}
+            assert {id(tensor) for tensor in tensors["optimizer"].values()} == live, "copied"
             return save_shards(tmp_path, 1, state, tensors, world, save_total_limit=2)
 
     path = run_ranks(2, write)[0]
@@ -677,7 +679,7 @@ def test_one_process_reads_one_chunk_at_a_time(tmp_path: Path) -> None:
     dtype, shape = source.form("embed")
     assert (dtype, shape, read) == (torch.float32, (7, 4), [])
     assert bits(checkpoint.tensors["model"]["embed"]) == bits(whole(10)["model"]["embed"])
-    assert read == ["embed@0,0", "embed@4,0"]
+    assert read == ["embed(0,0)", "embed(4,0)"]
 
 
 # Crafted files
@@ -698,6 +700,49 @@ def signed(path: Path) -> None:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_on(2, tmp_path_factory.mktemp("template"), 10)
+
+
+ODD: tuple[Any, ...] = (None, True, -1, 0, 10**30, 1.5, "x", [], [0], {})
+
+
+def leaves(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """The paths of everything in a JSON value."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value)) if isinstance(value, list) else []
+    for key, item in items:
+        yield from leaves(item, *path, key)
+
+
+@pytest.mark.parametrize("name", ["tensors.json", "state.json", "manifest.json"])
+def test_any_odd_value_is_refused_in_one_line_or_means_the_same(tmp_path: Path, name: str) -> None:
+    def on_rank() -> None:
+        with whole_world("cpu", timeout_seconds=60) as world:
+            tiny_save(tmp_path, 20, world)
+
+    run_ranks(2, on_rank)
+    path = tmp_path / "checkpoints" / "batch-000000020"
+    text = (path / name).read_text()
+    for *parents, last in list(leaves(json.loads(text))):
+        if "counters" in (*parents, last) or "words" in (*parents, last):
+            continue  # what a run makes of these is for its parts to check
+        for odd in ODD:
+            changed = place = json.loads(text)
+            for key in parents:
+                place = place[key]
+            place[last] = odd
+            (path / name).write_text(json.dumps(changed))
+            if name != "manifest.json":
+                signed(path)
+            try:
+                found = load_checkpoint(path)
+            except CheckpointError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000
+            else:
+                assert bits(found.tensors["model"]["w"]) == bits(torch.full((2,), 20.0))
 
 
 def edit_chunk(field: int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -747,7 +792,7 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not in the manifest": (edit_chunk(2, "model.00007.safetensors"), "name files of model"),
     "no file": (edit_chunk(2, 3), "offsets, sizes"),
     "another key": (edit_chunk(3, "nothing"), "hold"),
-    "a key twice": (edit_chunk(3, "half@3,0,0"), "name every chunk once"),
+    "a key twice": (edit_chunk(3, "half(3,0,0)"), "name every chunk once"),
     "swapped files": (swap_files, "hold"),
     "a tensor left out": (lambda index: index["model"].pop("embed"), "hold nothing as"),
     "a group left out": (lambda index: index.pop("ema"), "hold nothing as"),
