@@ -64,7 +64,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "config environment selftest",
         "models optim",
         "checkpoint",
-        "data",
+        "data integrations",
         "losses",
         "report teachers",
         "training",
