@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -383,17 +384,18 @@ def with_transformers(steps: int, folder: str) -> Gradients:
 def sft_trainer(folder: str, steps: int = 1, student: Any = None, **others: Any) -> Any:
     """TRL's trainer on prepared rows without padding, as its own preparation leaves them."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
-    class SFTDistiller(DistillSFTMixin, SFTTrainer):
+    trl: Any = import_module("trl")
+
+    class SFTDistiller(DistillSFTMixin, trl.SFTTrainer):
         pass
 
     ids = [row["input_ids"][row["attention_mask"].bool()].tolist() for row in examples()]
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    arguments = {"bf16": False} | options(folder, steps, **others)
+    arguments: dict[str, Any] = {"bf16": False} | options(folder, steps, **others)
     return SFTDistiller(
         student or small(seed=0),
-        SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **arguments),
+        trl.SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **arguments),
         train_dataset=dataset,
         processing_class=tiny_tokenizer(),
         teacher=small(seed=5, hidden_size=48),
@@ -436,7 +438,8 @@ def on_a_rank(gradient: Callable[[int, str], Gradients], steps: int, folder: str
 def test_gradients_are_those_of_the_whole_batch(
     gradient: Callable[[int, str], Gradients], steps: int, ranks: int, tmp_path: Path
 ) -> None:
-    truth(), in_one_piece()  # once, before ranks are forked
+    truth()  # once, before ranks are forked, as the next
+    in_one_piece()
     if ranks == 1:
         assert_is_the_whole_gradient(gradient(steps, str(tmp_path)))
         return
@@ -448,9 +451,9 @@ def test_gradients_are_those_of_the_whole_batch(
 @needs_trl
 def test_trl_on_two_ranks_has_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     """Of the grid above, which is slow for TRL, the case that needs every factor."""
-    truth(), in_one_piece()
-    import trl  # noqa: F401  # once, not on each rank
-
+    truth()
+    in_one_piece()
+    import_module("trl")  # once, not on each rank
     for of_rank in run_ranks(2, on_a_rank, with_trl, 4, str(tmp_path)):
         assert_is_the_whole_gradient(of_rank)
 
