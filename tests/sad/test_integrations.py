@@ -568,6 +568,14 @@ def test_trl_trains_evaluates_and_saves_the_student(tmp_path: Path) -> None:
     assert same(weights(loaded), weights(student))
 
 
+@needs_trl
+@pytest.mark.slow
+def test_trl_s_padding_free_batches_have_the_same_gradient(tmp_path: Path) -> None:
+    """One row, with positions that restart, and lengths that the model does not take."""
+    trainer = sft_trainer(str(tmp_path), padding_free=True, max_length=None)
+    assert_is_the_whole_gradient(first_gradient(trainer.train, trainer.model))
+
+
 @needs_accelerate
 @pytest.mark.parametrize(
     ("given", "message"),
