@@ -2,8 +2,9 @@
 
 ``from sad import DistillConfig, distill`` runs a whole distillation. The parts for a training loop
 of one's own are submodules: ``sad.accumulate``, ``sad.curriculum``, ``sad.ema``, ``sad.models``,
-``sad.data``, ``sad.checkpoint``, ``sad.losses``. All of them are imported on first use, so
-``import sad`` itself imports neither torch nor transformers.
+``sad.data``, ``sad.checkpoint``, ``sad.losses``, and ``sad.integrations`` for other people's
+trainers. All of them are imported on first use, so ``import sad`` itself imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _SUBMODULES = frozenset(
         "data",
         "ema",
         "errors",
+        "integrations",
         "losses",
         "models",
     }

@@ -66,7 +66,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "distributed.sharding ema",
         "models optim",
         "checkpoint",
-        "data",
+        "data integrations",
         "losses",
         "distributed",
         "report teachers",

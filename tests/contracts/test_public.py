@@ -45,6 +45,7 @@ PARTS = {
         "UnfitError",
         "UsageError",
     ],
+    "sad.integrations": ["DistillMixin", "DistillModel", "DistillSFTMixin"],
     "sad.losses": list(losses.__all__),
     "sad.models": ["split_head"],
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,13 +14,15 @@ import pytest
 import sad_kernels
 import torch
 import torch.nn.functional as F
+from sad_kernels import Objective
 from sad_kernels.objective import Divergence
-from support.tiny import save_tiny, tiny_llama, write_texts
+from support.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_texts
 from torch import Tensor, nn
 
 from sad import errors
 from sad.config.load import load_config
 from sad.config.schema import STRUCTURAL
+from sad.ema import ModelEMA
 
 ROOT = Path(__file__).parents[2]
 README, KERNELS, TRAINER = (
@@ -53,7 +57,7 @@ def test_there_are_some() -> None:
     assert {name: len(blocks("python", text)) for name, text in DOCUMENTS.items()} == {
         "README": 3,
         "kernels": 2,
-        "sad": 1,
+        "sad": 3,
     }
 
 
@@ -133,12 +137,57 @@ def test_the_trainer_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_tiny(Path("path/of/the/student"), tiny_llama())
     save_tiny(Path("path/of/the/teacher"), tiny_llama(seed=1))
     write_texts(Path("my_texts"), count=40)
-    [code] = blocks("python", TRAINER)
+    code = blocks("python", TRAINER)[0]
     result = run(code, {})["result"]
     shown = re.findall(r"(?m)^  ([\w.]+/?)", TRAINER.partition("```\nruns/mine/")[2][:1200])
     assert {"best/", "final/", "status.json"} <= set(shown)
     left = {f"{path.name}{os.sep if path.is_dir() else ''}" for path in result.run_dir.iterdir()}
     assert set(shown) - {"baseline/"} <= left
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="needs trl, which the extra integrations installs")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_code_for_other_trainers_runs(tmp_path: Path) -> None:
+    import transformers
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from datasets import Dataset
+
+    trl: Any = import_module("trl")
+    student, objective = tiny_llama(), Objective(ce_weight=0.3, kd_weight=0.7)
+    how = {"output_dir": str(tmp_path), "max_steps": 1, "report_to": "none", "use_cpu": True}
+    ids = torch.randint(512, (4, 8)).tolist()
+    given = {
+        "transformers": transformers,
+        "trl": trl,
+        "student": student,
+        "teacher": tiny_llama(seed=1, hidden_size=48),
+        "objective": objective,
+        "arguments": transformers.TrainingArguments(**how),
+        "sft_arguments": trl.SFTConfig(bf16=False, **how),
+        "rows": Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        "tokenizer": tiny_tokenizer(),
+    }
+    before = student.lm_head.weight.detach().clone()
+    run(blocks("python", TRAINER)[1], given)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    window = [{"input_ids": torch.tensor(ids[i : i + 2])} for i in (0, 2)]
+    given |= {
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+        "average": ModelEMA(student),
+        "window": [rows | {"labels": rows["input_ids"]} for rows in window],
+        "model": given["DistillModel"](student, given["teacher"], objective),
+        "targets": 28,
+        "accelerator": accelerator,
+    }
+    run(blocks("python", TRAINER)[2], given)
+    assert given["average"].num_updates == 2
+    assert not torch.equal(student.lm_head.weight, before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 # --- Lists ----------------------------------------------------------------------------------------
@@ -165,7 +214,7 @@ def test_requirements_are_those_of_the_distribution() -> None:
         package = re.split(r"[>=;]", requirement)[0]
         wanted = requirement.partition(";")[0] if package in named | {"transformers"} else package
         assert wanted in needs["sad_kernels" if package in named else "sad"]
-    for extra in ("data", "report", "peft", "8bit"):
+    for extra in ("data", "report", "peft", "8bit", "integrations"):
         for requirement in project["optional-dependencies"][extra]:
             assert re.split(r"[>=]", requirement)[0] in needs[extra]
     floor = project["requires-python"].removeprefix(">=")
