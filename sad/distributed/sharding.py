@@ -50,7 +50,9 @@ def shard_trained(
         precision = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    offload = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     mesh = _without_replicas(mesh)
     for layer in layers:
         fully_shard(

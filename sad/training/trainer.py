@@ -43,6 +43,7 @@ from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
 from sad.distributed.sharding import reshard, set_last_backward, whole_state
 from sad.distributed.shards import background_world, own_parts, write_shards
+from sad.distributed.world import lost_ranks_explained
 from sad.environment import StopSignals, memory_now
 from sad.errors import (
     CheckpointError,
@@ -160,7 +161,7 @@ class Trainer:
 
     def train(self, log: RunLog, signals: StopSignals) -> None:
         """Train to the end of the run, or until a signal asks to stop: the state is then saved."""
-        with self._finishing_saves(log):
+        with lost_ranks_explained(self.world, self._in_window), self._finishing_saves(log):
             self._train(log, signals)
 
     def _train(self, log: RunLog, signals: StopSignals) -> None:
@@ -207,6 +208,9 @@ class Trainer:
         if self.world.size == 1:
             return signals.requested is not None
         return closed and stops_all()
+
+    def _in_window(self) -> str:
+        return f" in window {self.counters.global_step + 1}"
 
     def _save_and_stop(self, log: RunLog, signals: StopSignals) -> NoReturn:
         path = self.save(log, must=True)

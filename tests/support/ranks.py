@@ -70,9 +70,12 @@ def run_ranks(
 
 
 def ends_of_ranks(
-    size: int, function: Callable[[], object], *, timeout: float = SECONDS
+    size: int, function: Callable[[], object], *, timeout: float = SECONDS, answers: int = 60
 ) -> list[End]:
-    """How each of ``size`` ranks ends that call ``function()``; one that hangs is killed."""
+    """How each of ``size`` ranks ends that call ``function()``; one that hangs is killed.
+
+    A rank gives up another that does not answer within ``answers`` seconds.
+    """
 
     def ending() -> tuple[int, str]:
         try:
@@ -82,21 +85,23 @@ def ends_of_ranks(
         return 0, ""
 
     ends: dict[int, End] = {}
-    with _forked(size, ending, leave_together=False) as (processes, receivers):
+    with _forked(size, ending, leave_together=False, answers=answers) as (processes, receivers):
         for receiver, rank in receivers.items():
             try:
                 if not receiver.poll(timeout):
                     raise RankFailedError(f"rank {rank} has not ended within {timeout:g} s")
                 ends[rank] = End(*_received(receiver, rank))
             except RankFailedError as error:
-                processes[rank].join(timeout)
+                processes[rank].join(5)
+                processes[rank].kill()
+                processes[rank].join()
                 ends[rank] = End(processes[rank].exitcode or 0, str(error))
     return [ends[rank] for rank in range(size)]
 
 
 @contextmanager
 def _forked(
-    size: int, function: Callable[[], Any], *, leave_together: bool = True
+    size: int, function: Callable[[], Any], *, leave_together: bool = True, answers: int = 60
 ) -> Iterator[tuple[list[BaseProcess], dict[Connection, int]]]:
     """The processes of the ranks, and from where their results come."""
     context = multiprocessing.get_context("fork")
@@ -108,7 +113,7 @@ def _forked(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank,
-                args=(rank, size, folder / "store", sender, function, leave_together),
+                args=(rank, size, folder / "store", sender, function, leave_together, answers),
             )
             process.start()
             sender.close()  # the child has its own: its end is seen here
@@ -140,6 +145,7 @@ def _rank(
     sender: Connection,
     function: Callable[[], Any],
     leave_together: bool,
+    answers: int,
 ) -> None:
     """One rank, in the forked process; it ends without the clean-up of the test runner's."""
     torch.set_num_threads(1)  # a pool of torch's does not survive a fork
@@ -152,7 +158,7 @@ def _rank(
             init_method=f"file://{store}",
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=answers),
         )
         buffer = io.BytesIO()
         torch.save(function(), buffer)

@@ -1,0 +1,92 @@
+"""Gradients of split models, their averages, and what a rank without rows adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.rank_runs import Material
+from support.ranks import run_ranks
+from support.runs import make_trainer
+from torch import Tensor
+
+from sad.config.schema import DistillConfig
+from sad.distributed.tensors import is_split, whole
+from sad.distributed.world import whole_world
+from sad.training.inputs import load_inputs
+from sad.training.trainer import Trainer
+
+
+def gradients_of(config: DistillConfig) -> tuple[dict[str, Tensor], float]:
+    """The gradient of every parameter in the first window, unclipped, and whether it is split."""
+    found: dict[str, Tensor] = {}
+
+    def close(self: Trainer, *, empty: bool) -> None:
+        for name, parameter in self.trained_parameters().items():
+            if parameter.grad is not None:
+                found[name] = whole(parameter.grad).clone()
+
+    with whole_world("cpu", timeout_seconds=30, replicas=config.dp_replicate_size) as world:
+        trainer = make_trainer(config, load_inputs(config, world=world))
+        trainer._close_window = close.__get__(trainer)  # type: ignore[method-assign]
+        trainer.student.train()
+        while not trainer.micro_batch():
+            pass
+        split = sum(map(is_split, trainer.student.parameters()))
+        return found, split / len(list(trainer.student.parameters()))
+
+
+def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    assert ours.keys() == theirs.keys()
+    return {
+        name: float((ours[name] - exact).norm() / exact.norm().clamp_min(1e-12))
+        for name, exact in theirs.items()
+    }
+
+
+FEW = [
+    pytest.param(2, {}, id="2 ranks"),
+    pytest.param(3, {"sync_each_batch": False}, id="3 ranks, summed once"),
+    pytest.param(2, {"reshard_after_forward": False}, id="layers stay whole"),
+    pytest.param(2, {"dp_replicate_size": 2}, id="replicas"),
+    pytest.param(4, {"dp_replicate_size": 2}, id="hybrid"),
+    pytest.param(2, {"gradient_checkpointing": True}, id="checkpointing"),
+    pytest.param(2, {"cpu_offload": True}, id="offloaded"),
+    pytest.param(4, {"global_batch_size": 4}, id="ranks without rows"),
+    pytest.param(2, {"feature": {"weight": 0.5}, "use_curriculum": False}, id="projectors"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "keys"), FEW)
+def test_every_gradient_is_that_of_one_process(
+    material: Material, tmp_path: Path, ranks: int, keys: dict[str, Any]
+) -> None:
+    config = material.config("kd", tmp_path / "run", **keys)
+    (alone, _), *_ = run_ranks(1, gradients_of, material.config("kd", tmp_path, **one(keys)))
+    (found, share), *others = run_ranks(ranks, gradients_of, config)
+    assert share == 1.0
+    assert max(error(found, alone).values()) < 2e-6
+    assert all(torch.equal(found[n], other[n]) for other, _ in others for n in found)
+
+
+def one(keys: dict[str, Any]) -> dict[str, Any]:
+    """The same for one process, which has no copies."""
+    return {key: value for key, value in keys.items() if key != "dp_replicate_size"}
+
+
+def test_in_bf16_the_error_is_that_of_autocast(material: Material, tmp_path: Path) -> None:
+    exact = material.config("kd", tmp_path)
+    halves = [
+        material.config("kd", tmp_path, bf16=True),
+        material.config("kd", tmp_path, bf16=True, param_dtype="bfloat16"),
+    ]
+    (alone, _), *_ = run_ranks(1, gradients_of, exact)
+    (cast, _), *_ = run_ranks(1, gradients_of, halves[0])
+    allowed = error(cast, alone)
+    for config in halves:
+        (found, _), *_ = run_ranks(2, gradients_of, config)
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        for name, err in error(found, alone).items():
+            assert err < 3 * allowed[name] + 1e-3, name
