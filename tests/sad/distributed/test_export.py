@@ -233,9 +233,14 @@ def test_what_is_not_ours_is_left_alone(
 
 
 @pytest.mark.parametrize("name", ["best", "final"])
-def test_the_runs_own_exports_are_not_replaced(finished: DistillConfig, name: str) -> None:
+def test_the_runs_own_exports_are_not_replaced(
+    finished: DistillConfig, tmp_path: Path, name: str
+) -> None:
+    run_dir = shutil.copytree(finished.output_dir, tmp_path / "run")
+    (run_dir / name / "README.md").unlink()  # then all that is there is named in sad.json
     with pytest.raises(UsageError, match="OUT must be new"):
-        export_checkpoint(newest(finished.output_dir), Path(finished.output_dir, name))
+        export_checkpoint(newest(run_dir), run_dir / name)
+    assert is_whole_export(run_dir / name)
 
 
 # Refusals on the command line: one line, the exit code of the cause
