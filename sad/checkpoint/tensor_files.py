@@ -92,9 +92,9 @@ def _joined(piece: Sequence[Tensor]) -> memoryview:
     first = piece[0]
     if len(piece) == 1:
         return _raw(first)
-    storage = first.untyped_storage()
+    storage: Any = first.untyped_storage()
     begin, size = first.data_ptr() - storage.data_ptr(), sum(tensor.nbytes for tensor in piece)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,)).numpy().data
+    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (size,), (1,)).numpy().data
 
 
 def _raw(tensor: Tensor) -> memoryview:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.runs import assert_same_bits, everything, make_trainer
-from support.tiny import tiny_run
+from support.tiny import tiny_llama, tiny_run
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +33,9 @@ from sad.training.trainer import Trainer
 def configured(folder: Path, **keys: Any) -> DistillConfig:
     cadence: dict[str, Any] = {"max_steps": 2, "eval_steps": 1, "save_steps": 1}
     fixed = {"learning_rate": 1e-2, "ema_decay": 0.5, "max_eval_rows": 2}
-    return DistillConfig(**(tiny_run(folder) | cadence | fixed | keys))
+    student: Any = tiny_llama(seed=2)
+    student.generation_config.repetition_penalty = 1.25  # no export may lose it
+    return DistillConfig(**(tiny_run(folder, student) | cadence | fixed | keys))
 
 
 def newest(run_dir: Path | str) -> Path:
@@ -233,9 +235,14 @@ def test_what_is_not_ours_is_left_alone(
 
 
 @pytest.mark.parametrize("name", ["best", "final"])
-def test_the_runs_own_exports_are_not_replaced(finished: DistillConfig, name: str) -> None:
+def test_the_runs_own_exports_are_not_replaced(
+    finished: DistillConfig, tmp_path: Path, name: str
+) -> None:
+    run_dir = shutil.copytree(finished.output_dir, tmp_path / "run")
+    (run_dir / name / "README.md").unlink()  # then all that is there is named in sad.json
     with pytest.raises(UsageError, match="OUT must be new"):
-        export_checkpoint(newest(finished.output_dir), Path(finished.output_dir, name))
+        export_checkpoint(newest(run_dir), run_dir / name)
+    assert is_whole_export(run_dir / name)
 
 
 # Refusals on the command line: one line, the exit code of the cause

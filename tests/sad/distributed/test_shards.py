@@ -717,7 +717,10 @@ def leaves(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
         yield from leaves(item, *path, key)
 
 
-@pytest.mark.parametrize("name", ["tensors.json", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("tensors.json", marks=pytest.mark.slow), "state.json", "manifest.json"],
+)
 def test_any_odd_value_is_refused_in_one_line_or_means_the_same(tmp_path: Path, name: str) -> None:
     def on_rank() -> None:
         with whole_world("cpu", timeout_seconds=60) as world:
