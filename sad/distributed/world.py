@@ -213,6 +213,7 @@ def whole_world(
             device_type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
         )
         hosts = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
+        assert isinstance(hosts, dist.ProcessGroup)  # of which every rank is a member
         yield World(dist.get_rank(), size, mesh, hosts)
     finally:
         if begun and dist.is_initialized():
@@ -232,12 +233,6 @@ def lost_ranks_explained(world: World, where: Callable[[], str] = lambda: "") ->
             f"all {world.size} processes must answer, got {with_type(error)}{where()}: a rank was "
             "lost; resume with --resume_from_checkpoint auto, on any number of processes"
         ) from error
-
-
-def seed_rank(seed: int, world: World, position: int = 0) -> None:
-    """Give every rank random numbers of its own, for dropout; nothing with one process."""
-    if world.size > 1:
-        torch.manual_seed(hash((seed, world.rank, position)) % 2**63)
 
 
 def use_own_device() -> None:

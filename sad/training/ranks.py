@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sad.checkpoint.run_directory import RunDirectory
+from sad.checkpoint.state import start_rng
 from sad.checkpoint.store import Checkpoint
 from sad.config.schema import DistillConfig
 from sad.distributed.sharding import shard_trained
 from sad.distributed.shards import load_shards
-from sad.distributed.world import World, seed_rank
+from sad.distributed.world import World
 from sad.errors import OutputError, UsageError
 from sad.models.heads import decoder_layers
 from sad.optim.precision import Precision
@@ -75,7 +76,7 @@ def shard_student(
         reshard_after_forward=config.reshard_after_forward,
         cpu_offload=config.cpu_offload,
     )
-    seed_rank(config.seed, world)
+    start_rng(config.seed, world.rank, 0)
 
 
 def with_sharded_teacher(inputs: RunInputs) -> RunInputs:

@@ -25,10 +25,9 @@ from sad.checkpoint.parts import (
     load_parts,
     tensor_group,
 )
-from sad.checkpoint.state import optimizer_state, tensors_like
+from sad.checkpoint.state import optimizer_state, start_rng, tensors_like
 from sad.checkpoint.store import Checkpoint
 from sad.config.identity import require_same_run
-from sad.distributed.world import seed_rank
 from sad.errors import one_line
 from sad.expected import (
     Check,
@@ -239,7 +238,7 @@ def restore_trainer(trainer: Trainer, resumption: Resumption, warn: Callable[[st
     load_parts(trainer.parts, saved)
     trainer.meter.keep_on_main(trainer.world)
     if moved:
-        seed_rank(trainer.config.seed, trainer.world, resumption.micro_step)
+        start_rng(trainer.config.seed, trainer.world.rank, resumption.micro_step)
         warn(
             f"the run goes on on {trainer.world.size} processes in place of "
             f"{saved_identity['world_size']}: not bit for bit, and random numbers start anew"

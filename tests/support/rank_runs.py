@@ -64,8 +64,9 @@ class Material:
             "output_dir": str(run_dir),
         }
         config = base | chosen
-        models = {role: str(self.folder / config[role]) for role in ("teacher", "student")}
-        return DistillConfig(**(config | models))
+        for role in ("teacher", "student"):
+            config[role] = str(self.folder / config[role])
+        return DistillConfig(**config)
 
 
 def make_material(folder: Path) -> Material:
