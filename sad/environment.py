@@ -203,16 +203,6 @@ def processes() -> tuple[int, int]:
     return rank, max(world_size, 1)
 
 
-def require_one_process() -> None:
-    """Raise ``UsageError`` in one of several processes: all of them would be the same run."""
-    _, world_size = processes()
-    if world_size > 1:
-        raise UsageError(
-            f"sad distill must run as one process, got WORLD_SIZE={world_size} from torchrun or a "
-            "launcher like it; start it without: a run trains on one device"
-        )
-
-
 def resolve_device(name: str, key: str = "device") -> torch.device:
     """The torch device of a name; ``auto`` is CUDA where there is one, else the CPU.
 

@@ -201,7 +201,13 @@ def whole_world(
     begun = not dist.is_initialized()
     if begun:
         backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        except (ValueError, RuntimeError) as error:  # no address, or nobody there
+            raise UsageError(
+                f"{size} processes (WORLD_SIZE) must find one another, got {with_type(error)}; "
+                "start them with torchrun"
+            ) from error
     try:
         shards = size // replicas if shard_size is None else shard_size
         if replicas * shards != size:

@@ -15,6 +15,7 @@ ema.py          update and swap of a moving average
 trainer.py      the package ``sad``
 text.py         its documents, tokens and rows
 runs.py         its runs as a whole
+ranks.py        its runs on several processes
 reference.py    the specification and the rule that everything is judged by
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mutations import ema, reference, runs, text, torch_path, trainer, triton_path
+from mutations import ema, ranks, reference, runs, text, torch_path, trainer, triton_path
 from mutations.planting import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -32,6 +33,7 @@ MUTATIONS: list[Mutation] = [
     *trainer.MUTATIONS,
     *text.MUTATIONS,
     *runs.MUTATIONS,
+    *ranks.MUTATIONS,
     *reference.MUTATIONS,
 ]
 
@@ -112,6 +114,12 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "81": ("what cannot work, found out after hours", ("trainer",)),
     "82": ("an export that is not the student that came", ("trainer",)),
     "83": ("a run that does not say where it goes on", ("trainer",)),
+    "90": ("averaged weights that are scored with what was gathered of others", ("trainer",)),
+    "91": ("a setting of one split module that is taken for one of all", ("trainer",)),
+    "92": ("a reduction that a back end does not have", ("trainer",)),
+    "93": ("ranks that do not take part in what all of them do", ("trainer",)),
+    "94": ("sums of all ranks that each of them goes on with", ("trainer",)),
+    "95": ("a loss divided by what one rank has", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

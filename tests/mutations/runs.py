@@ -82,7 +82,10 @@ MUTATIONS = [
         "81",
         "a machine is looked at when everything is loaded",
         edit(RUN, "    check_machine(config)\n", ""),
-        machine("test_under_torchrun_there_is_one_line_and_no_run[0]"),
+        machine(
+            "test_what_is_not_here_is_refused_before_anything_is_loaded_or_written"
+            "[{'report_to': ['wandb']}-report_to must name installed packages, got 'wandb']"
+        ),
     ),
     Mutation(
         "81",

@@ -154,6 +154,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert f"on {after} processes in place of {before}" in warning
 
 
+def test_sums_between_two_log_lines_survive_another_number_of_ranks(
+    material: Material, tmp_path: Path
+) -> None:
+    config = material.config("kd", tmp_path / "run", logging_steps=2)
+    whole = replace(config, output_dir=str(tmp_path / "whole"))
+    run_ranks(1, metrics_of, whole)
+    run_ranks(2, halt_after, config, 2)  # stops after the third window
+    run_ranks(3, resumed, config)
+    assert curve(tmp_path / "run") == pytest.approx(curve(tmp_path / "whole"), abs=1e-5)
+
+
 def refused(config: DistillConfig) -> str:
     with pytest.raises(UsageError) as caught:
         distill(config)
