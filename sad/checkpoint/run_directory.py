@@ -259,7 +259,7 @@ class RunDirectory:
         *,
         merge_adapters: bool = False,
         card: str = "",
-        state: Mapping[str, Tensor] | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> None:
         """Export the weights that ``model`` holds right now, or those in ``state``, completely or
         not at all.

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 
 from sad.data.batch import Batch
 from sad.distributed.sharding import reshard, shard_frozen
-from sad.models.heads import decoder_layers, read_head, split_head, with_valid_vocab
+from sad.models.heads import (
+    decoder_layers,
+    output_embedding,
+    read_head,
+    split_head,
+    with_valid_vocab,
+)
 from sad.teachers.frozen import FrozenTeacher
 
 
@@ -28,7 +34,7 @@ class ShardedTeacher(FrozenTeacher):
         super().__init__(model, valid_vocab, device=device)
         self._root = _Backbone(model)
         self._valid_vocab = valid_vocab
-        output: nn.Module = model.get_output_embeddings()
+        output = output_embedding(model)
         tied = output.weight is model.get_input_embeddings().weight
         layers = list(decoder_layers(model))
         # A tied head is whole as long as the embedding is; another one is a unit of its own.

@@ -56,7 +56,7 @@ class Material:
             "warmup_steps": 2,
             "ema_decay": 0.95,
             "per_device_eval_batch_size": 2,
-            "max_eval_rows": 7,
+            "max_eval_rows": 5,
             "save_steps": 2,
             "eval_steps": 3,
             "logging_steps": 1,

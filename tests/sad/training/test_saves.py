@@ -69,14 +69,14 @@ def inputs(sources: dict[str, Any]) -> RunInputs:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """What the writer waits for before it touches the disk; opened at the end in any case."""
     event = threading.Event()
-    write = trainer_module.write
+    write = trainer_module.write_shards
 
     def gated(*args: Any, **options: Any) -> Path:
         if threading.current_thread().name == WRITER:
             assert event.wait(60)
         return write(*args, **options)
 
-    monkeypatch.setattr(trainer_module, "write", gated)
+    monkeypatch.setattr(trainer_module, "write_shards", gated)
     yield event
     event.set()
 
@@ -160,18 +160,18 @@ def test_one_save_is_in_flight_and_buffers_serve_again(
     make_config: MakeConfig, inputs: RunInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, most, contents = 0, 0, []
-    write = trainer_module.write
+    write = trainer_module.write_shards
 
-    def counted(run_dir: Path, taken: Any, **options: Any) -> Path:
+    def counted(run_dir: Path, taken: Any, *world: Any, **options: Any) -> Path:
         nonlocal now, most
         now += 1
         most = max(most, now)
         contents.append(min(t.data_ptr() for t in taken.tensors["model"].values()))
-        path = write(run_dir, taken, **options)
+        path = write(run_dir, taken, *world, **options)
         now -= 1
         return path
 
-    monkeypatch.setattr(trainer_module, "write", counted)
+    monkeypatch.setattr(trainer_module, "write_shards", counted)
     trainer = make_trainer(make_config(), inputs)
     with run_log(trainer.config, trainer) as log:
         for _ in range(4):
@@ -238,7 +238,7 @@ def test_an_error_waits_for_the_save_in_flight(
 ) -> None:
     """Else the status of a run that has failed would be overwritten by its own writer."""
     trainer = make_trainer(make_config(), inputs)
-    write, release = trainer_module.write, threading.Event()
+    write, release = trainer_module.write_shards, threading.Event()
 
     def slow(*args: Any, **options: Any) -> Path:
         assert release.wait(60)
@@ -251,7 +251,7 @@ def test_an_error_waits_for_the_save_in_flight(
         return micro_batch(self)
 
     micro_batch = Trainer.micro_batch
-    monkeypatch.setattr(trainer_module, "write", slow)
+    monkeypatch.setattr(trainer_module, "write_shards", slow)
     monkeypatch.setattr(Trainer, "micro_batch", broken)
     with pytest.raises(RuntimeError, match="broken"):
         run(trainer)
@@ -272,7 +272,7 @@ def test_a_failure_in_flight_does_not_hide_the_error(
     def evaluate(self: Trainer, log: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(trainer_module, "write", fails)
+    monkeypatch.setattr(trainer_module, "write_shards", fails)
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     monkeypatch.setattr(Trainer, "_save_is_due", lambda self, closed: False)
     with run_log(trainer.config, trainer) as log:
