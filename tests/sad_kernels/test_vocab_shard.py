@@ -17,7 +17,9 @@ from sad_kernels import (
     Head,
     Objective,
     TeacherHidden,
+    TeacherLogits,
     VocabShard,
+    cross_entropy,
     linear_cross_entropy,
     linear_distill_loss,
     reference,
@@ -25,10 +27,13 @@ from sad_kernels import (
 from support.oracle import IMPLS, SLOW, Problem, bound, judge_outputs, measure, measure_of
 from support.problems import plain
 from support.ranks import run_ranks
-from support.vocab_shards import Bounds, bounds_of, measure_sharded
+from support.vocab_shards import Bounds, bounds_of, measure_sharded, sharded
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 V = 97
 each_impl = pytest.mark.parametrize("impl", IMPLS)
@@ -260,8 +265,6 @@ class Sent:
 
 
 def sent_by(problem: Problem, bounds: Bounds, impl: str, chunk_bytes: int | None) -> Any:
-    from support.vocab_shards import sharded
-
     shard = VocabShard(*bounds[dist.get_rank()], bounds)
     with Sent() as sent:
         measure(problem, sharded(bound(impl, chunk_bytes), shard))
@@ -388,3 +391,173 @@ def test_rows_and_vocabulary_split_over_the_same_ranks() -> None:
     losses, dhidden, dweight = zip(*ranks, strict=True)
     assert torch.equal(losses[0], losses[1])
     assert_as_one_process([losses[0], torch.cat(dhidden), torch.cat(dweight)])
+
+
+class Model(torch.nn.Module):
+    """A layer, and a loss whose head is a parameter of its own; the rows are this rank's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layer = torch.nn.Linear(16, 16)
+        self.head = torch.nn.Parameter(drawn(V, 16))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.layer(x).tanh()
+        if not isinstance(self.head, DTensor):
+            return linear_cross_entropy(hidden, self.head, labels, label_smoothing=0.1)
+        shard = replace(VocabShard.of(self.head), sum_dhidden=False)
+        return linear_cross_entropy(
+            GatherRows.apply(hidden),
+            self.head.to_local(),
+            labels,
+            label_smoothing=0.1,
+            vocab_shard=shard,
+        )
+
+
+def fully_sharded() -> dict[str, Tensor]:
+    """Gradients of the layer, whose rows are this rank's, and of the head, whose columns are."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, mesh = Model(), init_device_mesh("cpu", (ranks,))
+    model.head = torch.nn.Parameter(distribute_tensor(model.head.data, mesh, [Shard(0)]))
+    fully_shard(model.layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params={model.head})
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    loss = model(split_data()["hidden"].chunk(ranks)[rank], LABELS)
+    loss.backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True).step()
+    return {"loss": loss.detach(), **grads}
+
+
+def in_one_process(dtype: torch.dtype, ops: Any) -> dict[str, Tensor]:
+    model = Model().to(dtype)
+    hidden = model.layer(split_data()["hidden"].to(dtype)).tanh()
+    loss = ops.linear_cross_entropy(hidden, model.head, LABELS, label_smoothing=0.1)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_rest_of_the_model_fully_sharded(ranks: int) -> None:
+    """FSDP2 with the head among ``ignored_params``; V = 97 is cut unevenly."""
+    oracle = in_one_process(torch.float64, reference)
+    one = in_one_process(torch.float32, bound("torch"))
+    for ours in run_ranks(ranks, fully_sharded):
+        assert ours.keys() == one.keys()
+        for name, x in ours.items():
+            limit = 3 * error(one[name], oracle[name]) + 2**-23
+            assert error(x, oracle[name]) <= limit, name
+
+
+# --- What a shard is -----------------------------------------------------------------------------
+
+
+def shards_of_tensors() -> dict[str, Any]:
+    ranks = dist.get_world_size()
+    mesh, weight = init_device_mesh("cpu", (ranks,)), torch.zeros(9, 4)
+    shard = VocabShard.of(distribute_tensor(weight, mesh, [Shard(0)]))
+    own = distribute_tensor(weight, mesh, [Shard(0)]).to_local()
+    assert own.shape[0] == shard.width and shard.vocab_size == 9
+    messages = []
+    for placements in ([Shard(1)], [Replicate()]):
+        with pytest.raises(ValueError, match=r"one placement, Shard\(0\)") as caught:
+            VocabShard.of(distribute_tensor(weight, mesh, placements))
+        messages.append(str(caught.value))
+    plane = init_device_mesh("cpu", (ranks // 2, 2))
+    with pytest.raises(ValueError, match=r"one placement, Shard\(0\)"):
+        VocabShard.of(distribute_tensor(weight, plane, [Replicate(), Shard(0)]))
+    assert not any("\n" in message for message in messages)
+    return {"bounds": shard.bounds, "own": (shard.start, shard.stop)}
+
+
+def test_the_shard_of_a_dtensor() -> None:
+    """Cut as ``torch.chunk`` does, of 9 rows on 4 ranks: the last has none."""
+    bounds = ((0, 3), (3, 6), (6, 9), (9, 9))
+    for rank, shard in enumerate(run_ranks(4, shards_of_tensors)):
+        assert shard == {"bounds": bounds, "own": bounds[rank]}
+    with pytest.raises(TypeError, match=r"weight must be a DTensor, got Tensor; .*VocabShard\("):
+        VocabShard.of(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "complaint"),
+    [
+        (ValueError, (0, 4, ((0, 4), (5, 9))), r"neighbouring ranges.*got \(\(0, 4\), \(5, 9\)\);"),
+        (ValueError, (1, 4, ((1, 4), (4, 9))), "neighbouring ranges of columns from 0"),
+        (ValueError, (0, 4, ((0, 5), (5, 9))), r"start and stop must be.*got \(0, 4\); pass"),
+        (TypeError, (0, 4.0, ((0, 4),)), "stop must be an int, got 4.0"),
+        (TypeError, (0, 4, ((0, 4, 5),)), r"bounds must hold pairs \(start, stop\)"),
+    ],
+)
+def test_bounds_that_do_not_fit_are_refused(error: Any, arguments: Any, complaint: str) -> None:
+    with pytest.raises(error, match=complaint):
+        VocabShard(*arguments)
+
+
+def test_a_head_has_the_rows_of_its_shard() -> None:
+    shard = VocabShard(4, 9, ((0, 4), (4, 9)))
+    head = Head(torch.eye(5), valid_vocab=8, shard=shard)
+    assert head.num_columns == 9 and head.vocab_size == 8
+    assert head(torch.ones(5)).shape == (4,)  # of columns 4 to 8
+    with pytest.raises(ValueError, match="must have the 5 columns of its shard, got 4 rows; pass"):
+        Head(torch.eye(4), shard=shard)
+    with pytest.raises(TypeError, match="shard must be a VocabShard or None, got int"):
+        Head(torch.eye(4), shard=4)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"valid_vocab must lie in \[1, 9\]"):
+        Head(torch.eye(5), valid_vocab=10, shard=shard)
+    with pytest.raises(ValueError, match="head must hold the whole vocabulary, got the shard 4"):
+        reference.linear_distill_loss(
+            torch.ones(1, 5), head, torch.tensor([1]), None, Objective(ce_weight=1.0, kd_weight=0.0)
+        )
+
+
+def refusals() -> list[str]:
+    """What a rank of two is told, without waiting for the other."""
+    bounds = ((0, 4), (4, 9))
+    shard = VocabShard(*bounds[dist.get_rank()], bounds)
+    width = shard.width
+    other = VocabShard(0, width, ((0, width), (width, width), (width, 9)))
+    y, h, o = torch.tensor([1]), torch.ones(1, 3), Objective()
+    w, whole = torch.ones(shard.width, 3), torch.ones(9, 3)
+    head, logits = Head(w, shard=shard), torch.ones(1, shard.width)
+
+    def teacher(head: Head) -> TeacherHidden:
+        return TeacherHidden(h, head)
+
+    calls: list[Callable[[], Any]] = [
+        lambda: linear_distill_loss(h, head, y, teacher(Head(whole)), o),
+        lambda: linear_distill_loss(h, Head(whole), y, teacher(head), o),
+        lambda: linear_distill_loss(h, head, y, teacher(Head(w, shard=other)), o),
+        lambda: linear_distill_loss(h, head, y, TeacherLogits(torch.ones(1, 9)), o),
+        lambda: cross_entropy(torch.ones(1, 9), y, vocab_shard=shard),
+        lambda: cross_entropy(logits, y, vocab_shard=other),
+        lambda: cross_entropy(logits, y, vocab_shard=9),  # pyright: ignore[reportArgumentType]
+    ]
+    said = []
+    for call in calls:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        said.append(str(caught.value))
+    return said
+
+
+def test_sides_that_do_not_fit_are_refused() -> None:
+    for said in run_ranks(2, refusals):
+        assert all("\n" not in message and ";" in message for message in said)
+        for message in said[:3]:
+            assert "student and teacher must have equal bounds" in message
+        assert "teacher logits must have the" in said[3]
+        assert "vocab_shard must have the 9 columns of the student's logits" in said[4]
+        assert "vocab_shard must have the bounds of the 2 rank(s) of its group" in said[5]
+        assert "vocab_shard must be a VocabShard or None, got int" in said[6]
+
+
+def test_a_shard_needs_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match=r"must have a process group, got none.*; call"):
+        cross_entropy(torch.ones(1, 4), torch.tensor([1]), vocab_shard=VocabShard(0, 4, ((0, 4),)))
