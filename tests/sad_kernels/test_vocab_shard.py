@@ -429,13 +429,14 @@ def fully_sharded() -> dict[str, Tensor]:
             module.set_force_sum_reduction_for_comms(True)
     loss = model(split_data()["hidden"].chunk(ranks)[rank], LABELS)
     loss.backward()
-    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    grads = {name: p.grad.full_tensor() for name, p in parameters.items()}
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True).step()
     return {"loss": loss.detach(), **grads}
 
 
-def in_one_process(dtype: torch.dtype, ops: Any) -> dict[str, Tensor]:
+def in_one_process(dtype: torch.dtype, ops: Any) -> dict[str, Any]:
     model = Model().to(dtype)
     hidden = model.layer(split_data()["hidden"].to(dtype)).tanh()
     loss = ops.linear_cross_entropy(hidden, model.head, LABELS, label_smoothing=0.1)
