@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sad_kernels._divergence_table import DIVERGENCES
-from sad_kernels._rows import RowLayout, RowTargets, arithmetic_dtype
+from sad_kernels._rows import RowLayout, RowTargets, ShardSpec, arithmetic_dtype, num_rows
 from sad_kernels.objective import (
     Head,
     Objective,
@@ -26,13 +26,14 @@ from sad_kernels.objective import (
     require_no_grad,
     require_valid_vocab,
 )
+from sad_kernels.vocab import VocabShard, rank_and_group, require_shard
 
 Reduction = Literal["mean", "sum", "none"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def require_rows(name: str, x: object) -> Tensor:
+def require_rows(name: str, x: object, *, may_be_empty: bool = False) -> Tensor:
     """Require a floating-point tensor [..., features], and return it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
@@ -42,7 +43,7 @@ def require_rows(name: str, x: object) -> Tensor:
         )
     if x.ndim == 0:
         raise ValueError(f"{name} must have shape [..., features], got a scalar; pass rows")
-    if x.shape[-1] == 0:
+    if x.shape[-1] == 0 and not may_be_empty:
         raise ValueError(f"{name} must have at least one column, got {shape(x)}; check the slice")
     require_plain(name, x)
     return x
@@ -52,10 +53,11 @@ def require_plain(name: str, x: Tensor) -> None:
     """Refuse what no loss can be computed of: distributed tensors, and forward-mode derivatives."""
     if torch.compiler.is_compiling():  # which traces neither question
         return
-    if type(x).__module__.startswith("torch.distributed"):
+    if is_distributed(x):
         raise TypeError(
-            f"{name} must be a plain tensor, got {type(x).__name__}; pass {name}.to_local() of the "
-            "rows of this process, or full_tensor()"
+            f"{name} must be a plain tensor, got {type(x).__name__}; pass its to_local(), and for "
+            "a head or logits split over ranks by columns also VocabShard.of(it), as "
+            "Head(..., shard=...) or vocab_shard="
         )
     if _has_tangent(x):
         raise NotImplementedError(
@@ -63,6 +65,11 @@ def require_plain(name: str, x: Tensor) -> None:
             "a backward only: call torch.func.grad or vjp, or the function of this name in "
             "sad_kernels.reference"
         )
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether x is a DTensor, or another kind of tensor that is spread over processes."""
+    return type(x).__module__.startswith("torch.distributed")
 
 
 def _has_tangent(x: Tensor) -> bool:
@@ -86,12 +93,13 @@ def require_labels(labels: object, x: Tensor, name: str) -> Tensor:
             f"labels must have one entry per row of {name} {shape(x)}, got {shape(labels)}; "
             f"pass labels of shape {tuple(x.shape[:-1])}"
         )
-    require_plain("labels", labels)
     require_device("labels", labels, x, name)
     return labels
 
 
 def require_device(what: str, tensor: Tensor, x: Tensor, name: str) -> None:
+    """Require a plain tensor on the device of ``x``."""
+    require_plain(what, tensor)
     if tensor.device != x.device:
         raise ValueError(
             f"{what} must be on the device of {name}, {x.device}, got {tensor.device}; move them"
@@ -178,7 +186,8 @@ def require_teacher(teacher: object, x: Tensor, name: str) -> None:
                 "teacher must be a TeacherHidden, TeacherLogits or TeacherTopK, "
                 f"got {type(teacher).__name__}; wrap its tensors in one of these"
             )
-    require_rows(what, tensor)
+    # An empty shard's logits: what is too narrow otherwise, the common vocabulary tells.
+    require_rows(what, tensor, may_be_empty=isinstance(teacher, TeacherLogits))
     require_no_grad(what, tensor)
     if tensor.shape[:-1] != x.shape[:-1]:
         raise ValueError(
@@ -235,7 +244,7 @@ def _per_row(what: str, x: object, rows: Tensor, name: str, layout: RowLayout) -
     """A tensor of one entry per row, given in the rows' shape or flattened."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{what} must be a tensor, got {type(x).__name__}; pass one entry per row")
-    shapes = rows.shape[:-1], (rows[..., 0].numel(),)
+    shapes = rows.shape[:-1], (num_rows(rows),)
     if tuple(x.shape) not in (tuple(each) for each in shapes):
         raise ValueError(
             f"{what} must have one entry per row of {name} {shape(rows)}, got {shape(x)}; "
@@ -248,7 +257,10 @@ def _per_row(what: str, x: object, rows: Tensor, name: str, layout: RowLayout) -
 def class_weight(
     weight: object, x: Tensor, name: str, vocab: int, width: int, what: str = "weight"
 ) -> Tensor | None:  # [vocab]
-    """Check the weights of classes: one for each that counts, or for each of ``width`` columns."""
+    """Check the weights of classes: one for each that counts, or for each of ``width`` columns.
+
+    Of all shards: a label may lie in any of them.
+    """
     if weight is None:
         return None
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
@@ -271,7 +283,7 @@ def soft_labels(labels: Tensor, logits: Tensor, layout: RowLayout) -> Tensor:  #
             f"labels that are probabilities must have the logits' shape {shape(logits)}, got "
             f"{shape(labels)}; pass integer labels for one class per row"
         )
-    require_rows("labels", labels)
+    require_rows("labels", labels, may_be_empty=True)  # as the logits are, if they may be
     require_no_grad("labels", labels)
     require_device("labels", labels, logits, "logits")
     return layout.rows(labels)
@@ -287,13 +299,58 @@ def require_divisor(num_items: object, reduction: str, x: Tensor, name: str) -> 
         )
 
 
-def common_vocab(width: int, valid_vocab: int | None, teacher: Teacher | None) -> int:
-    """The number of columns that count on both sides; raise if the two do not agree on it."""
+def shard_of_columns(
+    name: str, shard: object, columns: int, teacher: Teacher | None
+) -> ShardSpec | None:
+    """Check a shard of logits or a head of so many columns, and the teacher's: it has the same.
+
+    Returns it as operators take it. Waits for no other rank.
+    """
+    require_shard(name, shard)
+    if shard is None:
+        other = teacher.head.shard if isinstance(teacher, TeacherHidden) else None
+        if other is not None:
+            raise ValueError(
+                f"student and teacher must have equal bounds, got the whole vocabulary and "
+                f"{other.bounds}; give the student's as {name}"
+            )
+        return None
+    assert isinstance(shard, VocabShard)
+    if columns != shard.width:
+        raise ValueError(
+            f"{name} must have the {columns} columns of the student's logits, got "
+            f"{shard.start} to {shard.stop}; pass the logits of these columns alone"
+        )
     match teacher:
         case TeacherHidden(head=head):
-            teacher_width, teacher_valid = head.weight.shape[0], head.valid_vocab
+            bounds = None if head.shard is None else head.shard.bounds
+            if bounds != shard.bounds:
+                raise ValueError(
+                    f"student and teacher must have equal bounds, got {shard.bounds} and "
+                    f"{bounds or 'the whole vocabulary'}; give the teacher Head(..., shard=...)"
+                )
         case TeacherLogits(logits=logits):
-            teacher_width, teacher_valid = logits.shape[-1], teacher.valid_vocab
+            if logits.shape[-1] != shard.width:
+                raise ValueError(
+                    f"teacher logits must have the {shard.width} columns of the shard, got "
+                    f"{shape(logits)}; pass the logits of these columns alone"
+                )
+    return ShardSpec(shard.bounds, *rank_and_group(name, shard), bool(shard.sum_dhidden))
+
+
+def common_vocab(
+    width: int, valid_vocab: int | None, teacher: Teacher | None, shard: ShardSpec | None = None
+) -> int:
+    """The number of columns that count on both sides; raise if the two do not agree on it.
+
+    Beside a shard ``width`` is that of the whole vocabulary, and a teacher's logits have as many.
+    """
+    match teacher:
+        case TeacherHidden(head=head):
+            teacher_width, teacher_valid = head.num_columns, head.valid_vocab
+        case TeacherLogits(logits=logits):
+            teacher_width = logits.shape[-1] if shard is None else width
+            teacher_valid = teacher.valid_vocab
         case _:
             teacher_width, teacher_valid = width, None
     require_valid_vocab(valid_vocab, width)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sad_kernels._rows import LossSpec
+from sad_kernels._rows import LossSpec, ShardSpec
 from sad_kernels.objective import Objective
 
 
@@ -221,7 +221,12 @@ def encode(args: OpArgs) -> Encoded:
     )  # fmt: skip
     flags = f"{o.scale_t2} {spec.compute_ce} {spec.compute_metrics}"
     words = f"{o.divergence} {o.other_divergence or NO_OTHER} {flags}"
-    return [spec.vocab, spec.ignore_index], [float(x) for x in numbers], words
+    integers = [spec.vocab, spec.ignore_index]
+    if spec.shard is not None:
+        bounds, rank, group, sum_dhidden = spec.shard
+        words = f"{words} {group}"
+        integers += [rank, int(sum_dhidden), *(end for pair in bounds for end in pair)]
+    return integers, [float(x) for x in numbers], words
 
 
 def decode(integers: Sequence[int], numbers: Sequence[float], words: str) -> OpArgs:
@@ -233,8 +238,8 @@ def decode(integers: Sequence[int], numbers: Sequence[float], words: str) -> OpA
 def _decode(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -> OpArgs:
     ce_weight, kd_weight, label_smoothing, z_loss, temperature, beta, teacher_share, *rest = numbers
     other_beta, scale, teacher_scale, softcap, teacher_softcap = rest
-    divergence, other, *flags = words.split(" ")
-    scale_t2, compute_ce, compute_metrics = (flag == "True" for flag in flags)
+    divergence, other, *flags = words.split(" ", 5)  # of which the sixth is a group's name
+    scale_t2, compute_ce, compute_metrics = (flag == "True" for flag in flags[:3])
     how: dict[str, Any] = {"divergence": divergence, "scale_t2": scale_t2}
     if other != NO_OTHER:
         how["other_divergence"] = other
@@ -249,9 +254,14 @@ def _decode(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -
         other_beta=other_beta,
         **how,
     )
-    vocab, ignore_index = integers
+    vocab, ignore_index, *columns = integers
+    shard = None
+    if columns:
+        rank, sum_dhidden, *ends = columns
+        bounds = tuple(zip(ends[::2], ends[1::2], strict=True))
+        shard = ShardSpec(bounds, rank, flags[3], bool(sum_dhidden))
     return OpArgs(
-        spec=LossSpec(objective, vocab, ignore_index, compute_ce, compute_metrics),
+        spec=LossSpec(objective, vocab, ignore_index, compute_ce, compute_metrics, shard),
         scale=scale,
         softcap=softcap or None,
         teacher_scale=teacher_scale,

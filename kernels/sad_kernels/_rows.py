@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from sad_kernels.objective import DistillOutput, Objective
+from sad_kernels.vocab import Bounds
 
 # --- What is computed ----------------------------------------------------------------------------
+
+
+class ShardSpec(NamedTuple):
+    """A ``VocabShard`` as operators take it: without a process group, but with its name."""
+
+    bounds: Bounds
+    rank: int
+    group: str
+    sum_dhidden: bool
 
 
 class LossSpec(NamedTuple):
@@ -23,13 +33,37 @@ class LossSpec(NamedTuple):
 
     objective: Objective
     vocab: int
-    """Columns of the logits that count; labels lie in [0, vocab)."""
+    """Columns of the logits that count, of all shards; labels lie in [0, vocab)."""
     ignore_index: int
     compute_ce: bool
     """Whether CE, z-loss and entropy are computed; in ``kl_div`` labels only say which rows count.
     Without any labels CE is 0."""
     compute_metrics: bool
     """Whether entropy, correct and agree are computed."""
+    shard: ShardSpec | None = None
+    """Which of the columns are here; None: all."""
+
+    @property
+    def first(self) -> int:
+        """The column that is the first one here."""
+        return 0 if self.shard is None else self.shard.bounds[self.shard.rank][0]
+
+    @property
+    def widths(self) -> list[int]:
+        """How many columns that count each shard has."""
+        if self.shard is None:
+            return [self.vocab]
+        return [min(b, self.vocab) - min(a, self.vocab) for a, b in self.shard.bounds]
+
+    @property
+    def width(self) -> int:
+        """How many columns that count are here."""
+        return self.vocab if self.shard is None else self.widths[self.shard.rank]
+
+    @property
+    def widest(self) -> int:
+        """The largest width: what is cut by it is cut alike on all ranks."""
+        return max(self.widths)
 
 
 class LogitTransform(NamedTuple):
@@ -45,9 +79,9 @@ class RowTargets(NamedTuple):
     labels: Tensor | None = None
     """[N] int64, ``ignore_index`` in rows that do not count; None: all rows count."""
     soft: Tensor | None = None
-    """[N, >= V] probabilities of the classes, in the place of labels."""
+    """[N, >= V] probabilities of the classes that are here, in the place of labels."""
     class_weight: Tensor | None = None
-    """[>= V] factors on the classes of CE, in the dtype of the arithmetic."""
+    """[>= V] factors on the classes of CE, of all shards, in the dtype of the arithmetic."""
     token_weights: Tensor | None = None
     """[N] factors on CE and z-loss, in the dtype of the arithmetic; None: 1."""
     kd_weights: Tensor | None = None
@@ -71,7 +105,8 @@ class RowLayout:
         self.shape = [x.shape[dim] for dim in self.order]
 
     def rows(self, x: Tensor) -> Tensor:  # [..., K] -> [N, K]
-        return x.permute(*self.order, -1).reshape(-1, x.shape[-1])
+        N = -1 if x.shape[-1] > 0 else num_rows(x)  # which no -1 tells of 0 columns
+        return x.permute(*self.order, -1).reshape(N, x.shape[-1])
 
     def flat(self, labels: Tensor) -> Tensor:  # [...] -> [N]
         return labels.permute(self.order).flatten()
@@ -79,6 +114,14 @@ class RowLayout:
     def restore(self, rows: Tensor) -> Tensor:  # [N] -> [...]
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return rows.reshape(self.shape).permute(inverse)
+
+
+def num_rows(x: Tensor) -> int:
+    """N of a tensor [..., K]."""
+    count = 1
+    for size in x.shape[:-1]:
+        count *= size
+    return count
 
 
 def _by_falling_stride(x: Tensor) -> list[int]:
@@ -113,7 +156,7 @@ def count_valid(labels: Tensor | None, ignore_index: int, x: Tensor) -> Tensor: 
     """The number of rows of ``x`` that count, on the device, in the dtype of their loss."""
     dtype = arithmetic_dtype(x)
     if labels is None:
-        return x.new_full((), x[..., 0].numel(), dtype=dtype)
+        return x.new_full((), num_rows(x), dtype=dtype)
     return (labels != ignore_index).sum(dtype=dtype)
 
 

@@ -76,13 +76,14 @@ def head_budget(
     dense: bool,  # the teacher has logits, or a head
     divergences: tuple[str, ...],
     splits: bool,  # products of bf16 factors are bf16 numbers, see SplitHeadSource
+    copied: int = 0,  # models whose logits are copied out of their slab, as a shard's are
 ) -> HeadBudget:
     widths = student_width * 2 + teacher_width  # the student's weight, its gradient; the teacher's
     # A list, because torch.compile cannot trace max() with a default.
     terms = max([0, *(term_blocks(name) for name in divergences)]) if dense else 0
     return HeadBudget(
         half_slabs=2 + (teacher_width > 0) * (1 if splits else 2),
-        blocks=4 + (3 if dense else 0) + terms,
+        blocks=4 + (3 if dense else 0) + terms + copied,
         per_column=widths,
         per_row=student_width,
         converted=(3 if teacher_width else 2) * CONVERTED_NUMBERS if converts else 0,

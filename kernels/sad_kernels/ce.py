@@ -39,6 +39,7 @@ from sad_kernels._rows import (
     reduce_rows,
 )
 from sad_kernels.objective import Objective, require_transform
+from sad_kernels.vocab import VocabShard
 
 
 def cross_entropy(
@@ -55,6 +56,7 @@ def cross_entropy(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     impl: str = "auto",
+    vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     """Cross-entropy in nats, smoothed over the valid classes, plus ``z_loss * lse^2``.
 
@@ -73,6 +75,10 @@ def cross_entropy(
     and labels are classes; ``num_items``, an int or 0-d tensor, takes the divisor's place. Over no
     rows the mean is 0 with zero gradients, where torch has NaN.
 
+    With a ``vocab_shard`` the logits, and labels that are probabilities, are those of its columns;
+    classes, ``weight`` and ``valid_vocab`` are those of the whole vocabulary. All ranks of its
+    group call with the same rows, and get the same loss.
+
     Returns a scalar, or with ``reduction="none"`` a loss per row in their shape, in fp32 (fp64 for
     fp64 logits). The gradient has the dtype of the logits. Memory and sources: see the module.
 
@@ -83,23 +89,25 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))  # log 8
     tensor(2.0794)
     """
-    _check.require_rows("logits", logits)
+    _check.require_rows("logits", logits, may_be_empty=vocab_shard is not None)
     _check.require_int("ignore_index", ignore_index)
     require_transform(logit_scale, softcap)
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, logits, "logits")
-    vocab = _check.common_vocab(logits.shape[-1], valid_vocab, None)
+    shard = _check.shard_of_columns("vocab_shard", vocab_shard, logits.shape[-1], None)
+    columns = logits.shape[-1] if vocab_shard is None else vocab_shard.vocab_size
+    vocab = _check.common_vocab(columns, valid_vocab, None, shard)
     objective = Objective(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
-    spec = LossSpec(objective, vocab, ignore_index, compute_ce=True, compute_metrics=False)
+    spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics=False, shard=shard)
     layout = RowLayout(logits)
     if isinstance(labels, Tensor) and labels.dtype.is_floating_point:
         targets = RowTargets(soft=_check.soft_labels(labels, logits, layout))
     else:
         labels = _check.require_labels(labels, logits, "logits")
         targets = _check.row_targets(logits, "logits", layout, objective, labels=labels)
-    by_class = _check.class_weight(weight, logits, "logits", vocab, width=logits.shape[-1])
+    by_class = _check.class_weight(weight, logits, "logits", vocab, width=columns)
     targets = targets._replace(class_weight=by_class)
     transform = LogitTransform(logit_scale, softcap)
     impl = resolve_impl(impl, logits, labels)

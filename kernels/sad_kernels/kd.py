@@ -54,6 +54,7 @@ from sad_kernels.objective import (
     dense_tensors,
     require_transform,
 )
+from sad_kernels.vocab import VocabShard
 
 
 def kl_div(
@@ -74,6 +75,7 @@ def kl_div(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     impl: str = "auto",
+    vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     """Divergence between the softmaxes of teacher and student, in nats, times T^2.
 
@@ -89,6 +91,9 @@ def kl_div(
     0. ``mean`` divides by the number of rows that count, or by ``num_items``, an int or 0-d tensor,
     and is 0 with zero gradients over no rows. A label outside ``[0, V)`` makes its row's loss NaN.
 
+    With a ``vocab_shard`` both sides' logits are those of its columns, and ``valid_vocab`` is that
+    of the whole vocabulary. All ranks of its group call with the same rows, and get the same loss.
+
     Returns a scalar, or with ``reduction="none"`` a loss of shape ``[...]``, in fp32 (fp64 for a
     student in fp64). The gradient has the dtype of the student's logits.
 
@@ -100,18 +105,21 @@ def kl_div(
     >>> kl_div(student, teacher, temperature=2.0)
     tensor(0.1212)
     """
-    _check.require_rows("student_logits", student_logits)
+    _check.require_rows("student_logits", student_logits, may_be_empty=vocab_shard is not None)
     teacher = TeacherLogits(teacher_logits, valid_vocab, teacher_logit_scale, teacher_softcap)
     _check.require_teacher(teacher, student_logits, "student_logits")
     _check.require_int("ignore_index", ignore_index)
     require_transform(logit_scale, softcap)
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, student_logits, "student_logits")
-    vocab = _check.common_vocab(student_logits.shape[-1], valid_vocab, teacher)
+    width = student_logits.shape[-1]
+    shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher)
+    columns = width if vocab_shard is None else vocab_shard.vocab_size
+    vocab = _check.common_vocab(columns, valid_vocab, teacher, shard)
     objective = Objective(
         temperature=temperature, divergence=divergence, beta=beta, scale_t2=scale_t2
     )
-    spec = LossSpec(objective, vocab, ignore_index, compute_ce=False, compute_metrics=False)
+    spec = LossSpec(objective, vocab, ignore_index, False, compute_metrics=False, shard=shard)
     layout = RowLayout(student_logits)
     targets = _check.row_targets(student_logits, "student_logits", layout, objective, labels=labels)
     transform = LogitTransform(logit_scale, softcap)
@@ -140,6 +148,7 @@ def distill_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     impl: str = "auto",
+    vocab_shard: VocabShard | None = None,
 ) -> DistillOutput:
     """CE, KD and z-loss of every row in one pass, with accuracy, agreement and entropy.
 
@@ -161,6 +170,11 @@ def distill_loss(
     Rows labelled ``ignore_index`` may hold anything, in any of the inputs. A label outside
     ``[0, V)``, or a teacher's id, makes its row's loss NaN and leaves the other rows alone.
 
+    With a ``vocab_shard`` the student's logits are those of its columns, and so are a
+    ``TeacherLogits``; a ``TeacherHidden`` has a head with a shard of equal bounds, a
+    ``TeacherTopK`` is whole. All ranks of its group call with the same rows, and get the same
+    result.
+
     Returns a ``DistillOutput`` in fp32 (fp64 for a student in fp64). Ties of an argmax go to the
     left; for ``TeacherTopK`` the teacher's argmax is the id with the highest log-probability.
 
@@ -174,15 +188,18 @@ def distill_loss(
     >>> out.loss, out.ce, out.kd, out.agree  # half of log 8
     (tensor(1.0397), tensor(2.0794), tensor(0.), tensor(1.))
     """
-    _check.require_rows("student_logits", student_logits)
+    _check.require_rows("student_logits", student_logits, may_be_empty=vocab_shard is not None)
     _check.require_teacher(teacher, student_logits, "student_logits")
     _check.require_objective(objective, teacher, has_labels=labels is not None)
     _check.require_int("ignore_index", ignore_index)
     require_transform(logit_scale, softcap)
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, student_logits, "student_logits")
-    vocab = _check.common_vocab(student_logits.shape[-1], None, teacher)
-    spec = LossSpec(objective, vocab, ignore_index, compute_ce=True, compute_metrics=True)
+    width = student_logits.shape[-1]
+    shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher)
+    columns = width if vocab_shard is None else vocab_shard.vocab_size
+    vocab = _check.common_vocab(columns, None, teacher, shard)
+    spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics=True, shard=shard)
     layout = RowLayout(student_logits)
     targets = _check.row_targets(
         student_logits,

@@ -64,6 +64,7 @@ from sad_kernels._rows import (
     reduce_rows,
 )
 from sad_kernels.objective import DistillOutput, Head, Objective, Teacher, dense_tensors
+from sad_kernels.vocab import VocabShard
 
 
 def linear_cross_entropy(
@@ -83,6 +84,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     """``cross_entropy`` of the logits ``softcap(logit_scale * (hidden @ weight.T + bias))``.
 
@@ -92,6 +94,9 @@ def linear_cross_entropy(
     bounds the memory (see the module's docstring; by default 128 MiB with ``impl="torch"`` and
     1 GiB with ``impl="triton"``) and moves results by rounding only.
 
+    With a ``vocab_shard`` weight and bias are those of its columns; classes, ``class_weight`` and
+    ``valid_vocab`` are those of the whole vocabulary. See ``linear_distill_loss``.
+
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.
 
@@ -100,7 +105,7 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, weight, torch.tensor([1, -100, 2]))  # log 16
     tensor(2.7726)
     """
-    head = Head(weight, bias, logit_scale, softcap, valid_vocab)
+    head = Head(weight, bias, logit_scale, softcap, valid_vocab, vocab_shard)
     objective = Objective(
         ce_weight=1.0, kd_weight=0.0, label_smoothing=label_smoothing, z_loss=z_loss
     )
@@ -120,7 +125,12 @@ def linear_cross_entropy(
         impl=impl,
     )
     by_class = _check.class_weight(
-        class_weight, hidden, "hidden", call.spec.vocab, what="class_weight", width=len(weight)
+        class_weight,
+        hidden,
+        "hidden",
+        call.spec.vocab,
+        what="class_weight",
+        width=head.num_columns,
     )
     call = call._replace(targets=call.targets._replace(class_weight=by_class))
     if reduction == "none":
@@ -155,6 +165,11 @@ def linear_distill_loss(
     and with ``TeacherHidden`` its logits are never held whole either. Gradients for ``hidden`` and
     for the head's ``weight`` and ``bias``, each in its own dtype. ``chunk_bytes`` as for
     ``linear_cross_entropy``. ``hidden`` in 16 bits may meet a weight in fp32, as under autocast.
+
+    The head may be split over processes, by its ``shard``, with a teacher as for ``distill_loss``
+    with a ``vocab_shard``. All ranks of the shard's group call with the same rows and
+    ``chunk_bytes``, and ask for the same gradients. All get the same result and gradient of
+    ``hidden``, and each the gradients of its own rows of weight and bias.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.
@@ -233,7 +248,8 @@ def _checked_call(
     _check.require_chunk_bytes(chunk_bytes)
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, hidden, "hidden")
-    vocab = _check.common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
+    shard = _check.shard_of_columns("head shard", head.shard, len(head.weight), teacher)
+    vocab = _check.common_vocab(head.num_columns, head.valid_vocab, teacher, shard)
     layout = RowLayout(hidden)
     targets = _check.row_targets(
         hidden,
@@ -247,9 +263,7 @@ def _checked_call(
     )
     given = [x for x in (hidden, head.weight, labels) if x is not None]
     resolved = resolve_impl(impl, *given, *dense_tensors(teacher))
-    spec = LossSpec(
-        objective, vocab, ignore_index, compute_ce=True, compute_metrics=compute_metrics
-    )
+    spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics, shard)
     return _Call(spec, hidden, head, targets, teacher, layout, chunk_bytes, resolved)
 
 

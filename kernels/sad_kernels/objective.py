@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from sad_kernels._divergence_table import DIVERGENCES, Divergence
+from sad_kernels.vocab import VocabShard, require_shard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +121,10 @@ class Head:
     are padding: their probability and gradient are 0. Calling the head gives the full logits, for
     checks and tests; training never holds them.
 
+    With a ``shard`` weight and bias are those of its columns, on this process alone, while
+    ``valid_vocab`` is that of the whole vocabulary; calling the head gives the logits that are
+    here.
+
     Shapes: ``weight`` [V, D], ``bias`` [V]; ``head(hidden [..., D])`` is [..., valid_vocab or V].
 
     Raises ``TypeError`` and ``ValueError`` for a value of the wrong kind, shape or range.
@@ -130,6 +135,7 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
     valid_vocab: int | None = None
+    shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
         _require_tensor("head weight", self.weight, ndim=2)
@@ -142,15 +148,28 @@ class Head:
                     f"{self.bias.shape[0]}; pass the bias that belongs to this weight"
                 )
         require_transform(self.logit_scale, self.softcap)
-        require_valid_vocab(self.valid_vocab, V)
+        require_shard("shard", self.shard)
+        if self.shard is not None and self.shard.width != V:
+            raise ValueError(
+                f"head weight must have the {self.shard.width} columns of its shard, got {V} rows; "
+                "pass those of this process"
+            )
+        require_valid_vocab(self.valid_vocab, self.num_columns)
+
+    @property
+    def num_columns(self) -> int:
+        """The number of columns, padding and other processes' shards included."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
 
     @property
     def vocab_size(self) -> int:
-        """The number of columns that count: ``valid_vocab``, or all rows of the weight."""
-        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+        """The number of columns that count, of all shards: ``valid_vocab``, or all."""
+        return self.num_columns if self.valid_vocab is None else self.valid_vocab
 
     def __call__(self, hidden: Tensor) -> Tensor:
         V = self.vocab_size
+        if self.shard is not None:
+            V = max(0, min(V, self.shard.stop) - self.shard.start)
         logits = hidden @ self.weight[:V].T
         if self.bias is not None:
             logits = logits + self.bias[:V]
@@ -183,8 +202,10 @@ class TeacherHidden:
 class TeacherLogits:
     """A teacher given by its logits [..., V_t], of which the first ``valid_vocab`` columns count.
 
-    What counts is ``softcap(logit_scale * logits)``, as for a ``Head``. Raises ``ValueError`` for
-    logits that require a gradient: a teacher never gets one.
+    What counts is ``softcap(logit_scale * logits)``, as for a ``Head``. Beside a student with a
+    ``VocabShard`` they are the logits of the same columns, and ``valid_vocab``, which may exceed
+    their number there, is that of the whole vocabulary. Raises ``ValueError`` for logits that
+    require a gradient: a teacher never gets one.
     """
 
     logits: Tensor  # [..., V_t]
@@ -195,7 +216,7 @@ class TeacherLogits:
     def __post_init__(self) -> None:
         _require_tensor("teacher logits", self.logits)
         require_no_grad("teacher logits", self.logits)
-        require_valid_vocab(self.valid_vocab, self.logits.shape[-1])
+        require_valid_vocab(self.valid_vocab, None)  # how many columns there are, the loss knows
         require_transform(self.logit_scale, self.softcap)
 
 
@@ -266,18 +287,19 @@ class DistillOutput(NamedTuple):
     lse: Tensor  # [N] logsumexp of each row's logits at temperature 1; 0 where ignored
 
 
-def require_valid_vocab(valid_vocab: int | None, width: int) -> None:
-    """Raise unless ``valid_vocab`` is None or an int in [1, width]."""
+def require_valid_vocab(valid_vocab: int | None, width: int | None) -> None:
+    """Raise unless ``valid_vocab`` is None or an int in [1, width]; a width of None is any."""
     if valid_vocab is None:
         return
     if not isinstance(valid_vocab, int) or isinstance(valid_vocab, bool):
         raise TypeError(
             f"valid_vocab must be an int or None, got {valid_vocab!r}; pass the tokenizer's size"
         )
-    if not 1 <= valid_vocab <= width:
+    if valid_vocab < 1 or (width is not None and valid_vocab > width):
+        limit = "be at least 1" if width is None else f"lie in [1, {width}], the columns there are"
         raise ValueError(
-            f"valid_vocab must lie in [1, {width}], the columns there are, got {valid_vocab}; "
-            "pass the number of ids that the tokenizer can produce"
+            f"valid_vocab must {limit}, got {valid_vocab}; pass the number of ids that the "
+            "tokenizer can produce"
         )
 
 

@@ -487,6 +487,11 @@ def _logsumexp(x: Tensor) -> Tensor:
 
 def _logits(hidden: Tensor, head: Head, V: int, dtype: torch.dtype) -> Tensor:  # [n, V]
     """``softcap(logit_scale * (h W^T + b))``, the first V columns."""
+    if head.shard is not None:
+        raise ValueError(
+            f"head must hold the whole vocabulary, got the shard {head.shard.start} to "
+            f"{head.shard.stop}; gather the weight, or call the function of sad_kernels"
+        )
     z = hidden.to(dtype) @ head.weight[:V].to(dtype).T
     if head.bias is not None:
         z = z + head.bias[:V].to(dtype)

@@ -43,7 +43,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUDGETS = HERE / "budgets.json"
 
-FAMILIES = ("cross_entropy", "kl_div", "distill_loss", "top_k", "linear", "ema", "scale", "reduce")
+FAMILIES = (
+    "cross_entropy",
+    "kl_div",
+    "distill_loss",
+    "top_k",
+    "linear",
+    "shards",
+    "ema",
+    "scale",
+    "reduce",
+)
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SHORT = ("sm_90", "gfx942")  # one of each vendor
 BY_DEFAULT = {
@@ -70,7 +80,7 @@ STREAMS = (
     "soft_ptr",
     "class_weight_ptr",
 )
-SINGLE_READS = "merge_kernel"  # reads the logits of labels and ids, one by one
+SINGLE_READS = ("merge_kernel", "fold_kernel")  # read the logits of labels and ids, one by one
 
 GROWTH = 1.1
 
@@ -184,7 +194,7 @@ def excesses(name: str, report: Report, budget: Report | None) -> list[str]:
             )
     for kind, widths in streams(report).items():
         for pointer, width in widths.items():
-            narrow = "unaligned" in name or SINGLE_READS in name
+            narrow = "unaligned" in name or any(kernel in name for kernel in SINGLE_READS)
             least = budget.get(kind, {}).get(pointer, 16) if narrow else 16
             if width < least:
                 found.append(

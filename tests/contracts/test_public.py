@@ -51,8 +51,8 @@ PARTS = {
 }
 """What people build their own loops from: submodule -> names."""
 
-HOW = frozenset({"impl", "chunk_bytes"})
-"""Arguments that say how, not what: the reference has none of them."""
+HOW = frozenset({"impl", "chunk_bytes", "vocab_shard"})
+"""Arguments that say how, not what, or which part: the reference has none of them."""
 
 
 WITHOUT_DEFINITION = frozenset({"linear_memory_bytes"})

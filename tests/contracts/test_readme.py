@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,13 @@ from sad_kernels import Objective
 from sad_kernels.objective import Divergence
 from support.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_texts
 from torch import Tensor, nn
+from torch.distributed import (
+    HashStore,  # pyright: ignore[reportPrivateImportUsage]
+    destroy_process_group,
+    init_process_group,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from sad import errors
 from sad.config.load import load_config
@@ -56,7 +65,7 @@ def test_there_are_some() -> None:
     assert len(YAML) == 4
     assert {name: len(blocks("python", text)) for name, text in DOCUMENTS.items()} == {
         "README": 3,
-        "kernels": 2,
+        "kernels": 3,
         "sad": 3,
     }
 
@@ -101,12 +110,27 @@ def run(code: str, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+@contextmanager
+def split_heads(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The heads as DTensors, over the ranks of a group of this process alone."""
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for name, head in (("split_weight", "lm_head"), ("split_teacher_weight", "teacher_head")):
+        weight = distribute_tensor(given[head].weight.detach(), mesh, [Shard(0)])
+        given[name] = nn.Parameter(weight, requires_grad=head == "lm_head")
+    try:
+        yield given
+    finally:
+        destroy_process_group()
+
+
 @pytest.mark.parametrize("name", ["README", "kernels"])
 def test_code_runs_from_top_to_bottom(name: str) -> None:
-    given = names()
-    for code in blocks("python", DOCUMENTS[name]):
-        run(code, given)
+    with split_heads(names()) as given:
+        for code in blocks("python", DOCUMENTS[name]):
+            run(code, given)
     assert torch.isfinite(given["out"].loss)
+    assert name != "kernels" or given["split_weight"].grad.to_local().any()
 
 
 def test_six_lines_before_and_after_give_the_same() -> None:

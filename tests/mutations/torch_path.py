@@ -12,6 +12,7 @@ GRADIENT = KERNELS + "_torch/gradient.py"
 LINEAR = KERNELS + "linear.py"
 ROWS = KERNELS + "_rows.py"
 SOURCES = KERNELS + "_torch/sources.py"
+SHARDS = KERNELS + "_torch/shards.py"
 STATISTICS = KERNELS + "_torch/statistics.py"
 TILES = KERNELS + "_tiles.py"
 PROBLEM = KERNELS + "_torch/problem.py"
@@ -20,6 +21,10 @@ OPERATORS = KERNELS + "_torch/operators.py"
 
 def regressions(*names: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_regressions.py", *names)
+
+
+def sharded(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_vocab_shard.py", *names)
 
 
 def both(name: str, *parameters: str) -> tuple[str, ...]:
@@ -149,8 +154,8 @@ MUTATIONS = [
         "tiles are views of the caller's logits, and are overwritten",
         edit(
             SOURCES,
-            "self.scratch.like(self.name, logits.shape).copy_(logits)",
-            "logits.to(self.scratch.dtype).data",
+            "self.transform.apply_(self.scratch.like(self.name, logits.shape).copy_(logits))",
+            "self.transform.apply_(logits.to(self.scratch.dtype).data)",
         ),
         regressions(
             "test_inputs_survive_and_graphs_can_be_used_twice[cross_entropy-torch]",
@@ -377,7 +382,7 @@ MUTATIONS = [
         "rows are read as if they touched",
         edit(
             ROWS,
-            "return x.permute(*self.order, -1).reshape(-1, x.shape[-1])",
+            "return x.permute(*self.order, -1).reshape(N, x.shape[-1])",
             "return x.as_strided((x[..., 0].numel(), x.shape[-1]), (x.shape[-1], 1))",
         ),
         both("test_layouts_are_only_layouts", "kl_div")
@@ -603,5 +608,32 @@ MUTATIONS = [
             "sad_kernels/test_teacher_share.py",
             "test_no_gradient_flows_through_the_target[forward_kl-torch]",
         ),
+    ),
+    # --- A vocabulary split over processes -------------------------------------------------------
+    Mutation(
+        "57",
+        "a sum of logits moves with the maximum for all columns, not for the shard's own",
+        edit(
+            SHARDS,
+            '_in_order(parts["plain"] + parts["plain_weight"] * move)',
+            '_in_order(parts["plain"] + _in_order(parts["plain_weight"]) * move)',
+        ),
+        sharded("test_every_objective[torch-ce]", "test_every_objective[torch-bucket]"),
+    ),
+    Mutation(
+        "57",
+        "the columns so far are counted from the first of the vocabulary",
+        edit(
+            STATISTICS,
+            "sums.plain.add_(sums.plain_weight * move).add_(added)",
+            "sums.plain.add_(shifted.block.columns.start * move).add_(added)",
+        ),
+        sharded("test_every_objective[torch-ce]", "test_slices_of_the_vocabulary[ce]"),
+    ),
+    Mutation(
+        "57",
+        "each rank keeps its own part of the hidden states' gradient",
+        edit(PROBLEM, "sum_(dx, shard.group)", "_ = sum_"),
+        sharded("test_every_objective[torch-ce]", "test_every_objective[torch-jsd]"),
     ),
 ]

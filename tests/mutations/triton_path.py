@@ -27,6 +27,10 @@ def regressions(*names: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_regressions.py", *names)
 
 
+def sharded(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_vocab_shard.py", *names)
+
+
 def compiled(family: str) -> tuple[str, ...]:
     name = f"test_kernels_compile_within_their_budgets[{family}]"
     return tests("contracts/test_compile.py", name)
@@ -887,5 +891,28 @@ MUTATIONS = [
             "[linear_cross_entropy-none-linear_rows-linear_rows_gradient]",
         ),
         error="IndexError",
+    ),
+    # --- A vocabulary split over processes -------------------------------------------------------
+    Mutation(
+        "57",
+        "the columns of a shard are counted as those of a segment",
+        edit(
+            MERGE,
+            "count_b = tl.load(at + SHARD_COUNT * step, mask=counts, other=0.0)",
+            "count_b = zero + tl.minimum(segment_length, V - segment * segment_length)",
+        ),
+        sharded("test_every_objective[triton-ce]"),
+    ),
+    Mutation(
+        "57",
+        "a label is looked for as if the shard began with the vocabulary",
+        edit(GRADIENT_KERNEL, "label -= shard_start", "label -= 0"),
+        sharded("test_weights_of_rows_and_classes[weighted_rows-triton]"),
+    ),
+    Mutation(
+        "57",
+        "each rank keeps its own part of the hidden states' gradient, in the kernels' path",
+        edit(CHUNKS, "sum_(result.dhidden, spec.shard.group)", "_ = sum_"),
+        sharded("test_every_objective[triton-ce]"),
     ),
 ]

@@ -265,16 +265,32 @@ def test_distributed_tensors_are_refused(impl: str) -> None:
     ops = bound(impl)
     with one_process():
         mesh = init_device_mesh("cpu", (1,))
-        x, h, w = (distribute_tensor(t, mesh, [Replicate()]) for t in (LOGITS, HIDDEN, WEIGHT))
+        x, h, w, y = (
+            distribute_tensor(t, mesh, [Replicate()]) for t in (LOGITS, HIDDEN, WEIGHT, LABELS)
+        )
+        ones, bias = y.to(torch.float32), w[:, 0]
+        teacher = TeacherLogits(TEACHER)
         for name, call in {
             "logits": lambda: ops.cross_entropy(x, LABELS),
             "student_logits": lambda: ops.kl_div(x, TEACHER),
             "teacher logits": lambda: ops.kl_div(LOGITS, x),
             "hidden": lambda: ops.linear_cross_entropy(h, WEIGHT, LABELS),
             "head weight": lambda: ops.linear_cross_entropy(HIDDEN, w, LABELS),
+            "head bias": lambda: ops.linear_cross_entropy(HIDDEN, WEIGHT, LABELS, bias=bias),
+            "labels": lambda: ops.cross_entropy(LOGITS, y),
+            "weight": lambda: ops.cross_entropy(LOGITS, LABELS, weight=bias.to(torch.float32)),
+            "num_items": lambda: ops.cross_entropy(LOGITS, LABELS, num_items=ones.sum()),
+            "token_weights": lambda: ops.distill_loss(
+                LOGITS, LABELS, teacher, JOINT, token_weights=ones
+            ),
+            "teacher head weight": lambda: ops.linear_distill_loss(
+                HIDDEN, Head(WEIGHT), LABELS, TeacherHidden(STATES, Head(w)), JOINT
+            ),
         }.items():
-            with pytest.raises(TypeError, match=f"{name} must be a plain tensor.*to_local"):
+            with pytest.raises(TypeError, match=f"^{name} must be a plain tensor") as caught:
                 call()
+            said = str(caught.value)
+            assert "its to_local()" in said and "Head(..., shard=...)" in said and "\n" not in said
 
 
 # --- torch.compile --------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from unittest import mock
 import torch
 import triton
 from sad_kernels._extents import Extent
-from sad_kernels._rows import LossSpec, RowTargets
+from sad_kernels._rows import LossSpec, RowTargets, ShardSpec
 from sad_kernels._tiles import pitch
 from sad_kernels._triton import ema, launch, reduce, scale, tile
+from sad_kernels._triton import shards as shard_sums
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.tile_sizes import table_rule, tile_rule
 from sad_kernels.objective import Divergence, Objective
@@ -228,9 +229,15 @@ def run_rows(
     soft: torch.dtype | None = None,  # of labels that are probabilities
     row_weights: bool = False,
     other_divergence: Divergence | None = None,
+    shards: int | None = None,  # of the vocabulary, of which the logits are the second
 ) -> None:
     """Losses and gradient of rows of logits."""
-    rows, vocab = len(student.x), LAYOUTS[layout][1]
+    rows, width = len(student.x), LAYOUTS[layout][1]
+    vocab, shard = width, None
+    if shards is not None:
+        vocab = shards * width
+        bounds = tuple((i * width, (i + 1) * width) for i in range(shards))
+        shard = ShardSpec(bounds, rank=1, group="", sum_dhidden=True)
     objective = Objective(
         ce_weight=0.5 if ce else 0.0,
         kd_weight=0.0 if teacher is None else 0.5,
@@ -241,9 +248,7 @@ def run_rows(
         teacher_share=teacher_share,
         other_divergence=other_divergence,
     )
-    spec = LossSpec(
-        objective, vocab, ignore_index=-100, compute_ce=ce, compute_metrics=compute_metrics
-    )
+    spec = LossSpec(objective, vocab, -100, ce, compute_metrics, shard)
     labels = None if label_dtype is None else torch.empty(rows, dtype=label_dtype)
     targets = RowTargets(
         labels=labels if soft is None else None,
@@ -253,7 +258,15 @@ def run_rows(
         kd_weights=torch.empty(rows) if row_weights else None,
         other_rows=None if other_divergence is None else torch.empty(rows, dtype=torch.bool),
     )
-    saved = launch.forward(spec, student, targets, teacher)
+
+    def exchange(x: Tensor, group: str) -> Tensor:
+        return x.new_empty(shards or 1, *x.shape)
+
+    with (
+        mock.patch.object(launch, "gathered", exchange),
+        mock.patch.object(shard_sums, "gathered", exchange),
+    ):
+        saved = launch.forward(spec, student, targets, teacher)
     upstream = torch.empty(rows if per_row else 1)
     launch.gradient(spec, student, targets, teacher, saved, upstream, out)
 
@@ -386,6 +399,21 @@ def top_k_cases() -> Iterator[Case]:
     yield Case("forward_kl, bf16, K 1000, aligned", top_k(BF16, "aligned", 1000))
 
 
+def shard_cases() -> Iterator[Case]:
+    """The vocabulary split over four processes."""
+    for layout in LAYOUTS:
+        yield Case(f"ce, bf16, {layout}", ce(BF16, layout, shards=4), layout == "aligned")
+    call = ce(BF16, "aligned", class_weights=True, soft=BF16, shards=4)
+    yield Case("ce, bf16, weighted probabilities", call)
+    for divergence in DIVERGENCES:
+        call = linear(
+            BF16, "aligned", teacher=True, divergence=divergence, temperature=2.0, shards=4
+        )
+        yield Case(f"{divergence}, bf16", call, divergence in ("forward_kl", "jsd"))
+    call = top_k(BF16, "odd limit", 64, divergence="jsd", shards=4)
+    yield Case("jsd, bf16, K 64, odd limit", call, True)
+
+
 def linear_cases() -> Iterator[Case]:
     for out in (BF16, FP16, FP32):
         for finish in (False, True):
@@ -478,6 +506,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "distill_loss": distill_cases,
     "top_k": top_k_cases,
     "linear": linear_cases,
+    "shards": shard_cases,
     "ema": ema_cases,
     "scale": scale_cases,
     "reduce": reduce_cases,

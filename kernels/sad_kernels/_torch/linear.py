@@ -92,8 +92,8 @@ def pieces_of(
     size = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     numbers, N = size // arithmetic_dtype(student.x).itemsize, len(student.x)
     budget = _budget(spec, student, teacher)
-    tiles = head_tiles(N, spec.vocab, numbers, budget)
-    return whole_rows(N, spec.vocab, numbers, budget), tiles
+    tiles = head_tiles(N, spec.widest, numbers, budget)
+    return whole_rows(N, spec.widest, numbers, budget), tiles
 
 
 def _budget(
@@ -104,6 +104,7 @@ def _budget(
     dtype = arithmetic_dtype(student.x)
     weights = [student.weight, *([teacher.weight] if made else [])]  # pyright: ignore
     splits = splits_products(student.x, student.weight)
+    copied = 0 if spec.shard is None else 1 + isinstance(teacher, ModelInput)
     if made:
         splits = splits and splits_products(teacher.x, teacher.weight)  # pyright: ignore
     return head_budget(
@@ -113,4 +114,5 @@ def _budget(
         splits=splits,
         dense=isinstance(teacher, ModelInput),
         divergences=spec.objective.divergences,
+        copied=copied,
     )

@@ -30,7 +30,7 @@ def row_losses_from_logits(
 ) -> RowResults:
     """The loss of every row, differentiable by the logits, and its parts, detached."""
     student = ModelInput(logits, transform=transform)
-    shape = logit_tiles(spec.vocab)
+    shape = logit_tiles(spec.widest)
     inputs = loss_inputs(spec, student, targets, teacher_input(teacher, layout), shape)
     return row_results(inputs)
 

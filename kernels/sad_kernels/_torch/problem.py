@@ -8,6 +8,11 @@ second backward, a budget that holds too few whole rows, and for losses without 
 
 Rows that are compared alike form a group; groups follow each other, and those without a teacher
 come last. A row's numbers do not depend on the rows beside it, so their order changes no bit.
+
+Of a vocabulary that is split over processes the sources have the columns of one shard. Both loops
+then put the row sums of all shards together, ``shards.py``, between statistics and gradients:
+``losses`` once for all rows, ``losses_and_gradients`` once for each chunk. What they cut must be
+cut alike on all ranks.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from sad_kernels._tiles import TileShape, block_rows, cut
 from sad_kernels._torch.gemm import onednn_products
 from sad_kernels._torch.gradient import RowGradient
 from sad_kernels._torch.scratch import Scratch
+from sad_kernels._torch.shards import merge_sums, merge_terms
 from sad_kernels._torch.sources import (
     Gradients,
     HeadSource,
@@ -49,6 +55,7 @@ from sad_kernels._torch.statistics import (
 )
 from sad_kernels._torch.topk import TopKRows
 from sad_kernels.objective import Head, Tail, Teacher, TeacherHidden, TeacherLogits, TeacherTopK
+from sad_kernels.vocab import sum_
 
 Group = tuple[slice, Comparison | None]
 
@@ -174,13 +181,14 @@ class Problem:
         x, weight, bias, transform = model
         if weight is None:
             return LogitSource(x, transform, kept, self.scratch, name)
-        parts = x, weight, bias, transform, kept, self.scratch, name, self.spec.vocab
+        parts = x, weight, bias, transform, kept, self.scratch, name, self.spec.width
+        is_shard = self.spec.shard is not None
         if not splits_products(x, weight):
-            return HeadSource(*parts)
-        source = SplitHeadSource(*parts)
+            return HeadSource(*parts, is_shard)
+        source = SplitHeadSource(*parts, is_shard)
         if name == "t":
             if not isinstance(self.student, SplitHeadSource):
-                return HeadSource(*parts)
+                return HeadSource(*parts, is_shard)
             source.base = self.student
         return source
 
@@ -191,11 +199,15 @@ class Problem:
         statistics = self._statistics()
         for block in self._tiles():
             statistics.add(block)
+        everything = slice(0, self.n)
+        if self.spec.shard is not None and self.n > 0:
+            merge_sums(statistics, everything)
         # Both normalisers are known now: the terms of other divergences can be formed.
-        if self.teacher is not None:
+        if self.teacher is not None and any(_reads_twice(how) for _, how in self.groups):
             for block in self._tiles(only=_reads_twice):
-                sums = statistics.sums.at(block.rows)
-                statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
+                self._add_terms(statistics, block)
+            if self.spec.shard is not None:
+                merge_terms(statistics, everything)
         if self.topk is not None:
             for rows, how in self.groups:
                 if how is not None:
@@ -220,12 +232,8 @@ class Problem:
         gradient = self._gradient(upstream[kept], inside)
         self.student.want_gradients(wanted, by_columns=True)
         for block in self._tiles(with_teacher=gradient.reads_teacher, flush=True):
-            by_ids = self.topk is not None and block.comparison is not None
-            hot = self._rest(block, sums) if by_ids else None
-            of_block = sums.at(block.rows)
-            shifted = shift(block, of_block, self._T, self.scratch, hot, gradient.has_untempered)
-            self.student.store(block.rows, gradient.block(shifted, of_block))
-        return self.student.gradients()
+            self._store_gradient(gradient, block, sums)
+        return self._summed_gradients()
 
     def losses_and_gradients(
         self, rows_at_a_time: int, upstream: Tensor, wanted: tuple[bool, bool, bool]
@@ -234,11 +242,14 @@ class Problem:
         statistics = self._statistics()
         gradient = self._gradient(self.gather(upstream), statistics.inside)
         self.student.want_gradients(wanted, by_columns=False)
-        columns = slice(0, self.spec.vocab)
-        self._reserve(rows_at_a_time, self.spec.vocab)
+        columns = slice(0, self.spec.width)
+        self._reserve(rows_at_a_time, self.spec.width)
         for group, how in self.groups:
             for inside in cut(group.stop - group.start, rows_at_a_time):
                 chunk = slice(group.start + inside.start, group.start + inside.stop)
+                if self.spec.shard is not None:
+                    self._chunk_of_shard(statistics, gradient, chunk, how)
+                    continue
                 for block in self._blocks(chunk, columns, how):
                     sums, slope = statistics.sums.at(block.rows), None
                     shifted = statistics.add(block)
@@ -249,7 +260,36 @@ class Problem:
                     self.student.store(block.rows, gradient.block(shifted, sums, slope))
                 with onednn_products(of_bf16=self.bf16):
                     self.student.flush()
-        return self._results(statistics), self.student.gradients()
+        return self._results(statistics), self._summed_gradients()
+
+    def _chunk_of_shard(
+        self,
+        statistics: RowStatistics,
+        gradient: RowGradient,
+        chunk: slice,
+        how: Comparison | None,
+    ) -> None:
+        """One chunk of ``losses_and_gradients`` where other columns of it are elsewhere.
+
+        Its products are made once. What follows reads them again after each exchange.
+        """
+        columns = slice(0, self.spec.width)
+        if self.spec.width > 0:
+            self._load(chunk, columns, how)
+        for block in self._loaded(chunk, columns, how):
+            statistics.add(block)
+        merge_sums(statistics, chunk)
+        if _reads_twice(how) and self.teacher is not None:
+            for block in self._loaded(chunk, columns, how):
+                self._add_terms(statistics, block)
+            merge_terms(statistics, chunk)
+        elif self.topk is not None and how is not None:
+            statistics.finish_topk(chunk, how)
+        for block in self._loaded(chunk, columns, how):
+            self._store_gradient(gradient, block, statistics.sums)
+        if self.spec.width > 0:
+            with onednn_products(of_bf16=self.bf16):
+                self.student.flush()
 
     def _tiles(
         self,
@@ -264,7 +304,7 @@ class Problem:
         """
         groups = [(group, how) for group, how in self.groups if only(how)]
         self._reserve(self.shape.rows, self.shape.columns)
-        for columns in cut(self.spec.vocab, self.shape.columns):
+        for columns in cut(self.spec.width, self.shape.columns):
             for group, how in groups:
                 for inside in cut(group.stop - group.start, self.shape.rows):
                     rows = slice(group.start + inside.start, group.start + inside.stop)
@@ -277,12 +317,27 @@ class Problem:
         self, rows: slice, columns: slice, how: Comparison | None, with_teacher: bool = True
     ) -> Iterator[Block]:
         """Make the logits of some rows and columns, and give them in blocks."""
-        teacher = self.teacher if with_teacher and how is not None else None
-        share = self.spec.objective.teacher_share
+        self._load(rows, columns, how, with_teacher)
+        yield from self._loaded(rows, columns, how, with_teacher)
+
+    def _load(
+        self, rows: slice, columns: slice, how: Comparison | None, with_teacher: bool = True
+    ) -> None:
+        """Make the products of some rows and columns, which are counted from the shard's first."""
         with onednn_products(of_bf16=self.bf16):
             self.student.load(rows, columns)
-            if teacher is not None:
-                teacher.load(rows, columns)
+            if self.teacher is not None and with_teacher and how is not None:
+                self.teacher.load(rows, columns)
+
+    def _loaded(
+        self, rows: slice, columns: slice, how: Comparison | None, with_teacher: bool = True
+    ) -> Iterator[Block]:
+        """The logits of what is loaded, in blocks, whose columns are the vocabulary's."""
+        teacher = self.teacher if with_teacher and how is not None else None
+        share, first = self.spec.objective.teacher_share, self.spec.first
+        if columns.stop == columns.start:
+            return
+        of_vocab = slice(first + columns.start, first + columns.stop)
         height = block_rows(columns.stop - columns.start, self.shape)
         for inside in cut(rows.stop - rows.start, height):
             at = slice(rows.start + inside.start, rows.start + inside.stop)
@@ -293,7 +348,7 @@ class Problem:
                     gap = torch.sub(t, s, out=self.scratch.like("gap", s.shape)).mul_(share)
                     t = t.mul_(share).add_(s, alpha=1 - share)
             is_coarse = isinstance(self.student, SplitHeadSource)
-            yield Block(at, columns, s, t, gap, how, is_coarse)
+            yield Block(at, of_vocab, s, t, gap, how, is_coarse)
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Make room at once: pieces differ in size, and a buffer that grows is there twice."""
@@ -303,7 +358,7 @@ class Problem:
         most = max((piece.stop - piece.start for piece in pieces), default=0)
         for source in (self.student, self.teacher):
             if source is not None:
-                source.reserve(most, min(columns, self.spec.vocab))
+                source.reserve(most, min(columns, self.spec.width))
 
     # --- parts of them ----------------------------------------------------------------------------
 
@@ -320,6 +375,28 @@ class Problem:
         return RowGradient(
             self.spec, self.targets, upstream.to(self.dtype), self.topk, inside, self.scratch
         )
+
+    def _add_terms(self, statistics: RowStatistics, block: Block) -> None:
+        """The second reading of a block."""
+        sums = statistics.sums.at(block.rows)
+        statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
+
+    def _store_gradient(self, gradient: RowGradient, block: Block, sums: RowSums) -> None:
+        """The gradient of a block whose rows' sums, among ``sums`` of all rows, are whole."""
+        by_ids = self.topk is not None and block.comparison is not None
+        hot = self._rest(block, sums) if by_ids else None
+        of_block = sums.at(block.rows)
+        shifted = shift(block, of_block, self._T, self.scratch, hot, gradient.has_untempered)
+        self.student.store(block.rows, gradient.block(shifted, of_block))
+
+    def _summed_gradients(self) -> Gradients:
+        """The student's gradients; that of hidden states is summed up over all shards."""
+        shard = self.spec.shard
+        if shard is not None and shard.sum_dhidden and isinstance(self.student, HeadSource):
+            dx = self.student.dx
+            if dx is not None and dx.numel() > 0:
+                sum_(dx, shard.group)
+        return self.student.gradients()
 
     def _rest(self, block: Block, sums: RowSums) -> Tensor:
         """``exp((s - rest_maximum) / T)``, from logits that are still as they were made: their

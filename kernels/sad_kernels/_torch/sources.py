@@ -95,10 +95,11 @@ class HeadSource:
         kept: Tensor | None,  # [n]
         scratch: Scratch,
         name: str,
-        vocab: int,
+        vocab: int,  # columns that count
+        is_shard: bool = False,  # other columns are elsewhere: blocks are read again
     ) -> None:
         self.hidden, self.weight, self.bias, self.kept = hidden, weight, bias, kept
-        self.scratch, self.name, self.vocab = scratch, name, vocab
+        self.scratch, self.name, self.vocab, self.is_shard = scratch, name, vocab, is_shard
         self.transform = _Transform(transform, scratch, name)
         self.x = self._factor(hidden if kept is None else hidden[kept])  # [n, D]
         self.converted: tuple[slice, Tensor] | None = None
@@ -123,6 +124,8 @@ class HeadSource:
 
     def block(self, rows: slice) -> Tensor:  # [rows, columns]
         logits = self.slab[self._rows_inside(rows)]
+        if self.is_shard:
+            logits = self.scratch.like(self.name, logits.shape).copy_(logits)
         if self.bias is not None:
             logits.add_(self.bias[self.columns])
         return self.transform.apply_(logits)
@@ -281,7 +284,8 @@ class SplitHeadSource(HeadSource):
 
     def want_gradients(self, wanted: tuple[bool, bool, bool], by_columns: bool) -> None:
         super().want_gradients(wanted, by_columns)
-        if self.dx is not None and by_columns:  # bf16 partial sums would be rounded again and again
+        # bf16 partial sums would be rounded again and again
+        if self.dx is not None and (by_columns or self.is_shard):
             self.dx = self.dx.to(self.scratch.dtype)
 
     def store(self, rows: slice, g: Tensor) -> None:
@@ -291,7 +295,7 @@ class SplitHeadSource(HeadSource):
     def flush(self) -> None:
         x, w, g = self.x[self.rows], self.weight[self.columns], self.slab
         if self.dx is not None:
-            if self.by_columns:
+            if self.by_columns or self.is_shard:
                 # Partial sums: each rounded to 8 bits would err more than their sum.
                 high, low = (self.slabs.like(f"dx {part}", x.shape) for part in ("high", "low"))
                 split_product_(high, low, g, w)

@@ -89,7 +89,7 @@ class Shifted(NamedTuple):
 class RowSums(NamedTuple):
     """The statistics of rows, [n] each, by which losses and gradients are formed.
 
-    What splits a vocabulary between processes can add these up in their place.
+    Of a vocabulary that is split over processes ``shards.py`` makes them from each shard's own.
     """
 
     maximum: Tensor  # m
@@ -146,8 +146,9 @@ class RowStatistics:
     """Accumulates the statistics of n rows over blocks of their logits, and makes losses of them.
 
     Call ``add`` with every block once; then for those with a ``Comparison`` that ``reads_twice``
-    ``add_terms`` with every block again, shifted by ``shift``; then ``finish``. Labels may lie
-    outside the vocabulary.
+    ``add_terms`` with every block again, shifted by ``shift``; then ``finish``. Columns are those
+    of the whole vocabulary, of which the blocks of a shard are a part. Labels may lie outside of
+    it.
     """
 
     def __init__(
@@ -530,7 +531,8 @@ def plain_weights(
     eps = spec.objective.label_smoothing
     by_class = None if targets.class_weight is None else targets.class_weight[block.columns]
     if targets.soft is not None:
-        soft = targets.soft[block.rows, block.columns].to(dtype)
+        here = slice(block.columns.start - spec.first, block.columns.stop - spec.first)
+        soft = targets.soft[block.rows, here].to(dtype)
         a = soft * (1 - eps) + eps / spec.vocab
         return a if by_class is None else a.mul_(by_class)
     if targets.labels is None or eps == 0:

@@ -31,6 +31,7 @@ from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times
 from sad_kernels._triton.launch import Logits, SortedTopK
 from sad_kernels._triton.rows import PARTS
+from sad_kernels.vocab import sum_
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def run(
     chunk_bytes: int | None,
 ) -> Result:
     """Compute the losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
-    hidden, V = student.hidden, spec.vocab
+    hidden, V = student.hidden, spec.width
     N = len(hidden)
     fp32 = hidden.new_empty(0, dtype=torch.float32)
     any_grad = upstream is not None and any(grad_mask)
     sides = 2 if isinstance(teacher, HiddenWithHead) else 1
     budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    sizes = chunk_rows(V, sides, hidden.element_size(), budget)
+    sizes = chunk_rows(spec.widest, sides, hidden.element_size(), budget)
     result = Result(
         loss=fp32.new_empty(N),
         parts=fp32.new_empty(PARTS, N),
@@ -95,7 +96,9 @@ def run(
         dbias=fp32.new_empty(0),
     )
     if any_grad and grad_mask.hidden:
-        result = result._replace(dhidden=hidden.new_empty(hidden.shape, dtype=dhidden_dtype))
+        # That of a shard is rounded once the others' have been added.
+        dtype = dhidden_dtype if spec.shard is None else torch.float32
+        result = result._replace(dhidden=hidden.new_empty(hidden.shape, dtype=dtype))
     if any_grad and grad_mask.weight:
         dweight = fp32.new_empty(student.weight.shape)
         dweight[V if N else 0 :] = 0  # the first chunk overwrites the others
@@ -123,6 +126,10 @@ def run(
                 launch.gradient(spec, s, y, t, forward, up, g[block, :V])
         if any_grad:
             _add_gradients(spec, student, targets.labels, chunk, g, result, grad_mask)
+    if spec.shard is not None and result.dhidden.numel() > 0:
+        if spec.shard.sum_dhidden:
+            sum_(result.dhidden, spec.shard.group)
+        result = result._replace(dhidden=result.dhidden.to(dhidden_dtype))
     return result
 
 
@@ -136,7 +143,7 @@ def _add_gradients(
     grad_mask: GradMask,
 ) -> None:
     """Write a chunk's rows of dhidden, and add its products to dweight and dbias."""
-    V = spec.vocab
+    V = spec.width
     g = g[: chunk.stop - chunk.start, :V]
     if grad_mask.hidden:
         out = result.dhidden[chunk]

@@ -155,6 +155,7 @@ def gradient_kernel(
     upstream_ptr, upstream_stride,  # [N], or one number with stride 0
     g_ptr, g_stride,  # [N, width], written
     N, V, width,
+    shard_start, classes,  # None, or of a shard: its first column, and the columns of all
     inv_T, temperature, beta, smoothing, ce_weight, kd_weight, z_loss, kd_scale,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -185,8 +186,12 @@ def gradient_kernel(
     m = tl.load(saved + MAXIMUM * N)
     d = tl.load(saved + TOTAL * N)
     upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32)
+    if classes is None:
+        classes = V
     if labels_ptr is not None:
-        upstream = tl.where((label >= 0) & (label < V), upstream, float("nan"))
+        upstream = tl.where((label >= 0) & (label < classes), upstream, float("nan"))
+        if shard_start is not None:
+            label -= shard_start
     kd = upstream * to_fp32(kd_weight) * to_fp32(kd_scale) / to_fp32(temperature)
     is_read = None
     if kd_weights_ptr is not None:
@@ -244,7 +249,7 @@ def gradient_kernel(
             on_ce = tl.load(token_weights_ptr + row)
             q_1_factor = tl.where(on_ce != 0, on_ce * q_1_factor, 0.0)
             ce_weight *= on_ce
-        shares = upstream * ce_weight * smoothing / V
+        shares = upstream * ce_weight * smoothing / classes
         label_share = upstream * ce_weight * (1 - smoothing)
         if FLAGS.SMOOTH:
             soft = None

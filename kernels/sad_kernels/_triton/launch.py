@@ -16,7 +16,7 @@ from torch import Tensor
 from sad_kernels._divergence import teacher_outcomes
 from sad_kernels._divergence_table import DIVERGENCES, missing
 from sad_kernels._rows import LossSpec, RowTargets
-from sad_kernels._triton import rows, tile
+from sad_kernels._triton import rows, shards, tile
 from sad_kernels._triton.gradient import gradient_kernel
 from sad_kernels._triton.merge import merge_kernel
 from sad_kernels._triton.mixture import mixture_kernel
@@ -24,6 +24,7 @@ from sad_kernels._triton.rows import Flags
 from sad_kernels._triton.statistics import statistics_kernel
 from sad_kernels._triton.tile_sizes import choose_tile, power_of_2
 from sad_kernels.objective import Tail
+from sad_kernels.vocab import gathered
 
 MERGE_NUMBERS = 128  # rows, or rows times ids, per program of ``merge``
 
@@ -133,7 +134,7 @@ def _forward(
     result: Forward,
 ) -> None:
     """Write the results of the selected rows."""
-    x, V = student.x, spec.vocab
+    x, V = student.x, spec.width
     N = len(x)
     empty = result.loss
     top_k = teacher if isinstance(teacher, SortedTopK) else None
@@ -154,39 +155,58 @@ def _forward(
     segments = ceil_div(V, shape.segment)
     partials = empty.new_empty(rows.PARTIALS, segments, N)
     ids, K = (partials, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
+    own_ids = ids if top_k is None else _own_ids(top_k.ids, spec)
     which = _adjacent(targets.labels), spec.ignore_index, *selection
     kd_weights, class_weight = _adjacent(targets.kd_weights), targets.class_weight
     if teacher is None:
         kd_weights = None
     soft = _soft_arguments(targets)
     read = x, dense.x if targets.soft is None else targets.soft
-    with on_device(x.device):
-        statistics_kernel[(N, segments)](
-            *student.arguments, *dense.arguments, share,
-            ids, K, *which, kd_weights, *soft, class_weight,
-            partials, N, V, numbers[0], float(objective.label_smoothing),
-            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(*read), FLAGS=flags,
-            num_warps=shape.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    if segments > 0:  # a shard may have no column
+        with on_device(x.device):
+            statistics_kernel[(N, segments)](
+                *student.arguments, *dense.arguments, share,
+                own_ids, K, *which, kd_weights, *soft, _own_classes(class_weight, spec),
+                partials, N, V, numbers[0], float(objective.label_smoothing), _classes(spec),
+                BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(*read), FLAGS=flags,
+                num_warps=shape.warps, enable_fp_fusion=True,
+            )  # fmt: skip
 
     # Merge: one program for a few rows, fewer beside a top-k teacher, whose K ids it holds.
-    mixture_sums = partials  # not read until there are such sums
     block_k = 1 if top_k is None else power_of_2(top_k.ids.shape[1])
     rows_at_a_time = max(1, MERGE_NUMBERS // block_k)
+    warps = 4 if top_k is None else max(1, min(4, block_k // 128))
+    picked = None
+    if spec.shard is not None:  # the segments of all shards, each of them one
+        folded = empty.new_empty(shards.KINDS, N)
+        picked = empty.new_zeros(1 + K, N)
+        with on_device(x.device):
+            shards.fold_kernel[(ceil_div(N, rows_at_a_time),)](
+                partials, segments, shape.segment, N, V, *student.arguments, own_ids, K, *which,
+                spec.first, folded, picked, numbers[0],
+                ROWS=rows_at_a_time, BLOCK_K=block_k,
+                SHARES=targets.soft is not None or class_weight is not None, FLAGS=flags,
+                num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+        partials, picked = shards.exchanged(
+            folded, picked, flags, targets.labels is not None, spec.shard.group
+        )
+        segments = partials.shape[1]
+    mixture_sums = partials  # not read until there are such sums
 
     def merge(*, final: bool) -> None:
         log_p, log_rest, best = (
             (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
         )
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
-            partials, mixture_sums, segments, shape.segment, N, V, *student.arguments, share,
+            partials, mixture_sums, picked, segments, shape.segment, N, spec.vocab,
+            *student.arguments, share,
             ids, log_p, log_rest, best, K, *which,
             _adjacent(targets.token_weights), kd_weights, soft[0], class_weight,
             result.loss, result.parts, result.saved, result.inside, result.outside,
             *numbers,
             ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, FLAGS=flags,
-            num_warps=4 if top_k is None else max(1, min(4, block_k // 128)),
-            enable_fp_fusion=True,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(x.device):
@@ -206,20 +226,23 @@ def _mixture(
     saved: Tensor,
     divergence: int,
 ) -> Tensor:  # [2, segments, N]
-    """The sums of a mixture's divergence over each segment, see ``mixture.py``."""
-    x, V = student.x, spec.vocab
+    """The sums of a mixture's divergence over each segment, see ``mixture.py``; or each shard."""
+    x, V = student.x, spec.width
     N = len(x)
     inv_T, _, beta, *_ = _numbers(spec)
     shape = choose_tile(x.device, "mixture", V, 2)
     segments = ceil_div(V, shape.segment)
     sums = saved.new_empty(2, segments, N)
-    mixture_kernel[(N, segments)](
-        *student.arguments, *teacher.arguments, _target_share(spec), *which,
-        saved, sums, N, V, inv_T, beta,
-        BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, teacher.x),
-        DIVERGENCE=divergence, num_warps=shape.warps, enable_fp_fusion=True,
-    )  # fmt: skip
-    return sums
+    if segments > 0:
+        mixture_kernel[(N, segments)](
+            *student.arguments, *teacher.arguments, _target_share(spec), *which,
+            saved, sums, N, V, inv_T, beta,
+            BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(x, teacher.x),
+            DIVERGENCE=divergence, num_warps=shape.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    if spec.shard is None:
+        return sums
+    return gathered(sums.sum(1), spec.shard.group).transpose(0, 1).contiguous()
 
 
 def gradient(
@@ -235,7 +258,7 @@ def gradient(
 
     Columns from V on get zeros.
     """
-    if len(student.x) == 0:
+    if out.numel() == 0:
         return
     if spec.objective.kd_weight == 0:  # its logits need not be read
         teacher = None
@@ -254,7 +277,7 @@ def _gradient(
     out: Tensor,
 ) -> None:
     """Write the gradient of the selected rows."""
-    N, V = len(student.x), spec.vocab
+    N, V = len(student.x), spec.width
     objective = spec.objective
     dense = teacher if isinstance(teacher, Logits) else student
     smoothed = targets.class_weight is not None and objective.label_smoothing > 0
@@ -268,6 +291,8 @@ def _gradient(
     shape = choose_tile(student.x.device, "gradient", V, pressure)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
+    if top_k is not None:
+        ids = _own_ids(ids, spec)
     width = out.shape[1]
     weights = None if teacher is None else _adjacent(targets.kd_weights)
     with on_device(student.x.device):
@@ -276,9 +301,10 @@ def _gradient(
             ids, saved.inside, saved.outside, K,
             _adjacent(targets.labels), spec.ignore_index, *selection,
             _adjacent(targets.token_weights), weights, *_soft_arguments(targets),
-            targets.class_weight,
+            _own_classes(targets.class_weight, spec),
             saved.saved, upstream, upstream.stride(0) if len(upstream) == N else 0,
             out, out.stride(0), N, V, width,
+            None if spec.shard is None else spec.first, _classes(spec),
             *_numbers(spec),
             BLOCK=shape.block, SEGMENT=shape.segment, FLAGS=flags,
             num_warps=shape.warps, enable_fp_fusion=True,
@@ -288,6 +314,21 @@ def _gradient(
 def _adjacent(x: Tensor | None) -> Tensor | None:
     """A number per row, as kernels read it."""
     return None if x is None else x.contiguous()
+
+
+def _classes(spec: LossSpec) -> int | None:
+    """The kernels' argument of that name: None where all columns are here."""
+    return None if spec.shard is None else spec.vocab
+
+
+def _own_ids(ids: Tensor, spec: LossSpec) -> Tensor:
+    """A top-k teacher's ids from the first column that is here. PAD_ID stays past the last one."""
+    return ids if spec.shard is None else ids - spec.first
+
+
+def _own_classes(weight: Tensor | None, spec: LossSpec) -> Tensor | None:
+    """The weights of classes from the first column that is here."""
+    return weight if weight is None or spec.shard is None else weight[spec.first :]
 
 
 def _soft_arguments(targets: RowTargets) -> tuple[Tensor | None, int]:

@@ -94,7 +94,7 @@ def _inputs(
             t_logits = layout.rows(teacher.logits)
             args = args._replace(teacher_scale=float(scale), teacher_softcap=softcap)
         case TeacherHidden(hidden=hidden, head=head):
-            t_logits = head_logits(layout.rows(hidden), head, spec.vocab)
+            t_logits = head_logits(layout.rows(hidden), head, spec.width)
         case TeacherTopK():
             top_k = top_k_tensors(teacher, layout, spec.vocab)
     return RowInputs(logits, *targets, t_logits, *top_k, *encode(args))

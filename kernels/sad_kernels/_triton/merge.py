@@ -25,6 +25,7 @@ from sad_kernels._triton.rows import (
     REFERENCE,
     SAVED_TEACHER_MAXIMUM,
     SAVED_TEACHER_TOTAL,
+    SHARD_COUNT,
     TEACHER_AT_BEST,
     TEACHER_BEST,
     TEACHER_MAXIMUM,
@@ -69,6 +70,7 @@ def merge_segments(
     partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
     ROWS: tl.constexpr,
     SHARES: tl.constexpr,  # S is a sum of classes with shares of their own
+    SHARDS: tl.constexpr,  # the segments are shards of the vocabulary
     FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Add up the segments of ``rows`` in their order; of rows that do not count, none."""
@@ -131,7 +133,9 @@ def merge_segments(
             if FLAGS.SMOOTH:
                 S_b = tl.load(at + PLAIN * step, mask=counts, other=0.0)
                 count_b = zero + tl.minimum(segment_length, V - segment * segment_length)
-                if FLAGS.TEACHER == TOP_K or SHARES:
+                if SHARDS:
+                    count_b = tl.load(at + SHARD_COUNT * step, mask=counts, other=0.0)
+                elif FLAGS.TEACHER == TOP_K or SHARES:
                     count_b = tl.load(at + COUNT * step, mask=counts, other=0.0)
                 S = (S + count * move) + (S_b + count_b * move_b)
                 count += count_b
@@ -225,6 +229,7 @@ def log_totals_ratio(sums):
 def merge_kernel(
     partials_ptr,  # [PARTIALS, segments, N] fp32, of ``statistics``
     mixture_ptr,  # [2, segments, N] fp32, of ``mixture``, read if FINAL
+    picked_ptr,  # None, or [1 + K, N] fp32: the segments are shards; logits of label and ids
     num_segments, segment_length, N, V,
     s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; what follows as in LogitsRow
     t_share,  # None, or a DENSE teacher's share of the target
@@ -274,16 +279,17 @@ def merge_kernel(
 
     SOFT: tl.constexpr = soft_ptr is not None
     WEIGHTED_CLASSES: tl.constexpr = class_weight_ptr is not None
+    SHARDS: tl.constexpr = picked_ptr is not None
     sums = merge_segments(
         partials_ptr, rows, counts, num_segments, segment_length, N, V, inv_T,
-        ROWS, SOFT or WEIGHTED_CLASSES, FLAGS,
+        ROWS, SOFT or WEIGHTED_CLASSES, SHARDS, FLAGS,
     )  # fmt: skip
     saved = saved_ptr + rows
     kd = zero
     if FLAGS.TEACHER == TOP_K:
         student = LogitsRow(s_ptr + rows[:, None] * s_stride, s_bias, s_scale, s_softcap, None)
         sums, kd = add_top_k(
-            sums, rows, compared, student,
+            sums, rows, compared, student, picked_ptr, N,
             ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr, K, V, inv_T, beta,
             BLOCK_K, FLAGS,
         )  # fmt: skip
@@ -323,7 +329,7 @@ def merge_kernel(
         if FLAGS.TEACHER != NO_TEACHER:
             loss += tl.where(kd_weight > 0, kd_weight * kd, 0.0)  # weight 0 adds 0, even of inf
 
-        # CE and z-loss: the label's logit is read here, one number per row.
+        # CE and z-loss: the label's logit is read here, one number per row, unless it was picked.
         ce, square, correct, agree, entropy, lse = zero, zero, zero, zero, zero, zero
         if FLAGS.COMPUTE_CE:
             log_1 = tl.log(sums.d_1)
@@ -333,8 +339,11 @@ def merge_kernel(
             elif labels_ptr is not None:
                 at = tl.where(in_range, label, 0)
                 student = LogitsRow(s_ptr + rows * s_stride, s_bias, s_scale, s_softcap, None)
-                z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
-                z, _ = to_logits(z, at, student, counts, True)
+                if picked_ptr is None:
+                    z = tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)
+                    z, _ = to_logits(z, at, student, counts, True)
+                else:
+                    z = tl.load(picked_ptr + rows, mask=counts, other=0.0)
                 smoothing = to_fp32(smoothing)
                 if WEIGHTED_CLASSES:
                     label_share = (1 - smoothing) * tl.load(class_weight_ptr + at)

@@ -63,6 +63,13 @@ Weights of classes, and labels that are probabilities
 CE is ``sum_v a_v (lse - s_v)``, see ``ce.py``. With weights ``S`` is the sum of ``w_v x``, for
 labels that are probabilities that of ``a_v x``, and the columns so far are counted with the same
 factors. ``merge`` saves ``sum a``, of which the gradient takes a share ``q``.
+
+Shards of a vocabulary
+----------------------
+Where the columns are split over processes, ``V`` of ``statistics``, ``mixture`` and ``gradient`` is
+the number of those that are here, columns and ids count from the first of them, and ``classes`` is
+the number of all; labels are columns of the whole vocabulary. ``merge`` has the segments of no
+shard before it but the shards themselves, see ``shards.py``, and the whole ``V``.
 """
 
 from __future__ import annotations
@@ -100,6 +107,7 @@ DIFFERENCE = tl.constexpr(10)  # B of what is no mixture
 TEACHER_AT_BEST = tl.constexpr(9)  # the teacher's logit at BEST, for a mixture
 COUNT = tl.constexpr(6)  # columns in S, beside a TOP_K teacher or with weights of classes
 PARTIALS = 12
+SHARD_COUNT = tl.constexpr(12)  # columns in S of a shard, whatever its teacher, see ``shards.py``
 
 # What the gradient needs, [SAVED, N], in the numbering above for the first three
 SAVED_TEACHER_MAXIMUM = tl.constexpr(3)

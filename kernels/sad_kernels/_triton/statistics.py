@@ -212,6 +212,7 @@ def statistics_kernel(
     class_weight_ptr,  # None, or [V]
     partials_ptr,  # [PARTIALS, segments, N] fp32, written
     N, V, inv_T, smoothing,
+    classes,  # None, or those of all shards, of which V are here
     BLOCK: tl.constexpr,  # columns of a tile: a multiple of a piece
     SEGMENT: tl.constexpr,  # columns of a program: a multiple of BLOCK
     LANES: tl.constexpr,
@@ -240,7 +241,9 @@ def statistics_kernel(
     if soft_ptr is not None:
         smoothing = to_fp32(smoothing)
         soft = soft_ptr + row * soft_stride
-        shares = ClassShares(soft, class_weight_ptr, 1 - smoothing, smoothing / V)
+        if classes is None:
+            classes = V
+        shares = ClassShares(soft, class_weight_ptr, 1 - smoothing, smoothing / classes)
     elif class_weight_ptr is not None:
         shares = ClassShares(None, class_weight_ptr, 0.0, 1.0)
     ids = ids_ptr

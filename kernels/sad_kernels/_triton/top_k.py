@@ -35,8 +35,8 @@ from sad_kernels._triton.tile import (
 
 @triton.jit
 def add_top_k(
-    sums, rows, counts, student, ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr,
-    K, V, inv_T, beta,
+    sums, rows, counts, student, picked_ptr, N,
+    ids_ptr, log_p_ptr, log_rest_ptr, inside_ptr, outside_ptr, K, V, inv_T, beta,
     BLOCK_K: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Add the logits at a top-k teacher's ids to the sums, which leave them out until here.
@@ -59,8 +59,12 @@ def add_top_k(
     usable = present & (ids >= 0) & (ids < V)
 
     # The student's logits there.
-    z = tl.load(student.ptr + ids, mask=usable, other=0.0).to(tl.float32)
-    z, _ = to_logits(z, ids, student, usable, True)
+    if picked_ptr is None:
+        z = tl.load(student.ptr + ids, mask=usable, other=0.0).to(tl.float32)
+        z, _ = to_logits(z, ids, student, usable, True)
+    else:  # some are of other shards
+        picked = picked_ptr + (1 + k).to(tl.int64)[None, :] * N + rows[:, None]
+        z = tl.load(picked, mask=usable, other=0.0)
     z = tl.where(usable, z, float("-inf"))
     top_z = tl.max(z, 1)
     best = sums.best
