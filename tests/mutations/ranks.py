@@ -73,11 +73,11 @@ MUTATIONS = [
     ),
     Mutation(
         "95",
-        "the loss is divided by the targets of some of the rows",
+        "the loss is divided by the targets of one rank",
         edit(
             "sad/training/batches.py",
-            "self.rows.counts(np.concatenate([self.row_numbers(step) for step in _steps(window)]))",
-            "self.rows.counts(self.row_numbers(window.first_micro_step)[:1])",
+            "for step in _steps(window)]))\n",
+            "for step in _steps(window)])[self._world.share(20)])\n",
         ),
         gradients("2 ranks"),
     ),

@@ -74,7 +74,7 @@ MUTATIONS = [
     Mutation(
         "81",
         "what a student cannot save is found out at its first export",
-        edit(RUN, "    run_dir.require_exportable(student.model, inputs.tokenizer)\n", ""),
+        edit(RUN, "require_exportable(student.model, inputs.tokenizer))", "baseline)"),
         rehearsal("test_a_student_that_cannot_be_saved_again_is_not_trained[PreTrainedConfig]"),
         says="trained for nothing",
     ),

@@ -249,7 +249,7 @@ MUTATIONS = [
         "the average starts anew on resumption",
         edit(
             EMA,
-            "            shadow.copy_(saved[name])\n",
+            "            shadow.copy_(read_like(saved, name, shadow))\n",
             "            pass\n",
         ),
         ANY_STOP,
@@ -620,7 +620,7 @@ MUTATIONS = [
     Mutation(
         "60",
         "checkpoints of the old numbering stay beside the new",
-        edit(TRAINING, "        set_aside(overtaken(ours, resumption), warn)\n", ""),
+        edit(TRAINING, "set_aside(overtaken(ours, resumption), warn))", "None)"),
         resuming("test_checkpoints_that_count_other_micro_batches_are_set_aside"),
     ),
     Mutation(
