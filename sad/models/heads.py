@@ -26,6 +26,7 @@ from sad_kernels.objective import Head
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sad.distributed.tensors import whole
 from sad.errors import SadError, UnfitError, one_line
 
 HeadFields = Callable[[Any], dict[str, Any]]
@@ -314,7 +315,7 @@ def require_finite_hidden(model: PreTrainedModel, hidden: Tensor) -> None:
         return
     start = f"{type(model).__name__} must give finite hidden states, got"
     found = f"{_what_is_not_finite(hidden)} in {_dtype_name(hidden.dtype)}"
-    damaged = next((n for n, p in model.named_parameters() if not _is_finite(p)), None)
+    damaged = next((n for n, p in model.named_parameters() if not _is_finite(whole(p))), None)
     if damaged is not None:
         raise UnfitError(
             f"{start} {found}: its weight {damaged} is not finite; the weights are damaged: take "

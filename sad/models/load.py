@@ -7,8 +7,8 @@ Errors about a model that a user named are one line: ``UsageError`` if there is 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -18,14 +18,23 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from sad.config.schema import DistillConfig
+from sad.distributed.loading import (
+    LoadedWholeError,
+    StoredWeights,
+    stored_weights,
+    without_weights,
+)
+from sad.distributed.world import World
 from sad.environment import quiet_libraries, resolve_device
 from sad.errors import SadError, UnfitError, UsageError, one_line
 from sad.models.adapters import add_adapters
+from sad.models.heads import PLAIN_HEADS, SCALED_HEADS
 from sad.models.layers import chosen_layers, copy_layers, with_layers
 
 Role = Literal["student", "teacher"]
@@ -53,12 +62,7 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
             model = _student_of_layers(config, dtype)
         case _:
             assert_never(config.student_init)
-    model.config.use_cache = False
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    if config.peft.enabled:
-        add_adapters(config, model)
-    return model.to(device).train()
+    return _ready_to_train(model, config).to(device)
 
 
 def load_teacher(config: DistillConfig) -> PreTrainedModel:
@@ -68,8 +72,63 @@ def load_teacher(config: DistillConfig) -> PreTrainedModel:
     """
     device = resolve_device(config.teacher_device or config.device)
     model: Any = _pretrained_model(config, "teacher", teacher_dtype(config))
+    return _frozen(model).to(device)
+
+
+def model_to_fill(
+    config: DistillConfig, role: Role, world: World, say: Callable[[str], None]
+) -> tuple[PreTrainedModel, StoredWeights] | None:
+    """The student or teacher as ``load_student`` or ``load_teacher`` gives it, but without its
+    weights, and where these are stored: for ``sad.distributed.loading``.
+
+    None in a process of its own and, after ``say`` has been told why, for a model that can be
+    loaded only whole. Raises like ``load_student``.
+    """
+    if world.mesh is None:
+        return None
+
+    def attempt() -> tuple[tuple[PreTrainedModel, StoredWeights] | None, str]:
+        try:
+            return _model_to_fill(config, role), ""
+        except LoadedWholeError as error:
+            return None, str(error)
+
+    found, reason = world.main_first(attempt)  # the first may have to fetch files
+    reason = next(filter(None, world.gather(reason)), "")
+    if reason:
+        say(f"loading the {role} whole in each process, before it is split: {reason}")
+        return None
+    return found
+
+
+def _model_to_fill(config: DistillConfig, role: Role) -> tuple[PreTrainedModel, StoredWeights]:
+    name, _ = _name_and_trust(config, role)
+    if config.structural_weights:
+        raise LoadedWholeError("losses on inner layers are tried on whole models")
+    if role == "student" and config.student_init != "pretrained":
+        raise LoadedWholeError(f"student_init is {config.student_init}")
+    if read_model_config(config, role).model_type not in PLAIN_HEADS | SCALED_HEADS.keys():
+        raise LoadedWholeError("its head is not known, and found out by running it")
+    dtype = teacher_dtype(config) if role == "teacher" else getattr(torch, config.param_dtype)
+    model = without_weights(lambda: build_model(config, role, dtype))
+    weights = stored_weights(model, name)
+    with suppress(OSError), quiet_libraries():
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return (_frozen(model) if role == "teacher" else _ready_to_train(model, config)), weights
+
+
+def _ready_to_train(model: PreTrainedModel, config: DistillConfig) -> Any:
     model.config.use_cache = False
-    return model.to(device).requires_grad_(False).eval()
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    if config.peft.enabled:
+        add_adapters(config, model)
+    return model.train()
+
+
+def _frozen(model: PreTrainedModel) -> Any:
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
 
 
 def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from sad_kernels import Head, TeacherHidden
@@ -13,6 +14,8 @@ from sad.data.batch import Batch
 from sad.losses.base import Activations, Projections
 from sad.losses.capture import Capture
 from sad.models.heads import split_head, with_valid_vocab
+
+T = TypeVar("T")
 
 
 class TeacherOutput(NamedTuple):
@@ -55,6 +58,10 @@ class FrozenTeacher:
     def head(self) -> Head:
         """The teacher's head, on the student's device."""
         return self._head
+
+    def within(self, run: Callable[[], T]) -> T:
+        """``run()``, while the model can be run and its head be read."""
+        return run()
 
     def release(self) -> None:
         """Called when nobody needs the targets any more, after the student's backward pass."""

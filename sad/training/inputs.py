@@ -35,6 +35,7 @@ from sad.report.terminal import waiting_bar
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.fingerprint import HASHES, fingerprint_model
 from sad.teachers.frozen import FrozenTeacher
+from sad.teachers.sharded import load_sharded_teacher
 from sad.training.batches import rank_batch
 
 
@@ -127,7 +128,8 @@ def load_inputs(
         source = "student" if config.tokenizer is None else "tokenizer"
         notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
         say(f"loading the teacher {config.teacher}")
-        teacher = FrozenTeacher(load_teacher(config), vocabulary, device=device)
+        teacher = load_sharded_teacher(config, vocabulary, device=device, world=world, say=say)
+        teacher = teacher or FrozenTeacher(load_teacher(config), vocabulary, device=device)
         # One rank reads the files; what it finds is remembered for the others.
         teacher_fingerprint = world.main_first(
             partial(

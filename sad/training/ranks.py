@@ -10,29 +10,40 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.state import start_rng
 from sad.checkpoint.store import Checkpoint
 from sad.config.schema import DistillConfig
-from sad.distributed.sharding import shard_trained
+from sad.distributed.loading import fill
+from sad.distributed.sharding import reshard, shard_trained
 from sad.distributed.shards import load_shards
 from sad.distributed.world import World
 from sad.errors import OutputError, UsageError
 from sad.models.heads import decoder_layers
+from sad.models.load import model_to_fill
 from sad.optim.precision import Precision
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.sharded import ShardedTeacher
 from sad.training.inputs import RunInputs
-from sad.training.student import StudentWithLoss
+from sad.training.student import StudentWithLoss, build_student
+
+T = TypeVar("T")
+
+FORCE_SUM = "set_force_sum_reduction_for_comms"
 
 
 def check_ranks(config: DistillConfig, world: World) -> None:
     """Raise ``UsageError`` for what a run on several processes cannot do yet."""
     if world.size == 1:
         return
+    _require_engine()
     remedies = {
         "peft": ("be empty", config.peft.enabled),
         "torch_compile": ("be false", config.torch_compile),
@@ -53,6 +64,20 @@ def check_ranks(config: DistillConfig, world: World) -> None:
                 f"{key} must {expectation} on several processes, got WORLD_SIZE={world.size}; "
                 "change it, or run one process"
             )
+
+
+def _require_engine() -> None:
+    """Raise ``UsageError`` for a torch that cannot sum gradients over ranks as a run does."""
+    there = {
+        "fully_shard(ignored_params=...)": "ignored_params" in signature(fully_shard).parameters,
+        FORCE_SUM: hasattr(FSDPModule, FORCE_SUM),
+    }
+    lacking = [name for name, found in there.items() if not found]
+    if lacking:
+        raise UsageError(
+            f"torch must be 2.10 or newer on several processes, got {torch.__version__} without "
+            f"{' and '.join(lacking)}; install a newer one, or run one process"
+        )
 
 
 def sharded_config(config: DistillConfig) -> DistillConfig:
@@ -76,12 +101,39 @@ def shard_student(
         reshard_after_forward=config.reshard_after_forward,
         cpu_offload=config.cpu_offload,
     )
+    register_fsdp_forward_method(student, "within")
     start_rng(config.seed, world.rank, 0)
+
+
+def run_within(student: StudentWithLoss, run: Callable[[], T]) -> T:
+    """``run()``, while the student's model can be run and its head be read, split or not."""
+    try:
+        return student.within(run)
+    finally:
+        reshard(student)  # what is restored now is what is gathered next
+
+
+def load_sharded_student(
+    config: DistillConfig, inputs: RunInputs, precision: Precision, say: Callable[[str], None]
+) -> StudentWithLoss | None:
+    """The run's student, of which no rank ever holds more than its part; None for one that can be
+    loaded only whole (``say`` has been told why) and in a process of its own."""
+    found = model_to_fill(sharded_config(config), "student", inputs.world, say)
+    if found is None:
+        return None
+    model, weights = found
+    student = build_student(config, model, inputs.valid_vocab, precision)
+    shard_student(student, config, precision, inputs.world)
+    host = torch.device("cpu")
+    fill(model, weights, host if config.cpu_offload else inputs.device, inputs.world)
+    return student
 
 
 def with_sharded_teacher(inputs: RunInputs) -> RunInputs:
     """The same inputs, with a teacher that is split over the ranks if there are several."""
     if inputs.world.mesh is None or inputs.teacher is None or inputs.eval_teacher is None:
+        return inputs
+    if isinstance(inputs.teacher, ShardedTeacher):
         return inputs
     teacher = ShardedTeacher(
         inputs.teacher.model, inputs.valid_vocab, device=inputs.device, mesh=inputs.world.mesh

@@ -6,6 +6,7 @@ baseline is trained before either. Models that cannot supply them are refused he
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 
 import torch
@@ -16,9 +17,11 @@ from sad.models.load import load_student
 from sad.optim.precision import Precision
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.policy import build_teacher_policy
+from sad.teachers.sharded import ShardedTeacher
 from sad.training.evaluate import evaluate_student
 from sad.training.inputs import RunInputs
-from sad.training.student import build_student
+from sad.training.ranks import load_sharded_student, shard_student, sharded_config
+from sad.training.student import StudentWithLoss, build_student
 
 
 def needs_rehearsal(config: DistillConfig) -> bool:
@@ -38,9 +41,8 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
     if inputs.teacher is None:
         return
     policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
-    precision = Precision(config, inputs.device)
-    model, teacher = load_student(config), inputs.teacher.model
-    student = build_student(config, model, inputs.valid_vocab, precision, teacher)
+    teacher = inputs.teacher.model
+    student, precision = _student(config, inputs)
     weights = {"kd": config.kd_weight} | config.structural_weights
     objective = config.objective(
         teacher_share=config.taid.start if config.taid.enabled else 1.0,
@@ -65,7 +67,27 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
         ) from error
     finally:
         teacher.requires_grad_(False)  # gates that the routing trains
-    del student, model, result
+        inputs.teacher.release()
+    del student, result
+    gc.collect()  # of a student that is split, modules refer to one another
     if inputs.device.type == "cuda":  # the run's own peak is measured from here on
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(inputs.device)
+
+
+def _student(config: DistillConfig, inputs: RunInputs) -> tuple[StudentWithLoss, Precision]:
+    """A student for the teacher there is: split over the ranks if that is, else whole."""
+    teacher, world = inputs.teacher, inputs.world
+    assert teacher is not None
+    split = isinstance(teacher, ShardedTeacher)
+    loaded = sharded_config(config) if split else config
+    precision = Precision(loaded, inputs.device, sharded=split)
+    if split:
+        student = load_sharded_student(config, inputs, precision, lambda _: None)
+        if student is not None:
+            return student, precision
+    model = load_student(loaded)
+    student = build_student(config, model, inputs.valid_vocab, precision, teacher.model)
+    if split:
+        shard_student(student, config, precision, world)
+    return student, precision

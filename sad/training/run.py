@@ -51,6 +51,8 @@ from sad.training.meters import ResultRow, result_row
 from sad.training.ranks import (
     SharedRunDirectory,
     check_ranks,
+    load_sharded_student,
+    run_within,
     shard_student,
     sharded_config,
     with_sharded_teacher,
@@ -156,7 +158,8 @@ def _distill(
 
     if inputs.eval_teacher is not None:
         teacher, row = inputs.eval_teacher.model, inputs.eval_rows.batch([0]).input_ids
-        check_model(teacher, row, packing=config.packing)  # before it is relied on
+        check = partial(check_model, teacher, row, packing=config.packing)
+        inputs.eval_teacher.teacher.within(check)  # before it is relied on
         if needs_rehearsal(config):
             _say("trying every loss on one row")
             rehearse(config, inputs)
@@ -337,11 +340,16 @@ def _train(
     loaded = sharded_config(config) if sharded else config
     precision = Precision(loaded, inputs.device, sharded=sharded)
     teacher = None if inputs.teacher is None else inputs.teacher.model
-    student = build_student(config, load_student(loaded), inputs.valid_vocab, precision, teacher)
+    student = load_sharded_student(config, inputs, precision, partial(_announce, world))
+    split = student is not None
+    student = student or build_student(
+        config, load_student(loaded), inputs.valid_vocab, precision, teacher
+    )
     stop_tokens = add_stop_tokens(student.model, inputs.train_rows.end_tokens, inputs.tokenizer)
-    checks = check_models_and_loss(
+    check = partial(
+        check_models_and_loss,
         student.model,
-        None if sharded else teacher,  # checked before it was split
+        None if sharded else teacher,  # checked before
         inputs.eval_rows.batch([0]).input_ids,
         config.objective(),
         valid_vocab=inputs.valid_vocab,
@@ -352,12 +360,13 @@ def _train(
         impl=config.impl,
         run_teacher=inputs.teacher.answer if isinstance(inputs.teacher, ShardedTeacher) else None,
     )
+    checks = run_within(student, check)
     world.from_main(lambda: run_dir.require_exportable(student.model, inputs.tokenizer))
     if config.torch_compile:  # after the checks, whose rows have other shapes
         rows = range(min(config.rows_per_process(), len(inputs.train_rows)))
         packed = inputs.train_rows.batch(list(rows)).to(inputs.device)
         checks["student/compiled"] = student.train().compile_layers(packed)
-    if sharded:
+    if sharded and not split:
         shard_student(student, config, precision, world)
     trainer = Trainer(
         config,

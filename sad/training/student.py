@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from sad_kernels import DistillOutput, Objective, TeacherHidden, linear_distill_loss
@@ -31,6 +31,8 @@ from sad.optim.precision import Precision
 from sad.teachers.frozen import TeacherOutput
 
 ContextFactory = Callable[[], AbstractContextManager[object]]
+
+T = TypeVar("T")
 
 LossWeights = Mapping[str, float]
 """Weight of each loss by its name in the configuration; a loss that is not named is off."""
@@ -140,6 +142,10 @@ class StudentWithLoss(nn.Module):
                 count = max(getattr(counts, self._unit_of(name)), 1)
                 loss = loss + weight * (terms[name].sum / count)
         return StepOutput(loss, distill, terms)
+
+    def within(self, run: Callable[[], T]) -> T:
+        """``run()``, as in a forward pass: where a split model can be run and its head be read."""
+        return run()
 
     def active_losses(self, weights: LossWeights) -> tuple[str, ...]:
         """The structural losses whose weight is above 0."""

@@ -15,12 +15,17 @@ import torch
 from safetensors.torch import load_file
 from support.rank_runs import CASES, Material
 from support.ranks import run_ranks
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from sad.checkpoint.store import checkpoints_of, latest_checkpoint, load_checkpoint
 from sad.config.schema import DistillConfig
+from sad.distributed.world import World
 from sad.errors import StoppedError, UsageError
+from sad.models import load
 from sad.report.log import read_log
+from sad.training import ranks
+from sad.training.ranks import FORCE_SUM, check_ranks
 from sad.training.run import distill
 from sad.training.trainer import Trainer
 
@@ -84,6 +89,26 @@ def test_a_run_on_ranks_is_the_run_of_one_process(
     saved = load_file(run_dir / "final" / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in saved.values())
     assert sum(p.numel() for p in student.parameters()) > 0
+
+
+def metrics_without_whole_models(config: DistillConfig) -> dict[str, float]:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model was loaded whole")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "_pretrained_model", refuse)
+        return distill(config).metrics
+
+
+@pytest.mark.parametrize(
+    "keys", [{"baseline": True}, {"bf16": True, "gradient_checkpointing": True}]
+)
+def test_a_run_without_losses_on_inner_layers_never_loads_a_model_whole(
+    material: Material, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    config = material.config("kd", tmp_path / "run", **keys)
+    found, other = run_ranks(2, metrics_without_whole_models, config)
+    assert found == other and found["eval/nll"] > 0
 
 
 def halt_after(config: DistillConfig, windows: int) -> None:
@@ -187,6 +212,22 @@ def test_what_ranks_cannot_do_is_one_line(
     lines = run_ranks(2, refused, material.config("kd", tmp_path / "run", **keys))
     assert all(line.startswith(said) and "\n" not in line for line in lines)
     assert not checkpoints_of(tmp_path / "run")
+
+
+def test_a_torch_without_what_a_run_on_ranks_needs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_ranks(DistillConfig(), World(size=2))
+    monkeypatch.delattr(FSDPModule, FORCE_SUM)
+    check_ranks(DistillConfig(), World())
+    with pytest.raises(UsageError) as caught:
+        check_ranks(DistillConfig(), World(size=2))
+    line = str(caught.value)
+    assert line.startswith("torch must be 2.10 or newer on several processes") and FORCE_SUM in line
+    monkeypatch.setattr(ranks, "fully_shard", lambda module, mesh: None)
+    with pytest.raises(UsageError, match=r"without fully_shard\(ignored_params"):
+        check_ranks(DistillConfig(), World(size=2))
+    assert caught.value.exit_code == 2
 
 
 def test_another_batch_on_more_ranks_is_another_course(material: Material, tmp_path: Path) -> None:
