@@ -210,7 +210,8 @@ def plan_states(
     device = planned_device(config.device)
     kept, host = _kept_items(config, device, student, teacher, shards)
     heads = [output_embedding(model) for model in (student, teacher) if model is not None]
-    tiles = loss_bytes(as_one_rank(config, cluster.ranks), device, heads).logits
+    loss = loss_bytes(as_one_rank(config, cluster.ranks), device, heads)
+    of_loss = [("fp32 sum of the head's gradient", loss.weight_sum), (TILES, loss.logits)]
     again = forward_flops(student, length) if config.gradient_checkpointing else 0
     return RankPlan(
         device=str(device),
@@ -220,7 +221,7 @@ def plan_states(
         tokens=config.rows_per_process(cluster.ranks) * length,
         micro_batches=config.gradient_accumulation_steps,
         kept=tuple(kept),
-        whole=(*whole_items(config, student, teacher), (TILES, tiles)),
+        whole=(*whole_items(config, student, teacher), *(item for item in of_loss if item[1])),
         passing=(),
         host=tuple(host),
         transfers=tuple(transfers(config, student, teacher, cluster)),
@@ -309,13 +310,10 @@ def whole_items(
     """What is gathered around a micro-batch, and gradients before they are summed over ranks."""
     itemsize = compute_dtype(config).itemsize
     root, layers = _root_and_layers(student)
-    head = output_embedding(student).weight.numel()
     items = [
         ("student: embedding, norm and head", itemsize * root),
         ("their gradients", itemsize * root),
     ]
-    if itemsize < FP32:
-        items.append(("fp32 sum of the head's gradient", FP32 * head))
     if config.reshard_after_forward:
         items.append(("two student layers", itemsize * 2 * max(layers)))
     else:
@@ -431,29 +429,35 @@ def _limits(plan: RankPlan) -> list[str]:
     """What sets the pace, how many tokens would change that, and what of it is the teacher's."""
     where = "between nodes" if plan.slowest_crosses else "inside a node"
     share = plan.teacher_share_of_transfers
-    lines = []
+    lines: list[str] = []
     needed, alone = plan.tokens_to_hide(), plan.tokens_to_hide(teacher=False)
-    compute, limit = plan.compute_seconds, plan.flops_per_second
-    if needed is not None and alone is not None and compute is not None and limit is not None:
-        hidden = compute >= plan.transfer_seconds
-        pace = "computation" if hidden else f"transfers {where}"
+    compute, speed = plan.compute_seconds, plan.flops_per_second
+    hidden = compute is not None and compute >= plan.transfer_seconds
+    if compute is not None and speed is not None and needed is not None and alone is not None:
+        pace = "computation sets" if hidden else f"transfers {where} set"
         rate = plan.tokens / max(compute, plan.transfer_seconds)
-        lines = [
-            f"  {pace}: at most {rate:,.0f} tokens/s per rank, {rate * plan.cluster.ranks:,.0f} in "
-            f"all, of {limit / plan.flops:,.0f} per rank without transfers",
-            f"  {needed:,} tokens per rank and micro-batch hide the transfers {where}; "
-            f"{alone:,} would without the teacher's",
+        lines += [
+            f"{pace} the pace: at most {rate:,.0f} tokens/s per rank, "
+            f"{rate * plan.cluster.ranks:,.0f} in all",
+            f"computation alone: at most {speed / plan.flops:,.0f} tokens/s per rank",
+            f"{needed:,} tokens per rank and micro-batch hide the transfers {where}; "
+            f"without the teacher's {alone:,}",
         ]
-        tokens = plan.tokens * plan.cluster.ranks * plan.micro_batches
-        lines.append(f"  an optimizer step then has {tokens:,} tokens" if hidden else "")
-    lines.append(
-        f"  the teacher's share: {share:.0%} of these transfers, "
-        f"{plan.teacher_share_of_work:.0%} of the work"
-    )
-    if plan.slowest_crosses and plan.shards > plan.cluster.ranks_per_node:
+    if plan.teacher_flops:
         lines.append(
-            f"  split inside nodes, only sums of gradients cross them: "
-            f"dp_shard_size: {plan.cluster.ranks_per_node}, "
-            f"dp_replicate_size: {plan.cluster.ranks // plan.cluster.ranks_per_node}"
+            f"the teacher's share: {share:.0%} of the transfers {where}, "
+            f"{plan.teacher_share_of_work:.0%} of the work"
         )
-    return [line for line in lines if line]
+    if hidden:
+        tokens = plan.tokens * plan.cluster.ranks * plan.micro_batches
+        lines.append(f"more ranks make optimizer steps larger, now {tokens:,} tokens")
+    if hidden and plan.teacher_flops:
+        gain = plan.flops / plan.student_flops
+        lines.append(f"without the teacher's work a step would be {gain:.1f} times as fast")
+    per_node = plan.cluster.ranks_per_node
+    if plan.slowest_crosses and plan.shards > per_node and plan.cluster.ranks % per_node == 0:
+        lines.append(
+            f"dp_shard_size: {per_node} with dp_replicate_size: {plan.cluster.ranks // per_node} "
+            "keeps all but sums of gradients inside nodes"
+        )
+    return [f"  {line}" for line in lines]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sad_kernels import _dispatch
 from support.tiny import tiny_llama
 
 from sad.config.schema import DistillConfig
@@ -34,7 +35,10 @@ def worked() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def meshes(worked: dict[str, Any]) -> dict[str, RankPlan]:
-    return worked["plans"]()
+    with pytest.MonkeyPatch.context() as patch:  # tiles as where Triton compiles for a GPU
+        patch.setattr(_dispatch, "HAS_TRITON", True)
+        patch.setattr(_dispatch, "INTERPRETED", False)
+        return worked["plans"]()
 
 
 # The worked plan
@@ -100,14 +104,14 @@ def test_the_readme_has_the_worked_plan(
 
 def test_what_stops_scaling_is_said(meshes: dict[str, RankPlan]) -> None:
     split = format_rank_plan(meshes["512, all split"])
-    assert "transfers between nodes: at most 1,569 tokens/s per rank" in split
-    assert "dp_shard_size: 8, dp_replicate_size: 64" in split
+    assert "transfers between nodes set the pace: at most 1,569 tokens/s per rank" in split
+    assert "dp_shard_size: 8 with dp_replicate_size: 64 keeps all but" in split
     hybrid = format_rank_plan(meshes["512, 64 x 8"])
-    assert "computation: at most 2," in hybrid
-    assert "an optimizer step then has 4,194,304 tokens" in hybrid
+    assert "computation sets the pace: at most 2,099 tokens/s per rank, 1,074,622 in all" in hybrid
+    assert "larger, now 4,194,304 tokens" in hybrid and "4.1 times as fast" in hybrid
     assert "dp_shard_size" not in hybrid
     unknown = format_rank_plan(replace(meshes["8"], flops_per_second=None))
-    assert "state --tflops" in unknown and "70% of these transfers" in unknown
+    assert "state --tflops" in unknown and "70% of the transfers inside a node" in unknown
 
 
 # Meshes
