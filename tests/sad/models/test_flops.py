@@ -44,7 +44,7 @@ def test_operations_are_those_that_torch_counts(model: Any) -> None:
 
 
 def test_frozen_weights_need_no_gradient() -> None:
-    model = tiny_llama()
+    model: Any = tiny_llama()
     trained = training_flops(model, LENGTH)
     frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     assert trained - training_flops(model, LENGTH) == 2 * frozen.numel()
