@@ -248,11 +248,11 @@ def test_one_row_more_does_not_fit(
 
     known: dict[int, Any] = {}
 
-    def once(config: DistillConfig, *cluster: Cluster) -> Any:
+    def once(config: DistillConfig, cluster: Cluster | None = None) -> Any:
         """The plan, made once for each batch."""
         rows = config.per_device_train_batch_size
         if rows not in known:
-            known[rows] = plan_ranks(config, *cluster) if cluster else plan(config)
+            known[rows] = plan(config) if cluster is None else plan_ranks(config, cluster)
         return known[rows]
 
     monkeypatch.setattr("sad.models.largest_batch.plan", once)
@@ -260,7 +260,7 @@ def test_one_row_more_does_not_fit(
 
     def need(rows: int) -> int:
         one = replace(pair, per_device_train_batch_size=rows)
-        return (1 << 20) + once(one, *(() if cluster is None else (cluster,))).total
+        return (1 << 20) + once(one, cluster).total
 
     needs = [need(rows) for rows in (1, 2, 3, 4, 5)]
     assert needs == sorted(set(needs))  # rises with every row
