@@ -36,6 +36,18 @@ file's own folder first.
 """
 
 
+PLAN_OPTIONS = """\
+options of this command, among the keys:
+  --ranks 8               plan a run on so many processes: memory of each, bytes moved, what limits
+  --ranks_per_node 8      processes in one node
+  --bandwidth 300,40      GB/s per process, inside a node and between nodes, as nccl-tests' algbw
+  --tflops 400            10^12 operations per second that one process reaches; by default the bf16
+                          peak of this machine's GPU, where it is known
+  --memory 24             also print the largest per_device_train_batch_size that fits so many GiB;
+                          without a number: those of this machine's GPU
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or the one of its error.
 
@@ -108,12 +120,30 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from sad.config.plan_options import read_plan_options
+
+    options, args.overrides = read_plan_options(args.overrides)
     config = _load(args)
     print(f"sad plan: {_models(config)}", file=sys.stderr, flush=True)
 
-    from sad.models.memory_plan import format_plan, plan
+    if options.ranks is None:
+        from sad.models.memory_plan import format_plan, plan
 
-    print(format_plan(plan(config)))
+        cluster = None
+        print(format_plan(plan(config)))
+    else:
+        from sad.distributed.world import World
+        from sad.models.rank_plan import Cluster, format_rank_plan, plan_ranks
+        from sad.training.ranks import check_ranks
+
+        check_ranks(config, World(size=options.ranks))
+        inside, between = (rate * 1e9 for rate in options.bandwidth)
+        cluster = Cluster(options.ranks, options.ranks_per_node, inside, between)
+        print(format_rank_plan(plan_ranks(config, cluster, options.flops_per_second)))
+    if options.asks_for_batch:
+        from sad.models.largest_batch import describe_largest
+
+        print(describe_largest(config, options.memory, cluster))
     return 0
 
 
@@ -200,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan", add_help=False, help="predict a run's peak memory; no weights are loaded"
     )
     _takes_configuration(plan, _plan)
+    plan.epilog = PLAN_OPTIONS
 
     selftest = commands.add_parser("selftest", help="check the kernels against their definitions")
     selftest.set_defaults(run=_selftest)
@@ -257,6 +288,8 @@ class _ConfigurationHelp(argparse.Action):
         from sad.config.help import keys_help
 
         print(f"usage: {parser.prog} RECIPE|FILE.yaml [--key value ...]\n{OVERRIDES}")
+        if parser.epilog:
+            print(parser.epilog)
         print(f"{_recipes()}\n\n{keys_help()}")
         parser.exit()
 

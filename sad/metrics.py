@@ -200,6 +200,14 @@ _ROWS = (
         "tokens_per_second", "tok/s", better="higher", format="count", label="tokens/s",
         bar="{} tok/s", width=6, train_panel="throughput",
     ),
+    Metric(
+        "tokens_per_second_per_rank", "tok/s/rank", better="higher", format="count",
+        label="tokens/s per rank", width=10, train_panel="throughput",
+    ),
+    Metric(
+        "mfu", "MFU", "% of the peak", "higher", "percent",
+        heading="Model FLOP utilisation", bar="MFU {}", width=7,
+    ),
     # One column: of the device where there is one, else of the process.
     Metric(
         "cuda_used_bytes", "GiB", format="GiB", label="device, in use",

@@ -90,12 +90,12 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The peak in bytes: the sum of ``items``."""
-        return _sum(self.items)
+        return total_bytes(self.items)
 
     @property
     def tensors(self) -> int:
         """What of it tensors hold."""
-        return _sum(item for item in self.items if item[0] != ALLOCATOR)
+        return total_bytes(item for item in self.items if item[0] != ALLOCATOR)
 
 
 def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
@@ -105,14 +105,14 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     ``eval_rows``, the number of held-out rows, what evaluations keep is an upper bound. Raises what
     loading the models raises, as far as their configurations can tell.
     """
-    device = resolve_device(config.device)
+    device = planned_device(config.device)
     base = memory_now()["rss_bytes"]
     with torch.device("meta"):
         student = build_student_model(config)
         teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
 
     here, elsewhere = _teacher_weights(config, teacher)
-    host = _eval_cache(config, teacher, eval_rows)
+    host = teacher_cache_items(config, teacher, eval_rows)
     known = eval_rows is not None or config.max_eval_rows is not None
     if device.type == "cpu" and known:  # the budget alone would be no prediction
         here, host = here + host, []
@@ -127,7 +127,7 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
         states = [item for item in states if item[0] != EMA]
     always = states + here
     gradients = [("gradients", gradient_bytes(config, student.parameters()))]
-    turning = _forward_items(config, device, student, teacher)
+    turning = forward_items(config, device, student, teacher)
     earlier = gradients if config.gradient_accumulation_steps > 1 else []
     # On a CPU the loss keeps its buffers for the next call.
     tiles = [item for item in turning if item[0] == TILES and device.type == "cpu"]
@@ -135,16 +135,16 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
         "between forward and backward": turning + earlier,
         "at the optimizer step": gradients + tiles,
         "in the teacher's forward pass": _teacher_items(config, device) + earlier + tiles,
-        "in an evaluation": _evaluation_items(config, device, student, teacher, eval_rows),
+        "in an evaluation": evaluation_items(config, device, student, teacher, eval_rows),
     }
-    moment = max(moments, key=lambda name: _sum(moments[name]))
+    moment = max(moments, key=lambda name: total_bytes(moments[name]))
     passing = moments[moment]
     if device.type == "cpu":
-        passing = [*passing, (ALLOCATOR, int(UNUSED_SHARE * _sum(passing)))]
+        passing = [*passing, (ALLOCATOR, int(UNUSED_SHARE * total_bytes(passing)))]
     return MemoryPlan(
         device=str(device),
         moment=moment,
-        items=tuple(always + _projector_items(config, student, teacher) + passing),
+        items=tuple(always + projector_items(config, student, teacher) + passing),
         elsewhere=tuple(elsewhere),
         full_logits=_full_logits(config, student, teacher),
         host=tuple(host),
@@ -155,22 +155,37 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
 def format_plan(plan: MemoryPlan) -> str:
     """The plan as a table for a terminal."""
     lines = [f"memory on {plan.device}, {plan.moment}"]
-    lines += [_line(label, size) for label, size in plan.items]
-    lines += [_line("predicted peak", plan.total)]
+    lines += [item_line(label, size) for label, size in plan.items]
+    lines += [item_line("predicted peak", plan.total)]
     if plan.base:
-        lines += [_line("interpreter and libraries, besides", plan.base)]
+        lines += [item_line("interpreter and libraries, besides", plan.base)]
     if plan.elsewhere:
         lines += ["on the teacher's device"]
-        lines += [_line(label, size) for label, size in plan.elsewhere]
+        lines += [item_line(label, size) for label, size in plan.elsewhere]
     if plan.host:
         lines += ["in host memory"]
-        lines += [_line(label, size) for label, size in plan.host]
-    lines += ["for contrast", _line("full logits, never held", plan.full_logits)]
+        lines += [item_line(label, size) for label, size in plan.host]
+    lines += ["for contrast", item_line("full logits, never held", plan.full_logits)]
     return "\n".join(lines)
 
 
-def _line(label: str, size: int) -> str:
+def item_line(label: str, size: int) -> str:
+    """One line of the table."""
     return f"  {label:<42}{size / 2**20:>12,.1f} MiB"
+
+
+def planned_device(name: str) -> torch.device:
+    """The device of a name in the configuration; it need not be on this machine."""
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        return torch.device(name)
+    return resolve_device(name)
+
+
+def _of_fakes(device: torch.device) -> torch.device:
+    """Where tensors without data lie: a build of torch without CUDA has none there either, and on a
+    CPU the same ones are kept."""
+    away = device.type == "cuda" and not torch.cuda.is_available()
+    return torch.device("cpu") if away else device
 
 
 # Weights and what the optimizer adds to them
@@ -190,18 +205,23 @@ def student_states(config: DistillConfig, student: nn.Module) -> list[Item]:
 
 
 def _snapshot_items(config: DistillConfig, device: torch.device, student: nn.Module) -> list[Item]:
-    """The copy that is written while training goes on; none where the only save is the last.
-
-    With ``max_steps`` the number of epochs is not known: ``save_steps`` alone decides.
-    """
-    epochs = config.num_train_epochs if config.max_steps <= 0 else 1
-    if not config.async_save or not (config.save_steps or epochs > 1):
+    """The copy that is written while training goes on; none where the only save is the last."""
+    if not saves_in_background(config):
         return []
     sizes = [size for _, size in student_states(config, student)]
     sizes[0] -= frozen_bytes(student)
     if device.type == "cuda":  # torch locks the pages of a power of two of bytes
         sizes = [1 << (size - 1).bit_length() for size in sizes if size]
     return [(SNAPSHOT, sum(sizes))]
+
+
+def saves_in_background(config: DistillConfig) -> bool:
+    """Whether checkpoints are written while training goes on, and not the last alone.
+
+    With ``max_steps`` the number of epochs is not known: ``save_steps`` alone decides.
+    """
+    epochs = config.num_train_epochs if config.max_steps <= 0 else 1
+    return config.async_save and bool(config.save_steps or epochs > 1)
 
 
 def frozen_bytes(student: nn.Module) -> int:
@@ -230,12 +250,12 @@ def _teacher_weights(
         return [], []
     dtype = str(teacher_dtype(config)).removeprefix("torch.")
     weights = (f"teacher weights, {dtype}", weight_bytes(teacher))
-    if resolve_device(config.teacher_device or config.device) == resolve_device(config.device):
+    if planned_device(config.teacher_device or config.device) == planned_device(config.device):
         return [weights], []
     return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
 
 
-def _eval_cache(
+def teacher_cache_items(
     config: DistillConfig, teacher: PreTrainedModel | None, eval_rows: int | None
 ) -> list[Item]:
     """What evaluations keep of the teacher for one another."""
@@ -255,7 +275,7 @@ def _teacher_bytes_per_token(config: DistillConfig, teacher: PreTrainedModel) ->
 # One micro-batch
 
 
-def _forward_items(
+def forward_items(
     config: DistillConfig,
     device: torch.device,
     student: PreTrainedModel,
@@ -265,7 +285,7 @@ def _forward_items(
     tokens = _tokens(config)
     head = output_embedding(student)
     heads = [head] if teacher is None else [head, output_embedding(teacher)]
-    loss = _loss_bytes(config, device, heads)
+    loss = loss_bytes(config, device, heads)
     tiles = (TILES, loss.logits)
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
@@ -301,7 +321,7 @@ def _forward_items(
     return items
 
 
-def _projector_items(
+def projector_items(
     config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> list[Item]:
     """What structural losses have of their own, with what trains it."""
@@ -322,16 +342,16 @@ def _teacher_items(config: DistillConfig, device: torch.device) -> list[Item]:
 
 
 def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int:
-    here = resolve_device(config.teacher_device or config.device) == device
+    here = planned_device(config.teacher_device or config.device) == device
     if config.teacher is None or not here:
         return 0
     with _without_data(config.teacher):
         with torch.device("meta"), no_init_weights():
             teacher = build_model(config, "teacher", teacher_dtype(config))
-        return forward_peak(teacher, device, rows, config.max_length)
+        return forward_peak(teacher, _of_fakes(device), rows, config.max_length)
 
 
-def _evaluation_items(
+def evaluation_items(
     config: DistillConfig,
     device: torch.device,
     student: PreTrainedModel,
@@ -343,16 +363,17 @@ def _evaluation_items(
     rows = min([config.per_device_eval_batch_size, *known])
     tokens = rows * config.max_length
     dtype, cast = _param_dtype(config), compute_dtype(config)
+    fakes = _of_fakes(device)
 
     def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, cast) if cast != dtype else nullcontext()
+        return torch.autocast(fakes.type, cast) if cast != dtype else nullcontext()
 
     with _without_data(config.student):
         with torch.device("meta"), no_init_weights():
             model = build_student_model(config)
-        students = forward_peak(model, device, rows, config.max_length, autocast)
+        students = forward_peak(model, fakes, rows, config.max_length, autocast)
     heads = [output_embedding(student)] + ([] if teacher is None else [output_embedding(teacher)])
-    loss = _loss_bytes(config, device, heads, tokens=tokens, gradients=False)
+    loss = loss_bytes(config, device, heads, tokens=tokens, gradients=False)
     states = tokens * sum(head.in_features for head in heads) * FP32
     losing = loss.logits + states
     held: list[Item] = []
@@ -366,7 +387,7 @@ def _evaluation_items(
         if structural:
             held.append((STRUCTURAL_LOSSES, structural))
     if device.type == "cpu":  # the buffers of the loss stay, and the teacher comes first
-        trained = _loss_bytes(config, device, heads).logits
+        trained = loss_bytes(config, device, heads).logits
         buffers = max(loss.logits, trained)
         held.append((TILES, buffers))
         losing = states
@@ -381,7 +402,7 @@ def _evaluation_items(
     return [*held, (step, steps[step])]
 
 
-def _loss_bytes(
+def loss_bytes(
     config: DistillConfig,
     device: torch.device,
     heads: list[nn.Linear],
@@ -420,7 +441,7 @@ def _activation_bytes(
         checkpointing = config.gradient_checkpointing
     dtype, cast = _param_dtype(config), compute_dtype(config)
     with _without_data(config.student):
-        return _kept_bytes(config, device, dtype, cast, checkpointing)
+        return _kept_bytes(config, _of_fakes(device), dtype, cast, checkpointing)
 
 
 @contextmanager
@@ -518,7 +539,8 @@ def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _sum(items: Iterable[Item]) -> int:
+def total_bytes(items: Iterable[Item]) -> int:
+    """The sum of the items' sizes."""
     return sum(size for _, size in items)
 
 

@@ -74,6 +74,7 @@ from sad.training.inputs import RunInputs
 from sad.training.meters import Counters, ThroughputMeter, TrainMeter
 from sad.training.resume import Resumption, overtaken, plan_resumption
 from sad.training.skips import SkipWatch
+from sad.training.speed import Speed
 from sad.training.state import checkpoint_parts, restore_trainer
 from sad.training.student import LossWeights, StepOutput, StudentWithLoss
 
@@ -147,6 +148,7 @@ class Trainer:
         self.generators = RandomGenerators("rng")
         self.parts = checkpoint_parts(self)
         self.watch = SkipWatch(self.device)
+        self.speed = Speed.of(config, student.model, inputs)
         # Saves talk in the background, beside training.
         self._writers = background_world(self.world)
         self.logged: dict[str, float] = {}  # the losses of the last train record
@@ -302,6 +304,8 @@ class Trainer:
         term_weights = self.student.term_weights(weights)
         losses = self.meter.losses(term_weights)  # waits for the device, as do the next lines
         skipped = int(self.meter.skipped[0])
+        rate = throughput.rate(self.counters.tokens)
+        with_teacher = bool(weights["kd"] or self.student.active_losses(weights))
         record = self._position() | {
             "tokens": self.counters.tokens,
             **losses,
@@ -310,7 +314,8 @@ class Trainer:
             "grad_norm": float(self.meter.grad_norm),
             "loss_scale": self.precision.loss_scale,
             "skipped": skipped,
-            "tokens_per_second": throughput.rate(self.counters.tokens),
+            "tokens_per_second": rate,
+            **self.speed.record(rate, with_teacher=with_teacher),
             **memory_now(self.device),
         }
         if self.taid is not None:

@@ -72,6 +72,49 @@ def test_plan_prints_what_the_planner_says(recipe: str, replace_module: Any, cap
     assert capsys.readouterr() == ("seed 3\n", "sad plan: s from t\n")
 
 
+def test_plan_of_ranks_and_the_largest_batch(recipe: str, replace_module: Any, capsys: Any) -> None:
+    replace_module(
+        "sad.models.rank_plan",
+        Cluster=lambda *args: args,
+        plan_ranks=lambda config, cluster, flops: (config.seed, cluster, flops),
+        format_rank_plan="ranks {}".format,
+    )
+    replace_module(
+        "sad.models.largest_batch",
+        describe_largest=lambda config, memory, cluster: f"largest {memory} {cluster}",
+    )
+    words = "--ranks 16 --seed 3 --bandwidth 450,50 --tflops 400 --memory 24".split()
+    assert main(["plan", recipe, *words]) == 0
+    cluster = (16, 8, 450e9, 50e9)
+    assert capsys.readouterr().out == f"ranks (3, {cluster}, {4e14})\nlargest 24.0 {cluster}\n"
+
+
+def test_plan_of_one_process_with_the_largest_batch(
+    recipe: str, replace_module: Any, capsys: Any
+) -> None:
+    replace_module("sad.models.memory_plan", plan=lambda config: 1, format_plan="plan {}".format)
+    replace_module(
+        "sad.models.largest_batch",
+        describe_largest=lambda config, memory, cluster: f"largest {memory} {cluster}",
+    )
+    assert main(["plan", recipe, "--memory"]) == 0
+    assert capsys.readouterr().out == "plan 1\nlargest None None\n"
+
+
+def test_plan_refuses_what_several_ranks_cannot_do(recipe: str, capsys: Any) -> None:
+    assert main(["plan", recipe, "--ranks", "2", "--optim", "adamw_8bit"]) == 2
+    assert "optim must be adamw_torch_fused on several processes" in capsys.readouterr().err
+
+
+def test_help_of_plan_names_its_options(capsys: Any) -> None:
+    assert main(["plan", "--help"]) == 0
+    out = capsys.readouterr().out
+    for name in ("ranks", "ranks_per_node", "bandwidth", "tflops", "memory"):
+        assert f"  --{name} " in out
+    assert main(["distill", "--help"]) == 0
+    assert "--ranks_per_node" not in capsys.readouterr().out
+
+
 ERRORS = [
     (errors.UsageError("x"), 2, "x"),
     (errors.UnfitError("x"), 65, "x"),
