@@ -15,6 +15,7 @@ from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
 from sad.environment import library_versions
 from sad.models.memory_plan import plan
+from sad.models.rank_plan import Cluster, plan_ranks
 from sad.optim.precision import Precision
 from sad.optim.schedule import RunLength, describe
 
@@ -84,9 +85,12 @@ def run_header(
     return lines
 
 
-def predicted_peak(config: DistillConfig, eval_rows: int) -> int | None:
-    """The peak in bytes that ``sad plan`` predicts; None where it fails, which ends no run."""
+def predicted_peak(config: DistillConfig, eval_rows: int, world_size: int = 1) -> int | None:
+    """The peak of one process, in bytes, that ``sad plan`` predicts; None where it fails, which
+    ends no run."""
     try:
+        if world_size > 1:
+            return plan_ranks(config, Cluster(world_size)).total
         return plan(config, eval_rows).total
     except Exception:  # for whatever reason: the run needs no estimate
         return None

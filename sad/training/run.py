@@ -381,7 +381,9 @@ def _train(
         if resumption is not None:
             trainer.restore(resumption, log.warning)
             resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
-        predicted = predicted_peak(config, len(inputs.eval_rows))
+        predicted = None  # one rank says it for all
+        if world.main:
+            predicted = predicted_peak(config, len(inputs.eval_rows), world.size)
         header = run_header(
             title,
             config,
