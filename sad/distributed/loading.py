@@ -95,7 +95,7 @@ def stored_weights(model: PreTrainedModel, name: str) -> StoredWeights:
     name in the model, in its shape, and to be read as it is.
     """
     _require_read_as_stored(model)
-    files = _weight_files(name)
+    files = _weight_files(name, getattr(model.config, "_commit_hash", None))
     folder = files[0].parent
     if {*folder.glob("*.safetensors")} != {*files}:
         raise LoadedWholeError(f"{folder} has other .safetensors files than those of its model")
@@ -135,17 +135,17 @@ def _require_read_as_stored(model: PreTrainedModel) -> None:
         raise LoadedWholeError(f"{type(model).__name__} is stored in another form than computed in")
 
 
-def _weight_files(name: str) -> list[Path]:
+def _weight_files(name: str, commit: str | None) -> list[Path]:
     """The safetensors files of a model, which are in one folder."""
     try:
-        single = _found(name, SINGLE)
+        single = _found(name, SINGLE, commit)
         if single is not None:
             return [single]
-        index = _found(name, INDEX)
+        index = _found(name, INDEX, commit)
         if index is None:
             raise LoadedWholeError("its weights are in no safetensors file")
         listed = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        files = [_found(name, file) for file in listed]
+        files = [_found(name, file, commit) for file in listed]
     except (OSError, ValueError, KeyError) as error:
         raise LoadedWholeError(f"its files could not be found ({one_line(error)})") from error
     if not files or None in files:
@@ -153,8 +153,8 @@ def _weight_files(name: str) -> list[Path]:
     return [file for file in files if file is not None]
 
 
-def _found(name: str, file: str) -> Path | None:
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+def _found(name: str, file: str, commit: str | None) -> Path | None:
+    path = cached_file(name, file, revision=commit, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support.allocations import peak_bytes
 from support.families import tiny_family
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.distributed.loading import fill, without_weights
+from sad.distributed.loading import fill, stored_weights, without_weights
 from sad.distributed.sharding import fsdp_modules, whole_state
 from sad.distributed.tensors import is_split
 from sad.distributed.world import World, whole_world
@@ -31,6 +32,7 @@ from sad.teachers.sharded import ShardedTeacher, load_sharded_teacher
 from sad.training.ranks import shard_student
 from sad.training.student import build_student
 
+TIED = partial(tiny_llama, tie_word_embeddings=True)
 CPU = torch.device("cpu")
 IDS = torch.arange(48).reshape(2, 24) * 5 % 500
 
@@ -153,6 +155,24 @@ def test_buffers_are_those_of_a_loaded_model(
     for buffer, value in expected.items():
         assert buffers[buffer].dtype == value.dtype
         assert torch.equal(buffers[buffer], value), buffer
+
+
+@pytest.mark.parametrize("size", ["1GB", "30KB"])
+def test_weights_of_the_hub_are_those_of_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--tiny"
+    name = save(repository / "snapshots" / commit, TIED(), max_shard_size=size)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = without_weights(TIED)
+    model.config._commit_hash = commit
+    weights = stored_weights(model, "someone/tiny")
+    assert str(weights.folder) == name
+    assert weights.names.keys() == model.state_dict().keys()
+    assert weights.names["lm_head.weight"] == "model.embed_tokens.weight"
 
 
 # How much memory it takes
