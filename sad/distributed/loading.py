@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from sad.distributed.tensors import local_part
 from sad.distributed.world import World
@@ -59,20 +59,26 @@ def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
     Buffers, such as tables of rotations, lie in host memory with the values that they have in a
     model of ``from_pretrained``: those that no file stores are there. Random states are kept.
+
+    Raises ``LoadedWholeError`` for a model whose code needs the values of parameters to be built.
     """
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        model = build()
-        # transformers fills these buffers again after it has built a model in its dtype: their
-        # values are computed in fp32, and rounded then.
-        for module in model.modules():
-            vars(module).pop("_is_hf_initialized", None)
-        model.init_weights()
+    try:
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+            model = build()
+            # transformers fills these buffers again after it has built a model in its dtype: their
+            # values are computed in fp32, and rounded then.
+            for module in model.modules():
+                vars(module).pop("_is_hf_initialized", None)
+            model.init_weights()
+    except Exception as error:  # another cause is found when it is loaded whole
+        raise LoadedWholeError(f"it needs its weights to be built ({one_line(error)})") from error
     return model
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    # What it returns is registered in place of the parameter.
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -204,12 +210,11 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _read(parts: dict[str, Tensor], folder: Path) -> None:
-    from torch.distributed.checkpoint import (  # takes long to import
-        CheckpointException,
-        DefaultLoadPlanner,
-        HuggingFaceStorageReader,
-        load,
-    )
+    # These take long to import.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sad_kernels import Head, TeacherHidden
@@ -36,7 +37,7 @@ class ShardedTeacher(FrozenTeacher):
         self._root = _Backbone(model)
         self._valid_vocab = valid_vocab
         with_valid_vocab(read_head(model), valid_vocab)
-        output: nn.Module = model.get_output_embeddings()
+        output: Any = model.get_output_embeddings()
         tied = output.weight is model.get_input_embeddings().weight
         layers = list(decoder_layers(model))
         # A tied head is whole as long as the embedding is; another one is a unit of its own.

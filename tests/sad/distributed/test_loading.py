@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.distributed.loading import fill, stored_weights, without_weights
+from sad.distributed.loading import LoadedWholeError, fill, stored_weights, without_weights
 from sad.distributed.sharding import fsdp_modules, whole_state
 from sad.distributed.tensors import is_split
 from sad.distributed.world import World, whole_world
@@ -96,13 +96,13 @@ def split_student(config: DistillConfig) -> Any:
     def run(world: World) -> Any:
         found = model_to_fill(config, "student", world, lambda _: None)
         assert found is not None
-        model, weights = found
+        model: Any = found[0]
         precision = Precision(config, CPU, sharded=True)
         student = build_student(config, model, 100, precision)
         shard_student(student, config, precision, world)
-        fill(model, weights, CPU, world)
+        fill(model, found[1], CPU, world)
         modes = [p.requires_grad for p in model.parameters()], model.training
-        described = model.config.to_dict(), model.generation_config.to_dict()  # type: ignore
+        described = model.config.to_dict(), model.generation_config.to_dict()
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         return whole_state(model, world), modes, described, tied
 
@@ -247,6 +247,15 @@ def test_what_is_loaded_whole_is_said(
         harm(tmp_path / "model")
     for (line,) in run_ranks(2, reasons, config_for(name, **keys)):
         assert line.startswith("loading the teacher whole in each process") and said in line
+
+
+def test_a_model_that_reads_its_parameters_to_be_built_is_loaded_whole() -> None:
+    def build() -> Any:
+        return torch.nn.Linear(1, 1).weight.item()
+
+    with pytest.raises(LoadedWholeError, match="needs its weights to be built"):
+        without_weights(build)
+    assert not torch.nn.Linear(1, 1).weight.is_meta  # what is built after it
 
 
 # Checks of a model that was never whole
