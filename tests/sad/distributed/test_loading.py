@@ -129,10 +129,13 @@ def test_a_student_is_the_one_that_is_loaded_whole(
 
 FAMILIES = "codegen ctrl falcon_h1 gemma3_text gpt_neo llama mamba xglm"
 MORE_FAMILIES = """
-    bamba bitnet bloom cohere2 cwm diffllama doge ernie4_5 exaone4 falcon_mamba gemma gemma2 glm4
-    gpt_bigcode gpt_neox gptj granite helium hyperclovax jais2 lfm2 llama4_text mamba2 minicpm3
-    ministral mistral mpt nanochat nemotron olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3
-    recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xlstm zaya
+    apertus arcee bamba biogpt bitnet bloom cohere cohere2 cwm diffllama doge ernie4_5 exaone4
+    falcon falcon_mamba gemma gemma2 gemma4_text gemma4_unified_text glm glm4 gpt2 gpt_bigcode
+    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe_swa helium
+    hunyuan_v1_dense hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe lfm2
+    llama4_text mamba2 minicpm3 minimax_m3_vl_text ministral ministral3 mistral mpt nanochat
+    nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen3 recurrent_gemma rwkv
+    seed_oss smollm3 stablelm starcoder2 vaultgemma xlstm youtu zaya
 """
 
 
