@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from sad.distributed.tensors import local_part
 from sad.distributed.world import World
@@ -59,20 +59,26 @@ def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
     Buffers, such as tables of rotations, lie in host memory with the values that they have in a
     model of ``from_pretrained``: those that no file stores are there. Random states are kept.
+
+    Raises ``LoadedWholeError`` for a model whose code needs the values of parameters to be built.
     """
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        model = build()
-        # transformers fills these buffers again after it has built a model in its dtype: their
-        # values are computed in fp32, and rounded then.
-        for module in model.modules():
-            vars(module).pop("_is_hf_initialized", None)
-        model.init_weights()
+    try:
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+            model = build()
+            # transformers fills these buffers again after it has built a model in its dtype: their
+            # values are computed in fp32, and rounded then.
+            for module in model.modules():
+                vars(module).pop("_is_hf_initialized", None)
+            model.init_weights()
+    except Exception as error:  # another cause is found when it is loaded whole
+        raise LoadedWholeError(f"it needs its weights to be built ({one_line(error)})") from error
     return model
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    # What it returns is registered in place of the parameter.
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -95,7 +101,7 @@ def stored_weights(model: PreTrainedModel, name: str) -> StoredWeights:
     name in the model, in its shape, and to be read as it is.
     """
     _require_read_as_stored(model)
-    files = _weight_files(name)
+    files = _weight_files(name, getattr(model.config, "_commit_hash", None))
     folder = files[0].parent
     if {*folder.glob("*.safetensors")} != {*files}:
         raise LoadedWholeError(f"{folder} has other .safetensors files than those of its model")
@@ -135,17 +141,17 @@ def _require_read_as_stored(model: PreTrainedModel) -> None:
         raise LoadedWholeError(f"{type(model).__name__} is stored in another form than computed in")
 
 
-def _weight_files(name: str) -> list[Path]:
+def _weight_files(name: str, commit: str | None) -> list[Path]:
     """The safetensors files of a model, which are in one folder."""
     try:
-        single = _found(name, SINGLE)
+        single = _found(name, SINGLE, commit)
         if single is not None:
             return [single]
-        index = _found(name, INDEX)
+        index = _found(name, INDEX, commit)
         if index is None:
             raise LoadedWholeError("its weights are in no safetensors file")
         listed = sorted({*json.loads(index.read_text())["weight_map"].values()})
-        files = [_found(name, file) for file in listed]
+        files = [_found(name, file, commit) for file in listed]
     except (OSError, ValueError, KeyError) as error:
         raise LoadedWholeError(f"its files could not be found ({one_line(error)})") from error
     if not files or None in files:
@@ -153,8 +159,8 @@ def _weight_files(name: str) -> list[Path]:
     return [file for file in files if file is not None]
 
 
-def _found(name: str, file: str) -> Path | None:
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+def _found(name: str, file: str, commit: str | None) -> Path | None:
+    path = cached_file(name, file, revision=commit, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
 
 
@@ -204,12 +210,11 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _read(parts: dict[str, Tensor], folder: Path) -> None:
-    from torch.distributed.checkpoint import (  # takes long to import
-        CheckpointException,
-        DefaultLoadPlanner,
-        HuggingFaceStorageReader,
-        load,
-    )
+    # These take long to import.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         with warnings.catch_warnings():

@@ -63,7 +63,7 @@ LAYERS: dict[Path, tuple[str, ...]] = {
         "expected",
         "config environment selftest",
         "distributed.tensors distributed.world",
-        "distributed.sharding ema",
+        "distributed.loading distributed.sharding ema",
         "models optim",
         "checkpoint",
         "data integrations",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support.allocations import peak_bytes
 from support.families import tiny_family
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.distributed.loading import fill, without_weights
+from sad.distributed.loading import LoadedWholeError, fill, stored_weights, without_weights
 from sad.distributed.sharding import fsdp_modules, whole_state
 from sad.distributed.tensors import is_split
 from sad.distributed.world import World, whole_world
@@ -31,6 +32,7 @@ from sad.teachers.sharded import ShardedTeacher, load_sharded_teacher
 from sad.training.ranks import shard_student
 from sad.training.student import build_student
 
+TIED = partial(tiny_llama, tie_word_embeddings=True)
 CPU = torch.device("cpu")
 IDS = torch.arange(48).reshape(2, 24) * 5 % 500
 
@@ -94,13 +96,13 @@ def split_student(config: DistillConfig) -> Any:
     def run(world: World) -> Any:
         found = model_to_fill(config, "student", world, lambda _: None)
         assert found is not None
-        model, weights = found
+        model: Any = found[0]
         precision = Precision(config, CPU, sharded=True)
         student = build_student(config, model, 100, precision)
         shard_student(student, config, precision, world)
-        fill(model, weights, CPU, world)
+        fill(model, found[1], CPU, world)
         modes = [p.requires_grad for p in model.parameters()], model.training
-        described = model.config.to_dict(), model.generation_config.to_dict()  # type: ignore
+        described = model.config.to_dict(), model.generation_config.to_dict()
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         return whole_state(model, world), modes, described, tied
 
@@ -127,10 +129,13 @@ def test_a_student_is_the_one_that_is_loaded_whole(
 
 FAMILIES = "codegen ctrl falcon_h1 gemma3_text gpt_neo llama mamba xglm"
 MORE_FAMILIES = """
-    bamba bitnet bloom cohere2 cwm diffllama doge ernie4_5 exaone4 falcon_mamba gemma gemma2 glm4
-    gpt_bigcode gpt_neox gptj granite helium hyperclovax jais2 lfm2 llama4_text mamba2 minicpm3
-    ministral mistral mpt nanochat nemotron olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3
-    recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 vaultgemma xlstm zaya
+    apertus arcee bamba biogpt bitnet bloom cohere cohere2 cwm diffllama doge ernie4_5 exaone4
+    falcon falcon_mamba gemma gemma2 gemma4_text gemma4_unified_text glm glm4 gpt2 gpt_bigcode
+    gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe_swa helium
+    hunyuan_v1_dense hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe lfm2
+    llama4_text mamba2 minicpm3 minimax_m3_vl_text ministral ministral3 mistral mpt nanochat
+    nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen3 recurrent_gemma rwkv
+    seed_oss smollm3 stablelm starcoder2 vaultgemma xlstm youtu zaya
 """
 
 
@@ -153,6 +158,24 @@ def test_buffers_are_those_of_a_loaded_model(
     for buffer, value in expected.items():
         assert buffers[buffer].dtype == value.dtype
         assert torch.equal(buffers[buffer], value), buffer
+
+
+@pytest.mark.parametrize("size", ["1GB", "30KB"])
+def test_weights_of_the_hub_are_those_of_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--tiny"
+    name = save(repository / "snapshots" / commit, TIED(), max_shard_size=size)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = without_weights(TIED)
+    model.config._commit_hash = commit
+    weights = stored_weights(model, "someone/tiny")
+    assert str(weights.folder) == name
+    assert weights.names.keys() == model.state_dict().keys()
+    assert weights.names["lm_head.weight"] == "model.embed_tokens.weight"
 
 
 # How much memory it takes
@@ -227,6 +250,15 @@ def test_what_is_loaded_whole_is_said(
         harm(tmp_path / "model")
     for (line,) in run_ranks(2, reasons, config_for(name, **keys)):
         assert line.startswith("loading the teacher whole in each process") and said in line
+
+
+def test_a_model_that_reads_its_parameters_to_be_built_is_loaded_whole() -> None:
+    def build() -> Any:
+        return torch.nn.Linear(1, 1).weight.item()
+
+    with pytest.raises(LoadedWholeError, match="needs its weights to be built"):
+        without_weights(build)
+    assert not torch.nn.Linear(1, 1).weight.is_meta  # what is built after it
 
 
 # Checks of a model that was never whole
