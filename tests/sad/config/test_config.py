@@ -216,9 +216,9 @@ REFUSED_KEYS = [
     ("xyzzy: 1", "unknown key 'xyzzy'; `sad distill --help` lists all keys ({path}:3)"),
     ("use_cache: false", "unknown key 'use_cache'; training uses no cache"),  # not use_ema
     ("use_lora: true", "peft: {{r: 16}}"),
-    ("deepspeed: zero3.json", "a run is one process on one device"),  # not seed
+    ("deepspeed: zero3.json", "torchrun --nproc_per_node N -m sad distill"),  # not seed
     ("load_in_4bit: true", "no key quantizes a model: teacher_dtype: bfloat16 halves"),
-    ("num_gpus: 2", "a run is one process on one device"),  # not layerwise.num_pairs
+    ("num_gpus: 2", "torchrun --nproc_per_node N -m sad distill"),  # not layerwise.num_pairs
     ("kd_alpha: 0.5", "as the weight of the teacher it is kd_weight"),  # not taid.alpha
     ("eval_every: 5", "here it is 'eval_steps'"),
     ("use_frobnication: 1", "'use_frobnication'; `sad distill --help` lists all keys"),
@@ -564,6 +564,7 @@ def test_a_run_from_before_conversations_goes_on() -> None:
         ("data.add_special_tokens", True, False)
     ]
     run = {"config": old, "train_rows": "1", "eval_rows": "2", "tokenizer": "3", "versions": {}}
+    run |= {"world_size": 1}
     with pytest.raises(UsageError, match=r"train_rows: 1 -> 4 \(if the tokenizer adds a BOS,"):
         require_same_run(run, run | {"train_rows": "4"}, config(), print)
     with pytest.raises(UsageError, match=r"got train_rows: 1 -> 4; restore"):

@@ -98,7 +98,7 @@ def test_the_readme_has_the_worked_plan(
     worked: dict[str, Any], meshes: dict[str, RankPlan]
 ) -> None:
     text = (ROOT / "sad" / "README.md").read_text(encoding="utf-8")
-    shown = text.partition("<!-- ranks:begin -->")[2].partition("<!-- ranks:end -->")[0]
+    shown = text.partition("<!-- worked-plan:begin -->")[2].partition("<!-- worked-plan:end -->")[0]
     assert worked["table"](meshes) in shown, "python scripts/rank_plan.py prints it"
 
 

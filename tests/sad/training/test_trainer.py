@@ -882,7 +882,7 @@ def test_an_evaluation_that_is_no_number_ends_the_run(
     config = make_config(max_steps=1)
     compute = EvalMetrics.compute
 
-    def no_number(self: EvalMetrics, *, against_teacher: bool, world: Any = None) -> dict[str, float]:
+    def no_number(self: EvalMetrics, *, against_teacher: bool, **_: Any) -> dict[str, float]:
         metrics = compute(self, against_teacher=against_teacher)
         return metrics | {"nll": value} if against_teacher else metrics
 
