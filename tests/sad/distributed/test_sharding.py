@@ -13,7 +13,7 @@ from support.runs import make_trainer
 from torch import Tensor
 
 from sad.config.schema import DistillConfig
-from sad.distributed.tensors import is_split, whole
+from sad.distributed.tensors import is_split, local_part, whole
 from sad.distributed.world import whole_world
 from sad.training.inputs import load_inputs
 from sad.training.trainer import Trainer
@@ -56,6 +56,7 @@ FEW = [
     pytest.param(2, {"cpu_offload": True}, id="offloaded"),
     pytest.param(4, {"global_batch_size": 4}, id="ranks without rows"),
     pytest.param(2, {"feature": {"weight": 0.5}, "use_curriculum": False}, id="projectors"),
+    pytest.param(2, {"impl": "triton"}, id="triton", marks=pytest.mark.slow),
 ]
 
 
@@ -90,3 +91,39 @@ def test_in_bf16_the_error_is_that_of_autocast(material: Material, tmp_path: Pat
         assert all(gradient.dtype == torch.float32 for gradient in found.values())
         for name, err in error(found, alone).items():
             assert err < 3 * allowed[name] + 1e-3, name
+
+
+def window_with_a_nan(config: DistillConfig) -> tuple[bool, float, list[Tensor], list[Tensor]]:
+    """Close a window in whose gradient one rank has a NaN: whether it was skipped, the loss scale
+    after it, and this rank's parts of the weights and of their average, before and after."""
+    with whole_world("cpu", timeout_seconds=30) as world:
+        trainer = make_trainer(config, load_inputs(config, world=world))
+        trainer.student.train()
+        assert trainer.ema is not None
+        before = [local_part(p.detach()).clone() for p in trainer.student.parameters()]
+        closing = trainer._close_window
+
+        def close(*, empty: bool) -> None:
+            if world.rank == 1:
+                parameter = next(trainer.student.parameters())
+                assert parameter.grad is not None
+                local_part(parameter.grad).fill_(float("nan"))
+            closing(empty=empty)
+
+        trainer._close_window = close  # type: ignore[method-assign]
+        while not trainer.micro_batch():
+            pass
+        after = [local_part(p.detach()).clone() for p in trainer.student.parameters()]
+        skipped = trainer.ema.num_updates == 0
+        return skipped, trainer.precision.loss_scale, before, after
+
+
+@pytest.mark.parametrize("keys", [{}, {"fp16": True}], ids=["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    material: Material, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    config = material.config("kd", tmp_path, warmup_steps=0, **keys)
+    for skipped, scale, before, after in run_ranks(2, window_with_a_nan, config):
+        assert skipped
+        assert scale == (2.0**15 if keys else 1.0)  # halved on both
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
