@@ -277,8 +277,9 @@ class DistillConfig:
     dp_shard_size: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Processes that each model is split over. Default: all, or with `dp_replicate_size` all of
     one replica."""
-    dp_replicate_size: PositiveInt = field(default=1, metadata=MAY_CHANGE_ON_RESUME)
-    """Replicas of the split models. With as many as there are processes nothing is split."""
+    dp_replicate_size: PositiveInt | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """Replicas of the split models. With as many as there are processes nothing is split. Default:
+    one, or as many as `dp_shard_size` makes of all processes."""
     reshard_after_forward: bool = field(default=True, metadata=MAY_CHANGE_ON_RESUME)
     """Gather each layer again in backward. `false` keeps it whole from forward on: one transfer
     less, at the memory of the whole student."""

@@ -178,19 +178,39 @@ def _heard(error: BaseException) -> BaseException:
     return error
 
 
+def mesh_sizes(
+    ranks: int, replicas: int | None = None, shard_size: int | None = None
+) -> tuple[int, int]:
+    """The copies of each model, and the ranks that each copy is split over.
+
+    Of the two, what is None follows from the other; without both there is one copy. Raises
+    ``UsageError`` where they do not make up the number of ``ranks``.
+    """
+    if replicas is None:
+        replicas = 1 if shard_size is None else max(ranks // shard_size, 1)
+    if shard_size is None:
+        shard_size = max(ranks // replicas, 1)
+    if replicas * shard_size != ranks:
+        raise UsageError(
+            f"dp_replicate_size x dp_shard_size must be the number of processes, {ranks}, got "
+            f"{replicas} x {shard_size}; leave one of the two out, or both to split over all"
+        )
+    return replicas, shard_size
+
+
 @contextmanager
 def whole_world(
     device_type: str,
     *,
     timeout_seconds: int,
-    replicas: int = 1,
+    replicas: int | None = None,
     shard_size: int | None = None,
 ) -> Iterator[World]:
     """The world that torchrun has announced in the environment, or the one process there is.
 
-    There are ``replicas`` copies of each model, each split over ``shard_size`` ranks, by default
-    as many as there are for each copy. Initialises the process group, if nobody has, and destroys
-    it then. Raises ``UsageError`` where these do not make up the number of ranks.
+    ``replicas`` and ``shard_size`` are as in ``mesh_sizes``. Initialises the process group, if
+    nobody has, and destroys it then. Raises ``UsageError`` for ranks that cannot find one another
+    or do not make up the mesh.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():
@@ -209,15 +229,8 @@ def whole_world(
                 "start them with torchrun"
             ) from error
     try:
-        shards = size // replicas if shard_size is None else shard_size
-        if replicas * shards != size:
-            raise UsageError(
-                f"dp_replicate_size x dp_shard_size must be the number of processes, {size}, got "
-                f"{replicas} x {shards}; leave the second out to split over all there are"
-            )
-        mesh = init_device_mesh(
-            device_type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
-        )
+        sizes = mesh_sizes(size, replicas, shard_size)
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "dp_shard"))
         hosts = dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN)
         assert isinstance(hosts, dist.ProcessGroup)  # of which every rank is a member
         yield World(dist.get_rank(), size, mesh, hosts)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
-from sad.errors import UsageError
+from sad.distributed.world import mesh_sizes
 from sad.models.flops import bf16_peak, forward_flops, training_flops
 from sad.models.heads import decoder_layers, output_embedding
 from sad.models.load import build_model, build_student_model, compute_dtype, teacher_dtype
@@ -206,7 +206,7 @@ def plan_states(
 ) -> RankPlan:
     """What follows from the parameters alone: a plan without activations, and so without
     ``passing``."""
-    shards, length = shards_of(config, cluster.ranks), config.max_length
+    (replicas, shards), length = mesh_of(config, cluster.ranks), config.max_length
     device = planned_device(config.device)
     kept, host = _kept_items(config, device, student, teacher, shards)
     heads = [output_embedding(model) for model in (student, teacher) if model is not None]
@@ -216,7 +216,7 @@ def plan_states(
     return RankPlan(
         device=str(device),
         cluster=cluster,
-        replicas=config.dp_replicate_size,
+        replicas=replicas,
         shards=shards,
         tokens=config.rows_per_process(cluster.ranks) * length,
         micro_batches=config.gradient_accumulation_steps,
@@ -231,16 +231,9 @@ def plan_states(
     )
 
 
-def shards_of(config: DistillConfig, ranks: int) -> int:
-    """Ranks that each replica is split over; ``UsageError`` where they do not make up ``ranks``."""
-    replicas = config.dp_replicate_size
-    shards = config.dp_shard_size or max(ranks // replicas, 1)
-    if replicas * shards != ranks:
-        raise UsageError(
-            f"dp_replicate_size x dp_shard_size must be the number of ranks, {ranks}, got "
-            f"{replicas} x {shards}; change them, or --ranks"
-        )
-    return shards
+def mesh_of(config: DistillConfig, ranks: int) -> tuple[int, int]:
+    """Replicas of the models, and the ranks that each is split over; see ``mesh_sizes``."""
+    return mesh_sizes(ranks, config.dp_replicate_size, config.dp_shard_size)
 
 
 def as_one_rank(config: DistillConfig, ranks: int) -> DistillConfig:
@@ -352,7 +345,7 @@ def transfers(
     cluster: Cluster,
 ) -> list[Transfer]:
     """What each rank moves in an optimizer step; nothing over ranks of which there is one."""
-    shards, replicas = shards_of(config, cluster.ranks), config.dp_replicate_size
+    replicas, shards = mesh_of(config, cluster.ranks)
     steps = config.gradient_accumulation_steps
     syncs = steps if config.sync_each_batch else 1
     # Ranks of a replica stand in a row, and replicas one after the other.

@@ -13,6 +13,7 @@ from torch import nn
 from sad.config.identity import config_hash
 from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
+from sad.distributed.world import mesh_sizes
 from sad.environment import library_versions
 from sad.models.memory_plan import plan
 from sad.models.rank_plan import Cluster, plan_ranks
@@ -183,8 +184,7 @@ def _batch_line(config: DistillConfig, run_length: RunLength, world_size: int) -
 
 
 def _processes_line(config: DistillConfig, world_size: int) -> str:
-    replicas = config.dp_replicate_size
-    shards = world_size // replicas
+    replicas, shards = mesh_sizes(world_size, config.dp_replicate_size, config.dp_shard_size)
     split = "whole on each" if shards == 1 else f"split over {shards}"
     copies = f", {replicas} replicas" if replicas > 1 else ""
     return f"{world_size}, each model {split}{copies}"

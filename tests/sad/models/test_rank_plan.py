@@ -20,8 +20,8 @@ from sad.models.rank_plan import (
     RankPlan,
     Transfer,
     format_rank_plan,
+    mesh_of,
     plan_ranks,
-    shards_of,
     transfers,
 )
 
@@ -153,8 +153,8 @@ def test_links_work_at_the_same_time(meshes: dict[str, RankPlan]) -> None:
 
 def test_replicas_must_make_up_the_ranks() -> None:
     with pytest.raises(UsageError, match=r"number of ranks, 6, got 4 x 1; change them, or --ranks"):
-        shards_of(config(dp_replicate_size=4), 6)
-    assert shards_of(config(dp_replicate_size=2), 6) == 3
+        mesh_of(config(dp_replicate_size=4), 6)
+    assert mesh_of(config(dp_replicate_size=2), 6) == (2, 3)
 
 
 # Memory
