@@ -152,7 +152,9 @@ def test_links_work_at_the_same_time(meshes: dict[str, RankPlan]) -> None:
 
 
 def test_replicas_must_make_up_the_ranks() -> None:
-    with pytest.raises(UsageError, match=r"number of processes, 6, got 4 x 1; leave one of the two"):
+    with pytest.raises(
+        UsageError, match=r"number of processes, 6, got 4 x 1; leave one of the two"
+    ):
         mesh_of(config(dp_replicate_size=4), 6)
     assert mesh_of(config(dp_replicate_size=2), 6) == (2, 3)
 

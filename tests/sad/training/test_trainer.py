@@ -954,7 +954,7 @@ def test_an_infinite_part_without_a_weight_is_no_part_of_the_held_out_loss(
     trainer = make_trainer(config)
     compute = EvalMetrics.compute
 
-    def infinite(self: EvalMetrics, *, against_teacher: bool) -> dict[str, float]:
+    def infinite(self: EvalMetrics, *, against_teacher: bool, **_: Any) -> dict[str, float]:
         return compute(self, against_teacher=against_teacher) | {"kl": float("inf")}
 
     monkeypatch.setattr(EvalMetrics, "compute", infinite)
