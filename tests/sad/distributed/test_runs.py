@@ -138,7 +138,7 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("student", ["student", "dropout"])
+@pytest.mark.parametrize("student", [pytest.param("student", marks=pytest.mark.slow), "dropout"])
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_bit(
     material: Material, tmp_path: Path, student: str
 ) -> None:
