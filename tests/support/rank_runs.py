@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
         "use_curriculum": False,
     },
     "baseline": {"baseline": True},
+    "taid": {"taid": {"enabled": True}},
     "conversations": {
         "data": "chat",
         "student": "chat student",

@@ -55,7 +55,13 @@ def alone(
     return run
 
 
-BY_DEFAULT = {("kd", 2, 1), ("structural", 2, 1), ("baseline", 3, 1), ("conversations", 4, 2)}
+BY_DEFAULT = {
+    ("kd", 2, 1),
+    ("structural", 2, 1),
+    ("baseline", 3, 1),
+    ("taid", 2, 1),
+    ("conversations", 4, 2),
+}
 
 SIZES = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 1), (4, 4), (4, 2))
 """Ranks, and the replicas of the model among them."""
