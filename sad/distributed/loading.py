@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -31,6 +32,9 @@ from transformers.utils.hub import cached_file
 from sad.distributed.tensors import local_part
 from sad.distributed.world import World
 from sad.errors import UnfitError, one_line
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.storage import StorageReader
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -210,23 +214,36 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _read(parts: dict[str, Tensor], folder: Path) -> None:
-    # These take long to import.
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(
-                dict(parts),
-                storage_reader=HuggingFaceStorageReader(str(folder)),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                no_dist=True,  # each rank knows what it needs
-            )
+        read_parts(parts, HuggingFaceStorageReader(str(folder)))
     except (CheckpointException, OSError, SafetensorError) as error:
         raise UnfitError(
             f"a model's files must be readable, got {folder} ({one_line(error)}); take another "
             "copy of the model"
         ) from error
+
+
+def read_parts(
+    live: dict[str, Tensor], reader: StorageReader, group: dist.ProcessGroup | None = None
+) -> None:
+    """Let torch's planner fill what this rank holds of ``live`` tensors from what ``reader`` has.
+
+    Without a ``group`` this rank reads alone: it knows what it needs. Raises torch's
+    ``CheckpointException``, which is no ``Exception``.
+    """
+    # These take long to import.
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(
+            dict(live),
+            storage_reader=reader,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+            no_dist=group is None,
+        )

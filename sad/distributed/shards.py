@@ -20,7 +20,6 @@ raises is raised on all.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -45,7 +44,6 @@ from torch.distributed.checkpoint.planner import (
     SavePlan,
     SavePlanner,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
@@ -87,6 +85,7 @@ from sad.checkpoint.store import (
     write_hashed,
 )
 from sad.checkpoint.tensor_files import FileTensors, safetensors_chunks
+from sad.distributed.loading import read_parts
 from sad.distributed.tensors import local_part
 from sad.distributed.world import WAIT_FOR_MAIN, World
 from sad.errors import CheckpointError, RankLostError, SadError, with_type
@@ -435,7 +434,7 @@ def fill(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
             live[_full_name(group, name)] = tensor
             wanted[_full_name(group, name)] = groups[group]
     with _read_errors(world.rank):
-        _load(live, ShardReader(wanted), world.hosts if world.size > 1 else None)
+        read_parts(live, ShardReader(wanted), world.hosts if world.size > 1 else None)
 
 
 class ShardedTensors(ChunkedTensors):
@@ -450,7 +449,7 @@ class ShardedTensors(ChunkedTensors):
         target = torch.empty_like(live, dtype=dtype, requires_grad=False)
         full_name = _full_name("", name)
         with _read_errors(rank=0):
-            _load({full_name: target}, ShardReader({full_name: self}), None)
+            read_parts({full_name: target}, ShardReader({full_name: self}))
         return target
 
 
@@ -508,19 +507,6 @@ class ShardReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-
-def _load(named: dict[str, Tensor], reader: ShardReader, group: dist.ProcessGroup | None) -> None:
-    """Let torch's planner fill live tensors; without a group on this rank alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(
-            dict(named),
-            storage_reader=reader,
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-            no_dist=group is None,
-        )
 
 
 @contextmanager

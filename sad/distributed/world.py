@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sad.environment import stop_if_requested
+from sad.environment import processes, stop_if_requested
 from sad.errors import RankLostError, SadError, UsageError, with_type
 
 T = TypeVar("T")
@@ -149,9 +149,14 @@ class World:
             if error is not None:
                 raise _heard(error)
 
-    def same(self, value: object, what: str) -> None:
-        """Raise ``UsageError`` on all ranks unless ``value`` is equal on all of them."""
-        values = self.gather(value)
+    def same(self, compute: Callable[[], object], what: str) -> None:
+        """Raise ``UsageError`` on all ranks unless ``compute()`` is equal on all of them.
+
+        With one process nothing is computed.
+        """
+        if self.size == 1:
+            return
+        values = self.gather(compute())
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise UsageError(
@@ -212,7 +217,7 @@ def whole_world(
     nobody has, and destroys it then. Raises ``UsageError`` for ranks that cannot find one another
     or do not make up the mesh.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, size = processes()
     if dist.is_initialized():
         size = dist.get_world_size()
     if size == 1:
@@ -256,7 +261,7 @@ def lost_ranks_explained(world: World, where: Callable[[], str] = lambda: "") ->
 
 def use_own_device() -> None:
     """Make this rank's GPU the current one, if it is one of several processes with GPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+    if processes()[1] > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 

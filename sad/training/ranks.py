@@ -167,11 +167,10 @@ class SharedRunDirectory(RunDirectory):
 
     def _on_main(self, claim: Callable[[], Checkpoint | None]) -> Checkpoint | None:
         """The checkpoint that the first rank's ``claim`` finds, on every rank."""
-        found: list[Checkpoint | None] = [None]
 
         def path() -> Path | None:
-            found[0] = claim()
-            return found[0] and found[0].path
+            checkpoint = claim()
+            return checkpoint and checkpoint.path
 
         resumed = self.world.from_main(path)
         self._require_shared()

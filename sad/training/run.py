@@ -119,8 +119,8 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
         shard_size=config.dp_shard_size,
     ) as world:
         check_ranks(config, world)
-        world.same(config_hash(config), "the configuration")
-        world.same(library_versions(), "the versions of libraries")
+        world.same(lambda: config_hash(config), "the configuration")
+        world.same(library_versions, "the versions of libraries")
         run_dir = RunDirectory(config.output_dir)
         if world.size > 1:
             run_dir = SharedRunDirectory(config.output_dir, world)
@@ -148,7 +148,7 @@ def _distill(
     _say = partial(_announce, world)
     world.from_main(lambda: require_space(config))  # before anything that takes time
     inputs = load_inputs(config, _say, world)
-    world.same(inputs.identity(config), "text, tokenizer and teacher")
+    world.same(lambda: inputs.identity(config), "text, tokenizer and teacher")
     resumption = _resumption(checkpoint, config, inputs, make_scheduler)
     baseline = _plan_baseline(config, run_dir, inputs, make_scheduler) if config.baseline else None
     if resumption is not None:  # both can go on
