@@ -19,7 +19,7 @@ from sad.environment import quiet_libraries
 from sad.optim.optimizer import build_adamw
 from sad.optim.schedule import RunLength, build_scheduler
 from sad.recipes import FOLDER
-from sad.teachers.cached import CachedTeacher
+from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.inputs import RunInputs
 
@@ -143,7 +143,7 @@ def prepare(setup: Setup, seed: int) -> Task:
         train_rows=train,
         eval_rows=held_out,
         teacher=frozen,
-        eval_teacher=CachedTeacher(frozen, cache_bytes=0),
+        eval_teacher=EvalTeacher(frozen, cache_bytes=0),
         device=device,
         rss_before=0,
     )

@@ -17,7 +17,7 @@ from sad.data.batch import Batch
 from sad.distributed.world import ALONE, World
 from sad.errors import UnfitError
 from sad.models.heads import eval_no_grad
-from sad.teachers.cached import CachedTeacher
+from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.meters import EvalMetrics
 from sad.training.student import StudentWithLoss
@@ -32,7 +32,7 @@ OBJECTIVE_CE_ONLY = Objective(ce_weight=1.0, kd_weight=0.0)
 
 def evaluate_student(
     student: StudentWithLoss,
-    teacher: FrozenTeacher | CachedTeacher | None,
+    teacher: FrozenTeacher | EvalTeacher | None,
     batches: Iterator[Batch],
     variants: Variants,
     losses: Sequence[str] = (),
@@ -85,7 +85,7 @@ def require_finite_score(scores: Mapping[str, float], prefix: str, who: str) -> 
 
 @torch.no_grad()
 def evaluate_teacher(
-    teacher: FrozenTeacher | CachedTeacher,
+    teacher: FrozenTeacher | EvalTeacher,
     batches: Iterator[Batch],
     prefix: str = "eval_teacher",
     world: World = ALONE,

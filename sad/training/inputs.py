@@ -32,7 +32,7 @@ from sad.environment import (
 from sad.models.load import load_teacher, read_model_config
 from sad.models.preflight import require_known_positions
 from sad.report.terminal import waiting_bar
-from sad.teachers.cached import CachedTeacher
+from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.fingerprint import HASHES, fingerprint_model
 from sad.teachers.frozen import FrozenTeacher
 from sad.teachers.sharded import load_sharded_teacher
@@ -48,7 +48,7 @@ class RunInputs:
     train_rows: PackedRows
     eval_rows: PackedRows
     teacher: FrozenTeacher | None
-    eval_teacher: CachedTeacher | None
+    eval_teacher: EvalTeacher | None
     """The same teacher, for evaluations: with its hidden states of the held-out rows."""
     device: torch.device
     rss_before: int
@@ -139,7 +139,7 @@ def load_inputs(
                 memory=cache_directory(config.data.cache_dir) / HASHES,
             )
         )
-        eval_teacher = CachedTeacher(teacher, config.eval_cache_bytes, world)
+        eval_teacher = EvalTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
     train_rows, eval_rows = world.main_first(partial(load_rows, config, tokenizer))
     if teacher is not None:

@@ -29,7 +29,7 @@ from sad.errors import OutputError, UsageError
 from sad.models.heads import decoder_layers
 from sad.models.load import model_to_fill
 from sad.optim.precision import Precision
-from sad.teachers.cached import CachedTeacher
+from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.sharded import ShardedTeacher
 from sad.training.inputs import RunInputs
 from sad.training.student import StudentWithLoss, build_student
@@ -138,7 +138,7 @@ def with_sharded_teacher(inputs: RunInputs) -> RunInputs:
     teacher = ShardedTeacher(
         inputs.teacher.model, inputs.valid_vocab, device=inputs.device, mesh=inputs.world.mesh
     )
-    cached = CachedTeacher(teacher, inputs.eval_teacher.cache_bytes, inputs.world)
+    cached = EvalTeacher(teacher, inputs.eval_teacher.cache_bytes, inputs.world)
     return replace(inputs, teacher=teacher, eval_teacher=cached)
 
 

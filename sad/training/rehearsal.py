@@ -15,7 +15,7 @@ from sad.config.schema import DistillConfig
 from sad.errors import SadError, UnfitError, is_out_of_memory, with_type
 from sad.models.load import load_student
 from sad.optim.precision import Precision
-from sad.teachers.cached import CachedTeacher
+from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.policy import build_teacher_policy
 from sad.teachers.sharded import ShardedTeacher
 from sad.training.evaluate import evaluate_student
@@ -53,7 +53,7 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
         result = student(batch, target, objective, batch.counts, weights)
         precision.backward(result.loss)
         with policy.evaluating():
-            uncached = CachedTeacher(inputs.teacher, 0)
+            uncached = EvalTeacher(inputs.teacher, 0)
             losses = tuple(config.structural_weights)
             evaluate_student(student, uncached, iter([batch]), {"eval": nullcontext}, losses)
     except Exception as error:

@@ -138,12 +138,12 @@ MUTATIONS = [
         "25",
         "rows of the same tokens share hidden states wherever their documents begin",
         edit(
-            "sad/teachers/cached.py",
+            "sad/teachers/eval_teacher.py",
             "for tensor in (batch.input_ids, batch.position_ids):",
             "for tensor in (batch.input_ids,):",
         ),
         tests(
-            "sad/teachers/test_cached.py",
+            "sad/teachers/test_eval_teacher.py",
             "test_whatever_the_teacher_reads_tells_batches_apart[part0]",
         ),
     ),

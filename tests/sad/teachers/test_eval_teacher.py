@@ -11,7 +11,7 @@ from support.tiny import tiny_llama
 from sad.data.batch import Batch, LossCounts
 from sad.losses.base import CaptureSpec
 from sad.losses.capture import Capture
-from sad.teachers.cached import CachedTeacher
+from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 
 SIZE = 2 * 16 * 32 * 4
@@ -46,7 +46,7 @@ def hidden(output: TeacherOutput) -> torch.Tensor:
 
 
 def test_batches_that_come_again_cost_no_pass_and_have_the_same_bits(teacher: Counted) -> None:
-    cached = CachedTeacher(teacher, 2 * SIZE)
+    cached = EvalTeacher(teacher, 2 * SIZE)
     batches = [batch_of(0), batch_of(1)]
     first = [hidden(cached.forward(batch)).clone() for batch in batches]
     again = [cached.forward(batch) for batch in (batch_of(1), batch_of(0))]
@@ -58,7 +58,7 @@ def test_batches_that_come_again_cost_no_pass_and_have_the_same_bits(teacher: Co
 
 
 def test_no_more_is_kept_than_fits(teacher: Counted) -> None:
-    cached = CachedTeacher(teacher, 2 * SIZE - 1)
+    cached = EvalTeacher(teacher, 2 * SIZE - 1)
     for _ in range(3):
         for seed in range(2):
             assert torch.equal(
@@ -69,7 +69,7 @@ def test_no_more_is_kept_than_fits(teacher: Counted) -> None:
 
 
 def test_nothing_is_kept_of_0_bytes(teacher: Counted) -> None:
-    cached = CachedTeacher(teacher, 0)
+    cached = EvalTeacher(teacher, 0)
     for _ in range(2):
         cached.forward(batch_of(0))
     assert teacher.passes == 2 and cached.kept_bytes == 0
@@ -81,14 +81,14 @@ def test_nothing_is_kept_of_0_bytes(teacher: Counted) -> None:
 def test_whatever_the_teacher_reads_tells_batches_apart(
     teacher: Counted, part: dict[str, Any]
 ) -> None:
-    cached = CachedTeacher(teacher, 9 * SIZE)
+    cached = EvalTeacher(teacher, 9 * SIZE)
     cached.forward(batch_of(0))
     other = batch_of(0, **part)
     assert torch.equal(hidden(cached.forward(other)), hidden(teacher.forward(other)))
 
 
 def test_the_same_tokens_in_other_rows_are_another_batch(teacher: Counted) -> None:
-    cached, whole = CachedTeacher(teacher, 9 * SIZE), batch_of(0)
+    cached, whole = EvalTeacher(teacher, 9 * SIZE), batch_of(0)
     ids, positions = whole.input_ids.view(1, 32), whole.position_ids.view(1, 32)
     cached.forward(whole)
     flat = whole._replace(input_ids=ids, position_ids=positions)
@@ -96,7 +96,7 @@ def test_the_same_tokens_in_other_rows_are_another_batch(teacher: Counted) -> No
 
 
 def test_activations_are_captured_anew(teacher: Counted) -> None:
-    cached = CachedTeacher(teacher, 9 * SIZE)
+    cached = EvalTeacher(teacher, 9 * SIZE)
     capture = Capture(teacher.model, CaptureSpec(hidden=(0,)), role="teacher", detach=True)
     cached.forward(batch_of(0))
     for _ in range(2):

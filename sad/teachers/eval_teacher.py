@@ -14,7 +14,7 @@ from sad.losses.capture import Capture
 from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 
 
-class CachedTeacher:
+class EvalTeacher:
     """A teacher for evaluations, which all score the same rows: they share its forward passes.
 
     Its final hidden states lie in host memory, up to ``cache_bytes`` of them, a batch whole or not
