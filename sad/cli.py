@@ -47,6 +47,22 @@ options of this command, among the keys:
                           without a number: those of this machine's GPU
 """
 
+CACHE_OPTIONS = """\
+options of this command, among the keys:
+  --output DIR            the folder to write; an unfinished cache in it is finished
+  --kind sampled          sampled: ids drawn so that the gradient of forward_kl is right in mean;
+                          topk: the most likely ids, for other divergences; hidden: final hidden
+                          states, for all of them at any temperature, and for TAID
+  --codec int8            of hidden states: int8, D + 4 bytes per token, or bf16, 2 D bytes
+  --top_k 64              ids per token
+  --temperatures 1,2      of topk; by default that of the configuration, and 1
+  --window 4              keep so many shards of 256 MB ahead of one run that reads them meanwhile,
+                          and delete what it needs no more; 0 keeps all, for any run
+  --wait_for_reader       with a window: wait for that run for ever, not for teacher_wait seconds
+  --check                 make some batches of a cache again and compare: the only test that sees a
+                          wrong adapter or chat template
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or the one of its error.
@@ -147,6 +163,24 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cache_teacher(args: argparse.Namespace) -> int:
+    from sad.config.cache_options import read_cache_options
+
+    options, args.overrides = read_cache_options(args.overrides)
+    _require_path(options.output, "output", "name a folder")
+    config = _load(args)
+    print(
+        f"sad cache-teacher: {printable(config.teacher or 'none')} -> {options.output}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    from sad.training.cache_teacher import cache_teacher
+
+    cache_teacher(config, options)
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     _require_path(args.checkpoint, "CHECKPOINT", "name a folder under RUN_DIR/checkpoints")
     _require_path(args.out, "OUT", "name a new folder")
@@ -232,10 +266,18 @@ def _parser() -> argparse.ArgumentParser:
     _takes_configuration(plan, _plan)
     plan.epilog = PLAN_OPTIONS
 
+    cache = commands.add_parser(
+        "cache-teacher",
+        add_help=False,
+        help="keep a teacher's targets on disk, for students that train without it",
+    )
+    _takes_configuration(cache, _cache_teacher)
+    cache.epilog = CACHE_OPTIONS
+
     selftest = commands.add_parser("selftest", help="check the kernels against their definitions")
     selftest.set_defaults(run=_selftest)
 
-    for child in (distill, evaluate, export, plan, selftest):
+    for child in (distill, evaluate, export, plan, cache, selftest):
         child.add_argument(
             "--debug",
             action="store_true",

@@ -27,6 +27,9 @@ NumberFormat = Literal["decimal", "percent", "perplexity", "scientific", "count"
 OWN_PANEL = ""
 """As a metric's panel: one that shows this metric alone."""
 
+KL_BOUND = "kl_bucket"
+"""What stands for ``kl`` where of the teacher's ids only the first K are known."""
+
 DEFAULT_BEST = "nll"
 """The metric that chooses the best student if ``metric_for_best_model`` does not."""
 
@@ -139,6 +142,12 @@ _ROWS = (
         "kl", "KL", "nats per target", "lower",
         heading="KL to the teacher", phrase="KL to the teacher",
         about="from the teacher's distribution to the student's in nats per target",
+        needs_teacher=True, in_table=True, headline=True,
+    ),
+    Metric(
+        KL_BOUND, "KL, at least", "nats per target", "lower",
+        heading="KL to the teacher, at least", phrase="the lower bound of KL to the teacher",
+        about="KL between the teacher's K most likely ids and all others as one: a lower bound",
         needs_teacher=True, in_table=True, headline=True,
     ),
     Metric(
@@ -263,9 +272,13 @@ def headline_metrics() -> list[Metric]:
     return [row for row in METRICS.values() if row.headline]
 
 
-def best_model_metrics(*, with_teacher: bool) -> list[str]:
-    """What ``metric_for_best_model`` may name, the default first: the smallest value wins."""
+def best_model_metrics(*, with_teacher: bool, with_cache: bool = False) -> list[str]:
+    """What ``metric_for_best_model`` may name, the default first: the smallest value wins.
+
+    ``with_cache``: whether the teacher's targets may be sparse, which give a bound of KL alone.
+    """
     rows = [row for row in table_metrics() if row.better == "lower"]
+    rows = [row for row in rows if with_cache or row.name != KL_BOUND]
     names = [row.name for row in rows if with_teacher or not row.needs_teacher]
     return sorted(names, key=lambda name: name != DEFAULT_BEST)  # stable: the others keep order
 

@@ -71,12 +71,16 @@ def write_atomic(path: StrPath, content: bytes | str) -> None:
 
     Text is written as UTF-8. Raises ``OutputError``.
     """
+    write_atomic_chunks(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_atomic_chunks(path: StrPath, chunks: Iterable[Chunk]) -> None:
+    """As ``write_atomic``, for a file of any size that comes in pieces."""
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     tmp = temporary(path)
     with output_errors(path):
         try:
-            write_file(tmp, [data])
+            write_file(tmp, chunks)
             OPERATIONS.rename(tmp, path)
         except FileExistsError:  # not ours
             raise

@@ -26,6 +26,7 @@ DTYPE_NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -40,7 +41,9 @@ def file_order(named: Mapping[str, Tensor]) -> list[str]:
     return sorted(named, key=lambda name: (-named[name].element_size(), name))
 
 
-def safetensors_chunks(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
+def safetensors_chunks(
+    named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[files.Chunk]:
     """The safetensors format, one tensor at a time; those that lie in host memory one after the
     other, as in a snapshot, as one piece.
 
@@ -52,9 +55,11 @@ def safetensors_chunks(named: Mapping[str, Tensor]) -> Iterator[files.Chunk]:
 
     The format: length of the header as a little-endian u64, the header as JSON padded with spaces
     to 8 bytes, then the tensors without gaps; wide dtypes first, so that every one is aligned.
+    ``metadata`` is what the header says besides.
     """
     order = file_order(named)
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name in order:
         tensor = named[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -117,7 +122,7 @@ class FileTensors(Mapping[str, Tensor]):
         weakref.finalize(self, os.close, self._descriptor)
         length = int.from_bytes(self._read(0, 8), "little")
         self._header: dict[str, Any] = json.loads(self._read(8, length))
-        self._header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = self._header.pop("__metadata__", {})
         self._start = 8 + length
 
     def __getitem__(self, name: str) -> Tensor:

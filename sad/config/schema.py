@@ -116,7 +116,16 @@ class DistillConfig:
     """Hugging Face id or local path of the student, or with `student_init: random` of its
     configuration. Needed unless `student_init` is `layers`."""
     teacher: ModelPath | None = None
-    """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0."""
+    """Hugging Face id or local path of the teacher. Needed unless `kd_weight` is 0 or there is a
+    `teacher_cache`."""
+    teacher_cache: Annotated[NonEmptyStr | None, INPUT_PATH, PATH] = field(
+        default=None, metadata=MAY_CHANGE_ON_RESUME
+    )
+    """Folder of the teacher's targets that `sad cache-teacher` has made: the teacher itself is not
+    loaded, and need not be there."""
+    teacher_wait: PositiveInt = field(default=600, metadata=MAY_CHANGE_ON_RESUME)
+    """Seconds to wait for a teacher that fills its cache meanwhile and gives no sign of life; then
+    the run saves its state and ends."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random", "layers"] = "pretrained"
@@ -358,6 +367,16 @@ class DistillConfig:
         _check_metric(self)
 
     @property
+    def loads_teacher(self) -> bool:
+        """Whether the teacher itself takes part, not a cache of its targets or none at all."""
+        return self.teacher is not None and self.teacher_cache is None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher to compare with, itself or its cache."""
+        return self.teacher is not None or self.teacher_cache is not None
+
+    @property
     def structural_weights(self) -> dict[str, float]:
         """Structural loss -> its full weight, of those above 0."""
         weights = {name: getattr(self, name).weight for name in STRUCTURAL}
@@ -370,7 +389,7 @@ class DistillConfig:
         Gates that train or are sampled change them; structural losses read activations beside them.
         """
         shared = self.routing.mode == "teacher" and not self.structural_weights
-        return self.eval_teacher_cache if shared and self.teacher is not None else 0
+        return self.eval_teacher_cache if shared and self.loads_teacher else 0
 
     def rows_per_micro_batch(self, world_size: int = 1) -> int:
         """Rows of a micro-batch, over ``world_size`` processes."""
@@ -433,7 +452,7 @@ def _check_models(config: DistillConfig) -> None:
         "be given unless kd_weight is 0",
         config.teacher,
         "name a model, or set kd_weight: 0 to train on the text alone",
-        holds=config.teacher is not None or config.kd_weight == 0,
+        holds=config.has_teacher or config.kd_weight == 0,
     )
     for name in config.structural_weights:
         require(
@@ -441,8 +460,15 @@ def _check_models(config: DistillConfig) -> None:
             f"be given for {name}.weight above 0",
             config.teacher,
             f"name a model, or set {name}.weight: 0",
-            holds=config.teacher is not None,
+            holds=config.has_teacher,
         )
+    require(
+        "routing.mode",
+        "be teacher with a teacher_cache",
+        config.routing.mode,
+        "its experts are not there: leave it out, or teacher_cache",
+        holds=config.teacher_cache is None or config.routing.mode == "teacher",
+    )
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
@@ -594,7 +620,9 @@ def _check_metric(config: DistillConfig) -> None:
     if config.metric_for_best_model is None:
         return
     prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
-    names = best_model_metrics(with_teacher=config.teacher is not None)
+    names = best_model_metrics(
+        with_teacher=config.has_teacher, with_cache=config.teacher_cache is not None
+    )
     choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
     require(
         "metric_for_best_model",

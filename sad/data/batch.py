@@ -19,6 +19,8 @@ class Batch(NamedTuple):
     lengths: Tensor  # int64 [B]; tokens of a row before its padding
     counts: LossCounts
     target_bytes: int  # length of the targets' text in UTF-8
+    rows: Tensor | None = None  # int64 [B], on the host: their numbers among the packed rows
+    places: Tensor | None = None  # int64 [B], on the host: their places in the order of the run
 
     @property
     def num_targets(self) -> int:

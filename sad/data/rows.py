@@ -106,6 +106,11 @@ class PackedRows:
         return len(self._starts)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Inputs of each row before its padding, int64 [rows]."""
+        return self._lengths
+
+    @property
     def num_documents(self) -> int:
         return len(self._documents)
 
@@ -162,6 +167,7 @@ class PackedRows:
             lengths=torch.from_numpy(self._lengths[rows].astype(np.int64)),
             counts=self.counts(rows),
             target_bytes=int(self.target_bytes[rows].sum()),
+            rows=torch.from_numpy(rows),
         )
 
 

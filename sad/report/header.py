@@ -31,7 +31,7 @@ def run_header(
     run_length: RunLength,
     precision: Precision,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: str | None,
     vocabulary: int,
     train_rows: PackedRows,
     eval_rows: PackedRows,
@@ -45,22 +45,22 @@ def run_header(
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
 
-    ``checks`` are the errors that the self-checks measured, by name, ``predicted`` is the peak of
-    memory in bytes, where there is a prediction. ``checkpoint`` is the one that the run goes on
-    from, None for a run from the start. ``tokenizer_notes`` say in what the models' own tokenizers
-    differ from the run's, ``resumption_notes`` what a change of sizes means, ``balance_note`` what
-    becomes of the auxiliary loss of a mixture-of-experts student.
+    ``teacher`` says in words what it is. ``checks`` are the errors that the self-checks measured, by
+    name, ``predicted`` is the peak of memory in bytes, where there is a prediction. ``checkpoint``
+    is the one that the run goes on from, None for a run from the start. ``tokenizer_notes`` say in
+    what the models' own tokenizers differ from the run's, ``resumption_notes`` what a change of
+    sizes means, ``balance_note`` what becomes of the auxiliary loss of a mixture-of-experts student.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
-        ("student", _model_line(_student_source(config), student)),
+        ("student", model_line(_student_source(config), student)),
         *_untrained_parts(student),
     ]
     if teacher is not None:
         # A teacher without a weight in the loss is still what evaluations compare with.
         teaches = config.kd_weight or config.structural_weights
         role = "" if teaches else ", for evaluation only"
-        lines.append(("teacher", _model_line(config.teacher or "", teacher) + role))
+        lines.append(("teacher", teacher + role))
     lines += [
         ("vocabulary", f"{vocabulary:,} ids"),
         *((("tokenizer", "\n".join(tokenizer_notes)),) if tokenizer_notes else ()),
@@ -145,7 +145,8 @@ def layers_phrase(config: DistillConfig) -> str:
     return f"layers {', '.join(map(str, layers or ()))}"
 
 
-def _model_line(source: str, model: nn.Module) -> str:
+def model_line(source: str, model: nn.Module) -> str:
+    """A model in words: where it comes from, its parameters and their dtype."""
     count = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return f"{source}, {count:,} parameters in {dtype}"

@@ -49,6 +49,7 @@ class EvalTeacher:
             return TeacherOutput((TeacherHidden(hidden, self.teacher.head()),))
         output = self.teacher.forward(batch)
         (target,) = output.targets
+        assert isinstance(target, TeacherHidden)
         size = target.hidden.untyped_storage().nbytes()
         if key not in self._kept and self.kept_bytes + size <= self.cache_bytes:
             self.kept_bytes += size

@@ -58,6 +58,23 @@ def fingerprint_model(name: str, *, commit: str | None, memory: Path) -> dict[st
     return {path.name: fingerprint for path, fingerprint in hashes.items()}
 
 
+def known_fingerprints(name: str, memory: Path) -> dict[str, str] | None:
+    """What can be said of a model's files without reading them: ``"<size> <hash>"`` of those whose
+    hash is remembered, else the size alone. None for a model that is no readable folder.
+    """
+    folder = Path(name).expanduser()
+    known, found = _remembered(memory), {}
+    try:
+        for path in sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)}):
+            if path.is_file():
+                stamp = _stamp(path.stat())
+                *before, digest = known.get(os.path.abspath(path), [None])
+                found[path.name] = f"{stamp[0]} {digest}" if before == stamp else str(stamp[0])
+    except OSError:
+        return None
+    return found or None
+
+
 def fingerprint_files(files: Iterable[Path], memory: Path) -> dict[Path, str]:
     """Size and BLAKE2b hash (16 bytes) of each file, as ``"<size> <hash>"``.
 
@@ -81,6 +98,12 @@ def fingerprint_files(files: Iterable[Path], memory: Path) -> dict[Path, str]:
             make_directories(memory.parent)
             write_atomic(memory, json.dumps(kept | learned, indent=1) + "\n")
     return found
+
+
+def fingerprint_file(path: Path) -> str:
+    """As ``fingerprint_files``, for one file that is hashed now."""
+    digest, stamp = _hashed(path)
+    return f"{stamp[0]} {digest}"
 
 
 def _remembered(memory: Path) -> dict[str, list]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from sad_kernels import Head, TeacherHidden
+from sad_kernels import Head, TeacherHidden, TeacherTopK
 from transformers import PreTrainedModel
 
 from sad.data.batch import Batch
@@ -21,10 +21,25 @@ T = TypeVar("T")
 class TeacherOutput(NamedTuple):
     """A teacher's forward pass over a batch, or several of them: targets and captured tensors."""
 
-    targets: tuple[TeacherHidden, ...]
+    targets: tuple[TeacherHidden | TeacherTopK, ...]
     """One per forward pass; the student's divergence is the mean over them."""
     activations: Activations = Activations()
     """Of the first pass; empty unless something was to be captured."""
+
+
+class Teacher(Protocol):
+    """What gives a batch its targets: a model that runs, or the folder that one has left."""
+
+    @property
+    def model(self) -> Any:
+        """The model whose layers losses look into, or what stands for it; None without one."""
+
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
+        """The targets of a batch, and what ``capture`` collects inside the teacher's model."""
+        ...
+
+    def release(self) -> None:
+        """Called when nobody needs the targets any more."""
 
 
 class FrozenTeacher:

@@ -25,12 +25,14 @@ import torch
 from sad.checkpoint.state import check_generator, tensors_like
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
+from sad.distributed.world import World
 from sad.expected import Check, anything, record
 from sad.losses.base import LossTerm, LossTerms
 from sad.losses.capture import Capture
 from sad.models.experts import all_experts, require_callable, require_moe
 from sad.models.heads import eval_no_grad, split_head, with_valid_vocab
-from sad.teachers.frozen import FrozenTeacher, TeacherOutput
+from sad.teachers.cached import CachedTeacher
+from sad.teachers.frozen import FrozenTeacher, Teacher, TeacherOutput
 from sad.teachers.routing import StudentAwareRouter, augmented
 
 if TYPE_CHECKING:
@@ -43,11 +45,11 @@ class TeacherPolicy:
     ``teacher`` is None in a run that trains on the text alone: no targets are asked for then.
     """
 
-    def __init__(self, teacher: FrozenTeacher | None) -> None:
+    def __init__(self, teacher: Teacher | None) -> None:
         self._teacher = teacher
 
     @property
-    def teacher(self) -> FrozenTeacher:
+    def teacher(self) -> Teacher:
         if self._teacher is None:
             raise RuntimeError("a run needs a teacher to distil from, got none; set kd_weight: 0")
         return self._teacher
@@ -73,6 +75,26 @@ class TeacherPolicy:
         """Called when the targets have been used, after the student's backward pass."""
         if self._teacher is not None:
             self._teacher.release()
+
+    def has(self, places: range, world: World) -> bool:
+        """Whether the targets of these places of the run are there, on every rank."""
+        teacher = self._teacher
+        if not (isinstance(teacher, CachedTeacher) and teacher.grows):
+            return True
+        return not world.any(not teacher.has(places.start, places.stop - 1))
+
+    def wait_for(self, places: range) -> None:
+        """Wait until the targets of these places of the run are there.
+
+        Raises ``StoppedError`` on every rank if they do not come.
+        """
+        if isinstance(self._teacher, CachedTeacher):
+            self._teacher.wait_for(places.start, places.stop - 1)
+
+    def needs_from(self, place: int) -> None:
+        """Say that nothing before this place of the run will be asked for again."""
+        if isinstance(self._teacher, CachedTeacher):
+            self._teacher.needs_from(place)
 
     def evaluating(self) -> AbstractContextManager[object]:
         """A context in which ``teacher`` itself routes as evaluation wants it."""
@@ -207,11 +229,11 @@ class AugmentedPolicy(TeacherPolicy):
 
 
 def build_teacher_policy(
-    config: DistillConfig, teacher: FrozenTeacher | None, valid_vocab: int
+    config: DistillConfig, teacher: Teacher | None, valid_vocab: int
 ) -> TeacherPolicy:
     """The policy that ``routing.mode`` names; ``UnfitError`` for a teacher that has no experts."""
-    if teacher is None:
-        return TeacherPolicy(None)
+    if not isinstance(teacher, FrozenTeacher):  # a cache: the mode is checked to be `teacher`
+        return TeacherPolicy(teacher)
     match config.routing.mode:
         case "student_aware":
             return StudentAwarePolicy(config, teacher, valid_vocab)

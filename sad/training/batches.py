@@ -47,7 +47,9 @@ class TrainBatches:
     def batch(self, micro_step: int) -> Batch:
         """This rank's rows of a micro-batch, on the device; a row without targets for none."""
         rows = self.row_numbers(micro_step)
-        return rank_batch(self.rows, rows, self._world.share(len(rows))).to(self.device)
+        first = micro_step * self._run_length.batch_size
+        batch = rank_batch(self.rows, rows, self._world.share(len(rows)), first)
+        return batch.to(self.device)
 
     def window(self, window: Window) -> Iterator[Batch]:
         """The micro-batches of a window, one by one."""
@@ -62,16 +64,20 @@ class TrainBatches:
         return int(self.rows.num_targets[self.row_numbers(micro_step)].sum())
 
 
-def rank_batch(rows: PackedRows, row_numbers: np.ndarray, share: slice) -> Batch:
+def rank_batch(
+    rows: PackedRows, row_numbers: np.ndarray, share: slice, first_place: int = 0
+) -> Batch:
     """The batch of those of the ``row_numbers`` that are in ``share``.
 
     If there are none, one of the others stands in without its targets: every rank has to take part
-    in every forward pass.
+    in every forward pass. ``first_place`` is the place of the first of ``row_numbers`` in the order
+    of the run.
     """
+    places = torch.arange(first_place, first_place + len(row_numbers))
     mine = row_numbers[share]
     if len(mine):
-        return rows.batch(mine)
-    return rows.batch(row_numbers[:1]).without_targets()
+        return rows.batch(mine)._replace(places=places[share])
+    return rows.batch(row_numbers[:1]).without_targets()._replace(places=places[:1])
 
 
 def _steps(window: Window) -> range:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from sad_kernels import Objective, linear_distill_loss
+from sad_kernels import Objective, TeacherHidden, TeacherTopK, linear_distill_loss
 
 from sad.data.batch import Batch
 from sad.distributed.world import ALONE, World
 from sad.errors import UnfitError
+from sad.metrics import KL_BOUND
 from sad.models.heads import eval_no_grad
-from sad.teachers.eval_teacher import EvalTeacher
-from sad.teachers.frozen import FrozenTeacher
+from sad.teachers.frozen import Teacher
 from sad.training.meters import EvalMetrics
 from sad.training.student import StudentWithLoss
 
@@ -32,7 +32,7 @@ OBJECTIVE_CE_ONLY = Objective(ce_weight=1.0, kd_weight=0.0)
 
 def evaluate_student(
     student: StudentWithLoss,
-    teacher: FrozenTeacher | EvalTeacher | None,
+    teacher: Teacher | None,
     batches: Iterator[Batch],
     variants: Variants,
     losses: Sequence[str] = (),
@@ -46,17 +46,21 @@ def evaluate_student(
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
     teacher's, the label), ``entropy`` (nats), ``bits_per_byte``, and each term of the structural
     ``losses`` under its name, unweighted, per unit; nothing is hooked for others. Without a teacher
-    there is no ``kl`` and no ``agreement``. Training mode, queues and random generators are left as
-    they were.
+    there is no ``kl`` and no ``agreement``; where of the teacher's ids only the most likely are known,
+    the bound ``kl_bucket`` stands for ``kl``. Training mode, queues and random generators are left
+    as they were.
     """
     objective = OBJECTIVE_CE_ONLY if teacher is None else OBJECTIVE
     weights = dict.fromkeys(losses, 1.0)
     capture = student.teacher_capture(weights)
 
     metrics = {prefix: EvalMetrics(student.term_names) for prefix in variants}
+    divergence = None if teacher is None else "kl"
     with eval_no_grad(student):
         for batch in batches:
             output = None if teacher is None else teacher.forward(batch, capture)
+            if output is not None and isinstance(output.targets[0], TeacherTopK):
+                divergence = KL_BOUND
             for prefix, with_weights in variants.items():
                 with with_weights():
                     result = student(batch, output, objective, batch.counts, weights)
@@ -66,9 +70,7 @@ def evaluate_student(
     return {
         f"{prefix}/{name}": value
         for prefix, of_variant in metrics.items()
-        for name, value in of_variant.compute(
-            against_teacher=teacher is not None, world=world
-        ).items()
+        for name, value in of_variant.compute(divergence, world=world).items()
     }
 
 
@@ -85,7 +87,7 @@ def require_finite_score(scores: Mapping[str, float], prefix: str, who: str) -> 
 
 @torch.no_grad()
 def evaluate_teacher(
-    teacher: FrozenTeacher | EvalTeacher,
+    teacher: Teacher,
     batches: Iterator[Batch],
     prefix: str = "eval_teacher",
     world: World = ALONE,
@@ -94,8 +96,9 @@ def evaluate_teacher(
     metrics = EvalMetrics()
     for batch in batches:
         (target,) = teacher.forward(batch).targets
+        assert isinstance(target, TeacherHidden)  # others give no likelihood of the text
         out = linear_distill_loss(target.hidden, target.head, batch.labels, None, OBJECTIVE_CE_ONLY)
         metrics.update(out, batch)
     teacher.release()
-    values = metrics.compute(against_teacher=False, world=world)
+    values = metrics.compute(None, world=world)
     return {f"{prefix}/{name}": value for name, value in values.items()}

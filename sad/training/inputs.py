@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,15 @@ from sad.environment import (
 )
 from sad.models.load import load_teacher, read_model_config
 from sad.models.preflight import require_known_positions
+from sad.optim.schedule import planned_length
 from sad.report.terminal import waiting_bar
+from sad.teachers.cache.checks import RunFacts, require_own_cache
+from sad.teachers.cache.facts import RunOrder
+from sad.teachers.cache.reader import CacheReader
+from sad.teachers.cached import CachedTeacher
 from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.fingerprint import HASHES, fingerprint_model
-from sad.teachers.frozen import FrozenTeacher
+from sad.teachers.frozen import FrozenTeacher, Teacher
 from sad.teachers.sharded import load_sharded_teacher
 from sad.training.batches import rank_batch
 
@@ -47,8 +53,8 @@ class RunInputs:
     valid_vocab: int
     train_rows: PackedRows
     eval_rows: PackedRows
-    teacher: FrozenTeacher | None
-    eval_teacher: EvalTeacher | None
+    teacher: Teacher | None
+    eval_teacher: EvalTeacher | CachedTeacher | None
     """The same teacher, for evaluations: with its hidden states of the held-out rows."""
     device: torch.device
     rss_before: int
@@ -59,9 +65,20 @@ class RunInputs:
     """What tells the teacher's weights from others: see ``sad.teachers.fingerprint``."""
     world: World = ALONE
 
+    @property
+    def frozen_teacher(self) -> FrozenTeacher | None:
+        """The teacher, if it runs here: not its cache."""
+        return self.teacher if isinstance(self.teacher, FrozenTeacher) else None
+
+    @property
+    def teacher_follows_run(self) -> bool:
+        """Whether the teacher's targets come from a cache in the order of this run alone."""
+        teacher = self.teacher
+        return isinstance(teacher, CachedTeacher) and teacher.reader.facts.order is not None
+
     def eval_row_numbers(self, config: DistillConfig) -> np.ndarray:
         """The held-out rows, or ``max_eval_rows`` of them: always the same sample."""
-        return epoch_permutation(0, 0, len(self.eval_rows))[: config.max_eval_rows]
+        return eval_row_numbers(self.eval_rows, config.max_eval_rows)
 
     def scored(self, config: DistillConfig) -> dict[str, int]:
         """How much text an evaluation scores: ``rows`` and ``targets``."""
@@ -81,7 +98,8 @@ class RunInputs:
         for start in waiting_bar(starts, shown) if world.main else starts:
             world.stop_if_requested(shown)
             together = rows[start : start + size * world.size]
-            yield rank_batch(self.eval_rows, together, share).to(self.device)
+            batch = rank_batch(self.eval_rows, together, share, start)
+            yield batch.to(self.device)
 
     def identity(self, config: DistillConfig) -> dict[str, Any]:
         """The run's identity, which checkpoints hold: what a resumed run must share with it."""
@@ -114,7 +132,7 @@ def load_inputs(
     # Configurations of models before tokenizers: a misspelt `student` must not be reported as a
     # missing `tokenizer`.
     read_model_config(config, "student")
-    if config.teacher is not None:
+    if config.loads_teacher:
         read_model_config(config, "teacher")
     of_layers = config.student_init == "layers"
     trust = config.trust_remote_code_teacher if of_layers else config.trust_remote_code_student
@@ -123,7 +141,9 @@ def load_inputs(
     vocabulary = valid_vocab(tokenizer)
     notes = _compare_with_student(config, tokenizer)
     teacher = eval_teacher = teacher_fingerprint = None
-    if config.teacher is not None:
+    memory = cache_directory(config.data.cache_dir) / HASHES
+    if config.loads_teacher:
+        assert config.teacher is not None
         teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
         source = "student" if config.tokenizer is None else "tokenizer"
         notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
@@ -136,13 +156,18 @@ def load_inputs(
                 fingerprint_model,
                 config.teacher,
                 commit=getattr(teacher.model.config, "_commit_hash", None),
-                memory=cache_directory(config.data.cache_dir) / HASHES,
+                memory=memory,
             )
         )
         eval_teacher = EvalTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
     train_rows, eval_rows = world.main_first(partial(load_rows, config, tokenizer))
-    if teacher is not None:
+    if config.teacher_cache is not None:
+        teacher, eval_teacher = _open_cache(
+            config, tokenizer, vocabulary, (train_rows, eval_rows), device, world, memory, say
+        )
+        teacher_fingerprint = {"cache": teacher.reader.facts.plan}
+    elif teacher is not None:
         longest = max(rows.longest_segment for rows in (train_rows, eval_rows))
         require_known_positions(teacher.model.config, longest)
     return RunInputs(
@@ -157,6 +182,45 @@ def load_inputs(
         tokenizer_notes=notes,
         teacher_fingerprint=teacher_fingerprint,
         world=world,
+    )
+
+
+def eval_row_numbers(rows: PackedRows, count: int | None) -> np.ndarray:
+    """The held-out rows that evaluations score, ``count`` of them or all, in their order."""
+    return epoch_permutation(0, 0, len(rows))[:count]
+
+
+def _open_cache(
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    vocabulary: int,
+    rows: tuple[PackedRows, PackedRows],
+    device: torch.device,
+    world: World,
+    memory: Path,
+    say: Callable[[str], None],
+) -> tuple[CachedTeacher, CachedTeacher]:
+    """The teacher of training and that of evaluations, from their cache; refused if it is not this
+    run's."""
+    assert config.teacher_cache is not None
+    say(f"opening the teacher's cache {config.teacher_cache}")
+    reader = CacheReader(
+        config.teacher_cache, memory=memory, patience=config.teacher_wait, world=world, say=say
+    )
+    train_rows, eval_rows = rows
+    length = planned_length(config, len(train_rows), world.size)
+    run = RunFacts(
+        train_rows=train_rows.fingerprint,
+        eval_rows=eval_rows.fingerprint,
+        eval_places=len(eval_row_numbers(eval_rows, config.max_eval_rows)),
+        tokenizer=fingerprint(tokenizer),
+        valid_vocab=vocabulary,
+        order=RunOrder(config.seed, length.micro_batches, length.batch_size),
+    )
+    require_own_cache(reader.facts, config, run, reader.folder, memory)
+    return (
+        CachedTeacher(reader, "train", temperature=config.temperature, device=device),
+        CachedTeacher(reader, "eval", temperature=1.0, device=device),
     )
 
 

@@ -240,9 +240,11 @@ class EvalMetrics:
                 value, count = self._terms.get(name, (0.0, 0))
                 self._terms[name] = (value + term.sum.double(), count + term.count)
 
-    def compute(self, *, against_teacher: bool, world: World = ALONE) -> dict[str, float]:
-        """The metrics by name, over the batches of all ranks; none if there was no batch. Waits for
-        the device."""
+    def compute(self, divergence: str | None, *, world: World = ALONE) -> dict[str, float]:
+        """The metrics by name, over the batches of all ranks; none if there was no batch.
+
+        ``divergence`` is the name of that from the teacher, None without one. Waits for the device.
+        """
         if self._sums is None:
             return {}
         if world.size > 1:
@@ -256,8 +258,8 @@ class EvalMetrics:
             "accuracy": correct / targets,
             "entropy": entropy / targets,
         }
-        if against_teacher:
-            result |= {"kl": kd / targets, "agreement": agree / targets}
+        if divergence is not None:
+            result |= {divergence: kd / targets, "agreement": agree / targets}
         return result | {
             name: float(value) / max(count, 1) for name, (value, count) in self._terms.items()
         }
@@ -278,7 +280,12 @@ class EvalMetrics:
 ResultRow = dict[str, Any]
 
 
-def result_row(name: str, model: nn.Module, metrics: Mapping[str, float], prefix: str) -> ResultRow:
-    """One line of the result table; a metric that does not apply is None."""
+def result_row(
+    name: str, model: nn.Module | int | None, metrics: Mapping[str, float], prefix: str
+) -> ResultRow:
+    """One line of the result table, of a ``model`` or one of so many parameters; what is not known
+    or does not apply is None."""
     scores = {m.name: metrics.get(f"{prefix}/{m.name}") for m in table_metrics()}
-    return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores
+    if isinstance(model, nn.Module):
+        model = sum(p.numel() for p in model.parameters())
+    return {"name": name, "parameters": model} | scores

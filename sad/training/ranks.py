@@ -131,14 +131,14 @@ def load_sharded_student(
 
 def with_sharded_teacher(inputs: RunInputs) -> RunInputs:
     """The same inputs, with a teacher that is split over the ranks if there are several."""
-    if inputs.world.mesh is None or inputs.teacher is None or inputs.eval_teacher is None:
+    whole, scored = inputs.frozen_teacher, inputs.eval_teacher
+    if inputs.world.mesh is None or whole is None or isinstance(whole, ShardedTeacher):
         return inputs
-    if isinstance(inputs.teacher, ShardedTeacher):
-        return inputs
+    assert isinstance(scored, EvalTeacher)
     teacher = ShardedTeacher(
-        inputs.teacher.model, inputs.valid_vocab, device=inputs.device, mesh=inputs.world.mesh
+        whole.model, inputs.valid_vocab, device=inputs.device, mesh=inputs.world.mesh
     )
-    cached = EvalTeacher(teacher, inputs.eval_teacher.cache_bytes, inputs.world)
+    cached = EvalTeacher(teacher, scored.cache_bytes, inputs.world)
     return replace(inputs, teacher=teacher, eval_teacher=cached)
 
 

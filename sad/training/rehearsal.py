@@ -26,7 +26,7 @@ from sad.training.student import StudentWithLoss, build_student
 
 def needs_rehearsal(config: DistillConfig) -> bool:
     """Whether the run's first micro-batch comes late, or does not need all that later ones need."""
-    if config.teacher is None:
+    if not config.has_teacher:
         return False
     return config.baseline or bool(config.structural_weights or config.curriculum.schedules())
 
@@ -38,7 +38,7 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
     left as it was. Raises ``UnfitError`` for models that a loss or the routing cannot use, also if
     no check foresaw in which way.
     """
-    if inputs.teacher is None:
+    if inputs.teacher is None or inputs.teacher_follows_run:  # which has no rows for a rehearsal
         return
     policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
     teacher = inputs.teacher.model
@@ -53,7 +53,8 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
         result = student(batch, target, objective, batch.counts, weights)
         precision.backward(result.loss)
         with policy.evaluating():
-            uncached = EvalTeacher(inputs.teacher, 0)
+            frozen = inputs.frozen_teacher
+            uncached = inputs.teacher if frozen is None else EvalTeacher(frozen, 0)
             losses = tuple(config.structural_weights)
             evaluate_student(student, uncached, iter([batch]), {"eval": nullcontext}, losses)
     except Exception as error:
@@ -62,11 +63,12 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
             raise
         raise UnfitError(
             f"{', '.join(config.structural_weights)} must work for {config.student} and "
-            f"{config.teacher}, got {with_type(error)}; set the weight of "
+            f"{config.teacher or config.teacher_cache}, got {with_type(error)}; set the weight of "
             "the one that does not to 0 (--debug shows where it fails)"
         ) from error
     finally:
-        teacher.requires_grad_(False)  # gates that the routing trains
+        if teacher is not None:
+            teacher.requires_grad_(False)  # gates that the routing trains
         inputs.teacher.release()
     del student, result
     gc.collect()  # of a student that is split, modules refer to one another

@@ -16,10 +16,11 @@ from sad.errors import UsageError
 from sad.models.adapters import ADAPTER_CONFIG, load_adapters
 from sad.models.load import load_student
 from sad.optim.precision import Precision
-from sad.training.evaluate import evaluate_student, evaluate_teacher, require_finite_score
+from sad.training.evaluate import evaluate_student, require_finite_score
 from sad.training.inputs import load_inputs
 from sad.training.meters import ResultRow, result_row
 from sad.training.student import build_student
+from sad.training.teacher_score import score_teacher
 
 
 @onednn_products()  # as in the run, so that its scores come out again
@@ -63,12 +64,7 @@ def evaluate_run(
         whole |= {"student_init": "pretrained", "student_layers": None}
         config = replace(config, student=str(run.best), **whole)
     inputs = load_inputs(config, lambda text: print(text, file=sys.stderr, flush=True))
-    rows = []
-    if inputs.eval_teacher is not None:
-        batches = inputs.eval_batches(config, "scoring the teacher")
-        scores = evaluate_teacher(inputs.eval_teacher, batches)
-        require_finite_score(scores, "eval_teacher", "the teacher")
-        rows.append(result_row("teacher", inputs.eval_teacher.model, scores, "eval_teacher"))
+    _, rows = score_teacher(config, inputs)
     model = load_student(config)
     if adapters:
         load_adapters(model, run.best)

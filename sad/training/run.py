@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sad_kernels._torch.gemm import onednn_products
 from transformers import PreTrainedModel
@@ -44,7 +44,6 @@ from sad.report.model_card import push_to_hub
 from sad.report.page import write_report
 from sad.report.results import BASELINE_NAME, format_results
 from sad.teachers.sharded import ShardedTeacher
-from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.machine import check_machine
 from sad.training.meters import ResultRow, result_row
@@ -66,6 +65,7 @@ from sad.training.resume import (
 )
 from sad.training.samples import write_samples
 from sad.training.student import build_student
+from sad.training.teacher_score import describe_teacher, score_teacher
 from sad.training.trainer import MakeScheduler, Trainer
 
 
@@ -156,20 +156,17 @@ def _distill(
     results: list[ResultRow] = []
     metrics: dict[str, float] = {}
 
-    if inputs.eval_teacher is not None:
-        teacher, row = inputs.eval_teacher.model, inputs.eval_rows.batch([0]).input_ids
-        check = partial(check_model, teacher, row, packing=config.packing)
-        inputs.eval_teacher.teacher.within(check)  # before it is relied on
+    if inputs.teacher is not None:
+        if inputs.frozen_teacher is not None:
+            row = inputs.eval_rows.batch([0]).input_ids
+            check = partial(check_model, inputs.frozen_teacher.model, row, packing=config.packing)
+            inputs.frozen_teacher.within(check)  # before it is relied on
         if needs_rehearsal(config):
             _say("trying every loss on one row")
             rehearse(config, inputs)
         inputs = with_sharded_teacher(inputs)
-        assert inputs.eval_teacher is not None
-        _say(f"scoring the teacher on {inputs.scored(config)['rows']:,} held-out rows")
-        batches = inputs.eval_batches(config, "scoring the teacher")
-        metrics = evaluate_teacher(inputs.eval_teacher, batches, world=world)
-        require_finite_score(metrics, "eval_teacher", "the teacher")
-        results.append(result_row("teacher", teacher, metrics, "eval_teacher"))
+        metrics, rows = score_teacher(config, inputs, _say)
+        results += rows
 
     if baseline is not None:
         results.append(_train_baseline(baseline, run_dir, inputs, signals, make_scheduler))
@@ -339,26 +336,30 @@ def _train(
     sharded = world.size > 1
     loaded = sharded_config(config) if sharded else config
     precision = Precision(loaded, inputs.device, sharded=sharded)
-    teacher = None if inputs.teacher is None else inputs.teacher.model
+    teacher: Any = None if inputs.teacher is None else inputs.teacher.model
+    frozen = inputs.frozen_teacher
     student = load_sharded_student(config, inputs, precision, partial(_announce, world))
     split = student is not None
     student = student or build_student(
         config, load_student(loaded), inputs.valid_vocab, precision, teacher
     )
     stop_tokens = add_stop_tokens(student.model, inputs.train_rows.end_tokens, inputs.tokenizer)
+    objective = config.objective()
+    if frozen is None:  # its targets come from a cache, if there are any: nothing to compare with
+        objective = replace(objective, ce_weight=1.0, kd_weight=0.0)
     check = partial(
         check_models_and_loss,
         student.model,
-        None if sharded else teacher,  # checked before
+        None if sharded or frozen is None else frozen.model,  # checked before
         inputs.eval_rows.batch([0]).input_ids,
-        config.objective(),
+        objective,
         valid_vocab=inputs.valid_vocab,
         packing=config.packing,
         compute_dtype=precision.compute_dtype,
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
-        run_teacher=inputs.teacher.answer if isinstance(inputs.teacher, ShardedTeacher) else None,
+        run_teacher=frozen.answer if isinstance(frozen, ShardedTeacher) else None,
     )
     checks = run_within(student, check)
     world.from_main(lambda: run_dir.require_exportable(student.model, inputs.tokenizer))
@@ -390,7 +391,7 @@ def _train(
             run_length=trainer.run_length,
             precision=precision,
             student=student.model,
-            teacher=teacher,
+            teacher=describe_teacher(config, inputs),
             vocabulary=inputs.valid_vocab,
             train_rows=inputs.train_rows,
             eval_rows=inputs.eval_rows,

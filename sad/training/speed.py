@@ -32,7 +32,8 @@ class Speed:
     @classmethod
     def of(cls, config: DistillConfig, student: PreTrainedModel, inputs: RunInputs) -> Speed:
         rows, length = inputs.train_rows, config.max_length
-        teacher = 0 if inputs.teacher is None else forward_flops(inputs.teacher.model, length)
+        frozen = inputs.frozen_teacher
+        teacher = 0 if frozen is None else forward_flops(frozen.model, length)
         return cls(
             ranks=inputs.world.size,
             positions_per_target=len(rows) * length / max(int(rows.num_targets.sum()), 1),

@@ -12,7 +12,13 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from sad_kernels import DistillOutput, Objective, TeacherHidden, linear_distill_loss
+from sad_kernels import (
+    DistillOutput,
+    Objective,
+    TeacherHidden,
+    TeacherTopK,
+    linear_distill_loss,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -128,9 +134,11 @@ class StudentWithLoss(nn.Module):
             with self.structural.student_capture(active).capturing() as activations:
                 hidden, terms = self._hidden(batch)
             distill = self._distill(hidden, batch, targets, objective, num_items)
+            target = teacher.targets[0]
+            assert isinstance(target, TeacherHidden)  # others have no states to compare with
             inputs = LossInputs(
                 student_hidden=hidden,
-                teacher_hidden=teacher.targets[0].hidden,
+                teacher_hidden=target.hidden,
                 student=activations,
                 teacher=teacher.activations,
                 layout=layout_of(batch),
@@ -202,7 +210,7 @@ class StudentWithLoss(nn.Module):
         self,
         hidden: Tensor,  # [B, L, D]
         batch: Batch,
-        targets: Sequence[TeacherHidden],
+        targets: Sequence[TeacherHidden | TeacherTopK],
         objective: Objective,
         num_items: int,
     ) -> DistillOutput:
@@ -213,7 +221,9 @@ class StudentWithLoss(nn.Module):
         _, head = split_head(self.model)
         head = with_valid_vocab(head, self.valid_vocab)
 
-        def against(target: TeacherHidden | None, objective: Objective) -> DistillOutput:
+        def against(
+            target: TeacherHidden | TeacherTopK | None, objective: Objective
+        ) -> DistillOutput:
             return linear_distill_loss(
                 hidden,
                 head,

@@ -56,7 +56,7 @@ from sad.errors import (
     with_type,
 )
 from sad.losses.taid import TAIDSchedule
-from sad.metrics import DEFAULT_BEST
+from sad.metrics import DEFAULT_BEST, KL_BOUND
 from sad.optim.precision import Precision, structural_loss_parameters
 from sad.optim.schedule import (
     Window,
@@ -171,9 +171,11 @@ class Trainer:
         if self._evaluation_is_missing():
             self._evaluate_or_stop(log, signals)
         throughput = ThroughputMeter(self.counters.tokens)
+        self.policy.needs_from(self._place(self.counters.micro_step))
         stops_all = self.world.begin_any(False)
         while self.counters.micro_step < self.run_length.micro_batches:
             if not self.accumulator.pending:
+                self._await_targets(log, signals)
                 stops_all = self.world.begin_any(signals.requested is not None)
             closed = self.micro_batch()
             log.advance()
@@ -211,11 +213,29 @@ class Trainer:
             return signals.requested is not None
         return closed and stops_all()
 
+    def _await_targets(self, log: RunLog, signals: StopSignals) -> None:
+        """Wait for the next window's targets, where another process makes them meanwhile. If they
+        do not come the state is saved, and the run ends."""
+        window = self._window(self.counters.micro_step)
+        end = window.first_micro_step + window.size
+        places = range(self._place(window.first_micro_step), self._place(end))
+        if self.policy.has(places, self.world):
+            return
+        self.finish_save(log, wait=True)  # what is saved need not be kept: there is room for more
+        try:
+            self.policy.wait_for(places)
+        except StoppedError as error:
+            self._save_and_stop(log, signals, error)
+
     def _in_window(self) -> str:
         return f" in window {self.counters.global_step + 1}"
 
-    def _save_and_stop(self, log: RunLog, signals: StopSignals) -> NoReturn:
+    def _save_and_stop(
+        self, log: RunLog, signals: StopSignals, why: StoppedError | None = None
+    ) -> NoReturn:
         path = self.save(log, must=True)
+        if why is not None and signals.requested is None:
+            raise StoppedError(f"{why}; the state is saved in {path}") from why
         requested = signals.requested or "a signal to another process"
         raise StoppedError(
             f"training must finish to give a student, got {requested} after "
@@ -372,7 +392,8 @@ class Trainer:
             )
 
         # The held-out counterpart of the training loss: the same weights, on unsmoothed parts.
-        parts = {"nll": config.objective().ce_weight, "kl": weights["kd"]}
+        divergence = "kl" if "eval/kl" in metrics else KL_BOUND
+        parts = {"nll": config.objective().ce_weight, divergence: weights["kd"]}
         parts |= self.student.term_weights(weights)
         for prefix in variants:
             values = {name: metrics.get(f"{prefix}/{name}", 0.0) for name in parts}
@@ -545,6 +566,7 @@ class Trainer:
                 log.warning(warning)
         self._failed_saves = 0
         self._saved = pending.state, path
+        self.policy.needs_from(self._place(pending.position["micro_step"]))
         log.saved(pending.position | {"path": path.name})
         return path
 
@@ -607,6 +629,10 @@ class Trainer:
         """Every parameter that collects gradients, by its name in checkpoints."""
         ours: dict[str, Tensor] = dict(self.student.model.named_parameters())
         return ours | structural_loss_parameters(self.student.structural)
+
+    def _place(self, micro_step: int) -> int:
+        """The place of a micro-batch's first row in the order of the run."""
+        return micro_step * self.run_length.batch_size
 
     def _window(self, micro_step: int) -> Window:
         return self.run_length.window(micro_step, self.counters.window_begins)

@@ -58,7 +58,8 @@ MUTATIONS = [
         "a rank without rows leaves the others waiting in an evaluation",
         edit(
             "sad/training/inputs.py",
-            "            yield rank_batch(self.eval_rows, together, share).to(self.device)\n",
+            "            batch = rank_batch(self.eval_rows, together, share, start)\n"
+            "            yield batch.to(self.device)\n",
             "            if len(together[share]):\n"
             "                yield self.eval_rows.batch(together[share]).to(self.device)\n",
         ),

@@ -882,9 +882,9 @@ def test_an_evaluation_that_is_no_number_ends_the_run(
     config = make_config(max_steps=1)
     compute = EvalMetrics.compute
 
-    def no_number(self: EvalMetrics, *, against_teacher: bool, **_: Any) -> dict[str, float]:
-        metrics = compute(self, against_teacher=against_teacher)
-        return metrics | {"nll": value} if against_teacher else metrics
+    def no_number(self: EvalMetrics, divergence: str | None, **_: Any) -> dict[str, float]:
+        metrics = compute(self, divergence)
+        return metrics | {"nll": value} if divergence else metrics
 
     monkeypatch.setattr(EvalMetrics, "compute", no_number)
     message = f"^eval/nll must be finite, got {value} in the evaluation after micro-batch 4: "
@@ -954,8 +954,8 @@ def test_an_infinite_part_without_a_weight_is_no_part_of_the_held_out_loss(
     trainer = make_trainer(config)
     compute = EvalMetrics.compute
 
-    def infinite(self: EvalMetrics, *, against_teacher: bool, **_: Any) -> dict[str, float]:
-        return compute(self, against_teacher=against_teacher) | {"kl": float("inf")}
+    def infinite(self: EvalMetrics, divergence: str | None, **_: Any) -> dict[str, float]:
+        return compute(self, divergence) | {"kl": float("inf")}
 
     monkeypatch.setattr(EvalMetrics, "compute", infinite)
     with run_log(config, trainer) as log:

@@ -1,0 +1,121 @@
+"""Whether a cache is one of a run's own teacher, text and objective; what differs is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sad.config.schema import DistillConfig
+from sad.errors import UnfitError
+from sad.teachers.cache.facts import CacheFacts, RunOrder
+from sad.teachers.fingerprint import known_fingerprints
+
+FROM_FINAL_STATES = frozenset({"feature", "contrastive"})
+"""Structural losses that need no more of a teacher than its final hidden states."""
+
+MAKE_AGAIN = "make the cache again with this file"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run knows of itself that its teacher's cache must agree with."""
+
+    train_rows: str
+    """Fingerprint of the packed rows."""
+    eval_rows: str
+    eval_places: int
+    """Held-out rows that an evaluation scores."""
+    tokenizer: str
+    valid_vocab: int
+    order: RunOrder
+
+
+def require_own_cache(
+    facts: CacheFacts, config: DistillConfig, run: RunFacts, folder: Path, memory: Path
+) -> None:
+    """Raise ``UnfitError`` unless a run may train from this cache: with the reason, the cache's
+    value and the run's. ``memory`` is where hashes of files are remembered."""
+
+    def same(what: str, cached: object, ours: object, remedy: str = MAKE_AGAIN) -> None:
+        if cached != ours:
+            raise UnfitError(
+                f"teacher_cache must be made for this run's {what}, got {_shown(cached)} in "
+                f"{folder} and {_shown(ours)} in the run; {remedy}"
+            )
+
+    same("max_length", facts.max_length, config.max_length, "set it, or " + MAKE_AGAIN)
+    same("packing", facts.packing, config.packing, "set it, or " + MAKE_AGAIN)
+    same("tokenizer (fingerprint)", facts.tokenizer, run.tokenizer)
+    same("vocabulary", facts.valid_vocab, run.valid_vocab)
+    same("training text (fingerprint of its rows)", facts.train_rows, run.train_rows)
+    same("held-out text (fingerprint of its rows)", facts.eval_rows, run.eval_rows)
+    if run.eval_places > facts.eval_places:
+        raise UnfitError(
+            f"teacher_cache must hold the held-out rows that are scored, got {facts.eval_places} "
+            f"in {folder} and {run.eval_places} in the run; lower max_eval_rows, or {MAKE_AGAIN}"
+        )
+    _require_teacher(facts, config, same, memory)
+    _require_objective(facts, config, folder)
+    if facts.order is not None:
+        for name, what in (
+            ("seed", "seed"),
+            ("micro_batches", "length in micro-batches"),
+            ("rows_per_micro_batch", "rows per micro-batch"),
+        ):
+            same(what, getattr(facts.order, name), getattr(run.order, name))
+
+
+def _require_teacher(
+    facts: CacheFacts,
+    config: DistillConfig,
+    same: Callable[..., None],
+    memory: Path,
+) -> None:
+    """If the run names its teacher, the cache must be its. Its weights are not read for that."""
+    if config.teacher is None:
+        return
+    theirs = facts.teacher.fingerprint
+    ours = known_fingerprints(config.teacher, memory)
+    if ours is None:
+        return
+    for name in sorted(theirs.keys() | ours.keys()):
+        cached, found = theirs.get(name, "none"), ours.get(name, "none")
+        if " " not in found:  # the size alone is known
+            cached = cached.partition(" ")[0]
+        remedy = f"{MAKE_AGAIN}, or leave teacher out"
+        same(f"teacher ({name} of {config.teacher})", cached, found, remedy)
+
+
+def _require_objective(facts: CacheFacts, config: DistillConfig, folder: Path) -> None:
+    """Sparse targets serve the divergences that they can, at their own temperatures."""
+    kind = facts.kind
+
+    def refuse(key: str, expectation: str, value: object, remedy: str) -> None:
+        raise UnfitError(
+            f"{key} must {expectation} with {kind} targets, got {value} and {folder}; {remedy}"
+        )
+
+    hidden = "or cache hidden states, which serve it: --kind hidden"
+    for name in config.structural_weights:
+        if kind != "hidden":
+            refuse(f"{name}.weight", "be 0", config.structural_weights[name], f"set it, {hidden}")
+        if name not in FROM_FINAL_STATES:
+            remedy = "its layers are needed: set it to 0, or leave teacher_cache out"
+            refuse(f"{name}.weight", "be 0", config.structural_weights[name], remedy)
+    if kind == "hidden":
+        return
+    if config.taid.enabled:
+        refuse("taid.enabled", "be false", True, f"leave it out, {hidden}")
+    if kind == "sampled" and config.kd_weight and config.divergence != "forward_kl":
+        remedy = f"they are unbiased for that one alone; take --kind topk, {hidden}"
+        refuse("divergence", "be forward_kl", config.divergence, remedy)
+    if config.kd_weight and config.temperature not in facts.temperatures:
+        known = ", ".join(f"{t:g}" for t in facts.temperatures)
+        remedy = f"set it, or make the cache again with --temperatures {config.temperature:g}"
+        refuse("temperature", f"be {known}", f"{config.temperature:g}", remedy)
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,197 @@
+"""What a cache of a teacher's targets is a cache of: the content of its ``cache.json``.
+
+Everything that decides a record is here: text, tokenizer, teacher, kind of target, temperatures,
+how rows are grouped into shards. Two caches with the same ``plan``, a hash of it all, hold the same
+records; a run refuses a cache whose facts are not its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+from sad.config.cache_options import Codec, Kind
+from sad.errors import UnfitError
+from sad.expected import (
+    Check,
+    UnexpectedValueError,
+    boolean,
+    every,
+    integer,
+    mapping,
+    number,
+    one_of,
+    optional,
+    plain,
+    record,
+    string,
+)
+
+FORMAT = 1
+"""Version of the layout. A cache of another one is made again."""
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """Which model the targets are those of."""
+
+    name: str
+    """As the configuration named it."""
+    fingerprint: dict[str, str]
+    """Commit, or size and hash of each file: see ``sad.teachers.fingerprint``."""
+    dtype: str
+    quantization: str | None = None
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """The teacher's output head, whose weight and bias are ``head.safetensors``."""
+
+    hash: str
+    """Size and BLAKE2b hash of that file."""
+    width: int
+    """Of the hidden states."""
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class RunOrder:
+    """The one run whose order the records have, epoch by epoch."""
+
+    seed: int
+    micro_batches: int
+    rows_per_micro_batch: int
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a cache is a cache of.
+
+    Training rows are records of ``kind``, held-out ones of ``eval_kind``, and both are grouped into
+    batches, as the teacher saw them, and shards of whole batches.
+    """
+
+    kind: Kind
+    codec: Codec | None
+    """Of hidden states; None for other kinds."""
+    top_k: int | None
+    """Ids per position; None for hidden states."""
+    temperatures: tuple[float, ...]
+    """Of ``sampled`` the one it was drawn at, of ``topk`` those it can be read at."""
+    seed: int
+    """Of the samples."""
+    train_rows: str
+    """Fingerprint of the packed rows."""
+    eval_rows: str
+    max_length: int
+    packing: bool
+    tokenizer: str
+    """Its fingerprint."""
+    valid_vocab: int
+    """Ids that the tokenizer can produce."""
+    teacher: TeacherFacts
+    head: HeadFacts | None
+    """None but for hidden states."""
+    order: RunOrder | None
+    """None for the order of the text, which serves every run."""
+    batch_rows: int
+    rows_per_shard: int
+    train_places: int
+    """Rows, or with an ``order`` places of rows in the run."""
+    eval_batch_rows: int
+    eval_rows_per_shard: int
+    eval_places: int
+    """Held-out rows: so many of the sample that evaluations take first."""
+
+    @property
+    def eval_kind(self) -> Kind:
+        """Of what kind the records of held-out rows are: what is sampled cannot be scored."""
+        return "topk" if self.kind == "sampled" else self.kind
+
+    @property
+    def plan(self) -> str:
+        """A hash of all facts: equal for caches of the same records."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def to_json(self, notes: Mapping[str, Any]) -> str:
+        """The content of ``cache.json``. ``notes`` are what decides no record: versions, scores."""
+        content = {"format": FORMAT, "plan": self.plan, **asdict(self), "notes": dict(notes)}
+        return json.dumps(content, indent=1) + "\n"
+
+
+_HEAD = record(
+    {
+        "hash": string,
+        "width": integer(1),
+        "logit_scale": number(),
+        "softcap": optional(number()),
+    }
+)
+_TEACHER = record(
+    {
+        "name": string,
+        "fingerprint": mapping(string),
+        "dtype": string,
+        "quantization": optional(string),
+        "attention": optional(string),
+    }
+)
+_ORDER = record(
+    {"seed": integer(0), "micro_batches": integer(1), "rows_per_micro_batch": integer(1)}
+)
+_CHECKS: dict[str, Check] = {
+    "kind": one_of(*get_args(Kind)),
+    "codec": optional(one_of(*get_args(Codec))),
+    "top_k": optional(integer(1)),
+    "temperatures": every(number(0.0)),
+    "seed": integer(0),
+    "train_rows": string,
+    "eval_rows": string,
+    "max_length": integer(1),
+    "packing": boolean,
+    "tokenizer": string,
+    "valid_vocab": integer(1),
+    "teacher": _TEACHER,
+    "head": optional(_HEAD),
+    "order": optional(_ORDER),
+    "batch_rows": integer(1),
+    "rows_per_shard": integer(1),
+    "train_places": integer(1),
+    "eval_batch_rows": integer(1),
+    "eval_rows_per_shard": integer(1),
+    "eval_places": integer(0),
+}
+assert list(_CHECKS) == [field.name for field in fields(CacheFacts)]
+
+_FILE = record({"format": integer(1), "plan": string, **_CHECKS, "notes": mapping(plain)})
+
+
+def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[str, Any]]:
+    """Facts and notes from the content of a ``cache.json``.
+
+    Raises ``UnfitError`` for a content that no version, or another one, has written.
+    """
+    if content.get("format") != FORMAT and type(content.get("format")) is int:
+        raise UnfitError(
+            f"{where} must be of format {FORMAT}, got {content['format']}; make the cache again "
+            "with `sad cache-teacher`"
+        )
+    try:
+        _FILE(content, where)
+        values = {key: content[key] for key in _CHECKS}
+        values["teacher"] = TeacherFacts(**values["teacher"])
+        values["head"] = values["head"] and HeadFacts(**values["head"])
+        values["order"] = values["order"] and RunOrder(**values["order"])
+        values["temperatures"] = tuple(map(float, values["temperatures"]))
+        facts = CacheFacts(**values)
+        if facts.plan != content["plan"]:
+            raise UnexpectedValueError(f"{where} plan", f"be {facts.plan}", content["plan"])
+    except UnexpectedValueError as error:
+        raise UnfitError(f"{error}; make the cache again with `sad cache-teacher`") from error
+    return facts, content["notes"]

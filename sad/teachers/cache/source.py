@@ -1,0 +1,139 @@
+"""Records of a teacher that runs: its forward passes as training would make them, then the codec.
+
+A batch of a cache is a batch of training: the same rows together, the same positions, no mask. Of
+hidden states every input has a record, of sparse targets only those whose next token is learned;
+the others hold padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from sad_kernels import TeacherHidden
+from torch import Tensor
+
+from sad.data.batch import Batch
+from sad.teachers.cache.facts import CacheFacts, Kind
+from sad.teachers.cache.files import BASIS, open_tensors, write_tensors
+from sad.teachers.cache.hidden import Codec, build_codec, hidden_bytes
+from sad.teachers.cache.sparse import (
+    encode,
+    padding_record,
+    record_bytes,
+    systematic_sample,
+    top_k,
+)
+from sad.teachers.frozen import FrozenTeacher
+
+Record = dict[str, Tensor]
+
+CHUNK_BYTES = 256 * 2**20
+"""Memory for the logits of some positions, and what is computed from them in float64."""
+
+MIN_STATES = 256
+"""Positions that the basis of int8 is fitted to, at least, if there are so many."""
+
+
+class TeacherSource:
+    """Makes the records of a cache with ``teacher``; ``codec`` is that of hidden states."""
+
+    def __init__(
+        self, teacher: FrozenTeacher, facts: CacheFacts, codec: Codec | None = None
+    ) -> None:
+        self.teacher = teacher
+        self.facts = facts
+        self.codec = codec
+
+    def records(self, batch: Batch, kind: Kind, uniform: Tensor) -> Record:
+        """The records of all inputs of a batch, row after row, in host memory.
+
+        ``uniform`` [inputs] float64 in [0, 1) are the random numbers of ``sampled``.
+        """
+        (target,) = self.teacher.forward(batch).targets
+        assert isinstance(target, TeacherHidden)
+        inside = inputs_of(batch)
+        hidden = target.hidden[inside.to(target.hidden.device)]  # [inputs, D]
+        if kind == "hidden":
+            assert self.codec is not None
+            return _on_host(self.codec.encode(hidden))
+        learned = (batch.labels >= 0)[inside.to(batch.labels.device)].cpu()
+        hidden = hidden[learned.to(hidden.device)]
+        found = self._sparse(hidden, target, kind, uniform[learned])
+        temperatures = len(self.facts.temperatures) if kind == "topk" else 0
+        assert self.facts.top_k is not None
+        whole = padding_record(len(learned), self.facts.top_k, self.facts.valid_vocab, temperatures)
+        for name, values in found.items():
+            _signed(whole[name])[learned] = _signed(values)
+        return whole
+
+    def _sparse(self, hidden: Tensor, target: TeacherHidden, kind: Kind, uniform: Tensor) -> Record:
+        """Records of positions by their hidden states [n, D], a chunk at a time."""
+        facts, head = self.facts, target.head
+        assert facts.top_k is not None
+        vocab, parts = facts.valid_vocab, []
+        size = max(CHUNK_BYTES // (vocab * 32), 1)
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            with torch.no_grad():
+                logits = head(hidden[chunk].to(head.weight.dtype)).float()  # [n, V]
+            if kind == "sampled":
+                (temperature,) = facts.temperatures
+                probs = (logits / temperature).softmax(1)
+                ids, weights = systematic_sample(
+                    probs, facts.top_k, uniform[chunk].to(probs.device)
+                )
+                parts.append(_on_host(encode(ids, weights.log(), None, vocab)))
+            else:
+                found = top_k(logits, facts.top_k, facts.temperatures)
+                parts.append(_on_host(encode(*found, vocab)))
+        if not parts:
+            return {}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def inputs_of(batch: Batch) -> Tensor:
+    """Which positions [B, L] hold an input, not padding; on the host."""
+    return torch.arange(batch.input_ids.shape[1]) < batch.lengths.cpu()[:, None]
+
+
+def position_bytes(facts: CacheFacts, kind: Kind, width: int) -> int:
+    """Bytes of a record, for hidden states of this ``width``."""
+    if kind == "hidden":
+        assert facts.codec is not None
+        return hidden_bytes(facts.codec, width)
+    assert facts.top_k is not None
+    return record_bytes(kind, facts.top_k, facts.valid_vocab, len(facts.temperatures))
+
+
+def make_codec(
+    facts: CacheFacts, folder: Path, teacher: FrozenTeacher, batches: Callable[[], Iterator[Batch]]
+) -> Codec | None:
+    """The codec of a cache's hidden states, from its folder, or fitted to its first batches."""
+    if facts.codec is None:
+        return None
+    if facts.codec != "int8":
+        return build_codec(facts.codec)
+    path = folder / BASIS
+    if path.exists():
+        return build_codec(facts.codec, tensors=open_tensors(path)).to(teacher.device)
+    states: list[Tensor] = []
+    for batch in batches():
+        (target,) = teacher.forward(batch).targets
+        assert isinstance(target, TeacherHidden)
+        states.append(target.hidden[inputs_of(batch).to(target.hidden.device)])
+        if sum(map(len, states)) >= MIN_STATES:
+            break
+    codec = build_codec(facts.codec, states=torch.cat(states))
+    write_tensors(path, _on_host(codec.tensors()))
+    return codec
+
+
+def _signed(tensor: Tensor) -> Tensor:
+    """The same bits as a dtype that torch can index: it cannot write single rows of uint16."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.uint16 else tensor
+
+
+def _on_host(record: Mapping[str, Tensor]) -> Record:
+    return {name: tensor.cpu().contiguous() for name, tensor in record.items()}

@@ -1,0 +1,141 @@
+"""A teacher that is not here: its targets are read from the folder that it has left.
+
+Nothing of its body is opened. Of hidden states its head is, whose product with them gives the
+logits; sparse targets are a few ids and their weights per token.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sad_kernels import TeacherHidden, TeacherTopK
+from torch import nn
+
+from sad.data.batch import Batch
+from sad.errors import UnfitError
+from sad.losses.capture import Capture
+from sad.teachers.cache.files import Section, shards_of
+from sad.teachers.cache.reader import CacheReader
+from sad.teachers.cache.sparse import decode
+from sad.teachers.frozen import TeacherOutput
+
+
+class AbsentModel(nn.Module):
+    """A model of which the width of its hidden states is known, and nothing else."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        text = SimpleNamespace(hidden_size=width)
+        self.config = SimpleNamespace(hidden_size=width, get_text_config=lambda: text)
+
+
+class CachedTeacher:
+    """Targets of the training rows or of the held-out ones, from a cache.
+
+    Sparse targets are read at ``temperature``; hidden states serve any.
+    """
+
+    def __init__(
+        self, reader: CacheReader, section: Section, *, temperature: float, device: torch.device
+    ) -> None:
+        self.reader = reader
+        self.section: Section = section
+        self.device = device
+        self._shards = shards_of(reader.facts, section)
+        self._temperature = temperature
+        self._column = 0
+        if self._shards.kind == "topk":
+            self._column = _column_of(reader, temperature)
+
+    @property
+    def kind(self) -> str:
+        """``sampled``, ``topk`` or ``hidden``."""
+        return self._shards.kind
+
+    @property
+    def model(self) -> Any:
+        """What stands for the teacher's model where losses ask for its width; None for sparse
+        targets, which have none."""
+        head = self.reader.facts.head
+        return None if head is None else AbsentModel(head.width)
+
+    @cached_property
+    def _head(self):
+        return self.reader.head(self.device)
+
+    @cached_property
+    def _codec(self):
+        return self.reader.codec(self.device)
+
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
+        """The targets of a batch. Nothing can be captured: there are no layers."""
+        places = batch.places if self._by_place else batch.rows
+        assert places is not None
+        length = batch.input_ids.shape[1]
+        lengths = batch.lengths.cpu()
+        record = self.reader.read(self.section, places, lengths, length)
+        if self._shards.kind == "hidden":
+            record = {name: values.to(self.device) for name, values in record.items()}
+            hidden = self._codec.decode(record, self._head.weight.dtype)
+            return TeacherOutput((TeacherHidden(hidden, self._head),))
+        temperature = self._temperature if self._shards.kind == "topk" else 1.0
+        ids, log_probs = decode(record, self._column, temperature)
+        tail = "bucket" if self._shards.kind == "topk" else "zero"
+        target = TeacherTopK(ids.to(self.device), log_probs.to(self.device), tail)
+        return TeacherOutput((target,))
+
+    def release(self) -> None:
+        """As ``FrozenTeacher.release``: there is nothing to free."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether another process fills the cache while this one reads it."""
+        return not self.reader.complete
+
+    def has(self, first: int, last: int) -> bool:
+        """Whether the targets of the places from ``first`` to ``last`` of the run are there."""
+        return self.reader.has(self.section, first, last)
+
+    def wait_for(self, first: int, last: int) -> None:
+        """Wait until they are; ``StoppedError`` on every rank if they do not come."""
+        self.reader.wait_for(self.section, first, last)
+
+    def needs_from(self, place: int) -> None:
+        """Say that nothing before this place of the run will be asked for again."""
+        if self.grows:
+            self.reader.needs_from(place)
+
+    @property
+    def _by_place(self) -> bool:
+        """Whether records have the order of the run, as held-out rows do, not of the text."""
+        return self.section == "eval" or self.reader.facts.order is not None
+
+
+def _column_of(reader: CacheReader, temperature: float) -> int:
+    temperatures = reader.facts.temperatures
+    if temperature not in temperatures:
+        raise UnfitError(
+            f"teacher_cache must hold top-k targets at temperature {temperature:g}, got "
+            f"{', '.join(f'{t:g}' for t in temperatures)} in {reader.folder}; make it again with "
+            f"--temperatures {temperature:g}"
+        )
+    return temperatures.index(temperature)
+
+
+def describe(reader: CacheReader) -> str:
+    """What a run's header says of its teacher's cache."""
+    facts, notes = reader.facts, reader.notes
+    count = notes.get("parameters")
+    size = f", {count:,} parameters in {facts.teacher.dtype}" if isinstance(count, int) else ""
+    match facts.kind:
+        case "sampled":
+            what = f"{facts.top_k} sampled ids per token at T = {facts.temperatures[0]:g}"
+        case "topk":
+            at = ", ".join(f"{t:g}" for t in facts.temperatures)
+            what = f"the {facts.top_k} most likely ids per token at T = {at}"
+        case "hidden":
+            what = f"final hidden states in {facts.codec}"
+    return f"{facts.teacher.name}{size}; {what}, from {reader.folder}"
