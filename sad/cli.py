@@ -56,6 +56,8 @@ options of this command, among the keys:
   --codec int8            of hidden states: int8, D + 4 bytes per token, or bf16, 2 D bytes
   --top_k 64              ids per token
   --temperatures 1,2      of topk; by default that of the configuration, and 1
+  --all_rows              also rows that the run of this file does not come to: for other seeds, and
+                          longer runs
   --window 4              keep so many shards of 256 MB ahead of one run that reads them meanwhile,
                           and delete what it needs no more; 0 keeps all, for any run
   --wait_for_reader       with a window: wait for that run for ever, not for teacher_wait seconds

@@ -16,7 +16,7 @@ Kind = Literal["sampled", "topk", "hidden"]
 Codec = Literal["bf16", "int8"]
 
 VALUES = ("output", "kind", "codec", "top_k", "temperatures", "window")
-SWITCHES = ("wait_for_reader", "check")
+SWITCHES = ("wait_for_reader", "check", "all_rows")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class CacheOptions:
     """Shards kept ahead of the one run that reads them meanwhile; 0: all are kept, for any run."""
     wait_for_reader: bool = False
     """Wait for that run without an end."""
+    all_rows: bool = False
+    """Cache rows that the configured run would not read, too, so that other seeds and longer runs
+    find theirs."""
     check: bool = False
     """Compare random rows of a cache that is there with the teacher."""
 
@@ -98,6 +101,7 @@ def read_cache_options(words: Sequence[str]) -> tuple[CacheOptions, list[str]]:
         temperatures=_temperatures(values["temperatures"]) if "temperatures" in values else None,
         window=_count("window", values.get("window", "0"), 0),
         wait_for_reader="wait_for_reader" in switched,
+        all_rows="all_rows" in switched,
         check="check" in switched,
     )
     return options, others

@@ -10,9 +10,10 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from sad_kernels import TeacherHidden, TeacherTopK
-from torch import nn
+from torch import Tensor, nn
 
 from sad.data.batch import Batch
 from sad.errors import UnfitError
@@ -72,8 +73,7 @@ class CachedTeacher:
 
     def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         """The targets of a batch. Nothing can be captured: there are no layers."""
-        places = batch.places if self._by_place else batch.rows
-        assert places is not None
+        places = self._places(batch)
         length = batch.input_ids.shape[1]
         lengths = batch.lengths.cpu()
         record = self.reader.read(self.section, places, lengths, length)
@@ -108,10 +108,28 @@ class CachedTeacher:
         if self.grows:
             self.reader.needs_from(place)
 
-    @property
-    def _by_place(self) -> bool:
-        """Whether records have the order of the run, as held-out rows do, not of the text."""
-        return self.section == "eval" or self.reader.facts.order is not None
+    def _places(self, batch: Batch) -> Tensor:
+        """The places of a batch's rows in the cache, int64 [B]."""
+        facts = self.reader.facts
+        if self.section == "eval" or facts.order is not None:
+            assert batch.places is not None
+            return batch.places
+        assert batch.rows is not None
+        if facts.subset is None:
+            return batch.rows
+        places = np.searchsorted(self._numbers, batch.rows.numpy())
+        if (self._numbers.take(places, mode="clip") != batch.rows.numpy()).any():
+            raise UnfitError(
+                f"teacher_cache must hold the rows that are trained on, got {self.reader.folder} "
+                "without one of them; make it again with this file"
+            )
+        return torch.from_numpy(places)
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        """The rows of a cache that has not all of them."""
+        assert self.reader.facts.subset is not None
+        return self.reader.facts.subset.numbers()
 
 
 def _column_of(reader: CacheReader, temperature: float) -> int:

@@ -25,14 +25,14 @@ from sad.checkpoint.run_lock import run_lock
 from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch
-from sad.data.rows import PackedRows, cache_directory
+from sad.data.rows import cache_directory
 from sad.data.tokenizers import fingerprint
 from sad.distributed.world import ALONE, World, use_own_device, whole_world
 from sad.environment import StopSignals, library_versions, resolve_device
 from sad.errors import OutputError, UsageError
 from sad.models.load import teacher_dtype
 from sad.optim.schedule import RunLength, planned_length
-from sad.teachers.cache.facts import CacheFacts, HeadFacts, RunOrder, TeacherFacts
+from sad.teachers.cache.facts import CacheFacts, HeadFacts, RunOrder, Subset, TeacherFacts
 from sad.teachers.cache.files import (
     CACHE,
     COMPLETE,
@@ -45,7 +45,7 @@ from sad.teachers.cache.files import (
 )
 from sad.teachers.cache.source import TeacherSource, inputs_of, make_codec, position_bytes
 from sad.teachers.cache.verify import Checked, compare_with_teacher
-from sad.teachers.cache.writer import CacheWriter, SectionRows
+from sad.teachers.cache.writer import CacheWriter, SectionRows, say_alive
 from sad.teachers.fingerprint import HASHES, fingerprint_file
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.batches import TrainBatches
@@ -178,6 +178,12 @@ def _facts(
     if options.window:
         order = RunOrder(config.seed, length.micro_batches, length.batch_size)
     batch_rows = length.batch_size
+    count = len(inputs.train_rows)
+    read = length.micro_batches * batch_rows
+    subset = None
+    if order is None and read < count and not options.all_rows:
+        subset = Subset(config.seed, read, count)
+        count = read
     attention = getattr(teacher.model.config, "_attn_implementation", None)
     facts = CacheFacts(
         kind=options.kind,
@@ -199,9 +205,10 @@ def _facts(
         ),
         head=_head_facts(teacher, folder) if options.kind == "hidden" else None,
         order=order,
+        subset=subset,
         batch_rows=batch_rows,
         rows_per_shard=1,
-        train_places=len(inputs.train_rows) if order is None else length.micro_batches * batch_rows,
+        train_places=count if order is None else read,
         eval_batch_rows=config.per_device_eval_batch_size,
         eval_rows_per_shard=1,
         eval_places=len(eval_row_numbers(inputs.eval_rows, config.max_eval_rows)),
@@ -238,10 +245,13 @@ def _sections(
     """The rows of both sections, by the number of a batch."""
     scored = eval_row_numbers(inputs.eval_rows, config.max_eval_rows)
 
-    def part(rows: PackedRows, of: np.ndarray, size: int) -> Any:
+    def part(of: np.ndarray, size: int) -> Any:
         return lambda batch: of[batch * size : (batch + 1) * size]
 
-    numbers = part(inputs.train_rows, np.arange(len(inputs.train_rows)), facts.batch_rows)
+    chosen = np.arange(facts.train_places)
+    if facts.subset is not None:
+        chosen = facts.subset.numbers()
+    numbers = part(chosen, facts.batch_rows)
     if facts.order is not None:
         batches = TrainBatches(config, inputs.train_rows, length, inputs.device)
         numbers = batches.row_numbers
@@ -249,7 +259,7 @@ def _sections(
         "eval": SectionRows(
             shards_of(facts, "eval"),
             inputs.eval_rows,
-            part(inputs.eval_rows, scored, facts.eval_batch_rows),
+            part(scored, facts.eval_batch_rows),
         ),
         "train": SectionRows(shards_of(facts, "train"), inputs.train_rows, numbers),
     }
@@ -285,7 +295,7 @@ def _require_space(
     needed = there = positions = 0
     for section, rows in sections.items():
         each = position_bytes(facts, rows.shards.kind, width)
-        count = int(rows.rows.lengths.sum()) if section == "train" else _positions(rows)
+        count = _positions(rows)
         if section == "train" and options.window:
             count = min(facts.rows_per_shard * options.window * facts.max_length, count)
         positions += count
@@ -350,6 +360,7 @@ def _begin(
                 f"{facts.top_k} most likely ids: a student of these targets learns less than one "
                 "of --kind sampled of the same size"
             )
+    say_alive(folder)  # whoever sees the cache begin also sees that it goes on
     files.write_atomic(folder / CACHE, facts.to_json(notes))
 
 

@@ -46,9 +46,9 @@ def evaluate_student(
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
     teacher's, the label), ``entropy`` (nats), ``bits_per_byte``, and each term of the structural
     ``losses`` under its name, unweighted, per unit; nothing is hooked for others. Without a teacher
-    there is no ``kl`` and no ``agreement``; where of the teacher's ids only the most likely are known,
-    the bound ``kl_bucket`` stands for ``kl``. Training mode, queues and random generators are left
-    as they were.
+    there is no ``kl`` and no ``agreement``; where only its most likely ids are known, the bound
+    ``kl_bucket`` stands for ``kl``. Training mode, queues and random generators are left as they
+    were.
     """
     objective = OBJECTIVE_CE_ONLY if teacher is None else OBJECTIVE
     weights = dict.fromkeys(losses, 1.0)

@@ -216,8 +216,9 @@ def _open_cache(
         tokenizer=fingerprint(tokenizer),
         valid_vocab=vocabulary,
         order=RunOrder(config.seed, length.micro_batches, length.batch_size),
+        num_rows=len(train_rows),
     )
-    require_own_cache(reader.facts, config, run, reader.folder, memory)
+    require_own_cache(reader.facts, reader.notes, config, run, reader.folder, memory)
     return (
         CachedTeacher(reader, "train", temperature=config.temperature, device=device),
         CachedTeacher(reader, "eval", temperature=1.0, device=device),

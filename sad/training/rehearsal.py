@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 
 from sad.config.schema import DistillConfig
+from sad.data.rows import epoch_permutation
 from sad.errors import SadError, UnfitError, is_out_of_memory, with_type
 from sad.models.load import load_student
 from sad.optim.precision import Precision
@@ -47,7 +48,8 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
     objective = config.objective(
         teacher_share=config.taid.start if config.taid.enabled else 1.0,
     )
-    batch = inputs.train_rows.batch([0]).to(inputs.device)
+    first = epoch_permutation(config.seed, 0, len(inputs.train_rows))[:1]  # that of the run
+    batch = inputs.train_rows.batch(first).to(inputs.device)
     try:
         target = policy.forward(batch, student.teacher_capture(weights))
         result = student(batch, target, objective, batch.counts, weights)

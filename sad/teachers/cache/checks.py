@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError
@@ -29,10 +31,17 @@ class RunFacts:
     tokenizer: str
     valid_vocab: int
     order: RunOrder
+    num_rows: int
+    """Training rows."""
 
 
 def require_own_cache(
-    facts: CacheFacts, config: DistillConfig, run: RunFacts, folder: Path, memory: Path
+    facts: CacheFacts,
+    notes: Mapping[str, Any],
+    config: DistillConfig,
+    run: RunFacts,
+    folder: Path,
+    memory: Path,
 ) -> None:
     """Raise ``UnfitError`` unless a run may train from this cache: with the reason, the cache's
     value and the run's. ``memory`` is where hashes of files are remembered."""
@@ -57,7 +66,18 @@ def require_own_cache(
         )
     _require_teacher(facts, config, same, memory)
     _require_objective(facts, config, folder)
+    places = run.order.micro_batches * run.order.rows_per_micro_batch
+    if facts.subset is not None and (
+        facts.subset.seed != run.order.seed or min(places, facts.subset.of) > facts.subset.rows
+    ):
+        raise UnfitError(
+            f"teacher_cache must hold the rows that the run reads, got in {folder} the "
+            f"{facts.subset.rows} that runs of seed {facts.subset.seed} read first, and {places} "
+            f"of seed {run.order.seed} in the run; make the cache again with this file, or of all "
+            "rows: --all_rows"
+        )
     if facts.order is not None:
+        _require_window(notes, facts, config, run, folder)
         for name, what in (
             ("seed", "seed"),
             ("micro_batches", "length in micro-batches"),
@@ -114,6 +134,32 @@ def _require_objective(facts: CacheFacts, config: DistillConfig, folder: Path) -
         known = ", ".join(f"{t:g}" for t in facts.temperatures)
         remedy = f"set it, or make the cache again with --temperatures {config.temperature:g}"
         refuse("temperature", f"be {known}", f"{config.temperature:g}", remedy)
+
+
+def _require_window(
+    notes: Mapping[str, Any],
+    facts: CacheFacts,
+    config: DistillConfig,
+    run: RunFacts,
+    folder: Path,
+) -> None:
+    """Between two checkpoints the student reads on while the teacher may delete nothing: a window
+    must hold all of that, wherever it begins in a shard, or both wait for one another."""
+    window, order = notes.get("window"), run.order
+    if not isinstance(window, int) or window < 1:
+        return
+    batches = math.ceil(run.num_rows / order.rows_per_micro_batch)
+    if config.save_steps is not None:
+        batches = min(batches, config.save_steps * config.gradient_accumulation_steps)
+    batches += config.gradient_accumulation_steps  # the window of micro-batches after it
+    needed = math.ceil(batches * order.rows_per_micro_batch / facts.rows_per_shard) + 1
+    needed = min(needed, math.ceil(facts.train_places / facts.rows_per_shard))
+    if window < needed:
+        raise UnfitError(
+            f"teacher_cache must keep the {needed} shards that may be read between two "
+            f"checkpoints, got a window of {window} in {folder}; lower save_steps, or make the "
+            f"cache with --window {needed}"
+        )
 
 
 def _shown(value: object) -> str:

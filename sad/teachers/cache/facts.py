@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
+import numpy as np
+
 from sad.config.cache_options import Codec, Kind
+from sad.data.rows import epoch_permutation
 from sad.errors import UnfitError
 from sad.expected import (
     Check,
@@ -69,6 +72,21 @@ class RunOrder:
 
 
 @dataclass(frozen=True)
+class Subset:
+    """The training rows that runs of one seed read first, where these are not all of them."""
+
+    seed: int
+    rows: int
+    """So many of the order that the seed gives the first epoch."""
+    of: int
+    """Training rows in all."""
+
+    def numbers(self) -> np.ndarray:
+        """The numbers of these rows, rising: int64 [rows]."""
+        return np.sort(epoch_permutation(self.seed, 0, self.of)[: self.rows])
+
+
+@dataclass(frozen=True)
 class CacheFacts:
     """What a cache is a cache of.
 
@@ -98,11 +116,13 @@ class CacheFacts:
     head: HeadFacts | None
     """None but for hidden states."""
     order: RunOrder | None
-    """None for the order of the text, which serves every run."""
+    """None for the order of the text, which serves every run that reads these rows."""
+    subset: Subset | None
+    """None for all training rows."""
     batch_rows: int
     rows_per_shard: int
     train_places: int
-    """Rows, or with an ``order`` places of rows in the run."""
+    """Rows that are cached, or with an ``order`` places of rows in the run."""
     eval_batch_rows: int
     eval_rows_per_shard: int
     eval_places: int
@@ -160,6 +180,7 @@ _CHECKS: dict[str, Check] = {
     "teacher": _TEACHER,
     "head": optional(_HEAD),
     "order": optional(_ORDER),
+    "subset": optional(record({"seed": integer(0), "rows": integer(1), "of": integer(1)})),
     "batch_rows": integer(1),
     "rows_per_shard": integer(1),
     "train_places": integer(1),
@@ -188,6 +209,7 @@ def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[s
         values["teacher"] = TeacherFacts(**values["teacher"])
         values["head"] = values["head"] and HeadFacts(**values["head"])
         values["order"] = values["order"] and RunOrder(**values["order"])
+        values["subset"] = values["subset"] and Subset(**values["subset"])
         values["temperatures"] = tuple(map(float, values["temperatures"]))
         facts = CacheFacts(**values)
         if facts.plan != content["plan"]:

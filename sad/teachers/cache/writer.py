@@ -183,12 +183,17 @@ class CacheWriter:
         now = time.time()
         if self.rank == 0 and now - self._seen > HEARTBEAT_SECONDS:
             self._seen = now
-            seen = {"time": now, "pid": os.getpid(), "host": socket.gethostname()}
-            write_json(self.folder / WRITER, seen)
+            say_alive(self.folder)
 
     def _delete(self, shards: Shards, numbers: range) -> None:
         for number in numbers:
             (self.folder / shards.name(number)).unlink(missing_ok=True)
+
+
+def say_alive(folder: Path) -> None:
+    """Write ``writer.json``: somebody fills this cache."""
+    seen = {"time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+    write_json(folder / WRITER, seen)
 
 
 def uniform_numbers(seed: int, name: str, count: int) -> Tensor:
