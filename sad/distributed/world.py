@@ -225,6 +225,12 @@ def whole_world(
         return
     begun = not dist.is_initialized()
     if begun:
+        rank = os.environ.get("RANK", "")
+        if rank.isdecimal() and int(rank) >= size:  # torch would wait for it until the timeout
+            raise UsageError(
+                f"RANK must be less than WORLD_SIZE, {size}, got {rank}; start processes with "
+                "torchrun"
+            )
         backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
