@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from sad.environment import processes
 from sad.errors import (
     OutOfMemoryError,
     SadError,
+    StoppedError,
     UsageError,
     is_out_of_memory,
     one_line,
@@ -28,6 +30,7 @@ from sad.recipes import recipe_names, recipe_summary
 
 INTERRUPTED = 128 + 2  # SIGINT, as shells count
 BROKEN_PIPE = 128 + 13  # SIGPIPE
+WAIT_FOR_SPEAKER = 5.0  # seconds; torchrun looks ten times per second whether a process has ended
 
 OVERRIDES = """
 --key value, --key=value and --data.train value override what the file says. A list takes several
@@ -360,12 +363,25 @@ def _report(error: Exception, *, debug: bool) -> int:
         line = f"this is a bug in sad, got {kind}: {error}; please report it with the lines below"
     else:
         line = printable(str(known))
-    rank, _ = processes()
-    if rank == 0 or debug or speaks_for_itself(error):
+    if debug or speaks_for_itself(error, first=processes()[0] == 0) or _nobody_speaks(error):
         print(f"sad: error: {line}", file=sys.stderr)
     if known is None or debug:
         traceback.print_exception(error)
     return 1 if known is None else known.exit_code
+
+
+def _nobody_speaks(error: Exception) -> bool:
+    """Whether no other process ends while this one, whose error another is to say, waits for it.
+
+    torchrun ends all processes as soon as one has ended: one that ended in silence would take the
+    word from the one that speaks. And that one may have no error to say, where configurations
+    differ. Processes of one node wake one after another, so that one of them speaks.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or isinstance(error, StoppedError):
+        return False
+    local = os.environ.get("LOCAL_RANK", "")
+    time.sleep(WAIT_FOR_SPEAKER + (int(local) if local.isdecimal() else 0))
+    return True
 
 
 def _as_sad_error(error: Exception) -> SadError | None:

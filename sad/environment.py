@@ -197,10 +197,14 @@ def _peak_rss() -> dict[str, int]:
 
 
 def processes() -> tuple[int, int]:
-    """Rank of this process and number of processes, as torchrun and accelerate announce them."""
+    """Rank of this process and number of processes, as torchrun and accelerate announce them.
+
+    A rank that no such number of processes has is 0, so that its errors are said.
+    """
     numbers = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    rank, world_size = (int(text) if text.isdigit() else 0 for text in numbers)
-    return rank, max(world_size, 1)
+    rank, world_size = (int(text) if text.isdecimal() else 0 for text in numbers)
+    world_size = max(world_size, 1)
+    return rank if rank < world_size else 0, world_size
 
 
 def resolve_device(name: str, key: str = "device") -> torch.device:

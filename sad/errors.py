@@ -68,8 +68,8 @@ class DivergedError(SadError):
     exit_code = 90
 
 
-def speaks_for_itself(error: BaseException) -> bool:
-    """Whether a process that is not the first of a run has to say its error.
+def speaks_for_itself(error: BaseException, *, first: bool) -> bool:
+    """Whether a process has to say its error; ``first``: it is the first of a run, or alone.
 
     Most errors come to all of them alike, for the same configuration, models and numbers: then the
     first one says it for all.
@@ -77,7 +77,7 @@ def speaks_for_itself(error: BaseException) -> bool:
     if isinstance(error, SadError) and error.spoken is not None:
         return error.spoken
     alike = (UsageError, UnfitError, OutputError, CheckpointError, StoppedError, DivergedError)
-    return not isinstance(error, alike)
+    return first or not isinstance(error, alike)
 
 
 def one_line(error: BaseException) -> str:

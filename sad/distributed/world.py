@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sad.environment import processes, stop_if_requested
-from sad.errors import RankLostError, SadError, UsageError, with_type
+from sad.errors import RankLostError, SadError, UsageError, quoted, with_type
 
 T = TypeVar("T")
 
@@ -152,17 +152,30 @@ class World:
     def same(self, compute: Callable[[], object], what: str) -> None:
         """Raise ``UsageError`` on all ranks unless ``compute()`` is equal on all of them.
 
-        With one process nothing is computed.
+        Of mappings the error names the items that differ. With one process nothing is computed.
         """
         if self.size == 1:
             return
         values = self.gather(compute())
         for rank, other in enumerate(values):
             if other != values[0]:
+                ours, theirs = _differing(values[0], other)
                 raise UsageError(
-                    f"{what} must be the same on all ranks, got {values[0]} on rank 0 and {other} "
+                    f"{what} must be the same on all ranks, got {ours} on rank 0 and {theirs} "
                     f"on rank {rank}; install and copy the same to every machine"
                 )
+
+
+def _differing(one: object, other: object) -> tuple[object, object]:
+    """Two values that are not equal, or of two mappings the items that are not, as text."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    keys = [k for k in one | other if k not in one or k not in other or one[k] != other[k]]
+    first, second = (
+        ", ".join(f"{k}: {quoted(m[k])}" if k in m else f"no {k}" for k in keys)
+        for m in (one, other)
+    )
+    return first, second
 
 
 def _travelling(error: BaseException | None) -> BaseException | None:
@@ -225,6 +238,12 @@ def whole_world(
         return
     begun = not dist.is_initialized()
     if begun:
+        rank = os.environ.get("RANK", "")
+        if rank.isdecimal() and int(rank) >= size:  # torch would wait for it until the timeout
+            raise UsageError(
+                f"RANK must be less than WORLD_SIZE, {size}, got {rank}; start processes with "
+                "torchrun"
+            )
         backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))

@@ -88,6 +88,10 @@ class RankPlan:
     """Of a micro-batch, on one rank."""
     micro_batches: int
     """Per optimizer step."""
+    step_tokens: int
+    """Of an optimizer step, on all ranks."""
+    step_is_fixed: bool
+    """Whether an optimizer step has so many on any number of ranks."""
     kept: tuple[Item, ...]
     """What is there all the time: this rank's parts."""
     whole: tuple[Item, ...]
@@ -220,6 +224,10 @@ def plan_states(
         shards=shards,
         tokens=config.rows_per_process(cluster.ranks) * length,
         micro_batches=config.gradient_accumulation_steps,
+        step_tokens=config.rows_per_micro_batch(cluster.ranks)
+        * config.gradient_accumulation_steps
+        * length,
+        step_is_fixed=config.global_batch_size is not None,
         kept=tuple(kept),
         whole=(*whole_items(config, student, teacher), *(item for item in of_loss if item[1])),
         passing=(),
@@ -442,8 +450,12 @@ def _limits(plan: RankPlan) -> list[str]:
             f"{plan.teacher_share_of_work:.0%} of the work"
         )
     if hidden:
-        tokens = plan.tokens * plan.cluster.ranks * plan.micro_batches
-        lines.append(f"more ranks make optimizer steps larger, now {tokens:,} tokens")
+        lines.append(
+            f"more ranks share the {plan.step_tokens:,} tokens of an optimizer step, and each has "
+            "fewer to hide the transfers"
+            if plan.step_is_fixed
+            else f"more ranks make optimizer steps larger, now {plan.step_tokens:,} tokens"
+        )
     if hidden and plan.teacher_flops:
         gain = plan.flops / plan.student_flops
         lines.append(f"without the teacher's work a step would be {gain:.1f} times as fast")

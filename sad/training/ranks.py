@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from sad.checkpoint.run_directory import RunDirectory
 from sad.checkpoint.state import start_rng
 from sad.checkpoint.store import Checkpoint
-from sad.config.schema import DistillConfig
+from sad.config.identity import flatten
+from sad.config.schema import DistillConfig, config_to_dict
 from sad.distributed.loading import fill
 from sad.distributed.sharding import reshard, shard_trained
 from sad.distributed.shards import load_shards
@@ -64,6 +65,15 @@ def check_ranks(config: DistillConfig, world: World) -> None:
                 f"{key} must {expectation} on several processes, got WORLD_SIZE={world.size}; "
                 "change it, or run one process"
             )
+
+
+def shared_keys(config: DistillConfig) -> dict[str, Any]:
+    """Dotted keys and values of what all processes must be told alike.
+
+    Also of what may change on resumption: a process that saves or evaluates alone waits in vain.
+    That ``output_dir`` is the same, however it is written, shows once there are files in it.
+    """
+    return {k: v for k, v in flatten(config_to_dict(config)).items() if k != "output_dir"}
 
 
 def _require_engine() -> None:

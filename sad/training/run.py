@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from sad.checkpoint.disk_space import require_space
 from sad.checkpoint.run_directory import RunDirectory, is_whole_export
 from sad.checkpoint.store import Checkpoint
-from sad.config.identity import config_hash, trajectory_changes
+from sad.config.identity import trajectory_changes
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig, ce_only, config_to_dict
 from sad.distributed.world import World, lost_ranks_explained, use_own_device, whole_world
@@ -54,6 +54,7 @@ from sad.training.ranks import (
     run_within,
     shard_student,
     sharded_config,
+    shared_keys,
     with_sharded_teacher,
 )
 from sad.training.rehearsal import needs_rehearsal, rehearse
@@ -119,7 +120,7 @@ def distill(config: DistillConfig, *, make_scheduler: MakeScheduler | None = Non
         shard_size=config.dp_shard_size,
     ) as world:
         check_ranks(config, world)
-        world.same(lambda: config_hash(config), "the configuration")
+        world.same(lambda: shared_keys(config), "the configuration")
         world.same(library_versions, "the versions of libraries")
         run_dir = RunDirectory(config.output_dir)
         if world.size > 1:
@@ -148,7 +149,7 @@ def _distill(
     _say = partial(_announce, world)
     world.from_main(lambda: require_space(config))  # before anything that takes time
     inputs = load_inputs(config, _say, world)
-    world.same(lambda: inputs.identity(config), "text, tokenizer and teacher")
+    world.same(lambda: inputs.identity(config) | {"config": None}, "text, tokenizer and teacher")
     resumption = _resumption(checkpoint, config, inputs, make_scheduler)
     baseline = _plan_baseline(config, run_dir, inputs, make_scheduler) if config.baseline else None
     if resumption is not None:  # both can go on

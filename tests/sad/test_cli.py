@@ -291,3 +291,32 @@ def test_interrupt_before_the_loop(tmp_path: Path) -> None:
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert stderr == "sad: error: interrupted; nothing new is saved\n"
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process as the second of two that torchrun has started."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_what_the_first_process_says_is_not_said_again(
+    recipe: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended_by_torchrun(seconds: float) -> None:
+        raise SystemExit(f"ended within {seconds} s")
+
+    monkeypatch.setattr("time.sleep", ended_by_torchrun)
+    with pytest.raises(SystemExit, match="ended within"):  # it has not ended by itself
+        main(["distill", recipe, "--learning_rat", "3"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_what_no_other_process_says_is_said(
+    recipe: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main(["distill", recipe, "--learning_rat", "3"]) == 2
+    assert capsys.readouterr().err.startswith("sad: error: unknown key 'learning_rat'")

@@ -7,7 +7,7 @@ import logging
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from sad.environment import HUB, quiet_libraries
+from sad.environment import HUB, processes, quiet_libraries
 
 
 def test_the_hubs_attempts_are_not_announced(caplog: pytest.LogCaptureFixture) -> None:
@@ -39,3 +39,22 @@ def test_bars_of_loading_are_for_terminals(terminal: bool, monkeypatch: pytest.M
         assert transformers_logging.is_progress_bar_enabled() == terminal
     with quiet_libraries():
         assert not transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "found"),
+    [
+        ("1", "2", (1, 2)),
+        ("0", "0", (0, 1)),
+        ("", "", (0, 1)),
+        ("x", "-2", (0, 1)),
+        ("1", "", (0, 1)),  # alone, whatever is left in the environment
+        ("5", "2", (0, 2)),
+    ],
+)
+def test_processes(
+    rank: str, size: str, found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert processes() == found

@@ -112,16 +112,22 @@ def test_a_rank_that_hangs_is_given_up(material: Material, tmp_path: Path) -> No
     assert ends[0].code == 76
 
 
-def test_ranks_with_other_configurations_are_refused(material: Material, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "values"), [("learning_rate", (1e-3, 0.5)), ("save_steps", (2, 3))]
+)
+def test_ranks_with_other_configurations_are_refused(
+    material: Material, tmp_path: Path, key: str, values: tuple[float, float]
+) -> None:
+    """Also where only the moments differ at which all must meet."""
     config = material.config("kd", tmp_path / "run")
 
     def differing() -> None:
-        rank = int(os.environ["RANK"])
-        distill(replace(config, learning_rate=1e-3 * (1 + rank)))
+        distill(replace(config, **{key: values[int(os.environ["RANK"])]}))
 
     ends = ends_of_ranks(2, differing)
     assert [end.code for end in ends] == [2, 2]
-    assert ends[0].message.startswith("the configuration must be the same on all ranks")
+    said = f"got {key}: {values[0]} on rank 0 and {key}: {values[1]} on rank 1"
+    assert f"the configuration must be the same on all ranks, {said}" in ends[0].message
     assert not (tmp_path / "run").exists()
 
 

@@ -94,6 +94,32 @@ def test_a_process_is_killed_and_the_run_goes_on(config: Path, tmp_path: Path) -
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+MISTAKEN = """
+import os, sys, time
+from sad.cli import main
+
+if os.environ["RANK"] == "0":
+    time.sleep(float(sys.argv[1]))
+    sys.exit(main(["distill", *sys.argv[2].split()]))
+sys.exit(main(["distill", "quickstart", "--learning_rat", "3"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("delay", "first"), [(1, "quickstart --learning_rat 3"), (1000, "quickstart")]
+)
+def test_a_mistake_is_said_once_by_one_process(tmp_path: Path, delay: int, first: str) -> None:
+    """The first process is late to the mistake of all, or has made none."""
+    entry = tmp_path / "mistaken.py"
+    entry.write_text(MISTAKEN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3"]
+    place = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    ended = run([*launcher, *place, str(entry), str(delay), first])
+    assert ended.returncode == 1
+    (line,) = (text for text in ended.stderr.splitlines() if "sad: error" in text)
+    assert "unknown key 'learning_rat'" in line
+
+
 @pytest.mark.slow
 def test_a_fault_of_one_process_is_printed_by_it(config: Path, tmp_path: Path) -> None:
     ended = run(torchrun(tmp_path, config, 3, 1, "fail"))

@@ -194,6 +194,15 @@ def test_a_global_batch_is_divided(pair: DistillConfig) -> None:
     assert [plan_ranks(whole, Cluster(ranks)).tokens for ranks in (1, 3)] == [8 * 64, 3 * 64]
 
 
+def test_a_global_batch_does_not_grow_with_the_ranks(pair: DistillConfig) -> None:
+    rows = replace(pair, global_batch_size=8)  # over three ranks: 3, 3 and 2
+    said = format_rank_plan(plan_ranks(rows, Cluster(3, 8), 1e9))
+    assert f"more ranks share the {8 * pair.max_length:,} tokens of an optimizer step" in said
+    grows = replace(pair, per_device_train_batch_size=3)
+    said = format_rank_plan(plan_ranks(grows, Cluster(3, 8), 1e9))
+    assert f"optimizer steps larger, now {9 * pair.max_length:,} tokens" in said
+
+
 def test_what_is_kept_whole_counts(pair: DistillConfig) -> None:
     student = sum(p.numel() for p in tiny_llama(vocab_size=2048).parameters())
     late = replace(pair, sync_each_batch=False, gradient_accumulation_steps=2)

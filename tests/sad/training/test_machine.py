@@ -92,6 +92,18 @@ def test_processes_that_cannot_meet_say_so_in_one_line_and_there_is_no_run(
         distill(config)
 
 
+def test_a_rank_that_no_such_run_has_is_refused_at_once(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "2", **place}.items():
+        monkeypatch.setenv(name, value)
+    config = make_config(ddp_timeout=1)  # within which nobody is met
+    with pytest.raises(UsageError, match="RANK must be less than WORLD_SIZE, 2, got 2"):
+        distill(config)
+    assert not Path(config.output_dir).exists()
+
+
 def test_one_process_of_a_launcher_is_a_run(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
