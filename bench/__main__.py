@@ -18,13 +18,16 @@ python -m bench tiles           tile sizes of the row kernels, compared on a GPU
 python -m bench faults          known faults of other libraries, reproduced here, and ours beside
 python -m bench end_to_end      sad distill against other trainers: tokens/s, memory, final quality
 python -m bench ablation        what each structural loss gains, over three seeds (half an hour)
+python -m bench teachers        what a teacher cache costs in quality: gradients, trained students
+                                and hidden states in 8 bits (half an hour)
 python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
 python -m bench ceilings        hardware limits: copies, GEMMs by rows per call, EMA updates
 python -m bench counters        stall reasons of the row kernels by hardware counters (needs ncu)
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 
-end_to_end and batches write their JSON after every run, so an interrupted one keeps its results.
+end_to_end, batches and teachers write their JSON after every run, so an interrupted one keeps its
+results.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ NAMED = {
     "end_to_end": "bench.training.end_to_end",
     "curves": "bench.kernels.curves",
     "ablation": "bench.training.ablation",
+    "teachers": "bench.training.teachers",
     "structure": "bench.training.structural_cost",
     "ceilings": "bench.kernels.ceilings",
     "counters": "bench.kernels.counters",
@@ -59,7 +63,11 @@ NAMED = {
 }
 """Benchmarks with a module of their own: ``measure()`` returns the record that is written."""
 
-INCREMENTAL = {"end_to_end": ("rounds", "only"), "batches": ("limits", "only")}
+INCREMENTAL = {
+    "end_to_end": ("rounds", "only"),
+    "batches": ("limits", "only"),
+    "teachers": ("only",),
+}
 """Benchmarks that hand over their record after every run, and the options that they take."""
 
 
@@ -102,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--out", type=Path, help="the JSON file; default: a name in bench/results")
     add("--rounds", type=int, help="of end_to_end; default: 3")
-    add("--only", type=_comma_separated, metavar="A,B", help="of end_to_end, batches: ours, ...")
+    only = "of end_to_end, batches: ours, ...; of teachers: gradients, codecs, students"
+    add("--only", type=_comma_separated, metavar="A,B", help=only)
     add("--limits", type=_integers, metavar="A,B", help="GiB, of batches; default: 24,48,80")
     add("--no-graphs", action="store_true", help="try no CUDA graphs")
     add("--readme", action="store_true", help="rewrite tables and plots from committed results")

@@ -19,7 +19,7 @@ from bench import faults, table
 from bench.kernels import ceilings, counters
 from bench.record import RESULTS
 from bench.report import overview, targets
-from bench.training import ablation, batches, end_to_end
+from bench.training import ablation, batches, end_to_end, teachers
 from bench.training import structural_cost as structure
 
 Json = dict[str, Any]
@@ -84,6 +84,7 @@ TABLES: dict[str, Callable[[Json], list[str]]] = {
     "end_to_end": end_to_end.table,
     "faults": faults.table,
     "structure": structure.table,
+    "teachers": teachers.table,
 }
 
 
@@ -282,6 +283,7 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "end_to_end_gkd": text_of("end_to_end", targets.END_TO_END_GKD),
     "batches": text_of("batches", targets.BATCHES),
     "ablation": text_of("ablation"),
+    "teachers": text_of("teachers"),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "counters": text_of("counters", targets.COUNTERS),
     "ceilings": text_of("ceilings", targets.CEILINGS),

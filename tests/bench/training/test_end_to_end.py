@@ -292,7 +292,10 @@ def test_some_contenders_without_ours(measured: Measured) -> None:
         (["end_to_end", "--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["end_to_end", "--limits", "24"], "--limits must come with batches, got end_to_end"),
         (["batches", "--rounds", "2"], "--rounds must come with end_to_end, got batches"),
-        (["loss", "--only", "ours"], "--only must come with end_to_end or batches, got loss"),
+        (
+            ["loss", "--only", "ours"],
+            "--only must come with end_to_end or batches or teachers, got loss",
+        ),
         (["ce", "--rounds", "2"], "--rounds must come with end_to_end, got ce; leave it out"),
     ],
 )

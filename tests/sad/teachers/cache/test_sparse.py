@@ -153,6 +153,15 @@ def test_a_small_rest_is_drawn_as_it_is() -> None:
     assert weights[0, 1:].tolist() == pytest.approx([99e-20 / 4] * 4, rel=1e-12)
 
 
+def test_the_last_slot_may_hold_any_of_what_is_left() -> None:
+    """However small the mass beyond K ids is, it can be drawn."""
+    p = torch.tensor([[0.6, 0.4 - 1e-12, 1e-12]], dtype=torch.float64)
+    for u, last in ((0.0, 1), (0.5, 1), (1 - 2.0**-53, 2)):
+        ids, weights = systematic_sample(p, 2, torch.tensor([u], dtype=torch.float64))
+        assert ids.tolist() == [[0, last]]
+        assert weights[0].tolist() == pytest.approx([0.6, 0.4], rel=1e-12)
+
+
 def test_the_mean_gradient_of_samples_is_the_full_one() -> None:
     """Within 4 standard errors of 400 samples; a renormalised top-k is far outside."""
     n, V, k, samples = 64, 400, 8, 400
