@@ -29,7 +29,7 @@ from sad.data.rows import cache_directory
 from sad.data.tokenizers import fingerprint
 from sad.distributed.world import ALONE, World, use_own_device, whole_world
 from sad.environment import StopSignals, library_versions, resolve_device
-from sad.errors import OutputError, UsageError
+from sad.errors import OutputError, UsageError, printable, quoted, shortened
 from sad.models.load import teacher_dtype
 from sad.optim.schedule import RunLength, planned_length
 from sad.teachers.cache.facts import CacheFacts, HeadFacts, RunOrder, Subset, TeacherFacts
@@ -41,6 +41,7 @@ from sad.teachers.cache.files import (
     Section,
     read_facts,
     shards_of,
+    strangers,
     write_tensors,
 )
 from sad.teachers.cache.source import TeacherSource, inputs_of, make_codec, position_bytes
@@ -79,7 +80,7 @@ def cache_teacher(
         ) as world,
         StopSignals(),
     ):
-        world.from_main(lambda: files.probe_writable(folder))
+        world.from_main(partial(_claim, folder))
         if not world.main:
             return _fill(config, options, folder, world, shard_bytes)
         with run_lock(folder, print):
@@ -87,11 +88,23 @@ def cache_teacher(
             return _fill(config, options, folder, world, shard_bytes)
 
 
+def _claim(folder: Path) -> None:
+    """Make the folder, or find it empty or a cache. Raises ``UsageError``, ``OutputError``."""
+    with files.output_errors(folder):
+        others = strangers(folder)
+    if others and not (folder / CACHE).exists():
+        raise UsageError(
+            f"output must be new, or hold a teacher's cache, got {folder}, which holds "
+            f"{quoted(others[0], 40)}; choose another --output"
+        )
+    files.probe_writable(folder)
+
+
 def _fill(
     config: DistillConfig, options: CacheOptions, folder: Path, world: World, shard_bytes: int
 ) -> Path:
     say = partial(print, flush=True) if world.main else lambda _: None
-    # Each process has a whole teacher of its own; nothing is exchanged from here on.
+    # Each process has a whole teacher of its own: none computes together with another.
     inputs = world.main_first(partial(load_inputs, config, say, ALONE))
     teacher = inputs.frozen_teacher
     assert teacher is not None
@@ -140,8 +153,7 @@ def _fill(
             TeacherSource(teacher, facts, codec),
             inputs.device,
             memory=cache_directory(config.data.cache_dir) / HASHES,
-            rank=world.rank,
-            ranks=world.size,
+            world=world,
             advance=advance,
         )
         if options.window:
@@ -279,8 +291,7 @@ def _require_same_cache(folder: Path, facts: CacheFacts) -> None:
 
 
 def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(printable(str(value)), 60)
 
 
 def _require_space(
