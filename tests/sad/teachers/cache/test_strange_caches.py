@@ -87,7 +87,7 @@ FACTS: list[Any] = [
     ("sampled", "kind", "hidden", "codec must be given with hidden targets"),
     ("sampled", "notes.scores", [1], "notes.scores must be an object"),
     ("sampled", "notes.parameters", "x", "notes.parameters must be an integer"),
-    ("sampled", "tokenizer", "a\nsad: error: b" * 9, r"x"),
+    ("sampled", "tokenizer", "a\nsad: error: b" * 9, "got a..sad: error: b"),
     ("bf16", "head.softcap", 0.0, "head must have a logit_scale and a softcap other than 0"),
     ("bf16", "head.logit_scale", 0.0, "head must have a logit_scale and a softcap other"),
     ("bf16", "head.width", 2**40, "head.safetensors must hold a weight"),
