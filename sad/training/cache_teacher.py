@@ -66,11 +66,11 @@ def cache_teacher(
     its own. Raises ``UsageError``, ``UnfitError``, ``OutputError``, and ``StoppedError`` after a
     signal: the same command then goes on.
     """
-    if not config.loads_teacher:
+    if config.teacher is None:
         raise UsageError(
-            "teacher must be given, and teacher_cache left out, to cache a teacher's targets, got "
-            f"teacher={config.teacher} and teacher_cache={config.teacher_cache}; correct the file"
+            "teacher must be given to cache its targets, got none; name a model in the file"
         )
+    config = replace(config, teacher_cache=None)  # the file may name the cache that is made now
     use_own_device()
     folder = Path(options.output).expanduser()
     with (

@@ -76,7 +76,7 @@ class CacheReader:
         if not self.folder.is_dir():
             raise UsageError(
                 f"teacher_cache must be a folder that `sad cache-teacher` has made, got {folder}, "
-                "which does not exist; run `sad cache-teacher` with the same file and "
+                "which does not exist; run `sad cache-teacher` with the same recipe and "
                 f"--output {folder}"
             )
         self._life: tuple[object, float] = (None, time.monotonic())

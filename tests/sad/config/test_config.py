@@ -721,3 +721,11 @@ def test_every_key_is_read_somewhere() -> None:
     source = "".join(file.read_text() for file in files)
     keys = [key for key in leaf_types(DistillConfig) if not key.startswith("curriculum.")]
     assert unread([*keys, "feature.nobody_reads_this"], source) == ["feature.nobody_reads_this"]
+
+
+@pytest.mark.parametrize("name", ["quickstart-cached", "quickstart-hidden"])
+def test_recipes_from_caches_are_the_quickstart(name: str) -> None:
+    """But for where the targets come from, and where the run goes."""
+    ours, theirs = (config_to_dict(load_config(recipe, [])) for recipe in (name, "quickstart"))
+    differing = {key for key in ours if ours[key] != theirs[key]}
+    assert differing == {"teacher_cache", "output_dir"}

@@ -281,5 +281,5 @@ def test_another_teachers_cache_is_refused(
 
 
 def test_a_folder_that_is_not_there_is_named_at_once(make_config: Make, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="run `sad cache-teacher` with the same file and"):
+    with pytest.raises(UsageError, match="run `sad cache-teacher` with the same recipe and"):
         load_inputs(make_config(teacher=None, teacher_cache=str(tmp_path / "none")))
