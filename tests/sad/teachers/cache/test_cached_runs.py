@@ -94,6 +94,28 @@ def test_sparse_targets_are_those_of_the_live_teacher(
         assert (log_w.exp() > at_ids * (1 - 1e-3)).all()
 
 
+def test_top_k_targets_serve_every_temperature_they_were_made_for(
+    make_config: Make, tmp_path: Path
+) -> None:
+    folder = make_cache(make_config(), tmp_path / "cache", "topk", temperatures=(0.5, 2.0))
+    live = load_inputs(make_config()).teacher
+    assert live is not None
+    for temperature in (0.5, 1.0, 2.0):
+        keys = {"teacher": None, "teacher_cache": str(folder), "temperature": temperature}
+        inputs, cached = cached_inputs(make_config(**keys))
+        subset = cached.reader.facts.subset
+        assert subset is not None
+        batch = inputs.train_rows.batch(subset.numbers()[:2])
+        (theirs,), (ours,) = live.forward(batch).targets, cached.forward(batch).targets
+        assert isinstance(ours, TeacherTopK) and isinstance(theirs, TeacherHidden)
+        learned = batch.labels >= 0
+        z = theirs.head(theirs.hidden[learned]).double() / temperature
+        exact = z.softmax(1).gather(1, ours.ids[learned])
+        weights = ours.log_probs[learned].double().exp()
+        torch.testing.assert_close(weights, exact, rtol=1e-3 / temperature, atol=0)
+        torch.testing.assert_close(weights.sum(1), exact.sum(1), rtol=2e-6, atol=0)
+
+
 def test_the_student_of_hidden_states_is_that_of_the_teacher(
     make_config: Make, caches: Caches, tmp_path: Path
 ) -> None:
