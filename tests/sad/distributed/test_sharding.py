@@ -10,11 +10,15 @@ import torch
 from support.rank_runs import Material
 from support.ranks import run_ranks
 from support.runs import make_trainer
+from support.tiny import VOCAB_SIZE, tiny_llama
 from torch import Tensor
+from torch.nn import functional as F
 
 from sad.config.schema import DistillConfig
+from sad.distributed.sharding import set_last_backward, shard_trained
 from sad.distributed.tensors import is_split, local_part, whole
 from sad.distributed.world import whole_world
+from sad.models.heads import decoder_layers
 from sad.training.inputs import load_inputs
 from sad.training.trainer import Trainer
 
@@ -78,6 +82,50 @@ def test_every_gradient_is_that_of_one_process(
 def one(keys: dict[str, Any]) -> dict[str, Any]:
     """The same for one process, which has no copies."""
     return {key: value for key, value in keys.items() if key != "dp_replicate_size"}
+
+
+# A model of which little is trained
+
+
+def gradients_of_few(trained: str, keys: dict[str, Any]) -> dict[str, Tensor]:
+    """The gradients that two backward passes leave in a model whose parameters are frozen but for
+    those with ``trained`` in their names; of every other parameter there must be none."""
+    model: Any = tiny_llama(seed=2, tie_word_embeddings=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    ids = torch.randint(VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(3))
+    with whole_world("cpu", timeout_seconds=60) as world:
+        sync_each = keys.pop("sync_each", True)
+        if world.mesh is not None:
+            shard_trained(model, decoder_layers(model), world.mesh, **keys)
+        for last, rows in enumerate(ids.split(4)):
+            own = rows[world.share(4)]
+            if world.mesh is not None:
+                set_last_backward(model, last=bool(last), sync_each=sync_each)
+            logits = model(input_ids=own).logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits, own[:, 1:].flatten(), reduction="sum")
+            (loss / ids[:, 1:].numel()).backward()
+        named = dict(model.named_parameters())
+        assert all((p.grad is not None) == (trained in name) for name, p in named.items())
+        return {name: whole(p.grad) for name, p in named.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("trained", "keys"),
+    [
+        ("layers.1.", {}),  # the backward pass ends above a layer that has nothing to sum
+        ("layers.0.self_attn.q_proj", {}),  # it goes through one
+        ("layers.0.self_attn.q_proj", {"reshard_after_forward": False}),
+        ("norm", {"sync_each": False}),
+    ],
+)
+def test_gradients_are_right_where_most_parameters_are_frozen(
+    trained: str, keys: dict[str, Any]
+) -> None:
+    (alone,) = run_ranks(1, gradients_of_few, trained, keys)
+    assert alone and all(gradient.any() for gradient in alone.values())
+    for found in run_ranks(2, gradients_of_few, trained, keys):
+        assert max(error(found, alone).values()) < 2e-6
 
 
 def test_in_bf16_the_error_is_that_of_autocast(material: Material, tmp_path: Path) -> None:
