@@ -128,6 +128,44 @@ def test_gradients_are_right_where_most_parameters_are_frozen(
         assert max(error(found, alone).values()) < 2e-6
 
 
+# A teacher's head that is read again by the backward pass
+
+FREED = "storage of size 0"
+"""torch, of a tensor whose memory FSDP2 has given back."""
+
+
+def gradients_without_a_head(config: DistillConfig) -> str:
+    """What the backward pass raises if the teacher is released before it."""
+    with whole_world("cpu", timeout_seconds=30) as world:
+        trainer = make_trainer(config, load_inputs(config, world=world))
+        trainer.student.train()
+        forward = trainer._forward
+
+        def released(*args: Any) -> Any:
+            result = forward(*args)
+            trainer.policy.release()
+            return result
+
+        trainer._forward = released  # type: ignore[method-assign]
+        try:
+            trainer.micro_batch()
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "student"], ids=["own head", "tied head"])
+def test_a_teacher_is_released_after_the_backward_pass_and_not_before(
+    material: Material, tmp_path: Path, teacher: str
+) -> None:
+    # In so little memory the gradients of the loss are made in the backward pass.
+    config = material.config("kd", tmp_path, teacher=teacher, chunk_bytes=4096, **TINY)
+    (alone, _), *_ = run_ranks(1, gradients_of, config)
+    (found, _), _ = run_ranks(2, gradients_of, config)
+    assert max(error(found, alone).values()) < 2e-6
+    assert all(FREED in said for said in run_ranks(2, gradients_without_a_head, config))
+
+
 def test_in_bf16_the_error_is_that_of_autocast(material: Material, tmp_path: Path) -> None:
     exact = material.config("kd", tmp_path)
     halves = [
