@@ -121,6 +121,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "93": ("ranks that do not take part in what all of them do", ("trainer",)),
     "94": ("sums of all ranks that each of them goes on with", ("trainer",)),
     "95": ("a loss divided by what one rank has", ("trainer",)),
+    "96": ("a collective that torch is about to take away", ("torch",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 
