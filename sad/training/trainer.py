@@ -42,7 +42,7 @@ from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
 from sad.distributed.sharding import reshard, set_last_backward, whole_state
-from sad.distributed.shards import background_world, own_parts, write_shards
+from sad.distributed.shards import background_world, live_snapshot, write_shards
 from sad.distributed.world import lost_ranks_explained
 from sad.environment import StopSignals, memory_now
 from sad.errors import (
@@ -491,7 +491,7 @@ class Trainer:
         copied = self._copy(taken, log) if self.config.async_save and not must else None
         warnings: list[str] = []
         if copied is None:
-            taken = taken._replace(tensors=own_parts(tensors))
+            taken = live_snapshot(*taken, self.world)
         job = partial(self._write, copied or taken, warnings.append)
         path = in_thread(job) if copied else at_once(job)
         self._pending = PendingSave(path, self._state_number(), self._position(), warnings)

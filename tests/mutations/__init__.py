@@ -138,6 +138,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "99": ("targets of other rows", ("trainer",)),
     "100": ("a teacher and a student that wait for one another", ("trainer",)),
     "101": ("mass beyond the ids taken at another temperature", ("trainer",)),
+    "96": ("a collective that torch is about to take away", ("torch",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 
