@@ -16,7 +16,26 @@ from torch import Tensor
 from sad_kernels._divergence import teacher_outcomes, value_and_gradient
 from sad_kernels.objective import Tail
 
-Positions = tuple[Tensor, Tensor, Tensor]
+
+class IdColumns(NamedTuple):
+    """Where the ids of some rows are in a block of logits, [rows, K] each.
+
+    An id that lies elsewhere stands for one of its row that is here, or, in a row of which none is
+    here, for the first column: so that all are written at once, no matter in which order.
+    """
+
+    column: Tensor
+    k: Tensor  # which of the ids is in that column
+    here: Tensor  # bool
+    some: Tensor  # [rows, 1] bool, whether any is here
+
+    def put_(self, x: Tensor, values: Tensor | float) -> Tensor:
+        """Write values, [rows, K] or one, into ``x`` where the ids are; return ``x``."""
+        if isinstance(values, Tensor):
+            values = values.gather(1, self.k)
+        else:
+            values = x.new_full((), values)
+        return x.scatter_(1, self.column, values.where(self.some, x[:, :1]).expand_as(self.k))
 
 
 class TopKGradient(NamedTuple):
@@ -43,17 +62,23 @@ class TopKRows:
         ordered = self.ids.sort(1).values
         return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
-    def positions(self, rows: slice, columns: slice) -> Positions:
-        """The ids that lie in a tile: indices of its rows, of K, of its columns."""
-        ids = self.ids[rows]
-        row, k = ((ids >= columns.start) & (ids < columns.stop)).nonzero(as_tuple=True)
-        return row, k, ids[row, k] - columns.start
+    def columns_of(self, rows: slice, columns: slice) -> IdColumns:
+        """Where in a block the ids are."""
+        column = self.ids[rows] - columns.start
+        here = (column >= 0) & (column < columns.stop - columns.start)
+        last, of_last = column.where(here, -1).max(1, keepdim=True)
+        k = torch.arange(column.shape[1], device=column.device).where(here, of_last)
+        return IdColumns(column.where(here, last.clamp(min=0)), k, here, last >= 0)
 
-    def note_logits(self, rows: slice, columns: slice, s: Tensor) -> Positions:
-        """Keep the student's logits at the ids of this tile; return where they are."""
-        row, k, column = self.positions(rows, columns)
-        self.logits[rows][row, k] = s[row, column]
-        return row, k, column
+    def note_logits(self, rows: slice, columns: slice, s: Tensor) -> IdColumns:
+        """Keep the student's logits at the ids of this block; return where they are."""
+        at, logits = self.columns_of(rows, columns), self.logits[rows]
+        torch.where(at.here, s.gather(1, at.column), logits, out=logits)
+        return at
+
+    def below(self, maximum: Tensor, rows: slice, at: IdColumns) -> Tensor:  # [rows, K]
+        """``s - maximum`` at the ids that are here, -inf for the others."""
+        return (self.logits[rows] - maximum[:, None]).where(at.here, -torch.inf)
 
     def argmax(self) -> Tensor:  # [n]
         """The id with the highest log-probability."""
