@@ -251,7 +251,7 @@ class Problem:
                     self._chunk_of_shard(statistics, gradient, chunk, how)
                     continue
                 for block in self._blocks(chunk, columns, how):
-                    sums, slope = statistics.sums.at(block.rows), None
+                    sums, slope = statistics.at(block.rows), None
                     shifted = statistics.add(block)
                     if _reads_twice(how) and self.teacher is not None:
                         slope = statistics.add_terms(shifted)
@@ -378,7 +378,7 @@ class Problem:
 
     def _add_terms(self, statistics: RowStatistics, block: Block) -> None:
         """The second reading of a block."""
-        sums = statistics.sums.at(block.rows)
+        sums = statistics.at(block.rows)
         statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
 
     def _store_gradient(self, gradient: RowGradient, block: Block, sums: RowSums) -> None:

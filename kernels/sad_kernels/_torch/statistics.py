@@ -179,16 +179,23 @@ class RowStatistics:
                 if not name.endswith("maximum") and name != "label_logit"
             },
         )
+        self._at = slice(0, 0), self.sums.at(slice(0, 0))
         self.inside = None if topk is None else torch.zeros_like(topk.log_probs)
         self.best = torch.full_like(like, -1, dtype=torch.long)
         self.teacher_best = torch.full_like(self.best, -2)  # agrees with nothing
+
+    def at(self, rows: slice) -> RowSums:
+        """The sums of some rows, as views, kept while these rows are worked on."""
+        if self._at[0] != rows:
+            self._at = rows, self.sums.at(rows)
+        return self._at[1]
 
     # --- first reading ----------------------------------------------------------------------------
 
     def add(self, block: Block) -> Shifted:
         """Update every sum of these rows with one block; return it relative to the new maxima."""
         rows, columns, s, t, gap, comparison, _ = block
-        sums = self.sums.at(rows)
+        sums = self.at(rows)
         # The label's and the ids' logits are picked while the block still holds logits.
         self._note_label(sums, rows, columns, s)
         if comparison is not None and self.topk is not None:
@@ -298,7 +305,10 @@ class RowStatistics:
             self._add_plain(sums, block, x, move)
         at.put_(s, -torch.inf)
         before = sums.rest_maximum.clone()
-        torch.maximum(before, s.amax(1), out=sums.rest_maximum)
+        if topk.rest_has_mass:
+            torch.maximum(before, s.amax(1), out=sums.rest_maximum)
+        else:  # beside the teacher's 0 no digits of a small rest are needed
+            sums.rest_maximum.copy_(sums.maximum)
         shifted = self._shift(block, sums, at)
         assert shifted.hot is not None
         rest = row_sum(shifted.hot)
@@ -353,7 +363,7 @@ class RowStatistics:
 
     def add_terms(self, shifted: Shifted) -> Tensor:
         """The sums of ``f`` and of ``q (phi - phi_y)``; return the latter's summands, in ``v``."""
-        comparison, sums = shifted.block.comparison, self.sums.at(shifted.block.rows)
+        comparison, sums = shifted.block.comparison, self.at(shifted.block.rows)
         assert comparison is not None and shifted.hot is not None and shifted.hot_t is not None
         divergence, beta = comparison
         # Values from log p/q itself: sums that count from a row's constant cancel far from it.
@@ -375,7 +385,7 @@ class RowStatistics:
     def finish_topk(self, rows: slice, comparison: Comparison) -> None:
         """Compare the outcomes of a top-k teacher in these rows, once all columns are read."""
         assert self.topk is not None and self.inside is not None
-        sums = self.sums.at(rows)
+        sums = self.at(rows)
         value, gradient = self.topk.compare(
             rows,
             comparison,

@@ -55,7 +55,11 @@ class TopKRows:
         known = (ids >= 0) & (ids < vocab) & self.log_probs.isfinite()
         self.ids = ids.long().where(self.present & known, -1)
         self.poisoned = (self.present & ~known).any(1) | self._has_repeated_ids()  # [n]
-        self.tail, self.vocab = tail, vocab
+        log_p, log_p_rest = teacher_outcomes(self.log_probs, tail, vocab)
+        self.log_p = torch.cat((log_p, log_p_rest[:, None]), 1)  # [n, K + 1]
+        # Padding alone, and no rest: there is nothing to compare with.
+        self.has_teacher = (self.log_p != -torch.inf).any(1, keepdim=True)  # [n, 1]
+        self.rest_has_mass = tail == "bucket"
         self.logits = torch.zeros_like(self.log_probs)
 
     def _has_repeated_ids(self) -> Tensor:  # [n]
@@ -100,20 +104,16 @@ class TopKRows:
         K, and ``rest`` the sum of ``exp((s - rest_maximum) / T)`` over these.
         """
         # log q of the K ids and of the rest, relative to the student's maximum.
-        at_ids = (self.logits[rows] - maximum[:, None]) / temperature
+        at_ids = (self.logits[rows] - maximum[:, None]).div_(temperature)
         at_ids = at_ids.where(self.present[rows], -torch.inf)
-        below = (rest_maximum - maximum) / temperature
+        below = (rest_maximum - maximum).div_(temperature)
         total = rest * below.exp() + at_ids.exp().sum(1)
-        log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1) - total.log()[:, None]
+        log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1).sub_(total.log()[:, None])
+        value, gradient = value_and_gradient(*comparison, self.log_p[rows], log_q)
 
-        log_p, log_p_rest = teacher_outcomes(self.log_probs[rows], self.tail, self.vocab)
-        log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
-        value, gradient = value_and_gradient(*comparison, log_p, log_q)
-
-        # Padding alone, and no rest: there is nothing to compare with.
-        no_teacher = (log_p == -torch.inf).all(1)
-        value = value.masked_fill(no_teacher, 0)
-        gradient = gradient.masked_fill(no_teacher[:, None], 0)
+        has_teacher = self.has_teacher[rows]
+        value = value.where(has_teacher.squeeze(1), 0)
+        gradient = gradient.where(has_teacher, 0)
         value = value.where(total.isfinite() & ~self.poisoned[rows], torch.nan)
 
         # The gradient of a column outside K is its share q_v / q_rest of the rest's.
