@@ -25,17 +25,24 @@ class IdColumns(NamedTuple):
     """
 
     column: Tensor
-    k: Tensor  # which of the ids is in that column
+    k: Tensor | None  # which of the ids is in that column; None: all are here
     here: Tensor  # bool
     some: Tensor  # [rows, 1] bool, whether any is here
 
     def put_(self, x: Tensor, values: Tensor | float) -> Tensor:
         """Write values, [rows, K] or one, into ``x`` where the ids are; return ``x``."""
-        if isinstance(values, Tensor):
-            values = values.gather(1, self.k)
-        else:
+        if not isinstance(values, Tensor):
             values = x.new_full((), values)
-        return x.scatter_(1, self.column, values.where(self.some, x[:, :1]).expand_as(self.k))
+        elif self.k is not None:
+            values = values.gather(1, self.k)
+        if self.k is not None:
+            values = values.where(self.some, x[:, :1])
+        return x.scatter_(1, self.column, values.expand_as(self.column))
+
+    def at(self, rows: slice) -> IdColumns:
+        """Those of some of the rows, as views."""
+        k = None if self.k is None else self.k[rows]
+        return IdColumns(self.column[rows], k, self.here[rows], self.some[rows])
 
 
 class TopKGradient(NamedTuple):
@@ -50,17 +57,19 @@ class TopKRows:
 
     def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int, like: Tensor):
         self.log_probs = log_probs.to(like.dtype)
-        self.present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
+        present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
         # Foreign and repeated ids poison their row; padding and foreign ids get the id -1.
         known = (ids >= 0) & (ids < vocab) & self.log_probs.isfinite()
-        self.ids = ids.long().where(self.present & known, -1)
-        self.poisoned = (self.present & ~known).any(1) | self._has_repeated_ids()  # [n]
+        self.ids = ids.long().where(present & known, -1)
+        self.poisoned = (present & ~known).any(1) | self._has_repeated_ids()  # [n]
         log_p, log_p_rest = teacher_outcomes(self.log_probs, tail, vocab)
         self.log_p = torch.cat((log_p, log_p_rest[:, None]), 1)  # [n, K + 1]
+        self.vocab = vocab
+        self.whole = self._columns_of(self.ids, 0, vocab)  # in a block of all columns
         # Padding alone, and no rest: there is nothing to compare with.
         self.has_teacher = (self.log_p != -torch.inf).any(1, keepdim=True)  # [n, 1]
         self.rest_has_mass = tail == "bucket"
-        self.logits = torch.zeros_like(self.log_probs)
+        self.logits = torch.full_like(self.log_probs, -torch.inf)
 
     def _has_repeated_ids(self) -> Tensor:  # [n]
         ordered = self.ids.sort(1).values
@@ -68,8 +77,15 @@ class TopKRows:
 
     def columns_of(self, rows: slice, columns: slice) -> IdColumns:
         """Where in a block the ids are."""
-        column = self.ids[rows] - columns.start
-        here = (column >= 0) & (column < columns.stop - columns.start)
+        if columns.start == 0 and columns.stop == self.vocab:
+            return self.whole.at(rows)
+        return self._columns_of(self.ids[rows], columns.start, columns.stop)
+
+    def _columns_of(self, ids: Tensor, start: int, stop: int) -> IdColumns:
+        column = ids - start
+        here = (column >= 0) & (column < stop - start)
+        if start == 0 and stop == self.vocab and bool(here.all()):
+            return IdColumns(column, None, here, here[:, :1])
         last, of_last = column.where(here, -1).max(1, keepdim=True)
         k = torch.arange(column.shape[1], device=column.device).where(here, of_last)
         return IdColumns(column.where(here, last.clamp(min=0)), k, here, last >= 0)
@@ -77,12 +93,16 @@ class TopKRows:
     def note_logits(self, rows: slice, columns: slice, s: Tensor) -> IdColumns:
         """Keep the student's logits at the ids of this block; return where they are."""
         at, logits = self.columns_of(rows, columns), self.logits[rows]
-        torch.where(at.here, s.gather(1, at.column), logits, out=logits)
+        if at.k is None:
+            torch.gather(s, 1, at.column, out=logits)
+        else:
+            torch.where(at.here, s.gather(1, at.column), logits, out=logits)
         return at
 
     def below(self, maximum: Tensor, rows: slice, at: IdColumns) -> Tensor:  # [rows, K]
         """``s - maximum`` at the ids that are here, -inf for the others."""
-        return (self.logits[rows] - maximum[:, None]).where(at.here, -torch.inf)
+        below = self.logits[rows] - maximum[:, None]
+        return below if at.k is None else below.where(at.here, -torch.inf)
 
     def argmax(self) -> Tensor:  # [n]
         """The id with the highest log-probability."""
@@ -105,15 +125,15 @@ class TopKRows:
         """
         # log q of the K ids and of the rest, relative to the student's maximum.
         at_ids = (self.logits[rows] - maximum[:, None]).div_(temperature)
-        at_ids = at_ids.where(self.present[rows], -torch.inf)
         below = (rest_maximum - maximum).div_(temperature)
         total = rest * below.exp() + at_ids.exp().sum(1)
         log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1).sub_(total.log()[:, None])
         value, gradient = value_and_gradient(*comparison, self.log_p[rows], log_q)
 
-        has_teacher = self.has_teacher[rows]
-        value = value.where(has_teacher.squeeze(1), 0)
-        gradient = gradient.where(has_teacher, 0)
+        if self.whole.k is not None:
+            has_teacher = self.has_teacher[rows]
+            value = value.where(has_teacher.squeeze(1), 0)
+            gradient = gradient.where(has_teacher, 0)
         value = value.where(total.isfinite() & ~self.poisoned[rows], torch.nan)
 
         # The gradient of a column outside K is its share q_v / q_rest of the rest's.
