@@ -2,10 +2,10 @@
 
 What a cache of K ids and log-weights per token costs once it is loaded: model, batches and
 optimizer are the quickstart's, the target is a ``TeacherTopK`` with ``tail="zero"`` whose ids were
-drawn beforehand. Three kinds of step take turns in one process: cross-entropy alone, cross-entropy
-and the divergence, and, for what the loss itself takes, the loss and its backward alone at the same
-rows. The result is the median over rounds of the ratio within a round, with one thread and with
-all.
+drawn beforehand, K distinct ones in no order. Both steps take turns in one process, and so do, for
+what the loss itself costs, the losses of random hidden states with their backward. The result is
+the median over rounds of the ratio within a round, of the processor's time, with one thread and
+with all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOSSES = ((2048, 64, 4096), (512, 256, 32768))
 """Tokens, width and vocabulary at which the loss is measured by itself; the first is a step's."""
 
 
-def measure(rounds: int = 15, steps: int = 4) -> dict[str, Any]:
+def measure(rounds: int = 15, steps: int = 1) -> dict[str, Any]:
     """Seconds of a step and of a loss, with and without the teacher, and their ratios."""
     everything = torch.get_num_threads()
     rows = []

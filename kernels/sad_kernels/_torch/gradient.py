@@ -192,8 +192,10 @@ class RowGradient:
         all columns but those of the ids, see ``TopKGradient``, which are written by themselves."""
         assert self.topk is not None and self.inside is not None and shifted.hot is not None
         rows, x, hot, warm = shifted.block.rows, shifted.x, shifted.hot, shifted.warm
-        kd = self.kd[rows] if self.reads_teacher else torch.zeros_like(sums.outside)
-        outside, inside = kd * sums.outside, kd[:, None] * self.inside[rows]
+        outside, inside = torch.zeros_like(sums.outside), torch.zeros_like(self.inside[rows])
+        if self.reads_teacher:
+            kd = self.kd[rows]
+            outside, inside = kd * sums.outside, kd[:, None] * self.inside[rows]
         if not self.has_untempered:
             return at.put_(torch.mul(hot, outside[:, None], out=x), inside)
         assert warm is not None

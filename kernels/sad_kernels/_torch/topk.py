@@ -3,7 +3,12 @@
 The student's share of everything else comes from its own sum over the columns outside K, relative
 to their own maximum. Taking ``1 - sum_K q`` instead would cancel: in fp32 it is 11 % off at 1e-6.
 And a sum relative to the row's maximum underflows where the student is sure of an id: at e^-104 the
-divergence would be infinite.
+divergence would be infinite. Only with ``tail="zero"``, where the rest's own maximum decides
+nothing, is the row's taken in its place.
+
+So the K columns of a row are taken out of its blocks and are K separate numbers. What is left has
+one exponential per column, for CE and divergence, and one factor per row in the gradient; the
+gradient at the ids is formed apart and written over.
 """
 
 from __future__ import annotations
