@@ -78,6 +78,7 @@ def _steps(folder: str, steps: int) -> Pair:
     inputs = load_inputs(config)
     precision = Precision(config, inputs.device)
     size = config.global_batch_size
+    assert size is not None
     batches = [inputs.train_rows.batch(range(size * i, size * (i + 1))) for i in range(steps)]
     assert inputs.teacher is not None
     targets = []

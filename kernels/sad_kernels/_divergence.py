@@ -127,8 +127,10 @@ def value_and_gradient(
         value = zero_nan_(q * gap).sum(1).mul_(-on_reverse)
         gradient = from_slope(lambda beta, g, counted: g.neg_())
         parts.append((value, gradient.mul_(on_reverse)))
-    values, gradients = zip(*parts, strict=True)
-    return sum(values), sum(gradients)
+    if len(parts) == 1:
+        return parts[0]
+    (value, gradient), (other_value, other_gradient) = parts
+    return value.add_(other_value), gradient.add_(other_gradient)
 
 
 def zero_nan_(x: Tensor) -> Tensor:
