@@ -133,12 +133,12 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "93": ("ranks that do not take part in what all of them do", ("trainer",)),
     "94": ("sums of all ranks that each of them goes on with", ("trainer",)),
     "95": ("a loss divided by what one rank has", ("trainer",)),
+    "96": ("a collective that torch is about to take away", ("torch",)),
     "97": ("samples that depend on how often a process was killed", ("trainer",)),
     "98": ("a damaged file of a cache that is trained from", ("trainer",)),
     "99": ("targets of other rows", ("trainer",)),
     "100": ("a teacher and a student that wait for one another", ("trainer",)),
     "101": ("mass beyond the ids taken at another temperature", ("trainer",)),
-    "96": ("a collective that torch is about to take away", ("torch",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 
