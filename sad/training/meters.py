@@ -18,6 +18,7 @@ from sad.distributed.world import ALONE, World
 from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, string
 from sad.losses.base import LossTerms
 from sad.metrics import table_metrics
+from sad.models.quantization import parameter_count
 from sad.optim.precision import UpdateResult
 
 
@@ -281,4 +282,4 @@ ResultRow = dict[str, Any]
 def result_row(name: str, model: nn.Module, metrics: Mapping[str, float], prefix: str) -> ResultRow:
     """One line of the result table; a metric that does not apply is None."""
     scores = {m.name: metrics.get(f"{prefix}/{m.name}") for m in table_metrics()}
-    return {"name": name, "parameters": sum(p.numel() for p in model.parameters())} | scores
+    return {"name": name, "parameters": parameter_count(model)} | scores
