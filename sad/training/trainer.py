@@ -618,7 +618,6 @@ class Trainer:
                 builds_scheduler=self.builds_scheduler,
                 world_size=self.world.size,
             )
-        self.prefetch.forget()
         restore_trainer(self, resumption, warn)
         counters = self.counters
         is_whole = partial(is_whole_export, self.run_dir.best)
