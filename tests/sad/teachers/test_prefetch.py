@@ -153,7 +153,8 @@ def make_config(sources: dict[str, Any], tmp_path: Path) -> MakeConfig:
     def make(name: str = "run", **keys: Any) -> DistillConfig:
         data = sources["data"] | {"cache_dir": str(tmp_path / "cache")}
         settings: dict[str, Any] = sources | {"output_dir": str(tmp_path / name), "data": data}
-        return DistillConfig(**settings | {"teacher_prefetch": 1} | keys)
+        settings["teacher_prefetch"] = 1
+        return DistillConfig(**settings | keys)
 
     return make
 

@@ -44,7 +44,8 @@ CPU = torch.device("cpu")
 
 
 def config_of(model: str, **keys: Any) -> DistillConfig:
-    return DistillConfig(**{"student": model, "teacher": model, "device": "cpu"} | keys)
+    settings: dict[str, Any] = {"student": model, "teacher": model, "device": "cpu"}
+    return DistillConfig(**settings | keys)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +281,7 @@ def test_the_plan_knows_the_size_of_one_that_was_saved_so(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_every_loss_on_inner_layers(kind: str, tmp_path: Path) -> None:
-    losses = {
+    losses: dict[str, Any] = {
         "feature": {"weight": 0.1},
         "attention": {"weight": 0.1},
         "relations": {"weight": 0.1},
