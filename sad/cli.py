@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sad.environment import processes
+from sad.environment import processes, quiet_quantizers
 from sad.errors import (
     OutOfMemoryError,
     SadError,
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str], args: argparse.Namespace) -> int:
     parser = _parser()
+    quiet_quantizers()
     try:
         _, unknown = parser.parse_known_args(words, namespace=args)
         if unknown and "overrides" in args:  # all that comes after the file would be one

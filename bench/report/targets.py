@@ -110,6 +110,7 @@ def targets(results: Path) -> Iterator[Target]:
     yield from _linear(_read(results / LINEAR), ceilings)
     yield from _torch_path(_read(results / "loss.json"), _read(results / "overhead.json"))
     yield from _top_k_step(_read(results / "topk_step.json"))
+    yield from _cache_reading(_read(results / "cache_reading.json"))
     cpu = _read(results / CPU)
     yield from _losses_on_cpu(cpu)
     yield from _averages_on_cpu(cpu)
@@ -233,6 +234,15 @@ def _top_k_step(record: Json) -> Iterator[Target]:
             threads = "one thread" if row["threads"] == 1 else f"{row['threads']} threads"
             what = f"a step towards a top-k teacher in memory, K = {record['K']}, over CE alone"
             yield Target(f"{what}, {threads}", 1.15, row["ratio"], "topk_step.json")
+
+
+def _cache_reading(record: Json) -> Iterator[Target]:
+    """Reading a teacher's cache faster than a step on two cores takes it."""
+    for row in record["rows"]:
+        if row["cache"] == "cold":
+            seconds = 50_000 / row["tokens_per_second"]
+            what = f"seconds to read 50,000 tokens of a cold cache: {row['what']}"
+            yield Target(what, 1.0, seconds, "cache_reading.json")
 
 
 def _losses_on_cpu(record: Json) -> Iterator[Target]:

@@ -267,9 +267,8 @@ _TORCHRUN = (
 _NO_MODEL_PARALLELISM = "layers are not split by themselves: FSDP2 splits models, see dp_shard_size"
 
 
-_NOT_QUANTIZED = (
-    "no key quantizes a model: teacher_dtype: bfloat16 halves an fp32 teacher, and "
-    "teacher_device: cpu keeps it off the GPU"
+_QUANTIZED = (
+    "teacher_quantization: int8 or int4 quantizes the frozen teacher; a student is trained as it is"
 )
 
 
@@ -334,8 +333,8 @@ EXPLAINED = {
         """bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_config
         load_in_4bit load_in_8bit load_teacher_in_4bit load_teacher_in_8bit qlora quantization
         quantization_config quantize_teacher teacher_load_in_4bit teacher_load_in_8bit
-        teacher_quantization teacher_quantization_config""".split(),
-        _NOT_QUANTIZED,
+        teacher_quantization_config""".split(),
+        _QUANTIZED,
     ),
     # adapters
     **dict.fromkeys(

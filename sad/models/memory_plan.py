@@ -43,8 +43,10 @@ from sad.models.load import (
     build_student_model,
     compute_dtype,
     enable_checkpointing,
+    read_model_config,
     teacher_dtype,
 )
+from sad.models.quantization import bits_of_teacher, linear_weights, quantized_bytes
 from sad.models.structural_memory import peak_of_losses, structural_memory
 
 Item = tuple[str, int]
@@ -131,11 +133,14 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     earlier = gradients if config.gradient_accumulation_steps > 1 else []
     # On a CPU the loss keeps its buffers for the next call.
     tiles = [item for item in turning if item[0] == TILES and device.type == "cpu"]
+    running = _teacher_items(config, device)
+    ahead = _prefetched_items(config, student, teacher)
+    beside = ahead + running if ahead else []  # the teacher runs while the student is trained
     moments = {
-        "between forward and backward": turning + earlier,
-        "at the optimizer step": gradients + tiles,
-        "in the teacher's forward pass": _teacher_items(config, device) + earlier + tiles,
-        "in an evaluation": evaluation_items(config, device, student, teacher, eval_rows),
+        "between forward and backward": turning + earlier + beside,
+        "at the optimizer step": gradients + tiles + beside,
+        "in the teacher's forward pass": running + earlier + tiles,
+        "in an evaluation": evaluation_items(config, device, student, teacher, eval_rows) + ahead,
     }
     moment = max(moments, key=lambda name: total_bytes(moments[name]))
     passing = moments[moment]
@@ -249,10 +254,20 @@ def _teacher_weights(
     if teacher is None:
         return [], []
     dtype = str(teacher_dtype(config)).removeprefix("torch.")
-    weights = (f"teacher weights, {dtype}", weight_bytes(teacher))
+    bits, size = _teacher_bits(config), weight_bytes(teacher)
+    if bits is not None:
+        dtype = f"{dtype} and {bits} bits"
+        linear = linear_weights(teacher, output_embedding(teacher))
+        size += sum(quantized_bytes(weight, bits) - weight.nbytes for weight in linear)
+    weights = (f"teacher weights, {dtype}", size)
     if planned_device(config.teacher_device or config.device) == planned_device(config.device):
         return [weights], []
     return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
+
+
+def _teacher_bits(config: DistillConfig) -> int | None:
+    """Bits of the teacher's linear weights; None if they are not quantized."""
+    return bits_of_teacher(config, read_model_config(config, "teacher"))
 
 
 def teacher_cache_items(
@@ -341,6 +356,19 @@ def _teacher_items(config: DistillConfig, device: torch.device) -> list[Item]:
     return [("teacher activations", size)] if size else []
 
 
+def _prefetched_items(
+    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+) -> list[Item]:
+    """The teacher's answer to the next micro-batch, beside the one that is being trained on."""
+    if teacher is None or not config.teacher_prefetch:
+        return []
+    rows = config.rows_per_process()
+    losses = structural_memory(config, student, teacher, rows, gradients=True)
+    captured = sum(loss.captured for loss in losses.values())
+    size = _tokens(config) * _teacher_bytes_per_token(config, teacher)
+    return [("teacher's answer to the next micro-batch", size + captured)]
+
+
 def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int:
     here = planned_device(config.teacher_device or config.device) == device
     if config.teacher is None or not here:
@@ -348,7 +376,11 @@ def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int
     with _without_data(config.teacher):
         with torch.device("meta"), no_init_weights():
             teacher = build_model(config, "teacher", teacher_dtype(config))
-        return forward_peak(teacher, _of_fakes(device), rows, config.max_length)
+        expanded = 0
+        if _teacher_bits(config) is not None:  # one layer at a time
+            linear = linear_weights(teacher, output_embedding(teacher))
+            expanded = max((weight.nbytes for weight in linear), default=0)
+        return expanded + forward_peak(teacher, _of_fakes(device), rows, config.max_length)
 
 
 def evaluation_items(

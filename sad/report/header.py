@@ -16,6 +16,7 @@ from sad.data.rows import PackedRows
 from sad.distributed.world import mesh_sizes
 from sad.environment import library_versions
 from sad.models.memory_plan import plan
+from sad.models.quantization import parameter_count, quantized_count, stored_quantization
 from sad.models.rank_plan import Cluster, plan_ranks
 from sad.optim.precision import Precision
 from sad.optim.schedule import RunLength, describe
@@ -148,9 +149,17 @@ def layers_phrase(config: DistillConfig) -> str:
 
 def model_line(source: str, model: nn.Module) -> str:
     """A model in words: where it comes from, its parameters and their dtype."""
-    count = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"{source}, {count:,} parameters in {dtype}"
+    return f"{source}, {parameter_count(model):,} parameters in {dtype}"
+
+
+def quantized_part(config: DistillConfig, teacher: Any) -> str:
+    """How many of the teacher's parameters are quantized, and how; nothing where none are."""
+    kind = config.teacher_quantization or stored_quantization(teacher.config)
+    if kind is None:
+        return ""
+    count = quantized_count(teacher)
+    return f", {count:,} of them in {kind}" if count else f", quantized ({kind})"
 
 
 def _untrained_parts(model: Any) -> list[Line]:

@@ -31,6 +31,7 @@ from sad.distributed.world import ALONE, World, use_own_device, whole_world
 from sad.environment import StopSignals, library_versions, resolve_device
 from sad.errors import OutputError, UsageError
 from sad.models.load import teacher_dtype
+from sad.models.quantization import parameter_count
 from sad.optim.schedule import RunLength, planned_length
 from sad.teachers.cache.facts import CacheFacts, HeadFacts, RunOrder, Subset, TeacherFacts
 from sad.teachers.cache.files import (
@@ -201,7 +202,8 @@ def _facts(
             config.teacher or "",
             inputs.teacher_fingerprint or {},
             str(teacher_dtype(config)).removeprefix("torch."),
-            attention=attention,
+            config.teacher_quantization,
+            attention,
         ),
         head=_head_facts(teacher, folder) if options.kind == "hidden" else None,
         order=order,
@@ -346,7 +348,7 @@ def _begin(
     say(f"{rows:,} rows take about {rows * seconds / 60:,.0f} minutes, and the targets' selection")
     notes = {
         "versions": library_versions(),
-        "parameters": sum(p.numel() for p in teacher.model.parameters()),
+        "parameters": parameter_count(teacher.model),
         "model_type": teacher.model.config.model_type,
         "scores": scores,
         "scored_rows": scored,

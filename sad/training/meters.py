@@ -18,6 +18,7 @@ from sad.distributed.world import ALONE, World
 from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, string
 from sad.losses.base import LossTerms
 from sad.metrics import table_metrics
+from sad.models.quantization import parameter_count
 from sad.optim.precision import UpdateResult
 
 
@@ -287,5 +288,5 @@ def result_row(
     or does not apply is None."""
     scores = {m.name: metrics.get(f"{prefix}/{m.name}") for m in table_metrics()}
     if isinstance(model, nn.Module):
-        model = sum(p.numel() for p in model.parameters())
+        model = parameter_count(model)
     return {"name": name, "parameters": model} | scores

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError
-from sad.report.header import model_line
+from sad.report.header import model_line, quantized_part
 from sad.teachers.cached import CachedTeacher, describe
 from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs
@@ -23,7 +23,9 @@ def describe_teacher(config: DistillConfig, inputs: RunInputs) -> str | None:
     if isinstance(inputs.teacher, CachedTeacher):
         return describe(inputs.teacher.reader)
     frozen = inputs.frozen_teacher
-    return None if frozen is None else model_line(config.teacher or "", frozen.model)
+    if frozen is None:
+        return None
+    return model_line(config.teacher or "", frozen.model) + quantized_part(config, frozen.model)
 
 
 def score_teacher(

@@ -217,7 +217,7 @@ REFUSED_KEYS = [
     ("use_cache: false", "unknown key 'use_cache'; training uses no cache"),  # not use_ema
     ("use_lora: true", "peft: {{r: 16}}"),
     ("deepspeed: zero3.json", "torchrun --nproc_per_node N -m sad distill"),  # not seed
-    ("load_in_4bit: true", "no key quantizes a model: teacher_dtype: bfloat16 halves"),
+    ("load_in_4bit: true", "teacher_quantization: int8 or int4 quantizes the frozen"),
     ("num_gpus: 2", "torchrun --nproc_per_node N -m sad distill"),  # not layerwise.num_pairs
     ("kd_alpha: 0.5", "as the weight of the teacher it is kd_weight"),  # not taid.alpha
     ("eval_every: 5", "here it is 'eval_steps'"),
