@@ -80,7 +80,8 @@ class TokenRowsWriter:
             CONTEXT: self._context,
             TARGET_BYTES: self._target_bytes,
         }
-        content = hashlib.blake2b((self._folder / TOKENS).read_bytes(), digest_size=16)
+        with (self._folder / TOKENS).open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         for name, values in arrays.items():
             array = np.array(values, dtype="<i8")
             array.tofile(self._folder / name)

@@ -16,6 +16,7 @@ from sad_kernels import TeacherTopK
 from support.teacher_server import sglang_meta, vllm_entries
 from support.tiny import TEXT, save_tiny, tiny_llama, tiny_tokenizer, write_texts
 
+from sad.cli import main
 from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError, UsageError
@@ -426,6 +427,20 @@ def test_keys_that_do_not_go_with_an_import_are_refused(make_config: Make, tmp_p
         load_inputs(make_config(data=data))
     with pytest.raises(UnfitError, match="for this run's packing"):
         load_inputs(make_config(packing=True))
+
+
+def test_the_command_needs_no_teacher_and_no_text(make_config: Make, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "targets.jsonl", [vllm(text) for text in texts()])
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"student: {tmp_path}/student\ntemperature: 1\nmax_length: {LENGTH}\n"
+        "data: {eval_fraction: 0.3}\n"
+    )
+    words = ["cache-teacher", str(file), "--output", str(tmp_path / "cache"), "--import", str(path)]
+    make_config()
+    assert main([*words, "--import_format", "sglang", "--packing", "false"]) == 65
+    assert main([*words, "--import_format", "vllm", "--packing", "false"]) == 0
+    assert require_targets(make_config(), texts()) > 400
 
 
 def test_damaged_rows_are_seen(make_config: Make, tmp_path: Path) -> None:
