@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.1
 _START_TRIES = 3
 """Of the first question: a wrong address must not be tried for minutes."""
 
-_PASSING = frozenset({408, 409, 425, 429})
+_PASSING = frozenset({408, 429})
 """Statuses below 500 that may be another one the next time."""
 
 MODELS = "/v1/models"
