@@ -66,6 +66,17 @@ options of this command, among the keys:
   --wait_for_reader       with a window: wait for that run for ever, not for teacher_wait seconds
   --check                 make some batches of a cache again and compare: the only test that sees a
                           wrong adapter or chat template
+
+without a teacher in the file; its most likely ids at temperature 1:
+  --server URL            ask a server that runs it, once for each part of a document in a row
+  --server_kind vllm      vllm, started with --max-logprobs 64 --no-enable-prefix-caching
+                          --max-num-batched-tokens 2048, or sglang
+  --server_key_env NAME   the environment variable that holds its key
+  --server_model NAME     which of its models, if there are several
+  --import PATH           take targets, and the text's tokens, from a file or a folder of files;
+                          one document per row (packing: false), in place of the keys of data
+  --import_format FORMAT  distillkit, axolotl, vllm, sglang or openai; by default what the first
+                          record looks like
 """
 
 
@@ -174,9 +185,12 @@ def _cache_teacher(args: argparse.Namespace) -> int:
 
     options, args.overrides = read_cache_options(args.overrides)
     _require_path(options.output, "output", "name a folder")
+    if options.from_elsewhere:  # what a run reads in place of a teacher
+        args.overrides += ["--teacher_cache", options.output]
     config = _load(args)
+    source = options.server or options.import_path or config.teacher or "none"
     print(
-        f"sad cache-teacher: {printable(config.teacher or 'none')} -> {options.output}",
+        f"sad cache-teacher: {printable(source)} -> {options.output}",
         file=sys.stderr,
         flush=True,
     )

@@ -343,9 +343,15 @@ EXPLAINED = {
     ),
     # teachers that run elsewhere, or write
     **dict.fromkeys(
-        "cache_logits cache_teacher logits_path offline teacher_cache teacher_logits".split(),
-        "the teacher runs beside its student; eval_teacher_cache keeps what evaluations read of it",
+        "cache_logits cache_teacher logits_path offline teacher_logits".split(),
+        "`sad cache-teacher` writes a teacher's targets to a folder, which teacher_cache names",
     ),
+    **dict.fromkeys(
+        """kd_online_server kd_online_server_base_url teacher_model_server
+        teacher_model_server_url teacher_server""".split(),
+        "`sad cache-teacher --server URL` asks a server once, before training: see teacher_cache",
+    ),
+    "logprobs_field": "`sad cache-teacher --import PATH` reads targets from files",
     **dict.fromkeys(
         """max_completion_length max_new_tokens max_prompt_length num_generations use_vllm vllm_mode
         vllm_server_base_url""".split(),
@@ -356,8 +362,8 @@ EXPLAINED = {
         "student and teacher share one tokenizer; the key tokenizer names it",
     ),
     **dict.fromkeys(
-        "gkd_logits_topk kd_top_k loss_top_k".split(),
-        "there is no such thing: the divergence is over the whole vocabulary",
+        "gkd_logits_topk kd_online_topk kd_top_k loss_top_k".split(),
+        "a teacher here has its whole vocabulary; `sad cache-teacher --top_k 64` keeps so many ids",
     ),
     # objective
     **dict.fromkeys(

@@ -149,6 +149,8 @@ def describe(reader: CacheReader) -> str:
     count = notes.get("parameters")
     size = f", {count:,} parameters in {facts.teacher.dtype}" if isinstance(count, int) else ""
     match facts.kind:
+        case "sampled" if "format" in notes:
+            what = f"{facts.top_k} ids per token of {notes['format']}, whose weights sum to 1"
         case "sampled":
             what = f"{facts.top_k} sampled ids per token at T = {facts.temperatures[0]:g}"
         case "topk":

@@ -36,6 +36,7 @@ from sad.optim.schedule import planned_length
 from sad.report.terminal import waiting_bar
 from sad.teachers.cache.checks import RunFacts, require_own_cache
 from sad.teachers.cache.facts import RunOrder
+from sad.teachers.cache.own_rows import rows_of_cache
 from sad.teachers.cache.reader import CacheReader
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.eval_teacher import EvalTeacher
@@ -161,7 +162,9 @@ def load_inputs(
         )
         eval_teacher = EvalTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
-    train_rows, eval_rows = world.main_first(partial(load_rows, config, tokenizer))
+    # An imported cache has rows of its own.
+    rows = world.main_first(partial(rows_of_cache, config))
+    train_rows, eval_rows = rows or world.main_first(partial(load_rows, config, tokenizer))
     if config.teacher_cache is not None:
         teacher, eval_teacher = _open_cache(
             config, tokenizer, vocabulary, (train_rows, eval_rows), device, world, memory, say

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from sad.config.cache_options import ImportFormat
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError
 from sad.teachers.cache.facts import CacheFacts, RunOrder
@@ -15,6 +16,9 @@ from sad.teachers.fingerprint import known_fingerprints
 
 FROM_FINAL_STATES = frozenset({"feature", "contrastive"})
 """Structural losses that need no more of a teacher than its final hidden states."""
+
+ELSEWHERE = frozenset({"served", *get_args(ImportFormat)})
+"""What stands for the dtype of teachers whose files were never seen."""
 
 MAKE_AGAIN = "make the cache again with this file"
 
@@ -93,9 +97,9 @@ def _require_teacher(
     memory: Path,
 ) -> None:
     """If the run names its teacher, the cache must be its. Its weights are not read for that."""
-    if config.teacher is None:
-        return
     theirs = facts.teacher.fingerprint
+    if config.teacher is None or facts.teacher.dtype in ELSEWHERE:
+        return
     ours = known_fingerprints(config.teacher, memory)
     if ours is None:
         return
