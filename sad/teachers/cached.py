@@ -7,6 +7,7 @@ logits; sparse targets are a few ids and their weights per token.
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,13 @@ from sad_kernels import TeacherHidden, TeacherTopK
 from torch import nn
 
 from sad.data.batch import Batch
-from sad.errors import UnfitError
+from sad.errors import UnfitError, UsageError
 from sad.losses.capture import Capture
-from sad.teachers.cache.files import Section, shards_of
+from sad.models.cached_targets import CachedTargets
+from sad.teachers.cache.facts import CacheFacts
+from sad.teachers.cache.files import HEAD, Section, open_tensors, read_facts, shards_of
 from sad.teachers.cache.reader import CacheReader
+from sad.teachers.cache.source import position_bytes
 from sad.teachers.cache.sparse import decode
 from sad.teachers.frozen import TeacherOutput
 
@@ -123,6 +127,32 @@ def _column_of(reader: CacheReader, temperature: float) -> int:
             f"--temperatures {temperature:g}"
         )
     return temperatures.index(temperature)
+
+
+def planned_targets(folder: Path, facts: CacheFacts | None = None) -> CachedTargets:
+    """The sizes that a plan of memory needs of a cache, from its facts and its head's header.
+
+    Raises ``UsageError`` for a folder without a cache, ``UnfitError`` for one that is damaged.
+    """
+    found = (facts, {}) if facts is not None else read_facts(folder.expanduser())
+    if found is None:
+        raise UsageError(
+            f"teacher_cache must be a folder that `sad cache-teacher` has made, got {folder}, "
+            "which holds none; make it, or plan without one"
+        )
+    facts, _ = found
+    if facts.head is None:
+        size = position_bytes(facts, facts.kind, 0)
+        return CachedTargets(size, top_k=facts.top_k)
+    tensors = open_tensors(folder.expanduser() / HEAD)
+    dtype, (rows, width) = tensors.form("weight")
+    return CachedTargets(
+        position_bytes(facts, facts.kind, width),
+        head_rows=rows,
+        width=width,
+        head_dtype=dtype,
+        head_bias="bias" in tensors,
+    )
 
 
 def describe(reader: CacheReader) -> str:

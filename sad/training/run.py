@@ -65,7 +65,7 @@ from sad.training.resume import (
 )
 from sad.training.samples import write_samples
 from sad.training.student import build_student
-from sad.training.teacher_score import describe_teacher, score_teacher
+from sad.training.teacher_score import describe_teacher, planned_sizes, score_teacher
 from sad.training.trainer import MakeScheduler, Trainer
 
 
@@ -384,7 +384,8 @@ def _train(
             resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
         predicted = None  # one rank says it for all
         if world.main:
-            predicted = predicted_peak(config, len(inputs.eval_rows), world.size)
+            cached = planned_sizes(inputs.teacher)
+            predicted = predicted_peak(config, len(inputs.eval_rows), world.size, cached)
         header = run_header(
             title,
             config,

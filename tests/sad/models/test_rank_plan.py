@@ -250,7 +250,7 @@ def test_one_row_more_does_not_fit(
 
     known: dict[int, Any] = {}
 
-    def once(config: DistillConfig, cluster: Cluster | None = None) -> Any:
+    def once(config: DistillConfig, cluster: Cluster | None = None, cached: Any = None) -> Any:
         """The plan, made once for each batch."""
         rows = config.per_device_train_batch_size
         if rows not in known:
