@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sad.config.schema import DistillConfig
 from sad.models.heads import output_embedding
+from sad.models.load import build_model, teacher_dtype
 
 ID_AND_LOG_PROB = 8 + 4
 """Bytes of one of a token's K targets while the loss reads them: int64 and float32."""
@@ -68,3 +70,24 @@ PlannedTeacher = PreTrainedModel | CachedTargets
 def teacher_head(teacher: PlannedTeacher) -> nn.Linear | None:
     """The head that a teacher's logits are made with; None where none are."""
     return teacher.head if isinstance(teacher, CachedTargets) else output_embedding(teacher)
+
+
+def planned_teacher(config: DistillConfig, cached: CachedTargets | None) -> PlannedTeacher | None:
+    """The teacher without data, what its cache holds, or None; built on the device of the
+    context."""
+    if cached is not None:
+        return cached
+    if not config.loads_teacher:
+        return None
+    return build_model(config, "teacher", teacher_dtype(config))
+
+
+def cached_head_items(cached: CachedTargets) -> list[tuple[str, int]]:
+    """The head that is read with hidden states."""
+    head = cached.head
+    return [] if head is None else [("teacher head", sum(p.nbytes for p in head.parameters()))]
+
+
+def sparse(teacher: PlannedTeacher | None) -> bool:
+    """Whether a teacher's targets are a few ids per token."""
+    return isinstance(teacher, CachedTargets) and teacher.top_k is not None

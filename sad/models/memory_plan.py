@@ -36,7 +36,14 @@ from transformers.initialization import no_init_weights
 from sad.config.schema import DistillConfig
 from sad.environment import memory_now, resolve_device
 from sad.errors import SadError, UnfitError, with_type
-from sad.models.cached_targets import CachedTargets, PlannedTeacher, teacher_head
+from sad.models.cached_targets import (
+    CachedTargets,
+    PlannedTeacher,
+    cached_head_items,
+    planned_teacher,
+    sparse,
+    teacher_head,
+)
 from sad.models.forward_memory import forward_peak, put_tensors
 from sad.models.heads import Backbone, output_embedding
 from sad.models.load import (
@@ -67,6 +74,7 @@ UNUSED_SHARE = 0.25
 
 SNAPSHOT = "copy of the state, for saving"
 TILES = "loss: tiles of logits"
+OF_TARGETS = "loss: of the targets of each token"
 READING = "reading the teacher's targets"
 STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
@@ -116,7 +124,7 @@ def plan(
         student = build_student_model(config)
         teacher = planned_teacher(config, cached)
 
-    here, elsewhere = _teacher_weights(config, teacher)
+    here, elsewhere = _teacher_weights(config, student, teacher)
     host = teacher_cache_items(config, teacher, eval_rows)
     known = eval_rows is not None or config.max_eval_rows is not None
     if device.type == "cpu" and known:  # the budget alone would be no prediction
@@ -155,16 +163,6 @@ def plan(
         host=tuple(host),
         base=base,
     )
-
-
-def planned_teacher(config: DistillConfig, cached: CachedTargets | None) -> PlannedTeacher | None:
-    """The teacher without data, what its cache holds, or None; built on the device of the
-    context."""
-    if cached is not None:
-        return cached
-    if not config.loads_teacher:
-        return None
-    return build_model(config, "teacher", teacher_dtype(config))
 
 
 def format_plan(plan: MemoryPlan) -> str:
@@ -258,24 +256,24 @@ def _moment_bytes(config: DistillConfig, parameter: Tensor) -> int:
 
 
 def _teacher_weights(
-    config: DistillConfig, teacher: PlannedTeacher | None
+    config: DistillConfig, student: PreTrainedModel, teacher: PlannedTeacher | None
 ) -> tuple[list[Item], list[Item]]:
-    """On the training device, and elsewhere. The head is copied to where the student is."""
+    """On the training device, and elsewhere. The head is copied to where the student is, and for
+    other ids to their order."""
     if teacher is None:
         return [], []
     if isinstance(teacher, CachedTargets):
         return cached_head_items(teacher), []
     dtype = str(teacher_dtype(config)).removeprefix("torch.")
     weights = (f"teacher weights, {dtype}", weight_bytes(teacher))
+    head = output_embedding(teacher)
+    mapped = []
+    if config.vocab_map is not None:
+        size = head.weight[0].nbytes * output_embedding(student).out_features
+        mapped = [("teacher head, in the student's ids", size)]
     if planned_device(config.teacher_device or config.device) == planned_device(config.device):
-        return [weights], []
-    return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
-
-
-def cached_head_items(cached: CachedTargets) -> list[Item]:
-    """The head that is read with hidden states."""
-    head = cached.head
-    return [] if head is None else [("teacher head", _tensor_bytes(head.parameters()))]
+        return [weights, *mapped], []
+    return [*mapped, ("teacher head", _tensor_bytes(head.parameters()))], [weights]
 
 
 def teacher_cache_items(
@@ -338,6 +336,8 @@ def forward_items(
         ("loss: hidden states and their gradient", tokens * width * FP32),
         ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
+    if sparse(teacher):
+        items.append((OF_TARGETS, loss.rows))
     items = [item for item in items if item[1]]  # a frozen head has no gradient
     if loss.weight_sum > 0:
         items.append(("loss: fp32 sum of that gradient", loss.weight_sum))
@@ -347,7 +347,7 @@ def forward_items(
 
 
 def _target_label(teacher: PlannedTeacher) -> str:
-    return "teacher hidden states" if teacher_head(teacher) is not None else "teacher targets"
+    return "teacher targets" if sparse(teacher) else "teacher hidden states"
 
 
 def projector_items(
@@ -411,6 +411,8 @@ def evaluation_items(
     loss = loss_bytes(config, device, head, teacher, tokens=tokens, gradients=False)
     width = head.in_features + (0 if theirs is None else theirs.in_features)
     states = tokens * width * FP32
+    if sparse(teacher):
+        states += loss.rows
     losing = loss.logits + states
     held: list[Item] = []
     teachers = 0

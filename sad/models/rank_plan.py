@@ -27,7 +27,12 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.distributed.world import mesh_sizes
-from sad.models.cached_targets import CachedTargets, PlannedTeacher
+from sad.models.cached_targets import (
+    CachedTargets,
+    PlannedTeacher,
+    cached_head_items,
+    planned_teacher,
+)
 from sad.models.flops import bf16_peak, forward_flops, training_flops
 from sad.models.heads import decoder_layers, output_embedding
 from sad.models.load import build_student_model, compute_dtype, teacher_dtype
@@ -38,13 +43,11 @@ from sad.models.memory_plan import (
     TILES,
     UNUSED_SHARE,
     Item,
-    cached_head_items,
     evaluation_items,
     forward_items,
     item_line,
     loss_bytes,
     planned_device,
-    planned_teacher,
     projector_items,
     saves_in_background,
     teacher_cache_items,

@@ -47,10 +47,11 @@ def run_header(
     """What the run is about to do, for a person to check before leaving it alone.
 
     ``teacher`` says in words what it is, ``checks`` are the errors that the self-checks measured,
-    by name, and ``predicted`` is the peak of memory in bytes, where there is a prediction. ``checkpoint``
-    is the one that the run goes on from, None for a run from the start. ``tokenizer_notes`` say in
-    what the models' own tokenizers differ from the run's, ``resumption_notes`` what a change of
-    sizes means, ``balance_note`` what becomes of the auxiliary loss of a mixture-of-experts student.
+    by name, and ``predicted`` is the peak of memory in bytes, where there is a prediction.
+    ``checkpoint`` is the one that the run goes on from, None for a run from the start.
+    ``tokenizer_notes`` say in what the models' own tokenizers differ from the run's,
+    ``resumption_notes`` what a change of sizes means, ``balance_note`` what becomes of the
+    auxiliary loss of a mixture-of-experts student.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),

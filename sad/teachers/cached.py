@@ -25,6 +25,7 @@ from sad.teachers.cache.reader import CacheReader
 from sad.teachers.cache.source import position_bytes
 from sad.teachers.cache.sparse import decode
 from sad.teachers.frozen import TeacherOutput
+from sad.teachers.vocabulary import read_weights, unknown_ids
 
 
 class AbsentModel(nn.Module):
@@ -71,6 +72,10 @@ class CachedTeacher:
         return self.reader.head(self.device)
 
     @cached_property
+    def _unknown(self):
+        return unknown_ids(self._head) if self.reader.facts.vocab_map is not None else None
+
+    @cached_property
     def _codec(self):
         return self.reader.codec(self.device)
 
@@ -84,12 +89,16 @@ class CachedTeacher:
         if self._shards.kind == "hidden":
             record = {name: values.to(self.device) for name, values in record.items()}
             hidden = self._codec.decode(record, self._head.weight.dtype)
-            return TeacherOutput((TeacherHidden(hidden, self._head),))
+            weights = None if self._unknown is None else read_weights(batch, self._unknown)
+            return TeacherOutput((TeacherHidden(hidden, self._head),), kd_weights=weights)
         temperature = self._temperature if self._shards.kind == "topk" else 1.0
         ids, log_probs = decode(record, self._column, temperature)
         tail = "bucket" if self._shards.kind == "topk" else "zero"
         target = TeacherTopK(ids.to(self.device), log_probs.to(self.device), tail)
-        return TeacherOutput((target,))
+        weights = None
+        if self.reader.facts.vocab_map is not None:  # what the teacher could not read is padding
+            weights = (~target.log_probs.isneginf().all(-1)).float()
+        return TeacherOutput((target,), kd_weights=weights)
 
     def release(self) -> None:
         """As ``FrozenTeacher.release``: there is nothing to free."""

@@ -46,7 +46,9 @@ class EvalTeacher:
         key = _key(batch)
         if not self.world.any(key not in self._kept):
             hidden = self._kept[key].to(self.teacher.device)
-            return TeacherOutput((TeacherHidden(hidden, self.teacher.head()),))
+            weights = self.teacher.kd_weights(batch)
+            target = TeacherHidden(hidden, self.teacher.head())
+            return TeacherOutput((target,), kd_weights=weights)
         output = self.teacher.forward(batch)
         (target,) = output.targets
         assert isinstance(target, TeacherHidden)

@@ -191,6 +191,7 @@ def _facts(
         packing=config.packing,
         tokenizer=fingerprint(inputs.tokenizer),
         valid_vocab=inputs.valid_vocab,
+        vocab_map=inputs.vocabulary,
         teacher=TeacherFacts(
             config.teacher or "",
             inputs.teacher_fingerprint or {},
@@ -342,6 +343,8 @@ def _begin(
         "scored_rows": scored,
         "window": options.window,
     }
+    if facts.vocab_map is not None:
+        notes["vocabulary"] = list(inputs.tokenizer_notes)
     if facts.kind == "topk":
         notes["tail"] = share = _mean_tail(config, facts, inputs, teacher)
         if share > TAIL_SHARE:
