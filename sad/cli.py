@@ -159,11 +159,18 @@ def _plan(args: argparse.Namespace) -> int:
     config = _load(args)
     print(f"sad plan: {_models(config)}", file=sys.stderr, flush=True)
 
+    cached = None
+    if config.teacher_cache is not None:
+        from pathlib import Path
+
+        from sad.teachers.cached import planned_targets
+
+        cached = planned_targets(Path(config.teacher_cache))
     if options.ranks is None:
         from sad.models.memory_plan import format_plan, plan
 
         cluster = None
-        print(format_plan(plan(config)))
+        print(format_plan(plan(config, cached=cached)))
     else:
         from sad.distributed.world import World
         from sad.models.rank_plan import Cluster, format_rank_plan, plan_ranks
@@ -172,11 +179,12 @@ def _plan(args: argparse.Namespace) -> int:
         check_ranks(config, World(size=options.ranks))
         inside, between = (rate * 1e9 for rate in options.bandwidth)
         cluster = Cluster(options.ranks, options.ranks_per_node, inside, between)
-        print(format_rank_plan(plan_ranks(config, cluster, options.flops_per_second)))
+        ranks = plan_ranks(config, cluster, options.flops_per_second, cached)
+        print(format_rank_plan(ranks))
     if options.asks_for_batch:
         from sad.models.largest_batch import describe_largest
 
-        print(describe_largest(config, options.memory, cluster))
+        print(describe_largest(config, options.memory, cluster, cached))
     return 0
 
 

@@ -80,10 +80,10 @@ def _steps(folder: str, steps: int) -> Pair:
     size = config.global_batch_size
     assert size is not None
     batches = [inputs.train_rows.batch(range(size * i, size * (i + 1))) for i in range(steps)]
-    assert inputs.teacher is not None
+    assert inputs.frozen_teacher is not None
     targets = []
     for batch in batches:
-        (target,) = inputs.teacher.forward(batch).targets
+        (target,) = inputs.frozen_teacher.forward(batch).targets
         with torch.no_grad():
             targets.append(drawn(target.head(target.hidden)))
 

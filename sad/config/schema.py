@@ -127,6 +127,10 @@ class DistillConfig:
     teacher_wait: PositiveInt = field(default=600, metadata=MAY_CHANGE_ON_RESUME)
     """Seconds to wait for a teacher that fills its cache meanwhile and gives no sign of life; then
     the run saves its state and ends."""
+    vocab_map: ModelPath | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """JSON file of the teacher's id for each of the student's, for vocabularies of a common base: a
+    list, or an object of student id -> teacher id, null for none. Default: by equal tokens, where
+    all that the teacher lacks were added to the student's tokenizer."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random", "layers"] = "pretrained"
@@ -477,6 +481,20 @@ def _check_models(config: DistillConfig) -> None:
         config.routing.mode,
         "its experts are not there: leave it out, or teacher_cache",
         holds=config.teacher_cache is None or config.routing.mode == "teacher",
+    )
+    require(
+        "vocab_map",
+        "be left out without a teacher",
+        config.vocab_map,
+        "there are no ids to map: leave it out, or name a teacher",
+        holds=config.vocab_map is None or config.has_teacher,
+    )
+    require(
+        "vocab_map",
+        "be left out with student_init layers",
+        config.vocab_map,
+        "the student has the teacher's embeddings: leave it out",
+        holds=config.vocab_map is None or config.student_init != "layers",
     )
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         remedy = "write auto, cpu, cuda or one such as cuda:1"

@@ -15,6 +15,7 @@ from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
 from sad.distributed.world import mesh_sizes
 from sad.environment import library_versions
+from sad.models.cached_targets import CachedTargets
 from sad.models.memory_plan import plan
 from sad.models.quantization import parameter_count, quantized_count, stored_quantization
 from sad.models.rank_plan import Cluster, plan_ranks
@@ -88,13 +89,18 @@ def run_header(
     return lines
 
 
-def predicted_peak(config: DistillConfig, eval_rows: int, world_size: int = 1) -> int | None:
+def predicted_peak(
+    config: DistillConfig,
+    eval_rows: int,
+    world_size: int = 1,
+    cached: CachedTargets | None = None,
+) -> int | None:
     """The peak of one process, in bytes, that ``sad plan`` predicts; None where it fails, which
-    ends no run."""
+    ends no run. ``cached`` are the sizes of a ``teacher_cache``."""
     try:
         if world_size > 1:
-            return plan_ranks(config, Cluster(world_size)).total
-        return plan(config, eval_rows).total
+            return plan_ranks(config, Cluster(world_size), cached=cached).total
+        return plan(config, eval_rows, cached).total
     except Exception:  # for whatever reason: the run needs no estimate
         return None
 

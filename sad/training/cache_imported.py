@@ -296,6 +296,7 @@ def _facts(
         head=None,
         order=None,
         subset=None,
+        vocab_map=None,
         batch_rows=BATCH_ROWS,
         rows_per_shard=1,
         train_places=len(inputs.train_rows),

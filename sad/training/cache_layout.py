@@ -50,7 +50,8 @@ def with_shards(facts: CacheFacts, shard_bytes: int, width: int = 0) -> CacheFac
 def rows_to_cache(
     inputs: RunInputs, config: DistillConfig, length: RunLength, options: CacheOptions
 ) -> tuple[Subset | None, int]:
-    """Which training rows a cache holds: those that the configured run reads, or all. And how many."""
+    """Which training rows a cache holds, None for all of them, and how many: without ``all_rows``
+    those that the configured run reads."""
     count = len(inputs.train_rows)
     read = length.micro_batches * length.batch_size
     if read >= count or options.all_rows:
@@ -59,7 +60,7 @@ def rows_to_cache(
 
 
 def begin_cache(folder: Path, facts: CacheFacts, notes: Mapping[str, Any]) -> None:
-    """Write ``cache.json``, with a sign of life: whoever sees a cache begin sees that it goes on."""
+    """Write ``cache.json``, and a sign of life first: whoever sees a cache sees that it grows."""
     say_alive(folder)
     files.write_atomic(folder / CACHE, facts.to_json(notes))
 

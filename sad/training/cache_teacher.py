@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ def _facts(
         packing=config.packing,
         tokenizer=fingerprint(inputs.tokenizer),
         valid_vocab=inputs.valid_vocab,
+        vocab_map=inputs.vocabulary,
         teacher=TeacherFacts(
             config.teacher or "",
             inputs.teacher_fingerprint or {},
@@ -240,6 +242,8 @@ def _begin(
         "scored_rows": scored,
         "window": options.window,
     }
+    if facts.vocab_map is not None:
+        notes["vocabulary"] = list(inputs.tokenizer_notes)
     if facts.kind == "topk":
         notes["tail"] = share = _mean_tail(config, facts, inputs, teacher)
         warn_of_tail(share, facts, say, "than one of --kind sampled of the same size")

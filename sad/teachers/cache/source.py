@@ -1,8 +1,8 @@
 """Records of a teacher that runs: its forward passes as training would make them, then the codec.
 
 A batch of a cache is a batch of training: the same rows together, the same positions, no mask. Of
-hidden states every input has a record, of sparse targets only those whose next token is learned;
-the others hold padding.
+hidden states every input has a record, of sparse targets only those whose next token is learned and
+that the teacher can read up to; the others hold padding.
 """
 
 from __future__ import annotations
@@ -63,14 +63,18 @@ class TeacherSource:
 
         ``uniform`` [inputs] float64 in [0, 1) are the random numbers of ``sampled``.
         """
-        (target,) = self.teacher.forward(batch).targets
+        output = self.teacher.forward(batch)
+        (target,) = output.targets
         assert isinstance(target, TeacherHidden)
         inside = inputs_of(batch)
         hidden = target.hidden[inside.to(target.hidden.device)]  # [inputs, D]
         if kind == "hidden":
             assert self.codec is not None
             return _on_host(self.codec.encode(hidden))
-        learned = (batch.labels >= 0)[inside.to(batch.labels.device)].cpu()
+        learned = batch.labels >= 0
+        if output.kd_weights is not None:
+            learned &= output.kd_weights.to(learned.device) > 0
+        learned = learned[inside.to(learned.device)].cpu()
         hidden = hidden[learned.to(hidden.device)]
         found = self._sparse(hidden, target, kind, uniform[learned])
         return placed(found, learned, self.facts, kind)

@@ -144,10 +144,8 @@ def test_the_teachers_folder_is_never_opened(
 def test_a_cached_run_resumes_to_the_same_bits(
     make_config: Make, caches: Caches, tmp_path: Path
 ) -> None:
-    config = make_config(
-        teacher=None, teacher_cache=str(caches["sampled"]), gradient_accumulation_steps=2
-    )
-    config = DistillConfig(**(vars(config) | {"max_steps": 2}))
+    keys: dict[str, Any] = {"teacher": None, "max_steps": 2, "gradient_accumulation_steps": 2}
+    config = make_config(**keys, teacher_cache=str(caches["sampled"]))
     whole = make_trainer(config)
     for _ in range(4):
         whole.micro_batch()
@@ -160,8 +158,7 @@ def test_a_cached_run_resumes_to_the_same_bits(
     second.micro_batch()
     assert_same_bits(everything(second), everything(whole))
 
-    other = make_config(teacher=None, teacher_cache=str(caches["int8"]), max_steps=2)
-    other = DistillConfig(**(vars(other) | {"gradient_accumulation_steps": 2}))
+    other = make_config(**keys, teacher_cache=str(caches["int8"]))
     with pytest.raises(UsageError, match="the teacher's cache: "):
         make_trainer(other).restore(load_checkpoint(path), warn=pytest.fail)
 
