@@ -9,6 +9,8 @@ python -m bench --readme        rewrite the tables of all READMEs, and the plots
 
 python -m bench loss            time and memory of linear_distill_loss against naive autograd
 python -m bench overhead        what the trainer adds to a step
+python -m bench topk_step       what a top-k teacher in memory adds to a step, and to its loss
+python -m bench cache_reading   how fast a run reads its teacher's cache
 python -m bench saves           how long a checkpoint keeps training waiting
 python -m bench startup         CPU time of imports, help texts and a plan
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
@@ -46,6 +48,8 @@ from typing import Any
 NAMED = {
     "loss": "bench.kernels.linear_loss",
     "overhead": "bench.training.overhead",
+    "topk_step": "bench.training.topk_step",
+    "cache_reading": "bench.training.cache_reading",
     "saves": "bench.training.saves",
     "startup": "bench.training.startup",
     "quickstart": "bench.training.quickstart",

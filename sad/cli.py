@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sad.environment import processes
+from sad.environment import processes, quiet_quantizers
 from sad.errors import (
     OutOfMemoryError,
     SadError,
@@ -66,6 +66,17 @@ options of this command, among the keys:
   --wait_for_reader       with a window: wait for that run for ever, not for teacher_wait seconds
   --check                 make some batches of a cache again and compare: the only test that sees a
                           wrong adapter or chat template
+
+without a teacher in the file; its most likely ids at temperature 1:
+  --server URL            ask a server that runs it, once for each part of a document in a row
+  --server_kind vllm      vllm, started with --max-logprobs 64 --no-enable-prefix-caching
+                          --max-num-batched-tokens 2048, or sglang
+  --server_key_env NAME   the environment variable that holds its key
+  --server_model NAME     which of its models, if there are several
+  --import PATH           take targets, and the text's tokens, from a file or a folder of files;
+                          one document per row (packing: false), in place of the keys of data
+  --import_format FORMAT  distillkit, axolotl, vllm, sglang or openai; by default what the first
+                          record looks like
 """
 
 
@@ -97,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str], args: argparse.Namespace) -> int:
     parser = _parser()
+    quiet_quantizers()
     try:
         _, unknown = parser.parse_known_args(words, namespace=args)
         if unknown and "overrides" in args:  # all that comes after the file would be one
@@ -147,11 +159,18 @@ def _plan(args: argparse.Namespace) -> int:
     config = _load(args)
     print(f"sad plan: {_models(config)}", file=sys.stderr, flush=True)
 
+    cached = None
+    if config.teacher_cache is not None:
+        from pathlib import Path
+
+        from sad.teachers.cached import planned_targets
+
+        cached = planned_targets(Path(config.teacher_cache))
     if options.ranks is None:
         from sad.models.memory_plan import format_plan, plan
 
         cluster = None
-        print(format_plan(plan(config)))
+        print(format_plan(plan(config, cached=cached)))
     else:
         from sad.distributed.world import World
         from sad.models.rank_plan import Cluster, format_rank_plan, plan_ranks
@@ -160,11 +179,12 @@ def _plan(args: argparse.Namespace) -> int:
         check_ranks(config, World(size=options.ranks))
         inside, between = (rate * 1e9 for rate in options.bandwidth)
         cluster = Cluster(options.ranks, options.ranks_per_node, inside, between)
-        print(format_rank_plan(plan_ranks(config, cluster, options.flops_per_second)))
+        ranks = plan_ranks(config, cluster, options.flops_per_second, cached)
+        print(format_rank_plan(ranks))
     if options.asks_for_batch:
         from sad.models.largest_batch import describe_largest
 
-        print(describe_largest(config, options.memory, cluster))
+        print(describe_largest(config, options.memory, cluster, cached))
     return 0
 
 
@@ -173,9 +193,12 @@ def _cache_teacher(args: argparse.Namespace) -> int:
 
     options, args.overrides = read_cache_options(args.overrides)
     _require_path(options.output, "output", "name a folder")
+    if options.from_elsewhere:  # what a run reads in place of a teacher
+        args.overrides += ["--teacher_cache", options.output]
     config = _load(args)
+    source = options.server or options.import_path or config.teacher or "none"
     print(
-        f"sad cache-teacher: {printable(config.teacher or 'none')} -> {options.output}",
+        f"sad cache-teacher: {printable(source)} -> {options.output}",
         file=sys.stderr,
         flush=True,
     )

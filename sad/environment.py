@@ -58,6 +58,13 @@ def import_extra(module: str, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
+def quiet_quantizers() -> None:
+    """Silence what torchao and bitsandbytes tell when they are imported: what they lack for other
+    devices and uses. transformers imports torchao wherever it is installed."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 HUB = logging.getLogger("huggingface_hub")
 """Logger of the Hub's client, which warns of every failed attempt to reach the network; after the
 last attempt it raises an error."""

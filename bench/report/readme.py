@@ -19,7 +19,7 @@ from bench import faults, table
 from bench.kernels import ceilings, counters
 from bench.record import RESULTS
 from bench.report import overview, targets
-from bench.training import ablation, batches, end_to_end, teachers
+from bench.training import ablation, batches, cache_reading, end_to_end, teachers
 from bench.training import structural_cost as structure
 
 Json = dict[str, Any]
@@ -79,6 +79,7 @@ def read(results: Path, name: str) -> Json:
 TABLES: dict[str, Callable[[Json], list[str]]] = {
     "ablation": ablation.table,
     "batches": batches.table,
+    "cache_reading": cache_reading.table,
     "ceilings": ceilings.table,
     "counters": counters.table,
     "end_to_end": end_to_end.table,
@@ -284,6 +285,7 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "batches": text_of("batches", targets.BATCHES),
     "ablation": text_of("ablation"),
     "teachers": text_of("teachers"),
+    "cache_reading": text_of("cache_reading"),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "counters": text_of("counters", targets.COUNTERS),
     "ceilings": text_of("ceilings", targets.CEILINGS),

@@ -109,6 +109,8 @@ def targets(results: Path) -> Iterator[Target]:
     yield from _logits(_read(results / LOGITS))
     yield from _linear(_read(results / LINEAR), ceilings)
     yield from _torch_path(_read(results / "loss.json"), _read(results / "overhead.json"))
+    yield from _top_k_step(_read(results / "topk_step.json"))
+    yield from _cache_reading(_read(results / "cache_reading.json"))
     cpu = _read(results / CPU)
     yield from _losses_on_cpu(cpu)
     yield from _averages_on_cpu(cpu)
@@ -223,6 +225,24 @@ def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
         yield Target(f"{what}: memory", limits[1], row["memory_ratio"], "loss.json")
     ratio = 1 + overhead["overhead"]
     yield Target("a step of the trainer, over the bare step", 1.05, ratio, "overhead.json")
+
+
+def _top_k_step(record: Json) -> Iterator[Target]:
+    """A training step towards K ids per token in memory, over one without a teacher."""
+    for row in record["rows"]:
+        if row["what"] == "step":
+            threads = "one thread" if row["threads"] == 1 else f"{row['threads']} threads"
+            what = f"a step towards a top-k teacher in memory, K = {record['K']}, over CE alone"
+            yield Target(f"{what}, {threads}", 1.15, row["ratio"], "topk_step.json")
+
+
+def _cache_reading(record: Json) -> Iterator[Target]:
+    """Reading a teacher's cache faster than a step on two cores takes it."""
+    for row in record["rows"]:
+        if row["cache"] == "cold":
+            seconds = 50_000 / row["tokens_per_second"]
+            what = f"seconds to read 50,000 tokens of a cold cache: {row['what']}"
+            yield Target(what, 1.0, seconds, "cache_reading.json")
 
 
 def _losses_on_cpu(record: Json) -> Iterator[Target]:

@@ -1,4 +1,5 @@
-"""What the codecs of hidden states lose, on the quickstart's teacher and on a real chat model.
+"""What codecs of hidden states and sampled ids lose, on the quickstart's teacher and on a real chat
+model.
 
 Of each codec: the KL from the exact teacher to the decoded one, how often both have the same most
 likely token, and how far the gradient of a student's head is from that of exact distillation. The
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sad_kernels import Head, Objective, TeacherHidden, linear_distill_loss
+from sad_kernels import Head, Objective, TeacherHidden, TeacherTopK, linear_distill_loss
 from torch import Tensor
 
 from bench.peers.base import Unsupported
@@ -24,12 +25,15 @@ from sad.data.rows import load_rows
 from sad.data.tokenizers import load_tokenizer, valid_vocab
 from sad.models.heads import split_head, with_valid_vocab
 from sad.teachers.cache.hidden import Bf16Codec, Int8Codec, hidden_bytes
+from sad.teachers.cache.sparse import decode, encode, record_bytes, systematic_sample
 
 Json = dict[str, Any]
 
 STUDENTS = {"young": 3.0, "late": 0.15}
 """KL to the teacher, nats."""
 ROWS_AT_ONCE = 128
+SAMPLED = (8, 64, 128)
+"""Ids per token of sampled targets."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ def codecs(name: str, sizes: CodecSizes) -> Json:
             off = (_gradient(student, decoded, head) - exact[which]).norm()
             row[which] = (off / exact[which].norm()).item()
         rows.append(row)
+    for k in SAMPLED:
+        target = _sampled(teacher, k)
+        row = {"codec": f"{k} sampled ids", "kl": None, "agreement": None}
+        row["bytes"] = record_bytes("sampled", k, head.vocab_size)
+        for which, student in students.items():
+            off = (_gradient(student, target, head) - exact[which]).norm()
+            row[which] = (off / exact[which].norm()).item()
+        rows.append(row)
     about = {"width": width, "vocab": head.vocab_size, "tokens": len(states)}
     about |= {"outlier": (rms.max() / rms.median()).item()}
     return {"teacher": name, "reason": None, **about, "rows": rows}
@@ -86,6 +98,20 @@ def _decoded(teacher: Teacher) -> dict[str, tuple[Tensor, int]]:
             hidden_bytes("int8", width),
         ),
     }
+
+
+@torch.no_grad()
+def _sampled(teacher: Teacher, k: int) -> TeacherTopK:
+    """K sampled ids of each position, through their record."""
+    generator = torch.Generator().manual_seed(k)
+    parts = []
+    for rows in torch.arange(len(teacher.states)).split(ROWS_AT_ONCE):
+        probs = teacher.head(teacher.states[rows]).float().softmax(1)
+        uniform = torch.rand(len(rows), dtype=torch.float64, generator=generator)
+        ids, weights = systematic_sample(probs, k, uniform)
+        parts.append(decode(encode(ids, weights.log(), None, teacher.head.vocab_size)))
+    ids, log_probs = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TeacherTopK(ids, log_probs, "zero")
 
 
 def _student(teacher: Teacher, kl: float, sizes: CodecSizes) -> Tensor:
@@ -114,13 +140,14 @@ def _compare(states: Tensor, others: Tensor, head: Head) -> tuple[float, float]:
     return kl / len(states), agree / len(states)
 
 
-def _gradient(student: Tensor, states: Tensor, head: Head) -> Tensor:
-    """Of the head's weight, for a student with these hidden states and a head of its own."""
+def _gradient(student: Tensor, states: Tensor | TeacherTopK, head: Head) -> Tensor:
+    """Of the head's weight, for a student with these hidden states and a head of its own; against
+    a teacher's ``states``, or sparse targets."""
     weight = head.weight.detach().clone().requires_grad_()
     bias = None if head.bias is None else head.bias.detach()
     own = Head(weight, bias, head.logit_scale, head.softcap, head.valid_vocab)
-    target = TeacherHidden(states, head)
-    labels = torch.zeros(len(states), dtype=torch.long)
+    target = TeacherHidden(states, head) if isinstance(states, Tensor) else states
+    labels = torch.zeros(len(student), dtype=torch.long)
     linear_distill_loss(student, own, labels, target, Objective()).loss.backward()
     assert weight.grad is not None
     return weight.grad

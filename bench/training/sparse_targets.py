@@ -165,10 +165,10 @@ def _gradient_rows(
     trainer: Trainer, sizes: Sizes, step: int, k: int, temperature: float
 ) -> list[Json]:
     inputs, student = trainer.inputs, trainer.student
-    assert inputs.teacher is not None
+    assert inputs.frozen_teacher is not None
     numbers = inputs.eval_row_numbers(trainer.config)[: sizes.rows]
     batch = inputs.eval_rows.batch(numbers)
-    (dense,) = inputs.teacher.forward(batch).targets
+    (dense,) = inputs.frozen_teacher.forward(batch).targets
     objective = Objective(temperature=temperature)
     full, kl = _gradient(student, batch, dense, objective)
     with torch.no_grad():
@@ -211,9 +211,9 @@ def train_student(arm: Arm, seed: int, sizes: Sizes) -> Json:
         if arm.form == "CE alone":
             config = replace(config, kd_weight=0.0)
         inputs = load_inputs(config)
-        assert inputs.teacher is not None
+        assert inputs.frozen_teacher is not None
         if arm.k is not None:
-            teacher = SparseTeacher(inputs.teacher, arm, config.temperature, seed)
+            teacher = SparseTeacher(inputs.frozen_teacher, arm, config.temperature, seed)
             trainer = _trainer(config, replace(inputs, teacher=teacher), folder)
         else:
             trainer = _trainer(config, inputs, folder)

@@ -195,8 +195,9 @@ def _codec_table(teachers: Sequence[Json]) -> list[str]:
         about += f"{teacher['outlier']:.1f} times the median"
         lines.append(f"| **{teacher['teacher']}** ({about}) |{' |' * (3 + len(STUDENTS))}")
         for row in teacher["rows"]:
-            cells = [row["codec"], f"{row['bytes']:,}", f"{row['kl']:.1e}"]
-            cells.append(f"{100 * row['agreement']:.1f} %")
+            cells = [row["codec"], f"{row['bytes']:,}"]
+            known = row["kl"] is not None
+            cells += [f"{row['kl']:.1e}", f"{100 * row['agreement']:.1f} %"] if known else ["-"] * 2
             cells += [f"{row[which]:.4f}" for which in STUDENTS]
             lines.append(f"| {' | '.join(cells)} |")
     return lines

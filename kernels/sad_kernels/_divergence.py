@@ -103,10 +103,10 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The divergence [n] of a few outcomes [n, K], and its gradient by log q before softmax."""
     gap, p, q = log_p - log_q, log_p.exp(), log_q.exp()
-    y = log_q.argmax(1, keepdim=True)
-    counted = counted_from(divergence, beta, gap.gather(1, y))
 
     def from_slope(slope: Callable[[float, Tensor, Counted], Tensor]) -> Tensor:
+        y = log_q.argmax(1, keepdim=True)
+        counted = counted_from(divergence, beta, gap.gather(1, y))
         h = weighted_slope(slope, beta, gap - counted.g0, counted, q)
         return h - q * h.sum(1, keepdim=True)
 
@@ -116,16 +116,21 @@ def value_and_gradient(
         gradient = from_slope(terms.slope)
         return terms.value(beta, gap, p, q, False).sum(1), gradient
     on_forward, on_reverse = weights(beta)
-    value, gradient = torch.zeros_like(p[:, 0]), torch.zeros_like(p)
+    parts: list[tuple[Tensor, Tensor]] = []
     if on_forward > 0:
-        value += on_forward * zero_nan_(p * gap).sum(1)
+        value = zero_nan_(p * gap).sum(1).mul_(on_forward)
         fall = gap.abs().neg_().expm1_()
         difference = _difference(gap, p, q, fall)  # p - q; p need not sum to 1
-        gradient -= on_forward * (difference - q * difference.sum(1, keepdim=True))
+        gradient = torch.mul(q, difference.sum(1, keepdim=True)).sub_(difference)
+        parts.append((value, gradient.mul_(on_forward)))
     if on_reverse > 0:
-        value -= on_reverse * zero_nan_(q * gap).sum(1)
-        gradient += on_reverse * from_slope(lambda beta, g, counted: g.neg_())
-    return value, gradient
+        value = zero_nan_(q * gap).sum(1).mul_(-on_reverse)
+        gradient = from_slope(lambda beta, g, counted: g.neg_())
+        parts.append((value, gradient.mul_(on_reverse)))
+    if len(parts) == 1:
+        return parts[0]
+    (value, gradient), (other_value, other_gradient) = parts
+    return value.add_(other_value), gradient.add_(other_gradient)
 
 
 def zero_nan_(x: Tensor) -> Tensor:

@@ -6,16 +6,32 @@ Nothing slow is imported: wrong words wait for no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from sad.errors import UsageError, quoted
 
 Kind = Literal["sampled", "topk", "hidden"]
 Codec = Literal["bf16", "int8"]
+ServerKind = Literal["vllm", "sglang"]
+ImportFormat = Literal["distillkit", "axolotl", "vllm", "sglang", "openai"]
 
-VALUES = ("output", "kind", "codec", "top_k", "temperatures", "window")
+VALUES = (
+    "output",
+    "kind",
+    "codec",
+    "top_k",
+    "temperatures",
+    "window",
+    "server",
+    "server_kind",
+    "server_key_env",
+    "server_model",
+    "import",
+    "import_format",
+)
 SWITCHES = ("wait_for_reader", "check", "all_rows")
 
 
@@ -41,10 +57,23 @@ class CacheOptions:
     find theirs."""
     check: bool = False
     """Compare random rows of a cache that is there with the teacher."""
+    server: str | None = None
+    """Address of a server that runs the teacher: it is asked for its most likely ids."""
+    server_kind: ServerKind = "vllm"
+    server_key_env: str | None = None
+    """The environment variable that holds the server's key."""
+    server_model: str | None = None
+    """Which of the server's models. Default: its only one."""
+    import_path: str | None = None
+    """A file, or a folder of files, of targets that another program has written."""
+    import_format: ImportFormat | None = None
+    """Default: the format that the first record has."""
 
     def __post_init__(self) -> None:
         if not self.output:
             raise UsageError("output must be given, got none; write --output DIR (command line)")
+        if self.from_elsewhere:
+            self._check_elsewhere()
         if self.kind != "hidden" and self.codec is not None:
             raise _refused("codec", "be left out but for --kind hidden", self.codec, "leave it out")
         if self.kind == "hidden" and self.temperatures is not None:
@@ -63,6 +92,30 @@ class CacheOptions:
                 "wait_for_reader must be left out without a window, got a cache that is kept; "
                 "write for example --window 4 (command line)"
             )
+
+    @property
+    def from_elsewhere(self) -> bool:
+        """Whether the targets come from a server or from files, not from a teacher that is loaded
+        here."""
+        return self.server is not None or self.import_path is not None
+
+    def _check_elsewhere(self) -> None:
+        """Refuse what neither a server nor somebody's files can give: they know the most likely ids
+        at temperature 1, and not the normaliser of any other."""
+        if self.server is not None and self.import_path is not None:
+            remedy = "leave one of them out"
+            raise _refused("import", "be left out with --server", self.import_path, remedy)
+        source = "--server" if self.server is not None else "--import"
+        if self.kind != "topk":
+            remedy = "only the most likely ids are known: leave it out"
+            raise _refused("kind", f"be topk with {source}", self.kind, remedy)
+        if self.temperatures not in (None, (1.0,)):
+            given = ",".join(f"{t:g}" for t in self.temperatures or ())
+            remedy = "the normaliser of another temperature is not known: leave it out"
+            raise _refused("temperatures", f"be 1 with {source}", given, remedy)
+        if self.import_path is not None and self.check:
+            remedy = "there is no teacher to ask: leave it out"
+            raise UsageError(f"check must be left out with --import, got both; {remedy}")
 
     @property
     def codec_or_default(self) -> Codec | None:
@@ -93,9 +146,12 @@ def read_cache_options(words: Sequence[str]) -> tuple[CacheOptions, list[str]]:
         else:
             into.append(word)
     values = {name: ",".join(given) for name, given in found.items()}
+    elsewhere = "server" in values or "import" in values
+    _require_with(values, "server", ("server_kind", "server_key_env", "server_model"))
+    _require_with(values, "import", ("import_format",))
     options = CacheOptions(
         output=values.get("output", ""),
-        kind=_one_of("kind", values.get("kind", "sampled"), get_args(Kind)),
+        kind=_one_of("kind", values.get("kind", _default_kind(elsewhere)), get_args(Kind)),
         codec=_one_of("codec", values["codec"], get_args(Codec)) if "codec" in values else None,
         top_k=_count("top_k", values.get("top_k", "64"), 1),
         temperatures=_temperatures(values["temperatures"]) if "temperatures" in values else None,
@@ -103,8 +159,53 @@ def read_cache_options(words: Sequence[str]) -> tuple[CacheOptions, list[str]]:
         wait_for_reader="wait_for_reader" in switched,
         all_rows="all_rows" in switched,
         check="check" in switched,
+        server=_address(values["server"]) if "server" in values else None,
+        server_kind=_one_of("server_kind", values.get("server_kind", "vllm"), get_args(ServerKind)),
+        server_key_env=_named("server_key_env", values, "TEACHER_KEY"),
+        server_model=_named("server_model", values, "NAME"),
+        import_path=_named("import", values, "FILE"),
+        import_format=_one_of("import_format", values["import_format"], get_args(ImportFormat))
+        if "import_format" in values
+        else None,
     )
     return options, others
+
+
+def _default_kind(elsewhere: bool) -> Kind:
+    return "topk" if elsewhere else "sampled"
+
+
+def _require_with(values: Mapping[str, str], name: str, others: tuple[str, ...]) -> None:
+    """Refuse options that say how, where there is no --NAME."""
+    for other in others:
+        if other in values and name not in values:
+            remedy = f"write --{name} as well, or leave it out"
+            raise _refused(other, f"be left out without --{name}", values[other], remedy)
+
+
+def _named(name: str, values: Mapping[str, str], example: str) -> str | None:
+    if name in values and not values[name].strip():
+        raise _refused(name, "be given", values[name], f"write for example --{name} {example}")
+    return values.get(name)
+
+
+def _address(text: str) -> str:
+    """The address of a server, without a slash at its end, nor the ``/v1`` of its interface."""
+    remedy = "write for example --server http://localhost:8000"
+    if "@" in text:  # what follows would be printed
+        raise UsageError(
+            "server must be an address without a user's name or password, got one with '@'; "
+            "name the variable that holds the key with --server_key_env (command line)"
+        )
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        known = known and not (parts.query or parts.fragment)
+    except ValueError:  # a port that is none
+        known = False
+    if not known or not text.isprintable() or " " in text:
+        raise _refused("server", "be the http or https address of a server", text, remedy)
+    return text.rstrip("/").removesuffix("/v1")
 
 
 def _one_of(name: str, text: str, choices: tuple[str, ...]) -> Any:

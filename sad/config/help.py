@@ -267,9 +267,8 @@ _TORCHRUN = (
 _NO_MODEL_PARALLELISM = "layers are not split by themselves: FSDP2 splits models, see dp_shard_size"
 
 
-_NOT_QUANTIZED = (
-    "no key quantizes a model: teacher_dtype: bfloat16 halves an fp32 teacher, and "
-    "teacher_device: cpu keeps it off the GPU"
+_QUANTIZED = (
+    "teacher_quantization: int8 or int4 quantizes the frozen teacher; a student is trained as it is"
 )
 
 
@@ -334,8 +333,8 @@ EXPLAINED = {
         """bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_config
         load_in_4bit load_in_8bit load_teacher_in_4bit load_teacher_in_8bit qlora quantization
         quantization_config quantize_teacher teacher_load_in_4bit teacher_load_in_8bit
-        teacher_quantization teacher_quantization_config""".split(),
-        _NOT_QUANTIZED,
+        teacher_quantization_config""".split(),
+        _QUANTIZED,
     ),
     # adapters
     **dict.fromkeys(
@@ -344,9 +343,15 @@ EXPLAINED = {
     ),
     # teachers that run elsewhere, or write
     **dict.fromkeys(
-        "cache_logits cache_teacher logits_path offline teacher_cache teacher_logits".split(),
-        "the teacher runs beside its student; eval_teacher_cache keeps what evaluations read of it",
+        "cache_logits cache_teacher logits_path offline teacher_logits".split(),
+        "`sad cache-teacher` writes a teacher's targets to a folder, which teacher_cache names",
     ),
+    **dict.fromkeys(
+        """kd_online_server kd_online_server_base_url teacher_model_server
+        teacher_model_server_url teacher_server""".split(),
+        "`sad cache-teacher --server URL` asks a server once, before training: see teacher_cache",
+    ),
+    "logprobs_field": "`sad cache-teacher --import PATH` reads targets from files",
     **dict.fromkeys(
         """max_completion_length max_new_tokens max_prompt_length num_generations use_vllm vllm_mode
         vllm_server_base_url""".split(),
@@ -357,8 +362,8 @@ EXPLAINED = {
         "student and teacher share one tokenizer; the key tokenizer names it",
     ),
     **dict.fromkeys(
-        "gkd_logits_topk kd_top_k loss_top_k".split(),
-        "there is no such thing: the divergence is over the whole vocabulary",
+        "gkd_logits_topk kd_online_topk kd_top_k loss_top_k".split(),
+        "a teacher here has its whole vocabulary; `sad cache-teacher --top_k 64` keeps so many ids",
     ),
     # objective
     **dict.fromkeys(

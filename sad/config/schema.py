@@ -90,6 +90,7 @@ LayerChoice = Annotated[
     ),
 ]
 Seed = Annotated[int, Constraint("lie in [0, 2^32)", lambda v: 0 <= v < 2**32)]
+ZeroOrOne = Annotated[int, Constraint("be 0 or 1", lambda v: v in (0, 1))]
 AtLeastTwo = Annotated[int, Constraint("be at least 2", lambda v: v >= 2), SMALL]
 Epochs = Annotated[PositiveFloat, Constraint("be at most a million", lambda v: v <= 1e6)]
 # A decay that fp32 rounds to 1 divides by 0, and so does an epsilon that it rounds to 0.
@@ -126,6 +127,10 @@ class DistillConfig:
     teacher_wait: PositiveInt = field(default=600, metadata=MAY_CHANGE_ON_RESUME)
     """Seconds to wait for a teacher that fills its cache meanwhile and gives no sign of life; then
     the run saves its state and ends."""
+    vocab_map: ModelPath | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
+    """JSON file of the teacher's id for each of the student's, for vocabularies of a common base: a
+    list, or an object of student id -> teacher id, null for none. Default: by equal tokens, where
+    all that the teacher lacks were added to the student's tokenizer."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random", "layers"] = "pretrained"
@@ -136,10 +141,17 @@ class DistillConfig:
     from 0, negative ones from the end; or how many, spread evenly from the first to the last."""
     teacher_dtype: DtypeName | None = None
     """Dtype of the frozen teacher. Default: the compute dtype."""
+    teacher_quantization: Literal["int8", "int4"] | None = None
+    """Keep the weights of the teacher's linear layers in 8 bits (torchao, a scale per row) or in 4
+    (NF4 of bitsandbytes); all else, its head included, has `teacher_dtype`. Needs the extra
+    `quantized`."""
     device: str = field(default="auto", metadata=MAY_CHANGE_ON_RESUME)
     """`auto` takes CUDA where there is one, else the CPU."""
     teacher_device: str | None = field(default=None, metadata=MAY_CHANGE_ON_RESUME)
     """Device of the teacher's layers (its head stays with the student). Default: `device`."""
+    teacher_prefetch: ZeroOrOne = field(default=0, metadata=MAY_CHANGE_ON_RESUME)
+    """1: run the teacher on the next micro-batch, in a thread, while the student trains on this
+    one. For a teacher on the CPU or another device; the numbers stay the same to the bit."""
     attn_implementation: Annotated[str | None, NAME] = None
     """Attention of both models, as in transformers: `sdpa`, `eager` ... Default: what transformers
     chooses for each family, which is `sdpa` where the family has it."""
@@ -360,6 +372,7 @@ class DistillConfig:
         _check_adapters(self)
         _check_objective(self)
         _check_teacher_sections(self)
+        _check_placement(self)
         _check_schedule(self)
         _check_batches(self)
         _check_updates(self)
@@ -469,6 +482,20 @@ def _check_models(config: DistillConfig) -> None:
         "its experts are not there: leave it out, or teacher_cache",
         holds=config.teacher_cache is None or config.routing.mode == "teacher",
     )
+    require(
+        "vocab_map",
+        "be left out without a teacher",
+        config.vocab_map,
+        "there are no ids to map: leave it out, or name a teacher",
+        holds=config.vocab_map is None or config.has_teacher,
+    )
+    require(
+        "vocab_map",
+        "be left out with student_init layers",
+        config.vocab_map,
+        "the student has the teacher's embeddings: leave it out",
+        holds=config.vocab_map is None or config.student_init != "layers",
+    )
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         remedy = "write auto, cpu, cuda or one such as cuda:1"
         known = name is None or (key == "device" and name == "auto") or _is_device(name)
@@ -566,6 +593,32 @@ def _check_teacher_sections(config: DistillConfig) -> None:
             f"raise it, or leave {key} out",
             holds=not on or config.kd_weight > 0,
         )
+
+
+def _check_placement(config: DistillConfig) -> None:
+    """Refuse routing that a quantized teacher, or one that works ahead, cannot have."""
+    quantized, mode = config.teacher_quantization, config.routing.mode
+    require(
+        "teacher_quantization",
+        "be left out without a teacher",
+        quantized,
+        "there is nothing to quantize",
+        holds=quantized is None or config.teacher is not None,
+    )
+    require(
+        "teacher_quantization",
+        "be left out with routing.mode student_aware",
+        quantized,
+        "gates are trained through all layers of the teacher",
+        holds=quantized is None or mode != "student_aware",
+    )
+    require(
+        "teacher_prefetch",
+        "be 0 unless routing.mode is teacher",
+        config.teacher_prefetch,
+        f"{mode} changes from one micro-batch to the next: leave it out",
+        holds=not config.teacher_prefetch or mode == "teacher",
+    )
 
 
 def _check_schedule(config: DistillConfig) -> None:

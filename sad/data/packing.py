@@ -164,7 +164,6 @@ def write_rows(
         content.tofile(folder / file_name)
     token_bytes.unlink()
 
-    # Written last: a folder without its index is never read.
     index = {
         "fingerprint": name,
         "max_length": max_length,
@@ -173,8 +172,16 @@ def write_rows(
         "max_token_id": stream.max_token_id,
         "end_tokens": sorted(stream.end_tokens),
         "counts": stream.counts,
-        "files": {n: _file_digest(folder / n) for n in (TOKENS, *arrays)},
     }
+    write_index(folder, index, (TOKENS, *arrays))
+
+
+def write_index(folder: Path, index: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Write the index of packed rows, with a hash of each of their files and one of itself.
+
+    It comes last: a folder without its index is never read.
+    """
+    index = {**index, "files": {name: _file_digest(folder / name) for name in names}}
     content = json.dumps(index | {"digest": _digest(**index)}, indent=2)
     (folder / INDEX).write_text(content, encoding="utf-8")
 

@@ -143,6 +143,18 @@ class PackedRows:
             max_segments=int(segments.max(initial=1)),
         )
 
+    def rows_with(self, wanted: np.ndarray) -> np.ndarray:
+        """The numbers of the rows whose inputs or targets hold a token id v with ``wanted[v]``,
+        bool [V], and perhaps of a neighbour; reads all tokens."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for start in range(0, len(self._tokens), 1 << 20):
+            at = np.arange(start, min(start + (1 << 20), len(self._tokens)))
+            at = at[wanted[self._tokens[at]]]
+            for places in (at, at - 1):  # as an input, and as the target of the one before
+                found.append(np.unique(np.searchsorted(self._starts, places, side="right") - 1))
+        rows = np.unique(np.concatenate(found))
+        return rows[rows >= 0]
+
     def batch(self, row_numbers: Sequence[int] | np.ndarray) -> Batch:
         """A batch of the rows ``row_numbers``, in that order.
 

@@ -22,7 +22,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 _ROLES = ("bos_token", "eos_token", "unk_token")
 """Special tokens that may stand in text; padding carries no loss."""
 
-_PROBES = (
+PROBES = (
     "The quick brown fox's 2nd jump, IT'LL cost $1,234.56 (or 7e-05).",
     "def area(r):\n\tif r < 0:\n        raise ValueError(f'{r!r}')\r\n    return 3.14*r**2\n",
     "  two  spaces,   three, trailing   \n\n\n\tand tabs\t\t",
@@ -131,7 +131,7 @@ def require_same_tokenizer(
     """
     pair = _Pair(role, theirs, source, ours)
     notes = _compare_ids(pair)
-    for text in _PROBES:
+    for text in PROBES:
         their_ids, our_ids = (
             tok(text, add_special_tokens=False)["input_ids"] for tok in (theirs, ours)
         )

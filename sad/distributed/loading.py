@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -226,13 +225,11 @@ def _read(parts: dict[str, Tensor], folder: Path) -> None:
         ) from error
 
 
-def read_parts(
-    live: dict[str, Tensor], reader: StorageReader, group: dist.ProcessGroup | None = None
-) -> None:
+def read_parts(live: dict[str, Tensor], reader: StorageReader) -> None:
     """Let torch's planner fill what this rank holds of ``live`` tensors from what ``reader`` has.
 
-    Without a ``group`` this rank reads alone: it knows what it needs. Raises torch's
-    ``CheckpointException``, which is no ``Exception``.
+    This rank reads alone: it knows what it needs. Raises torch's ``CheckpointException``, which is
+    no ``Exception``.
     """
     # These take long to import.
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -244,6 +241,5 @@ def read_parts(
             dict(live),
             storage_reader=reader,
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-            no_dist=group is None,
+            no_dist=True,
         )

@@ -14,8 +14,8 @@ checkpoint of one number of ranks is read on another. The files are ours: no pic
 are written, and by the protocol of ``sad.checkpoint.store``: into a temporary directory, which gets
 its name only after every rank has succeeded.
 
-``save_shards`` and ``load_shards`` are to be called on all ranks together, and what one of them
-raises is raised on all.
+``live_snapshot``, ``write_shards`` and ``load_shards`` are to be called on all ranks together, and
+what one of them raises is raised on all.
 """
 
 from __future__ import annotations
@@ -60,10 +60,8 @@ from sad.checkpoint.chunks import (
     index_as_json,
     shard_name,
 )
-from sad.checkpoint.parts import tensor_group
 from sad.checkpoint.placement import Shard, with_local_part
 from sad.checkpoint.snapshot import Snapshot, write
-from sad.checkpoint.state import check_tensors
 from sad.checkpoint.store import (
     SHARDED_SCHEMA,
     Checkpoint,
@@ -72,7 +70,6 @@ from sad.checkpoint.store import (
     Tensors,
     after_save,
     checkpoint_path,
-    checkpoints_of,
     is_same,
     json_bytes,
     name_of_rank,
@@ -99,37 +96,25 @@ PER_RANK = ("rng",)
 # Saving
 
 
-def save_shards(
-    run_dir: str | Path,
-    micro_step: int,
-    state: dict[str, Any],
-    tensors: Tensors,
-    world: World,
-    *,
-    save_total_limit: int,
-    report: Report = print,
-    per_rank: Collection[str] = PER_RANK,
-) -> Path:
-    """Write ``RUN_DIR/checkpoints/batch-<micro_step>`` on all ranks and return its path.
+def live_snapshot(
+    micro_step: int, state: dict[str, Any], tensors: Tensors, world: World
+) -> Snapshot:
+    """What ``snapshot`` copies, as it is: to be written before training goes on.
 
-    ``state`` and ``tensors`` are as in ``save_checkpoint``; of a ``DTensor`` every rank writes its
-    shard. What several ranks hold is written by one of them. Entries and groups named in
-    ``per_rank`` are saved of every rank, all other entries of the first alone. One rank on its own
-    writes what ``save_checkpoint`` writes.
-
-    Raises ``CheckpointError`` on all ranks when a disk refuses on one of them, or when they do not
-    share the directory; ``TypeError`` or ``ValueError`` for what cannot be restored, other ranks
-    then raise ``RankLostError``.
+    ``state`` and ``tensors`` are as in ``save_checkpoint``; of a ``DTensor`` it has the ``Shard``
+    that this rank has. Raises ``TypeError`` or ``ValueError`` for what cannot be restored; other
+    ranks then raise ``RankLostError``.
     """
 
-    def shards() -> Snapshot:
+    def own() -> Snapshot:
         require_saveable(micro_step, state, tensors)
-        return Snapshot(micro_step, state, own_parts(tensors))
+        parts = {
+            group: {name: with_local_part(t, local_part(t).detach()) for name, t in named.items()}
+            for group, named in tensors.items()
+        }
+        return Snapshot(micro_step, state, parts)
 
-    taken = world.agree(shards)
-    return write_shards(
-        run_dir, taken, world, save_total_limit=save_total_limit, report=report, per_rank=per_rank
-    )
+    return world.agree(own)
 
 
 def write_shards(
@@ -141,9 +126,14 @@ def write_shards(
     report: Report = print,
     per_rank: Collection[str] = PER_RANK,
 ) -> Path:
-    """Write a ``snapshot`` as the checkpoint of its ``micro_step``: see ``save_shards``.
+    """Write a snapshot on all ranks as ``RUN_DIR/checkpoints/batch-<micro_step>``; return its path.
 
-    In a thread, ``world`` must be a ``background_world``.
+    Of a ``Shard`` every rank writes its part. What several ranks hold is written by one of them.
+    Entries of the state and groups named in ``per_rank`` are saved of every rank, all other entries
+    of the first alone. One rank on its own writes what ``save_checkpoint`` writes.
+
+    In a thread, ``world`` must be a ``background_world``. Raises ``CheckpointError`` on all ranks
+    when a disk refuses on one of them, or when they do not share the directory.
     """
     if world.size == 1:
         return write(run_dir, taken, save_total_limit=save_total_limit, report=report)
@@ -194,14 +184,6 @@ def background_world(world: World) -> World:
     if world.size == 1:
         return world
     return replace(world, hosts=dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN))
-
-
-def own_parts(tensors: Tensors) -> dict[str, dict[str, Any]]:
-    """The same tensors, of a ``DTensor`` the ``Shard`` that this rank has of it."""
-    return {
-        group: {name: with_local_part(t, local_part(t).detach()) for name, t in named.items()}
-        for group, named in tensors.items()
-    }
 
 
 def _begin(target: Path) -> Path:
@@ -368,8 +350,8 @@ def load_shards(path: str | Path, world: World) -> Checkpoint:
     """Read a checkpoint of either schema on all ranks, after verifying all of it together.
 
     Every rank hashes a share of the files. Groups of ``Checkpoint.tensors`` give whole tensors, and
-    ``like(name, live)`` the shard of one that fits a live ``DTensor``; ``fill`` does so in place.
-    What each rank has for itself is there if as many ranks saved it (``Checkpoint.ranks``).
+    ``like(name, live)`` the shard of one that fits a live ``DTensor``. What each rank has for
+    itself is there if as many ranks saved it (``Checkpoint.ranks``).
 
     Raises ``CheckpointError`` on all ranks if anything is missing, altered or made up, or if the
     ranks see different files.
@@ -392,51 +374,6 @@ def load_shards(path: str | Path, world: World) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def load_latest_shards(
-    run_dir: str | Path, world: World, report: Report = print
-) -> Checkpoint | None:
-    """Read the newest checkpoint that verifies, if any, on all ranks.
-
-    ``report`` hears on the first of them what was skipped.
-    """
-
-    def newest_first() -> list[Path]:
-        with files.output_errors(run_dir, CheckpointError):
-            return checkpoints_of(run_dir)
-
-    for path in world.from_main(newest_first):
-        try:
-            return load_shards(path, world)
-        except CheckpointError as error:
-            if world.main:
-                report(f"skipping a checkpoint: {error}")
-    return None
-
-
-def fill(checkpoint: Checkpoint, tensors: Tensors, world: World) -> None:
-    """Copy saved tensors into ``tensors`` (group -> name -> tensor or ``DTensor``) on all ranks.
-
-    ``checkpoint`` comes from ``load_shards``; every rank reads what its own shards need, however
-    the tensors were split when they were saved. Raises ``CheckpointError`` on all ranks, before
-    anything is copied, unless groups, names, shapes and dtypes are those of the checkpoint.
-    """
-
-    def saved() -> dict[str, Mapping[str, Tensor]]:
-        groups = {group: tensor_group(checkpoint, group) for group in tensors}
-        for group, live in tensors.items():
-            check_tensors(live, groups[group], group)
-        return groups
-
-    groups: Any = world.agree(saved)
-    live, wanted = {}, {}
-    for group, named in tensors.items():
-        for name, tensor in named.items():
-            live[_full_name(group, name)] = tensor
-            wanted[_full_name(group, name)] = groups[group]
-    with _read_errors(world.rank):
-        read_parts(live, ShardReader(wanted), world.hosts if world.size > 1 else None)
-
-
 class ShardedTensors(ChunkedTensors):
     """Saved tensors of one group by name: whole, or split over the ranks as a live one is."""
 
@@ -448,8 +385,10 @@ class ShardedTensors(ChunkedTensors):
         dtype, _ = self.form(name)
         target = torch.empty_like(live, dtype=dtype, requires_grad=False)
         full_name = _full_name("", name)
-        with _read_errors(rank=0):
+        try:
             read_parts({full_name: target}, ShardReader({full_name: self}))
+        except CheckpointException as error:  # a BaseException: no other handler would see it
+            raise _of_this_rank(error, rank=0) from error  # it has read alone
         return target
 
 
@@ -507,15 +446,6 @@ class ShardReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-
-@contextmanager
-def _read_errors(rank: int) -> Iterator[None]:
-    """Raise what ended a load on this rank or, if that was another one, what it says to it."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise _of_this_rank(error, rank) from error
 
 
 def _agree(world: World, path: Path, function: Callable[[], T]) -> T:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sad.models.heads import output_embedding
+from sad.models.quantization import number_of_weights
 
 _SXM, _PCIE, _NVL = 989.4e12, 756e12, 835.5e12
 
@@ -75,7 +76,7 @@ def _products(model: PreTrainedModel) -> Iterator[tuple[float, bool]]:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or id(parameter) in tables:
             continue
-        count = parameter.numel()
+        count = number_of_weights(parameter)
         yield (count * share if ".experts." in name else count), parameter.requires_grad
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from sad.distributed.tensors import whole
 from sad.errors import SadError, UnfitError, one_line
+from sad.models.quantization import is_wrapped
 
 HeadFields = Callable[[Any], dict[str, Any]]
 """A text model's configuration -> the fields of its ``Head`` besides weight and bias."""
@@ -174,7 +175,8 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def output_embedding(model: PreTrainedModel) -> nn.Linear:
-    """The output embedding; ``UnfitError`` unless it is exactly ``torch.nn.Linear``."""
+    """The output embedding; ``UnfitError`` unless it is exactly ``torch.nn.Linear``, with a weight
+    that is not quantized."""
     name = type(model).__name__
     try:
         linear = model.get_output_embeddings()
@@ -190,6 +192,11 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
             f"the head of {name} must be exactly torch.nn.Linear, got {type(linear).__name__}, "
             "whose weight is not all that it multiplies by; take the head (lm_head) out of PEFT's "
             "target_modules and modules_to_save, and leave it out of quantization"
+        )
+    if is_wrapped(linear.weight):  # torchao keeps the class of a layer, and swaps its weight
+        raise UnfitError(
+            f"the head of {name} must have a plain tensor as weight, got "
+            f"{type(linear.weight).__name__}; leave the head (lm_head) out of quantization"
         )
     return linear
 
@@ -329,7 +336,8 @@ def require_finite_hidden(model: PreTrainedModel, hidden: Tensor) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     # The extremes: a mask of a large table would take a quarter of its memory.
-    if not tensor.numel() or not tensor.is_floating_point():
+    # Quantized weights have no extremes; scales that are no numbers show in hidden states.
+    if not tensor.numel() or not tensor.is_floating_point() or is_wrapped(tensor):
         return True
     low, high = tensor.detach().aminmax()
     return bool(low.isfinite() & high.isfinite())  # either is NaN if an element is

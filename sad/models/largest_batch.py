@@ -10,6 +10,7 @@ import torch
 from sad.config.schema import DistillConfig
 from sad.environment import memory_now
 from sad.errors import UsageError
+from sad.models.cached_targets import CachedTargets
 from sad.models.memory_plan import plan, planned_device
 from sad.models.rank_plan import Cluster, plan_ranks
 
@@ -21,10 +22,14 @@ STRAIGHT_TRIES = 8
 
 
 def largest_batch(
-    config: DistillConfig, memory: int, cluster: Cluster | None = None
+    config: DistillConfig,
+    memory: int,
+    cluster: Cluster | None = None,
+    cached: CachedTargets | None = None,
 ) -> tuple[int, int]:
     """Rows per micro-batch and process, and the bytes that they need: the most that fit ``memory``
-    bytes, on one process or on each of a ``cluster``.
+    bytes, on one process or on each of a ``cluster``. ``cached`` are the sizes of a
+    ``teacher_cache``.
 
     0 rows if one does not fit; its need is then returned. What more rows than ``MOST_ROWS`` need is
     not asked. ``global_batch_size`` is left aside.
@@ -33,7 +38,9 @@ def largest_batch(
 
     def need(rows: int) -> int:
         one = replace(config, per_device_train_batch_size=rows, global_batch_size=None)
-        return besides + (plan(one) if cluster is None else plan_ranks(one, cluster)).total
+        if cluster is None:
+            return besides + plan(one, cached=cached).total
+        return besides + plan_ranks(one, cluster, cached=cached).total
 
     return most_that_fit(need, memory)
 
@@ -83,11 +90,14 @@ def memory_of_device(config: DistillConfig) -> int:
 
 
 def describe_largest(
-    config: DistillConfig, memory: float | None, cluster: Cluster | None = None
+    config: DistillConfig,
+    memory: float | None,
+    cluster: Cluster | None = None,
+    cached: CachedTargets | None = None,
 ) -> str:
     """``largest_batch`` in a line; ``memory`` is in GiB, by default that of the device."""
     size = memory_of_device(config) if memory is None else int(memory * 2**30)
-    rows, need = largest_batch(config, size, cluster)
+    rows, need = largest_batch(config, size, cluster, cached)
     of = f"of {size / 2**30:,.1f} GiB"
     if not rows:
         return f"no batch fits: one row needs {need / 2**30:,.2f} {of}"

@@ -36,6 +36,13 @@ from sad.errors import SadError, UnfitError, UsageError, one_line
 from sad.models.adapters import add_adapters
 from sad.models.heads import PLAIN_HEADS, SCALED_HEADS
 from sad.models.layers import chosen_layers, copy_layers, with_layers
+from sad.models.quantization import (
+    check_stored_teacher,
+    check_student_weights,
+    quantizer,
+    require_quantized_layers,
+    stored_quantization,
+)
 
 Role = Literal["student", "teacher"]
 
@@ -68,11 +75,23 @@ def load_student(config: DistillConfig) -> PreTrainedModel:
 def load_teacher(config: DistillConfig) -> PreTrainedModel:
     """Load the teacher in its own dtype on ``teacher_device``: frozen, in eval mode, no KV cache.
 
-    Raises like ``load_student``.
+    With ``teacher_quantization`` its linear layers are quantized while they are read; of a teacher
+    that was saved quantized all is as it was saved, dtypes included, where its method wants that.
+    Raises like ``load_student``, and like ``sad.models.quantization.require_quantizer``.
     """
     device = resolve_device(config.teacher_device or config.device)
-    model: Any = _pretrained_model(config, "teacher", teacher_dtype(config))
-    return _frozen(model).to(device)
+    dtype, kind = teacher_dtype(config), config.teacher_quantization
+    stored = stored_quantization(read_model_config(config, "teacher"))
+    if kind is None and stored is None:
+        return _frozen(_pretrained_model(config, "teacher", dtype)).to(device)
+    # Placed by its reader: quantized weights are not moved afterwards.
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if kind is not None:
+        options["quantization_config"] = quantizer(config, dtype)
+    model = _pretrained_model(config, "teacher", dtype, **options)
+    if kind is not None:
+        require_quantized_layers(model, kind)
+    return _frozen(model)
 
 
 def model_to_fill(
@@ -103,6 +122,12 @@ def model_to_fill(
 
 def _model_to_fill(config: DistillConfig, role: Role) -> tuple[PreTrainedModel, StoredWeights]:
     name, _ = _name_and_trust(config, role)
+    stored = stored_quantization(read_model_config(config, role))
+    if stored is not None:
+        raise UsageError(
+            f"{role} must not be quantized on several processes, which split it, got {name}, which "
+            f"was saved so ({stored}); name a copy that is not, or run one process"
+        )
     if config.structural_weights:
         raise LoadedWholeError("losses on inner layers are tried on whole models")
     if role == "student" and config.student_init != "pretrained":
@@ -137,7 +162,9 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
     Raises ``UsageError`` if there is no such model, ``UnfitError`` if it is not a causal one.
     """
     if role == "student" and config.student_init == "layers":
-        return with_layers(read_model_config(config, "teacher"), config)
+        teacher = read_model_config(config, "teacher")
+        check_student_weights(config.student, teacher)
+        return with_layers(teacher, config)
     name, trust = _name_and_trust(config, role)
     with quiet_libraries(), _explained(role, name):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -149,6 +176,10 @@ def read_model_config(config: DistillConfig, role: Role) -> PreTrainedConfig:
             f"{role} must be a causal language model, got {name} (model_type "
             f"{model_config.model_type!r}{_beside_text(model_config)}); choose a decoder-only model"
         )
+    if role == "student":
+        check_student_weights(name, model_config)
+    else:
+        check_stored_teacher(config, name, model_config)
     return model_config
 
 
@@ -234,7 +265,9 @@ def _student_of_layers(config: DistillConfig, dtype: torch.dtype) -> PreTrainedM
     return student
 
 
-def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained_model(
+    config: DistillConfig, role: Role, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
     attention = _attention(config, role, name, model_config)
@@ -246,6 +279,7 @@ def _pretrained_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> 
             attn_implementation=attention,
             trust_remote_code=trust,
             output_loading_info=True,
+            **options,
         )
     model, info = loaded
     missing = sorted(info["missing_keys"])

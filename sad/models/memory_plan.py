@@ -36,6 +36,14 @@ from transformers.initialization import no_init_weights
 from sad.config.schema import DistillConfig
 from sad.environment import memory_now, resolve_device
 from sad.errors import SadError, UnfitError, with_type
+from sad.models.cached_targets import (
+    CachedTargets,
+    PlannedTeacher,
+    cached_head_items,
+    planned_teacher,
+    sparse,
+    teacher_head,
+)
 from sad.models.forward_memory import forward_peak, put_tensors
 from sad.models.heads import Backbone, output_embedding
 from sad.models.load import (
@@ -43,8 +51,10 @@ from sad.models.load import (
     build_student_model,
     compute_dtype,
     enable_checkpointing,
+    read_model_config,
     teacher_dtype,
 )
+from sad.models.quantization import bits_of_teacher, linear_weights, quantized_bytes
 from sad.models.structural_memory import peak_of_losses, structural_memory
 
 Item = tuple[str, int]
@@ -66,6 +76,8 @@ UNUSED_SHARE = 0.25
 
 SNAPSHOT = "copy of the state, for saving"
 TILES = "loss: tiles of logits"
+OF_TARGETS = "loss: of the targets of each token"
+READING = "reading the teacher's targets"
 STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
 
@@ -98,20 +110,23 @@ class MemoryPlan:
         return total_bytes(item for item in self.items if item[0] != ALLOCATOR)
 
 
-def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
+def plan(
+    config: DistillConfig, eval_rows: int | None = None, cached: CachedTargets | None = None
+) -> MemoryPlan:
     """Predict the peak memory of a run. Random states are left as they are.
 
     Rows are taken to be packed; with ``packing: false`` attention may need a little less. Without
-    ``eval_rows``, the number of held-out rows, what evaluations keep is an upper bound. Raises what
-    loading the models raises, as far as their configurations can tell.
+    ``eval_rows``, the number of held-out rows, what evaluations keep is an upper bound. ``cached``
+    are the sizes of a ``teacher_cache``, which stands for the teacher. Raises what loading the
+    models raises, as far as their configurations can tell.
     """
     device = planned_device(config.device)
     base = memory_now()["rss_bytes"]
     with torch.device("meta"):
         student = build_student_model(config)
-        teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
+        teacher = planned_teacher(config, cached)
 
-    here, elsewhere = _teacher_weights(config, teacher)
+    here, elsewhere = _teacher_weights(config, student, teacher)
     host = teacher_cache_items(config, teacher, eval_rows)
     known = eval_rows is not None or config.max_eval_rows is not None
     if device.type == "cpu" and known:  # the budget alone would be no prediction
@@ -131,11 +146,14 @@ def plan(config: DistillConfig, eval_rows: int | None = None) -> MemoryPlan:
     earlier = gradients if config.gradient_accumulation_steps > 1 else []
     # On a CPU the loss keeps its buffers for the next call.
     tiles = [item for item in turning if item[0] == TILES and device.type == "cpu"]
+    running = _teacher_items(config, device, cached)
+    ahead = _prefetched_items(config, student, teacher)
+    beside = ahead + running if ahead else []  # the teacher runs while the student is trained
     moments = {
-        "between forward and backward": turning + earlier,
-        "at the optimizer step": gradients + tiles,
-        "in the teacher's forward pass": _teacher_items(config, device) + earlier + tiles,
-        "in an evaluation": evaluation_items(config, device, student, teacher, eval_rows),
+        "between forward and backward": turning + earlier + beside,
+        "at the optimizer step": gradients + tiles + beside,
+        "in the teacher's forward pass": running + earlier + tiles,
+        "in an evaluation": evaluation_items(config, device, student, teacher, eval_rows) + ahead,
     }
     moment = max(moments, key=lambda name: total_bytes(moments[name]))
     passing = moments[moment]
@@ -243,23 +261,41 @@ def _moment_bytes(config: DistillConfig, parameter: Tensor) -> int:
 
 
 def _teacher_weights(
-    config: DistillConfig, teacher: PreTrainedModel | None
+    config: DistillConfig, student: PreTrainedModel, teacher: PlannedTeacher | None
 ) -> tuple[list[Item], list[Item]]:
-    """On the training device, and elsewhere. The head is copied to where the student is."""
+    """On the training device, and elsewhere. The head is copied to where the student is, and for
+    other ids to their order."""
     if teacher is None:
         return [], []
+    if isinstance(teacher, CachedTargets):
+        return cached_head_items(teacher), []
     dtype = str(teacher_dtype(config)).removeprefix("torch.")
-    weights = (f"teacher weights, {dtype}", weight_bytes(teacher))
+    bits, size = _teacher_bits(config), weight_bytes(teacher)
+    if bits is not None:
+        dtype = f"{dtype} and {bits} bits"
+        linear = linear_weights(teacher, output_embedding(teacher))
+        size += sum(quantized_bytes(weight, bits) - weight.nbytes for weight in linear)
+    weights = (f"teacher weights, {dtype}", size)
+    head = output_embedding(teacher)
+    mapped = []
+    if config.vocab_map is not None:
+        rows = output_embedding(student).out_features
+        mapped = [("teacher head, in the student's ids", head.weight[0].nbytes * rows)]
     if planned_device(config.teacher_device or config.device) == planned_device(config.device):
-        return [weights], []
-    return [("teacher head", _tensor_bytes(output_embedding(teacher).parameters()))], [weights]
+        return [weights, *mapped], []
+    return [*mapped, ("teacher head", _tensor_bytes(head.parameters()))], [weights]
+
+
+def _teacher_bits(config: DistillConfig) -> int | None:
+    """Bits of the teacher's linear weights; None if they are not quantized."""
+    return bits_of_teacher(config, read_model_config(config, "teacher"))
 
 
 def teacher_cache_items(
-    config: DistillConfig, teacher: PreTrainedModel | None, eval_rows: int | None
+    config: DistillConfig, teacher: PlannedTeacher | None, eval_rows: int | None
 ) -> list[Item]:
     """What evaluations keep of the teacher for one another."""
-    if teacher is None or not config.eval_cache_bytes:
+    if teacher is None or not config.eval_cache_bytes:  # 0 with a teacher_cache
         return []
     per_row = config.max_length * _teacher_bytes_per_token(config, teacher)
     rows = [n for n in (eval_rows, config.max_eval_rows) if n is not None]
@@ -267,8 +303,10 @@ def teacher_cache_items(
     return [("teacher states for evaluations" + (", at most" if eval_rows is None else ""), size)]
 
 
-def _teacher_bytes_per_token(config: DistillConfig, teacher: PreTrainedModel) -> int:
-    """Of its final hidden states."""
+def _teacher_bytes_per_token(config: DistillConfig, teacher: PlannedTeacher) -> int:
+    """Of its final hidden states, or of sparse targets."""
+    if isinstance(teacher, CachedTargets):
+        return teacher.token_bytes
     return output_embedding(teacher).in_features * teacher_dtype(config).itemsize
 
 
@@ -279,13 +317,12 @@ def forward_items(
     config: DistillConfig,
     device: torch.device,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PlannedTeacher | None,
 ) -> list[Item]:
     """What is alive when backward has been through the loss, but not yet through a layer."""
     tokens = _tokens(config)
     head = output_embedding(student)
-    heads = [head] if teacher is None else [head, output_embedding(teacher)]
-    loss = loss_bytes(config, device, heads)
+    loss = loss_bytes(config, device, head, teacher)
     tiles = (TILES, loss.logits)
     width = head.in_features * 2  # in fp32: the hidden states and their gradient
     items = [("student activations", _activation_bytes(config, device))]
@@ -306,13 +343,16 @@ def forward_items(
             tiles = max(tiles, layer, key=_size)
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
-        items.append(("teacher hidden states", size))
-        width += output_embedding(teacher).in_features
+        items.append((_target_label(teacher), size))
+        theirs = teacher_head(teacher)
+        width += 0 if theirs is None else theirs.in_features
     items += [
         tiles,
         ("loss: hidden states and their gradient", tokens * width * FP32),
         ("loss: gradient of the head", gradient_bytes(config, [head.weight])),
     ]
+    if sparse(teacher):
+        items.append((OF_TARGETS, loss.rows))
     items = [item for item in items if item[1]]  # a frozen head has no gradient
     if loss.weight_sum > 0:
         items.append(("loss: fp32 sum of that gradient", loss.weight_sum))
@@ -321,8 +361,12 @@ def forward_items(
     return items
 
 
+def _target_label(teacher: PlannedTeacher) -> str:
+    return "teacher targets" if sparse(teacher) else "teacher hidden states"
+
+
 def projector_items(
-    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+    config: DistillConfig, student: PreTrainedModel, teacher: PlannedTeacher | None
 ) -> list[Item]:
     """What structural losses have of their own, with what trains it."""
     if teacher is None or not config.structural_weights:
@@ -335,27 +379,51 @@ def projector_items(
 # The teacher's forward pass, and evaluations
 
 
-def _teacher_items(config: DistillConfig, device: torch.device) -> list[Item]:
-    """What the teacher holds while it runs a micro-batch, if it does so on the training device."""
+def _teacher_items(
+    config: DistillConfig, device: torch.device, cached: CachedTargets | None
+) -> list[Item]:
+    """What the teacher holds while it runs a micro-batch, if it does so on the training device; or
+    what reading its cache takes."""
+    if cached is not None:
+        return [(READING, _tokens(config) * cached.reading_bytes)]
     size = _teacher_peak(config, device, config.rows_per_process())
     return [("teacher activations", size)] if size else []
 
 
+def _prefetched_items(
+    config: DistillConfig, student: PreTrainedModel, teacher: PlannedTeacher | None
+) -> list[Item]:
+    """The teacher's answer to the next micro-batch, beside the one that is being trained on."""
+    if teacher is None or not config.teacher_prefetch:
+        return []
+    if isinstance(teacher, CachedTargets):
+        return [("teacher's answer to the next micro-batch", _tokens(config) * teacher.token_bytes)]
+    rows = config.rows_per_process()
+    losses = structural_memory(config, student, teacher, rows, gradients=True)
+    captured = sum(loss.captured for loss in losses.values())
+    size = _tokens(config) * _teacher_bytes_per_token(config, teacher)
+    return [("teacher's answer to the next micro-batch", size + captured)]
+
+
 def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int:
     here = planned_device(config.teacher_device or config.device) == device
-    if config.teacher is None or not here:
+    if config.teacher is None or not config.loads_teacher or not here:
         return 0
     with _without_data(config.teacher):
         with torch.device("meta"), no_init_weights():
             teacher = build_model(config, "teacher", teacher_dtype(config))
-        return forward_peak(teacher, _of_fakes(device), rows, config.max_length)
+        expanded = 0
+        if _teacher_bits(config) is not None:  # one layer at a time
+            linear = linear_weights(teacher, output_embedding(teacher))
+            expanded = max((weight.nbytes for weight in linear), default=0)
+        return expanded + forward_peak(teacher, _of_fakes(device), rows, config.max_length)
 
 
 def evaluation_items(
     config: DistillConfig,
     device: torch.device,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PlannedTeacher | None,
     eval_rows: int | None,
 ) -> list[Item]:
     """What is alive in an evaluation's batch, at the worst of its three steps."""
@@ -372,29 +440,36 @@ def evaluation_items(
         with torch.device("meta"), no_init_weights():
             model = build_student_model(config)
         students = forward_peak(model, fakes, rows, config.max_length, autocast)
-    heads = [output_embedding(student)] + ([] if teacher is None else [output_embedding(teacher)])
-    loss = loss_bytes(config, device, heads, tokens=tokens, gradients=False)
-    states = tokens * sum(head.in_features for head in heads) * FP32
+    head = output_embedding(student)
+    theirs = None if teacher is None else teacher_head(teacher)
+    loss = loss_bytes(config, device, head, teacher, tokens=tokens, gradients=False)
+    width = head.in_features + (0 if theirs is None else theirs.in_features)
+    states = tokens * width * FP32
+    if sparse(teacher):
+        states += loss.rows
     losing = loss.logits + states
     held: list[Item] = []
     teachers = 0
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
-        held.append(("teacher hidden states", size))
-        teachers = _teacher_peak(config, device, rows) - size
+        held.append((_target_label(teacher), size))
+        if isinstance(teacher, CachedTargets):
+            teachers = tokens * teacher.reading_bytes - size
+        else:
+            teachers = _teacher_peak(config, device, rows) - size
         losses = structural_memory(config, student, teacher, rows, gradients=False)
         structural = peak_of_losses(losses)
         if structural:
             held.append((STRUCTURAL_LOSSES, structural))
     if device.type == "cpu":  # the buffers of the loss stay, and the teacher comes first
-        trained = loss_bytes(config, device, heads).logits
+        trained = loss_bytes(config, device, head, teacher).logits
         buffers = max(loss.logits, trained)
         held.append((TILES, buffers))
         losing = states
         if known and min(known) <= rows:  # in the only batch
             teachers -= buffers - trained
     steps = {
-        "teacher activations": teachers,
+        READING if isinstance(teacher, CachedTargets) else "teacher activations": teachers,
         "student activations, without gradients": students,
         "loss of the evaluation": losing,
     }
@@ -405,24 +480,27 @@ def evaluation_items(
 def loss_bytes(
     config: DistillConfig,
     device: torch.device,
-    heads: list[nn.Linear],
+    student: nn.Linear,
+    teacher: PlannedTeacher | None,
     *,
     tokens: int | None = None,
     gradients: bool = True,
 ) -> LinearMemory:
-    """What the loss takes on this device, with the student's head first, by default of a
-    micro-batch.
+    """What the loss takes on this device with the student's head, by default of a micro-batch.
 
     As if every token was a target: where few are, in conversations, the loss takes less.
     """
-    student, *teacher = heads
+    theirs = None if teacher is None else teacher_head(teacher)
+    kind, width = ("hidden", theirs.in_features) if theirs is not None else (None, 0)
+    if isinstance(teacher, CachedTargets) and teacher.top_k is not None:
+        kind, width = "top_k", teacher.top_k
     wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(
         _tokens(config) if tokens is None else tokens,
         student.out_features,
         student.in_features,
-        teacher="hidden" if teacher else None,
-        teacher_width=sum(head.in_features for head in teacher),
+        teacher=kind,
+        teacher_width=width,
         gradients=wrt if gradients else (),
         dtype=compute_dtype(config),
         chunk_bytes=config.chunk_bytes,
@@ -503,11 +581,12 @@ def _kept_bytes(
 
 
 def _full_logits(
-    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+    config: DistillConfig, student: PreTrainedModel, teacher: PlannedTeacher | None
 ) -> int:
     per_token = output_embedding(student).out_features * compute_dtype(config).itemsize
-    if teacher is not None:
-        per_token += output_embedding(teacher).out_features * teacher_dtype(config).itemsize
+    theirs = None if teacher is None else teacher_head(teacher)
+    if theirs is not None:
+        per_token += theirs.out_features * theirs.weight.dtype.itemsize
     return _tokens(config) * per_token
 
 

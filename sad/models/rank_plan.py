@@ -27,9 +27,15 @@ from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
 from sad.distributed.world import mesh_sizes
+from sad.models.cached_targets import (
+    CachedTargets,
+    PlannedTeacher,
+    cached_head_items,
+    planned_teacher,
+)
 from sad.models.flops import bf16_peak, forward_flops, training_flops
 from sad.models.heads import decoder_layers, output_embedding
-from sad.models.load import build_model, build_student_model, compute_dtype, teacher_dtype
+from sad.models.load import build_student_model, compute_dtype, teacher_dtype
 from sad.models.memory_plan import (
     ALLOCATOR,
     FP32,
@@ -177,17 +183,22 @@ class RankPlan:
 
 
 def plan_ranks(
-    config: DistillConfig, cluster: Cluster, flops_per_second: float | None = None
+    config: DistillConfig,
+    cluster: Cluster,
+    flops_per_second: float | None = None,
+    cached: CachedTargets | None = None,
 ) -> RankPlan:
     """Predict memory, transfers and time of a run on ``cluster``; no weight is loaded.
 
-    ``flops_per_second`` is what one rank reaches, by default the peak of this machine's GPU. Raises
-    ``UsageError`` for replicas that do not make up the ranks, and what ``plan`` raises.
+    ``flops_per_second`` is what one rank reaches, by default the peak of this machine's GPU.
+    ``cached`` are the sizes of a ``teacher_cache``: each rank reads its rows' targets, and nothing
+    of the teacher is moved. Raises ``UsageError`` for replicas that do not make up the ranks, and
+    what ``plan`` raises.
     """
     device = planned_device(config.device)
     with torch.device("meta"):
         student = build_student_model(config)
-        teacher = build_model(config, "teacher", teacher_dtype(config)) if config.teacher else None
+        teacher = planned_teacher(config, cached)
     if flops_per_second is None and device.type == "cuda" and torch.cuda.is_available():
         flops_per_second = bf16_peak(torch.cuda.get_device_name())
     states = plan_states(config, student, teacher, cluster, flops_per_second)
@@ -204,7 +215,7 @@ def plan_ranks(
 def plan_states(
     config: DistillConfig,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PlannedTeacher | None,
     cluster: Cluster,
     flops_per_second: float | None = None,
 ) -> RankPlan:
@@ -213,8 +224,8 @@ def plan_states(
     (replicas, shards), length = mesh_of(config, cluster.ranks), config.max_length
     device = planned_device(config.device)
     kept, host = _kept_items(config, device, student, teacher, shards)
-    heads = [output_embedding(model) for model in (student, teacher) if model is not None]
-    loss = loss_bytes(as_one_rank(config, cluster.ranks), device, heads)
+    one = as_one_rank(config, cluster.ranks)
+    loss = loss_bytes(one, device, output_embedding(student), teacher)
     of_loss = [("fp32 sum of the head's gradient", loss.weight_sum), (TILES, loss.logits)]
     again = forward_flops(student, length) if config.gradient_checkpointing else 0
     return RankPlan(
@@ -234,7 +245,7 @@ def plan_states(
         host=tuple(host),
         transfers=tuple(transfers(config, student, teacher, cluster)),
         student_flops=training_flops(student, length) + again,
-        teacher_flops=0 if teacher is None else forward_flops(teacher, length),
+        teacher_flops=forward_flops(teacher, length) if isinstance(teacher, PreTrainedModel) else 0,
         flops_per_second=flops_per_second,
     )
 
@@ -269,7 +280,7 @@ def _kept_items(
     config: DistillConfig,
     device: torch.device,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PlannedTeacher | None,
     shards: int,
 ) -> tuple[list[Item], list[Item]]:
     """This rank's parts, on the device and in host memory."""
@@ -283,7 +294,9 @@ def _kept_items(
         host = host + copied
     if config.cpu_offload and device.type != "cpu":
         parts, host = [], parts + host
-    if teacher is not None:
+    if isinstance(teacher, CachedTargets):
+        parts = [*parts, *cached_head_items(teacher)]  # whole on each rank
+    elif teacher is not None:
         dtype = teacher_dtype(config)
         size = split_numel(teacher.parameters(), shards) // shards * dtype.itemsize
         parts = [*parts, (f"teacher weights, {str(dtype).removeprefix('torch.')}", size)]
@@ -306,7 +319,7 @@ def state_items(config: DistillConfig, student: PreTrainedModel, shards: int) ->
 
 
 def whole_items(
-    config: DistillConfig, student: PreTrainedModel, teacher: PreTrainedModel | None
+    config: DistillConfig, student: PreTrainedModel, teacher: PlannedTeacher | None
 ) -> list[Item]:
     """What is gathered around a micro-batch, and gradients before they are summed over ranks."""
     itemsize = compute_dtype(config).itemsize
@@ -321,7 +334,7 @@ def whole_items(
         items.append(("all student layers", itemsize * sum(layers)))
     if not config.sync_each_batch and config.gradient_accumulation_steps > 1:
         items.append(("gradients of the step, float32", FP32 * (root + sum(layers))))
-    if teacher is not None:
+    if isinstance(teacher, PreTrainedModel):
         itemsize = teacher_dtype(config).itemsize
         _, layers = _root_and_layers(teacher)
         head = output_embedding(teacher).weight.numel()
@@ -349,7 +362,7 @@ def split_numel(parameters: Iterable[Tensor], shards: int) -> int:
 def transfers(
     config: DistillConfig,
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PlannedTeacher | None,
     cluster: Cluster,
 ) -> list[Transfer]:
     """What each rank moves in an optimizer step; nothing over ranks of which there is one."""
@@ -367,7 +380,7 @@ def transfers(
         gathered = everything + (passes - 1) * in_layers
         size = compute_dtype(config).itemsize * gathered
         found.append(Transfer("student weights, gathered", size, steps, split_crosses))
-        if teacher is not None:
+        if isinstance(teacher, PreTrainedModel):
             size = teacher_dtype(config).itemsize * split_numel(teacher.parameters(), shards)
             label = "teacher weights, gathered"
             found.append(Transfer(label, size, steps, split_crosses, teacher=True))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from sad.config.schema import DistillConfig
+from sad.models.cached_targets import PlannedTeacher, teacher_head
 from sad.models.heads import output_embedding
 from sad.models.load import compute_dtype, teacher_dtype
 
@@ -46,7 +47,7 @@ class LossMemory(NamedTuple):
 def structural_memory(
     config: DistillConfig,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PlannedTeacher,
     rows: int,
     *,
     gradients: bool,
@@ -73,15 +74,16 @@ def _memory_of(
     name: str,
     config: DistillConfig,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PlannedTeacher,
     rows: int,
     *,
     gradients: bool,
 ) -> LossMemory:
     tokens = rows * config.max_length
-    ours, theirs = (output_embedding(model).in_features for model in (student, teacher))
+    ours, theirs = output_embedding(student).in_features, _width(teacher)
     projector = TRAINED * ours * theirs if ours != theirs else 0
     teacher_size = teacher_dtype(config).itemsize
+    model: Any = teacher  # a cache has no layers, and serves no loss that needs them
     upcast = FP32 if compute_dtype(config).itemsize < FP32 else 0
     states = STATES_KEPT * tokens * theirs * FP32
 
@@ -105,7 +107,7 @@ def _memory_of(
             queue = config.contrastive.queue_size * theirs * FP32
             return LossMemory(projector + queue, 0, 0, 2 * tokens * (ours + theirs) * FP32)
         case "attention":
-            mine, other = _heads(student), _heads(teacher)
+            mine, other = _heads(student), _heads(model)
             section = config.attention
             found = between_maps(
                 len(section.layers), mine.heads, section.query_block, other.widths, mine.widths
@@ -114,12 +116,17 @@ def _memory_of(
             mixed = rows * other.heads * block * config.max_length * FP32
             return found._replace(passing=max(found.passing, MIXED_MAPS_AT_ONCE * mixed))
         case "relations":
-            mine, other = _heads(student), _heads(teacher)
+            mine, other = _heads(student), _heads(model)
             pairs, block = len(config.relations.layers), config.relations.query_block
             heads = _relation_heads(mine.query, other.query)
             return between_maps(pairs, heads, block, other.all_three, mine.all_three)
         case _:  # routers: gates are small beside all else
             return LossMemory(0, 0, 0, 0)
+
+
+def _width(teacher: PlannedTeacher) -> int:
+    head = teacher_head(teacher)
+    return 0 if head is None else head.in_features
 
 
 class _Heads(NamedTuple):

@@ -8,7 +8,6 @@ bounded beforehand, on the host (``sad.config.updates``).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, assert_never
 
@@ -20,7 +19,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from sad.config.schema import DistillConfig
 from sad.config.updates import update_is_finite
 from sad.distributed.tensors import whole
-from sad.environment import import_extra
+from sad.environment import import_extra, quiet_quantizers
 
 
 def build_adamw(
@@ -45,8 +44,7 @@ def build_adamw(
         case "adamw_torch_fused":
             return AdamW(groups, **options, fused=True)
         case "adamw_8bit":
-            # It logs what it lacks for other uses when it is imported.
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            quiet_quantizers()
             bitsandbytes = import_extra("bitsandbytes", "8bit", "for optim: adamw_8bit")
             return bitsandbytes.optim.AdamW8bit(groups, **options)
         case _:

@@ -15,7 +15,9 @@ from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
 from sad.distributed.world import mesh_sizes
 from sad.environment import library_versions
+from sad.models.cached_targets import CachedTargets
 from sad.models.memory_plan import plan
+from sad.models.quantization import parameter_count, quantized_count, stored_quantization
 from sad.models.rank_plan import Cluster, plan_ranks
 from sad.optim.precision import Precision
 from sad.optim.schedule import RunLength, describe
@@ -87,13 +89,18 @@ def run_header(
     return lines
 
 
-def predicted_peak(config: DistillConfig, eval_rows: int, world_size: int = 1) -> int | None:
+def predicted_peak(
+    config: DistillConfig,
+    eval_rows: int,
+    world_size: int = 1,
+    cached: CachedTargets | None = None,
+) -> int | None:
     """The peak of one process, in bytes, that ``sad plan`` predicts; None where it fails, which
-    ends no run."""
+    ends no run. ``cached`` are the sizes of a ``teacher_cache``."""
     try:
         if world_size > 1:
-            return plan_ranks(config, Cluster(world_size)).total
-        return plan(config, eval_rows).total
+            return plan_ranks(config, Cluster(world_size), cached=cached).total
+        return plan(config, eval_rows, cached).total
     except Exception:  # for whatever reason: the run needs no estimate
         return None
 
@@ -148,9 +155,17 @@ def layers_phrase(config: DistillConfig) -> str:
 
 def model_line(source: str, model: nn.Module) -> str:
     """A model in words: where it comes from, its parameters and their dtype."""
-    count = sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return f"{source}, {count:,} parameters in {dtype}"
+    return f"{source}, {parameter_count(model):,} parameters in {dtype}"
+
+
+def quantized_part(config: DistillConfig, teacher: Any) -> str:
+    """How many of the teacher's parameters are quantized, and how; nothing where none are."""
+    kind = config.teacher_quantization or stored_quantization(teacher.config)
+    if kind is None:
+        return ""
+    count = quantized_count(teacher)
+    return f", {count:,} of them in {kind}" if count else f", quantized ({kind})"
 
 
 def _untrained_parts(model: Any) -> list[Line]:

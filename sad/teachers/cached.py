@@ -7,6 +7,7 @@ logits; sparse targets are a few ids and their weights per token.
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +17,17 @@ from sad_kernels import TeacherHidden, TeacherTopK
 from torch import Tensor, nn
 
 from sad.data.batch import Batch
-from sad.errors import UnfitError, printable, shortened
+from sad.errors import UnfitError, UsageError, printable, shortened
 from sad.losses.capture import Capture
-from sad.teachers.cache.files import Section, shards_of
+from sad.models.cached_targets import CachedTargets
+from sad.teachers.cache.facts import CacheFacts
+from sad.teachers.cache.files import HEAD, Section, open_tensors, read_facts, shards_of
 from sad.teachers.cache.forms import require_decoded
 from sad.teachers.cache.reader import CacheReader
+from sad.teachers.cache.source import position_bytes
 from sad.teachers.cache.sparse import decode
 from sad.teachers.frozen import TeacherOutput
+from sad.teachers.vocabulary import read_weights, unknown_ids
 
 
 class AbsentModel(nn.Module):
@@ -69,6 +74,10 @@ class CachedTeacher:
         return self.reader.head(self.device)
 
     @cached_property
+    def _unknown(self):
+        return unknown_ids(self._head) if self.reader.facts.vocab_map is not None else None
+
+    @cached_property
     def _codec(self):
         return self.reader.codec(self.device)
 
@@ -89,13 +98,17 @@ class CachedTeacher:
         if self._shards.kind == "hidden":
             record = {name: values.to(self.device) for name, values in record.items()}
             hidden = self._codec.decode(record, self._head.weight.dtype)
-            return TeacherOutput((TeacherHidden(hidden, self._head),))
+            weights = None if self._unknown is None else read_weights(batch, self._unknown)
+            return TeacherOutput((TeacherHidden(hidden, self._head),), kd_weights=weights)
         temperature = self._temperature if self._shards.kind == "topk" else 1.0
         ids, log_probs = decode(record, self._column, temperature)
         require_decoded(self.reader.folder, record, ids, self.reader.facts.valid_vocab)
         tail = "bucket" if self._shards.kind == "topk" else "zero"
         target = TeacherTopK(ids.to(self.device), log_probs.to(self.device), tail)
-        return TeacherOutput((target,))
+        weights = None
+        if self.reader.facts.vocab_map is not None:  # what the teacher could not read is padding
+            weights = (~target.log_probs.isneginf().all(-1)).float()
+        return TeacherOutput((target,), kd_weights=weights)
 
     def release(self) -> None:
         """As ``FrozenTeacher.release``: there is nothing to free."""
@@ -157,12 +170,40 @@ def _column_of(reader: CacheReader, temperature: float) -> int:
     return temperatures.index(temperature)
 
 
+def planned_targets(folder: Path, facts: CacheFacts | None = None) -> CachedTargets:
+    """The sizes that a plan of memory needs of a cache, from its facts and its head's header.
+
+    Raises ``UsageError`` for a folder without a cache, ``UnfitError`` for one that is damaged.
+    """
+    found = (facts, {}) if facts is not None else read_facts(folder.expanduser())
+    if found is None:
+        raise UsageError(
+            f"teacher_cache must be a folder that `sad cache-teacher` has made, got {folder}, "
+            "which holds none; make it, or plan without one"
+        )
+    facts, _ = found
+    if facts.head is None:
+        size = position_bytes(facts, facts.kind, 0)
+        return CachedTargets(size, top_k=facts.top_k)
+    tensors = open_tensors(folder.expanduser() / HEAD)
+    dtype, (rows, width) = tensors.form("weight")
+    return CachedTargets(
+        position_bytes(facts, facts.kind, width),
+        head_rows=rows,
+        width=width,
+        head_dtype=dtype,
+        head_bias="bias" in tensors,
+    )
+
+
 def describe(reader: CacheReader) -> str:
     """What a run's header says of its teacher's cache."""
     facts, notes = reader.facts, reader.notes
     count = notes.get("parameters")
     size = f", {count:,} parameters in {facts.teacher.dtype}" if isinstance(count, int) else ""
     match facts.kind:
+        case "sampled" if "format" in notes:
+            what = f"{facts.top_k} ids per token of {notes['format']}, whose weights sum to 1"
         case "sampled":
             what = f"{facts.top_k} sampled ids per token at T = {facts.temperatures[0]:g}"
         case "topk":

@@ -38,7 +38,7 @@ class EvalTeacher:
     def model(self) -> PreTrainedModel:
         return self.teacher.model
 
-    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput[TeacherHidden]:
         """As ``FrozenTeacher.forward``. With a ``capture`` the teacher runs: the activations inside
         it are not kept."""
         if capture is not None or not self.cache_bytes:
@@ -46,7 +46,9 @@ class EvalTeacher:
         key = _key(batch)
         if not self.world.any(key not in self._kept):
             hidden = self._kept[key].to(self.teacher.device)
-            return TeacherOutput((TeacherHidden(hidden, self.teacher.head()),))
+            weights = self.teacher.kd_weights(batch)
+            target = TeacherHidden(hidden, self.teacher.head())
+            return TeacherOutput((target,), kd_weights=weights)
         output = self.teacher.forward(batch)
         (target,) = output.targets
         assert isinstance(target, TeacherHidden)

@@ -46,10 +46,13 @@ class TrainBatches:
 
     def batch(self, micro_step: int) -> Batch:
         """This rank's rows of a micro-batch, on the device; a row without targets for none."""
+        return self.host_batch(micro_step).to(self.device)
+
+    def host_batch(self, micro_step: int) -> Batch:
+        """The same in host memory, which nobody has to wait for."""
         rows = self.row_numbers(micro_step)
         first = micro_step * self._run_length.batch_size
-        batch = rank_batch(self.rows, rows, self._world.share(len(rows)), first)
-        return batch.to(self.device)
+        return rank_batch(self.rows, rows, self._world.share(len(rows)), first)
 
     def window(self, window: Window) -> Iterator[Batch]:
         """The micro-batches of a window, one by one."""

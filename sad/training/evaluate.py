@@ -19,6 +19,7 @@ from sad.errors import UnfitError
 from sad.metrics import KL_BOUND
 from sad.models.heads import eval_no_grad
 from sad.teachers.frozen import Teacher
+from sad.teachers.vocabulary import scored_labels
 from sad.training.meters import EvalMetrics
 from sad.training.student import StudentWithLoss
 
@@ -46,9 +47,9 @@ def evaluate_student(
     teacher, nats per target), ``agreement`` and ``accuracy`` (shares of targets whose argmax is the
     teacher's, the label), ``entropy`` (nats), ``bits_per_byte``, and each term of the structural
     ``losses`` under its name, unweighted, per unit; nothing is hooked for others. Without a teacher
-    there is no ``kl`` and no ``agreement``; where only its most likely ids are known, the bound
-    ``kl_bucket`` stands for ``kl``. Training mode, queues and random generators are left as they
-    were.
+    there is no ``kl`` and no ``agreement``, which are means over the targets that the teacher has
+    an answer for; where of its ids only the most likely are known, the bound ``kl_bucket`` stands
+    for ``kl``. Training mode, queues and random generators are left as they were.
     """
     objective = OBJECTIVE_CE_ONLY if teacher is None else OBJECTIVE
     weights = dict.fromkeys(losses, 1.0)
@@ -61,10 +62,13 @@ def evaluate_student(
             output = None if teacher is None else teacher.forward(batch, capture)
             if output is not None and isinstance(output.targets[0], TeacherTopK):
                 divergence = KL_BOUND
+            compared = None
+            if output is not None and output.kd_weights is not None:
+                compared = ((batch.labels >= 0) & (output.kd_weights > 0)).sum()
             for prefix, with_weights in variants.items():
                 with with_weights():
                     result = student(batch, output, objective, batch.counts, weights)
-                metrics[prefix].update(result.distill, batch, result.terms)
+                metrics[prefix].update(result.distill, batch, result.terms, compared)
     if teacher is not None:
         teacher.release()
     return {
@@ -92,13 +96,22 @@ def evaluate_teacher(
     prefix: str = "eval_teacher",
     world: World = ALONE,
 ) -> dict[str, float]:
-    """Score the teacher itself: the mark that its student is measured against."""
-    metrics = EvalMetrics()
+    """Score the teacher itself: the mark that its student is measured against.
+
+    Of a teacher that lacks ids of the student's those targets count that it can read and name, and
+    there are no ``bits_per_byte`` if that leaves any out.
+    """
+    metrics, left_out = EvalMetrics(), False
     for batch in batches:
-        (target,) = teacher.forward(batch).targets
+        output = teacher.forward(batch)
+        (target,) = output.targets
         assert isinstance(target, TeacherHidden)  # others give no likelihood of the text
-        out = linear_distill_loss(target.hidden, target.head, batch.labels, None, OBJECTIVE_CE_ONLY)
+        labels = scored_labels(batch, output.kd_weights, target.head)
+        left_out |= labels is not batch.labels and not torch.equal(labels, batch.labels)
+        out = linear_distill_loss(target.hidden, target.head, labels, None, OBJECTIVE_CE_ONLY)
         metrics.update(out, batch)
     teacher.release()
     values = metrics.compute(None, world=world)
+    if world.any(left_out):
+        values.pop("bits_per_byte", None)
     return {f"{prefix}/{name}": value for name, value in values.items()}

@@ -23,6 +23,7 @@ from sad.data.tokenizers import (
     require_same_tokenizer,
     valid_vocab,
 )
+from sad.data.vocab_map import VocabMap, read_vocab_map
 from sad.distributed.world import ALONE, World
 from sad.environment import (
     library_versions,
@@ -35,7 +36,8 @@ from sad.models.preflight import require_known_positions
 from sad.optim.schedule import planned_length
 from sad.report.terminal import waiting_bar
 from sad.teachers.cache.checks import RunFacts, require_own_cache
-from sad.teachers.cache.facts import RunOrder
+from sad.teachers.cache.facts import CacheFacts, MapFacts, RunOrder
+from sad.teachers.cache.own_rows import rows_of_cache
 from sad.teachers.cache.reader import CacheReader
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.eval_teacher import EvalTeacher
@@ -43,6 +45,7 @@ from sad.teachers.fingerprint import HASHES, fingerprint_model
 from sad.teachers.frozen import FrozenTeacher, Teacher
 from sad.teachers.sharded import load_sharded_teacher
 from sad.training.batches import rank_batch
+from sad.training.vocabulary import check_vocabulary, teacher_vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class RunInputs:
     """In what the models' own tokenizers differ from ``tokenizer``, and which is taken."""
     teacher_fingerprint: dict[str, str] | None = None
     """What tells the teacher's weights from others: see ``sad.teachers.fingerprint``."""
+    vocabulary: MapFacts | None = None
+    """The map from the student's ids to those of a teacher that runs here; None for equal ids."""
     world: World = ALONE
 
     @property
@@ -110,10 +115,16 @@ class RunInputs:
             "tokenizer": fingerprint(self.tokenizer),
             "world_size": self.world.size,
             "versions": library_versions(),
-            "teacher": self.teacher_fingerprint,
+            "teacher": self._teacher_identity,
             "train_rows_content": self.train_rows.content,
             "eval_rows_content": self.eval_rows.content,
         }
+
+    @property
+    def _teacher_identity(self) -> dict[str, str] | None:
+        if self.teacher_fingerprint is None or self.vocabulary is None:
+            return self.teacher_fingerprint
+        return self.teacher_fingerprint | {"vocab_map": self.vocabulary.hash}
 
 
 def load_inputs(
@@ -140,16 +151,20 @@ def load_inputs(
     set_chat_template(tokenizer, config.data)
     vocabulary = valid_vocab(tokenizer)
     notes = _compare_with_student(config, tokenizer)
-    teacher = eval_teacher = teacher_fingerprint = None
+    teacher = eval_teacher = teacher_fingerprint = teacher_tokenizer = None
+    found: VocabMap | None = None
     memory = cache_directory(config.data.cache_dir) / HASHES
     if config.loads_teacher:
         assert config.teacher is not None
         teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
         source = "student" if config.tokenizer is None else "tokenizer"
-        notes += require_same_tokenizer(teacher_tokenizer, tokenizer, source=source)
+        found, more = teacher_vocabulary(config, teacher_tokenizer, tokenizer, source, world)
+        notes += more
         say(f"loading the teacher {config.teacher}")
         teacher = load_sharded_teacher(config, vocabulary, device=device, world=world, say=say)
-        teacher = teacher or FrozenTeacher(load_teacher(config), vocabulary, device=device)
+        teacher = teacher or FrozenTeacher(
+            load_teacher(config), vocabulary, device=device, vocab_map=found
+        )
         # One rank reads the files; what it finds is remembered for the others.
         teacher_fingerprint = world.main_first(
             partial(
@@ -161,15 +176,28 @@ def load_inputs(
         )
         eval_teacher = EvalTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
-    train_rows, eval_rows = world.main_first(partial(load_rows, config, tokenizer))
+    # An imported cache has rows of its own.
+    rows = world.main_first(partial(rows_of_cache, config))
+    train_rows, eval_rows = rows or world.main_first(partial(load_rows, config, tokenizer))
     if config.teacher_cache is not None:
         teacher, eval_teacher = _open_cache(
             config, tokenizer, vocabulary, (train_rows, eval_rows), device, world, memory, say
         )
         teacher_fingerprint = {"cache": teacher.reader.facts.plan}
+        notes += tuple(map(str, teacher.reader.notes.get("vocabulary", ())))
     elif teacher is not None:
         longest = max(rows.longest_segment for rows in (train_rows, eval_rows))
         require_known_positions(teacher.model.config, longest)
+    facts = None
+    if found is not None and isinstance(teacher, FrozenTeacher):
+        assert teacher_tokenizer is not None
+        facts, more = world.main_first(
+            partial(
+                check_vocabulary,
+                *(config, found, teacher_tokenizer, tokenizer, (train_rows, eval_rows), teacher),
+            )
+        )
+        notes += more
     return RunInputs(
         tokenizer=tokenizer,
         valid_vocab=vocabulary,
@@ -181,6 +209,7 @@ def load_inputs(
         rss_before=rss_before,
         tokenizer_notes=notes,
         teacher_fingerprint=teacher_fingerprint,
+        vocabulary=facts,
         world=world,
     )
 
@@ -217,12 +246,22 @@ def _open_cache(
         valid_vocab=vocabulary,
         order=RunOrder(config.seed, length.micro_batches, length.batch_size),
         num_rows=len(train_rows),
+        vocab_map=_named_map(config, vocabulary, reader.facts),
     )
     require_own_cache(reader.facts, reader.notes, config, run, reader.folder, memory)
     return (
         CachedTeacher(reader, "train", temperature=config.temperature, device=device),
         CachedTeacher(reader, "eval", temperature=1.0, device=device),
     )
+
+
+def _named_map(config: DistillConfig, vocabulary: int, facts: CacheFacts) -> str | None:
+    """The hash of the map that a run with a cache names; how many ids the teacher has, the cache
+    need not tell."""
+    if config.vocab_map is None:
+        return None
+    named = read_vocab_map(config.vocab_map, vocabulary, 1 << 62)
+    return None if named.is_identity and facts.vocab_map is None else named.hash
 
 
 def _compare_with_student(

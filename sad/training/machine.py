@@ -7,11 +7,12 @@ from sad_kernels._dispatch import choose_impl
 from sad.config.schema import DistillConfig
 from sad.environment import resolve_device
 from sad.errors import UsageError
+from sad.models.quantization import require_quantizer
 from sad.report.trackers import require_installed
 
 
 def check_machine(config: DistillConfig) -> None:
-    """Raise ``UsageError`` for devices, kernels or trackers that are not here."""
+    """Raise ``UsageError`` for devices, kernels, trackers or quantizers that are not here."""
     for key, name in (("device", config.device), ("teacher_device", config.teacher_device)):
         if name is not None and resolve_device(name, key).type == "meta":
             raise UsageError(
@@ -26,3 +27,4 @@ def check_machine(config: DistillConfig) -> None:
             "leave the key out: Triton's kernels need a GPU"
         ) from error
     require_installed(config.report_to)
+    require_quantizer(config)

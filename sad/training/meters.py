@@ -18,6 +18,7 @@ from sad.distributed.world import ALONE, World
 from sad.expected import Check, anything, every, integer, mapping, number, record, sequence, string
 from sad.losses.base import LossTerms
 from sad.metrics import table_metrics
+from sad.models.quantization import parameter_count
 from sad.optim.precision import UpdateResult
 
 
@@ -224,13 +225,21 @@ class EvalMetrics:
 
     def __init__(self, terms: Sequence[str] = ()) -> None:
         self._names = terms
-        self._sums: Tensor | None = None  # [6] on the device
+        self._sums: Tensor | None = None  # [7] on the device
         self._bytes = 0
         self._terms: dict[str, tuple[Tensor, int]] = {}  # sum on the device, count
 
-    def update(self, out: DistillOutput, batch: Batch, terms: LossTerms | None = None) -> None:
-        """Add a batch. Does not wait for the device."""
-        parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)
+    def update(
+        self,
+        out: DistillOutput,
+        batch: Batch,
+        terms: LossTerms | None = None,
+        compared: Tensor | None = None,
+    ) -> None:
+        """Add a batch, of whose targets ``compared`` [] have an answer of the teacher's, by default
+        all. Does not wait for the device."""
+        compared = out.num_tokens if compared is None else compared
+        parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy, compared)
         sums = torch.stack([part.double() for part in parts])
         self._sums = sums if self._sums is None else self._sums + sums
         self._bytes += batch.target_bytes
@@ -249,7 +258,7 @@ class EvalMetrics:
             return {}
         if world.size > 1:
             self._collect(world)
-        ce, kd, targets, correct, agree, entropy = self._sums.tolist()
+        ce, kd, targets, correct, agree, entropy, compared = self._sums.tolist()
         nll = ce / targets
         result = {
             "nll": nll,
@@ -259,7 +268,8 @@ class EvalMetrics:
             "entropy": entropy / targets,
         }
         if divergence is not None:
-            result |= {divergence: kd / targets, "agreement": agree / targets}
+            compared = compared or math.nan
+            result |= {divergence: kd / compared, "agreement": agree / compared}
         return result | {
             name: float(value) / max(count, 1) for name, (value, count) in self._terms.items()
         }
@@ -271,8 +281,8 @@ class EvalMetrics:
         parts = [*self._sums, self._sums.new_tensor(self._bytes), *(value for value, _ in terms)]
         counts = [self._sums.new_tensor(count) for _, count in terms]
         total = world.sum_(torch.stack([*parts, *counts]))
-        self._sums, self._bytes = total[:6], int(total[6])
-        values, counts = total[7:].view(2, -1)
+        self._sums, self._bytes = total[:7], int(total[7])
+        values, counts = total[8:].view(2, -1)
         both = zip(self._terms, values, counts.tolist(), strict=True)
         self._terms = {name: (value, int(count)) for name, value, count in both}
 
@@ -287,5 +297,5 @@ def result_row(
     or does not apply is None."""
     scores = {m.name: metrics.get(f"{prefix}/{m.name}") for m in table_metrics()}
     if isinstance(model, nn.Module):
-        model = sum(p.numel() for p in model.parameters())
+        model = parameter_count(model)
     return {"name": name, "parameters": model} | scores

@@ -50,6 +50,8 @@ def check_ranks(config: DistillConfig, world: World) -> None:
         "torch_compile": ("be false", config.torch_compile),
         "optim": ("be adamw_torch_fused", config.optim != "adamw_torch_fused"),
         "teacher_device": ("be left out", config.teacher_device is not None),
+        "teacher_quantization": ("be left out", config.teacher_quantization is not None),
+        "teacher_prefetch": ("be 0", config.teacher_prefetch > 0),
         "ema_device": ("be left out", config.ema_device is not None),
         "routing.mode": ("be teacher", config.routing.mode != "teacher"),
         # What these compare or balance is all rows of a micro-batch together.

@@ -66,7 +66,7 @@ from sad.training.resume import (
 )
 from sad.training.samples import write_samples
 from sad.training.student import build_student
-from sad.training.teacher_score import describe_teacher, score_teacher
+from sad.training.teacher_score import describe_teacher, planned_sizes, score_teacher
 from sad.training.trainer import MakeScheduler, Trainer
 
 
@@ -159,7 +159,7 @@ def _distill(
 
     if inputs.teacher is not None:
         if inputs.frozen_teacher is not None:
-            row = inputs.eval_rows.batch([0]).input_ids
+            row = inputs.frozen_teacher.reads(inputs.eval_rows.batch([0]).input_ids)
             check = partial(check_model, inputs.frozen_teacher.model, row, packing=config.packing)
             inputs.frozen_teacher.within(check)  # before it is relied on
         if needs_rehearsal(config):
@@ -348,10 +348,11 @@ def _train(
     objective = config.objective()
     if frozen is None:  # its targets come from a cache, if there are any: nothing to compare with
         objective = replace(objective, ce_weight=1.0, kd_weight=0.0)
+    answers = isinstance(frozen, ShardedTeacher) or (frozen is not None and frozen.is_mapped)
     check = partial(
         check_models_and_loss,
         student.model,
-        None if sharded or frozen is None else frozen.model,  # checked before
+        None if answers or frozen is None else frozen.model,  # checked before
         inputs.eval_rows.batch([0]).input_ids,
         objective,
         valid_vocab=inputs.valid_vocab,
@@ -360,7 +361,7 @@ def _train(
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
-        run_teacher=frozen.answer if isinstance(frozen, ShardedTeacher) else None,
+        run_teacher=frozen.answer if answers and frozen is not None else None,
     )
     checks = run_within(student, check)
     world.from_main(lambda: run_dir.require_exportable(student.model, inputs.tokenizer))
@@ -385,7 +386,8 @@ def _train(
             resumption.checkpoint.tensors.clear()  # copied: the files need not stay mapped
         predicted = None  # one rank says it for all
         if world.main:
-            predicted = predicted_peak(config, len(inputs.eval_rows), world.size)
+            cached = planned_sizes(inputs.teacher)
+            predicted = predicted_peak(config, len(inputs.eval_rows), world.size, cached)
         header = run_header(
             title,
             config,

@@ -124,16 +124,17 @@ class StudentWithLoss(nn.Module):
         """
         num_items = max(counts.targets, 1)
         targets = teacher.targets if teacher is not None and objective.kd_weight else ()
+        kd_weights = teacher.kd_weights if teacher is not None and targets else None
         active = self.active_losses(weights)
         terms: LossTerms = {}
         if self.structural is None or teacher is None or not active:
             hidden, terms = self._hidden(batch)
-            distill = self._distill(hidden, batch, targets, objective, num_items)
+            distill = self._distill(hidden, batch, targets, objective, num_items, kd_weights)
         else:
             # Hooks listen during this one forward pass of the layers and are gone before the loss.
             with self.structural.student_capture(active).capturing() as activations:
                 hidden, terms = self._hidden(batch)
-            distill = self._distill(hidden, batch, targets, objective, num_items)
+            distill = self._distill(hidden, batch, targets, objective, num_items, kd_weights)
             target = teacher.targets[0]
             assert isinstance(target, TeacherHidden)  # others have no states to compare with
             inputs = LossInputs(
@@ -213,6 +214,7 @@ class StudentWithLoss(nn.Module):
         targets: Sequence[TeacherHidden | TeacherTopK],
         objective: Objective,
         num_items: int,
+        kd_weights: Tensor | None,  # [B, L]
     ) -> DistillOutput:
         """The loss on logits, against no teacher, one target or several.
 
@@ -231,6 +233,7 @@ class StudentWithLoss(nn.Module):
                 target,
                 objective,
                 num_items=num_items,
+                kd_token_weights=kd_weights,
                 chunk_bytes=self.chunk_bytes,
                 impl=self.impl,
             )

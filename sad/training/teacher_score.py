@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError
-from sad.report.header import model_line
-from sad.teachers.cached import CachedTeacher, describe
+from sad.models.cached_targets import CachedTargets
+from sad.report.header import model_line, quantized_part
+from sad.teachers.cached import CachedTeacher, describe, planned_targets
+from sad.teachers.frozen import Teacher
 from sad.training.evaluate import evaluate_teacher, require_finite_score
 from sad.training.inputs import RunInputs
 from sad.training.meters import ResultRow, result_row
@@ -23,7 +25,16 @@ def describe_teacher(config: DistillConfig, inputs: RunInputs) -> str | None:
     if isinstance(inputs.teacher, CachedTeacher):
         return describe(inputs.teacher.reader)
     frozen = inputs.frozen_teacher
-    return None if frozen is None else model_line(config.teacher or "", frozen.model)
+    if frozen is None:
+        return None
+    return model_line(config.teacher or "", frozen.model) + quantized_part(config, frozen.model)
+
+
+def planned_sizes(teacher: Teacher | None) -> CachedTargets | None:
+    """What a plan of memory needs of a teacher that is read from its cache."""
+    if not isinstance(teacher, CachedTeacher):
+        return None
+    return planned_targets(teacher.reader.folder, teacher.reader.facts)
 
 
 def score_teacher(

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from sad_kernels import Objective
+from sad_kernels._dispatch import choose_impl
+from sad_kernels._torch.gemm import moves_setting
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -42,7 +44,7 @@ from sad.config.schema import DistillConfig
 from sad.curriculum import Curriculum
 from sad.data.batch import Batch, LossCounts
 from sad.distributed.sharding import reshard, set_last_backward, whole_state
-from sad.distributed.shards import background_world, own_parts, write_shards
+from sad.distributed.shards import background_world, live_snapshot, write_shards
 from sad.distributed.world import lost_ranks_explained
 from sad.environment import StopSignals, memory_now
 from sad.errors import (
@@ -67,7 +69,9 @@ from sad.optim.schedule import (
 )
 from sad.report.log import RunLog
 from sad.report.model_card import model_card
+from sad.teachers.frozen import TeacherOutput
 from sad.teachers.policy import build_teacher_policy
+from sad.teachers.prefetch import Prefetch
 from sad.training.batches import TrainBatches
 from sad.training.evaluate import evaluate_student
 from sad.training.inputs import RunInputs
@@ -117,6 +121,7 @@ class Trainer:
         self.run_dir = run_dir
         self.identity = inputs.identity(config)
         self.policy = build_teacher_policy(config, inputs.teacher, inputs.valid_vocab)
+        self.prefetch = Prefetch()
         self.device = inputs.device
         self.world = inputs.world
         self.export_dtype = export_dtype
@@ -163,7 +168,8 @@ class Trainer:
 
     def train(self, log: RunLog, signals: StopSignals) -> None:
         """Train to the end of the run, or until a signal asks to stop: the state is then saved."""
-        with lost_ranks_explained(self.world, self._in_window), self._finishing_saves(log):
+        lost_ranks = lost_ranks_explained(self.world, self._in_window)
+        with lost_ranks, self._finishing_saves(log), self.prefetch:
             self._train(log, signals)
 
     def _train(self, log: RunLog, signals: StopSignals) -> None:
@@ -263,6 +269,7 @@ class Trainer:
         result = self._forward(batch, weights, counts)
         self.precision.backward(result.loss)
         self.policy.release()
+        self.prefetch.wait()  # from here to the next one nobody runs the teacher but evaluations
         self.meter.add(result.distill, result.terms, accumulator.num_items)
         self.window_loss += result.distill.loss.detach()
 
@@ -278,12 +285,37 @@ class Trainer:
 
     def _forward(self, batch: Batch, weights: LossWeights, counts: LossCounts) -> StepOutput:
         """The loss of a micro-batch, as its share of the window's, whose units are ``counts``."""
-        # The teacher runs only if something is compared with it.
-        objective = self.objective(weights)
-        teacher = None
-        if objective.kd_weight or self.student.active_losses(weights):
-            teacher = self.policy.forward(batch, self.student.teacher_capture(weights))
-        return self.student(batch, teacher, objective, counts, weights)
+        teacher = self._targets(batch, weights)
+        if self.config.teacher_prefetch:
+            self._prefetch_next()
+        return self.student(batch, teacher, self.objective(weights), counts, weights)
+
+    def _targets(self, batch: Batch, weights: LossWeights) -> TeacherOutput | None:
+        """The teacher's answer to the present micro-batch."""
+        if not self._is_taught(weights):
+            return None
+        ahead = self.prefetch.take((self.counters.micro_step, weights))
+        return ahead or self.policy.forward(batch, self.student.teacher_capture(weights))
+
+    def _is_taught(self, weights: LossWeights) -> bool:
+        """Whether anything is compared with the teacher: only then it runs."""
+        return bool(weights["kd"] or self.student.active_losses(weights))
+
+    def _prefetch_next(self) -> None:
+        """Let the teacher begin with the next micro-batch, if there is one that it is needed in."""
+        step = self.counters.micro_step + 1
+        if step == self.run_length.micro_batches:
+            return
+        weights = self.weights(self._window(step).first_micro_step)
+        places = range(self._place(step), self._place(step + 1))
+        if not self._is_taught(weights) or not self.policy.has(places, self.world):
+            return
+        # Made here: hooks are tried on a teacher that rests, and only one thread makes batches.
+        capture, batch = self.student.teacher_capture(weights), self.batches.host_batch(step)
+        self.prefetch.begin((step, weights), partial(self.policy.forward, batch, capture))
+        computes_on_cpu = choose_impl(self.config.impl, self.device.type, double=False) == "torch"
+        if computes_on_cpu and moves_setting(of_bf16=True):  # in the loss, for a while
+            self.prefetch.wait()
 
     def weights(self, micro_step: int) -> dict[str, float]:
         """Weights of the divergence and the structural losses, in the window that begins at
@@ -325,7 +357,7 @@ class Trainer:
         losses = self.meter.losses(term_weights)  # waits for the device, as do the next lines
         skipped = int(self.meter.skipped[0])
         rate = throughput.rate(self.counters.tokens)
-        with_teacher = bool(weights["kd"] or self.student.active_losses(weights))
+        with_teacher = self._is_taught(weights)
         record = self._position() | {
             "tokens": self.counters.tokens,
             **losses,
@@ -491,7 +523,7 @@ class Trainer:
         copied = self._copy(taken, log) if self.config.async_save and not must else None
         warnings: list[str] = []
         if copied is None:
-            taken = taken._replace(tensors=own_parts(tensors))
+            taken = live_snapshot(*taken, self.world)
         job = partial(self._write, copied or taken, warnings.append)
         path = in_thread(job) if copied else at_once(job)
         self._pending = PendingSave(path, self._state_number(), self._position(), warnings)

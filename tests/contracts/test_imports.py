@@ -40,7 +40,7 @@ REQUIRED = TORCH_ONLY | {
 """What ``sad`` may import at module level: the dependencies that are always installed."""
 
 OPTIONAL = frozenset(
-    "bitsandbytes datasets matplotlib peft pyarrow tensorboard trackio wandb".split()
+    "bitsandbytes datasets matplotlib peft pyarrow tensorboard torchao trackio wandb".split()
 )
 """What ``sad`` may import where it is needed, inside a function: the extras."""
 

@@ -238,7 +238,7 @@ def test_requirements_are_those_of_the_distribution() -> None:
         package = re.split(r"[>=;]", requirement)[0]
         wanted = requirement.partition(";")[0] if package in named | {"transformers"} else package
         assert wanted in needs["sad_kernels" if package in named else "sad"]
-    for extra in ("data", "report", "peft", "8bit", "integrations"):
+    for extra in ("data", "report", "peft", "8bit", "quantized", "integrations"):
         for requirement in project["optional-dependencies"][extra]:
             assert re.split(r"[>=]", requirement)[0] in needs[extra]
     floor = project["requires-python"].removeprefix(">=")

@@ -16,6 +16,7 @@ trainer.py      the package ``sad``
 text.py         its documents, tokens and rows
 runs.py         its runs as a whole
 ranks.py        its runs on several processes
+caches.py       its caches of a teacher's targets
 reference.py    the specification and the rule that everything is judged by
 """
 
@@ -23,7 +24,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mutations import ema, ranks, reference, runs, text, torch_path, trainer, triton_path
+from mutations import (
+    caches,
+    ema,
+    ranks,
+    reference,
+    runs,
+    text,
+    torch_path,
+    trainer,
+    triton_path,
+)
 from mutations.planting import Mutation
 
 MUTATIONS: list[Mutation] = [
@@ -34,6 +45,7 @@ MUTATIONS: list[Mutation] = [
     *text.MUTATIONS,
     *runs.MUTATIONS,
     *ranks.MUTATIONS,
+    *caches.MUTATIONS,
     *reference.MUTATIONS,
 ]
 
@@ -121,6 +133,12 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "93": ("ranks that do not take part in what all of them do", ("trainer",)),
     "94": ("sums of all ranks that each of them goes on with", ("trainer",)),
     "95": ("a loss divided by what one rank has", ("trainer",)),
+    "96": ("a collective that torch is about to take away", ("torch",)),
+    "97": ("samples that depend on how often a process was killed", ("trainer",)),
+    "98": ("a damaged file of a cache that is trained from", ("trainer",)),
+    "99": ("targets of other rows", ("trainer",)),
+    "100": ("a teacher and a student that wait for one another", ("trainer",)),
+    "101": ("mass beyond the ids taken at another temperature", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

@@ -82,4 +82,16 @@ MUTATIONS = [
         ),
         gradients("2 ranks"),
     ),
+    Mutation(
+        "96",
+        "what is gathered of a split vocabulary, by a name that torch has deprecated",
+        edit(
+            "kernels/sad_kernels/vocab.py",
+            "    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=of_name)\n",
+            "    dist.all_gather_into_tensor(out, x.contiguous(), group=of_name)\n",
+        ),
+        ("tests/sad_kernels/test_vocab_shard.py::test_a_second_backward[torch]",),
+        error="RankFailedError",
+        says="`torch.distributed.all_gather_into_tensor` is deprecated",
+    ),
 ]

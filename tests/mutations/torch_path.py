@@ -626,7 +626,7 @@ MUTATIONS = [
         edit(
             STATISTICS,
             "sums.plain.add_(sums.plain_weight * move).add_(added)",
-            "sums.plain.add_(shifted.block.columns.start * move).add_(added)",
+            "sums.plain.add_(block.columns.start * move).add_(added)",
         ),
         sharded("test_every_objective[torch-ce]", "test_slices_of_the_vocabulary[ce]"),
     ),

@@ -62,6 +62,17 @@ def test_amx_rounds_fp32_factors_and_is_not_asked(monkeypatch: pytest.MonkeyPatc
         assert switch.fp32_precision == "bf16"
 
 
+def test_whether_the_setting_would_move_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = use_switch(monkeypatch, False, "avx512", "amx_tile")
+    assert gemm.moves_setting(of_bf16=True) and not gemm.moves_setting()
+    with onednn_products(of_bf16=True):
+        assert not gemm.moves_setting(of_bf16=True), "it is moved"
+    switch.fp32_precision = "tf32"
+    assert not gemm.moves_setting(of_bf16=True)
+    monkeypatch.setattr(gemm, "_switch", lambda: None)
+    assert not gemm.moves_setting(of_bf16=True)
+
+
 def test_a_torch_without_the_setting_takes_its_own_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -35,7 +35,7 @@ SECONDS = 240
 
 
 class RankFailedError(AssertionError):
-    """A rank raised; the message is its traceback."""
+    """A rank raised; the message is its error and its traceback."""
 
 
 @dataclass
@@ -134,7 +134,8 @@ def _received(receiver: Connection, rank: int) -> Any:
     except EOFError:
         raise RankFailedError(f"rank {rank} ended without an answer") from None
     if failed:
-        raise RankFailedError(f"rank {rank}:\n{content}")
+        error = content.rstrip().rpartition("\n")[2]  # first, where pytest shortens messages
+        raise RankFailedError(f"rank {rank}: {error}\n{content}")
     return torch.load(io.BytesIO(content), weights_only=False)
 
 

@@ -56,6 +56,13 @@ HAS_BF16_PRODUCTS = has_cpu_feature("avx512_bf16") and not has_cpu_feature("amx_
 exact, and faster: a prediction, from what AMX computes, that no machine here could confirm."""
 
 
+def moves_setting(*, of_bf16: bool = False) -> bool:
+    """Whether ``onednn_products`` would change the setting of the process now: fp32 products of
+    other threads are then others while it lasts."""
+    faster = ONEDNN_IS_FASTER or (of_bf16 and has_cpu_feature("amx_tile"))
+    return faster and getattr(_switch(), "fp32_precision", None) == "none"
+
+
 @contextmanager
 def onednn_products(*, of_bf16: bool = False) -> Iterator[None]:
     """Let oneDNN compute fp32 products on a CPU where it is faster and no less exact.
@@ -64,11 +71,10 @@ def onednn_products(*, of_bf16: bool = False) -> Iterator[None]:
     setting belongs to the process: other threads' fp32 products go to oneDNN as well while it
     lasts. One that somebody has set is left as it is.
     """
-    switch = _switch()
-    faster = ONEDNN_IS_FASTER or (of_bf16 and has_cpu_feature("amx_tile"))
-    if not faster or getattr(switch, "fp32_precision", None) != "none":
+    if not moves_setting(of_bf16=of_bf16):
         yield
         return
+    switch = _switch()
     switch.fp32_precision = "bf16"  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     try:
         yield

@@ -25,6 +25,7 @@ from sad_kernels._divergence import zero_nan_
 from sad_kernels._rows import LossSpec, RowTargets
 from sad_kernels._torch.scratch import Scratch
 from sad_kernels._torch.statistics import (
+    Block,
     Comparison,
     RowSums,
     Shifted,
@@ -35,7 +36,7 @@ from sad_kernels._torch.statistics import (
     plain_weights,
     slopes,
 )
-from sad_kernels._torch.topk import TopKRows
+from sad_kernels._torch.topk import IdColumns, TopKRows
 
 
 class RowGradient:
@@ -87,18 +88,16 @@ class RowGradient:
         it is still there.
         """
         rows, comparison = shifted.block.rows, shifted.block.comparison
+        if shifted.at is not None:
+            return self._beside_ids(shifted.at, shifted, sums)
         kd = None
         if comparison is not None and self.reads_teacher:
-            if self.topk is not None:
-                kd = self._topk(shifted, sums)
-            elif comparison.kl_weights is not None:
+            if comparison.kl_weights is not None:
                 kd = self._kl(comparison.kl_weights, shifted, sums)
             else:
                 kd = self._any(comparison, shifted, sums, slope)
-            factor = self.kd[rows]
-            if self.topk is None:
-                # A weight of 0 hides what it multiplies, but not a side that is NaN.
-                factor = factor + 0 * (sums.total + sums.teacher_total)
+            # A weight of 0 hides what it multiplies, but not a side that is NaN.
+            factor = self.kd[rows] + 0 * (sums.total + sums.teacher_total)
             kd.mul_(factor[:, None])
         g = self._untempered(shifted, sums)
         if g is None:
@@ -109,21 +108,31 @@ class RowGradient:
         """CE and z-loss, in the place of ``x``; None if there is neither."""
         if not self.has_untempered:
             return None
-        rows, columns = shifted.block.rows, shifted.block.columns
         x, warm = shifted.x, shifted.warm
         assert warm is not None
+        factor, weights = self._factors(shifted.block, sums)
+        g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)
+        return self._less_shares(g, shifted.block, weights)
+
+    def _factors(self, block: Block, sums: RowSums) -> tuple[Tensor, Tensor | float | None]:
+        """What CE and z-loss multiply ``q1`` by, [rows], and what CE weights every class by."""
+        rows = block.rows
         factor = torch.zeros_like(sums.total_1)
         weights = None
         if self.has_ce:
             factor = self.label_share[rows] if self.targets.labels is not None else factor
-            weights = plain_weights(self.spec, self.targets, shifted.block, x.dtype)
+            weights = plain_weights(self.spec, self.targets, block, factor.dtype)
             if isinstance(weights, float):
                 factor = self.ce[rows]  # all shares of a label without class weights: 1
             else:
                 factor = factor + self.ce[rows] * sums.plain_weight
         if self.has_z:
             factor = factor + self.z[rows] * (sums.maximum + sums.total_1.log())
-        g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)
+        return factor, weights
+
+    def _less_shares(self, g: Tensor, block: Block, weights: Tensor | float | None) -> Tensor:
+        """Subtract what CE weights every class by, and the share of each row's label."""
+        rows, columns = block.rows, block.columns
         if isinstance(weights, float):
             g.sub_((self.ce[rows] * weights)[:, None])
         elif weights is not None:
@@ -178,12 +187,24 @@ class RowGradient:
             slope = slopes(comparison, sums, shifted, self.temperature, q, self.scratch)
         return slope.sub_(q.mul_(sums.expectation[:, None]))
 
-    def _topk(self, shifted: Shifted, sums: RowSums) -> Tensor:
-        """The gradient for a top-k teacher: ``TopKGradient`` has the formula."""
+    def _beside_ids(self, at: IdColumns, shifted: Shifted, sums: RowSums) -> Tensor:
+        """The gradient of a block beside a top-k teacher, in the place of ``x``: one factor for
+        all columns but those of the ids, see ``TopKGradient``, which are written by themselves."""
         assert self.topk is not None and self.inside is not None and shifted.hot is not None
-        rows, columns = shifted.block.rows, shifted.block.columns
-        row, k, column = self.topk.positions(rows, columns)
-        out = self.scratch.like("u", shifted.hot.shape)
-        g = torch.mul(shifted.hot, sums.outside[:, None], out=out)
-        g[row, column] = self.inside[rows][row, k]
-        return g
+        rows, x, hot, warm = shifted.block.rows, shifted.x, shifted.hot, shifted.warm
+        outside, inside = torch.zeros_like(sums.outside), torch.zeros_like(self.inside[rows])
+        if self.reads_teacher:
+            kd = self.kd[rows]
+            outside, inside = kd * sums.outside, kd[:, None] * self.inside[rows]
+        if not self.has_untempered:
+            return at.put_(torch.mul(hot, outside[:, None], out=x), inside)
+        assert warm is not None
+        factor, weights = self._factors(shifted.block, sums)
+        factor = factor / sums.total_1
+        inside += self.topk.below(sums.maximum, rows, at).exp_() * factor[:, None]
+        factor = factor * (sums.rest_maximum - sums.maximum).exp()
+        if warm is hot:
+            g = torch.mul(hot, (factor + outside)[:, None], out=x)
+        else:
+            g = torch.mul(warm, factor[:, None], out=x).addcmul_(hot, outside[:, None])
+        return self._less_shares(at.put_(g, inside), shifted.block, weights)

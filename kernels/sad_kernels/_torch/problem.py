@@ -251,7 +251,7 @@ class Problem:
                     self._chunk_of_shard(statistics, gradient, chunk, how)
                     continue
                 for block in self._blocks(chunk, columns, how):
-                    sums, slope = statistics.sums.at(block.rows), None
+                    sums, slope = statistics.at(block.rows), None
                     shifted = statistics.add(block)
                     if _reads_twice(how) and self.teacher is not None:
                         slope = statistics.add_terms(shifted)
@@ -378,15 +378,16 @@ class Problem:
 
     def _add_terms(self, statistics: RowStatistics, block: Block) -> None:
         """The second reading of a block."""
-        sums = statistics.sums.at(block.rows)
+        sums = statistics.at(block.rows)
         statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
 
     def _store_gradient(self, gradient: RowGradient, block: Block, sums: RowSums) -> None:
         """The gradient of a block whose rows' sums, among ``sums`` of all rows, are whole."""
-        by_ids = self.topk is not None and block.comparison is not None
-        hot = self._rest(block, sums) if by_ids else None
+        at = None
+        if self.topk is not None and block.comparison is not None:
+            at = self.topk.note_logits(block.rows, block.columns, block.s)
         of_block = sums.at(block.rows)
-        shifted = shift(block, of_block, self._T, self.scratch, hot, gradient.has_untempered)
+        shifted = shift(block, of_block, self._T, self.scratch, at, gradient.has_untempered)
         self.student.store(block.rows, gradient.block(shifted, of_block))
 
     def _summed_gradients(self) -> Gradients:
@@ -397,13 +398,6 @@ class Problem:
             if dx is not None and dx.numel() > 0:
                 sum_(dx, shard.group)
         return self.student.gradients()
-
-    def _rest(self, block: Block, sums: RowSums) -> Tensor:
-        """``exp((s - rest_maximum) / T)``, from logits that are still as they were made: their
-        differences to the row's maximum have lost the digits of those far below it."""
-        rest_maximum = sums.rest_maximum[block.rows, None]
-        u = torch.sub(block.s, rest_maximum, out=self.scratch.like("u", block.s.shape))
-        return self.scratch.exp_("hot", u, self._T)
 
     def _results(self, statistics: RowStatistics) -> RowResults:
         return RowResults(*(self.scatter(x) for x in statistics.finish()))

@@ -43,7 +43,7 @@ def merge_sums(statistics: RowStatistics, rows: slice) -> None:
             getattr(sums, name).copy_(value)
     if len(at_ids) and statistics.topk is not None:
         logits = statistics.topk.logits[rows]  # none of rows without a teacher
-        logits.copy_(_in_order(everyone[:, len(own) :]).T[: len(logits)])
+        logits.copy_(everyone[:, len(own) :].amax(0).T[: len(logits)])
 
 
 def merge_terms(statistics: RowStatistics, rows: slice) -> None:
@@ -96,7 +96,7 @@ def _own_sums(statistics: RowStatistics, rows: slice) -> dict[str, Tensor]:
 
 
 def _own_logits_at_ids(statistics: RowStatistics, rows: slice) -> Tensor:  # [K, rows]
-    """The student's logits at a top-k teacher's ids, 0 for those of other shards; K may be 0."""
+    """The student's logits at a top-k teacher's ids, -inf for those of other shards; K may be 0."""
     like = statistics.sums.total[rows]
     if statistics.topk is None or not _comparisons(statistics, rows):
         return like.new_empty(0, len(like))

@@ -36,12 +36,12 @@ from torch import Tensor
 from sad_kernels._divergence import counted_from, terms_of, weighted_slope, zero_nan_
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowResults, RowTargets
+from sad_kernels._torch.reductions import first_argmax, row_nansum, row_sum
 from sad_kernels._torch.scratch import Scratch
-from sad_kernels._torch.topk import TopKRows
+from sad_kernels._torch.topk import IdColumns, TopKRows
 
 LOWEST = -1e30
 ROUNDING = 1e-5  # nats: a divergence in (-ROUNDING, 0) is a rounded zero; lower ones stay visible
-ARGMAX_PIECE = 64  # columns whose maximum is taken at once where a row's maximum is looked for
 
 
 class Comparison(NamedTuple):
@@ -75,15 +75,19 @@ class Block(NamedTuple):
 
 
 class Shifted(NamedTuple):
-    """A block relative to the maxima of its rows, with exponentials."""
+    """A block relative to the maxima of its rows, with exponentials.
+
+    Beside a top-k teacher ``x`` counts from ``rest_maximum``, and says nothing in the columns of
+    the ids: their logits are in ``TopKRows``.
+    """
 
     block: Block
     x: Tensor  # s - m
     y: Tensor | None = None  # t - m_t
-    hot: Tensor | None = None
-    """exp(x / T); beside a top-k teacher relative to rest_maximum, and 0 at its ids."""
+    hot: Tensor | None = None  # exp(x / T)
     hot_t: Tensor | None = None  # exp(y / T)
     warm: Tensor | None = None  # exp(x), where CE, z-loss or entropy ask for it
+    at: IdColumns | None = None  # of a top-k teacher's ids
 
 
 class RowSums(NamedTuple):
@@ -175,36 +179,47 @@ class RowStatistics:
                 if not name.endswith("maximum") and name != "label_logit"
             },
         )
+        self._at = slice(0, 0), self.sums.at(slice(0, 0))
         self.inside = None if topk is None else torch.zeros_like(topk.log_probs)
         self.best = torch.full_like(like, -1, dtype=torch.long)
         self.teacher_best = torch.full_like(self.best, -2)  # agrees with nothing
+
+    def at(self, rows: slice) -> RowSums:
+        """The sums of some rows, as views, kept while these rows are worked on."""
+        if self._at[0] != rows:
+            self._at = rows, self.sums.at(rows)
+        return self._at[1]
 
     # --- first reading ----------------------------------------------------------------------------
 
     def add(self, block: Block) -> Shifted:
         """Update every sum of these rows with one block; return it relative to the new maxima."""
         rows, columns, s, t, gap, comparison, _ = block
-        sums = self.sums.at(rows)
+        sums = self.at(rows)
         # The label's and the ids' logits are picked while the block still holds logits.
         self._note_label(sums, rows, columns, s)
-        by_ids = comparison is not None and self.topk is not None
-        hot = self._add_rest(sums, rows, columns, s) if by_ids else None
+        if comparison is not None and self.topk is not None:
+            return self._add_beside_ids(block, sums, self.topk)
 
         looks_on, before = None, sums.at_best.clone()
         if comparison is not None and comparison.counts_from_best:
             looks_on = gap if gap is not None else t
         move = self._raise(sums.maximum, self.best[rows], columns, s, looks_on, sums.at_best)
         if t is None:
-            shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
+            shifted = self._shift(block, sums)
         else:
             move_t = self._raise(sums.teacher_maximum, self.teacher_best[rows], columns, t)
-            shifted = shift(block, sums, self.temperature, self.scratch, hot, self.spec.compute_ce)
+            shifted = self._shift(block, sums)
             change = sums.at_best - before  # of k; where it is infinite, so is the divergence
             change = (change if gap is not None else change + move).nan_to_num(0.0, 0.0, 0.0)
             self._add_both(sums, shifted, move, move_t, change)
         if self.spec.compute_ce:
             self._add_untempered(sums, shifted, move)
+            self._add_plain(sums, block, shifted.x, move)
         return shifted
+
+    def _shift(self, block: Block, sums: RowSums, at: IdColumns | None = None) -> Shifted:
+        return shift(block, sums, self.temperature, self.scratch, at, self.spec.compute_ce)
 
     def _note_label(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> None:
         """Keep the logit of each label that lies in this block."""
@@ -239,7 +254,7 @@ class RowStatistics:
         self, sums: RowSums, shifted: Shifted, move: Tensor, move_t: Tensor, change: Tensor
     ) -> None:
         """Both sums ``d``, their difference, and for a KL the cross sums."""
-        block, x, y, hot, hot_t, _ = shifted
+        block, x, y, hot, hot_t, *_ = shifted
         assert y is not None and hot is not None and hot_t is not None
         assert block.comparison is not None
         T, u = self.temperature, self.scratch.like("u", x.shape)
@@ -267,7 +282,7 @@ class RowStatistics:
 
     def _differences(self, sums: RowSums, shifted: Shifted) -> Tensor:
         """``e^(y/T) - e^(x/T)``; by their ratio where the gap of the logits is known better."""
-        _, x, _, hot, hot_t, _ = shifted
+        _, x, _, hot, hot_t, *_ = shifted
         assert hot is not None and hot_t is not None
         u = self.scratch.like("u", x.shape)
         if shifted.block.gap is None:
@@ -276,36 +291,69 @@ class RowStatistics:
         fall = apart.abs().neg_().expm1_().neg_()
         return zero_nan_(torch.copysign(fall.mul_(torch.maximum(hot, hot_t)), apart, out=u))
 
-    def _add_rest(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> Tensor:
-        """The sum of the columns outside the teacher's ids, from their own maximum."""
-        assert self.topk is not None
-        row, _, column = self.topk.note_logits(rows, columns, s)
-        u = self.scratch.like("u", s.shape).copy_(s)
-        u[row, column] = -torch.inf
+    def _add_beside_ids(self, block: Block, sums: RowSums, topk: TopKRows) -> Shifted:
+        """The same beside a top-k teacher: the columns of its ids are taken out of the block, and
+        the others have a maximum and a sum of their own, which CE's sums are made from as well."""
+        rows, columns, s = block.rows, block.columns, block.s
+        at = topk.note_logits(rows, columns, s)
+        move = self._raise(sums.maximum, self.best[rows], columns, s)
+        if (
+            self.spec.compute_ce
+            and plain_weights(self.spec, self.targets, block, s.dtype) is not None
+        ):
+            x = torch.sub(s, sums.maximum[:, None], out=self.scratch.like("u", s.shape))
+            self._add_plain(sums, block, x, move)
+        at.put_(s, -torch.inf)
         before = sums.rest_maximum.clone()
-        torch.maximum(before, u.amax(1), out=sums.rest_maximum)
-        hot = self.scratch.exp_("hot", u.sub_(sums.rest_maximum[:, None]), self.temperature)
+        if topk.rest_has_mass:
+            torch.maximum(before, s.amax(1), out=sums.rest_maximum)
+        else:  # beside the teacher's 0 no digits of a small rest are needed
+            sums.rest_maximum.copy_(sums.maximum)
+        shifted = self._shift(block, sums, at)
+        assert shifted.hot is not None
+        rest = row_sum(shifted.hot)
         r = (before.sub_(sums.rest_maximum) / self.temperature).exp_()
-        sums.rest_total.mul_(r).add_(row_sum(hot))
-        return hot
+        sums.rest_total.mul_(r).add_(rest)
+        if self.spec.compute_ce:
+            self._add_untempered(sums, shifted, move, rest)
+        return shifted
 
-    def _add_untempered(self, sums: RowSums, shifted: Shifted, move: Tensor) -> None:
-        """The sums at temperature 1."""
+    def _add_untempered(
+        self, sums: RowSums, shifted: Shifted, move: Tensor, hot_sum: Tensor | None = None
+    ) -> None:
+        """The sums at temperature 1. ``hot_sum`` is that of ``hot``, where it is known."""
         x, warm, factor = shifted.x, shifted.warm, move.exp()
         assert warm is not None
-        u = self.scratch.like("u", x.shape)
+        is_known = hot_sum is not None and warm is shifted.hot
+        total = hot_sum if is_known else row_sum(warm)
+        assert total is not None
+        weighted = None
         if self.spec.compute_metrics:
+            weighted = row_nansum(torch.mul(warm, x, out=self.scratch.like("u", x.shape)))
+        if shifted.at is not None:
+            assert self.topk is not None
+            # Both count from the rest's maximum so far, and are without the ids.
+            below = sums.rest_maximum - sums.maximum
+            at_ids = self.topk.below(sums.maximum, shifted.block.rows, shifted.at)
+            e = at_ids.exp()
+            if weighted is not None:
+                weighted = (weighted + total * below) * below.exp() + row_nansum(at_ids.mul_(e))
+            total = total * below.exp() + row_sum(e)
+        if weighted is not None:
             moved = (sums.weighted + sums.total_1 * move) * factor
-            sums.weighted.copy_(moved + row_nansum(torch.mul(warm, x, out=u)))
-        sums.total_1.mul_(factor).add_(row_sum(warm))
+            sums.weighted.copy_(moved + weighted)
+        sums.total_1.mul_(factor).add_(total)
 
-        weights = plain_weights(self.spec, self.targets, shifted.block, x.dtype)
+    def _add_plain(self, sums: RowSums, block: Block, x: Tensor, move: Tensor) -> None:
+        """The sum of what CE weights every class by, ``x = s - m``."""
+        weights = plain_weights(self.spec, self.targets, block, x.dtype)
         if weights is None:
             return
         if not isinstance(weights, Tensor):
             added, count = row_sum(x), torch.full_like(move, float(x.shape[1]))
         else:
             # nansum: a class of weight 0 adds 0, whatever its logit is.
+            u = self.scratch.like("u", x.shape)
             added = row_nansum(torch.mul(x, weights, out=u))
             count = weights.sum(-1).expand_as(move)
         sums.plain.add_(sums.plain_weight * move).add_(added)
@@ -315,7 +363,7 @@ class RowStatistics:
 
     def add_terms(self, shifted: Shifted) -> Tensor:
         """The sums of ``f`` and of ``q (phi - phi_y)``; return the latter's summands, in ``v``."""
-        comparison, sums = shifted.block.comparison, self.sums.at(shifted.block.rows)
+        comparison, sums = shifted.block.comparison, self.at(shifted.block.rows)
         assert comparison is not None and shifted.hot is not None and shifted.hot_t is not None
         divergence, beta = comparison
         # Values from log p/q itself: sums that count from a row's constant cancel far from it.
@@ -337,7 +385,7 @@ class RowStatistics:
     def finish_topk(self, rows: slice, comparison: Comparison) -> None:
         """Compare the outcomes of a top-k teacher in these rows, once all columns are read."""
         assert self.topk is not None and self.inside is not None
-        sums = self.sums.at(rows)
+        sums = self.at(rows)
         value, gradient = self.topk.compare(
             rows,
             comparison,
@@ -445,27 +493,27 @@ def shift(
     sums: RowSums,
     temperature: float,
     scratch: Scratch,
-    hot: Tensor | None = None,  # if it is there already
+    at: IdColumns | None = None,  # beside a top-k teacher
     untempered: bool = True,
 ) -> Shifted:
     """Overwrite logits with their differences to the rows' maxima, and take exponentials."""
-    x, y, hot_t, warm = block.s.sub_(sums.maximum[:, None]), None, None, None
-    by_ids = hot is not None
+    maximum = sums.maximum if at is None else sums.rest_maximum
+    x, y, hot, hot_t, warm = block.s.sub_(maximum[:, None]), None, None, None, None
     weights = None if block.comparison is None else block.comparison.kl_weights
     # The forward KL is a difference, q - p, of which coarse logits leave no more digits.
-    subtracts = weights is not None and weights[0] > 0 and not block.is_coarse
+    subtracts = at is None and weights is not None and weights[0] > 0 and not block.is_coarse
     if block.t is not None:
         y = _teacher_side(block, x, sums)
         hot_t = scratch.exp_("hot_t", y, temperature, to_the_bit=subtracts)
-    if not by_ids and (y is not None or (untempered and temperature == 1)):
+    if at is not None or y is not None or (untempered and temperature == 1):
         hot = scratch.exp_("hot", x, temperature, to_the_bit=subtracts)
-    if untempered and temperature == 1 and not by_ids:
+    if untempered and temperature == 1:
         warm = hot
-    elif untempered and temperature == 2 and hot is not None and not by_ids:
+    elif untempered and temperature == 2 and hot is not None:
         warm = torch.mul(hot, hot, out=scratch.like("warm", x.shape))
     elif untempered:
         warm = scratch.exp_("warm", x)
-    return Shifted(block, x, y, hot, hot_t, warm)
+    return Shifted(block, x, y, hot, hot_t, warm, at)
 
 
 def _teacher_side(block: Block, x: Tensor, sums: RowSums) -> Tensor:
@@ -560,36 +608,3 @@ def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return x
     return (x * weights).masked_fill_(weights == 0, 0)
-
-
-def row_sum(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
-    """The sum of each row, of the same bits for one row as for many."""
-    return _as_two(x).sum(1)[: len(x)]
-
-
-def row_nansum(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
-    """The same with 0 for NaN."""
-    return _as_two(x).nansum(1)[: len(x)]
-
-
-def _as_two(x: Tensor) -> Tensor:
-    """A single row twice: torch would split its sum between threads."""
-    return x.expand(2, -1) if len(x) == 1 else x
-
-
-def first_argmax(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
-    """The first column of each row that holds the row's maximum.
-
-    In two steps, pieces and then one piece, because torch's argmax is slow on a CPU.
-    """
-    columns = x.shape[1]
-    whole = columns // ARGMAX_PIECE * ARGMAX_PIECE
-    if x.device.type != "cpu" or whole == 0:
-        return x.argmax(1)
-    tops = x[:, :whole].unflatten(1, (-1, ARGMAX_PIECE)).amax(2)
-    if whole < columns:
-        tops = torch.cat((tops, x[:, whole:].amax(1, keepdim=True)), 1)
-    piece = tops.argmax(1, keepdim=True)
-    inside = piece * ARGMAX_PIECE + torch.arange(ARGMAX_PIECE, device=x.device)
-    found = x.gather(1, inside.clamp_(max=columns - 1)).argmax(1)
-    return piece.squeeze(1) * ARGMAX_PIECE + found

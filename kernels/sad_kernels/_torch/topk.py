@@ -3,7 +3,12 @@
 The student's share of everything else comes from its own sum over the columns outside K, relative
 to their own maximum. Taking ``1 - sum_K q`` instead would cancel: in fp32 it is 11 % off at 1e-6.
 And a sum relative to the row's maximum underflows where the student is sure of an id: at e^-104 the
-divergence would be infinite.
+divergence would be infinite. Only with ``tail="zero"``, where the rest's own maximum decides
+nothing, is the row's taken in its place.
+
+So the K columns of a row are taken out of its blocks and are K separate numbers. What is left has
+one exponential per column, for CE and divergence, and one factor per row in the gradient; the
+gradient at the ids is formed apart and written over.
 """
 
 from __future__ import annotations
@@ -16,7 +21,33 @@ from torch import Tensor
 from sad_kernels._divergence import teacher_outcomes, value_and_gradient
 from sad_kernels.objective import Tail
 
-Positions = tuple[Tensor, Tensor, Tensor]
+
+class IdColumns(NamedTuple):
+    """Where the ids of some rows are in a block of logits, [rows, K] each.
+
+    An id that lies elsewhere stands for one of its row that is here, or, in a row of which none is
+    here, for the first column: so that all are written at once, no matter in which order.
+    """
+
+    column: Tensor
+    k: Tensor | None  # which of the ids is in that column; None: all are here
+    here: Tensor  # bool
+    some: Tensor  # [rows, 1] bool, whether any is here
+
+    def put_(self, x: Tensor, values: Tensor | float) -> Tensor:
+        """Write values, [rows, K] or one, into ``x`` where the ids are; return ``x``."""
+        if not isinstance(values, Tensor):
+            values = x.new_full((), values)
+        elif self.k is not None:
+            values = values.gather(1, self.k)
+        if self.k is not None:
+            values = values.where(self.some, x[:, :1])
+        return x.scatter_(1, self.column, values.expand_as(self.column))
+
+    def at(self, rows: slice) -> IdColumns:
+        """Those of some of the rows, as views."""
+        k = None if self.k is None else self.k[rows]
+        return IdColumns(self.column[rows], k, self.here[rows], self.some[rows])
 
 
 class TopKGradient(NamedTuple):
@@ -31,29 +62,52 @@ class TopKRows:
 
     def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, vocab: int, like: Tensor):
         self.log_probs = log_probs.to(like.dtype)
-        self.present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
+        present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
         # Foreign and repeated ids poison their row; padding and foreign ids get the id -1.
         known = (ids >= 0) & (ids < vocab) & self.log_probs.isfinite()
-        self.ids = ids.long().where(self.present & known, -1)
-        self.poisoned = (self.present & ~known).any(1) | self._has_repeated_ids()  # [n]
-        self.tail, self.vocab = tail, vocab
-        self.logits = torch.zeros_like(self.log_probs)
+        self.ids = ids.long().where(present & known, -1)
+        self.poisoned = (present & ~known).any(1) | self._has_repeated_ids()  # [n]
+        log_p, log_p_rest = teacher_outcomes(self.log_probs, tail, vocab)
+        self.log_p = torch.cat((log_p, log_p_rest[:, None]), 1)  # [n, K + 1]
+        self.vocab = vocab
+        self.whole = self._columns_of(self.ids, 0, vocab)  # in a block of all columns
+        # Padding alone, and no rest: there is nothing to compare with.
+        self.has_teacher = (self.log_p != -torch.inf).any(1, keepdim=True)  # [n, 1]
+        self.rest_has_mass = tail == "bucket"
+        self.logits = torch.full_like(self.log_probs, -torch.inf)
 
     def _has_repeated_ids(self) -> Tensor:  # [n]
         ordered = self.ids.sort(1).values
         return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
-    def positions(self, rows: slice, columns: slice) -> Positions:
-        """The ids that lie in a tile: indices of its rows, of K, of its columns."""
-        ids = self.ids[rows]
-        row, k = ((ids >= columns.start) & (ids < columns.stop)).nonzero(as_tuple=True)
-        return row, k, ids[row, k] - columns.start
+    def columns_of(self, rows: slice, columns: slice) -> IdColumns:
+        """Where in a block the ids are."""
+        if columns.start == 0 and columns.stop == self.vocab:
+            return self.whole.at(rows)
+        return self._columns_of(self.ids[rows], columns.start, columns.stop)
 
-    def note_logits(self, rows: slice, columns: slice, s: Tensor) -> Positions:
-        """Keep the student's logits at the ids of this tile; return where they are."""
-        row, k, column = self.positions(rows, columns)
-        self.logits[rows][row, k] = s[row, column]
-        return row, k, column
+    def _columns_of(self, ids: Tensor, start: int, stop: int) -> IdColumns:
+        column = ids - start
+        here = (column >= 0) & (column < stop - start)
+        if start == 0 and stop == self.vocab and bool(here.all()):
+            return IdColumns(column, None, here, here[:, :1])
+        last, of_last = column.where(here, -1).max(1, keepdim=True)
+        k = torch.arange(column.shape[1], device=column.device).where(here, of_last)
+        return IdColumns(column.where(here, last.clamp(min=0)), k, here, last >= 0)
+
+    def note_logits(self, rows: slice, columns: slice, s: Tensor) -> IdColumns:
+        """Keep the student's logits at the ids of this block; return where they are."""
+        at, logits = self.columns_of(rows, columns), self.logits[rows]
+        if at.k is None:
+            torch.gather(s, 1, at.column, out=logits)
+        else:
+            torch.where(at.here, s.gather(1, at.column), logits, out=logits)
+        return at
+
+    def below(self, maximum: Tensor, rows: slice, at: IdColumns) -> Tensor:  # [rows, K]
+        """``s - maximum`` at the ids that are here, -inf for the others."""
+        below = self.logits[rows] - maximum[:, None]
+        return below if at.k is None else below.where(at.here, -torch.inf)
 
     def argmax(self) -> Tensor:  # [n]
         """The id with the highest log-probability."""
@@ -75,20 +129,16 @@ class TopKRows:
         K, and ``rest`` the sum of ``exp((s - rest_maximum) / T)`` over these.
         """
         # log q of the K ids and of the rest, relative to the student's maximum.
-        at_ids = (self.logits[rows] - maximum[:, None]) / temperature
-        at_ids = at_ids.where(self.present[rows], -torch.inf)
-        below = (rest_maximum - maximum) / temperature
+        at_ids = (self.logits[rows] - maximum[:, None]).div_(temperature)
+        below = (rest_maximum - maximum).div_(temperature)
         total = rest * below.exp() + at_ids.exp().sum(1)
-        log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1) - total.log()[:, None]
+        log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1).sub_(total.log()[:, None])
+        value, gradient = value_and_gradient(*comparison, self.log_p[rows], log_q)
 
-        log_p, log_p_rest = teacher_outcomes(self.log_probs[rows], self.tail, self.vocab)
-        log_p = torch.cat((log_p, log_p_rest[:, None]), 1)
-        value, gradient = value_and_gradient(*comparison, log_p, log_q)
-
-        # Padding alone, and no rest: there is nothing to compare with.
-        no_teacher = (log_p == -torch.inf).all(1)
-        value = value.masked_fill(no_teacher, 0)
-        gradient = gradient.masked_fill(no_teacher[:, None], 0)
+        if self.whole.k is not None:
+            has_teacher = self.has_teacher[rows]
+            value = value.where(has_teacher.squeeze(1), 0)
+            gradient = gradient.where(has_teacher, 0)
         value = value.where(total.isfinite() & ~self.poisoned[rows], torch.nan)
 
         # The gradient of a column outside K is its share q_v / q_rest of the rest's.

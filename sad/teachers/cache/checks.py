@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from sad_kernels._divergence_table import DIVERGENCES
+
+from sad.config.cache_options import ImportFormat
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError, printable, shortened
 from sad.teachers.cache.facts import CacheFacts, RunOrder
@@ -15,6 +18,9 @@ from sad.teachers.fingerprint import known_fingerprints
 
 FROM_FINAL_STATES = frozenset({"feature", "contrastive"})
 """Structural losses that need no more of a teacher than its final hidden states."""
+
+ELSEWHERE = frozenset({"served", *get_args(ImportFormat)})
+"""What stands for the dtype of teachers whose files were never seen."""
 
 MAKE_AGAIN = "make the cache again with this file"
 
@@ -33,6 +39,8 @@ class RunFacts:
     order: RunOrder
     num_rows: int
     """Training rows."""
+    vocab_map: str | None
+    """Hash of the map that the run names in ``vocab_map``; None for a run that names none."""
 
 
 def require_own_cache(
@@ -57,6 +65,9 @@ def require_own_cache(
     same("packing", facts.packing, config.packing, "set it, or " + MAKE_AGAIN)
     same("tokenizer (fingerprint)", facts.tokenizer, run.tokenizer)
     same("vocabulary", facts.valid_vocab, run.valid_vocab)
+    if run.vocab_map is not None:
+        cached = None if facts.vocab_map is None else facts.vocab_map.hash
+        same("vocab_map (hash)", cached, run.vocab_map, f"{MAKE_AGAIN}, or leave vocab_map out")
     same("training text (fingerprint of its rows)", facts.train_rows, run.train_rows)
     same("held-out text (fingerprint of its rows)", facts.eval_rows, run.eval_rows)
     if run.eval_places > facts.eval_places:
@@ -99,9 +110,9 @@ def _require_teacher(
     memory: Path,
 ) -> None:
     """If the run names its teacher, the cache must be its. Its weights are not read for that."""
-    if config.teacher is None:
-        return
     theirs = facts.teacher.fingerprint
+    if config.teacher is None or facts.teacher.dtype in ELSEWHERE:
+        return
     ours = known_fingerprints(config.teacher, memory)
     if ours is None:
         return
@@ -130,6 +141,8 @@ def _require_objective(facts: CacheFacts, config: DistillConfig, folder: Path) -
             remedy = "its layers are needed: set it to 0, or leave teacher_cache out"
             refuse(f"{name}.weight", "be 0", config.structural_weights[name], remedy)
     if kind == "hidden":
+        if facts.vocab_map is not None:
+            require_answers(config, facts.vocab_map.missing, facts.vocab_map.masked)
         return
     if config.taid.enabled:
         refuse("taid.enabled", "be false", True, f"leave it out, {hidden}")
@@ -166,6 +179,23 @@ def _require_window(
             f"checkpoints, got a window of {window} in {folder}; lower save_steps, or make the "
             f"cache with --window {needed}"
         )
+
+
+def require_answers(config: DistillConfig, missing: int, masked: int) -> None:
+    """Raise ``UnfitError`` for an objective that a teacher cannot serve which lacks ``missing`` of
+    the student's ids, and has no answer for ``masked`` of the targets."""
+    if missing and config.kd_weight and DIVERGENCES[config.divergence].needs_full_support:
+        raise UnfitError(
+            f"divergence must be finite where the teacher has no probability, got "
+            f"{config.divergence} and {missing} ids that the teacher lacks; take forward_kl or jsd"
+        )
+    for name, weight in config.structural_weights.items():
+        if masked:
+            raise UnfitError(
+                f"{name}.weight must be 0 where the teacher cannot read all of the text, got "
+                f"{weight:g} and {masked:,} targets behind a token that it lacks; set it to 0, or "
+                "leave such documents out"
+            )
 
 
 def _shown(value: object) -> str:

@@ -63,6 +63,18 @@ class HeadFacts:
 
 
 @dataclass(frozen=True)
+class MapFacts:
+    """The map from the student's ids to the teacher's, where they differ; all targets are in the
+    student's."""
+
+    hash: str
+    missing: int
+    """Ids of the student that the teacher lacks."""
+    masked: int
+    """Targets behind a token that it cannot read, which have no record or one that is not used."""
+
+
+@dataclass(frozen=True)
 class RunOrder:
     """The one run whose order the records have, epoch by epoch."""
 
@@ -112,6 +124,8 @@ class CacheFacts:
     """Its fingerprint."""
     valid_vocab: int
     """Ids that the tokenizer can produce."""
+    vocab_map: MapFacts | None
+    """None for a teacher with the same ids."""
     teacher: TeacherFacts
     head: HeadFacts | None
     """None but for hidden states."""
@@ -162,6 +176,7 @@ _TEACHER = record(
         "attention": optional(string),
     }
 )
+_MAP = record({"hash": string, "missing": integer(0), "masked": integer(0)})
 _ORDER = record(
     {"seed": integer(0), "micro_batches": integer(1), "rows_per_micro_batch": integer(1)}
 )
@@ -177,6 +192,7 @@ _CHECKS: dict[str, Check] = {
     "packing": boolean,
     "tokenizer": string,
     "valid_vocab": integer(1),
+    "vocab_map": optional(_MAP),
     "teacher": _TEACHER,
     "head": optional(_HEAD),
     "order": optional(_ORDER),
@@ -253,6 +269,7 @@ def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[s
         values = {key: content[key] for key in _CHECKS}
         values["teacher"] = TeacherFacts(**values["teacher"])
         values["head"] = values["head"] and HeadFacts(**values["head"])
+        values["vocab_map"] = values["vocab_map"] and MapFacts(**values["vocab_map"])
         values["order"] = values["order"] and RunOrder(**values["order"])
         values["subset"] = values["subset"] and Subset(**values["subset"])
         values["temperatures"] = tuple(map(float, values["temperatures"]))

@@ -37,6 +37,8 @@ from sad.teachers.cache.facts import CacheFacts, Kind, facts_of
 
 CACHE, COMPLETE, WRITER, READER = "cache.json", "complete.json", "writer.json", "reader.json"
 HEAD, BASIS = "head.safetensors", "basis.safetensors"
+ROWS, SPOOL = "rows", "import-spool"
+"""Folders of an import: its text, and what has been read and is in no shard yet."""
 
 SHARD_BYTES = 256 * 10**6
 """Size of a shard, at most, unless one batch is larger."""
@@ -163,7 +165,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def strangers(folder: Path) -> list[str]:
     """Names in a folder that are not those of a cache; hidden files, which a writer makes, too, are
     nobody's."""
-    own = {CACHE, COMPLETE, WRITER, READER, HEAD, BASIS}
+    own = {CACHE, COMPLETE, WRITER, READER, HEAD, BASIS, ROWS, SPOOL}
     shard = re.compile(r"(shard|eval)-\d{5,}\.safetensors")
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     return [n for n in names if n not in own and n[0] != "." and not shard.fullmatch(n)]

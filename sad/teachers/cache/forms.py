@@ -72,7 +72,7 @@ def open_head(path: Path, facts: CacheFacts) -> FileTensors:
         and weight[0].is_floating_point
         and weight[1] == (rows, facts.head.width)
         and rows >= facts.valid_vocab
-        and ("bias" not in tensors or _form(tensors, "bias") == (weight[0], (rows,)))
+        and ("bias" not in tensors or _shape_of(tensors, "bias") == (rows,))
     )
     if not fits:
         raise UnfitError(
@@ -112,6 +112,11 @@ def _form(tensors: FileTensors, name: str) -> tuple[torch.dtype, tuple[int, ...]
         return tensors.form(name)
     except KeyError:
         return None
+
+
+def _shape_of(tensors: FileTensors, name: str) -> tuple[int, ...] | None:
+    form = _form(tensors, name)
+    return None if form is None or not form[0].is_floating_point else form[1]
 
 
 def _require_form(path: Path, tensors: FileTensors, forms: Forms, *, only: bool = False) -> None:

@@ -79,7 +79,7 @@ class CacheReader:
         if not self.folder.is_dir():
             raise UsageError(
                 f"teacher_cache must be a folder that `sad cache-teacher` has made, got {folder}, "
-                "which is no folder; run `sad cache-teacher` with the same file and "
+                "which is no folder; run `sad cache-teacher` with the same recipe and "
                 f"--output {folder}"
             )
         others = strangers(self.folder)

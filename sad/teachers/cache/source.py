@@ -1,14 +1,15 @@
 """Records of a teacher that runs: its forward passes as training would make them, then the codec.
 
 A batch of a cache is a batch of training: the same rows together, the same positions, no mask. Of
-hidden states every input has a record, of sparse targets only those whose next token is learned;
-the others hold padding.
+hidden states every input has a record, of sparse targets only those whose next token is learned and
+that the teacher can read up to; the others hold padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from sad_kernels import TeacherHidden
@@ -36,6 +37,17 @@ MIN_STATES = 256
 """Positions that the basis of int8 is fitted to, at least, if there are so many."""
 
 
+class Source(Protocol):
+    """What makes the records of a cache: a teacher that runs here, a server, somebody's files."""
+
+    def records(self, batch: Batch, kind: Kind, uniform: Tensor) -> Record:
+        """The records of all inputs of a batch, row after row, in host memory.
+
+        ``uniform`` [inputs] float64 in [0, 1) are the random numbers of ``sampled``.
+        """
+        ...
+
+
 class TeacherSource:
     """Makes the records of a cache with ``teacher``; ``codec`` is that of hidden states."""
 
@@ -51,22 +63,21 @@ class TeacherSource:
 
         ``uniform`` [inputs] float64 in [0, 1) are the random numbers of ``sampled``.
         """
-        (target,) = self.teacher.forward(batch).targets
+        output = self.teacher.forward(batch)
+        (target,) = output.targets
         assert isinstance(target, TeacherHidden)
         inside = inputs_of(batch)
         hidden = target.hidden[inside.to(target.hidden.device)]  # [inputs, D]
         if kind == "hidden":
             assert self.codec is not None
             return _on_host(self.codec.encode(hidden))
-        learned = (batch.labels >= 0)[inside.to(batch.labels.device)].cpu()
+        learned = batch.labels >= 0
+        if output.kd_weights is not None:
+            learned &= output.kd_weights.to(learned.device) > 0
+        learned = learned[inside.to(learned.device)].cpu()
         hidden = hidden[learned.to(hidden.device)]
         found = self._sparse(hidden, target, kind, uniform[learned])
-        temperatures = len(self.facts.temperatures) if kind == "topk" else 0
-        assert self.facts.top_k is not None
-        whole = padding_record(len(learned), self.facts.top_k, self.facts.valid_vocab, temperatures)
-        for name, values in found.items():
-            _signed(whole[name])[learned] = _signed(values)
-        return whole
+        return placed(found, learned, self.facts, kind)
 
     def _sparse(self, hidden: Tensor, target: TeacherHidden, kind: Kind, uniform: Tensor) -> Record:
         """Records of positions by their hidden states [n, D], a chunk at a time."""
@@ -91,6 +102,17 @@ class TeacherSource:
         if not parts:
             return {}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def placed(found: Record, learned: Tensor, facts: CacheFacts, kind: Kind) -> Record:
+    """The records ``found``, one for each position that is ``learned`` (bool [n]), among padding
+    at the others: n in all."""
+    temperatures = len(facts.temperatures) if kind == "topk" else 0
+    assert facts.top_k is not None
+    whole = padding_record(len(learned), facts.top_k, facts.valid_vocab, temperatures)
+    for name, values in found.items():
+        _signed(whole[name])[learned] = _signed(values)
+    return whole
 
 
 def inputs_of(batch: Batch) -> Tensor:

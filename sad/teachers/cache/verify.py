@@ -18,7 +18,7 @@ from sad.errors import UnfitError
 from sad.teachers.cache.facts import CacheFacts, Kind
 from sad.teachers.cache.files import BASIS, LENGTHS, Section, missing, open_shard, open_tensors
 from sad.teachers.cache.hidden import build_codec
-from sad.teachers.cache.source import Record, TeacherSource
+from sad.teachers.cache.source import Record, Source, TeacherSource
 from sad.teachers.cache.sparse import decode
 from sad.teachers.cache.writer import SectionRows, uniform_numbers
 from sad.teachers.frozen import FrozenTeacher
@@ -49,13 +49,17 @@ def compare_with_teacher(
     facts: CacheFacts,
     sections: Mapping[Section, SectionRows],
     device: torch.device,
-    teacher: FrozenTeacher,
+    teacher: FrozenTeacher | Source,
     seed: int | None = None,
 ) -> Checked:
-    """Make some batches of a cache again and compare; ``UnfitError`` if they are not the same."""
+    """Make some batches of a cache again, by a teacher or what stands for it, and compare;
+    ``UnfitError`` if they are not the same."""
     tensors = open_tensors(folder / BASIS) if facts.codec == "int8" else None
     codec = None if facts.codec is None else build_codec(facts.codec, tensors=tensors).to(device)
-    source = TeacherSource(teacher, facts, codec)
+    source = teacher
+    if isinstance(teacher, FrozenTeacher):
+        source = TeacherSource(teacher, facts, codec)
+    assert not isinstance(source, FrozenTeacher)
     there: list[tuple[Section, int, int]] = [
         (section, number, first)
         for section, rows in sections.items()
@@ -100,7 +104,7 @@ def _both(
     rows: SectionRows,
     number: int,
     first: int,
-    source: TeacherSource,
+    source: Source,
     device: torch.device,
 ) -> tuple[Record, Record]:
     """The records of a batch: those that are stored, and made again."""

@@ -43,7 +43,7 @@ from sad.teachers.cache.files import (
     write_json,
     write_shard,
 )
-from sad.teachers.cache.source import Record, TeacherSource
+from sad.teachers.cache.source import Record, Source
 from sad.teachers.fingerprint import fingerprint_files
 
 HEARTBEAT_SECONDS = 5.0
@@ -80,7 +80,7 @@ class CacheWriter:
         folder: Path,
         facts: CacheFacts,
         sections: dict[Section, SectionRows],
-        source: TeacherSource,
+        source: Source,
         device: torch.device,
         *,
         memory: Path,

@@ -179,7 +179,7 @@ def test_paths_in_a_file_mean_its_own_folder_first(tmp_path: Path, monkeypatch: 
     assert loaded.output_dir == "text"  # what is written goes where the user is
     assert load(recipes, text, "--student", "model").student == "model"  # the user's own folder
     data = ("data.train", "data.eval", "data.chat_template_path")
-    paths = ("student", "teacher", "tokenizer", *data)
+    paths = ("student", "teacher", "teacher_cache", "vocab_map", "tokenizer", *data)
     assert input_paths(DistillConfig) == paths
 
 
@@ -217,7 +217,7 @@ REFUSED_KEYS = [
     ("use_cache: false", "unknown key 'use_cache'; training uses no cache"),  # not use_ema
     ("use_lora: true", "peft: {{r: 16}}"),
     ("deepspeed: zero3.json", "torchrun --nproc_per_node N -m sad distill"),  # not seed
-    ("load_in_4bit: true", "no key quantizes a model: teacher_dtype: bfloat16 halves"),
+    ("load_in_4bit: true", "teacher_quantization: int8 or int4 quantizes the frozen"),
     ("num_gpus: 2", "torchrun --nproc_per_node N -m sad distill"),  # not layerwise.num_pairs
     ("kd_alpha: 0.5", "as the weight of the teacher it is kd_weight"),  # not taid.alpha
     ("eval_every: 5", "here it is 'eval_steps'"),
@@ -721,3 +721,11 @@ def test_every_key_is_read_somewhere() -> None:
     source = "".join(file.read_text() for file in files)
     keys = [key for key in leaf_types(DistillConfig) if not key.startswith("curriculum.")]
     assert unread([*keys, "feature.nobody_reads_this"], source) == ["feature.nobody_reads_this"]
+
+
+@pytest.mark.parametrize("name", ["quickstart-cached", "quickstart-hidden"])
+def test_recipes_from_caches_are_the_quickstart(name: str) -> None:
+    """But for where the targets come from, and where the run goes."""
+    ours, theirs = (config_to_dict(load_config(recipe, [])) for recipe in (name, "quickstart"))
+    differing = {key for key in ours if ours[key] != theirs[key]}
+    assert differing == {"teacher_cache", "output_dir"}

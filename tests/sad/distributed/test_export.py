@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.runs import assert_same_bits, everything, make_trainer
+from support.shards import save_shards
 from support.tiny import tiny_llama, tiny_run
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +24,7 @@ from sad.checkpoint.store import latest_checkpoint, load_checkpoint
 from sad.cli import main
 from sad.config.schema import DistillConfig
 from sad.distributed.export import export_checkpoint
-from sad.distributed.shards import load_shards, save_shards
+from sad.distributed.shards import load_shards
 from sad.distributed.world import World, whole_world
 from sad.errors import CheckpointError, OutputError, UsageError
 from sad.training.run import distill

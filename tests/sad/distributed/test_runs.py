@@ -15,16 +15,18 @@ import torch
 from safetensors.torch import load_file
 from support.rank_runs import CASES, Material
 from support.ranks import run_ranks
+from support.runs import make_trainer, run_log
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from sad.checkpoint.store import checkpoints_of, latest_checkpoint, load_checkpoint
 from sad.config.schema import DistillConfig
-from sad.distributed.world import World
+from sad.distributed.world import World, whole_world
 from sad.errors import StoppedError, UsageError
 from sad.models import load
 from sad.report.log import read_log
 from sad.training import ranks
+from sad.training.inputs import load_inputs
 from sad.training.ranks import FORCE_SUM, check_ranks
 from sad.training.run import distill
 from sad.training.trainer import Trainer
@@ -183,6 +185,27 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         if "not bit for bit" in str(r.get("message"))
     )
     assert f"on {after} processes in place of {before}" in warning
+
+
+def save_a_tensor_twice(config: DistillConfig) -> None:
+    """Save, in the foreground, one tensor under two names."""
+    with whole_world("cpu", timeout_seconds=30) as world:
+        trainer = make_trainer(config, load_inputs(config, world=world))
+        state, tensors = trainer.capture()
+        model = tensors["model"]
+        tensors["model"] = {**model, "again": next(iter(model.values()))}
+        trainer.capture = lambda: (state, tensors)  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="model tensors must not share memory"):
+            trainer.save(run_log(config, trainer))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_could_not_be_restored_is_not_saved(
+    material: Material, tmp_path: Path, background: bool
+) -> None:
+    """Two tensors that were one would come back as two."""
+    run_ranks(2, save_a_tensor_twice, material.config("kd", tmp_path, async_save=background))
+    assert not checkpoints_of(tmp_path)
 
 
 def test_sums_between_two_log_lines_survive_another_number_of_ranks(

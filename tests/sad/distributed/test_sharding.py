@@ -10,11 +10,15 @@ import torch
 from support.rank_runs import Material
 from support.ranks import run_ranks
 from support.runs import make_trainer
+from support.tiny import VOCAB_SIZE, tiny_llama
 from torch import Tensor
+from torch.nn import functional as F
 
 from sad.config.schema import DistillConfig
+from sad.distributed.sharding import set_last_backward, shard_trained
 from sad.distributed.tensors import is_split, local_part, whole
 from sad.distributed.world import whole_world
+from sad.models.heads import decoder_layers
 from sad.training.inputs import load_inputs
 from sad.training.trainer import Trainer
 
@@ -46,6 +50,9 @@ def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float
     }
 
 
+TINY = {"max_length": 4, "global_batch_size": 2, "gradient_accumulation_steps": 1}
+"""Two rows of four tokens: what Triton's interpreter ends in seconds."""
+
 FEW = [
     pytest.param(2, {}, id="2 ranks"),
     pytest.param(3, {"sync_each_batch": False}, id="3 ranks, summed once"),
@@ -56,7 +63,7 @@ FEW = [
     pytest.param(2, {"cpu_offload": True}, id="offloaded"),
     pytest.param(4, {"global_batch_size": 4}, id="ranks without rows"),
     pytest.param(2, {"feature": {"weight": 0.5}, "use_curriculum": False}, id="projectors"),
-    pytest.param(2, {"impl": "triton"}, id="triton", marks=pytest.mark.slow),
+    pytest.param(2, TINY | {"impl": "triton"}, id="triton", marks=pytest.mark.slow),
 ]
 
 
@@ -75,6 +82,88 @@ def test_every_gradient_is_that_of_one_process(
 def one(keys: dict[str, Any]) -> dict[str, Any]:
     """The same for one process, which has no copies."""
     return {key: value for key, value in keys.items() if key != "dp_replicate_size"}
+
+
+# A model of which little is trained
+
+
+def gradients_of_few(trained: str, keys: dict[str, Any]) -> dict[str, Tensor]:
+    """The gradients that two backward passes leave in a model whose parameters are frozen but for
+    those with ``trained`` in their names; of every other parameter there must be none."""
+    model: Any = tiny_llama(seed=2, tie_word_embeddings=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    ids = torch.randint(VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(3))
+    with whole_world("cpu", timeout_seconds=60) as world:
+        sync_each = keys.pop("sync_each", True)
+        if world.mesh is not None:
+            shard_trained(model, decoder_layers(model), world.mesh, **keys)
+        for last, rows in enumerate(ids.split(4)):
+            own = rows[world.share(4)]
+            if world.mesh is not None:
+                set_last_backward(model, last=bool(last), sync_each=sync_each)
+            logits = model(input_ids=own).logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits, own[:, 1:].flatten(), reduction="sum")
+            (loss / ids[:, 1:].numel()).backward()
+        named = dict(model.named_parameters())
+        assert all((p.grad is not None) == (trained in name) for name, p in named.items())
+        return {name: whole(p.grad) for name, p in named.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("trained", "keys"),
+    [
+        ("layers.1.", {}),  # the backward pass ends above a layer that has nothing to sum
+        ("layers.0.self_attn.q_proj", {}),  # it goes through one
+        ("layers.0.self_attn.q_proj", {"reshard_after_forward": False}),
+        ("norm", {"sync_each": False}),
+    ],
+)
+def test_gradients_are_right_where_most_parameters_are_frozen(
+    trained: str, keys: dict[str, Any]
+) -> None:
+    (alone,) = run_ranks(1, gradients_of_few, trained, keys)
+    assert alone and all(gradient.any() for gradient in alone.values())
+    for found in run_ranks(2, gradients_of_few, trained, keys):
+        assert max(error(found, alone).values()) < 2e-6
+
+
+# A teacher's head that is read again by the backward pass
+
+FREED = "storage of size 0"
+"""torch, of a tensor whose memory FSDP2 has given back."""
+
+
+def gradients_without_a_head(config: DistillConfig) -> str:
+    """What the backward pass raises if the teacher is released before it."""
+    with whole_world("cpu", timeout_seconds=30) as world:
+        trainer = make_trainer(config, load_inputs(config, world=world))
+        trainer.student.train()
+        forward = trainer._forward
+
+        def released(*args: Any) -> Any:
+            result = forward(*args)
+            trainer.policy.release()
+            return result
+
+        trainer._forward = released  # type: ignore[method-assign]
+        try:
+            trainer.micro_batch()
+        except RuntimeError as error:
+            return str(error)
+        return "nothing"
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "student"], ids=["own head", "tied head"])
+def test_a_teacher_is_released_after_the_backward_pass_and_not_before(
+    material: Material, tmp_path: Path, teacher: str
+) -> None:
+    # In so little memory the gradients of the loss are made in the backward pass.
+    config = material.config("kd", tmp_path, teacher=teacher, chunk_bytes=4096, **TINY)
+    (alone, _), *_ = run_ranks(1, gradients_of, config)
+    (found, _), _ = run_ranks(2, gradients_of, config)
+    assert max(error(found, alone).values()) < 2e-6
+    assert all(FREED in said for said in run_ranks(2, gradients_without_a_head, config))
 
 
 def test_in_bf16_the_error_is_that_of_autocast(material: Material, tmp_path: Path) -> None:

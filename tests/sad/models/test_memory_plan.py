@@ -19,14 +19,19 @@ from support.tiny import save_tiny, tiny_llama, write_texts
 from support.tiny_moe import tiny_moe
 from torch import Tensor, nn
 
+from sad.cli import main
+from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig, config_to_yaml
 from sad.data.batch import Batch, LossCounts
 from sad.errors import UnfitError, UsageError
+from sad.models.cached_targets import CachedTargets
 from sad.models.heads import Backbone
 from sad.models.load import compute_dtype, load_student, load_teacher
 from sad.models.memory_plan import MemoryPlan, format_plan, plan
 from sad.optim.precision import Precision
+from sad.teachers.cached import CachedTeacher, planned_targets
 from sad.teachers.frozen import FrozenTeacher
+from sad.training.cache_teacher import cache_teacher
 from sad.training.student import StudentWithLoss
 
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 2048}
@@ -109,6 +114,13 @@ def test_a_teacher_elsewhere_leaves_its_head_here(folder: Path) -> None:
     )
     assert sizes(away)["teacher head"] == 4 * 2048 * 128
     assert here.total - away.total == dict(away.elsewhere).popitem()[1] - 4 * 2048 * 128
+
+
+def test_a_head_for_other_ids_is_a_copy(folder: Path) -> None:
+    alone = plan(config_for(folder))
+    found = plan(config_for(folder, vocab_map="not opened"))
+    assert sizes(found)["teacher head, in the student's ids"] == 4 * 2048 * 128
+    assert found.total - alone.total == 4 * 2048 * 128
 
 
 def test_without_a_teacher_nothing_is_planned_for_one(folder: Path) -> None:
@@ -373,10 +385,13 @@ def measured_run(config: DistillConfig) -> tuple[int, int]:
     trainer = make_trainer(config)
     structural = trainer.student.structural
     assert trainer.inputs.teacher is not None and trainer.ema is not None
-    modules = [trainer.student.model, trainer.inputs.teacher.model]
+    teacher = trainer.inputs.teacher
+    modules = [trainer.student.model, *([] if teacher.model is None else [teacher.model])]
     modules += [] if structural is None else [structural]
     tensors = {id(t): t.nbytes for m in modules for t in (*m.parameters(), *m.buffers())}
     alive = sum(tensors.values()) + sum(t.nbytes for t in trainer.ema.tensors().values())
+    if isinstance(teacher, CachedTeacher) and teacher.kind == "hidden":
+        alive += teacher._head.weight.nbytes  # read from its file, which the profiler does not see
 
     def train() -> None:
         while trainer.counters.micro_step < trainer.run_length.micro_batches:
@@ -422,6 +437,61 @@ def test_evaluations_of_more_rows_count(runs: dict[str, Any], keys: dict[str, An
     found = plan(config)
     assert found.moment == "in an evaluation"
     assert found.tensors == pytest.approx(evaluation, rel=0.15)
+
+
+CACHES = {
+    "hidden": {"kind": "hidden"},
+    "topk": {"kind": "topk", "top_k": 256},
+}
+EVERY_CACHE = pytest.mark.parametrize("cache", CACHES)
+
+
+@EVERY_CACHE
+@pytest.mark.parametrize("many", [False, True], ids=["training", "evaluation"])
+def test_a_cache_of_the_teacher_counts(
+    runs: dict[str, Any], tmp_path: Path, cache: str, many: bool
+) -> None:
+    rows = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 24} if many else {}
+    settings: dict[str, Any] = runs | rows | ({"max_eval_rows": 24} if many else {})
+    config = DistillConfig(**settings, temperature=1.0)
+    folder = cache_teacher(config, CacheOptions(output=str(tmp_path / "cache"), **CACHES[cache]))
+    config = replace(config, teacher=None, teacher_cache=str(folder))
+    training, evaluation = measured_run(config)
+    found = plan(config, cached=planned_targets(folder))
+    assert found.moment == ("in an evaluation" if many else "between forward and backward")
+    # The tiles of a dense teacher's logits are counted from above; here its body weighs nothing.
+    within = 0.15 if cache == "topk" else 0.25
+    assert found.tensors == pytest.approx(evaluation if many else training, rel=within)
+    labels = {label for label, _ in found.items}
+    assert ("teacher head" in labels) == (CACHES[cache]["kind"] == "hidden")
+    assert not any(label.startswith("teacher weights") for label in labels)
+
+
+def test_the_command_plans_with_a_cache(
+    runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DistillConfig(**runs)
+    folder = cache_teacher(config, CacheOptions(output=str(tmp_path / "cache"), top_k=16))
+    path = tmp_path / "run.yaml"
+    path.write_text(config_to_yaml(config))
+    words = ["plan", str(path), "--teacher_cache", str(folder)]
+    capsys.readouterr()
+    assert main(words) == 0
+    alone = capsys.readouterr().out
+    assert "teacher targets" in alone and "teacher weights" not in alone
+    assert main([*words, "--ranks", "2", "--memory", "8"]) == 0
+    ranks = capsys.readouterr().out
+    assert "teacher targets" in ranks and "teacher weights" not in ranks
+    assert "largest per_device_train_batch_size" in ranks
+    assert main(["plan", str(path), "--teacher_cache", str(tmp_path)]) == 2
+    assert "which holds none; make it, or plan without one" in capsys.readouterr().err
+
+
+def test_records_that_are_read_count(runs: dict[str, Any]) -> None:
+    config = DistillConfig(**runs | {"teacher": None, "teacher_cache": "not opened"})
+    found = plan(config, cached=CachedTargets(5 << 20, top_k=8))
+    assert found.moment == "reading the teacher's targets" or "reading" in str(found.items)
+    assert found.total > 8 * 256 * (5 << 20)
 
 
 def resident(config: DistillConfig, *words: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from support.tiny import tiny_llama
 
 from sad.config.schema import DistillConfig
 from sad.errors import UsageError
+from sad.models.cached_targets import CachedTargets
 from sad.models.largest_batch import MOST_ROWS, describe_largest, largest_batch, most_that_fit
 from sad.models.memory_plan import plan
 from sad.models.rank_plan import (
@@ -212,6 +213,19 @@ def test_what_is_kept_whole_counts(pair: DistillConfig) -> None:
     assert kept["all student layers"] == 4 * (student - 2 * 2048 * 32 - 32)
 
 
+def test_a_cache_of_the_teacher_is_not_moved(pair: DistillConfig) -> None:
+    cached = CachedTargets(68, head_rows=2048, width=64)
+    config = replace(pair, teacher=None, teacher_cache="not opened")
+    found = plan_ranks(config, Cluster(2), 1e12, cached)
+    assert found.teacher_flops == 0 and found.teacher_share_of_transfers == 0
+    assert not any(transfer.teacher for transfer in found.transfers)
+    assert dict(found.kept)["teacher head"] == 4 * 2048 * 64  # on every rank
+    assert not any("teacher" in label for label, _ in found.whole)
+    sparse = plan_ranks(config, Cluster(2), 1e12, CachedTargets(292, top_k=64))
+    assert "teacher head" not in dict(sparse.kept) and sparse.total < found.total
+    assert "teacher" not in format_rank_plan(sparse).partition("moved per")[2].partition("time")[0]
+
+
 # The largest batch
 
 
@@ -259,7 +273,7 @@ def test_one_row_more_does_not_fit(
 
     known: dict[int, Any] = {}
 
-    def once(config: DistillConfig, cluster: Cluster | None = None) -> Any:
+    def once(config: DistillConfig, cluster: Cluster | None = None, cached: Any = None) -> Any:
         """The plan, made once for each batch."""
         rows = config.per_device_train_batch_size
         if rows not in known:

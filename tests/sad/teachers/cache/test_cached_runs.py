@@ -94,6 +94,28 @@ def test_sparse_targets_are_those_of_the_live_teacher(
         assert (log_w.exp() > at_ids * (1 - 1e-3)).all()
 
 
+def test_top_k_targets_serve_every_temperature_they_were_made_for(
+    make_config: Make, tmp_path: Path
+) -> None:
+    folder = make_cache(make_config(), tmp_path / "cache", "topk", temperatures=(0.5, 2.0))
+    live = load_inputs(make_config()).teacher
+    assert live is not None
+    for temperature in (0.5, 1.0, 2.0):
+        keys = {"teacher": None, "teacher_cache": str(folder), "temperature": temperature}
+        inputs, cached = cached_inputs(make_config(**keys))
+        subset = cached.reader.facts.subset
+        assert subset is not None
+        batch = inputs.train_rows.batch(subset.numbers()[:2])
+        (theirs,), (ours,) = live.forward(batch).targets, cached.forward(batch).targets
+        assert isinstance(ours, TeacherTopK) and isinstance(theirs, TeacherHidden)
+        learned = batch.labels >= 0
+        z = theirs.head(theirs.hidden[learned]).double() / temperature
+        exact = z.softmax(1).gather(1, ours.ids[learned])
+        weights = ours.log_probs[learned].double().exp()
+        torch.testing.assert_close(weights, exact, rtol=1e-3 / temperature, atol=0)
+        torch.testing.assert_close(weights.sum(1), exact.sum(1), rtol=2e-6, atol=0)
+
+
 def test_the_student_of_hidden_states_is_that_of_the_teacher(
     make_config: Make, caches: Caches, tmp_path: Path
 ) -> None:
@@ -122,10 +144,8 @@ def test_the_teachers_folder_is_never_opened(
 def test_a_cached_run_resumes_to_the_same_bits(
     make_config: Make, caches: Caches, tmp_path: Path
 ) -> None:
-    config = make_config(
-        teacher=None, teacher_cache=str(caches["sampled"]), gradient_accumulation_steps=2
-    )
-    config = DistillConfig(**(vars(config) | {"max_steps": 2}))
+    keys: dict[str, Any] = {"teacher": None, "max_steps": 2, "gradient_accumulation_steps": 2}
+    config = make_config(**keys, teacher_cache=str(caches["sampled"]))
     whole = make_trainer(config)
     for _ in range(4):
         whole.micro_batch()
@@ -138,8 +158,7 @@ def test_a_cached_run_resumes_to_the_same_bits(
     second.micro_batch()
     assert_same_bits(everything(second), everything(whole))
 
-    other = make_config(teacher=None, teacher_cache=str(caches["int8"]), max_steps=2)
-    other = DistillConfig(**(vars(other) | {"gradient_accumulation_steps": 2}))
+    other = make_config(**keys, teacher_cache=str(caches["int8"]))
     with pytest.raises(UsageError, match="the teacher's cache: "):
         make_trainer(other).restore(load_checkpoint(path), warn=pytest.fail)
 
@@ -280,5 +299,5 @@ def test_another_teachers_cache_is_refused(
 
 
 def test_a_folder_that_is_not_there_is_named_at_once(make_config: Make, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="run `sad cache-teacher` with the same file and"):
+    with pytest.raises(UsageError, match="run `sad cache-teacher` with the same recipe and"):
         load_inputs(make_config(teacher=None, teacher_cache=str(tmp_path / "none")))

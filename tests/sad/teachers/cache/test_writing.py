@@ -269,7 +269,7 @@ def test_a_window_that_both_would_wait_for_is_refused(make_config: Make, tmp_pat
         (["--output", "x", "--window", "3"], "window must be 0 with --kind sampled"),
         (["--output", "x", "--wait_for_reader"], "must be left out without a window"),
         (["--output", "x", "--top_k", "0"], "top_k must be a positive integer"),
-        (["--output", "x", "--teacher_cache", "y"], "teacher_cache left out, to cache a teacher"),
+        (["--output", "x", "--teacher", "none", "--kd_weight", "0"], "teacher must be given to"),
     ],
 )
 def test_wrong_words_are_one_line(

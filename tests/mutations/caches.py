@@ -1,0 +1,67 @@
+"""Faults of a teacher's cache: what would train another student without a word, or none at all."""
+
+from __future__ import annotations
+
+from mutations.planting import Mutation, edit
+
+SPARSE = "sad/teachers/cache/sparse.py"
+WRITER = "sad/teachers/cache/writer.py"
+READER = "sad/teachers/cache/reader.py"
+CACHED = "sad/teachers/cached.py"
+TRAINER = "sad/training/trainer.py"
+
+
+def runs(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/sad/teachers/cache/test_cached_runs.py::{name}" for name in names)
+
+
+def writing(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/sad/teachers/cache/test_writing.py::{name}" for name in names)
+
+
+MUTATIONS = [
+    Mutation(
+        "97",
+        "samples drawn from where the process has come to",
+        edit(
+            WRITER,
+            '    key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()\n',
+            "    key = os.urandom(8)\n",
+        ),
+        writing("test_any_number_of_processes_makes_the_same_bits[2]"),
+    ),
+    Mutation(
+        "98",
+        "a whole cache trusted without its hashes",
+        edit(
+            READER,
+            "            world.main_first(lambda: self._verify(memory))\n",
+            "            pass\n",
+        ),
+        runs("test_a_damaged_cache_trains_nothing[a flipped bit]"),
+    ),
+    Mutation(
+        "99",
+        "records found by the row of another cache order",
+        edit(CACHED, "        return torch.from_numpy(places)\n", "        return batch.rows\n"),
+        runs("test_sparse_targets_are_those_of_the_live_teacher[topk]"),
+        error="IndexError",
+    ),
+    Mutation(
+        "100",
+        "a teacher that is not told what it may delete",
+        edit(
+            TRAINER,
+            '        self.policy.needs_from(self._place(pending.position["micro_step"]))\n',
+            "",
+        ),
+        writing("test_a_student_reads_what_its_teacher_writes_meanwhile"),
+        error="StoppedError",
+    ),
+    Mutation(
+        "101",
+        "the tail of re-tempered targets taken from temperature 1",
+        edit(SPARSE, 'record["tail"][..., column_of_tail, None]', 'record["tail"][..., 0, None]'),
+        runs("test_top_k_targets_serve_every_temperature_they_were_made_for"),
+    ),
+]
