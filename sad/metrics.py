@@ -146,9 +146,9 @@ _ROWS = (
     ),
     Metric(
         KL_BOUND, "KL, at least", "nats per target", "lower",
-        heading="KL to the teacher, at least", phrase="the lower bound of KL to the teacher",
+        heading="KL to the teacher, at least",
         about="KL between the teacher's K most likely ids and all others as one: a lower bound",
-        needs_teacher=True, in_table=True, headline=True,
+        needs_teacher=True, in_table=True,
     ),
     Metric(
         "agreement", "agreement", "% of targets", "higher", "percent",
