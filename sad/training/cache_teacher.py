@@ -24,7 +24,7 @@ from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch
 from sad.data.tokenizers import fingerprint
-from sad.distributed.world import ALONE, World, use_own_device, whole_world
+from sad.distributed.world import ALONE, World, lost_ranks_explained, use_own_device, whole_world
 from sad.environment import StopSignals, library_versions, resolve_device
 from sad.errors import UsageError, quoted
 from sad.models.load import teacher_dtype
@@ -83,6 +83,7 @@ def cache_teacher(
             resolve_device(config.device).type, timeout_seconds=config.ddp_timeout
         ) as world,
         StopSignals(),
+        lost_ranks_explained(world, remedy="the same command goes on, on any number of processes"),
     ):
         fill = _fill
         if options.server is not None:

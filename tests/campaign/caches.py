@@ -64,10 +64,10 @@ Cache = Callable[[Path, int, float | None], Outcome]
 def kill_writers(
     workshop: Workshop, folder: Path, kills: int, seed: int = 0, *, real: bool = True
 ) -> Iterator[Tally]:
-    """Kill caching ``kills`` times in all, in real processes or in forked ones; one tally per cache
-    that was made whole."""
+    """Kill caching ``kills`` times in all, in real processes that torchrun starts or in forked
+    ones, of which there are one, two or three; one tally per cache that was made whole."""
     draw = random.Random(seed)
-    sizes = (1, 2, 3) if real else (1,)
+    sizes = (1, 2, 3)
     configs = {kind: _config(workshop, folder / "none") for kind in KINDS}
     write = {kind: _writer(configs[kind], folder, kind, real=real) for kind in KINDS}
     expected, seconds = {}, {}
@@ -79,7 +79,7 @@ def kill_writers(
         begin, log = time.monotonic(), folder / f"whole-{size}"
         if (outcome := write["sampled"](log, size, None)).code:
             raise RuntimeError(f"a cache that nobody disturbs must be finished, got {outcome}")
-        # The imports of a real process come before the first sign.
+        # The imports of a real process come before the first sign, and do not count.
         seconds[size] = (time.monotonic() - begin) / (3 if real else 1)
     inflicted = turn = 0
     while inflicted < kills:
@@ -109,8 +109,11 @@ def _writer(config: DistillConfig, folder: Path, kind: str, *, real: bool) -> Ca
         return partial(_write_for_real, folder, kind)
 
     def forked(cache: Path, size: int, kill_after: float | None) -> Outcome:
-        work = partial(make_cache, config, cache, kind, all_rows=True)
-        return in_child(work, folder / "cache.log", kill_after=kill_after)
+        work, log = partial(make_cache, config, cache, kind, all_rows=True), folder / "cache.log"
+        if size == 1:
+            return in_child(work, log, kill_after=kill_after)
+        # One of them is killed; the others hear of it.
+        return _on_ranks(work, size, log, kill_after, lost=int(1000 * (kill_after or 0)) % size)
 
     return forked
 
@@ -223,17 +226,24 @@ def _train(
     """A run that goes on from what it finds; of several ranks one is killed, and all end."""
     if size == 1:
         return run(config, log, kill_after=kill_after)
-    lost = (draw or random.Random(0)).randrange(size)
+    work = partial(distill, replace(config, resume_from_checkpoint="auto"))
+    return _on_ranks(work, size, log, kill_after, (draw or random.Random(0)).randrange(size))
 
-    def work() -> None:
+
+def _on_ranks(
+    work: Callable[[], Any], size: int, log: Path, kill_after: float | None, lost: int
+) -> Outcome:
+    """Do ``work`` on forked ranks; that of number ``lost`` is killed, if one is to be."""
+
+    def on_rank() -> None:
         sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         if kill_after is not None and int(os.environ["RANK"]) == lost:
             _kill_later(kill_after)
-        distill(replace(config, resume_from_checkpoint="auto"))
+        work()
 
-    ends = ends_of_ranks(size, work)
+    ends = ends_of_ranks(size, on_rank)
     codes = {end.code for end in ends}
     if codes == {0}:
         return Outcome(0)

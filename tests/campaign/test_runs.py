@@ -72,7 +72,7 @@ def test_a_killed_teacher_or_student_changes_no_bit(workshop: Workshop, tmp_path
 def test_real_processes_that_are_killed_change_no_bit_of_a_cache(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    promise = Promise("").add(kill_writers(workshop, tmp_path, kills=50))
+    promise = Promise("").add(kill_writers(workshop, tmp_path, kills=50, seed=1))
     assert promise.inflicted >= 50 and not promise.examples
 
 

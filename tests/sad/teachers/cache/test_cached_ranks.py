@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -276,6 +277,34 @@ def test_a_damaged_shard_of_a_window_is_said_once(make_config: Make, tmp_path: P
     assert (first.code, second.code) == (65, 65), (first, second)
     assert "shard-00012.safetensors must hold what was written to it" in first.message
     assert second.message == ""
+
+
+def dying_on(config: DistillConfig, folder: str, rank: int) -> None:
+    """Make a cache on ranks of which one is killed at its third shard."""
+    write, count = CacheWriter.write, 0
+
+    def write_or_die(self: CacheWriter, section: Any, number: int) -> None:
+        nonlocal count
+        count += self.world.rank == rank
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, section, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheWriter, "write", write_or_die)
+        make_cache(config, Path(folder), all_rows=True)
+
+
+def test_a_writer_that_is_lost_ends_the_others_with_76(
+    make_config: Make, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    cache, config = tmp_path / "cache", make_config()
+    first, second = ends_of_ranks(2, partial(dying_on, config, str(cache), 1))
+    assert second.code == -signal.SIGKILL
+    assert first.code == 76 and "the same command goes on, on any number" in first.message
+    make_cache(config, cache, all_rows=True)
+    made, whole = (json.loads((c / COMPLETE).read_text()) for c in (cache, caches["sampled"]))
+    assert made == whole
 
 
 def failing_on(config: DistillConfig, folder: str, rank: int) -> None:
