@@ -94,7 +94,7 @@ PARTS = {
     "caching": Part(
         "a teacher's cache that is killed and begun again has the bits of one that was not",
         _caching,
-        6,
+        12,
     ),
     "cached": Part(
         "a run from a teacher's cache that is killed resumes to the same bits", _cached, 3

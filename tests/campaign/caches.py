@@ -151,7 +151,10 @@ def _changed(cache: Path, before: set[Path]) -> bool:
 
 
 def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and all that it has started."""
+    """SIGKILL to a process and all that it has started; nothing if it has ended, for its number
+    may be another's by now."""
+    if process.poll() is not None:
+        return
     with suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
         for each in (*children, process):
