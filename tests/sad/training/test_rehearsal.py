@@ -76,7 +76,7 @@ def refusal(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     def too_late(*_: Any, **__: Any) -> None:
         pytest.fail("something took its time before the refusal")
 
-    monkeypatch.setattr(run, "evaluate_teacher", too_late)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", too_late)
     monkeypatch.setattr(run, "_train", too_late)
     with pytest.raises(UnfitError) as caught:
         distill(config)

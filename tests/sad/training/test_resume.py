@@ -514,7 +514,7 @@ def test_a_resumption_that_is_refused_leaves_the_run_alone(
         allow_config_change=True,
     )
     before = tree(Path(config.output_dir))
-    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must divide the rows that a resumed run has consumed"):
         distill(other)
     assert tree(Path(config.output_dir)) == before
@@ -531,7 +531,7 @@ def test_a_baseline_that_is_refused_leaves_the_run_alone(
     again = replace(config, baseline=True, resume_from_checkpoint="auto", allow_config_change=True)
     RunDirectory(f"{config.output_dir}/baseline").write_status("stopped")
     before = tree(Path(config.output_dir))
-    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must not end before its checkpoint"):
         distill(again)
     assert tree(Path(config.output_dir)) == before
