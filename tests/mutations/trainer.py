@@ -109,9 +109,8 @@ MUTATIONS = [
         "evaluation averages the means of its batches",
         edit(
             "sad/training/meters.py",
-            "        sums = torch.stack([part.double() for part in parts])\n        self._sums = sums if",
-            "        sums = torch.stack([part.double() / out.num_tokens for part in parts])\n"
-            "        self._sums = sums if",
+            "[part.double() for part in parts])\n        self._sums = sums if",
+            "[part.double() / out.num_tokens for part in parts])\n        self._sums = sums if",
         ),
         training("test_evaluation_gives_the_figures_of_training"),
     ),
