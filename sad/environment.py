@@ -155,16 +155,16 @@ _active: StopSignals | None = None
 """Who catches the signals of the process now."""
 
 
-def stop_if_requested(doing: str) -> None:
-    """Raise ``StoppedError`` if a stop signal has come; ``doing`` names what it interrupts.
+def stop_if_requested(doing: str, again: str = "with --resume_from_checkpoint auto ") -> None:
+    """Raise ``StoppedError`` if a stop signal has come; ``doing`` names what it interrupts, and the
+    same command goes on ``again``, with these words.
 
     For loops that may take seconds, between two steps. What is interrupted must be harmless to
     repeat: nothing of it is saved.
     """
     if _active is not None and _active.requested is not None:
         raise StoppedError(
-            f"{doing} must be finished, got {_active.requested}; the same command with "
-            "--resume_from_checkpoint auto goes on"
+            f"{doing} must be finished, got {_active.requested}; the same command {again}goes on"
         )
 
 

@@ -264,9 +264,13 @@ def whole_world(
 
 
 @contextmanager
-def lost_ranks_explained(world: World, where: Callable[[], str] = lambda: "") -> Iterator[None]:
+def lost_ranks_explained(
+    world: World,
+    where: Callable[[], str] = lambda: "",
+    remedy: str = "resume with --resume_from_checkpoint auto, on any number of processes",
+) -> Iterator[None]:
     """Within, an error of a transfer whose other end is gone is a ``RankLostError``; ``where`` says
-    how far the run had come."""
+    how far the run had come, ``remedy`` what to do."""
     try:
         yield
     except Exception as error:
@@ -274,7 +278,7 @@ def lost_ranks_explained(world: World, where: Callable[[], str] = lambda: "") ->
             raise
         raise RankLostError(
             f"all {world.size} processes must answer, got {with_type(error)}{where()}: a rank was "
-            "lost; resume with --resume_from_checkpoint auto, on any number of processes"
+            f"lost; {remedy}"
         ) from error
 
 

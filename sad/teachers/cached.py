@@ -17,11 +17,12 @@ from sad_kernels import TeacherHidden, TeacherTopK
 from torch import Tensor, nn
 
 from sad.data.batch import Batch
-from sad.errors import UnfitError, UsageError
+from sad.errors import UnfitError, UsageError, printable, shortened
 from sad.losses.capture import Capture
 from sad.models.cached_targets import CachedTargets
 from sad.teachers.cache.facts import CacheFacts
 from sad.teachers.cache.files import HEAD, Section, open_tensors, read_facts, shards_of
+from sad.teachers.cache.forms import require_decoded
 from sad.teachers.cache.reader import CacheReader
 from sad.teachers.cache.source import position_bytes
 from sad.teachers.cache.sparse import decode
@@ -82,6 +83,14 @@ class CachedTeacher:
 
     def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput:
         """The targets of a batch. Nothing can be captured: there are no layers."""
+        try:
+            return self._targets(batch)
+        except UnfitError as error:
+            # The other ranks do not read these rows: they only learn that this one is lost.
+            error.spoken = True
+            raise
+
+    def _targets(self, batch: Batch) -> TeacherOutput:
         places = self._places(batch)
         length = batch.input_ids.shape[1]
         lengths = batch.lengths.cpu()
@@ -93,6 +102,7 @@ class CachedTeacher:
             return TeacherOutput((TeacherHidden(hidden, self._head),), kd_weights=weights)
         temperature = self._temperature if self._shards.kind == "topk" else 1.0
         ids, log_probs = decode(record, self._column, temperature)
+        require_decoded(self.reader.folder, record, ids, self.reader.facts.valid_vocab)
         tail = "bucket" if self._shards.kind == "topk" else "zero"
         target = TeacherTopK(ids.to(self.device), log_probs.to(self.device), tail)
         weights = None
@@ -115,6 +125,10 @@ class CachedTeacher:
     def wait_for(self, first: int, last: int) -> None:
         """Wait until they are; ``StoppedError`` on every rank if they do not come."""
         self.reader.wait_for(self.section, first, last)
+
+    def open(self, first: int, last: int) -> None:
+        """Verify them on every rank, before any reads one; ``UnfitError`` on all ranks."""
+        self.reader.open(self.section, first, last)
 
     def needs_from(self, place: int) -> None:
         """Say that nothing before this place of the run will be asked for again."""
@@ -197,4 +211,5 @@ def describe(reader: CacheReader) -> str:
             what = f"the {facts.top_k} most likely ids per token at T = {at}"
         case "hidden":
             what = f"final hidden states in {facts.codec}"
-    return f"{facts.teacher.name}{size}; {what}, from {reader.folder}"
+    name = shortened(printable(facts.teacher.name), 80)
+    return f"{name}{size}; {what}, from {reader.folder}"

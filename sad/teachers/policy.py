@@ -77,11 +77,15 @@ class TeacherPolicy:
             self._teacher.release()
 
     def has(self, places: range, world: World) -> bool:
-        """Whether the targets of these places of the run are there, on every rank."""
+        """Whether the targets of these places of the run are there, on every rank. Those that
+        another process makes meanwhile are verified, and ``UnfitError`` raised on every rank."""
         teacher = self._teacher
         if not (isinstance(teacher, CachedTeacher) and teacher.grows):
             return True
-        return not world.any(not teacher.has(places.start, places.stop - 1))
+        if world.any(not teacher.has(places.start, places.stop - 1)):
+            return False
+        teacher.open(places.start, places.stop - 1)
+        return True
 
     def wait_for(self, places: range) -> None:
         """Wait until the targets of these places of the run are there.
@@ -90,6 +94,7 @@ class TeacherPolicy:
         """
         if isinstance(self._teacher, CachedTeacher):
             self._teacher.wait_for(places.start, places.stop - 1)
+            self._teacher.open(places.start, places.stop - 1)
 
     def needs_from(self, place: int) -> None:
         """Say that nothing before this place of the run will be asked for again."""

@@ -28,8 +28,7 @@ from sad.environment import library_versions, memory_now, resolve_device
 from sad.errors import UnfitError, UsageError
 from sad.optim.schedule import planned_length
 from sad.teachers.cache.facts import CacheFacts, TeacherFacts
-from sad.teachers.cache.files import CACHE, COMPLETE, Section, read_facts
-from sad.teachers.cache.own_rows import ROWS
+from sad.teachers.cache.files import CACHE, COMPLETE, ROWS, SPOOL, Section, read_facts
 from sad.teachers.cache.writer import SectionRows
 from sad.teachers.fingerprint import HASHES, fingerprint_files
 from sad.teachers.foreign.base import Context, ForeignDocument
@@ -50,8 +49,6 @@ from sad.training.cache_served import require_temperature_1
 from sad.training.inputs import RunInputs, eval_row_numbers
 
 BATCH_ROWS = 32
-SPOOL = "import-spool"
-"""Folder of what has been read and is in no shard yet."""
 
 NO_TAIL: frozenset[ImportFormat] = frozenset({"axolotl"})
 """Formats whose probabilities sum to 1 over the K ids: they are kept as weights without a tail."""

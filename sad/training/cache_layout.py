@@ -17,7 +17,7 @@ from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.rows import cache_directory
 from sad.distributed.world import World
-from sad.errors import OutputError, UsageError
+from sad.errors import OutputError, UsageError, printable, shortened
 from sad.optim.schedule import RunLength
 from sad.teachers.cache.facts import CacheFacts, Subset
 from sad.teachers.cache.files import CACHE, Section, read_facts, shards_of
@@ -122,8 +122,7 @@ def cache_writer(
             source,
             device,
             memory=cache_directory(config.data.cache_dir) / HASHES,
-            rank=world.rank,
-            ranks=world.size,
+            world=world,
             advance=advance,
         )
 
@@ -185,8 +184,7 @@ def _positions(rows: SectionRows) -> int:
 
 
 def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(printable(str(value)), 60)
 
 
 def warn_of_tail(share: float, facts: CacheFacts, say: Any, than: str = "") -> None:

@@ -76,7 +76,7 @@ def fill_from_server(
         writer.write_section("eval")
         writer.write_section("train")
         _require_same_server(folder, source, sections["train"])
-        if writer.finish():
+        if world.from_main(writer.finish):
             count = len(sections["train"].shards)
             say(f"{folder} is whole: {count} shards of {facts.kind} targets")
     return folder

@@ -24,9 +24,9 @@ from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch
 from sad.data.tokenizers import fingerprint
-from sad.distributed.world import ALONE, World, use_own_device, whole_world
+from sad.distributed.world import ALONE, World, lost_ranks_explained, use_own_device, whole_world
 from sad.environment import StopSignals, library_versions, resolve_device
-from sad.errors import UsageError
+from sad.errors import UsageError, quoted
 from sad.models.load import teacher_dtype
 from sad.models.quantization import parameter_count
 from sad.optim.schedule import RunLength, planned_length
@@ -36,6 +36,7 @@ from sad.teachers.cache.files import (
     COMPLETE,
     HEAD,
     SHARD_BYTES,
+    strangers,
     write_tensors,
 )
 from sad.teachers.cache.source import TeacherSource, inputs_of, make_codec
@@ -82,13 +83,14 @@ def cache_teacher(
             resolve_device(config.device).type, timeout_seconds=config.ddp_timeout
         ) as world,
         StopSignals(),
+        lost_ranks_explained(world, remedy="the same command goes on, on any number of processes"),
     ):
         fill = _fill
         if options.server is not None:
             fill = fill_from_server
         elif options.import_path is not None:
             fill = fill_from_files
-        world.from_main(lambda: files.probe_writable(folder))
+        world.from_main(partial(_claim, folder))
         if not world.main:
             return fill(config, options, folder, world, shard_bytes)
         with run_lock(folder, print):
@@ -96,11 +98,23 @@ def cache_teacher(
             return fill(config, options, folder, world, shard_bytes)
 
 
+def _claim(folder: Path) -> None:
+    """Make the folder, or find it empty or a cache. Raises ``UsageError``, ``OutputError``."""
+    with files.output_errors(folder):
+        others = strangers(folder)
+    if others and not (folder / CACHE).exists():
+        raise UsageError(
+            f"output must be new, or hold a teacher's cache, got {folder}, which holds "
+            f"{quoted(others[0], 40)}; choose another --output"
+        )
+    files.probe_writable(folder)
+
+
 def _fill(
     config: DistillConfig, options: CacheOptions, folder: Path, world: World, shard_bytes: int
 ) -> Path:
     say = partial(print, flush=True) if world.main else lambda _: None
-    # Each process has a whole teacher of its own; nothing is exchanged from here on.
+    # Each process has a whole teacher of its own: none computes together with another.
     inputs = world.main_first(partial(load_inputs, config, say, ALONE))
     teacher = inputs.frozen_teacher
     assert teacher is not None

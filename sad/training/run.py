@@ -352,7 +352,7 @@ def _train(
     check = partial(
         check_models_and_loss,
         student.model,
-        None if answers else teacher,  # checked before
+        None if answers or frozen is None else frozen.model,  # checked before
         inputs.eval_rows.batch([0]).input_ids,
         objective,
         valid_vocab=inputs.valid_vocab,

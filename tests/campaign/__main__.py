@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from bench.report.readme import campaign_table
 from campaign import checkpoints, configurations
+from campaign.caches import kill_pairs, kill_readers, kill_writers
 from campaign.damage import damage_every_file
 from campaign.disk import fail_once
 from campaign.kills import kill_at_random
@@ -62,6 +63,20 @@ def _soak(workshop: Workshop, folder: Path, share: float) -> Iterable[Tally]:
     return soak(workshop, folder, steps=_of(20_000, share))
 
 
+def _caching(workshop: Workshop, folder: Path, share: float) -> Iterator[Tally]:
+    for name, count in (("forked", 40), ("real", 10)):  # which take half a minute each
+        (folder / name).mkdir()
+        yield from kill_writers(workshop, folder / name, _of(count, share), real=name == "real")
+
+
+def _cached(workshop: Workshop, folder: Path, share: float) -> Iterable[Tally]:
+    return kill_readers(workshop, folder, kills=_of(50, share))
+
+
+def _windows(workshop: Workshop, folder: Path, share: float) -> Iterable[Tally]:
+    return kill_pairs(workshop, folder, kills=_of(50, share))
+
+
 def _checkpoints(workshop: Workshop, folder: Path, share: float) -> Iterator[Tally]:
     result = checkpoints.run(_of(250, share))
     yield Tally(result.inflicted, len(result.wrong), "; ".join(result.wrong[:3])[:500])
@@ -76,6 +91,19 @@ PARTS = {
     "kills": Part("a run that is killed at any moment resumes to the same bits", _kills, 45),
     "disk": Part("a change of the disk that fails once costs nothing that was saved", _disk, 25),
     "damage": Part("a damaged file is passed over, replaced or refused, never used", _damage, 15),
+    "caching": Part(
+        "a teacher's cache that is killed and begun again has the bits of one that was not",
+        _caching,
+        6,
+    ),
+    "cached": Part(
+        "a run from a teacher's cache that is killed resumes to the same bits", _cached, 3
+    ),
+    "windows": Part(
+        "a student ends in the same bits if it or its teacher, who fills a window, is killed",
+        _windows,
+        3,
+    ),
     "checkpoints": Part(
         "a crafted checkpoint is refused in one line, or restores what was saved", _checkpoints, 5
     ),

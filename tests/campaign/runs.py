@@ -130,7 +130,7 @@ def in_child(
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        os._exit(_in_this_child(work, log))
+        os._exit(in_this_child(work, log))
     code = _wait(pid, hangs_after if kill_after is None else kill_after)
     if code is None:
         code = HUNG if kill_after is None else -signal.SIGKILL
@@ -141,7 +141,8 @@ def in_child(
     return Outcome(code, message)
 
 
-def _in_this_child(work: Callable[[], Any], log: Path) -> int:
+def in_this_child(work: Callable[[], Any], log: Path) -> int:
+    """The exit code of ``work`` here, in a forked child; what it raised is said beside ``log``."""
     # The parent's handlers and Ctrl-C are not the child's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from campaign.caches import kill_pairs, kill_readers, kill_writers
 from campaign.damage import DAMAGE, damage_every_file
 from campaign.disk import fail_once
 from campaign.kills import kill_at_random
@@ -45,6 +47,42 @@ def test_damaged_files_are_never_used(workshop: Workshop, tmp_path: Path) -> Non
 def test_a_long_run_needs_no_more_than_a_short_one(workshop: Workshop, tmp_path: Path) -> None:
     promise = Promise("").add(soak(workshop, tmp_path, steps=100))
     assert promise.inflicted == 100 and not promise.examples
+
+
+def test_caches_killed_and_begun_again_have_the_same_bits(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    promise = Promise("").add(kill_writers(workshop, tmp_path, kills=6, real=False))
+    assert promise.inflicted >= 6 and not promise.examples
+
+
+def test_killed_runs_from_a_cache_resume_to_the_same_bits(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    promise = Promise("").add(kill_readers(workshop, tmp_path, kills=4))
+    assert promise.inflicted >= 4 and not promise.examples
+
+
+def test_a_killed_teacher_or_student_changes_no_bit(workshop: Workshop, tmp_path: Path) -> None:
+    promise = Promise("").add(kill_pairs(workshop, tmp_path, kills=3))
+    assert promise.inflicted >= 3 and not promise.examples
+
+
+@pytest.mark.slow
+def test_real_processes_that_are_killed_change_no_bit_of_a_cache(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    promise = Promise("").add(kill_writers(workshop, tmp_path, kills=50, seed=1))
+    assert promise.inflicted >= 50 and not promise.examples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [kill_readers, kill_pairs])
+def test_many_killed_readers_of_caches_change_no_bit(
+    workshop: Workshop, tmp_path: Path, kill: Any
+) -> None:
+    promise = Promise("").add(kill(workshop, tmp_path, kills=50, seed=1))
+    assert promise.inflicted >= 50 and not promise.examples
 
 
 def test_a_loss_is_counted(workshop: Workshop, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sad_kernels._divergence_table import DIVERGENCES
 
 from sad.config.cache_options import ImportFormat
 from sad.config.schema import DistillConfig
-from sad.errors import UnfitError
+from sad.errors import UnfitError, printable, shortened
 from sad.teachers.cache.facts import CacheFacts, RunOrder
 from sad.teachers.fingerprint import known_fingerprints
 
@@ -77,6 +77,11 @@ def require_own_cache(
         )
     _require_teacher(facts, config, same, memory)
     _require_objective(facts, config, folder)
+    if facts.subset is not None:
+        same("number of training rows", facts.subset.of, run.num_rows)
+    if facts.order is None:
+        rows = run.num_rows if facts.subset is None else facts.subset.rows
+        same("number of rows", facts.train_places, rows)
     places = run.order.micro_batches * run.order.rows_per_micro_batch
     if facts.subset is not None and (
         facts.subset.seed != run.order.seed or min(places, facts.subset.of) > facts.subset.rows
@@ -95,6 +100,7 @@ def require_own_cache(
             ("rows_per_micro_batch", "rows per micro-batch"),
         ):
             same(what, getattr(facts.order, name), getattr(run.order, name))
+        same("number of rows", facts.train_places, places)
 
 
 def _require_teacher(
@@ -193,5 +199,4 @@ def require_answers(config: DistillConfig, missing: int, masked: int) -> None:
 
 
 def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(printable(str(value)), 40)

@@ -164,7 +164,7 @@ _HEAD = record(
         "hash": string,
         "width": integer(1),
         "logit_scale": number(),
-        "softcap": optional(number()),
+        "softcap": optional(number(0.0)),
     }
 )
 _TEACHER = record(
@@ -208,6 +208,48 @@ assert list(_CHECKS) == [field.name for field in fields(CacheFacts)]
 
 _FILE = record({"format": integer(1), "plan": string, **_CHECKS, "notes": mapping(plain)})
 
+_NOTES: dict[str, Check] = {
+    "scores": mapping(number()),
+    "scored_rows": integer(0),
+    "parameters": integer(0),
+    "window": integer(0),
+}
+"""Those of the notes that runs read."""
+
+MAX_SHARDS = 10**6
+"""Of a section: so many of 256 MB are 256 TB."""
+
+
+def _require_consistent(facts: CacheFacts, where: str) -> None:
+    """Raise ``UnexpectedValueError`` for facts of which each could be, but not all together."""
+
+    def require(holds: bool, key: str, expectation: str) -> None:
+        if not holds:
+            raise UnexpectedValueError(f"{where} {key}", expectation, getattr(facts, key))
+
+    hidden, of_kind = facts.kind == "hidden", f"with {facts.kind} targets"
+    for key in ("codec", "head"):
+        expectation = f"{'be given' if hidden else 'be null'} {of_kind}"
+        require((getattr(facts, key) is not None) == hidden, key, expectation)
+    if facts.head is not None:
+        scale, softcap = facts.head.logit_scale, facts.head.softcap
+        require(
+            scale != 0 and softcap != 0, "head", "have a logit_scale and a softcap other than 0"
+        )
+    expectation = f"{'be null' if hidden else 'be given'} {of_kind}"
+    require((facts.top_k is None) == hidden, "top_k", expectation)
+    counts = {"hidden": (0,), "sampled": (1,), "topk": range(1, 1000)}[facts.kind]
+    require(len(facts.temperatures) in counts, "temperatures", f"be as many as go {of_kind}")
+    require(all(t > 0 for t in facts.temperatures), "temperatures", "be above 0")
+    if facts.kind == "topk":
+        require(1.0 in facts.temperatures, "temperatures", "hold 1, at which is evaluated")
+    for places, rows in (
+        ("train_places", "rows_per_shard"),
+        ("eval_places", "eval_rows_per_shard"),
+    ):
+        few = getattr(facts, places) <= MAX_SHARDS * getattr(facts, rows)
+        require(few, places, f"fill {MAX_SHARDS:,} shards at most")
+
 
 def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[str, Any]]:
     """Facts and notes from the content of a ``cache.json``.
@@ -221,6 +263,9 @@ def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[s
         )
     try:
         _FILE(content, where)
+        for key, check in _NOTES.items():
+            if key in content["notes"]:
+                check(content["notes"][key], f"{where} notes.{key}")
         values = {key: content[key] for key in _CHECKS}
         values["teacher"] = TeacherFacts(**values["teacher"])
         values["head"] = values["head"] and HeadFacts(**values["head"])
@@ -229,6 +274,7 @@ def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[s
         values["subset"] = values["subset"] and Subset(**values["subset"])
         values["temperatures"] = tuple(map(float, values["temperatures"]))
         facts = CacheFacts(**values)
+        _require_consistent(facts, where)
         if facts.plan != content["plan"]:
             raise UnexpectedValueError(f"{where} plan", f"be {facts.plan}", content["plan"])
     except UnexpectedValueError as error:

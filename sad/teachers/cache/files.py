@@ -19,6 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +32,13 @@ from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
 from sad.checkpoint.tensor_files import FileTensors, file_order, safetensors_chunks
-from sad.errors import UnfitError, one_line
+from sad.errors import UnfitError, one_line, quoted
 from sad.teachers.cache.facts import CacheFacts, Kind, facts_of
 
 CACHE, COMPLETE, WRITER, READER = "cache.json", "complete.json", "writer.json", "reader.json"
 HEAD, BASIS = "head.safetensors", "basis.safetensors"
+ROWS, SPOOL = "rows", "import-spool"
+"""Folders of an import: its text, and what has been read and is in no shard yet."""
 
 SHARD_BYTES = 256 * 10**6
 """Size of a shard, at most, unless one batch is larger."""
@@ -109,10 +113,12 @@ def open_shard(path: Path, plan: str, *, verify: bool) -> FileTensors:
     if found != plan:
         raise UnfitError(
             f"{path} must be a shard of the cache beside it, whose plan is {plan}, got one of "
-            f"{found}; {AGAIN}"
+            f"{quoted(found, 40)}; {AGAIN}"
         )
     if verify and tensors_hash(tensors) != tensors.metadata.get("blake2b"):
-        raise UnfitError(f"{path} must hold what was written to it, got other bytes; {AGAIN}")
+        raise UnfitError(
+            f"{path} must hold what was written to it, got other bytes; delete it and {AGAIN}"
+        )
     return tensors
 
 
@@ -154,6 +160,15 @@ def read_facts(folder: Path) -> tuple[CacheFacts, dict[str, Any]] | None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def strangers(folder: Path) -> list[str]:
+    """Names in a folder that are not those of a cache; hidden files, which a writer makes, too, are
+    nobody's."""
+    own = {CACHE, COMPLETE, WRITER, READER, HEAD, BASIS, ROWS, SPOOL}
+    shard = re.compile(r"(shard|eval)-\d{5,}\.safetensors")
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [n for n in names if n not in own and n[0] != "." and not shard.fullmatch(n)]
 
 
 def missing(folder: Path, names: Iterable[str]) -> list[str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from sad.config.schema import DistillConfig
 from sad.data.rows import PackedRows
 from sad.errors import UnfitError, UsageError, one_line
+from sad.teachers.cache.files import ROWS
 
-ROWS = "rows"
 FOLDERS = ("train", "eval")
 
 

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from sad.checkpoint import atomic_files as files
 from sad.checkpoint.tensor_files import FileTensors
 from sad.distributed.world import ALONE, World
 from sad.environment import stop_if_requested
-from sad.errors import StoppedError, UnfitError, UsageError
+from sad.errors import StoppedError, UnfitError, UsageError, quoted
+from sad.teachers.cache.facts import CacheFacts
 from sad.teachers.cache.files import (
     AGAIN,
     BASIS,
@@ -34,12 +36,13 @@ from sad.teachers.cache.files import (
     Section,
     all_names,
     missing,
-    open_shard,
     open_tensors,
     read_facts,
     shards_of,
+    strangers,
     write_json,
 )
+from sad.teachers.cache.forms import open_head, open_whole_shard, require_basis
 from sad.teachers.cache.hidden import Codec, build_codec
 from sad.teachers.cache.sparse import PADDING
 from sad.teachers.fingerprint import fingerprint_file, fingerprint_files
@@ -76,25 +79,29 @@ class CacheReader:
         if not self.folder.is_dir():
             raise UsageError(
                 f"teacher_cache must be a folder that `sad cache-teacher` has made, got {folder}, "
-                "which does not exist; run `sad cache-teacher` with the same recipe and "
+                "which is no folder; run `sad cache-teacher` with the same recipe and "
                 f"--output {folder}"
+            )
+        others = strangers(self.folder)
+        if others and not (self.folder / CACHE).exists():  # it will never come there
+            raise UsageError(
+                f"teacher_cache must be a folder that `sad cache-teacher` has made, got {folder}, "
+                f"which holds {quoted(others[0], 40)} and no {CACHE}; name that folder"
             )
         self._life: tuple[object, float] = (None, time.monotonic())
         self._open: OrderedDict[tuple[Section, int], tuple[FileTensors, np.ndarray]] = OrderedDict()
-        if not (self.folder / CACHE).exists():
-            self._wait(lambda: (self.folder / CACHE).exists(), "its first file")
-        found = read_facts(self.folder)
-        assert found is not None
-        self.facts, self.notes = found
-        self.complete = self._complete()
-        if not self.complete and self.facts.order is None:
+        # All ranks take the same way, whatever each of them sees at its own moment.
+        self._wait(lambda: (self.folder / CACHE).exists(), "its first file")
+        self.facts, self.notes = world.agree(self._facts)
+        self.complete = world.from_main(self._complete)
+        if self.complete or self.facts.order is None:
             self._wait(self._complete, "its last shard")
             self.complete = True
-        if self.complete:
             world.main_first(lambda: self._verify(memory))
         else:
             names = [n for n in all_names(self.facts) if not n.startswith("shard-")]
             self._wait(lambda: not missing(self.folder, names), "its held-out rows")
+        world.agree(self._check_forms)
 
     def head(self, device: torch.device) -> Head:
         """The teacher's head, of hidden states, cut to the tokenizer's ids."""
@@ -107,7 +114,7 @@ class CacheReader:
                 f"{path} must be the head that the cache was made with, of hash {facts.hash}, got "
                 f"{found}; {AGAIN}"
             )
-        tensors = open_tensors(path)
+        tensors = open_head(path, self.facts)
         bias = tensors["bias"].to(device) if "bias" in tensors else None
         return Head(
             tensors["weight"].to(device),
@@ -158,6 +165,13 @@ class CacheReader:
         """Whether the shards of the places from ``first`` to ``last`` are there."""
         return not self._lacking(section, first, last)
 
+    def open(self, section: Section, first: int, last: int) -> None:
+        """Open these shards and verify them, on every rank; ``UnfitError`` on all for one that is
+        damaged."""
+        per_shard = shards_of(self.facts, section).per_shard
+        numbers = range(first // per_shard, last // per_shard + 1)
+        self.world.agree(lambda: [self._shard(section, number) for number in numbers])
+
     def wait_for(self, section: Section, first: int, last: int) -> None:
         """Wait until they are.
 
@@ -185,14 +199,38 @@ class CacheReader:
         """A shard, and where each of its rows begins and the last one ends."""
         key = section, number
         if key not in self._open:
-            path = self.folder / shards_of(self.facts, section).name(number)
-            tensors = open_shard(path, self.facts.plan, verify=not self.complete)
-            ends = np.concatenate([[0], np.cumsum(tensors[LENGTHS].numpy().astype(np.int64))])
+            shards = shards_of(self.facts, section)
+            tensors, lengths = open_whole_shard(
+                self.folder, self.facts, shards, number, verify=not self.complete
+            )
+            ends = np.concatenate([[0], np.cumsum(lengths.numpy())])
             self._open[key] = tensors, ends
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(key)
         return self._open[key]
+
+    def _facts(self) -> tuple[CacheFacts, dict[str, Any]]:
+        found = read_facts(self.folder)
+        if found is None:
+            raise UsageError(
+                f"teacher_cache must be a folder that `sad cache-teacher` fills, got {self.folder} "
+                f"without {CACHE}, which was there; make it again"
+            )
+        return found
+
+    def _check_forms(self) -> None:
+        """Raise ``UnfitError`` unless the files that are there hold what a run will read."""
+        facts, folder = self.facts, self.folder
+        if facts.head is not None:
+            open_head(folder / HEAD, facts)
+        if facts.codec == "int8":
+            require_basis(folder / BASIS, open_tensors(folder / BASIS), facts)
+        sections: tuple[Section, ...] = ("eval", "train") if self.complete else ("eval",)
+        for section in sections:
+            shards = shards_of(facts, section)
+            for number in range(len(shards)):
+                open_whole_shard(folder, facts, shards, number, verify=False)
 
     def _complete(self) -> bool:
         content = files.read_object(self.folder / COMPLETE)
@@ -201,7 +239,8 @@ class CacheReader:
     def _verify(self, memory: Path) -> None:
         """Raise ``UnfitError`` unless every file is what was written."""
         content = files.read_object(self.folder / COMPLETE) or {}
-        expected: Mapping[str, object] = content.get("files", {})
+        files_then = content.get("files")
+        expected: Mapping[str, object] = files_then if isinstance(files_then, dict) else {}
         names = all_names(self.facts)
         lacking = missing(self.folder, names)
         if lacking:
@@ -220,27 +259,32 @@ class CacheReader:
                 )
 
     def _wait(self, there: Callable[[], bool], what: str) -> None:
-        """Wait on every rank until ``there()``, or raise on all of them."""
-        reason = ""
-        if not there():
-            self.say(f"waiting for the teacher, who fills {self.folder}: {what}")
-        while not there():
-            try:
-                stop_if_requested("waiting for the teacher")
-            except StoppedError as error:
-                reason = str(error)
-                break
-            silent = self._silence()
-            if silent > self.patience or silent < 0:
-                reason = self._unheard(what, silent)
-                break
+        """Wait until ``there()`` on every rank, or raise on all of them. All ask in step: a rank
+        that has seen it, or was told to stop, must not leave the others waiting."""
+        said = False
+        while True:
+            found = there()
+            answers = self.world.gather((found, "" if found else self._reason_to_end(what)))
+            if all(found for found, _ in answers):
+                return
+            reason = next((reason for _, reason in answers if reason), "")
+            if reason.startswith("teacher_cache"):
+                raise UnfitError(reason)
+            if reason:
+                raise StoppedError(reason)
+            if not said:
+                said = True
+                self.say(f"waiting for the teacher, who fills {self.folder}: {what}")
             time.sleep(POLL_SECONDS)
-        reasons = [found for found in self.world.gather(reason) if found]
-        if not reasons:
-            return
-        if reasons[0].startswith("teacher_cache"):
-            raise UnfitError(reasons[0])
-        raise StoppedError(reasons[0])
+
+    def _reason_to_end(self, what: str) -> str:
+        """Why not to wait any longer; empty for none."""
+        try:
+            stop_if_requested("waiting for the teacher")
+        except StoppedError as error:
+            return str(error)
+        silent = self._silence()
+        return self._unheard(what, silent) if silent > self.patience or silent < 0 else ""
 
     def _silence(self) -> float:
         """Seconds since the teacher's last sign of life; -1 if nobody ever wrote here."""

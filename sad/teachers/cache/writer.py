@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
 from sad.data.rows import PackedRows
+from sad.distributed.world import ALONE, World
 from sad.environment import stop_if_requested
 from sad.errors import StoppedError
+from sad.expected import UnexpectedValueError, equal, integer, record
 from sad.teachers.cache.facts import CacheFacts
 from sad.teachers.cache.files import (
     COMPLETE,
@@ -81,8 +84,7 @@ class CacheWriter:
         device: torch.device,
         *,
         memory: Path,
-        rank: int = 0,
-        ranks: int = 1,
+        world: World = ALONE,
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.folder = folder
@@ -91,22 +93,30 @@ class CacheWriter:
         self.source = source
         self.device = device
         self.memory = memory
-        self.rank, self.ranks = rank, ranks
+        self.world = world
         self.advance = advance
         self._seen = 0.0  # when the heartbeat was last written
 
     def write_all(self) -> None:
-        """Make every shard of this rank that is missing; whoever finds all done says so."""
+        """Make every shard of this rank that is missing; then the first rank says that all are
+        there."""
         for section in ("eval", "train"):
             self.write_section(section)
-        self.finish()
+        self.world.from_main(self.finish)
 
     def write_section(self, section: Section) -> None:
-        """Make this rank's shards of a section that are missing."""
+        """Make this rank's shards of a section that are missing.
+
+        The ranks go from shard to shard together: what one of them raises ends all.
+        """
         shards = self.sections[section].shards
-        for number in range(self.rank, len(shards), self.ranks):
-            if missing(self.folder, [shards.name(number)]):
-                self.write(section, number)
+        for first in range(0, len(shards), self.world.size):
+            self.world.agree(partial(self._write_missing, section, first + self.world.rank))
+
+    def _write_missing(self, section: Section, number: int) -> None:
+        shards = self.sections[section].shards
+        if number < len(shards) and missing(self.folder, [shards.name(number)]):
+            self.write(section, number)
 
     def write_window(self, window: int, patience: float, *, wait_for_reader: bool) -> None:
         """Serve one run: keep ``window`` shards of training rows ahead of what it has saved.
@@ -119,21 +129,22 @@ class CacheWriter:
         heard: tuple[object, float] = (None, time.monotonic())
         while True:
             self.beat()
-            said = files.read_object(self.folder / READER) or {}
+            said = files.read_object(self.folder / READER)
             if said != heard[0]:
                 heard = said, time.monotonic()
-            lowest = int(said.get("next", 0))
+            lowest = self._lowest_needed(said, len(shards))
             if lowest >= len(shards):
                 self._delete(shards, range(len(shards)))
                 return
             self._delete(shards, range(lowest))
             wanted = range(lowest, min(lowest + window, len(shards)))
-            lacking = [n for n in wanted if missing(self.folder, [shards.name(n)])]
+            ours = (n for n in wanted if n % self.world.size == self.world.rank)
+            lacking = [n for n in ours if missing(self.folder, [shards.name(n)])]
             if lacking:
                 self.write("train", lacking[0])
                 heard = heard[0], time.monotonic()
                 continue
-            stop_if_requested("the teacher's cache")
+            stop_if_requested("the teacher's cache", again="")
             if not wait_for_reader and time.monotonic() - heard[1] > patience:
                 raise StoppedError(
                     f"a student must read {self.folder} while the teacher fills it, got no word "
@@ -141,6 +152,16 @@ class CacheWriter:
                     "wait for it with --wait_for_reader"
                 )
             time.sleep(POLL_SECONDS)
+
+    def _lowest_needed(self, said: object, count: int) -> int:
+        """The lowest shard that the student can still need; 0 before it says so, or if what is
+        there is not what a student of this cache writes."""
+        try:
+            record({"next": integer(0, count), "plan": equal(self.facts.plan)})(said, READER)
+        except UnexpectedValueError:
+            return 0
+        assert isinstance(said, dict)
+        return said["next"]
 
     def write(self, section: Section, number: int) -> None:
         """Make one shard."""
@@ -151,7 +172,7 @@ class CacheWriter:
         parts: list[Record] = []
         done = 0
         for first, numbers in rows.batches(number):
-            stop_if_requested("the teacher's cache")
+            stop_if_requested("the teacher's cache", again="")
             batch = rows.rows.batch(numbers)
             inputs = int(batch.lengths.sum())
             at = first - places.start
@@ -181,7 +202,7 @@ class CacheWriter:
     def beat(self) -> None:
         """Say, once in a while, that the teacher is alive."""
         now = time.time()
-        if self.rank == 0 and now - self._seen > HEARTBEAT_SECONDS:
+        if now - self._seen > HEARTBEAT_SECONDS:
             self._seen = now
             say_alive(self.folder)
 

@@ -282,9 +282,8 @@ def test_a_shard_of_another_cache_is_refused(
     name = "shard-00000.safetensors"
     content["files"][name] = other["files"][name]
     (cache / COMPLETE).write_text(json.dumps(content))
-    inputs, cached = cached_inputs(make_config(teacher=None, teacher_cache=str(cache)))
     with pytest.raises(UnfitError, match="must be a shard of the cache beside it"):
-        cached.forward(inputs.train_rows.batch([0]))
+        load_inputs(make_config(teacher=None, teacher_cache=str(cache)))
 
 
 def test_another_teachers_cache_is_refused(
