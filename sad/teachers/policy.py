@@ -238,7 +238,10 @@ def build_teacher_policy(
 ) -> TeacherPolicy:
     """The policy that ``routing.mode`` names; ``UnfitError`` for a teacher that has no experts."""
     if not isinstance(teacher, FrozenTeacher):  # a cache: the mode is checked to be `teacher`
-        return TeacherPolicy(teacher)
+        # A baseline is compared with nothing in training: it must wait for no targets, and a
+        # teacher that makes them meanwhile must not take what it says for the student's word.
+        learns = config.kd_weight or config.structural_weights
+        return TeacherPolicy(teacher if learns else None)
     match config.routing.mode:
         case "student_aware":
             return StudentAwarePolicy(config, teacher, valid_vocab)

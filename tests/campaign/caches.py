@@ -233,14 +233,18 @@ def _train(
 def _on_ranks(
     work: Callable[[], Any], size: int, log: Path, kill_after: float | None, lost: int
 ) -> Outcome:
-    """Do ``work`` on forked ranks; that of number ``lost`` is killed, if one is to be."""
+    """Do ``work`` on forked ranks; that of number ``lost`` is killed, if one is to be.
+
+    Not in its first instants: ranks that have not found one another wait for one that is gone, and
+    it is torchrun that ends them.
+    """
 
     def on_rank() -> None:
         sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         if kill_after is not None and int(os.environ["RANK"]) == lost:
-            _kill_later(kill_after)
+            _kill_later(max(kill_after, 0.3))
         work()
 
     ends = ends_of_ranks(size, on_rank)

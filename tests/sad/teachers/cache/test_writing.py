@@ -26,6 +26,7 @@ from sad.teachers.cache.files import COMPLETE, READER
 from sad.teachers.cache.writer import CacheWriter
 from sad.training import cache_teacher as command
 from sad.training.inputs import load_inputs
+from sad.training.run import distill
 
 Make = Callable[..., DistillConfig]
 
@@ -193,6 +194,23 @@ def test_a_student_reads_what_its_teacher_writes_meanwhile(
     for name in ("eval/nll", "eval/kl"):
         ours, theirs = trainer.counters.metrics[name], live.counters.metrics[name]
         assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_a_baseline_uses_up_no_targets(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is trained before the student, without the teacher, who waits for the student."""
+    monkeypatch.setattr("sad.environment.StopSignals.__enter__", lambda self: self)
+    monkeypatch.setattr("sad.teachers.cache.reader.OPEN_SHARDS", 2)  # none outlives the baseline
+    keys = LONG | {"teacher_wait": 3}
+    folder = tmp_path / "window"
+    folder.mkdir()
+    teacher = windowed(make_config(**keys), folder)
+    reading = make_config(**keys, teacher=None, teacher_cache=str(folder), baseline=True)
+    result = distill(reading)
+    assert [row["name"] for row in result.results][0] == "teacher" and len(result.results) == 3
+    teacher.join(timeout=30)
+    assert not teacher.is_alive() and not list(folder.glob("shard-*"))
 
 
 def test_a_student_whose_teacher_dies_saves_and_goes_on_with_the_next(
