@@ -426,7 +426,8 @@ KINDS = [("sampled", None), ("topk", None), ("hidden", "bf16"), ("hidden", "int8
 
 
 def cached(config: DistillConfig, folder: Path, kind: Any, codec: Any) -> Path:
-    return cache_teacher(config, CacheOptions(str(folder), kind, codec, top_k=16))
+    options = CacheOptions(str(folder), kind, codec, top_k=16, all_rows=True)
+    return cache_teacher(config, options)
 
 
 @pytest.mark.parametrize(("kind", "codec"), KINDS)
