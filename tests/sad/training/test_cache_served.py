@@ -147,7 +147,7 @@ def test_what_passes_is_asked_again(make_config: Make, kind: str) -> None:
     assert hashes(folder) == expected
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [

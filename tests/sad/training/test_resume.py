@@ -125,7 +125,11 @@ def refusal(config: DistillConfig, inputs: RunInputs, checkpoint: Checkpoint) ->
 # Sizes
 
 
-@pytest.mark.parametrize("sizes", [(8, 2), (16, 1), (2, 8), (1, 16)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 2), (16, 1), (2, 8), pytest.param((1, 16), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_another_split_of_windows_goes_on_with_the_same_rows_to_the_same_end(
     make_config: Make, inputs: RunInputs, sizes: tuple[int, int]
 ) -> None:
