@@ -239,7 +239,7 @@ def _top_k_step(record: Json) -> Iterator[Target]:
 def _cache_reading(record: Json) -> Iterator[Target]:
     """Reading a teacher's cache faster than a step on two cores takes it."""
     for row in record["rows"]:
-        if row["cache"] == "cold":
+        if row["cache"] == "cold" and row["what"].startswith("sampled"):
             seconds = 50_000 / row["tokens_per_second"]
             what = f"seconds to read 50,000 tokens of a cold cache: {row['what']}"
             yield Target(what, 1.0, seconds, "cache_reading.json")

@@ -75,7 +75,8 @@ def cache_teacher(
         raise UsageError(
             "teacher must be given to cache its targets, got none; name a model in the file"
         )
-    config = replace(config, teacher_cache=None)  # the file may name the cache that is made now
+    if not options.from_elsewhere:  # the file may name the cache that is made now
+        config = replace(config, teacher_cache=None)
     use_own_device()
     folder = Path(options.output).expanduser()
     with (

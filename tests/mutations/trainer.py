@@ -45,8 +45,8 @@ MUTATIONS = [
         "each micro-batch is divided by its own targets",
         edit(
             TRAINING,
-            "self.student(batch, teacher, objective, counts, weights)",
-            "self.student(batch, teacher, objective, batch.counts, weights)",
+            "self.student(batch, teacher, self.objective(weights), counts, weights)",
+            "self.student(batch, teacher, self.objective(weights), batch.counts, weights)",
         ),
         ANY_SPLIT,
     ),
@@ -109,9 +109,8 @@ MUTATIONS = [
         "evaluation averages the means of its batches",
         edit(
             "sad/training/meters.py",
-            "parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)",
-            "parts = (out.ce, out.kd, out.num_tokens, out.correct, out.agree, out.entropy)\n"
-            "        parts = [part / out.num_tokens for part in parts]",
+            "[part.double() for part in parts])\n        self._sums = sums if",
+            "[part.double() / out.num_tokens for part in parts])\n        self._sums = sums if",
         ),
         training("test_evaluation_gives_the_figures_of_training"),
     ),
@@ -681,7 +680,7 @@ MUTATIONS = [
         "62",
         "a teacher of NaN is learned from",
         edit(
-            "sad/training/run.py",
+            "sad/training/teacher_score.py",
             '        require_finite_score(metrics, "eval_teacher", "the teacher")\n',
             "",
         ),

@@ -66,7 +66,9 @@ def test_eval_prints_the_table_of_the_run(replace_module: Any, capsys: Any) -> N
 
 def test_plan_prints_what_the_planner_says(recipe: str, replace_module: Any, capsys: Any) -> None:
     replace_module(
-        "sad.models.memory_plan", plan=lambda config: config.seed, format_plan="seed {}".format
+        "sad.models.memory_plan",
+        plan=lambda config, cached: config.seed,
+        format_plan="seed {}".format,
     )
     assert main(["plan", recipe, "--seed", "3"]) == 0
     assert capsys.readouterr() == ("seed 3\n", "sad plan: s from t\n")
@@ -76,12 +78,12 @@ def test_plan_of_ranks_and_the_largest_batch(recipe: str, replace_module: Any, c
     replace_module(
         "sad.models.rank_plan",
         Cluster=lambda *args: args,
-        plan_ranks=lambda config, cluster, flops: (config.seed, cluster, flops),
+        plan_ranks=lambda config, cluster, flops, cached: (config.seed, cluster, flops),
         format_rank_plan="ranks {}".format,
     )
     replace_module(
         "sad.models.largest_batch",
-        describe_largest=lambda config, memory, cluster: f"largest {memory} {cluster}",
+        describe_largest=lambda config, memory, cluster, cached: f"largest {memory} {cluster}",
     )
     words = "--ranks 16 --seed 3 --bandwidth 450,50 --tflops 400 --memory 24".split()
     assert main(["plan", recipe, *words]) == 0
@@ -92,10 +94,12 @@ def test_plan_of_ranks_and_the_largest_batch(recipe: str, replace_module: Any, c
 def test_plan_of_one_process_with_the_largest_batch(
     recipe: str, replace_module: Any, capsys: Any
 ) -> None:
-    replace_module("sad.models.memory_plan", plan=lambda config: 1, format_plan="plan {}".format)
+    replace_module(
+        "sad.models.memory_plan", plan=lambda config, cached: 1, format_plan="plan {}".format
+    )
     replace_module(
         "sad.models.largest_batch",
-        describe_largest=lambda config, memory, cluster: f"largest {memory} {cluster}",
+        describe_largest=lambda config, memory, cluster, cached: f"largest {memory} {cluster}",
     )
     assert main(["plan", recipe, "--memory"]) == 0
     assert capsys.readouterr().out == "plan 1\nlargest None None\n"

@@ -130,7 +130,9 @@ def compiled_trainer(config: DistillConfig, inputs: Any, backend: Any = "aot_eag
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"peft": {"r": 4}, "bf16": True}], ids=lambda options: ",".join(options)
+    "options",
+    [{}, pytest.param({"peft": {"r": 4}, "bf16": True}, marks=pytest.mark.slow)],
+    ids=lambda options: ",".join(options),
 )
 def test_a_run_is_the_same_and_resumes_to_the_same_bits(
     keys: dict[str, Any], options: dict[str, Any]

@@ -121,9 +121,9 @@ def require_targets(config: DistillConfig, folder: Path, model: Any) -> int:
 def test_targets_are_those_of_a_forward_pass(make_config: Make, kind: str) -> None:
     config = make_config()
     with serving(teacher()) as stub:
-        folder = write(config, stub, server_kind=kind)
+        folder = write(config, stub, server_kind=kind, all_rows=True)
         asked = len(stub.questions)
-        write(config, stub, server_kind=kind)  # it is whole
+        write(config, stub, server_kind=kind, all_rows=True)  # it is whole
     assert len(stub.questions) == asked
     assert require_targets(config, folder, teacher()) > 200
     assert len(list(folder.glob("shard-*.safetensors"))) > 1
@@ -147,7 +147,7 @@ def test_what_passes_is_asked_again(make_config: Make, kind: str) -> None:
     assert hashes(folder) == expected
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [

@@ -231,8 +231,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
 
 @pytest.mark.parametrize(
     ("call", "checkpoint"),
-    [(1, "baseline/checkpoints/batch-000000001"), (3, "batch-000000001")],
-    ids=["baseline", "student"],
+    [
+        pytest.param(1, "baseline/checkpoints/batch-000000001", id="baseline"),
+        pytest.param(3, "batch-000000001", id="student", marks=pytest.mark.slow),
+    ],
 )
 def test_the_status_names_the_checkpoint_of_the_phase_that_was_stopped(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, call: int, checkpoint: str

@@ -76,7 +76,7 @@ def refusal(config: DistillConfig, monkeypatch: pytest.MonkeyPatch) -> str:
     def too_late(*_: Any, **__: Any) -> None:
         pytest.fail("something took its time before the refusal")
 
-    monkeypatch.setattr(run, "evaluate_teacher", too_late)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", too_late)
     monkeypatch.setattr(run, "_train", too_late)
     with pytest.raises(UnfitError) as caught:
         distill(config)
@@ -182,6 +182,7 @@ def test_a_rehearsal_leaves_no_trace(
     assert_same_bits(*ends)
 
 
+@pytest.mark.slow
 def test_an_ordinary_run_has_none(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first micro-batch needs all that later ones need."""
     monkeypatch.setattr(run, "rehearse", lambda *_: pytest.fail("rehearsed for nothing"))
@@ -256,6 +257,7 @@ def test_eval_all_losses_computes_them_all(
     assert all(hooked)
 
 
+@pytest.mark.slow
 def test_eval_all_losses_may_change_when_a_run_resumes(make_config: Make) -> None:
     config = make_config(tiny_llama(), tiny_llama(seed=1), feature={"weight": 0.1}, max_steps=1)
     distill(config)
@@ -289,7 +291,7 @@ def test_without_a_prediction_the_peak_stands_alone() -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_of_any_width_runs(
     make_config: Make, capfd: pytest.CaptureFixture[str], family: str
 ) -> None:

@@ -125,7 +125,11 @@ def refusal(config: DistillConfig, inputs: RunInputs, checkpoint: Checkpoint) ->
 # Sizes
 
 
-@pytest.mark.parametrize("sizes", [(8, 2), (16, 1), (2, 8), (1, 16)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 2), (16, 1), (2, 8), pytest.param((1, 16), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_another_split_of_windows_goes_on_with_the_same_rows_to_the_same_end(
     make_config: Make, inputs: RunInputs, sizes: tuple[int, int]
 ) -> None:
@@ -514,7 +518,7 @@ def test_a_resumption_that_is_refused_leaves_the_run_alone(
         allow_config_change=True,
     )
     before = tree(Path(config.output_dir))
-    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must divide the rows that a resumed run has consumed"):
         distill(other)
     assert tree(Path(config.output_dir)) == before
@@ -531,7 +535,7 @@ def test_a_baseline_that_is_refused_leaves_the_run_alone(
     again = replace(config, baseline=True, resume_from_checkpoint="auto", allow_config_change=True)
     RunDirectory(f"{config.output_dir}/baseline").write_status("stopped")
     before = tree(Path(config.output_dir))
-    monkeypatch.setattr("sad.training.run.evaluate_teacher", pytest.fail)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", pytest.fail)
     with pytest.raises(UsageError, match="must not end before its checkpoint"):
         distill(again)
     assert tree(Path(config.output_dir)) == before

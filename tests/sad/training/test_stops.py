@@ -199,7 +199,7 @@ def test_an_evaluation_that_is_stopped_is_done_by_the_resumed_run(
     assert facts(config) == expected
 
 
-@pytest.mark.parametrize("target", ["best", "final"])
+@pytest.mark.parametrize("target", [pytest.param("best", marks=pytest.mark.slow), "final"])
 def test_an_export_that_is_stopped_is_made_by_the_resumed_run(
     make_config: MakeConfig,
     expected: dict[str, Any],
@@ -285,7 +285,13 @@ def die_of_two_signals(config: DistillConfig, holder: Any, name: str) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-@pytest.mark.parametrize("baseline", [False, True], ids=["alone", "baseline"])
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        pytest.param(False, id="alone"),
+        pytest.param(True, id="baseline", marks=pytest.mark.slow),
+    ],
+)
 def test_two_signals_while_loading_leave_no_directory_that_is_refused(
     make_config: MakeConfig, baseline: bool
 ) -> None:

@@ -917,7 +917,7 @@ def test_a_teacher_without_a_finite_score_is_refused_at_the_start(
     def no_number(*_: Any, **__: Any) -> dict[str, float]:
         return {"eval_teacher/nll": float("nan")}
 
-    monkeypatch.setattr("sad.training.run.evaluate_teacher", no_number)
+    monkeypatch.setattr("sad.training.teacher_score.evaluate_teacher", no_number)
     with pytest.raises(UnfitError, match=r"^the teacher must have a finite loss") as refusal:
         distill(config)
     assert refusal.value.exit_code == 65

@@ -83,7 +83,7 @@ def alone() -> dict[str, tuple[list[float], dict[str, float]]]:
 
 
 @pytest.mark.parametrize("kind", ["sampled", "hidden"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_trains_the_same_student(
     make_config: Make,
     wide: dict[str, Path],
