@@ -5,13 +5,13 @@ Nothing slow is imported: wrong words wait for no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from sad.errors import UsageError, quoted
+from sad.config.command_options import positive_number, refused, take_options
+from sad.errors import UsageError
 
 Kind = Literal["sampled", "topk", "hidden"]
 Codec = Literal["bf16", "int8"]
@@ -75,18 +75,18 @@ class CacheOptions:
         if self.from_elsewhere:
             self._check_elsewhere()
         if self.kind != "hidden" and self.codec is not None:
-            raise _refused("codec", "be left out but for --kind hidden", self.codec, "leave it out")
+            raise refused("codec", "be left out but for --kind hidden", self.codec, "leave it out")
         if self.kind == "hidden" and self.temperatures is not None:
             given = ",".join(f"{t:g}" for t in self.temperatures)
             remedy = "hidden states serve any: leave it out"
-            raise _refused("temperatures", "be left out with --kind hidden", given, remedy)
+            raise refused("temperatures", "be left out with --kind hidden", given, remedy)
         if self.kind == "sampled" and len(self.temperatures or (1.0,)) > 1:
             given = ",".join(f"{t:g}" for t in self.temperatures or ())
             remedy = "samples are drawn at one: choose it, or --kind topk"
-            raise _refused("temperatures", "be one with --kind sampled", given, remedy)
+            raise refused("temperatures", "be one with --kind sampled", given, remedy)
         if self.window and self.kind != "hidden":
             remedy = "write --kind hidden, or leave --window out"
-            raise _refused("window", f"be 0 with --kind {self.kind}", str(self.window), remedy)
+            raise refused("window", f"be 0 with --kind {self.kind}", str(self.window), remedy)
         if self.wait_for_reader and not self.window:
             raise UsageError(
                 "wait_for_reader must be left out without a window, got a cache that is kept; "
@@ -104,15 +104,15 @@ class CacheOptions:
         at temperature 1, and not the normaliser of any other."""
         if self.server is not None and self.import_path is not None:
             remedy = "leave one of them out"
-            raise _refused("import", "be left out with --server", self.import_path, remedy)
+            raise refused("import", "be left out with --server", self.import_path, remedy)
         source = "--server" if self.server is not None else "--import"
         if self.kind != "topk":
             remedy = "only the most likely ids are known: leave it out"
-            raise _refused("kind", f"be topk with {source}", self.kind, remedy)
+            raise refused("kind", f"be topk with {source}", self.kind, remedy)
         if self.temperatures not in (None, (1.0,)):
             given = ",".join(f"{t:g}" for t in self.temperatures or ())
             remedy = "the normaliser of another temperature is not known: leave it out"
-            raise _refused("temperatures", f"be 1 with {source}", given, remedy)
+            raise refused("temperatures", f"be 1 with {source}", given, remedy)
         if self.import_path is not None and self.check:
             remedy = "there is no teacher to ask: leave it out"
             raise UsageError(f"check must be left out with --import, got both; {remedy}")
@@ -129,23 +129,7 @@ def read_cache_options(words: Sequence[str]) -> tuple[CacheOptions, list[str]]:
 
     Raises ``UsageError`` for a value that an option cannot have.
     """
-    found: dict[str, list[str]] = {}
-    switched: set[str] = set()
-    others: list[str] = []
-    into = others
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in VALUES:
-            into = found[name] = [value] if equals else []
-        elif word.startswith("--") and name in SWITCHES and not equals:
-            switched.add(name)
-            into = others
-        elif word.startswith("--"):
-            into = others
-            into.append(word)
-        else:
-            into.append(word)
-    values = {name: ",".join(given) for name, given in found.items()}
+    values, switched, others = take_options(words, VALUES, SWITCHES)
     elsewhere = "server" in values or "import" in values
     _require_with(values, "server", ("server_kind", "server_key_env", "server_model"))
     _require_with(values, "import", ("import_format",))
@@ -180,12 +164,12 @@ def _require_with(values: Mapping[str, str], name: str, others: tuple[str, ...])
     for other in others:
         if other in values and name not in values:
             remedy = f"write --{name} as well, or leave it out"
-            raise _refused(other, f"be left out without --{name}", values[other], remedy)
+            raise refused(other, f"be left out without --{name}", values[other], remedy)
 
 
 def _named(name: str, values: Mapping[str, str], example: str) -> str | None:
     if name in values and not values[name].strip():
-        raise _refused(name, "be given", values[name], f"write for example --{name} {example}")
+        raise refused(name, "be given", values[name], f"write for example --{name} {example}")
     return values.get(name)
 
 
@@ -204,38 +188,29 @@ def _address(text: str) -> str:
     except ValueError:  # a port that is none
         known = False
     if not known or not text.isprintable() or " " in text:
-        raise _refused("server", "be the http or https address of a server", text, remedy)
+        raise refused("server", "be the http or https address of a server", text, remedy)
     return text.rstrip("/").removesuffix("/v1")
 
 
 def _one_of(name: str, text: str, choices: tuple[str, ...]) -> Any:
     if text not in choices:
-        raise _refused(
-            name, f"be one of {', '.join(choices)}", text, f"write --{name} {choices[0]}"
-        )
+        raise refused(name, f"be one of {', '.join(choices)}", text, f"write --{name} {choices[0]}")
     return text
 
 
 def _count(name: str, text: str, low: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 7 and int(text) >= low):
         what = "a positive integer" if low else "an integer of at least 0"
-        raise _refused(name, f"be {what}", text, f"write for example --{name} 64")
+        raise refused(name, f"be {what}", text, f"write for example --{name} 64")
     return int(text)
 
 
 def _temperatures(text: str) -> tuple[float, ...]:
     found = []
     for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = math.nan
-        if not (value > 0 and math.isfinite(value)):
+        value = positive_number(part)
+        if value is None:
             remedy = "write for example --temperatures 1,2"
-            raise _refused("temperatures", "be numbers above 0", text, remedy)
+            raise refused("temperatures", "be numbers above 0", text, remedy)
         found.append(value)
     return tuple(sorted(set(found)))
-
-
-def _refused(name: str, expectation: str, text: str, remedy: str) -> UsageError:
-    return UsageError(f"{name} must {expectation}, got {quoted(text)}; {remedy} (command line)")

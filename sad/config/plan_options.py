@@ -5,11 +5,10 @@ Nothing slow is imported: wrong words wait for no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sad.errors import UsageError, quoted
+from sad.config.command_options import positive_number, refused, take_options
 
 NAMES = ("ranks", "ranks_per_node", "bandwidth", "tflops", "memory")
 
@@ -40,19 +39,7 @@ def read_plan_options(words: Sequence[str]) -> tuple[PlanOptions, list[str]]:
 
     Raises ``UsageError`` for a value that an option cannot have.
     """
-    found: dict[str, list[str]] = {}
-    others: list[str] = []
-    into = others
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name in NAMES:
-            into = found[name] = [value] if equals else []
-        elif word.startswith("--"):
-            into = others
-            into.append(word)
-        else:
-            into.append(word)
-    values = {name: ",".join(given) for name, given in found.items()}
+    values, _, others = take_options(words, NAMES)
     ranks = _count("ranks", values["ranks"]) if "ranks" in values else None
     return PlanOptions(
         ranks=ranks,
@@ -66,17 +53,14 @@ def read_plan_options(words: Sequence[str]) -> tuple[PlanOptions, list[str]]:
 
 def _count(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:7]) and len(text) < 7):
-        raise _refused(name, "be a positive integer", text, f"write for example --{name} 8")
+        raise refused(name, "be a positive integer", text, f"write for example --{name} 8")
     return int(text)
 
 
 def _positive(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise _refused(name, "be a number above 0", text, "leave the unit out")
+    value = positive_number(text)
+    if value is None:
+        raise refused(name, "be a number above 0", text, "leave the unit out")
     return value
 
 
@@ -84,10 +68,6 @@ def _bandwidth(text: str) -> tuple[float, float]:
     parts = text.split(",")
     if len(parts) != 2:
         remedy = "write for example --bandwidth 300,40"
-        raise _refused("bandwidth", "be two numbers: inside a node, between nodes", text, remedy)
+        raise refused("bandwidth", "be two numbers: inside a node, between nodes", text, remedy)
     inside, between = (_positive("bandwidth", part) for part in parts)
     return inside, between
-
-
-def _refused(name: str, expectation: str, text: str, remedy: str) -> UsageError:
-    return UsageError(f"{name} must {expectation}, got {quoted(text)}; {remedy} (command line)")
