@@ -90,6 +90,7 @@ class CacheReader:
             )
         self._life: tuple[object, float] = (None, time.monotonic())
         self._open: OrderedDict[tuple[Section, int], tuple[FileTensors, np.ndarray]] = OrderedDict()
+        self._heads: dict[torch.device, Head] = {}
         # All ranks take the same way, whatever each of them sees at its own moment.
         self._wait(lambda: (self.folder / CACHE).exists(), "its first file")
         self.facts, self.notes = world.agree(self._facts)
@@ -104,7 +105,13 @@ class CacheReader:
         world.agree(self._check_forms)
 
     def head(self, device: torch.device) -> Head:
-        """The teacher's head, of hidden states, cut to the tokenizer's ids."""
+        """The teacher's head, of hidden states, cut to the tokenizer's ids: read once, for training
+        and evaluations hold the same one."""
+        if device not in self._heads:
+            self._heads[device] = self._read_head(device)
+        return self._heads[device]
+
+    def _read_head(self, device: torch.device) -> Head:
         facts = self.facts.head
         assert facts is not None
         path = self.folder / HEAD
@@ -134,8 +141,8 @@ class CacheReader:
     def read(self, section: Section, places: Tensor, lengths: Tensor, width: int) -> Record:
         """The records of the rows at ``places`` [B], each [B, ``width``, ...], on the host.
 
-        ``lengths`` [B] are the inputs of each row; behind them there is padding. Waits for shards
-        of a cache that grows.
+        ``lengths`` [B] are the inputs of each row; behind them there is padding. Of a cache that
+        grows the shards must be there: see ``wait_for``.
         """
         shards = shards_of(self.facts, section)
         record: Record = {}
