@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,12 @@ from sad.distributed.world import World
 from sad.errors import OutputError, UsageError, printable, shortened
 from sad.optim.schedule import RunLength
 from sad.teachers.cache.facts import CacheFacts, Subset
-from sad.teachers.cache.files import CACHE, Section, read_facts, shards_of
+from sad.teachers.cache.files import CACHE, COMPLETE, Section, read_facts, shards_of
 from sad.teachers.cache.source import Source, position_bytes
-from sad.teachers.cache.verify import Checked
+from sad.teachers.cache.verify import Checked, compare_with_teacher
 from sad.teachers.cache.writer import CacheWriter, SectionRows, say_alive
 from sad.teachers.fingerprint import HASHES
+from sad.teachers.frozen import FrozenTeacher
 from sad.training.batches import TrainBatches
 from sad.training.inputs import RunInputs, eval_row_numbers
 
@@ -195,6 +196,28 @@ def warn_of_tail(share: float, facts: CacheFacts, say: Any, than: str = "") -> N
             f"warning: {100 * share:.0f} % of the teacher's mass lies beyond its {facts.top_k} "
             f"most likely ids: {less}"
         )
+
+
+def nothing_to_write(
+    folder: Path,
+    facts: CacheFacts,
+    sections: dict[Section, SectionRows],
+    device: torch.device,
+    teacher: FrozenTeacher | Source,
+    say: Callable[[str], None],
+    *,
+    check: bool,
+) -> bool:
+    """Whether the command ends here: with ``check``, once some batches were compared with the
+    teacher, and for a cache that is whole."""
+    if check:
+        found = compare_with_teacher(folder, facts, sections, device, teacher)
+        say(f"{folder} holds the targets of {facts.teacher.name}: {describe_check(found)}")
+        return True
+    if (folder / COMPLETE).exists():
+        say(f"{folder} is whole: nothing to do")
+        return True
+    return False
 
 
 def describe_check(found: Checked) -> str:

@@ -21,15 +21,14 @@ from sad.environment import library_versions
 from sad.errors import UnfitError, UsageError
 from sad.optim.schedule import planned_length
 from sad.teachers.cache.facts import CacheFacts, TeacherFacts
-from sad.teachers.cache.files import CACHE, COMPLETE, read_facts
+from sad.teachers.cache.files import CACHE, read_facts
 from sad.teachers.cache.served import ServedSource, require_same_answers
 from sad.teachers.cache.server import TeacherServer, card_hash
-from sad.teachers.cache.verify import compare_with_teacher
 from sad.teachers.cache.writer import SectionRows
 from sad.training.cache_layout import (
     begin_cache,
     cache_writer,
-    describe_check,
+    nothing_to_write,
     require_same_cache,
     require_space,
     rows_to_cache,
@@ -63,12 +62,7 @@ def fill_from_server(
     sections = sections_of(config, facts, inputs, planned_length(config, len(inputs.train_rows), 1))
     world.from_main(partial(require_same_cache, folder, facts))
     source = ServedSource(server, facts)
-    if options.check:
-        found = compare_with_teacher(folder, facts, sections, inputs.device, source)
-        say(f"{folder} holds the targets of {facts.teacher.name}: {describe_check(found)}")
-        return folder
-    if (folder / COMPLETE).exists():
-        say(f"{folder} is whole: nothing to do")
+    if nothing_to_write(folder, facts, sections, inputs.device, source, say, check=options.check):
         return folder
     world.from_main(partial(require_space, folder, facts, sections))
     world.main_first(partial(_begin, folder, facts, source, sections["train"], say))

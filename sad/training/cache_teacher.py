@@ -40,14 +40,13 @@ from sad.teachers.cache.files import (
     write_tensors,
 )
 from sad.teachers.cache.source import TeacherSource, inputs_of, make_codec
-from sad.teachers.cache.verify import compare_with_teacher
 from sad.teachers.fingerprint import fingerprint_file
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.cache_imported import fill_from_files
 from sad.training.cache_layout import (
     begin_cache,
     cache_writer,
-    describe_check,
+    nothing_to_write,
     require_same_cache,
     require_space,
     rows_to_cache,
@@ -126,12 +125,7 @@ def _fill(
     sections = sections_of(config, facts, inputs, length)
     per_shard = sections["train"].shards.names()
     world.from_main(partial(require_same_cache, folder, facts))
-    if options.check:
-        found = compare_with_teacher(folder, facts, sections, inputs.device, teacher)
-        say(f"{folder} holds the targets of {facts.teacher.name}: {describe_check(found)}")
-        return folder
-    if (folder / COMPLETE).exists():
-        say(f"{folder} is whole: nothing to do")
+    if nothing_to_write(folder, facts, sections, inputs.device, teacher, say, check=options.check):
         return folder
     width = teacher.head().weight.shape[1]
     world.from_main(partial(require_space, folder, facts, sections, width, options.window))
