@@ -26,7 +26,7 @@ from sad.losses import contrastive, structural
 from sad.losses.base import CaptureSpec, LossInputs, LossTerm, LossTerms, StructuralLoss
 from sad.losses.structural import StructuralLosses
 from sad.report.log import read_log
-from sad.teachers.frozen import TeacherOutput
+from sad.teachers.frozen import FrozenTeacher, TeacherOutput
 from sad.teachers.routing import StudentAwareRouter
 from sad.training.meters import ThroughputMeter
 from sad.training.rescore import evaluate_run
@@ -122,6 +122,7 @@ def test_the_split_of_a_window_does_not_matter(
         trainer.student.compute_dtype = torch.float64
         assert trainer.student.structural is not None
         teacher = trainer.policy.teacher
+        assert isinstance(teacher, FrozenTeacher)
         teacher.model.double()
         teacher._head = replace(teacher._head, weight=teacher._head.weight.double())
         trainer.student.structural.double()

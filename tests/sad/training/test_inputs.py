@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sad_kernels import TeacherHidden
 from support.tiny import EOS, TEXT, save_tiny, tiny_llama, tiny_tokenizer, write_texts
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -100,7 +101,7 @@ def test_logits_of_ids_beyond_are_cut_from_the_teacher(make_config: Make) -> Non
     inputs = load_inputs(make_config(teacher=chat_tokenizer()))
     assert inputs.teacher is not None and inputs.valid_vocab == 512
     (target,) = inputs.teacher.forward(inputs.eval_rows.batch([0])).targets
-    assert target.head.vocab_size == 512
+    assert isinstance(target, TeacherHidden) and target.head.vocab_size == 512
     assert inputs.teacher.model.get_output_embeddings().weight.shape[0] == 520  # pyright: ignore
 
 

@@ -637,6 +637,7 @@ def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..
     hidden = torch.randn(8, 64, 48, dtype=torch.float64)
     assert inputs.teacher is not None
     (target,) = inputs.teacher.forward(rows).targets
+    assert isinstance(target, TeacherHidden)
     head = replace(target.head, weight=target.head.weight.double())
     window = LossCounts(int(lengths.sum()), 0, 0)
 
