@@ -34,6 +34,8 @@ CODECS = ("bf16", "int8")
 BLOCK = 64
 """Channels that are mixed with each other: as good as more of them, and cheap."""
 _LEVELS = 127
+_CHUNK = 2**18
+"""Numbers that are decoded together on a CPU: 1 MiB in fp32, which its caches hold."""
 
 
 class Codec(Protocol):
@@ -91,6 +93,7 @@ class Int8Codec:
         self.width = len(self.mean)
         self.block = math.gcd(self.width, BLOCK)
         self._inverse = self.permutation.argsort()
+        self._inverse_signs = self.signs[self._inverse]
         self._signs_of_block = _hadamard_signs(self.block, self.mean.device)
 
     @classmethod
@@ -158,15 +161,27 @@ class Int8Codec:
 
         Raises ``UnfitError`` for records of another width.
         """
-        levels = record["hidden"]
+        levels = record["hidden"].to(self.mean.device)
         self._require_width(levels)
-        x = levels.to(self.mean.device, torch.float32)
-        # Whole numbers: their sums are exact in whatever order, and cannot overflow.
-        with torch.autocast(x.device.type, enabled=False):
-            x = (x.unflatten(-1, (-1, self.block)) @ self._signs_of_block).flatten(-2)
         scale = record["scale"].to(self.mean.device) / math.sqrt(self.block)
-        x = (x * self.signs)[..., self._inverse] * scale[..., None] + self.mean
-        return _cast(x, dtype)
+        rows = scale.numel() if levels.device.type != "cpu" else _CHUNK // self.width
+        chunks = [
+            whole.reshape(-1, width).split(max(rows, 1))
+            for whole, width in ((levels, self.width), (scale, 1))
+        ]
+        with torch.autocast(levels.device.type, enabled=False):
+            x = torch.cat(
+                [_cast(self._decoded(*chunk), dtype) for chunk in zip(*chunks, strict=True)]
+            )
+        return x.view(levels.shape)
+
+    def _decoded(self, levels: Tensor, scale: Tensor) -> Tensor:
+        """float32 [n, D] of levels [n, D] and the scales [n, 1] of rotated channels."""
+        # Whole numbers: their sums are exact in whatever order, and cannot overflow.
+        x = levels.float()
+        x = (x.unflatten(-1, (-1, self.block)) @ self._signs_of_block).flatten(-2)
+        x = x.index_select(-1, self._inverse)
+        return x.mul_(self._inverse_signs).mul_(scale).add_(self.mean)
 
     def _require_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.width:
