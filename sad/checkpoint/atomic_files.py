@@ -180,7 +180,7 @@ def output_errors(what: object, kind: type[SadError] = OutputError) -> Iterator[
     except OSError as error:
         raise kind(
             f"{what} must be writable, got {describe(error)}; free space or choose another "
-            "output_dir"
+            "directory"
         ) from error
 
 

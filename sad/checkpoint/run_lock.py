@@ -43,7 +43,7 @@ def run_lock(run_dir: Path, report: Callable[[str], None]) -> Iterator[None]:
         left = _holder(fd)
         if left and left["host"] != socket.gethostname():
             raise UsageError(
-                f"output_dir must be used by one process, got {run_dir}, which {_said(left)} left "
+                f"a directory must be used by one process, got {run_dir}, which {_said(left)} left "
                 f"locked; if it runs no more, delete {path}"
             )
         if left:
@@ -94,8 +94,8 @@ def _lock(fd: int, path: Path) -> None:
         holder = _holder(fd)
         who = _said(holder) if holder else "another process"
         raise UsageError(
-            f"output_dir must be used by one process, got {path.parent}, which {who} is using; "
-            "wait for it, or choose another --output_dir"
+            f"a directory must be used by one process, got {path.parent}, which {who} is using; "
+            "wait for it, or choose another directory"
         ) from error
 
 

@@ -527,7 +527,7 @@ def read_manifest(path: Path) -> Manifest:
     if type(schema) is not int or not 1 <= schema <= SHARDED_SCHEMA:
         raise CheckpointError(
             f"checkpoint {path} must have a schema from 1 to {SHARDED_SCHEMA}, got {schema!r}; a "
-            "higher one was written by a newer version of sad: update, or resume from another "
+            "higher one was written by a newer version of sad: update, or take another "
             "checkpoint"
         )
     if type(entries) is not dict or "state.json" not in entries:

@@ -201,5 +201,5 @@ def read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 def unusable(path: Path, expectation: str, value: str) -> CheckpointError:
     """The error of a checkpoint, or a file of one, that is not as it must be."""
     return CheckpointError(
-        f"checkpoint {path} must {expectation}, got {value}; resume from another checkpoint"
+        f"checkpoint {path} must {expectation}, got {value}; take another checkpoint"
     )

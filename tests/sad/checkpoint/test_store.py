@@ -700,7 +700,7 @@ def test_a_schema_that_is_none_is_refused(two: Path, schema: object) -> None:
 
 def test_a_newer_schema_is_refused_with_the_remedy(two: Path) -> None:
     _edited(two, lambda manifest: manifest.update(schema=checkpoint_module.SHARDED_SCHEMA + 1))
-    assert_falls_back(two, "written by a newer version of sad: update, or resume from another")
+    assert_falls_back(two, "written by a newer version of sad: update, or take another")
 
 
 @pytest.mark.parametrize(
