@@ -84,7 +84,7 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, at most 200 characters of it, to be
     quoted in one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return printable(lines[0] if lines else type(error).__name__)[:200]
+    return shortened(printable(lines[0] if lines else type(error).__name__), 200)
 
 
 def printable(text: str) -> str:
