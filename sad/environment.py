@@ -21,7 +21,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
@@ -75,8 +75,38 @@ def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
     """Within, silence transformers' and the Hub client's messages below errors, warnings of names
     that transformers itself still uses, and a wrong one of PEFT's.
 
-    transformers' progress bars are silenced as well, unless ``show_bars`` on a terminal.
+    transformers' progress bars are silenced as well, unless ``show_bars`` on a terminal. Of blocks
+    that overlap, in several threads, the first one to begin decides, and the last one to end brings
+    back what was set before.
     """
+    with _QUIET.lock:
+        if _QUIET.blocks == 0:
+            _QUIET.undo.enter_context(_quieted(show_bars))
+        _QUIET.blocks += 1
+    try:
+        yield
+    finally:
+        with _QUIET.lock:
+            _QUIET.blocks -= 1
+            if _QUIET.blocks == 0:
+                _QUIET.undo.close()
+
+
+class _Quiet:
+    """How many blocks are within ``quiet_libraries``: what it sets is the whole process's."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks = 0
+        self.undo = ExitStack()
+
+
+_QUIET = _Quiet()
+
+
+@contextmanager
+def _quieted(show_bars: bool) -> Iterator[None]:
+    """As ``quiet_libraries``, of one block at a time."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 from transformers.utils import logging as transformers_logging
@@ -29,6 +30,18 @@ def test_what_was_set_before_comes_back(level: int, monkeypatch: pytest.MonkeyPa
     assert HUB.level == level
     after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     assert after == before
+
+
+def test_blocks_that_overlap_leave_what_was_set_before() -> None:
+    """A checkpoint is written in a thread while the other loads a tokenizer."""
+    before = HUB.level, transformers_logging.get_verbosity(), list(warnings.filters)
+    first, second = quiet_libraries(), quiet_libraries()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert HUB.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert (HUB.level, transformers_logging.get_verbosity(), list(warnings.filters)) == before
 
 
 @pytest.mark.parametrize("terminal", [False, True])
