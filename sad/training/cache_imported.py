@@ -60,6 +60,7 @@ def fill_from_files(
     root = Path(os.path.commonpath([path.parent for path in paths]))
     theirs = {str(path.relative_to(root)): found for path, found in hashes.items()}
     if is_whole(folder, theirs):
+        print(f"{folder} is whole: nothing to do", flush=True)
         return folder
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
     set_chat_template(tokenizer, config.data)

@@ -75,10 +75,7 @@ def is_whole(folder: Path, fingerprints: Mapping[str, str]) -> bool:
             f"output must be new, or a cache of the same files, got {folder}, which holds targets "
             f"of {before[0].teacher.name}; choose another --output"
         )
-    if before is None or not (folder / COMPLETE).exists():
-        return False
-    print(f"{folder} is whole: nothing to do", flush=True)
-    return True
+    return before is not None and (folder / COMPLETE).exists()
 
 
 @contextmanager
@@ -113,10 +110,11 @@ class ImportedRows:
     def check(self, tokens: list[int], where: str) -> None:
         """Raise ``UnfitError`` for a document of ids that the tokenizer has not, or of too many."""
         vocab, longest = self._context.vocab, self._config.max_length
-        if not 0 <= min(tokens) <= max(tokens) < vocab:
+        strange = next((token for token in tokens if not 0 <= token < vocab), None)
+        if strange is not None:
             raise UnfitError(
-                f"{where} must hold ids of the tokenizer, below {vocab:,}, got "
-                f"{max(tokens, key=abs)}; name the teacher's tokenizer"
+                f"{where} must hold ids of the tokenizer, below {vocab:,}, got {strange}; name the "
+                "teacher's tokenizer"
             )
         if len(tokens) - 1 > longest:
             raise UnfitError(
@@ -233,7 +231,8 @@ def write_import(
         begin_cache(folder, facts, notes())
     order: tuple[Section, ...] = ("eval", "train")
     for section in order:
-        source, part = source_of(section), {section: sections[section]}
+        source = source_of(section)
+        part: dict[Section, SectionRows] = {section: sections[section]}
         with cache_writer(folder, facts, part, source, inputs.device, config, ALONE) as writer:
             writer.write_section(section)
             writer.finish()
