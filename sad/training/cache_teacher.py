@@ -32,8 +32,10 @@ from sad.models.quantization import parameter_count
 from sad.optim.schedule import RunLength, planned_length
 from sad.teachers.cache.facts import CacheFacts, RunOrder, TeacherFacts
 from sad.teachers.cache.files import (
+    BASIS,
     CACHE,
     COMPLETE,
+    HEAD,
     SHARD_BYTES,
     strangers,
 )
@@ -95,6 +97,7 @@ def cache_teacher(
             return fill(config, options, folder, world, shard_bytes)
         with run_lock(folder, print):
             files.sweep_directory(folder)
+            _forget_another_head(folder)
             return fill(config, options, folder, world, shard_bytes)
 
 
@@ -108,6 +111,15 @@ def _claim(folder: Path) -> None:
             f"{quoted(others[0], 40)}; choose another --output"
         )
     files.probe_writable(folder)
+
+
+def _forget_another_head(folder: Path) -> None:
+    """Delete what was written before ``cache.json``, which alone says whose it is: a command that
+    was killed in between may have had another teacher."""
+    if not (folder / CACHE).exists():
+        with files.output_errors(folder):
+            for name in (HEAD, BASIS):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _fill(
