@@ -91,13 +91,11 @@ def fill_from_states(
     norm = _final_norm(teacher, context)
     print(f"reading {len(paths):,} files of {options.import_path}", flush=True)
     with spool_folder(folder) as spool, closing(ImportedRows(config, context, spool)) as rows:
-        documents = _read(paths, rows, norm, config.teacher)
+        documents = _read(paths, rows, teacher, norm, config.teacher)
         rows.require_both(options.import_path)
         every = [*documents["train"], *documents["eval"]]
         found = require_own_states(every, teacher, norm, config.teacher, options.import_path)
         inputs = import_inputs(context, rows.finish(options.import_path), device)
-        longest = max(part.longest_segment for part in (inputs.train_rows, inputs.eval_rows))
-        require_known_positions(teacher.model.config, longest)
         facts = import_facts(
             config,
             inputs,
@@ -154,14 +152,17 @@ def _final_norm(teacher: FrozenTeacher, context: Context) -> FinalNorm:
     return find_final_norm(model, ids[None])
 
 
-def _read(paths: list[Path], rows: ImportedRows, norm: FinalNorm, teacher: str) -> Documents:
+def _read(
+    paths: list[Path], rows: ImportedRows, teacher: FrozenTeacher, norm: FinalNorm, name: str
+) -> Documents:
     """Make each file a row, once its states have been read and found to be computed numbers."""
     documents: Documents = {"train": [], "eval": []}
     for path in paths:
         stop_if_requested(IMPORTING)
         document = ExportedStates(path)
         rows.check(document.tokens, str(path))
-        document.require_width(norm.width, teacher)
+        require_known_positions(teacher.model.config, document.length - 1)
+        document.require_width(norm.width, name)
         document.states()
         section = rows.add(document.tokens)
         assert section is not None

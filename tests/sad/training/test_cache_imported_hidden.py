@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -352,7 +354,9 @@ def another_document(known: list[Document]) -> list[Document]:
     return [Document(a.tokens[:n], b.layers[:n], b.final[:n]) for a, b, n in pairs]
 
 
-LOSSES = r"got a loss of \d+\.\d+ where the teacher has \d+\.\d+, and a divergence of \d+\.\d+, "
+LOSSES = (
+    r"got a loss of (\d+\.\d+) where the teacher has (\d+\.\d+), and a divergence of (\d\.\d+), "
+)
 REFUSALS: dict[str, tuple[Callable[[list[Document]], list[Document]], str]] = {
     "a layer too early": (
         each(with_layers(lambda x: x[:, :-1])),
@@ -437,6 +441,47 @@ def test_gemmas_states_before_its_norm_are_not_taken_for_normed_ones(
         run_import(make_config("gemma2"), write(tmp_path / "states", known))
 
 
+@pytest.mark.parametrize("alike", ["loss", "distributions"])
+def test_loss_and_distributions_must_both_be_the_teachers(
+    make_config: Make,
+    exported: dict[str, list[Document]],
+    teachers: dict[str, str],
+    tmp_path: Path,
+    alike: str,
+) -> None:
+    """Noise that the mean loss does not see, and so little of it that only the loss does: it is
+    added where it makes the next token less likely, and taken away where it does not; or the other
+    way round everywhere."""
+    model: Any = AutoModelForCausalLM.from_pretrained(teachers["llama"], dtype=torch.bfloat16)
+    draw = torch.Generator().manual_seed(6)
+    scales = torch.tensor([1.0, 0.75, 0.5, 0.25] if alike == "loss" else [0.0625])
+    scales = torch.cat([scales, -scales]).to(torch.bfloat16)
+
+    def losses(states: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model.lm_head(model.model.norm(states)).float()
+        return torch.nn.functional.cross_entropy(logits, following, reduction="none")
+
+    known = []
+    for one in exported["llama"]:
+        states, following = one.layers[:-1, -1], one.tokens[1:]
+        noise = torch.randn(states.shape, generator=draw).to(states) * states.float().std()
+        exact = losses(states, following)
+        changes = torch.stack([losses(states + c * noise, following) - exact for c in scales])
+        chosen, balance = torch.zeros(len(states), 1).to(states), 0.0
+        for i, change in enumerate(changes.T):
+            best = int((balance + change).abs().argmin() if alike == "loss" else change.argmin())
+            chosen[i], balance = scales[best], balance + float(change[best])
+        noisy = torch.cat([states + chosen * noise, one.layers[-1:, -1]])
+        known.append(one._replace(layers=noisy[:, None]))
+    with pytest.raises(UnfitError, match=LOSSES) as raised:
+        run_import(make_config(), write(tmp_path / "states", known))
+    found = re.search(LOSSES, str(raised.value))
+    assert found is not None
+    ours, theirs, divergence = map(float, found.groups())
+    assert (abs(ours - theirs) < 0.01, divergence < 0.01) == (alike == "loss", alike != "loss")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_floating_point_is_taken(
     make_config: Make, exported: dict[str, list[Document]], tmp_path: Path, dtype: torch.dtype
@@ -480,6 +525,12 @@ def test_documents_are_whole_rows_of_the_tokenizer(
         run_import(make_config(max_length=8), path)
     with pytest.raises(UnfitError, match="for training and for evaluations"):
         run_import(make_config(data={"eval_fraction": 1e-9}), path)
+    short = tmp_path / "short"
+    shutil.copytree(make_config().teacher or "", short)
+    declared = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(declared | {"max_position_embeddings": 16}))
+    with pytest.raises(UnfitError, match="must be at most the 16 positions that the teacher knows"):
+        run_import(make_config(teacher=str(short)), path)
     with pytest.raises(UsageError, match="packing must be false"):
         run_import(make_config(packing=True), path)
     with pytest.raises(UsageError, match="teacher must be given to import hidden states"):
