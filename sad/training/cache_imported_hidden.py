@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from sad.distributed.world import ALONE, World
 from sad.environment import library_versions, resolve_device, stop_if_requested
 from sad.errors import UnfitError, UsageError
 from sad.models.final_norm import FinalNorm, find_final_norm
-from sad.models.load import load_teacher, read_model_config
+from sad.models.load import load_teacher, read_model_config, teacher_dtype
 from sad.models.preflight import require_known_positions
 from sad.models.quantization import parameter_count
 from sad.teachers.cache.facts import TeacherFacts
@@ -75,7 +76,8 @@ def fill_from_states(
         )
     paths = files_of(options.import_path, (STATES_ENDING,))
     theirs = _fingerprints(config, config.teacher, paths)
-    if is_whole(folder, theirs) and not options.check:
+    whole = is_whole(folder, theirs, "files, teacher and teacher_dtype")
+    if whole and not options.check:
         print(f"{folder} is whole: nothing to do", flush=True)
         return folder
     tokenizer = load_tokenizer(config.tokenizer or config.student, config.trust_remote_code_student)
@@ -120,8 +122,8 @@ def fill_from_states(
 
 
 def _fingerprints(config: DistillConfig, name: str, paths: list[Path]) -> dict[str, str]:
-    """What decides the records: one hash of all files, as there may be very many, and the teacher's
-    own files."""
+    """What decides the records: one hash of all files, as there may be very many, the teacher's own
+    files, and the dtype of its norm and its head."""
     memory = cache_directory(config.data.cache_dir) / HASHES
     digest = hashlib.blake2b(digest_size=16)
     for path, found in fingerprint_files(paths, memory).items():
@@ -129,7 +131,8 @@ def _fingerprints(config: DistillConfig, name: str, paths: list[Path]) -> dict[s
     commit = getattr(read_model_config(config, "teacher"), "_commit_hash", None)
     model = fingerprint_model(name, commit=commit, memory=memory)
     own = {f"teacher {part}": found for part, found in model.items()}
-    return {"states": f"{len(paths)} {digest.hexdigest()}", **own}
+    dtype = str(teacher_dtype(config)).removeprefix("torch.")
+    return {"states": f"{len(paths)} {digest.hexdigest()}", "teacher_dtype": dtype, **own}
 
 
 def _require_same_ids(config: DistillConfig, name: str, context: Context) -> None:
@@ -189,6 +192,8 @@ def _check(config: DistillConfig, folder: Path, context: Context, teacher: Froze
             "out to make it"
         )
     inputs = import_inputs(context, open_rows(folder / ROWS), teacher.device)
-    sections = imported_sections(config, found[0], inputs)
+    facts = found[0]
+    config = replace(config, max_eval_rows=facts.eval_places)  # whatever the run scores now
+    sections = imported_sections(config, facts, inputs)
     say = partial(print, flush=True)
-    nothing_to_write(folder, found[0], sections, teacher.device, teacher, say, check=True)
+    nothing_to_write(folder, facts, sections, teacher.device, teacher, say, check=True)

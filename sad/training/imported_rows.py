@@ -64,15 +64,16 @@ def require_import_keys(config: DistillConfig, world: World) -> None:
         )
 
 
-def is_whole(folder: Path, fingerprints: Mapping[str, str]) -> bool:
+def is_whole(folder: Path, fingerprints: Mapping[str, str], of: str = "files") -> bool:
     """Whether the import that the folder holds has been finished.
 
-    Raises ``UsageError`` if it is one of other files: of other ``fingerprints``.
+    Raises ``UsageError`` if it has other ``fingerprints``: those ``of`` the files, and what else
+    decides its records.
     """
     before = read_facts(folder)
     if before is not None and before[0].teacher.fingerprint != fingerprints:
         raise UsageError(
-            f"output must be new, or a cache of the same files, got {folder}, which holds targets "
+            f"output must be new, or a cache of the same {of}, got {folder}, which holds targets "
             f"of {before[0].teacher.name}; choose another --output"
         )
     return before is not None and (folder / COMPLETE).exists()

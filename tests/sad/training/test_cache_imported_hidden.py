@@ -202,7 +202,7 @@ def test_a_run_reads_the_teachers_final_states(
     assert abs(compared["nll"] - compared["teacher_nll"]) < 1e-3 and compared["kl"] < 1e-3
 
     capsys.readouterr()
-    run_import(config, path, codec=codec, check=True)
+    run_import(replace(config, max_eval_rows=1), path, codec=codec, check=True)
     assert "holds the targets of" in capsys.readouterr().out
     before = {one.name: one.stat().st_mtime_ns for one in folder.iterdir()}
     run_import(config, path, codec=codec)
@@ -293,6 +293,8 @@ def test_an_interrupted_import_goes_on(
     monkeypatch.setattr(writer, "write_shard", write_shard)
     folder = run_import(config, path, codec="int8", output=other)
     assert json.loads((folder / COMPLETE).read_text())["files"] == expected
+    with pytest.raises(UsageError, match="of the same files, teacher and teacher_dtype"):
+        run_import(make_config(teacher_dtype="float32"), path, codec="int8", output=other)
     changed = sorted(path.glob("*.safetensors"))[0]
     tensors = load_file(changed)
     save_file(tensors | {"hidden_states": tensors["hidden_states"] * 1.5}, changed)
