@@ -40,10 +40,13 @@ def find_final_norm(model: PreTrainedModel, input_ids: Tensor) -> FinalNorm:
 
     Raises ``UnfitError`` for a model without one module that makes what the head takes of nothing
     but the last layer's output: a family that adds up several streams before its norm, projects
-    behind it, or has no norm there. Raises as ``split_head`` and ``decoder_layers``, too.
+    behind it, or has no norm there. Raises as ``split_head``, too.
     """
     backbone, _ = split_head(model)
-    layers = decoder_layers(model)
+    try:
+        layers = decoder_layers(model)
+    except UnfitError as error:
+        raise _without(model) from error
     inner = {id(module) for module in layers.modules()}
     given: list[Tensor] = []  # by the last decoder layer
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []  # of one tensor, and what it gave, since
@@ -72,9 +75,13 @@ def find_final_norm(model: PreTrainedModel, input_ids: Tensor) -> FinalNorm:
     for module, taken, made in calls:
         if given and _equal(taken, given[0]) and _equal(made, final):
             return FinalNorm(module, taken.shape[-1], taken.dtype, taken.device)
-    raise UnfitError(
+    raise _without(model)
+
+
+def _without(model: PreTrainedModel) -> UnfitError:
+    return UnfitError(
         f"{type(model).__name__} must have a final norm, one module between its last decoder layer "
-        "and its head, got none; its states before that are no teacher: cache top-k targets"
+        "and its head, got none that was found; take its most likely ids: --kind topk"
     )
 
 

@@ -23,6 +23,7 @@ from sad.config.schema import DistillConfig
 from sad.errors import SadError, UnfitError, UsageError
 from sad.models.load import load_teacher
 from sad.report.log import read_log
+from sad.teachers.cache import verify
 from sad.teachers.cache.files import COMPLETE, read_facts
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
@@ -109,7 +110,8 @@ def write(folder: Path, known: list[Document]) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imported_rows, "BATCH_ROWS", 4)
+    monkeypatch.setattr(imported_rows, "BATCH_ROWS", 2)
+    monkeypatch.setattr(verify, "BATCHES", 100)  # all of them
 
 
 @pytest.fixture(scope="session")
