@@ -28,8 +28,9 @@ PROBES = 8
 
 TOLERANCE = 0.01
 """Nats by which the mean loss of the next tokens may be off, and that the distributions of a
-document may diverge by in mean. Rounding to bfloat16 before the norm makes 3e-5, a wrong layer
-tenths or more."""
+document may diverge by in mean. Of the bundled quickstart teacher, states in bfloat16 beside a
+teacher in fp32 diverge by 6e-5, those that are normed twice by 0.05, those of the layer before by
+0.17, those of the token before by 2.4."""
 
 CHUNK_BYTES = 256 * 2**20
 """Memory for the log-probabilities of some positions."""
