@@ -76,7 +76,9 @@ without a teacher in the file; its most likely ids at temperature 1:
   --import PATH           take targets, and the text's tokens, from a file or a folder of files;
                           one document per row (packing: false), in place of the keys of data
   --import_format FORMAT  distillkit, axolotl, vllm, sglang or openai; by default what the first
-                          record looks like
+                          record looks like. Or vllm-hidden, by default for .safetensors: final
+                          hidden states (--kind hidden, at any temperature) of the file's teacher,
+                          which is loaded for its norm and its head, and to compare
 """
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -16,7 +17,13 @@ from sad.errors import UsageError
 Kind = Literal["sampled", "topk", "hidden"]
 Codec = Literal["bf16", "int8"]
 ServerKind = Literal["vllm", "sglang"]
-ImportFormat = Literal["distillkit", "axolotl", "vllm", "sglang", "openai"]
+ImportFormat = Literal["distillkit", "axolotl", "vllm", "sglang", "openai", "vllm-hidden"]
+
+HIDDEN_FORMATS: frozenset[ImportFormat] = frozenset({"vllm-hidden"})
+"""Formats of hidden states; the others hold a few ids per token."""
+
+STATES_ENDING = ".safetensors"
+"""Of files of hidden states."""
 
 VALUES = (
     "output",
@@ -65,15 +72,21 @@ class CacheOptions:
     server_model: str | None = None
     """Which of the server's models. Default: its only one."""
     import_path: str | None = None
-    """A file, or a folder of files, of targets that another program has written."""
+    """A file, or a folder of files, of targets that another program has written; of hidden states
+    with ``kind`` hidden."""
     import_format: ImportFormat | None = None
-    """Default: the format that the first record has."""
+    """Default: the format that the first record has, or the only one of hidden states."""
 
     def __post_init__(self) -> None:
         if not self.output:
             raise UsageError("output must be given, got none; write --output DIR (command line)")
-        if self.from_elsewhere:
-            self._check_elsewhere()
+        if self.server is not None and self.import_path is not None:
+            remedy = "leave one of them out"
+            raise refused("import", "be left out with --server", self.import_path, remedy)
+        if self.import_path is not None:
+            self._check_import()
+        elif self.server is not None:
+            self._check_most_likely("--server", "topk")
         if self.kind != "hidden" and self.codec is not None:
             raise refused("codec", "be left out but for --kind hidden", self.codec, "leave it out")
         if self.kind == "hidden" and self.temperatures is not None:
@@ -99,23 +112,32 @@ class CacheOptions:
         here."""
         return self.server is not None or self.import_path is not None
 
-    def _check_elsewhere(self) -> None:
-        """Refuse what neither a server nor somebody's files can give: they know the most likely ids
-        at temperature 1, and not the normaliser of any other."""
-        if self.server is not None and self.import_path is not None:
-            remedy = "leave one of them out"
-            raise refused("import", "be left out with --server", self.import_path, remedy)
-        source = "--server" if self.server is not None else "--import"
+    def _check_import(self) -> None:
+        """Refuse what somebody's files cannot give."""
+        if self.import_format is not None:
+            kind = "hidden" if self.import_format in HIDDEN_FORMATS else "topk"
+            if self.kind != kind:
+                expectation = f"be {kind} with --import_format {self.import_format}"
+                raise refused("kind", expectation, self.kind, f"write --kind {kind}")
+        if self.kind != "hidden":
+            self._check_most_likely("--import", "topk or hidden")
+            if self.check:
+                remedy = "there is no teacher to ask: leave it out"
+                raise UsageError(f"check must be left out with --import, got both; {remedy}")
+        elif self.window:
+            remedy = "the states are all there: leave it out"
+            raise refused("window", "be 0 with --import", str(self.window), remedy)
+
+    def _check_most_likely(self, source: str, kinds: str) -> None:
+        """Refuse what the most likely ids at temperature 1 cannot give: draws, and the normaliser
+        of any other temperature."""
         if self.kind != "topk":
             remedy = "only the most likely ids are known: leave it out"
-            raise refused("kind", f"be topk with {source}", self.kind, remedy)
+            raise refused("kind", f"be {kinds} with {source}", self.kind, remedy)
         if self.temperatures not in (None, (1.0,)):
             given = ",".join(f"{t:g}" for t in self.temperatures or ())
             remedy = "the normaliser of another temperature is not known: leave it out"
             raise refused("temperatures", f"be 1 with {source}", given, remedy)
-        if self.import_path is not None and self.check:
-            remedy = "there is no teacher to ask: leave it out"
-            raise UsageError(f"check must be left out with --import, got both; {remedy}")
 
     @property
     def codec_or_default(self) -> Codec | None:
@@ -130,12 +152,11 @@ def read_cache_options(words: Sequence[str]) -> tuple[CacheOptions, list[str]]:
     Raises ``UsageError`` for a value that an option cannot have.
     """
     values, switched, others = take_options(words, VALUES, SWITCHES)
-    elsewhere = "server" in values or "import" in values
     _require_with(values, "server", ("server_kind", "server_key_env", "server_model"))
     _require_with(values, "import", ("import_format",))
     options = CacheOptions(
         output=values.get("output", ""),
-        kind=_one_of("kind", values.get("kind", _default_kind(elsewhere)), get_args(Kind)),
+        kind=_one_of("kind", values.get("kind", _default_kind(values)), get_args(Kind)),
         codec=_one_of("codec", values["codec"], get_args(Codec)) if "codec" in values else None,
         top_k=_count("top_k", values.get("top_k", "64"), 1),
         temperatures=_temperatures(values["temperatures"]) if "temperatures" in values else None,
@@ -155,8 +176,20 @@ def read_cache_options(words: Sequence[str]) -> tuple[CacheOptions, list[str]]:
     return options, others
 
 
-def _default_kind(elsewhere: bool) -> Kind:
-    return "topk" if elsewhere else "sampled"
+def _default_kind(values: Mapping[str, str]) -> Kind:
+    """What the source of the targets can give: a teacher that runs all, a server and most files the
+    most likely ids."""
+    if "import_format" in values:
+        return "hidden" if values["import_format"] in HIDDEN_FORMATS else "topk"
+    if values.get("import", "").strip() and _holds_states(values["import"]):
+        return "hidden"
+    return "topk" if "server" in values or "import" in values else "sampled"
+
+
+def _holds_states(path: str) -> bool:
+    """Whether it is a file of hidden states, by its name, or a folder that holds such files."""
+    found = Path(path).expanduser()
+    return found.name.endswith(STATES_ENDING) or any(found.rglob("*" + STATES_ENDING))
 
 
 def _require_with(values: Mapping[str, str], name: str, others: tuple[str, ...]) -> None:

@@ -200,7 +200,9 @@ def describe(reader: CacheReader) -> str:
     """What a run's header says of its teacher's cache."""
     facts, notes = reader.facts, reader.notes
     count = notes.get("parameters")
-    size = f", {count:,} parameters in {facts.teacher.dtype}" if isinstance(count, int) else ""
+    size = f", {count:,} parameters" if isinstance(count, int) else ""
+    if size and "format" not in notes:  # an import does not know in which dtype they were
+        size += f" in {facts.teacher.dtype}"
     match facts.kind:
         case "sampled" if "format" in notes:
             what = f"{facts.top_k} ids per token of {notes['format']}, whose weights sum to 1"
@@ -211,5 +213,6 @@ def describe(reader: CacheReader) -> str:
             what = f"the {facts.top_k} most likely ids per token at T = {at}"
         case "hidden":
             what = f"final hidden states in {facts.codec}"
+            what += f" ({notes['format']})" if "format" in notes else ""
     name = shortened(printable(facts.teacher.name), 80)
     return f"{name}{size}; {what}, from {reader.folder}"

@@ -19,12 +19,20 @@ from sad.data.rows import cache_directory
 from sad.distributed.world import World
 from sad.errors import OutputError, UsageError, printable, shortened
 from sad.optim.schedule import RunLength
-from sad.teachers.cache.facts import CacheFacts, Subset
-from sad.teachers.cache.files import CACHE, COMPLETE, Section, read_facts, shards_of
+from sad.teachers.cache.facts import CacheFacts, HeadFacts, Subset
+from sad.teachers.cache.files import (
+    CACHE,
+    COMPLETE,
+    HEAD,
+    Section,
+    read_facts,
+    shards_of,
+    write_tensors,
+)
 from sad.teachers.cache.source import Source, position_bytes
 from sad.teachers.cache.verify import Checked, compare_with_teacher
 from sad.teachers.cache.writer import CacheWriter, SectionRows, say_alive
-from sad.teachers.fingerprint import HASHES
+from sad.teachers.fingerprint import HASHES, fingerprint_file
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.batches import TrainBatches
 from sad.training.inputs import RunInputs, eval_row_numbers
@@ -64,6 +72,19 @@ def begin_cache(folder: Path, facts: CacheFacts, notes: Mapping[str, Any]) -> No
     """Write ``cache.json``, and a sign of life first: whoever sees a cache sees that it grows."""
     say_alive(folder)
     files.write_atomic(folder / CACHE, facts.to_json(notes))
+
+
+def write_head(teacher: FrozenTeacher, folder: Path) -> HeadFacts:
+    """Write the teacher's head, if it is not there, and say what it is."""
+    head, path = teacher.head(), folder / HEAD
+    if not path.exists():
+        tensors = {"weight": head.weight.detach().cpu().contiguous()}
+        if head.bias is not None:
+            tensors["bias"] = head.bias.detach().cpu().contiguous()
+        write_tensors(path, tensors)
+    return HeadFacts(
+        fingerprint_file(path), head.weight.shape[1], float(head.logit_scale), head.softcap
+    )
 
 
 def sections_of(

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sad.checkpoint import atomic_files as files
 from sad.checkpoint.run_lock import run_lock
 from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
-from sad.data.batch import Batch
 from sad.data.tokenizers import fingerprint
 from sad.distributed.world import ALONE, World, lost_ranks_explained, use_own_device, whole_world
 from sad.environment import StopSignals, library_versions, resolve_device
@@ -30,19 +30,19 @@ from sad.errors import UsageError, quoted
 from sad.models.load import teacher_dtype
 from sad.models.quantization import parameter_count
 from sad.optim.schedule import RunLength, planned_length
-from sad.teachers.cache.facts import CacheFacts, HeadFacts, RunOrder, TeacherFacts
+from sad.teachers.cache.facts import CacheFacts, RunOrder, TeacherFacts
 from sad.teachers.cache.files import (
+    BASIS,
     CACHE,
     COMPLETE,
     HEAD,
     SHARD_BYTES,
     strangers,
-    write_tensors,
 )
-from sad.teachers.cache.source import TeacherSource, inputs_of, make_codec
-from sad.teachers.fingerprint import fingerprint_file
+from sad.teachers.cache.source import TeacherSource, final_states, inputs_of, make_codec
 from sad.teachers.frozen import FrozenTeacher
 from sad.training.cache_imported import fill_from_files
+from sad.training.cache_imported_hidden import fill_from_states
 from sad.training.cache_layout import (
     begin_cache,
     cache_writer,
@@ -53,6 +53,7 @@ from sad.training.cache_layout import (
     sections_of,
     warn_of_tail,
     with_shards,
+    write_head,
 )
 from sad.training.cache_served import fill_from_server
 from sad.training.evaluate import evaluate_teacher, require_finite_score
@@ -64,6 +65,7 @@ def cache_teacher(
 ) -> Path:
     """Write the targets of ``config.teacher`` on the text of ``config`` to ``options.output``; or
     those of a teacher that a server runs, or targets and text from files, if ``options`` say so.
+    Hidden states from files are those of ``config.teacher``.
 
     A cache that is there and unfinished is finished; one of other facts is refused, and one that is
     whole is left alone. Under torchrun the shards are shared out, each process with a teacher of
@@ -89,12 +91,13 @@ def cache_teacher(
         if options.server is not None:
             fill = fill_from_server
         elif options.import_path is not None:
-            fill = fill_from_files
+            fill = fill_from_states if options.kind == "hidden" else fill_from_files
         world.from_main(partial(_claim, folder))
         if not world.main:
             return fill(config, options, folder, world, shard_bytes)
         with run_lock(folder, print):
             files.sweep_directory(folder)
+            _forget_another_head(folder)
             return fill(config, options, folder, world, shard_bytes)
 
 
@@ -108,6 +111,15 @@ def _claim(folder: Path) -> None:
             f"{quoted(others[0], 40)}; choose another --output"
         )
     files.probe_writable(folder)
+
+
+def _forget_another_head(folder: Path) -> None:
+    """Delete what was written before ``cache.json``, which alone says whose it is: a command that
+    was killed in between may have had another teacher."""
+    if not (folder / CACHE).exists():
+        with files.output_errors(folder):
+            for name in (HEAD, BASIS):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _fill(
@@ -131,13 +143,13 @@ def _fill(
     world.from_main(partial(require_space, folder, facts, sections, width, options.window))
     world.main_first(partial(_begin, config, options, folder, facts, inputs, teacher, say))
 
-    def first_batches() -> Iterator[Batch]:
+    def first_states() -> Iterator[Tensor]:
         rows = sections["train"]
         for shard in range(len(rows.shards)):
             for _, numbers in rows.batches(shard):
-                yield inputs.train_rows.batch(numbers).to(inputs.device)
+                yield final_states(teacher, inputs.train_rows.batch(numbers).to(inputs.device))
 
-    codec = world.main_first(partial(make_codec, facts, folder, teacher, first_batches))
+    codec = world.main_first(partial(make_codec, facts, folder, teacher.device, first_states))
     source = TeacherSource(teacher, facts, codec)
     with cache_writer(
         folder, facts, sections, source, inputs.device, config, world, window=options.window
@@ -197,7 +209,7 @@ def _facts(
             config.teacher_quantization,
             attention,
         ),
-        head=_head_facts(teacher, folder) if options.kind == "hidden" else None,
+        head=write_head(teacher, folder) if options.kind == "hidden" else None,
         order=order,
         subset=subset if order is None else None,
         batch_rows=batch_rows,
@@ -208,19 +220,6 @@ def _facts(
         eval_places=len(eval_row_numbers(inputs.eval_rows, config.max_eval_rows)),
     )
     return with_shards(facts, shard_bytes, teacher.head().weight.shape[1])
-
-
-def _head_facts(teacher: FrozenTeacher, folder: Path) -> HeadFacts:
-    """Write the teacher's head, if it is not there, and say what it is."""
-    head, path = teacher.head(), folder / HEAD
-    if not path.exists():
-        tensors = {"weight": head.weight.detach().cpu().contiguous()}
-        if head.bias is not None:
-            tensors["bias"] = head.bias.detach().cpu().contiguous()
-        write_tensors(path, tensors)
-    return HeadFacts(
-        fingerprint_file(path), head.weight.shape[1], float(head.logit_scale), head.softcap
-    )
 
 
 def _begin(

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sad.models.heads import PLAIN_HEADS, SCALED_HEADS
+
 _SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -113,6 +115,20 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+BUILT_BY_OTHERS = {"emu3_text_model"}
+"""Text models that AutoModelForCausalLM reaches through another configuration."""
+
+NEEDS_MORE = {"cohere_compass_text", "gemma3", "gemma3n", "gemma4", "gemma4_unified"}
+"""Common fields do not shrink these: their vision towers, or rope settings per layer type."""
+
+FAMILIES = sorted(
+    ((PLAIN_HEADS | SCALED_HEADS.keys()) & set(CONFIG_MAPPING.keys()))
+    - BUILT_BY_OTHERS
+    - NEEDS_MORE
+)
+"""What can be built tiny of the families whose heads are known."""
 
 
 def tiny_family(model_type: str, *, initializer_range: float = 0.2) -> PreTrainedModel:

@@ -77,7 +77,7 @@ def open_head(path: Path, facts: CacheFacts) -> FileTensors:
     if not fits:
         raise UnfitError(
             f"{path} must hold a weight [{facts.valid_vocab} or more, {facts.head.width}], and "
-            f"perhaps a bias, got {_said(tensors)}; {AGAIN}"
+            f"perhaps a bias, got {said_tensors(tensors)}; {AGAIN}"
         )
     return tensors
 
@@ -124,10 +124,11 @@ def _require_form(path: Path, tensors: FileTensors, forms: Forms, *, only: bool 
     if same and not (only and tensors.keys() - forms.keys()):
         return
     asked = ", ".join(f"{name} {_shape(*form)}" for name, form in forms.items())
-    raise UnfitError(f"{path} must hold {asked}, got {_said(tensors)}; {AGAIN}")
+    raise UnfitError(f"{path} must hold {asked}, got {said_tensors(tensors)}; {AGAIN}")
 
 
-def _said(tensors: FileTensors) -> str:
+def said_tensors(tensors: FileTensors) -> str:
+    """What a file holds, in words: some of its tensors with dtype and shape."""
     found = []
     for name in list(tensors)[:6]:
         form = _form(tensors, name)

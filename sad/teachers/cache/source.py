@@ -70,7 +70,7 @@ class TeacherSource:
         hidden = target.hidden[inside.to(target.hidden.device)]  # [inputs, D]
         if kind == "hidden":
             assert self.codec is not None
-            return _on_host(self.codec.encode(hidden))
+            return on_host(self.codec.encode(hidden))
         learned = batch.labels >= 0
         if output.kd_weights is not None:
             learned &= output.kd_weights.to(learned.device) > 0
@@ -95,10 +95,10 @@ class TeacherSource:
                 ids, weights = systematic_sample(
                     probs, facts.top_k, uniform[chunk].to(probs.device)
                 )
-                parts.append(_on_host(encode(ids, weights.log(), None, vocab)))
+                parts.append(on_host(encode(ids, weights.log(), None, vocab)))
             else:
                 found = top_k(logits, facts.top_k, facts.temperatures)
-                parts.append(_on_host(encode(*found, vocab)))
+                parts.append(on_host(encode(*found, vocab)))
         if not parts:
             return {}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -130,26 +130,32 @@ def position_bytes(facts: CacheFacts, kind: Kind, width: int) -> int:
 
 
 def make_codec(
-    facts: CacheFacts, folder: Path, teacher: FrozenTeacher, batches: Callable[[], Iterator[Batch]]
+    facts: CacheFacts, folder: Path, device: torch.device, states: Callable[[], Iterator[Tensor]]
 ) -> Codec | None:
-    """The codec of a cache's hidden states, from its folder, or fitted to its first batches."""
+    """The codec of a cache's hidden states, from its folder, or fitted to the first ``states``
+    [n, D] of its rows; None for another kind."""
     if facts.codec is None:
         return None
     if facts.codec != "int8":
         return build_codec(facts.codec)
     path = folder / BASIS
     if path.exists():
-        return build_codec(facts.codec, tensors=open_tensors(path)).to(teacher.device)
-    states: list[Tensor] = []
-    for batch in batches():
-        (target,) = teacher.forward(batch).targets
-        assert isinstance(target, TeacherHidden)
-        states.append(target.hidden[inputs_of(batch).to(target.hidden.device)])
-        if sum(map(len, states)) >= MIN_STATES:
+        return build_codec(facts.codec, tensors=open_tensors(path)).to(device)
+    sample: list[Tensor] = []
+    for part in states():
+        sample.append(part)
+        if sum(map(len, sample)) >= MIN_STATES:
             break
-    codec = build_codec(facts.codec, states=torch.cat(states))
-    write_tensors(path, _on_host(codec.tensors()))
+    codec = build_codec(facts.codec, states=torch.cat(sample))
+    write_tensors(path, on_host(codec.tensors()))
     return codec
+
+
+def final_states(teacher: FrozenTeacher, batch: Batch) -> Tensor:
+    """The teacher's final hidden states [inputs, D] of all inputs of a batch, row after row."""
+    (target,) = teacher.forward(batch).targets
+    assert isinstance(target, TeacherHidden)
+    return target.hidden[inputs_of(batch).to(target.hidden.device)]
 
 
 def _signed(tensor: Tensor) -> Tensor:
@@ -157,5 +163,6 @@ def _signed(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16) if tensor.dtype == torch.uint16 else tensor
 
 
-def _on_host(record: Mapping[str, Tensor]) -> Record:
+def on_host(record: Mapping[str, Tensor]) -> Record:
+    """A record in host memory."""
     return {name: tensor.cpu().contiguous() for name, tensor in record.items()}

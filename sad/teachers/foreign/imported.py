@@ -81,7 +81,7 @@ class Spool:
 class ImportedSource:
     """Gives the records of a section's rows, out of a spool."""
 
-    def __init__(self, spool: Spool, section: Section, facts: CacheFacts) -> None:
+    def __init__(self, spool: Spool, facts: CacheFacts, section: Section) -> None:
         self._spool = spool
         self._section: Section = section
         self._facts = facts

@@ -15,14 +15,16 @@ from sad.environment import import_extra, stop_if_requested
 from sad.errors import UnfitError, UsageError, one_line
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
+"""Of files of records."""
 ROWS_PER_READ = 64
 
 IMPORTING = "the import"
 """What a stop signal interrupts."""
 
 
-def files_of(path: str) -> list[Path]:
-    """The files at ``path``: itself, or those in the folder. Raises ``UsageError`` for none."""
+def files_of(path: str, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
+    """The files at ``path``: itself, or those in the folder with one of the ``endings``. Raises
+    ``UsageError`` for none."""
     found = Path(path).expanduser()
     if found.is_file():
         return [found]
@@ -31,11 +33,11 @@ def files_of(path: str) -> list[Path]:
     names = sorted(
         one
         for one in found.rglob("*")
-        if one.is_file() and one.name.endswith(ENDINGS) and not _is_about(one)
+        if one.is_file() and one.name.endswith(endings) and not _is_about(one)
     )
     if not names:
         raise UsageError(
-            f"import must hold files that end in {', '.join(ENDINGS)}, got none in {path}; name "
+            f"import must hold files that end in {', '.join(endings)}, got none in {path}; name "
             "another folder"
         )
     return names

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from sad_kernels import Head
-from support.families import tiny_family
+from support.families import FAMILIES, tiny_family
 from support.tiny import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sad.errors import UnfitError
 from sad.models.heads import (
@@ -25,18 +24,6 @@ from sad.models.heads import (
     rounding_tolerance,
     split_head,
     with_valid_vocab,
-)
-
-BUILT_BY_OTHERS = {"emu3_text_model"}
-"""Text models that AutoModelForCausalLM reaches through another configuration."""
-
-NEEDS_MORE = {"cohere_compass_text", "gemma3", "gemma3n", "gemma4", "gemma4_unified"}
-"""Common fields do not shrink these: their vision towers, or rope settings per layer type."""
-
-FAMILIES = sorted(
-    ((PLAIN_HEADS | SCALED_HEADS.keys()) & set(CONFIG_MAPPING.keys()))
-    - BUILT_BY_OTHERS
-    - NEEDS_MORE
 )
 
 QUICK = """

@@ -25,7 +25,7 @@ from sad.teachers.cache.files import COMPLETE, read_facts
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.foreign import formats
 from sad.teachers.foreign.openai import token_bytes
-from sad.training import cache_imported
+from sad.training import imported_rows
 from sad.training.cache_teacher import cache_teacher
 from sad.training.inputs import load_inputs
 from sad.training.run import distill
@@ -61,7 +61,7 @@ def texts(count: int = 24) -> list[Text]:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_imported, "BATCH_ROWS", 4)
+    monkeypatch.setattr(imported_rows, "BATCH_ROWS", 4)
 
 
 @pytest.fixture

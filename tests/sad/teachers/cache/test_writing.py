@@ -15,6 +15,7 @@ import pytest
 from support.caches import make_cache
 from support.ranks import run_ranks
 from support.runs import assert_same_bits, everything, make_trainer, run_log
+from support.tiny import save_tiny, tiny_llama
 
 from sad.checkpoint import atomic_files
 from sad.checkpoint.store import load_latest
@@ -22,7 +23,7 @@ from sad.cli import main
 from sad.config.schema import DistillConfig
 from sad.environment import StopSignals
 from sad.errors import OutputError, StoppedError, UnfitError, UsageError
-from sad.teachers.cache.files import COMPLETE, READER
+from sad.teachers.cache.files import COMPLETE, HEAD, READER
 from sad.teachers.cache.writer import CacheWriter
 from sad.training import cache_teacher as command
 from sad.training.inputs import load_inputs
@@ -38,6 +39,22 @@ def hashes(folder: Path) -> dict[str, str]:
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing is tidied up."""
+
+
+def test_a_head_that_another_teacher_left_is_not_taken(
+    make_config: Make, sources: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    folder = tmp_path / "cache"
+    other = save_tiny(tmp_path / "other", tiny_llama(seed=7, vocab_size=520))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(command, "_begin", killed)  # as while the teacher is scored
+        make_cache(make_config(teacher=other), folder, "hidden", codec="bf16")
+    make_cache(make_config(), folder, "hidden", codec="bf16")
+    whole = make_cache(make_config(), tmp_path / "whole", "hidden", codec="bf16")
+    assert hashes(folder)[HEAD] == hashes(whole)[HEAD]
 
 
 @pytest.mark.parametrize("kind", ["sampled", "hidden"])
