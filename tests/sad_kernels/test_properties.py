@@ -29,7 +29,7 @@ from support.oracle import (
 from support.problems import plain
 from torch import Tensor
 
-EXAMPLES = {impl: 6 if impl in SLOW else 25 for impl in IMPLS}
+EXAMPLES = {impl: 4 if impl in SLOW else 25 for impl in IMPLS}
 
 
 def for_any(**drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:

@@ -413,7 +413,7 @@ def measured_run(config: DistillConfig) -> tuple[int, int]:
         {"relations": ON},
         {"relations": ON | {"query_block": 64}, "layerwise": ON, "feature": ON},
         {name: ON for name in ("attention", "relations", "layerwise", "feature", "contrastive")},
-        {"relations": ON, "bf16": True},
+        pytest.param({"relations": ON, "bf16": True}, marks=pytest.mark.slow),
     ],
     ids=lambda keys: ",".join(keys) or "none",
 )
