@@ -25,7 +25,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,16 +123,17 @@ def put_back(directory: Path) -> None:
             sync_directory(directory)
 
 
-def sweep_directory(directory: Path) -> None:
+def sweep_directory(directory: Path, *, except_for: Collection[str] = ()) -> None:
     """Tidy up after a process that died: ``put_back``, then remove what it had begun to write.
 
     Other files, whatever their names begin with, are left alone. Only for a directory of ours that
-    no other process is writing to.
+    no other process is writing to, but for files ``except_for`` these, which it may be writing now.
     """
     put_back(directory)
-    for path, _ in _own(directory):
-        with suppress(OSError):  # an unreadable leftover harms nobody
-            _remove(path)
+    for path, name in _own(directory):
+        if name not in except_for:
+            with suppress(OSError):  # an unreadable leftover harms nobody
+                _remove(path)
 
 
 def _own(directory: Path) -> list[tuple[Path, str]]:

@@ -36,6 +36,7 @@ from sad.teachers.cache.files import (
     CACHE,
     COMPLETE,
     HEAD,
+    READER,
     SHARD_BYTES,
     strangers,
 )
@@ -96,7 +97,7 @@ def cache_teacher(
         if not world.main:
             return fill(config, options, folder, world, shard_bytes)
         with run_lock(folder, print):
-            files.sweep_directory(folder)
+            files.sweep_directory(folder, except_for=(READER,))  # a student may be writing it
             _forget_another_head(folder)
             return fill(config, options, folder, world, shard_bytes)
 

@@ -186,6 +186,14 @@ def test_sweep_removes_leftovers_and_restores_what_stepped_aside(tmp_path: Path)
     }
 
 
+def test_sweep_leaves_what_another_process_may_be_writing(tmp_path: Path) -> None:
+    theirs, left = (tmp_path / f".tmp-{name}-{DIGITS}" for name in ("reader.json", "other.json"))
+    theirs.touch()
+    left.touch()
+    files.sweep_directory(tmp_path, except_for=("reader.json",))
+    assert list(tmp_path.iterdir()) == [theirs]
+
+
 def test_removal_does_not_follow_symbolic_links(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
