@@ -228,12 +228,14 @@ def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
 
 
 def _top_k_step(record: Json) -> Iterator[Target]:
-    """A training step towards K ids per token in memory, over one without a teacher."""
+    """A training step towards K ids per token, over one without a teacher."""
+    names = {"top_k": "a top-k teacher in memory", "cached": "a sampled cache on disk"}
     for row in record["rows"]:
         if row["what"] == "step":
             threads = "one thread" if row["threads"] == 1 else f"{row['threads']} threads"
-            what = f"a step towards a top-k teacher in memory, K = {record['K']}, over CE alone"
-            yield Target(f"{what}, {threads}", 1.15, row["ratio"], "topk_step.json")
+            for arm, ratio in row["ratio"].items():
+                what = f"a step towards {names[arm]}, K = {record['K']}, over CE alone, {threads}"
+                yield Target(what, 1.15, ratio, "topk_step.json")
 
 
 def _cache_reading(record: Json) -> Iterator[Target]:

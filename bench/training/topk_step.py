@@ -1,8 +1,9 @@
-"""A training step towards a top-k teacher in memory, against the same step without a teacher.
+"""A training step towards K ids of a teacher per token, against the same step without a teacher.
 
-What a cache of K ids and log-weights per token costs once it is loaded: model, batches and
-optimizer are the quickstart's, the target is a ``TeacherTopK`` with ``tail="zero"`` whose ids were
-drawn beforehand, K distinct ones in no order. Both steps take turns in one process, and so do, for
+Model, batches and optimizer are the quickstart's. The step comes without a teacher (``ce``),
+towards a ``TeacherTopK`` with ``tail="zero"`` in memory, K distinct ids that were drawn beforehand
+and are in no order (``top_k``), and towards the records of a cache that ``sad cache-teacher``
+wrote, read and decoded in every step (``cached``). All take turns in one process, and so do, for
 what the loss itself costs, the losses of random hidden states with their backward. The result is
 the median over rounds of the ratio within a round, of the processor's time, with one thread and
 with all.
@@ -21,10 +22,15 @@ import torch
 from sad_kernels import Head, Objective, TeacherTopK, linear_distill_loss
 from torch import Tensor
 
+from sad.config.cache_options import CacheOptions
 from sad.config.load import load_config
+from sad.data.batch import Batch
 from sad.models.heads import split_head, with_valid_vocab
 from sad.models.load import load_student
 from sad.optim.precision import Precision
+from sad.optim.schedule import planned_length
+from sad.training.batches import TrainBatches
+from sad.training.cache_teacher import cache_teacher
 from sad.training.inputs import load_inputs
 from sad.training.student import StudentWithLoss, build_student
 
@@ -34,67 +40,88 @@ LOSSES = ((2048, 64, 4096), (512, 256, 32768))
 
 
 def measure(rounds: int = 15, steps: int = 1) -> dict[str, Any]:
-    """Seconds of a step and of a loss, with and without the teacher, and their ratios."""
+    """CPU seconds of a step and of a loss, with and without the teacher, and their ratios."""
     everything = torch.get_num_threads()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         ways = {"step": _steps(folder, steps)}
-    ways |= {f"loss N={N} D={D} V={V}": _losses(N, D, V) for N, D, V in LOSSES}
-    try:
-        for threads in sorted({1, everything}):
-            torch.set_num_threads(threads)
-            rows += [
-                {"what": what, "threads": threads} | _compare(pair, rounds)
-                for what, pair in ways.items()
-            ]
-    finally:
-        torch.set_num_threads(everything)
+        ways |= {f"loss N={N} D={D} V={V}": _losses(N, D, V) for N, D, V in LOSSES}
+        try:
+            for threads in sorted({1, everything}):
+                torch.set_num_threads(threads)
+                rows += [
+                    {"what": what, "threads": threads} | _compare(calls, rounds)
+                    for what, calls in ways.items()
+                ]
+        finally:
+            torch.set_num_threads(everything)
     return {"case": "top-k step", "K": K, "tail": "zero", "steps_per_round": steps, "rows": rows}
 
 
-Pair = dict[str, Callable[[], None]]
+Calls = dict[str, Callable[[], None]]
+"""What is compared with the first of them, "ce"."""
 
 
-def _compare(pair: Pair, rounds: int) -> dict[str, Any]:
-    """Both in turns, every second round in reverse, one round before the first to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in pair}
+def _compare(calls: Calls, rounds: int) -> dict[str, Any]:
+    """All in turns, every second round in reverse, one round before the first to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 1):
-        order = list(pair.items())
+        order = list(calls.items())
         for name, call in order if round_ % 2 else reversed(order):
             start = time.process_time()
             call()
             seconds[name].append(time.process_time() - start)
-    ratios = [a / b for a, b in zip(seconds["top_k"][1:], seconds["ce"][1:], strict=True)]
+    ratios = {
+        name: [a / b for a, b in zip(values[1:], seconds["ce"][1:], strict=True)]
+        for name, values in seconds.items()
+        if name != "ce"
+    }
     return {
         "cpu_seconds": {name: statistics.median(values[1:]) for name, values in seconds.items()},
-        "ratio": statistics.median(ratios),
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_per_round": ratios,
     }
 
 
-def _steps(folder: str, steps: int) -> Pair:
-    """Steps of the quickstart's student: forward, backward and a fused AdamW."""
-    config = load_config("quickstart", ("--output_dir", folder, "--baseline", "false"))
+Targets = Callable[[int, Batch], TeacherTopK | None]
+
+
+def _steps(folder: str, steps: int) -> Calls:
+    """Steps of the quickstart's student: forward, backward and a fused AdamW. The cache is made in
+    ``folder``, and read from it by every call."""
+    words = {"output_dir": folder, "baseline": False, "max_steps": steps, "warmup_steps": 0}
+    given = [word for key, value in words.items() for word in (f"--{key}", str(value).lower())]
+    config = load_config("quickstart", given)
     inputs = load_inputs(config)
     precision = Precision(config, inputs.device)
-    size = config.global_batch_size
-    assert size is not None
-    batches = [inputs.train_rows.batch(range(size * i, size * (i + 1))) for i in range(steps)]
+    length = planned_length(config, len(inputs.train_rows), 1)
+    order = TrainBatches(config, inputs.train_rows, length, inputs.device)
+    batches = [order.batch(step) for step in range(length.micro_batches)]
     assert inputs.frozen_teacher is not None
-    targets = []
+    in_memory = []
     for batch in batches:
         (target,) = inputs.frozen_teacher.forward(batch).targets
         with torch.no_grad():
-            targets.append(drawn(target.head(target.hidden)))
+            in_memory.append(drawn(target.head(target.hidden)))
+    cache = f"{folder}/cache"
+    cache_teacher(config, CacheOptions(output=cache, top_k=K))
+    reader = load_inputs(replace(config, teacher_cache=cache)).teacher
+    assert reader is not None
 
-    def steps_of(target_of: list[TeacherTopK | None], objective: Objective) -> Callable[[], None]:
+    def read(batch: Batch) -> TeacherTopK:
+        (target,) = reader.forward(batch).targets
+        assert isinstance(target, TeacherTopK)
+        return target
+
+    def steps_of(target_of: Targets, objective: Objective) -> Callable[[], None]:
         model = load_student(config)
         student: StudentWithLoss = build_student(config, model, inputs.valid_vocab, precision)
         student.train()
         optimizer = torch.optim.AdamW(student.parameters(), config.learning_rate, fused=True)
 
         def run() -> None:
-            for batch, target in zip(batches, target_of, strict=True):
+            for number, batch in enumerate(batches):
+                target = target_of(number, batch)
                 _, head = split_head(student.model)
                 out = linear_distill_loss(
                     student.hidden(batch),
@@ -112,10 +139,14 @@ def _steps(folder: str, steps: int) -> Pair:
 
     joint = config.objective()
     alone = replace(joint, kd_weight=0.0)
-    return {"ce": steps_of([None] * steps, alone), "top_k": steps_of([*targets], joint)}
+    return {
+        "ce": steps_of(lambda number, batch: None, alone),
+        "top_k": steps_of(lambda number, batch: in_memory[number], joint),
+        "cached": steps_of(lambda number, batch: read(batch), joint),
+    }
 
 
-def _losses(N: int, D: int, V: int) -> Pair:
+def _losses(N: int, D: int, V: int) -> Calls:
     """``linear_distill_loss`` of random hidden states, forward and backward."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=generator).requires_grad_()
