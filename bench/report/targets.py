@@ -63,6 +63,7 @@ PRODUCTS = {  # both directions, times the bare products, at this width
     "linear_kd/jsd": ("linear JSD", 1.15),
 }
 WHY = {
+    "ids": "calls on a block's K ids are too small to be shared out: other threads wait for them",
     "averages": "every pair is checked before any is written to, and the calls for a tensor take "
     "longer than the work on a small one",
     "top_k": "{columns:.1f} instructions per column, where CE + KL takes {alone:.1f} a side, in "
@@ -235,7 +236,7 @@ def _top_k_step(record: Json) -> Iterator[Target]:
             threads = "one thread" if row["threads"] == 1 else f"{row['threads']} threads"
             for arm, ratio in row["ratio"].items():
                 what = f"a step towards {names[arm]}, K = {record['K']}, over CE alone, {threads}"
-                yield Target(what, 1.15, ratio, "topk_step.json")
+                yield Target(what, 1.15, ratio, "topk_step.json", WHY["ids"])
 
 
 def _cache_reading(record: Json) -> Iterator[Target]:
