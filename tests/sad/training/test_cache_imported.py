@@ -6,18 +6,20 @@ import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import support.imports
 import torch
 from sad_kernels import TeacherTopK
+from support.imports import import_config
 from support.teacher_server import sglang_meta, vllm_entries
 from support.tiny import TEXT, save_tiny, tiny_llama, tiny_tokenizer, write_texts
 
 from sad.cli import main
-from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError, UsageError
 from sad.report.log import read_log
@@ -26,7 +28,6 @@ from sad.teachers.cached import CachedTeacher
 from sad.teachers.foreign import formats
 from sad.teachers.foreign.openai import token_bytes
 from sad.training import imported_rows
-from sad.training.cache_teacher import cache_teacher
 from sad.training.inputs import load_inputs
 from sad.training.run import distill
 
@@ -69,27 +70,13 @@ def make_config(tmp_path: Path) -> Make:
     save_tiny(tmp_path / "student", tiny_llama(seed=2))
 
     def make(**overrides: Any) -> DistillConfig:
-        defaults: dict[str, Any] = {
-            "student": str(tmp_path / "student"),
-            "teacher_cache": str(tmp_path / "cache"),
-            "temperature": 1.0,
-            "data": {"eval_fraction": 0.3},
-            "output_dir": str(tmp_path / "run"),
-            "max_length": LENGTH,
-            "packing": False,
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-        }
-        return DistillConfig(**(defaults | overrides))
+        defaults: dict[str, Any] = {"temperature": 1.0, "max_length": LENGTH}
+        return import_config(tmp_path, **(defaults | overrides))
 
     return make
 
 
-def run_import(config: DistillConfig, path: Path, **options: Any) -> Path:
-    given: dict[str, Any] = {"kind": "topk", "import_path": str(path)} | options
-    output = given.pop("output", config.teacher_cache)
-    return cache_teacher(config, CacheOptions(output=output, **given), shard_bytes=10_000)
+run_import = partial(support.imports.run_import, kind="topk")
 
 
 # What each program writes

@@ -7,18 +7,21 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import support.imports
 import torch
 from sad_kernels import TeacherHidden
 from safetensors.torch import load_file, save_file
+from support.imports import import_config
 from support.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from sad.cli import CACHE_OPTIONS, main
-from sad.config.cache_options import CacheOptions, ImportFormat, read_cache_options
+from sad.config.cache_options import ImportFormat, read_cache_options
 from sad.config.schema import DistillConfig
 from sad.errors import SadError, UnfitError, UsageError
 from sad.models.load import load_teacher
@@ -28,7 +31,6 @@ from sad.teachers.cache.files import COMPLETE, read_facts
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
 from sad.training import cache_imported_hidden, imported_rows
-from sad.training.cache_teacher import cache_teacher
 from sad.training.inputs import load_inputs
 from sad.training.run import distill
 
@@ -131,28 +133,18 @@ def make_config(tmp_path: Path, teachers: dict[str, str]) -> Make:
 
     def make(family: str = "llama", **overrides: Any) -> DistillConfig:
         defaults: dict[str, Any] = {
-            "student": str(tmp_path / "student"),
             "teacher": teachers[family],
             "teacher_dtype": "bfloat16",
-            "teacher_cache": str(tmp_path / "cache"),
             "temperature": 2.0,
             "data": {"eval_fraction": 0.3, "cache_dir": str(tmp_path / "rows")},
-            "output_dir": str(tmp_path / "run"),
             "max_length": LENGTH,
-            "packing": False,
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
         }
-        return DistillConfig(**(defaults | overrides))
+        return import_config(tmp_path, **(defaults | overrides))
 
     return make
 
 
-def run_import(config: DistillConfig, path: Path, **options: Any) -> Path:
-    given: dict[str, Any] = {"kind": "hidden", "codec": "bf16", "import_path": str(path)} | options
-    output = given.pop("output", config.teacher_cache)
-    return cache_teacher(config, CacheOptions(output=output, **given), shard_bytes=10_000)
+run_import = partial(support.imports.run_import, kind="hidden", codec="bf16")
 
 
 # What becomes of them
