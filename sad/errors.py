@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 import sys
+from collections.abc import Sequence
 
 
 class SadError(Exception):
@@ -84,7 +85,7 @@ def one_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, at most 200 characters of it, to be
     quoted in one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shortened(printable(lines[0] if lines else type(error).__name__), 200)
+    return printable(lines[0] if lines else type(error).__name__)[:200]
 
 
 def printable(text: str) -> str:
@@ -105,6 +106,12 @@ def quoted(value: object, limit: int = 80) -> str:
     """The ``repr`` of a value for a message: one line of at most ``limit`` characters, however
     long or deeply nested the value is."""
     return shortened(printable(_REPR.repr(value)), limit)
+
+
+def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    """The first place where two sequences differ; where one begins the other, its length."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class _Repr(reprlib.Repr):

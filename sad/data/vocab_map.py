@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sad.data.rows import PackedRows
 from sad.data.tokenizers import PROBES, require_same_tokenizer, valid_vocab
-from sad.errors import UnfitError, UsageError, one_line, shortened
+from sad.errors import UnfitError, UsageError, first_difference, one_line, shortened
 
 NONE = -1
 """Stands for a teacher's id that does not exist."""
@@ -224,10 +224,7 @@ def _require_alike(
         mapped = mapped[: unknown[0]]
     expected = theirs(text, add_special_tokens=False)["input_ids"]
     if mapped.tolist() != expected:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(mapped, expected, strict=False)) if a != b),
-            min(len(mapped), len(expected)),
-        )
+        at = first_difference(mapped.tolist(), expected)
         raise UnfitError(
             f"teacher and student tokenizers must encode text alike but for their ids, got the "
             f"teacher's {expected[at : at + 6]}... where the student's stand for "

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sad.errors import UnfitError, quoted
+from sad.errors import UnfitError, first_difference, quoted
 
 EXCESS = 1e-3
 """By how much probabilities may sum to more than 1: servers compute them from 16 bits."""
@@ -84,10 +84,7 @@ def read_sglang(meta: Any, tokens: Sequence[int], k: int | None, vocab: int, whe
                 f"{_REMEDY}"
             ) from None
         if found != list(tokens):
-            differs = next(
-                (i for i, (a, b) in enumerate(zip(found, tokens, strict=False)) if a != b),
-                min(len(found), len(tokens)),
-            )
+            differs = first_difference(found, tokens)
             raise UnfitError(
                 f"{where} must be of the text that was sent, got other tokens from place {differs} "
                 f"on, {len(found)} in all where {len(tokens)} were sent; {_REMEDY}"

@@ -15,7 +15,7 @@ import pytest
 import support.imports
 import torch
 from sad_kernels import TeacherTopK
-from support.imports import import_config
+from support.imports import import_config, targets_read
 from support.teacher_server import sglang_meta, vllm_entries
 from support.tiny import TEXT, save_tiny, tiny_llama, tiny_tokenizer, write_texts
 
@@ -24,7 +24,6 @@ from sad.config.schema import DistillConfig
 from sad.errors import UnfitError, UsageError
 from sad.report.log import read_log
 from sad.teachers.cache.files import COMPLETE, read_facts
-from sad.teachers.cached import CachedTeacher
 from sad.teachers.foreign import formats
 from sad.teachers.foreign.openai import token_bytes
 from sad.training import imported_rows
@@ -153,29 +152,20 @@ def require_targets(config: DistillConfig, known: list[Text], *, whole: bool = T
 
     ``whole``: probabilities are those of the teacher; else they sum to 1 over the ids.
     """
-    inputs = load_inputs(config)
     by_tokens = {tuple(text.tokens): text for text in known}
     compared = 0
-    for teacher, rows in (
-        (inputs.teacher, inputs.train_rows),
-        (inputs.eval_teacher, inputs.eval_rows),
-    ):
-        assert isinstance(teacher, CachedTeacher)
-        numbers = inputs.eval_row_numbers(config) if rows is inputs.eval_rows else range(len(rows))
-        for place, number in enumerate(numbers):
-            batch = rows.batch([number])._replace(places=torch.tensor([place]))
-            (target,) = teacher.forward(batch).targets
-            assert isinstance(target, TeacherTopK)
-            length = int(batch.lengths[0])
-            row = tuple(batch.input_ids[0, :length].tolist())
-            text = next(text for tokens, text in by_tokens.items() if tokens[:-1] == row)
-            learned = (batch.labels[0] >= 0).nonzero().flatten()
-            assert batch.labels[0][learned].tolist() == [text.tokens[i + 1] for i in learned]
-            expected, ids = text.log_probs[learned].topk(K, 1)
-            expected = expected if whole else expected.log_softmax(1)
-            assert torch.equal(target.ids[0][learned], ids)
-            torch.testing.assert_close(target.log_probs[0][learned], expected, atol=1e-3, rtol=0)
-            compared += len(learned)
+    for batch, target in targets_read(config):
+        assert isinstance(target, TeacherTopK)
+        length = int(batch.lengths[0])
+        row = tuple(batch.input_ids[0, :length].tolist())
+        text = next(text for tokens, text in by_tokens.items() if tokens[:-1] == row)
+        learned = (batch.labels[0] >= 0).nonzero().flatten()
+        assert batch.labels[0][learned].tolist() == [text.tokens[i + 1] for i in learned]
+        expected, ids = text.log_probs[learned].topk(K, 1)
+        expected = expected if whole else expected.log_softmax(1)
+        assert torch.equal(target.ids[0][learned], ids)
+        torch.testing.assert_close(target.log_probs[0][learned], expected, atol=1e-3, rtol=0)
+        compared += len(learned)
     return compared
 
 

@@ -16,7 +16,7 @@ import support.imports
 import torch
 from sad_kernels import TeacherHidden
 from safetensors.torch import load_file, save_file
-from support.imports import import_config
+from support.imports import import_config, targets_read
 from support.tiny import TEXT, VOCAB_SIZE, save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
@@ -31,7 +31,6 @@ from sad.teachers.cache.files import COMPLETE, read_facts
 from sad.teachers.cached import CachedTeacher
 from sad.teachers.frozen import FrozenTeacher
 from sad.training import cache_imported_hidden, imported_rows
-from sad.training.inputs import load_inputs
 from sad.training.run import distill
 
 Make = Callable[..., DistillConfig]
@@ -165,26 +164,17 @@ def test_a_run_reads_the_teachers_final_states(
     config = make_config(family)
     folder = run_import(config, path, codec=codec)
     assert not (folder / "import-spool").exists()
-    inputs = load_inputs(config)
     known = {tuple(one.tokens.tolist()): one for one in exported[family]}
     seen = 0
-    for teacher, rows in (
-        (inputs.teacher, inputs.train_rows),
-        (inputs.eval_teacher, inputs.eval_rows),
-    ):
-        assert isinstance(teacher, CachedTeacher)
-        numbers = inputs.eval_row_numbers(config) if rows is inputs.eval_rows else range(len(rows))
-        for place, number in enumerate(numbers):
-            batch = rows.batch([number])._replace(places=torch.tensor([place]))
-            (target,) = teacher.forward(batch).targets
-            assert isinstance(target, TeacherHidden)
-            length = int(batch.lengths[0])
-            row = batch.input_ids[0, :length].tolist()
-            assert (batch.labels[0, :length] >= 0).all()
-            document = known.pop((*row, int(batch.labels[0, length - 1])))
-            difference = (target.hidden[0, :length].float() - document.final[:-1].float()).norm()
-            assert difference <= bound * document.final.float().norm()
-            seen += 1
+    for batch, target in targets_read(config):
+        assert isinstance(target, TeacherHidden)
+        length = int(batch.lengths[0])
+        row = batch.input_ids[0, :length].tolist()
+        assert (batch.labels[0, :length] >= 0).all()
+        document = known.pop((*row, int(batch.labels[0, length - 1])))
+        difference = (target.hidden[0, :length].float() - document.final[:-1].float()).norm()
+        assert difference <= bound * document.final.float().norm()
+        seen += 1
     assert seen == COUNT and not known
 
     found = read_facts(folder)
