@@ -92,6 +92,12 @@ def quiet_libraries(*, show_bars: bool = False) -> Iterator[None]:
                 _QUIET.undo.close()
 
 
+MAKING_MODELS = threading.RLock()
+"""Held by whoever makes a model. transformers exchanges ``tie_weights``, the functions that draw
+weights and torch's default dtype meanwhile, for the whole process: of two threads that overlap, the
+one that ends last would leave weights untied in every later model."""
+
+
 class _Quiet:
     """How many blocks are within ``quiet_libraries``: what it sets is the whole process's."""
 

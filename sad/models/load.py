@@ -31,7 +31,7 @@ from sad.distributed.loading import (
     without_weights,
 )
 from sad.distributed.world import World
-from sad.environment import quiet_libraries, resolve_device
+from sad.environment import MAKING_MODELS, quiet_libraries, resolve_device
 from sad.errors import SadError, UnfitError, UsageError, one_line
 from sad.models.adapters import add_adapters
 from sad.models.heads import PLAIN_HEADS, SCALED_HEADS
@@ -199,7 +199,7 @@ def build_model(config: DistillConfig, role: Role, dtype: torch.dtype) -> PreTra
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
     attention = _attention(config, role, name, model_config)
-    with quiet_libraries(), _explained(role, name, attention):
+    with MAKING_MODELS, quiet_libraries(), _explained(role, name, attention):
         return AutoModelForCausalLM.from_config(
             model_config,
             dtype=dtype,
@@ -271,7 +271,7 @@ def _pretrained_model(
     name, trust = _name_and_trust(config, role)
     model_config = read_model_config(config, role)
     attention = _attention(config, role, name, model_config)
-    with quiet_libraries(show_bars=True), _explained(role, name, attention):
+    with MAKING_MODELS, quiet_libraries(show_bars=True), _explained(role, name, attention):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,

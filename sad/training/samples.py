@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sad.data.batch import IGNORE_INDEX, Batch
-from sad.environment import quiet_libraries
+from sad.environment import MAKING_MODELS, quiet_libraries
 from sad.errors import with_type
 from sad.training.inputs import RunInputs
 
@@ -35,7 +35,7 @@ def write_samples(
     """
     samples: list[dict[str, str]] = []
     try:
-        with quiet_libraries():
+        with MAKING_MODELS, quiet_libraries():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 exported, trust_remote_code=trust_remote_code
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from support.families import tiny_family
 from support.tiny import save_tiny, tiny_llama
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     LlamaForCausalLM,
@@ -128,6 +131,30 @@ def test_a_random_student_depends_on_the_seed_alone(saved: str) -> None:
     assert not equal_weights(drawn(1), drawn(2))
     assert not equal_weights(drawn(1), tiny_llama())
     assert equal_weights(drawn(1, param_dtype="bfloat16"), drawn(1).to(torch.bfloat16))  # pyright: ignore
+
+
+def test_models_are_made_one_at_a_time(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers sets ``PreTrainedModel.tie_weights`` aside meanwhile: of two threads that
+    overlap, the last to end would put back the empty function that it had found."""
+    inside, most = 0, 0
+    load = AutoModelForCausalLM.from_pretrained
+
+    def slow(*args: Any, **keys: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        try:
+            return load(*args, **keys)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", slow)
+    config = config_for(saved)
+    with ThreadPoolExecutor(2) as threads:
+        models = [threads.submit(load_student, config) for _ in range(2)]
+        assert all(equal_weights(models[0].result(), model.result()) for model in models)
+    assert most == 1
 
 
 def test_a_random_student_needs_a_configuration_only(tmp_path: Path) -> None:
