@@ -31,7 +31,7 @@ Wrt = Literal["hidden", "weight", "bias"]
 
 FP32 = 4  # bytes of a number
 ROW_BYTES = 256  # of one row's statistics: b in linear.py
-ID_BYTES = 64  # more of them per id of a top-k teacher
+ID_BYTES = 48  # more of them per id of a top-k teacher, some of them padding
 
 
 class LinearMemory(NamedTuple):

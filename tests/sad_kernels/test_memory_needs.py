@@ -119,6 +119,35 @@ def test_the_torch_path_takes_no_more_than_is_said(name: str) -> None:
     assert peak > said.total / 2, said
 
 
+@pytest.mark.parametrize("chunk_bytes", [64 << 10, MIB])
+def test_ids_of_a_teacher_take_no_more_than_is_said(chunk_bytes: int) -> None:
+    """In 32 bits and partly padded, as they take most."""
+    N, V, K, D = 64, 1500, 256, 32
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    ids = torch.stack([torch.randperm(V)[:K] for _ in range(N)]).int()
+    log_probs = torch.full((N, K), -9.0)
+    log_probs[:, 1 + K // 2 :] = -torch.inf
+    teacher, labels = TeacherTopK(ids, log_probs), torch.zeros(N, dtype=torch.long)
+
+    def run() -> object:
+        out = linear_distill_loss(
+            hidden,
+            Head(weight),
+            labels,
+            teacher,
+            Objective(),
+            chunk_bytes=chunk_bytes,
+            impl="torch",
+        )
+        return torch.autograd.grad(out.loss, (hidden, weight))
+
+    run()  # what a process takes once
+    sizes = {"teacher": "top_k", "teacher_width": K, "chunk_bytes": chunk_bytes, "impl": "torch"}
+    said = linear_memory_bytes(N, V, D, **sizes)
+    peak = peak_bytes(run)
+    assert said.total / 2 < peak <= said.total + SMALL, said
+
+
 def test_ignored_rows_take_no_logits() -> None:
     """Of 1024 rows 32 count: 14 MiB, where 125 are said of as many that all do."""
     N, V, D, labelled = 1024, 16384, 64, 32

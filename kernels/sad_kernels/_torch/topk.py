@@ -13,6 +13,7 @@ gradient at the ids is formed apart and written over.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class TopKRows:
         log_p, log_p_rest = teacher_outcomes(self.log_probs, tail, vocab)
         self.log_p = torch.cat((log_p, log_p_rest[:, None]), 1)  # [n, K + 1]
         self.vocab = vocab
-        self.whole = self._columns_of(self.ids, 0, vocab)  # in a block of all columns
+        self.all_known = _all_lie_in(self.ids, 0, vocab)
         # Padding alone, and no rest: there is nothing to compare with.
         self.has_teacher = (self.log_p != -torch.inf).any(1, keepdim=True)  # [n, 1]
         self.rest_has_mass = tail == "bucket"
@@ -87,18 +88,26 @@ class TopKRows:
     def columns_of(self, rows: slice, columns: slice) -> IdColumns:
         """Where in a block the ids are."""
         if columns.start == 0 and columns.stop == self.vocab:
-            return self.whole.at(rows)
+            whole = self.in_whole_rows
+            return IdColumns(*(x if x is None else x[rows] for x in whole))
         return self._columns_of(self.ids[rows], columns.start, columns.stop)
 
+    @cached_property
+    def in_whole_rows(self) -> IdColumns:
+        """Where the ids are in a block of all columns."""
+        if not self.all_known:
+            return self._columns_of(self.ids, 0, self.vocab)
+        here = torch.ones((), dtype=torch.bool, device=self.ids.device).expand_as(self.ids)
+        return IdColumns(self.ids, None, here, here[:, :1])
+
     def _columns_of(self, ids: Tensor, start: int, stop: int) -> IdColumns:
-        if start == 0 and stop == self.vocab and _all_lie_in(ids, start, stop):
-            here = torch.ones((), dtype=torch.bool, device=ids.device).expand_as(ids)
-            return IdColumns(ids, None, here, here[:, :1])
         column = ids - start
         here = (column >= 0) & (column < stop - start)
-        last, of_last = column.where(here, -1).max(1, keepdim=True)
+        column.masked_fill_(~here, -1)
+        last, of_last = column.max(1, keepdim=True)
         k = torch.arange(column.shape[1], device=column.device).where(here, of_last)
-        return IdColumns(column.where(here, last.clamp(min=0)), k, here, last >= 0)
+        torch.where(here, column, last.clamp(min=0), out=column)
+        return IdColumns(column, k, here, last >= 0)
 
     def note_logits(self, rows: slice, columns: slice, s: Tensor) -> IdColumns:
         """Keep the student's logits at the ids of this block; return where they are."""
@@ -140,7 +149,7 @@ class TopKRows:
         log_q = torch.cat((at_ids, (below + rest.log())[:, None]), 1).sub_(total.log()[:, None])
         value, gradient = value_and_gradient(*comparison, self.log_p[rows], log_q)
 
-        if self.whole.k is not None:
+        if not self.all_known:
             has_teacher = self.has_teacher[rows]
             value = value.where(has_teacher.squeeze(1), 0)
             gradient = gradient.where(has_teacher, 0)
