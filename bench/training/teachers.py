@@ -9,19 +9,16 @@ that a measurement that was interrupted, or is made in parts (``--only``), conti
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.training.hidden_codecs import STUDENTS, TEACHERS, CodecSizes, codecs
+from bench.training.pieces import commit_folder, in_subprocess, measure_pieces
 from bench.training.sparse_targets import ARMS, FORMS, Sizes, gradients, train_student
 
 Json = dict[str, Any]
@@ -60,27 +57,14 @@ def measure(
     unknown = [part for part in only if part not in PARTS]
     if unknown:
         sys.exit(f"error: --only must be among {','.join(PARTS)}, got {unknown[0]}; leave it out")
-    run, folder = run or run_in_subprocess, folder or _folder()
-    folder.mkdir(exist_ok=True)
-    kept = {piece: _kept(folder, piece) for piece in PIECES}
-    found = {piece: json.loads(path.read_text()) for piece, path in kept.items() if path.exists()}
-    missing = [p for p in PIECES if p not in found and p.part in (only or PARTS)]
-    failures = []
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        started = {pool.submit(run, piece): piece for piece in missing}
-        for done in as_completed(started):
-            piece = started[done]
-            name = " ".join(map(str, piece))
-            if error := done.exception():
-                failures.append(error)
-                print(name, error, flush=True)
-                continue
-            found[piece] = done.result()
-            kept[piece].write_text(json.dumps(found[piece]))
-            print(name, json.dumps(found[piece])[:200], flush=True)
-            keep(_result(found))
-    if failures:
-        raise failures[0]
+    run, folder = run or partial(in_subprocess, __name__), folder or commit_folder("teachers")
+    found = measure_pieces(
+        PIECES,
+        run,
+        folder,
+        wanted=lambda piece: piece.part in (only or PARTS),
+        keep=lambda found: keep(_result(found)),
+    )
     if len(found) == len(PIECES):
         shutil.rmtree(folder)  # all is measured: nothing to continue from
     return _result(found)
@@ -100,16 +84,6 @@ def _result(found: Found) -> Json:
     return result
 
 
-def run_in_subprocess(piece: Piece) -> Json:
-    """One piece in a process of its own, with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench.training.teachers", json.dumps(piece)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"a run must finish, got {done.stderr[-2000:]} for {piece}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run_here(piece: Piece, sizes: Sizes | None = None, codec: CodecSizes | None = None) -> Json:
     """One piece in this process."""
     sizes = sizes or Sizes()
@@ -121,17 +95,6 @@ def run_here(piece: Piece, sizes: Sizes | None = None, codec: CodecSizes | None 
         case _:
             [arm] = [arm for arm in ARMS if arm.name == piece.name]
             return train_student(arm, piece.seed, sizes)
-
-
-def _kept(folder: Path, piece: Piece) -> Path:
-    return folder / (re.sub(r"\W+", "-", " ".join(map(str, piece))) + ".json")
-
-
-def _folder() -> Path:
-    from bench import record
-
-    commit = record.run("")["commit"][:8] or "nocommit"
-    return Path(tempfile.gettempdir()) / f"sad-teachers-{commit}"
 
 
 # Tables

@@ -10,6 +10,7 @@ import torch
 
 from bench.training import hidden_codecs, teachers
 from bench.training.hidden_codecs import CodecSizes
+from bench.training.pieces import piece_file
 from bench.training.sparse_targets import FORMS, Sizes, sparse_target
 from bench.training.teachers import PIECES, Piece
 
@@ -89,7 +90,7 @@ def test_tables_show_every_part_and_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_every_piece_has_a_file_of_its_own(tmp_path: Path) -> None:
-    assert len({teachers._kept(tmp_path, piece) for piece in PIECES}) == len(PIECES)
+    assert len({piece_file(tmp_path, piece) for piece in PIECES}) == len(PIECES)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
