@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     target_bytes: int  # length of the targets' text in UTF-8
     rows: Tensor | None = None  # int64 [B], on the host: their numbers among the packed rows
     places: Tensor | None = None  # int64 [B], on the host: their places in the order of the run
+    theirs: TeacherTokens | None = None  # the same text for a teacher with another tokenizer
 
     @property
     def num_targets(self) -> int:
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
             lengths=self.lengths.to(device),
+            theirs=None if self.theirs is None else self.theirs.to(device),
         )
 
     def without_targets(self) -> Batch:
@@ -43,7 +45,35 @@ class Batch(NamedTuple):
             lengths=torch.zeros_like(self.lengths),
             counts=LossCounts(targets=0, tokens=0, sequences=0),
             target_bytes=0,
+            theirs=None if self.theirs is None else self.theirs.without_targets(),
         )
+
+
+class TeacherTokens(NamedTuple):
+    """A batch's text in the tokens of a teacher with another tokenizer, and where the two meet.
+
+    A *boundary* is a place that both have read up to the same byte, a *group* the tokens of either
+    side from one boundary to the next.
+    """
+
+    batch: Batch  # its own rows: [B, L_t]
+    positions: Tensor  # int64 [B, L]: where the teacher has read the same bytes; -1 for nowhere
+    groups: Tensor  # int64 [B, L]: the group of each target, below B * L; -1 for none
+    teacher_groups: Tensor  # int64 [B, L_t]: the same of the teacher's targets
+
+    @property
+    def boundaries(self) -> Tensor:  # bool [B, L]
+        """Where teacher and student can be compared: both go on from the same text."""
+        return self.positions >= 0
+
+    def to(self, device: torch.device) -> TeacherTokens:
+        """The same with its tensors on ``device``."""
+        return TeacherTokens(self.batch.to(device), *(part.to(device) for part in self[1:]))
+
+    def without_targets(self) -> TeacherTokens:
+        """The same tokens, nowhere to be compared."""
+        nowhere = (torch.full_like(part, -1) for part in self[1:])
+        return TeacherTokens(self.batch.without_targets(), *nowhere)
 
 
 class LossCounts(NamedTuple):

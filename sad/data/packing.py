@@ -159,7 +159,7 @@ def write_rows(
         arrays[ROW_STARTS] = np.array(stream.row_starts, dtype="<i8")
     breaks = row_breaks(arrays[DOCUMENTS], arrays.get(ROW_STARTS), packing=packing)
     rows = cut_rows(breaks, stream.num_tokens, max_length)
-    arrays[TARGET_BYTES] = _sum_over_targets(token_bytes, *rows)
+    arrays[TARGET_BYTES] = sum_over_targets(token_bytes, *rows)
     for file_name, content in arrays.items():
         content.tofile(folder / file_name)
     token_bytes.unlink()
@@ -277,7 +277,7 @@ def cut_rows(breaks: np.ndarray, num_tokens: int, max_length: int) -> tuple[np.n
     return breaks[part] + offset, np.minimum(max_length, inputs[part] - offset)
 
 
-def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """UTF-8 bytes of each row's targets, int64 [rows]."""
     with token_bytes.open("rb") as file:
 
@@ -297,7 +297,7 @@ def _sum_over_targets(token_bytes: Path, starts: np.ndarray, lengths: np.ndarray
 # Tokenizing
 
 
-class _TextPiece(NamedTuple):
+class TextPiece(NamedTuple):
     """Part of a document that is tokenized at once: the whole of it, unless it is very long."""
 
     text: str
@@ -308,16 +308,16 @@ class _TextPiece(NamedTuple):
 def tokenize(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, config: DataConfig
 ) -> Iterator[TokenPiece]:
-    def pieces_of(batch: Sequence[_TextPiece]) -> list[TokenPiece]:
+    def pieces_of(batch: Sequence[TextPiece]) -> list[TokenPiece]:
         return list(_tokenize_batch(batch, tokenizer, config))
 
     # The batches, and so the bytes written, do not depend on the number of processes.
-    for pieces in map_in_order(pieces_of, _batches(documents), config.num_proc):
+    for pieces in map_in_order(pieces_of, text_batches(documents), config.num_proc):
         yield from pieces
 
 
 def _tokenize_batch(
-    pieces: Sequence[_TextPiece], tokenizer: PreTrainedTokenizerFast, config: DataConfig
+    pieces: Sequence[TextPiece], tokenizer: PreTrainedTokenizerFast, config: DataConfig
 ) -> Iterator[TokenPiece]:
     rendered = [
         None if piece.conversation is None else render(piece.conversation, tokenizer, config)
@@ -327,8 +327,8 @@ def _tokenize_batch(
         piece.text if conversation is None else conversation.text
         for piece, conversation in zip(pieces, rendered, strict=True)
     ]
-    encoded = _encode(texts, tokenizer)
-    prompts = _encode([r.prompt for r in rendered if r is not None and r.prompt], tokenizer)
+    encoded = encode(texts, tokenizer)
+    prompts = encode([r.prompt for r in rendered if r is not None and r.prompt], tokenizer)
     special = special_ids(tokenizer) if any(rendered) else []
     for piece, conversation, text, (ids, offsets) in zip(
         pieces, rendered, texts, encoded, strict=True
@@ -355,7 +355,7 @@ Offsets = Sequence[tuple[int, int]]
 """First character of each token, and the one after its last."""
 
 
-def _encode(
+def encode(
     texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[list[int], Offsets]]:
     if not texts:
@@ -411,8 +411,9 @@ def _require_prefix(
         )
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[_TextPiece]]:
-    batch: list[_TextPiece] = []
+def text_batches(documents: Iterable[Document]) -> Iterator[list[TextPiece]]:
+    """Pieces of documents, in order, about as many characters at a time as one call tokenizes."""
+    batch: list[TextPiece] = []
     chars = 0
     for document in documents:
         for piece in _pieces(document):
@@ -425,7 +426,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[_TextPiece]]:
         yield batch
 
 
-def _num_chars(piece: _TextPiece) -> int:
+def _num_chars(piece: TextPiece) -> int:
     """Characters of a piece; of a conversation, about as many."""
     document = piece.conversation
     if document is None or document.conversation is None:
@@ -433,19 +434,19 @@ def _num_chars(piece: _TextPiece) -> int:
     return len(document.conversation.to_json())
 
 
-def _pieces(document: Document) -> Iterator[_TextPiece]:
+def _pieces(document: Document) -> Iterator[TextPiece]:
     """Cut a text after line ends, where there are any, into pieces of ``_BATCH_CHARS`` at most."""
     if document.conversation is not None:
-        yield _TextPiece("", ends_document=True, conversation=document)
+        yield TextPiece("", ends_document=True, conversation=document)
         return
     text = document.text
     start = 0
     while len(text) - start > _BATCH_CHARS:
         limit = start + _BATCH_CHARS
         cut = text.rfind("\n", start, limit) + 1 or limit
-        yield _TextPiece(text[start:cut], ends_document=False)
+        yield TextPiece(text[start:cut], ends_document=False)
         start = cut
-    yield _TextPiece(text[start:], ends_document=True)
+    yield TextPiece(text[start:], ends_document=True)
 
 
 def _utf8_bytes(text: str, offsets: Offsets) -> np.ndarray:

@@ -14,10 +14,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ _WEEK = 7 * 24 * 3600.0
 
 logger = logging.getLogger(__name__)
 
+Rows = TypeVar("Rows")
+
 
 class PackedRows:
     """Packed rows in a folder of the cache; tokens are read from the disk when they are needed.
@@ -77,11 +79,7 @@ class PackedRows:
         self._documents = read_array(folder, DOCUMENTS, index)  # where each begins
         self._ends = np.append(self._documents[1:], len(self._tokens))
         self._context = read_array(folder, CONTEXT, index)  # spans: begin, end, begin, end ...
-        row_starts = read_array(folder, ROW_STARTS, index)
-        breaks = row_breaks(
-            self._documents, row_starts if len(row_starts) else None, packing=index["packing"]
-        )
-        self._starts, self._lengths = cut_rows(breaks, len(self._tokens), self.max_length)
+        self._starts, self._lengths = self._cut(folder, index)
         self.counts_left_out: dict[str, int] = index.get("counts", {})
         self.end_tokens: list[int] = index.get("end_tokens", [])
         # The targets of inputs [start, start + length) are the tokens one further on.
@@ -101,6 +99,14 @@ class PackedRows:
         self.longest_segment = int(sizes.max(initial=0))
         self.num_segments = np.bincount(rows, minlength=len(self))
         self.num_sequences = np.bincount(rows[sizes > 1], minlength=len(self))
+
+    def _cut(self, folder: Path, index: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """First input and number of inputs of each row, int64 [rows] both."""
+        row_starts = read_array(folder, ROW_STARTS, index)
+        breaks = row_breaks(
+            self._documents, row_starts if len(row_starts) else None, packing=index["packing"]
+        )
+        return cut_rows(breaks, len(self._tokens), self.max_length)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -275,8 +281,25 @@ def pack_documents(
     """
     options: Any = {"packing": packing, "config": config}
     name = fingerprint_rows(documents, tokenizer, max_length, **options)
+
+    def write(folder: Path) -> None:
+        if documents.num_bytes >= LARGE_TEXT:
+            _foresee(documents, tokenizer, cache_dir, config)
+        write_rows(folder, name, documents, tokenizer, max_length, **options)
+
+    return kept_rows(cache_dir, name, write, PackedRows)
+
+
+def kept_rows(
+    cache_dir: Path, name: str, write: Callable[[Path], None], opened: Callable[[Path], Rows]
+) -> Rows:
+    """What ``opened`` makes of the rows that the cache has under ``name``; those that are not there
+    or damaged ``write`` writes to an empty folder first.
+
+    Raises ``OutputError`` if the cache cannot be written.
+    """
     folder = cache_dir / f"rows-{name}"
-    rows = _from_cache(folder)
+    rows = _from_cache(folder, opened)
     if rows is not None:
         return rows
 
@@ -285,10 +308,8 @@ def pack_documents(
     try:
         tmp.mkdir(parents=True)
         _sweep(cache_dir)
-        if documents.num_bytes >= LARGE_TEXT:
-            _foresee(documents, tokenizer, cache_dir, config)
-        write_rows(tmp, name, documents, tokenizer, max_length, **options)
-        return _publish(tmp, folder)
+        write(tmp)
+        return _publish(tmp, folder, opened)
     except OSError as error:
         raise OutputError(
             f"data.cache_dir must be writable, got {describe(error)} in {cache_dir}; free space, "
@@ -337,19 +358,19 @@ def cache_directory(configured: str | None) -> Path:
         ) from error
 
 
-def _from_cache(folder: Path) -> PackedRows | None:
+def _from_cache(folder: Path, opened: Callable[[Path], Rows]) -> Rows | None:
     """The rows in ``folder`` if it is complete; a damaged folder is removed."""
     if not folder.exists():
         return None
     try:
-        return PackedRows(folder)
+        return opened(folder)
     except (OSError, ValueError, KeyError) as error:
         logger.warning("packed rows are damaged and made again: %s (%s)", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
-def _publish(tmp: Path, folder: Path) -> PackedRows:
+def _publish(tmp: Path, folder: Path, opened: Callable[[Path], Rows]) -> Rows:
     """Rename finished rows to their final name and open them.
 
     Nothing is flushed to disk: hashes show damage when rows are read again.
@@ -357,11 +378,11 @@ def _publish(tmp: Path, folder: Path) -> PackedRows:
     try:
         tmp.rename(folder)
     except OSError:
-        rows = _from_cache(folder)  # another process may have packed the same rows first
+        rows = _from_cache(folder, opened)  # another process may have packed the same rows first
         if rows is None:
             raise
         return rows
-    return PackedRows(folder)
+    return opened(folder)
 
 
 def _sweep(cache_dir: Path) -> None:

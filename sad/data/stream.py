@@ -24,6 +24,13 @@ COUNTS = {
 }
 """What is counted of conversations, and in which words it is told."""
 
+ALIGNMENT_COUNTS = {
+    "changed": "left out because a tokenizer changes the text",
+    "special": "left out for a special token that one tokenizer alone has in the text",
+    "apart": "left out without a common token end within {max_length:,} tokens",
+}
+"""What is counted of documents that two tokenizers encode."""
+
 Truncation = Literal["drop", "keep_start", "keep_end"]
 
 
@@ -63,8 +70,9 @@ class Affixes(NamedTuple):
 
 def describe_counts(counts: Mapping[str, int], max_length: int) -> str:
     """What was counted, in words; nothing for nothing."""
+    words = COUNTS | ALIGNMENT_COUNTS
     return ", ".join(
-        f"{number:,} {COUNTS[count].format(max_length=max_length)}"
+        f"{number:,} {words[count].format(max_length=max_length)}"
         for count, number in counts.items()
         if number
     )
