@@ -3,8 +3,9 @@
 Functions of logits: ``cross_entropy``, ``kl_div``, ``distill_loss``. Functions of hidden states and
 a head, which never hold all logits: ``linear_cross_entropy``, ``linear_distill_loss``, and
 ``linear_memory_bytes`` for what they take. ``Objective`` says what is minimised, ``Head`` and
-``Teacher*`` wrap the tensors, and ``VocabShard`` says which columns of a vocabulary that is split
-over processes they hold. ``ema_update_`` and ``ema_swap_`` keep a moving average of a model.
+``Teacher*`` wrap the tensors, ``Outcomes`` say what tokens of two tokenizers have in common, and
+``VocabShard`` says which columns of a vocabulary that is split over processes they hold.
+``ema_update_`` and ``ema_swap_`` keep a moving average of a model.
 ``reference`` defines all of it in eager PyTorch.
 
 Each name is imported on first use: ``import sad_kernels`` itself imports neither torch nor Triton.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # the names of _HOME, for type checkers and editors
     from sad_kernels.objective import TeacherHidden as TeacherHidden
     from sad_kernels.objective import TeacherLogits as TeacherLogits
     from sad_kernels.objective import TeacherTopK as TeacherTopK
+    from sad_kernels.outcomes import Outcomes as Outcomes
     from sad_kernels.vocab import VocabShard as VocabShard
 
 __version__ = "0.1.0"
@@ -41,6 +43,7 @@ _HOME = {
     "Head": "sad_kernels.objective",
     "LinearMemory": "sad_kernels.memory",
     "Objective": "sad_kernels.objective",
+    "Outcomes": "sad_kernels.outcomes",
     "TeacherHidden": "sad_kernels.objective",
     "TeacherLogits": "sad_kernels.objective",
     "TeacherTopK": "sad_kernels.objective",

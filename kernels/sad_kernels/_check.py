@@ -7,7 +7,7 @@ it turns its own row's loss into NaN.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from sad_kernels.objective import (
     require_no_grad,
     require_valid_vocab,
 )
+from sad_kernels.outcomes import Outcomes
 from sad_kernels.vocab import VocabShard, rank_and_group, require_shard
 
 Reduction = Literal["mean", "sum", "none"]
@@ -370,6 +371,82 @@ def common_vocab(
     assert vocab is not None
     require_valid_vocab(vocab, min(width, teacher_width))
     return vocab
+
+
+class ComparedColumns(NamedTuple):
+    """The columns that count on either side, and into how many outcomes they are summed up."""
+
+    vocab: int
+    num_outcomes: int = 0  # 0: columns are compared
+    teacher_columns: int = 0
+
+
+def compared_columns(
+    width: int,
+    valid_vocab: int | None,
+    teacher: Teacher | None,
+    shard: ShardSpec | None,
+    objective: Objective,
+    outcomes: object,
+    x: Tensor,
+    name: str,  # of x, for messages
+) -> ComparedColumns:
+    """``common_vocab``, or with outcomes the columns of each side, which then may differ."""
+    if outcomes is None:
+        return ComparedColumns(common_vocab(width, valid_vocab, teacher, shard))
+    if not isinstance(outcomes, Outcomes):
+        raise TypeError(
+            f"outcomes must be an Outcomes, got {type(outcomes).__name__}; wrap the two tables"
+        )
+    if teacher is None:
+        raise ValueError(
+            "teacher must be given with outcomes, got None; pass a teacher or leave them out"
+        )
+    if shard is not None:
+        raise ValueError(
+            f"outcomes must be compared on whole rows of logits, got the shard {shard.bounds}; "
+            "gather the logits or the heads"
+        )
+    if objective.divergences != ("forward_kl",):
+        raise ValueError(
+            "divergence must be forward_kl for outcomes, got "
+            f"{' and '.join(objective.divergences)}; pass Objective(divergence='forward_kl')"
+        )
+    if objective.teacher_share != 1:
+        raise ValueError(
+            "teacher_share must be 1 for outcomes, whose sides have other columns, got "
+            f"{objective.teacher_share}; leave it out"
+        )
+    require_device("outcomes", outcomes.student, x, name)
+    vocab = _columns_of_table("student", outcomes.student, width, valid_vocab)
+    match teacher:
+        case TeacherHidden(head=head):
+            wide, valid = head.num_columns, head.valid_vocab
+        case TeacherLogits(logits=logits, valid_vocab=valid):
+            wide = logits.shape[-1]
+        case _:
+            return ComparedColumns(vocab, outcomes.count)
+    columns = _columns_of_table("teacher", outcomes.teacher, wide, valid)
+    return ComparedColumns(vocab, outcomes.count, columns)
+
+
+def _columns_of_table(side: str, table: Tensor, width: int, valid_vocab: int | None) -> int:
+    """How many columns of one side count; its table has an entry for each, or for all."""
+    require_valid_vocab(valid_vocab, width)
+    columns = width if valid_vocab is None else valid_vocab
+    if table.shape[0] not in (columns, width):
+        raise ValueError(
+            f"the {side}'s outcomes must have one entry for each of its {columns} columns, got "
+            f"{table.shape[0]}; pass the table of this tokenizer, or the valid_vocab it is for"
+        )
+    return columns
+
+
+def with_outcomes(targets: RowTargets, outcomes: Outcomes | None) -> RowTargets:
+    """The targets with the tables of checked outcomes."""
+    if outcomes is None:
+        return targets
+    return targets._replace(outcomes=outcomes.student, teacher_outcomes=outcomes.teacher)
 
 
 def require_reduction(reduction: object) -> None:

@@ -221,7 +221,7 @@ def encode(args: OpArgs) -> Encoded:
     )  # fmt: skip
     flags = f"{o.scale_t2} {spec.compute_ce} {spec.compute_metrics}"
     words = f"{o.divergence} {o.other_divergence or NO_OTHER} {flags}"
-    integers = [spec.vocab, spec.ignore_index]
+    integers = [spec.vocab, spec.ignore_index, spec.num_outcomes, spec.teacher_columns]
     if spec.shard is not None:
         bounds, rank, group, sum_dhidden = spec.shard
         words = f"{words} {group}"
@@ -254,14 +254,23 @@ def _decode(integers: tuple[int, ...], numbers: tuple[float, ...], words: str) -
         other_beta=other_beta,
         **how,
     )
-    vocab, ignore_index, *columns = integers
+    vocab, ignore_index, num_outcomes, teacher_columns, *columns = integers
     shard = None
     if columns:
         rank, sum_dhidden, *ends = columns
         bounds = tuple(zip(ends[::2], ends[1::2], strict=True))
         shard = ShardSpec(bounds, rank, flags[3], bool(sum_dhidden))
     return OpArgs(
-        spec=LossSpec(objective, vocab, ignore_index, compute_ce, compute_metrics, shard),
+        spec=LossSpec(
+            objective,
+            vocab,
+            ignore_index,
+            compute_ce,
+            compute_metrics,
+            shard,
+            num_outcomes,
+            teacher_columns,
+        ),
         scale=scale,
         softcap=softcap or None,
         teacher_scale=teacher_scale,

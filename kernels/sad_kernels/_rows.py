@@ -42,6 +42,10 @@ class LossSpec(NamedTuple):
     """Whether entropy, correct and agree are computed."""
     shard: ShardSpec | None = None
     """Which of the columns are here; None: all."""
+    num_outcomes: int = 0
+    """How many outcomes are compared in the place of columns; 0: columns."""
+    teacher_columns: int = 0
+    """Columns of the teacher's logits that count, where outcomes are compared."""
 
     @property
     def first(self) -> int:
@@ -59,6 +63,11 @@ class LossSpec(NamedTuple):
     def width(self) -> int:
         """How many columns that count are here."""
         return self.vocab if self.shard is None else self.widths[self.shard.rank]
+
+    @property
+    def column_counts(self) -> tuple[int, int, int]:
+        """Columns of student and teacher, and outcomes: widths of what is worked on by row."""
+        return self.vocab, self.teacher_columns, self.num_outcomes
 
     @property
     def widest(self) -> int:
@@ -88,6 +97,14 @@ class RowTargets(NamedTuple):
     """[N] factors on the divergence, likewise; the teacher's row is not read where it is 0."""
     other_rows: Tensor | None = None
     """[N] bool, the rows of the objective's ``other_divergence``."""
+    outcomes: Tensor | None = None
+    """[>= V] int32, the outcome of each of the student's columns; None: columns are compared."""
+    teacher_outcomes: Tensor | None = None
+    """[>= V_t] int32, of each of the teacher's; as the classes' weights not by row."""
+
+
+NOT_BY_ROW = ("class_weight", "outcomes", "teacher_outcomes")
+"""The fields of ``RowTargets`` that are the same for all rows."""
 
 
 # --- In which layout -----------------------------------------------------------------------------

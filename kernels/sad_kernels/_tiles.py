@@ -33,6 +33,7 @@ LOGIT_COLUMNS = 16384
 BLOCK = 1 << 19  # numbers, 2 MB in fp32: what is worked on at a time stays in a core's cache
 SHARE_OF_BLOCK = 32  # a block takes at most this part of a budget, as up to 14 are alive
 CONVERTED_NUMBERS = 1 << 20  # of a weight that are converted to another dtype at a time
+OUTCOME_BLOCKS = 6  # five of outcomes and the slope, see _torch/outcomes.py
 FEWEST_ROWS = 64  # of a chunk of whole rows: the weight is read for each, and its gradient too
 
 
@@ -49,6 +50,11 @@ def logit_tiles(vocab: int) -> TileShape:
     """Tiles of given logits, of one block each."""
     columns = min(vocab, LOGIT_COLUMNS)
     return TileShape(max(1, BLOCK // columns), columns)
+
+
+def outcome_tiles(widths: tuple[int, int, int], rows: int | None = None) -> TileShape:
+    """Tiles of whole rows that are compared by outcomes, of so many columns and outcomes."""
+    return TileShape(max(1, BLOCK // max(widths)) if rows is None else rows, widths[0])
 
 
 def block_rows(columns: int, shape: TileShape) -> int:
@@ -120,6 +126,21 @@ def whole_rows(num_rows: int, vocab: int, numbers: int, budget: HeadBudget) -> i
     numbers -= budget.blocks * max(block, vocab) + budget.converted
     rows = 2 * numbers // (budget.half_slabs * vocab)
     return rows if rows >= min(num_rows, FEWEST_ROWS) else 0
+
+
+def outcome_rows(
+    num_rows: int, widths: tuple[int, int, int], numbers: int, budget: HeadBudget
+) -> TileShape:
+    """Tiles of whole rows of both models' logits, as many as fit and one at least.
+
+    ``widths`` are the columns of student and teacher and the number of outcomes. Blocks are at most
+    as wide as the widest, and there are ``OUTCOME_BLOCKS`` more of them.
+    """
+    V, V_t, _ = widths
+    block = max(1, min(BLOCK, numbers // SHARE_OF_BLOCK))
+    numbers -= (budget.blocks + OUTCOME_BLOCKS) * max(block, *widths) + budget.converted
+    row = V + (V_t if budget.half_slabs > 2 else 0)
+    return TileShape(max(1, min(num_rows, numbers // row)), V, block)
 
 
 def term_blocks(divergence: str) -> int:

@@ -54,6 +54,7 @@ from sad_kernels.objective import (
     dense_tensors,
     require_transform,
 )
+from sad_kernels.outcomes import Outcomes
 from sad_kernels.vocab import VocabShard
 
 
@@ -76,6 +77,7 @@ def kl_div(
     num_items: int | Tensor | None = None,
     impl: str = "auto",
     vocab_shard: VocabShard | None = None,
+    outcomes: Outcomes | None = None,
 ) -> Tensor:
     """Divergence between the softmaxes of teacher and student, in nats, times T^2.
 
@@ -106,7 +108,8 @@ def kl_div(
     tensor(0.1212)
     """
     _check.require_rows("student_logits", student_logits, may_be_empty=vocab_shard is not None)
-    teacher = TeacherLogits(teacher_logits, valid_vocab, teacher_logit_scale, teacher_softcap)
+    common = valid_vocab if outcomes is None else None
+    teacher = TeacherLogits(teacher_logits, common, teacher_logit_scale, teacher_softcap)
     _check.require_teacher(teacher, student_logits, "student_logits")
     _check.require_int("ignore_index", ignore_index)
     require_transform(logit_scale, softcap)
@@ -115,13 +118,16 @@ def kl_div(
     width = student_logits.shape[-1]
     shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher)
     columns = width if vocab_shard is None else vocab_shard.vocab_size
-    vocab = _check.common_vocab(columns, valid_vocab, teacher, shard)
     objective = Objective(
         temperature=temperature, divergence=divergence, beta=beta, scale_t2=scale_t2
     )
-    spec = LossSpec(objective, vocab, ignore_index, False, compute_metrics=False, shard=shard)
+    vocab, *sums = _check.compared_columns(
+        columns, valid_vocab, teacher, shard, objective, outcomes, student_logits, "student_logits"
+    )
+    spec = LossSpec(objective, vocab, ignore_index, False, False, shard, *sums)
     layout = RowLayout(student_logits)
     targets = _check.row_targets(student_logits, "student_logits", layout, objective, labels=labels)
+    targets = _check.with_outcomes(targets, outcomes)
     transform = LogitTransform(logit_scale, softcap)
     rows_of = spec, layout.rows(student_logits), transform, targets, teacher, layout
     if resolve_impl(impl, student_logits, teacher_logits) == "triton":
@@ -149,6 +155,7 @@ def distill_loss(
     logit_scale: float = 1.0,
     impl: str = "auto",
     vocab_shard: VocabShard | None = None,
+    outcomes: Outcomes | None = None,
 ) -> DistillOutput:
     """CE, KD and z-loss of every row in one pass, with accuracy, agreement and entropy.
 
@@ -198,8 +205,10 @@ def distill_loss(
     width = student_logits.shape[-1]
     shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher)
     columns = width if vocab_shard is None else vocab_shard.vocab_size
-    vocab = _check.common_vocab(columns, None, teacher, shard)
-    spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics=True, shard=shard)
+    vocab, *sums = _check.compared_columns(
+        columns, None, teacher, shard, objective, outcomes, student_logits, "student_logits"
+    )
+    spec = LossSpec(objective, vocab, ignore_index, True, True, shard, *sums)
     layout = RowLayout(student_logits)
     targets = _check.row_targets(
         student_logits,
@@ -211,6 +220,7 @@ def distill_loss(
         kd_token_weights=kd_token_weights,
         other_rows=other_rows,
     )
+    targets = _check.with_outcomes(targets, outcomes)
     transform = LogitTransform(logit_scale, softcap)
     rows_of = spec, layout.rows(student_logits), transform, targets, teacher, layout
     given = [x for x in (student_logits, labels) if x is not None]

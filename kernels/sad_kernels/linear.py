@@ -64,6 +64,7 @@ from sad_kernels._rows import (
     reduce_rows,
 )
 from sad_kernels.objective import DistillOutput, Head, Objective, Teacher, dense_tensors
+from sad_kernels.outcomes import Outcomes
 from sad_kernels.vocab import VocabShard
 
 
@@ -158,6 +159,7 @@ def linear_distill_loss(
     other_rows: Tensor | None = None,  # [...] or [N], bool
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    outcomes: Outcomes | None = None,
 ) -> DistillOutput:
     """``distill_loss`` of the logits ``head(hidden)``, computed in chunks and never held whole.
 
@@ -198,6 +200,7 @@ def linear_distill_loss(
         token_weights=token_weights,
         kd_token_weights=kd_token_weights,
         other_rows=other_rows,
+        outcomes=outcomes,
     )
     num_tokens = count_valid(call.targets.labels, ignore_index, hidden)
     if reduction == "none":
@@ -238,6 +241,7 @@ def _checked_call(
     token_weights: Tensor | None = None,
     kd_token_weights: Tensor | None = None,
     other_rows: Tensor | None = None,
+    outcomes: Outcomes | None = None,
 ) -> _Call:
     """Check the arguments, flatten the labels, and choose the implementation."""
     _check.require_rows("hidden", hidden)
@@ -249,7 +253,9 @@ def _checked_call(
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, hidden, "hidden")
     shard = _check.shard_of_columns("head shard", head.shard, len(head.weight), teacher)
-    vocab = _check.common_vocab(head.num_columns, head.valid_vocab, teacher, shard)
+    vocab, *sums = _check.compared_columns(
+        head.num_columns, head.valid_vocab, teacher, shard, objective, outcomes, hidden, "hidden"
+    )
     layout = RowLayout(hidden)
     targets = _check.row_targets(
         hidden,
@@ -261,9 +267,10 @@ def _checked_call(
         kd_token_weights=kd_token_weights,
         other_rows=other_rows,
     )
+    targets = _check.with_outcomes(targets, outcomes)
     given = [x for x in (hidden, head.weight, labels) if x is not None]
     resolved = resolve_impl(impl, *given, *dense_tensors(teacher))
-    spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics, shard)
+    spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics, shard, *sums)
     return _Call(spec, hidden, head, targets, teacher, layout, chunk_bytes, resolved)
 
 

@@ -44,6 +44,7 @@ from sad_kernels.objective import (
     TeacherTopK,
     require_valid_vocab,
 )
+from sad_kernels.outcomes import Outcomes
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -117,16 +118,21 @@ def kl_div(
     teacher_logit_scale: float = 1.0,
     reduction: Reduction = "mean",
     num_items: int | Tensor | None = None,
+    outcomes: Outcomes | None = None,
 ) -> Tensor:
-    """The divergence between ``p`` and ``q`` per row, times ``T^2`` unless ``scale_t2=False``."""
+    """The divergence between ``p`` and ``q`` per row, times ``T^2`` unless ``scale_t2=False``.
+
+    With ``outcomes`` of the sums of ``p`` and ``q`` over each; ``valid_vocab`` is the student's.
+    """
     objective = Objective(
         temperature=temperature, scale_t2=scale_t2, divergence=divergence, beta=beta
     )
-    teacher = TeacherLogits(teacher_logits, valid_vocab, teacher_logit_scale, teacher_softcap)
-    V = _common_vocab(student_logits.shape[-1], valid_vocab, teacher)
+    common = valid_vocab if outcomes is None else None
+    teacher = TeacherLogits(teacher_logits, common, teacher_logit_scale, teacher_softcap)
+    V = _common_vocab(student_logits.shape[-1], valid_vocab, teacher, outcomes)
     keep = _kept(labels, ignore_index, student_logits)
     s = _rows(student_logits, keep)[:, :V].to(_math_dtype(student_logits))
-    kd, _ = _kd(_transformed(s, logit_scale, softcap), teacher, keep, objective)
+    kd, _ = _kd(_transformed(s, logit_scale, softcap), teacher, keep, objective, None, outcomes)
     if labels is not None:
         kd = kd * _one_or_nan(labels.flatten()[keep], V)
     return _reduced(kd, keep, student_logits.shape[:-1], reduction, num_items)
@@ -146,18 +152,21 @@ def distill_loss(
     other_rows: Tensor | None = None,  # [...] or [N] bool: compared by the other divergence
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    outcomes: Outcomes | None = None,
 ) -> DistillOutput:
     """The sum of ``ce_weight * CE + kd_weight * KD + z_loss * lse^2`` over ``num_items``.
 
     Without a teacher, which takes ``kd_weight=0``, ``kd`` and ``agree`` are 0; without labels,
-    which takes ``ce_weight=0``, ``ce`` and ``correct`` are.
+    which takes ``ce_weight=0``, ``ce`` and ``correct`` are. With ``outcomes`` KD is that of the
+    sums of ``p`` and ``q`` over each, a ``TeacherTopK`` gives those of outcomes, and both sides
+    agree if their choices are of one outcome.
     """
     keep = _kept(labels, ignore_index, student_logits)
-    V = _common_vocab(student_logits.shape[-1], None, teacher)
+    V = _common_vocab(student_logits.shape[-1], None, teacher, outcomes)
     s = _rows(student_logits, keep)[:, :V].to(_math_dtype(student_logits))
     s = _transformed(s, logit_scale, softcap)
     on_ce, on_kd = _token_weights(token_weights, kd_token_weights, keep, s)
-    rows = _distilled(s, labels, teacher, keep, objective, on_ce, on_kd, other_rows)
+    rows = _distilled(s, labels, teacher, keep, objective, on_ce, on_kd, other_rows, outcomes)
     return _output(rows, keep, student_logits.shape[:-1], reduction, num_items)
 
 
@@ -174,13 +183,14 @@ def linear_distill_loss(
     token_weights: Tensor | None = None,  # [...] or [N]
     kd_token_weights: Tensor | None = None,  # [...] or [N]
     other_rows: Tensor | None = None,  # [...] or [N] bool
+    outcomes: Outcomes | None = None,
 ) -> DistillOutput:
     """``distill_loss`` of ``head(hidden)``."""
     keep = _kept(labels, ignore_index, hidden)
-    V = _common_vocab(head.weight.shape[0], head.valid_vocab, teacher)
+    V = _common_vocab(head.weight.shape[0], head.valid_vocab, teacher, outcomes)
     s = _logits(_rows(hidden, keep), head, V, _math_dtype(hidden, head.weight))
     on_ce, on_kd = _token_weights(token_weights, kd_token_weights, keep, s)
-    rows = _distilled(s, labels, teacher, keep, objective, on_ce, on_kd, other_rows)
+    rows = _distilled(s, labels, teacher, keep, objective, on_ce, on_kd, other_rows, outcomes)
     return _output(rows, keep, hidden.shape[:-1], reduction, num_items)
 
 
@@ -209,6 +219,7 @@ def _distilled(
     on_ce: Tensor,  # [n]
     on_kd: Tensor,  # [n]
     other_rows: Tensor | None,
+    outcomes: Outcomes | None,
 ) -> _Rows:
     lse = s.logsumexp(-1)
     student_choice = s.argmax(-1)  # the first of equal logits
@@ -229,8 +240,10 @@ def _distilled(
         compared = on_kd != 0
         other = None if other_rows is None else other_rows.reshape(-1)[keep][compared]
         some = keep.masked_scatter(keep, compared)
-        value, teacher_choice = _kd(s[compared], teacher, some, objective, other)
-        same = (student_choice[compared] == teacher_choice).to(s.dtype)
+        value, teacher_choice = _kd(s[compared], teacher, some, objective, other, outcomes)
+        choice = student_choice[compared]
+        choice = choice if outcomes is None else outcomes.student[choice]
+        same = (choice == teacher_choice).to(s.dtype)
         kd, agree = kd.masked_scatter(compared, value), agree.masked_scatter(compared, same)
     elif objective.kd_weight != 0:
         raise ValueError(
@@ -305,10 +318,14 @@ def _kd(
     keep: Tensor,  # [N] bool, True n times
     objective: Objective,
     other_rows: Tensor | None = None,  # [n] bool
+    outcomes: Outcomes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence after T^2, [n], and the teacher's argmax, [n]."""
+    """The divergence after T^2, [n], and the teacher's argmax, or its outcome, [n]."""
     T, V = objective.temperature, s.shape[-1]
     log_q = (s / T).log_softmax(-1)
+    if outcomes is not None:
+        _require_comparable(outcomes, objective)
+        log_q, V = _log_sums(log_q, outcomes.student, outcomes.count), outcomes.count
     if isinstance(teacher, TeacherTopK):
         if objective.teacher_share != 1:
             raise ValueError(
@@ -329,14 +346,19 @@ def _kd(
     else:
         if isinstance(teacher, TeacherHidden):
             dtype = _math_dtype(s, teacher.hidden, teacher.head.weight)
-            t = _logits(_rows(teacher.hidden, keep), teacher.head, V, dtype).detach()
+            V_t = V if outcomes is None else teacher.head.vocab_size
+            t = _logits(_rows(teacher.hidden, keep), teacher.head, V_t, dtype).detach()
         else:
-            t = _rows(teacher.logits, keep)[:, :V].to(_math_dtype(s, teacher.logits))
+            V_t = V if outcomes is None else teacher.valid_vocab
+            t = _rows(teacher.logits, keep)[:, :V_t].to(_math_dtype(s, teacher.logits))
             t = _transformed(t, teacher.logit_scale, teacher.softcap)
         u = objective.teacher_share
         if u != 1:  # TAID: a target between student and teacher, without a gradient
             t = (1 - u) * s.detach() + u * t
         log_p, choice = (t / T).log_softmax(-1), t.argmax(-1)
+        if outcomes is not None:
+            log_p = _log_sums(log_p, outcomes.teacher, outcomes.count)
+            choice = outcomes.teacher[choice]
     value = _either_divergence(objective, log_p, log_q, other_rows)
     return objective.kd_scale * value, choice
 
@@ -476,6 +498,28 @@ def _top_k_outcomes(
     return log_p.masked_fill(poisoned[:, None], math.nan), log_q
 
 
+def _log_sums(log_q: Tensor, table: Tensor, count: int) -> Tensor:  # [n, V] -> [n, count]
+    """``log sum of q`` over the columns of each outcome; -inf where it has none or no mass."""
+    table = table[: log_q.shape[-1]].long()
+    index = table.expand_as(log_q)
+    # Relative to each outcome's largest, which carries no gradient: it drops out of the sum.
+    top = torch.full_like(log_q[:, :1], -math.inf).expand(-1, count)
+    top = top.scatter_reduce(-1, index, log_q.detach(), "amax")
+    top = top.masked_fill(torch.isneginf(top), 0)
+    empty = torch.zeros_like(log_q[:, :1]).expand(-1, count)
+    sums = empty.scatter_add(-1, index, (log_q - top.gather(-1, index)).exp())
+    return sums.where(sums != 0, 1).log().where(sums != 0, -math.inf) + top
+
+
+def _require_comparable(outcomes: Outcomes, objective: Objective) -> None:
+    """Raise unless the objective is one that outcomes are compared by."""
+    if objective.divergences != ("forward_kl",) or objective.teacher_share != 1:
+        raise ValueError(
+            "objective must have the forward_kl and teacher_share=1 with outcomes, got "
+            f"{' and '.join(objective.divergences)} and {objective.teacher_share}; leave them out"
+        )
+
+
 def _logsumexp(x: Tensor) -> Tensor:
     """``log sum_v exp(x_v)``, -inf with a gradient of 0 where all are -inf."""
     empty = torch.isneginf(x).all(-1)
@@ -503,9 +547,11 @@ def _transformed(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _common_vocab(width: int, valid_vocab: int | None, teacher: Teacher | None) -> int:
-    """The number of columns that student and teacher are cut to."""
-    if teacher is None or isinstance(teacher, TeacherTopK):
+def _common_vocab(
+    width: int, valid_vocab: int | None, teacher: Teacher | None, outcomes: Outcomes | None = None
+) -> int:
+    """The number of columns that student and teacher are cut to, with outcomes the student."""
+    if teacher is None or isinstance(teacher, TeacherTopK) or outcomes is not None:
         return width if valid_vocab is None else valid_vocab
     if isinstance(teacher, TeacherHidden):
         teacher_width, teacher_valid = teacher.head.weight.shape[0], teacher.head.valid_vocab

@@ -92,7 +92,9 @@ class RowGradient:
             return self._beside_ids(shifted.at, shifted, sums)
         kd = None
         if comparison is not None and self.reads_teacher:
-            if comparison.kl_weights is not None:
+            if shifted.slope is not None:
+                kd = shifted.slope
+            elif comparison.kl_weights is not None:
                 kd = self._kl(comparison.kl_weights, shifted, sums)
             else:
                 kd = self._any(comparison, shifted, sums, slope)

@@ -12,6 +12,7 @@ from sad_kernels._tiles import (
     TileShape,
     head_budget,
     head_tiles,
+    outcome_rows,
     whole_rows,
 )
 from sad_kernels._torch.operators import (
@@ -92,6 +93,9 @@ def pieces_of(
     size = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     numbers, N = size // arithmetic_dtype(student.x).itemsize, len(student.x)
     budget = _budget(spec, student, teacher)
+    if spec.num_outcomes:
+        shape = outcome_rows(N, spec.column_counts, numbers, budget)
+        return shape.rows, shape
     tiles = head_tiles(N, spec.widest, numbers, budget)
     return whole_rows(N, spec.widest, numbers, budget), tiles
 

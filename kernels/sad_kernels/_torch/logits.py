@@ -14,7 +14,7 @@ from sad_kernels._rows import (
     distill_output,
     divisor_of,
 )
-from sad_kernels._tiles import logit_tiles
+from sad_kernels._tiles import logit_tiles, outcome_tiles
 from sad_kernels._torch.operators import loss_inputs, row_results
 from sad_kernels._torch.problem import ModelInput, teacher_input
 from sad_kernels.objective import DistillOutput, Teacher
@@ -30,7 +30,7 @@ def row_losses_from_logits(
 ) -> RowResults:
     """The loss of every row, differentiable by the logits, and its parts, detached."""
     student = ModelInput(logits, transform=transform)
-    shape = logit_tiles(spec.widest)
+    shape = outcome_tiles(spec.column_counts) if spec.num_outcomes else logit_tiles(spec.widest)
     inputs = loss_inputs(spec, student, targets, teacher_input(teacher, layout), shape)
     return row_results(inputs)
 

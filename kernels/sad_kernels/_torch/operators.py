@@ -29,7 +29,14 @@ from sad_kernels._operator import (
     save_call,
     saved_call,
 )
-from sad_kernels._rows import LogitTransform, LossSpec, RowResults, RowTargets, arithmetic_dtype
+from sad_kernels._rows import (
+    NOT_BY_ROW,
+    LogitTransform,
+    LossSpec,
+    RowResults,
+    RowTargets,
+    arithmetic_dtype,
+)
 from sad_kernels._tiles import TileShape
 from sad_kernels._torch.problem import ModelInput, Problem, SavedRows, TopKInput
 from sad_kernels._torch.scratch import borrowed_scratch
@@ -46,12 +53,14 @@ class LossInputs(NamedTuple):
     x: Tensor  # [N, D] hidden states, or without a weight logits [N, >= V]
     weight: Tensor | None  # [>= V, D]
     bias: Tensor | None  # [>= V]
-    labels: Tensor | None  # these six are RowTargets
+    labels: Tensor | None  # these eight are RowTargets
     soft: Tensor | None
     class_weight: Tensor | None
     token_weights: Tensor | None
     kd_weights: Tensor | None
     other_rows: Tensor | None
+    outcomes: Tensor | None
+    teacher_outcomes: Tensor | None
     t_x: Tensor | None  # the teacher's, as the student's
     t_weight: Tensor | None
     t_bias: Tensor | None
@@ -77,7 +86,8 @@ class LossInputs(NamedTuple):
         elif self.t_x is not None:
             transform = LogitTransform(args.teacher_scale, args.teacher_softcap)
             teacher = ModelInput(self.t_x, self.t_weight, self.t_bias, transform)
-        targets, shape = RowTargets(*self[3:9]), TileShape(*self.tile)
+        targets = RowTargets(*self[3 : 3 + len(RowTargets._fields)])
+        shape = TileShape(*self.tile)
         # Autocast would act inside an operator too, whose dtypes are chosen.
         autocast = torch.autocast(self.x.device.type, enabled=False)
         scratch = borrowed_scratch(arithmetic_dtype(self.x), self.x.device)
@@ -107,8 +117,8 @@ def loss_inputs(
     )
 
 
-PER_CLASS = LossInputs._fields.index("class_weight")
-"""The one tensor among a call's inputs from logits that does not have a row for each of theirs."""
+PER_CLASS = tuple(LossInputs._fields.index(name) for name in NOT_BY_ROW)
+"""The tensors among a call's inputs from logits that do not have a row for each of theirs."""
 
 
 # --- A loss per row ------------------------------------------------------------------------------
@@ -200,10 +210,11 @@ def _returned(
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     if LossInputs(*inputs).weight is not None:
         _no_vmap()
-    if in_dims[PER_CLASS] is not None:
-        raise RuntimeError(
-            "class weights must not be batched by vmap, got a batch of them; call once for each"
-        )
+    for name, at in zip(("class weights", "outcomes", "outcomes"), PER_CLASS, strict=True):
+        if in_dims[at] is not None:
+            raise RuntimeError(
+                f"{name} must not be batched by vmap, got a batch of them; call once for each"
+            )
     out_dims = (0, 1, 1, 0)  # where each output has its rows
     outputs = torch_rows(*_join_inputs(inputs, in_dims, info.batch_size))
     return part_rows(outputs, out_dims, info.batch_size), out_dims
@@ -228,7 +239,8 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
 def _join_inputs(inputs: Sequence[Any], in_dims: Sequence[Any], B: int) -> list[Any]:
     """The inputs of a batch of calls as those of one call of all their rows."""
     flat = [join_rows(x, dim, B) for x, dim in zip(inputs, in_dims, strict=True)]
-    flat[PER_CLASS] = inputs[PER_CLASS]
+    for at in PER_CLASS:
+        flat[at] = inputs[at]
     return flat
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sad_kernels._divergence import terms_of
 from sad_kernels._rows import (
+    NOT_BY_ROW,
     LogitTransform,
     LossSpec,
     RowLayout,
@@ -128,7 +129,7 @@ class Problem:
         by_row = {
             name: None if x is None else self.gather(x)
             for name, x in targets._asdict().items()
-            if name != "class_weight"
+            if name not in NOT_BY_ROW
         }
         self.targets = targets._replace(**by_row)
         self.like = torch.zeros(self.n, dtype=self.dtype, device=self.device)
@@ -142,7 +143,8 @@ class Problem:
             ids, log_probs, tail = teacher
             if kept is not None:
                 ids, log_probs = ids[kept], log_probs[kept]
-            self.topk = TopKRows(ids, log_probs, tail, spec.vocab, self.like)
+            ids_below = spec.num_outcomes or spec.vocab
+            self.topk = TopKRows(ids, log_probs, tail, ids_below, self.like)
         elif teacher is not None:
             self.teacher = self._source(teacher, kept, "t")
 
@@ -181,16 +183,22 @@ class Problem:
         x, weight, bias, transform = model
         if weight is None:
             return LogitSource(x, transform, kept, self.scratch, name)
-        parts = x, weight, bias, transform, kept, self.scratch, name, self.spec.width
+        width = self._teacher_width if name == "t" else self.spec.width
+        parts = x, weight, bias, transform, kept, self.scratch, name, width
         is_shard = self.spec.shard is not None
         if not splits_products(x, weight):
             return HeadSource(*parts, is_shard)
         source = SplitHeadSource(*parts, is_shard)
-        if name == "t":
+        if name == "t" and not self.spec.num_outcomes:  # whose columns are the student's
             if not isinstance(self.student, SplitHeadSource):
                 return HeadSource(*parts, is_shard)
             source.base = self.student
         return source
+
+    @property
+    def _teacher_width(self) -> int:
+        """How many columns of the teacher's logits count here."""
+        return self.spec.teacher_columns if self.spec.num_outcomes else self.spec.width
 
     # --- the loops --------------------------------------------------------------------------------
 
@@ -208,7 +216,7 @@ class Problem:
                 self._add_terms(statistics, block)
             if self.spec.shard is not None:
                 merge_terms(statistics, everything)
-        if self.topk is not None:
+        if self.topk is not None and not self.spec.num_outcomes:
             for rows, how in self.groups:
                 if how is not None:
                     statistics.finish_topk(rows, how)
@@ -224,6 +232,8 @@ class Problem:
         self, saved: SavedRows, upstream: Tensor, wanted: tuple[bool, bool, bool]
     ) -> Gradients:
         """The gradients of ``sum(upstream * loss)``, upstream [N], from logits made once more."""
+        if self.spec.num_outcomes:  # sums of every outcome are not kept, but made again
+            return self.losses_and_gradients(self.shape.rows, upstream, wanted)[1]
         kept = slice(None) if self.kept is None else self.kept
         fields = dict.fromkeys(RowSums._fields, self.like)
         fields |= dict(zip(RowSums._fields, saved.sums[:, kept], strict=False))
@@ -252,8 +262,10 @@ class Problem:
                     continue
                 for block in self._blocks(chunk, columns, how):
                     sums, slope = statistics.at(block.rows), None
-                    shifted = statistics.add(block)
-                    if _reads_twice(how) and self.teacher is not None:
+                    shifted = statistics.add(block, gradient.reads_teacher)
+                    if self.spec.num_outcomes:
+                        pass
+                    elif _reads_twice(how) and self.teacher is not None:
                         slope = statistics.add_terms(shifted)
                     elif self.topk is not None and how is not None:
                         statistics.finish_topk(block.rows, how)
@@ -327,7 +339,8 @@ class Problem:
         with onednn_products(of_bf16=self.bf16):
             self.student.load(rows, columns)
             if self.teacher is not None and with_teacher and how is not None:
-                self.teacher.load(rows, columns)
+                whole = slice(0, self._teacher_width)  # beside outcomes rows are whole
+                self.teacher.load(rows, whole if self.spec.num_outcomes else columns)
 
     def _loaded(
         self, rows: slice, columns: slice, how: Comparison | None, with_teacher: bool = True
@@ -338,7 +351,10 @@ class Problem:
         if columns.stop == columns.start:
             return
         of_vocab = slice(first + columns.start, first + columns.stop)
-        height = block_rows(columns.stop - columns.start, self.shape)
+        width = columns.stop - columns.start
+        if self.spec.num_outcomes:
+            width = max(width, self._teacher_width, self.spec.num_outcomes)
+        height = block_rows(width, self.shape)
         for inside in cut(rows.stop - rows.start, height):
             at = slice(rows.start + inside.start, rows.start + inside.stop)
             s, t, gap = self.student.block(at), None, None
@@ -358,7 +374,8 @@ class Problem:
         most = max((piece.stop - piece.start for piece in pieces), default=0)
         for source in (self.student, self.teacher):
             if source is not None:
-                source.reserve(most, min(columns, self.spec.width))
+                width = self.spec.width if source is self.student else self._teacher_width
+                source.reserve(most, width if self.spec.num_outcomes else min(columns, width))
 
     # --- parts of them ----------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from sad_kernels._divergence import counted_from, terms_of, weighted_slope, zero_nan_
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowResults, RowTargets
+from sad_kernels._torch.outcomes import OutcomeRows
 from sad_kernels._torch.reductions import first_argmax, row_nansum, row_sum
 from sad_kernels._torch.scratch import Scratch
 from sad_kernels._torch.topk import IdColumns, TopKRows
@@ -88,6 +89,7 @@ class Shifted(NamedTuple):
     hot_t: Tensor | None = None  # exp(y / T)
     warm: Tensor | None = None  # exp(x), where CE, z-loss or entropy ask for it
     at: IdColumns | None = None  # of a top-k teacher's ids
+    slope: Tensor | None = None  # dKD/ds times T of rows that are compared by outcomes
 
 
 class RowSums(NamedTuple):
@@ -179,6 +181,9 @@ class RowStatistics:
                 if not name.endswith("maximum") and name != "label_logit"
             },
         )
+        self.outcomes = None
+        if spec.num_outcomes:
+            self.outcomes = OutcomeRows(spec, targets, topk, scratch)
         self._at = slice(0, 0), self.sums.at(slice(0, 0))
         self.inside = None if topk is None else torch.zeros_like(topk.log_probs)
         self.best = torch.full_like(like, -1, dtype=torch.long)
@@ -192,12 +197,15 @@ class RowStatistics:
 
     # --- first reading ----------------------------------------------------------------------------
 
-    def add(self, block: Block) -> Shifted:
-        """Update every sum of these rows with one block; return it relative to the new maxima."""
+    def add(self, block: Block, with_slope: bool = False) -> Shifted:
+        """Update every sum of these rows with one block; return it relative to the new maxima,
+        where outcomes are compared with the slope, if asked for."""
         rows, columns, s, t, gap, comparison, _ = block
         sums = self.at(rows)
         # The label's and the ids' logits are picked while the block still holds logits.
         self._note_label(sums, rows, columns, s)
+        if comparison is not None and self.outcomes is not None:
+            return self._add_outcomes(block, sums, self.outcomes, with_slope)
         if comparison is not None and self.topk is not None:
             return self._add_beside_ids(block, sums, self.topk)
 
@@ -218,8 +226,30 @@ class RowStatistics:
             self._add_plain(sums, block, shifted.x, move)
         return shifted
 
+    def _add_outcomes(
+        self, block: Block, sums: RowSums, outcomes: OutcomeRows, with_slope: bool
+    ) -> Shifted:
+        """The same for whole rows that are compared by outcomes."""
+        rows, columns, s, t, *_ = block
+        move = self._raise(sums.maximum, self.best[rows], columns, s)
+        if t is not None:
+            self._raise(sums.teacher_maximum, self.teacher_best[rows], columns, t)
+        shifted = self._shift(block, sums)
+        assert shifted.hot is not None
+        compared = outcomes.compare(rows, shifted.x, shifted.hot, shifted.hot_t, with_slope)
+        sums.value.copy_(compared.value)
+        sums.total.copy_(compared.total)
+        sums.teacher_total.copy_(compared.teacher_total)
+        if self.spec.compute_ce:
+            self._add_untempered(sums, shifted, move)
+            self._add_plain(sums, block, shifted.x, move)
+        return shifted._replace(slope=compared.slope)
+
     def _shift(self, block: Block, sums: RowSums, at: IdColumns | None = None) -> Shifted:
-        return shift(block, sums, self.temperature, self.scratch, at, self.spec.compute_ce)
+        tempered = self.outcomes is not None and block.comparison is not None
+        return shift(
+            block, sums, self.temperature, self.scratch, at, self.spec.compute_ce, tempered
+        )
 
     def _note_label(self, sums: RowSums, rows: slice, columns: slice, s: Tensor) -> None:
         """Keep the logit of each label that lies in this block."""
@@ -434,7 +464,7 @@ class RowStatistics:
         """The bare divergence of some rows, before T^2."""
         weights = comparison.kl_weights
         nan = 0 * (sums.total.log() + sums.teacher_total.log())  # where either side is NaN
-        if self.topk is not None:
+        if self.topk is not None or self.outcomes is not None:
             return sums.value
         if weights is None:
             return sums.value + nan
@@ -482,6 +512,8 @@ class RowStatistics:
         if self.topk is not None:
             teacher_best = teacher_best.clone()
             teacher_best[: len(self.topk.ids)] = self.topk.argmax()
+        if self.outcomes is not None:
+            best, teacher_best = self.outcomes.choices(best, teacher_best)
         return correct, (best == teacher_best).to(nothing.dtype)
 
 
@@ -495,6 +527,7 @@ def shift(
     scratch: Scratch,
     at: IdColumns | None = None,  # beside a top-k teacher
     untempered: bool = True,
+    tempered: bool = False,  # exp(x / T) is needed without a dense teacher too
 ) -> Shifted:
     """Overwrite logits with their differences to the rows' maxima, and take exponentials."""
     maximum = sums.maximum if at is None else sums.rest_maximum
@@ -505,7 +538,7 @@ def shift(
     if block.t is not None:
         y = _teacher_side(block, x, sums)
         hot_t = scratch.exp_("hot_t", y, temperature, to_the_bit=subtracts)
-    if at is not None or y is not None or (untempered and temperature == 1):
+    if at is not None or y is not None or tempered or (untempered and temperature == 1):
         hot = scratch.exp_("hot", x, temperature, to_the_bit=subtracts)
     if untempered and temperature == 1:
         warm = hot

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import LossSpec, RowTargets
+from sad_kernels._rows import NOT_BY_ROW, LossSpec, RowTargets
 from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, pitch
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times
@@ -166,9 +166,9 @@ def _add_gradients(
 
 
 def _target_rows(targets: RowTargets, rows: slice) -> RowTargets:
-    """Some rows of the targets; the classes' weights are those of all rows."""
+    """Some rows of the targets; what is by class or column is that of all rows."""
     some = RowTargets(*(None if x is None else x[rows] for x in targets))
-    return some._replace(class_weight=targets.class_weight)
+    return some._replace(**{name: getattr(targets, name) for name in NOT_BY_ROW})
 
 
 def _teacher_rows(

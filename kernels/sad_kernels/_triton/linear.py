@@ -100,6 +100,10 @@ def _inputs(
     chunk_bytes: int | None,
 ) -> LinearInputs:
     """The common inputs of the operators, from what a caller passes."""
+    if spec.num_outcomes:
+        raise NotImplementedError(
+            "outcomes must be compared by impl='torch', got impl='triton'; pass impl='torch'"
+        )
     t_hidden = t_weight = t_bias = None
     top_k: TopKTensors = (None, None, None, None)
     args = OpArgs(spec, float(head.logit_scale), head.softcap)
@@ -140,6 +144,8 @@ class LinearInputs(NamedTuple):
     token_weights: Tensor | None  # [N]
     kd_weights: Tensor | None  # [N]
     other_rows: Tensor | None  # [N]
+    outcomes: Tensor | None  # [>= V]
+    teacher_outcomes: Tensor | None  # [>= V_t]
     t_hidden: Tensor | None  # [N, D_t]; without t_weight the teacher's logits [N, >= V]
     t_weight: Tensor | None  # [>= V, D_t]
     t_bias: Tensor | None  # [>= V]
@@ -165,6 +171,8 @@ class LinearInputs(NamedTuple):
             self.token_weights,
             self.kd_weights,
             self.other_rows,
+            self.outcomes,
+            self.teacher_outcomes,
         )
 
     def student(self) -> HiddenWithHead:
@@ -357,7 +365,8 @@ def unit_scale(
 
 def _exponent_of_bound(spec: LossSpec, targets: RowTargets) -> int | Tensor:  # []
     """The exponent of a power of two that no row's gradient by a logit is above."""
-    labels, _, by_class, on_ce, on_kd, _ = targets
+    labels, by_class = targets.labels, targets.class_weight
+    on_ce, on_kd = targets.token_weights, targets.kd_weights
     ce, z, kd = _bounds(spec.objective)
     if by_class is None and on_ce is None and on_kd is None:
         return math.ceil(math.log2(max(ce + z + kd, 2.0**-100)))

@@ -26,7 +26,14 @@ from sad_kernels._operator import (
     save_call,
     saved_call,
 )
-from sad_kernels._rows import LogitTransform, LossSpec, RowLayout, RowResults, RowTargets
+from sad_kernels._rows import (
+    NOT_BY_ROW,
+    LogitTransform,
+    LossSpec,
+    RowLayout,
+    RowResults,
+    RowTargets,
+)
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, SortedTopK
@@ -86,6 +93,10 @@ def _inputs(
     layout: RowLayout,
 ) -> RowInputs:
     """The common inputs of the operators, from what a caller passes."""
+    if spec.num_outcomes:
+        raise NotImplementedError(
+            "outcomes must be compared by impl='torch', got impl='triton'; pass impl='torch'"
+        )
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
     args = OpArgs(spec, float(transform.logit_scale), transform.softcap)
@@ -110,6 +121,8 @@ class RowInputs(NamedTuple):
     token_weights: Tensor | None  # [N]
     kd_weights: Tensor | None  # [N]
     other_rows: Tensor | None  # [N]
+    outcomes: Tensor | None  # [>= V]
+    teacher_outcomes: Tensor | None  # [>= V_t]
     teacher: Tensor | None  # [N, >= V]
     ids: Tensor | None  # [N, K], the first field of a SortedTopK; the others follow
     log_p: Tensor | None  # [N, K]
@@ -129,6 +142,8 @@ class RowInputs(NamedTuple):
             self.token_weights,
             self.kd_weights,
             self.other_rows,
+            self.outcomes,
+            self.teacher_outcomes,
         )
 
     def sides(self) -> tuple[OpArgs, Logits, Logits | SortedTopK | None]:
@@ -140,8 +155,8 @@ class RowInputs(NamedTuple):
         return args, student, teacher
 
 
-PER_CLASS = RowInputs._fields.index("class_weight")
-"""The one tensor among the inputs that does not have a row for each of the student's."""
+PER_CLASS = tuple(RowInputs._fields.index(name) for name in NOT_BY_ROW)
+"""The tensors among the inputs that do not have a row for each of the student's."""
 
 TopKTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """The fields of a ``SortedTopK``, as operators take them."""
@@ -189,10 +204,11 @@ def _fake_rows(student: Tensor, ids: Tensor | None) -> tuple[Tensor, ...]:
 @row_losses.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
     B = info.batch_size
-    if in_dims[PER_CLASS] is not None:
+    if any(in_dims[at] is not None for at in PER_CLASS):
         return _one_by_one(row_losses, B, in_dims, inputs)
     flat = [join_rows(x, dim, B) for x, dim in zip(inputs, in_dims, strict=True)]
-    flat[PER_CLASS] = inputs[PER_CLASS]
+    for at in PER_CLASS:
+        flat[at] = inputs[at]
     out_dims = (0, 1, 1, 0, 0)  # where each output has its rows
     return part_rows(row_losses(*flat), out_dims, B), out_dims
 

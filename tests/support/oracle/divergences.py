@@ -329,6 +329,22 @@ def top_k_sides(
     return Sides(student, teacher, gap, missing), outcome, share
 
 
+def outcome_logits(z: Tensor, table: Tensor, count: int, T: float) -> Tensor:  # [n, count]
+    """Logits of outcomes, each ``T log sum exp(z / T)`` over the columns of its own."""
+    member = table[: z.shape[-1]] == torch.arange(count, device=z.device)[:, None]  # [count, V]
+    x = _from_largest(z) / T
+    return T * x[:, None, :].masked_fill(~member, -torch.inf).logsumexp(-1)
+
+
+def columns_of_outcomes(
+    z: Tensor, of_outcomes: Tensor, table: Tensor, T: float
+) -> tuple[Tensor, Tensor]:
+    """Each column's outcome, and its share in it, [n, V]; a column alone is all of its own."""
+    outcome = table[: z.shape[-1]].long().expand(z.shape)
+    apart = _difference(_from_largest(z), of_outcomes.gather(-1, outcome))
+    return outcome, (apart / T).exp()
+
+
 def _from_largest(x: Tensor) -> Tensor:
     return x - x.amax(-1, keepdim=True)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sad_kernels import Objective, TeacherHidden, TeacherTopK, reference
+from sad_kernels import Objective, Outcomes, TeacherHidden, TeacherTopK, reference
 from sad_kernels.objective import Tail, Teacher
 from torch import Tensor
 
@@ -17,8 +17,10 @@ from support.oracle.calls import Outputs, Problem, measure
 from support.oracle.divergences import (
     Ratios,
     Sides,
+    columns_of_outcomes,
     dense_sides,
     gradient_of,
+    outcome_logits,
     ratios_of,
     top_k_sides,
     value_of,
@@ -40,6 +42,7 @@ class Inputs:
     ids: Tensor | None = None  # [n, K]
     tail: Tail = "bucket"
     rest_off: Tensor | None = None  # [n, 1] what is wrong with the teacher's rest: top_k_sides
+    outcomes: Outcomes | None = None  # t and ids are the teacher's columns and its outcomes then
 
     def value_and_gradient(
         self, change: Change | None = None, mean_off: MeanOff | None = None
@@ -47,7 +50,17 @@ class Inputs:
         """After T^2: [n], and by ``s`` [n, V], from phi or from what ``change`` makes of it."""
         name, beta, T = self.objective.divergence, self.objective.beta, self.objective.temperature
         parts = None
-        if self.ids is None:
+        if self.outcomes is not None:
+            s = outcome_logits(self.s, self.outcomes.student, self.outcomes.count, T)
+            if self.ids is None:
+                t = outcome_logits(self.t, self.outcomes.teacher, self.outcomes.count, T)
+                sides = dense_sides(s, t, T)
+                parts = columns_of_outcomes(self.s, s, self.outcomes.student, T)
+            else:
+                sides, *parts = top_k_sides(s, self.ids, self.t, self.tail, T, self.rest_off)
+                outcome, share = columns_of_outcomes(self.s, s, self.outcomes.student, T)
+                parts = parts[0].gather(-1, outcome), share * parts[1].gather(-1, outcome)
+        elif self.ids is None:
             sides = dense_sides(self.s, self.t, T, self.objective.teacher_share)
         else:
             sides, *parts = top_k_sides(self.s, self.ids, self.t, self.tail, T, self.rest_off)
@@ -62,7 +75,11 @@ class Inputs:
 
 
 def inputs_of(
-    s: Tensor, teacher: Teacher, keep: Tensor, objective: Objective
+    s: Tensor,
+    teacher: Teacher,
+    keep: Tensor,
+    objective: Objective,
+    outcomes: Outcomes | None = None,
 ) -> tuple[Inputs, Tensor]:
     """From the arguments of ``reference._kd``; and the teacher's choices, [n]."""
     s, V, u = s.detach(), s.shape[-1], objective.teacher_share
@@ -71,13 +88,18 @@ def inputs_of(
         log_probs = reference._rows(teacher.log_probs, keep).to(s.dtype)
         best = (log_probs == log_probs.amax(-1, keepdim=True)) & ~torch.isneginf(log_probs)
         choice = ids.masked_fill(~best, V).amin(-1)
-        return Inputs(objective, s, log_probs, ids, teacher.tail), choice
+        return Inputs(objective, s, log_probs, ids, teacher.tail, None, outcomes), choice
+    if outcomes is not None:
+        hidden = isinstance(teacher, TeacherHidden)
+        V = teacher.head.vocab_size if hidden else teacher.valid_vocab or teacher.logits.shape[-1]
     if isinstance(teacher, TeacherHidden):
         t = reference._logits(reference._rows(teacher.hidden, keep), teacher.head, V, s.dtype)
         t = t.detach()
     else:
         t = reference._rows(teacher.logits, keep)[:, :V].to(s.dtype)
         t = reference._transformed(t, teacher.logit_scale, teacher.softcap)
+    if outcomes is not None:
+        return Inputs(objective, s, t, outcomes=outcomes), outcomes.teacher[t.argmax(-1)]
     return Inputs(objective, s, t), (t if u == 1 else (1 - u) * s + u * t).argmax(-1)
 
 
@@ -107,8 +129,9 @@ def kd_of(
         keep: Tensor,
         objective: Objective,
         other_rows: Tensor | None = None,  # [n] bool
+        outcomes: Outcomes | None = None,
     ) -> tuple[Tensor, Tensor]:
-        inputs, choice = inputs_of(s, teacher, keep, objective)
+        inputs, choice = inputs_of(s, teacher, keep, objective, outcomes)
         inputs = move(inputs) if move else inputs
         value, gradient = inputs.value_and_gradient(change, mean_off)
         if other_rows is not None:  # each row has one, be the other infinite
