@@ -357,10 +357,8 @@ EXPLAINED = {
         vllm_server_base_url""".split(),
         "there is no such thing: no text is generated in training, which is off-policy",
     ),
-    **dict.fromkeys(
-        "cross_tokenizer student_tokenizer teacher_tokenizer use_uld_loss".split(),
-        "student and teacher share one tokenizer; the key tokenizer names it",
-    ),
+    "student_tokenizer": "the key tokenizer names it, and teacher_tokenizer the teacher's",
+    "use_uld_loss": "for a teacher with another tokenizer write cross_tokenizer: prefix",
     **dict.fromkeys(
         "gkd_logits_topk kd_online_topk kd_top_k loss_top_k".split(),
         "a teacher here has its whole vocabulary; `sad cache-teacher --top_k 64` keeps so many ids",

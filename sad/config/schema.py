@@ -25,6 +25,7 @@ import yaml
 from sad_kernels._divergence_table import Divergence
 from sad_kernels.objective import Objective
 
+from sad.config.cross_tokenizer import check_cross_tokenizer
 from sad.config.sections import (
     MAY_CHANGE_ON_RESUME,
     AttentionConfig,
@@ -131,6 +132,21 @@ class DistillConfig:
     """JSON file of the teacher's id for each of the student's, for vocabularies of a common base: a
     list, or an object of student id -> teacher id, null for none. Default: by equal tokens, where
     all that the teacher lacks were added to the student's tokenizer."""
+    cross_tokenizer: Literal["prefix", "likelihood"] | None = None
+    """How to learn from a teacher with another tokenizer. `prefix` compares what both predict where
+    they have read the same bytes, each token counting for its longest prefix that both have as a
+    token; `likelihood` the probability that they give to the text between two such places."""
+    teacher_tokenizer: ModelPath | None = None
+    """With `cross_tokenizer`: Hugging Face id or local path of the teacher's tokenizer. Default:
+    the teacher's own."""
+    closed_outcomes: bool = True
+    """With `cross_tokenizer`: leave out shared tokens whose text the other side spells otherwise in
+    more than `outcome_threshold` of their uses; they count for a shorter shared prefix."""
+    outcome_threshold: Fraction = 0.03
+    """See `closed_outcomes`."""
+    prefix_inside: bool = False
+    """With `cross_tokenizer: prefix`: compare inside the teacher's tokens as well, where its last
+    distribution is conditioned on the bytes that have come since. For research: slow."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random", "layers"] = "pretrained"
@@ -372,6 +388,7 @@ class DistillConfig:
         _check_adapters(self)
         _check_objective(self)
         _check_teacher_sections(self)
+        check_cross_tokenizer(self)
         _check_placement(self)
         _check_schedule(self)
         _check_batches(self)

@@ -95,6 +95,16 @@ class _Stream(PackedRows):
         rows = read_array(folder, ROWS, index).reshape(-1, 2)
         return rows[:, 0].copy(), rows[:, 1].copy()
 
+    @property
+    def num_boundaries(self) -> int:
+        """All boundaries, one after the end of each document among them; reads the whole file."""
+        size, total = len(self._boundaries), 0
+        for start in range(0, size, 1 << 20):
+            total += int(
+                (self._boundaries[np.arange(start, min(start + (1 << 20), size))] > 0).sum()
+            )
+        return total
+
     def boundaries(self, row: int) -> tuple[np.ndarray, bool]:
         """The boundaries of a row, int64, and whether the token after its last input is one."""
         start, length = int(self._starts[row]), int(self._lengths[row])

@@ -98,7 +98,7 @@ class _Pair(NamedTuple):
     @property
     def remedy(self) -> str:
         if self.role == "teacher":
-            return "choose a student with the teacher's tokenizer"
+            return "choose a student with the teacher's tokenizer, or set cross_tokenizer: prefix"
         return "name a tokenizer that the student was trained with, or set student_init: random"
 
     @property

@@ -108,6 +108,10 @@ class FrozenTeacher:
         """The teacher's own ids for those of its student."""
         return input_ids if self._ids is None else self._ids[input_ids.to(self._ids.device)]
 
+    def own_tokens(self, batch: Batch) -> Batch:
+        """A batch's text as the teacher reads it, with the labels that it is scored by."""
+        return batch._replace(input_ids=self.reads(batch.input_ids))
+
     @property
     def is_mapped(self) -> bool:
         """Whether its ids are not those of the student."""

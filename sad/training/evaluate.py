@@ -98,7 +98,8 @@ def evaluate_teacher(
 ) -> dict[str, float]:
     """Score the teacher itself: the mark that its student is measured against.
 
-    Of a teacher that lacks ids of the student's those targets count that it can read and name, and
+    One with another tokenizer is scored on its own tokens of the same text. Of a teacher that lacks
+    ids of the student's those targets count that it can read and name, and
     there are no ``bits_per_byte`` if that leaves any out.
     """
     metrics, left_out = EvalMetrics(), False
@@ -106,6 +107,8 @@ def evaluate_teacher(
         output = teacher.forward(batch)
         (target,) = output.targets
         assert isinstance(target, TeacherHidden)  # others give no likelihood of the text
+        if batch.theirs is not None:  # it is scored on all of its own tokens
+            batch, output = batch.theirs.batch, output._replace(kd_weights=None)
         labels = scored_labels(batch, output.kd_weights, target.head)
         left_out |= labels is not batch.labels and not torch.equal(labels, batch.labels)
         out = linear_distill_loss(target.hidden, target.head, labels, None, OBJECTIVE_CE_ONLY)

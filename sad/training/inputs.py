@@ -31,6 +31,7 @@ from sad.environment import (
     resolve_device,
     seed_everything,
 )
+from sad.losses.cross_tokenizer import CrossTokenizerLoss
 from sad.models.load import load_teacher, read_model_config
 from sad.models.preflight import require_known_positions
 from sad.optim.schedule import planned_length
@@ -43,8 +44,10 @@ from sad.teachers.cached import CachedTeacher
 from sad.teachers.eval_teacher import EvalTeacher
 from sad.teachers.fingerprint import HASHES, fingerprint_model
 from sad.teachers.frozen import FrozenTeacher, Teacher
+from sad.teachers.other_tokenizer import OtherTokenizerTeacher
 from sad.teachers.sharded import load_sharded_teacher
 from sad.training.batches import rank_batch
+from sad.training.cross_tokenizer import load_comparison, read_by_teacher, require_one_process
 from sad.training.vocabulary import check_vocabulary, teacher_vocabulary
 
 
@@ -68,6 +71,8 @@ class RunInputs:
     """What tells the teacher's weights from others: see ``sad.teachers.fingerprint``."""
     vocabulary: MapFacts | None = None
     """The map from the student's ids to those of a teacher that runs here; None for equal ids."""
+    comparison: CrossTokenizerLoss | None = None
+    """How the student is compared with a teacher that has another tokenizer."""
     world: World = ALONE
 
     @property
@@ -153,18 +158,29 @@ def load_inputs(
     notes = _compare_with_student(config, tokenizer)
     teacher = eval_teacher = teacher_fingerprint = teacher_tokenizer = None
     found: VocabMap | None = None
+    crosses = config.cross_tokenizer is not None and config.loads_teacher
     memory = cache_directory(config.data.cache_dir) / HASHES
     if config.loads_teacher:
         assert config.teacher is not None
-        teacher_tokenizer = load_tokenizer(config.teacher, config.trust_remote_code_teacher)
-        source = "student" if config.tokenizer is None else "tokenizer"
-        found, more = teacher_vocabulary(config, teacher_tokenizer, tokenizer, source, world)
-        notes += more
-        say(f"loading the teacher {config.teacher}")
-        teacher = load_sharded_teacher(config, vocabulary, device=device, world=world, say=say)
-        teacher = teacher or FrozenTeacher(
-            load_teacher(config), vocabulary, device=device, vocab_map=found
+        teacher_tokenizer = load_tokenizer(
+            config.teacher_tokenizer or config.teacher, config.trust_remote_code_teacher
         )
+        source = "student" if config.tokenizer is None else "tokenizer"
+        if crosses:
+            require_one_process(world)
+        else:
+            found, more = teacher_vocabulary(config, teacher_tokenizer, tokenizer, source, world)
+            notes += more
+        say(f"loading the teacher {config.teacher}")
+        if crosses:
+            teacher = OtherTokenizerTeacher(
+                load_teacher(config), valid_vocab(teacher_tokenizer), device=device
+            )
+        else:
+            teacher = load_sharded_teacher(config, vocabulary, device=device, world=world, say=say)
+            teacher = teacher or FrozenTeacher(
+                load_teacher(config), vocabulary, device=device, vocab_map=found
+            )
         # One rank reads the files; what it finds is remembered for the others.
         teacher_fingerprint = world.main_first(
             partial(
@@ -177,8 +193,16 @@ def load_inputs(
         eval_teacher = EvalTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
     # An imported cache has rows of its own.
-    rows = world.main_first(partial(rows_of_cache, config))
-    train_rows, eval_rows = rows or world.main_first(partial(load_rows, config, tokenizer))
+    comparison = None
+    if crosses:
+        assert teacher_tokenizer is not None
+        train_rows, eval_rows, comparison, more = load_comparison(
+            config, tokenizer, teacher_tokenizer, device
+        )
+        notes += more
+    else:
+        rows = world.main_first(partial(rows_of_cache, config))
+        train_rows, eval_rows = rows or world.main_first(partial(load_rows, config, tokenizer))
     if config.teacher_cache is not None:
         teacher, eval_teacher = _open_cache(
             config, tokenizer, vocabulary, (train_rows, eval_rows), device, world, memory, say
@@ -186,7 +210,8 @@ def load_inputs(
         teacher_fingerprint = {"cache": teacher.reader.facts.plan}
         notes += tuple(map(str, teacher.reader.notes.get("vocabulary", ())))
     elif teacher is not None:
-        longest = max(rows.longest_segment for rows in (train_rows, eval_rows))
+        read = (read_by_teacher(rows) for rows in (train_rows, eval_rows))
+        longest = max(rows.longest_segment for rows in read)
         require_known_positions(teacher.model.config, longest)
     facts = None
     if found is not None and isinstance(teacher, FrozenTeacher):
@@ -210,6 +235,7 @@ def load_inputs(
         tokenizer_notes=notes,
         teacher_fingerprint=teacher_fingerprint,
         vocabulary=facts,
+        comparison=comparison,
         world=world,
     )
 

@@ -91,7 +91,9 @@ def _student(config: DistillConfig, inputs: RunInputs) -> tuple[StudentWithLoss,
         if student is not None:
             return student, precision
     model = load_student(loaded)
-    student = build_student(config, model, inputs.valid_vocab, precision, teacher.model)
+    student = build_student(
+        config, model, inputs.valid_vocab, precision, teacher.model, inputs.comparison
+    )
     if split:
         shard_student(student, config, precision, world)
     return student, precision

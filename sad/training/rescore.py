@@ -69,7 +69,9 @@ def evaluate_run(
     if adapters:
         load_adapters(model, run.best)
     precision = Precision(config, inputs.device)
-    student = build_student(config, model, inputs.valid_vocab, precision)
+    student = build_student(
+        config, model, inputs.valid_vocab, precision, comparison=inputs.comparison
+    )
     scores = evaluate_student(
         student, inputs.eval_teacher, inputs.eval_batches(config), {"eval": nullcontext}
     )

@@ -159,7 +159,7 @@ def _distill(
 
     if inputs.teacher is not None:
         if inputs.frozen_teacher is not None:
-            row = inputs.frozen_teacher.reads(inputs.eval_rows.batch([0]).input_ids)
+            row = inputs.frozen_teacher.own_tokens(inputs.eval_rows.batch([0])).input_ids
             check = partial(check_model, inputs.frozen_teacher.model, row, packing=config.packing)
             inputs.frozen_teacher.within(check)  # before it is relied on
         if needs_rehearsal(config):
@@ -342,12 +342,13 @@ def _train(
     student = load_sharded_student(config, inputs, precision, partial(_announce, world))
     split = student is not None
     student = student or build_student(
-        config, load_student(loaded), inputs.valid_vocab, precision, teacher
+        config, load_student(loaded), inputs.valid_vocab, precision, teacher, inputs.comparison
     )
     stop_tokens = add_stop_tokens(student.model, inputs.train_rows.end_tokens, inputs.tokenizer)
     objective = config.objective()
-    if frozen is None:  # its targets come from a cache, if there are any: nothing to compare with
-        objective = replace(objective, ce_weight=1.0, kd_weight=0.0)
+    # Targets from a cache, or of another vocabulary: there is nothing to compare with.
+    if frozen is None or inputs.comparison is not None:
+        frozen, objective = None, replace(objective, ce_weight=1.0, kd_weight=0.0)
     answers = isinstance(frozen, ShardedTeacher) or (frozen is not None and frozen.is_mapped)
     check = partial(
         check_models_and_loss,

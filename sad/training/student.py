@@ -29,6 +29,7 @@ from sad.losses.balance import NAME as BALANCE
 from sad.losses.balance import FamilyBalanceLoss, build_balance_loss, run_with_routers
 from sad.losses.base import LossInputs, LossTerms
 from sad.losses.capture import Capture
+from sad.losses.cross_tokenizer import CrossTokenizerLoss
 from sad.losses.layout import layout_of
 from sad.losses.structural import StructuralLosses
 from sad.models.compiled import compile_and_check, eager
@@ -60,6 +61,8 @@ class StudentWithLoss(nn.Module):
     ``structural`` are the run's structural losses, if it has any: they belong to the root module,
     whose forward pass computes them, and not to ``model``, which is what is exported.
 
+    ``comparison`` stands for the loss on logits where the teacher has another tokenizer.
+
     ``balance`` is the auxiliary loss of a mixture-of-experts student, ``balance_note`` says in the
     run's header what became of it.
 
@@ -73,6 +76,7 @@ class StudentWithLoss(nn.Module):
         valid_vocab: int,
         *,
         structural: StructuralLosses | None = None,
+        comparison: CrossTokenizerLoss | None = None,
         balance: FamilyBalanceLoss | None = None,
         balance_note: str = "",
         compute_dtype: torch.dtype = torch.float32,
@@ -83,6 +87,7 @@ class StudentWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.structural = structural
+        self.comparison = comparison
         self.balance = balance
         self.balance_note = balance_note
         self.valid_vocab = valid_vocab
@@ -222,6 +227,11 @@ class StudentWithLoss(nn.Module):
         """
         _, head = split_head(self.model)
         head = with_valid_vocab(head, self.valid_vocab)
+        if self.comparison is not None and targets:
+            (target,) = targets
+            assert isinstance(target, TeacherHidden)
+            training = self.training
+            return self.comparison(hidden, head, batch, target, objective, num_items, training)
 
         def against(
             target: TeacherHidden | TeacherTopK | None, objective: Objective
@@ -256,8 +266,10 @@ def build_student(
     valid_vocab: int,
     precision: Precision,
     teacher: PreTrainedModel | None = None,
+    comparison: CrossTokenizerLoss | None = None,
 ) -> StudentWithLoss:
-    """``model`` with the losses of ``config``; the structural ones only if a ``teacher`` is given.
+    """``model`` with the losses of ``config``; the structural ones only if a ``teacher`` is given,
+    and that on logits by ``comparison`` if the teacher has another tokenizer.
 
     Raises ``UnfitError`` if the student's head cannot be taken apart or is narrower than the
     vocabulary, for a structural loss that the two models cannot supply, and for an auxiliary loss
@@ -269,6 +281,7 @@ def build_student(
         model,
         valid_vocab,
         structural=build_structural(config, model, teacher),
+        comparison=comparison,
         balance=balance,
         balance_note=balance_note,
         compute_dtype=precision.compute_dtype,

@@ -33,7 +33,9 @@ def make_trainer(config: DistillConfig, inputs: RunInputs | None = None) -> Trai
     precision = Precision(loaded, inputs.device, sharded=world.size > 1)
     model = load_student(loaded)
     teacher = None if inputs.teacher is None else inputs.teacher.model
-    student = build_student(config, model, inputs.valid_vocab, precision, teacher)
+    student = build_student(
+        config, model, inputs.valid_vocab, precision, teacher, inputs.comparison
+    )
     if world.size == 1:
         return Trainer(config, student, inputs, precision, RunDirectory(config.output_dir))
     shard_student(student, config, precision, world)

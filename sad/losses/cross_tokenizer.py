@@ -1,0 +1,189 @@
+r"""The loss on logits against a teacher with another tokenizer.
+
+``prefix``: at boundaries, where both have read the same text, the forward KL of the distributions
+over outcomes (``sad.data.outcomes``),
+
+    KD = sum_o P(o) log(P(o) / Q(o)),   P(o), Q(o): the mass of the tokens that count for o.
+
+Cross-entropy c and divergence k weigh c CE + k KD there, and (c + k) CE at all other targets: the
+weights of what a target learns from sum to the same everywhere. Otherwise those with a teacher
+would weigh more, or less, than those without one, which moves the optimum even where the text is
+spelled in one way only.
+
+``likelihood`` (ALM, arXiv 2503.20083): for each group, the text between two boundaries, the
+summed log-probabilities ``t`` and ``s`` of its tokens on both sides, and the binary KL
+
+    KD = e^t (t - s) + (1 - e^t) log((1 - e^t) / (1 - e^s)),   t, s <= -1e-6.
+
+Cross-entropy has its weight at all targets. Of the teacher no more is needed than the likelihood of
+the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from sad_kernels import (
+    DistillOutput,
+    Head,
+    Objective,
+    Outcomes,
+    TeacherHidden,
+    linear_cross_entropy,
+    linear_distill_loss,
+)
+from torch import Tensor
+
+from sad.data.batch import Batch
+from sad.data.outcomes import OutcomeTables
+
+SUREST = -1e-6
+"""Log-probability that a group has at most here: at 0 the divergence has no gradient."""
+
+
+class CrossTokenizerLoss:
+    """The loss of a batch against a teacher's hidden states [B, L_t, D_t] of its own tokens.
+
+    ``likelihood`` says whether training compares groups; else, and in evaluations, outcomes are
+    compared at boundaries.
+    """
+
+    def __init__(
+        self,
+        tables: OutcomeTables,
+        device: torch.device,
+        *,
+        likelihood: bool = False,
+        chunk_bytes: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        self.tables = tables
+        self.outcomes = Outcomes(
+            student=torch.from_numpy(tables.student).to(device),
+            teacher=torch.from_numpy(tables.teacher).to(device),
+            count=tables.count,
+        )
+        self.likelihood = likelihood
+        self.chunk_bytes = chunk_bytes
+        self.impl = impl
+
+    def __call__(
+        self,
+        hidden: Tensor,  # [B, L, D_s]
+        head: Head,
+        batch: Batch,
+        teacher: TeacherHidden,
+        objective: Objective,
+        num_items: int,
+        training: bool,
+    ) -> DistillOutput:
+        """The objective's sum over the batch's targets, divided by ``num_items``.
+
+        ``kd`` and ``agree`` are sums over boundaries, or ``kd`` over groups. Without ``training``
+        the parts are those of an evaluation, whose weights are left as they are.
+        """
+        if training and self.likelihood:
+            return self._by_groups(hidden, head, batch, teacher, objective, num_items)
+        return self._by_outcomes(hidden, head, batch, teacher, objective, num_items, training)
+
+    def _by_outcomes(
+        self,
+        hidden: Tensor,
+        head: Head,
+        batch: Batch,
+        teacher: TeacherHidden,
+        objective: Objective,
+        num_items: int,
+        training: bool,
+    ) -> DistillOutput:
+        assert batch.theirs is not None
+        at_boundary = batch.theirs.boundaries
+        token_weights = None
+        if training:
+            objective, share = shared_weight(objective)
+            token_weights = torch.where(at_boundary, share, 1.0)
+        # Rows that are no boundary weigh nothing, and nothing is read of the teacher's.
+        at = batch.theirs.positions.clamp(min=0)
+        states = teacher.hidden.gather(1, at[..., None].expand(*at.shape, teacher.hidden.shape[-1]))
+        return linear_distill_loss(
+            hidden,
+            head,
+            batch.labels,
+            TeacherHidden(states, teacher.head),
+            objective,
+            outcomes=self.outcomes,
+            num_items=num_items,
+            token_weights=token_weights,
+            kd_token_weights=at_boundary.to(torch.float32),
+            chunk_bytes=self.chunk_bytes,
+            impl=self.impl,
+        )
+
+    def _by_groups(
+        self,
+        hidden: Tensor,
+        head: Head,
+        batch: Batch,
+        teacher: TeacherHidden,
+        objective: Objective,
+        num_items: int,
+    ) -> DistillOutput:
+        assert batch.theirs is not None
+        theirs, size = batch.theirs, batch.labels.numel()
+        kd_weight = objective.kd_weight
+        out = linear_distill_loss(
+            hidden,
+            head,
+            batch.labels,
+            None,
+            replace(objective, kd_weight=0.0),
+            num_items=num_items,
+            chunk_bytes=self.chunk_bytes,
+            impl=self.impl,
+        )
+        ours = self._summed(hidden, head, batch.labels, theirs.groups, size)
+        with torch.no_grad():
+            known = self._summed(
+                teacher.hidden, teacher.head, theirs.batch.labels, theirs.teacher_groups, size
+            )
+        # Groups that there are not have the sum 0 on both sides, and no divergence.
+        divergence = binary_kl(known, ours).sum()
+        loss = out.loss + kd_weight * divergence / num_items
+        return out._replace(loss=loss, kd=divergence.detach())
+
+    def _summed(
+        self, hidden: Tensor, head: Head, labels: Tensor, groups: Tensor, size: int
+    ) -> Tensor:
+        """The log-probability of each group's tokens, [size]; 0 for a group that there is not."""
+        labels = labels.masked_fill(groups < 0, -100)
+        nll = linear_cross_entropy(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            valid_vocab=head.valid_vocab,
+            reduction="none",
+            chunk_bytes=self.chunk_bytes,
+            impl=self.impl,
+        )
+        zeros = nll.new_zeros(size)
+        return zeros.index_add(0, groups.clamp(min=0).flatten(), -nll.flatten())
+
+
+def shared_weight(objective: Objective) -> tuple[Objective, float]:
+    """The objective whose cross-entropy weighs as much as both terms together, and the share of it
+    that is left where both are there."""
+    both = objective.ce_weight + objective.kd_weight
+    if not both:
+        return objective, 1.0
+    return replace(objective, ce_weight=both), objective.ce_weight / both
+
+
+def binary_kl(known: Tensor, ours: Tensor) -> Tensor:
+    """KL of two events of log-probabilities ``known`` and ``ours``, both taken at ``SUREST``."""
+    t, s = known.clamp(max=SUREST), ours.clamp(max=SUREST)
+    rest_t, rest_s = torch.log(-torch.expm1(t)), torch.log(-torch.expm1(s))
+    return t.exp() * (t - s) + rest_t.exp() * (rest_t - rest_s)

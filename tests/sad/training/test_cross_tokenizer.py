@@ -1,0 +1,305 @@
+"""A teacher with another tokenizer: ordinary distillation for equal ones, right by definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.runs import assert_same_bits, everything, make_trainer
+from support.tiny import TEXT, save_tiny, tiny_llama, tiny_run, tiny_tokenizer
+from support.vocabularies import permutation, permuted_model, permuted_tokenizer
+from torch import Tensor
+
+from sad.checkpoint.store import load_checkpoint, save_checkpoint
+from sad.config.schema import DistillConfig
+from sad.data.alignment import AlignedRows
+from sad.data.batch import Batch
+from sad.errors import UnfitError, UsageError
+from sad.losses.cross_tokenizer import binary_kl
+from sad.models.heads import split_head, with_valid_vocab
+from sad.training.inputs import RunInputs, load_inputs
+from sad.training.rescore import evaluate_run
+from sad.training.run import distill
+from sad.training.trainer import Trainer
+
+
+def settings(folder: Path, **keys: Any) -> dict[str, Any]:
+    found = tiny_run(folder, tiny_llama(seed=2), tiny_llama(seed=1))
+    found["data"] |= {"cache_dir": str(folder / "rows")}
+    objective = {"label_smoothing": 0.0, "temperature": 1.0, "kd_weight": 0.7}
+    run = {"max_steps": 3, "max_eval_rows": 16, "device": "cpu", "learning_rate": 1e-3}
+    return found | objective | run | keys
+
+
+def with_bytes(folder: Path, **keys: Any) -> DistillConfig:
+    """The same, with a student of another tokenizer than its teacher: 300 tokens."""
+    found = settings(folder, **{"cross_tokenizer": "prefix"} | keys)
+    student = tiny_llama(seed=2, vocab_size=300)
+    found["student"] = save_tiny(folder / "student-300", student, tiny_tokenizer(300))
+    return DistillConfig(**found)
+
+
+def trained(config: DistillConfig) -> tuple[dict[str, Any], Trainer]:
+    trainer = make_trainer(config)
+    while trainer.counters.micro_step < trainer.run_length.micro_batches:
+        trainer.micro_batch()
+    found = everything(trainer)
+    del found["state"]  # which names the teacher
+    return found, trainer
+
+
+@pytest.mark.parametrize("keys", [{}, {"temperature": 2.0, "packing": False}])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_equal_and_permuted_tokenizers_give_ordinary_distillation(
+    tmp_path: Path, permuted: bool, keys: dict[str, Any]
+) -> None:
+    found = settings(tmp_path, **keys)
+    ordinary, _ = trained(DistillConfig(**found))
+    if permuted:
+        order = permutation(512)
+        model = permuted_model(tiny_llama(seed=1), order)
+        found["teacher"] = save_tiny(tmp_path / "permuted", model, permuted_tokenizer(order))
+    crossed, _ = trained(DistillConfig(**found, cross_tokenizer="prefix"))
+    start = {n: p.detach() for n, p in tiny_llama(seed=2).named_parameters()}
+    assert ordinary.keys() == crossed.keys()
+    for name, value in ordinary.items():
+        if name.removeprefix("student/") in start:  # AdamW divides small differences by small roots
+            moved = (value - start[name.removeprefix("student/")]).abs().max()
+            assert (value - crossed[name]).abs().max() < 1e-3 * moved, name
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_loss_of_equal_tokenizers_is_the_ordinary_one(tmp_path: Path, permuted: bool) -> None:
+    found = settings(tmp_path)
+    found_loss, found_grad = first_loss(DistillConfig(**found))
+    if permuted:
+        order = permutation(512)
+        model = permuted_model(tiny_llama(seed=1), order)
+        found["teacher"] = save_tiny(tmp_path / "permuted", model, permuted_tokenizer(order))
+    loss, grad = first_loss(DistillConfig(**found, cross_tokenizer="prefix"))
+    assert abs(loss - found_loss) < 1e-6
+    for name, value in found_grad.items():
+        assert (value - grad[name]).abs().max() < 1e-6 * max(1.0, float(value.abs().max())), name
+
+
+def first_loss(config: DistillConfig) -> tuple[float, dict[str, Tensor]]:
+    trainer = make_trainer(config)
+    trainer.student.train()
+    window = trainer._window(0)
+    counts, weights = trainer.batches.counts(window), trainer.weights(0)
+    result = trainer._forward(trainer.batches.batch(0), weights, counts)
+    result.loss.backward()
+    grads = {n: p.grad for n, p in trainer.student.named_parameters() if p.grad is not None}
+    return float(result.loss.detach()), grads
+
+
+def logits_of(model: Any, batch: Batch, vocab: int) -> Tensor:
+    """Logits [B, L, V] in float64, of the model's own tables."""
+    backbone, head = split_head(model)
+    head = with_valid_vocab(head, vocab)
+    return head(backbone(batch.input_ids, batch.position_ids)).double()
+
+
+def whole_batch(inputs: RunInputs) -> Batch:
+    rows = inputs.train_rows
+    assert isinstance(rows, AlignedRows)
+    return rows.batch(range(min(len(rows), 6)))
+
+
+def test_prefix_is_its_definition(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path)
+    inputs = load_inputs(config)
+    trainer = make_trainer(config, inputs)
+    batch = whole_batch(inputs)
+    theirs, comparison = batch.theirs, inputs.comparison
+    assert theirs is not None and comparison is not None and inputs.teacher is not None
+    student = trainer.student.train()
+    weights = {"kd": 0.7}
+    output = inputs.teacher.forward(batch)
+    result = student(batch, output, config.objective(), batch.counts, weights)
+
+    q = logits_of(student.model, batch, 300).softmax(-1)
+    p = logits_of(inputs.teacher.model, theirs.batch, 512).softmax(-1)
+    of_student, of_teacher = (
+        F.one_hot(torch.from_numpy(table).long(), comparison.tables.count).double()
+        for table in (comparison.tables.student, comparison.tables.teacher)
+    )
+    loss, kd = torch.zeros((), dtype=torch.float64), 0.0
+    for row, at in (batch.labels >= 0).nonzero().tolist():
+        ce = -q[row, at, batch.labels[row, at]].log()
+        there = int(theirs.positions[row, at])
+        if there < 0:
+            loss = loss + ce
+            continue
+        P, Q = p[row, there] @ of_teacher, q[row, at] @ of_student
+        divergence = torch.where(P > 0, P * (P.clamp(min=1e-300).log() - Q.log()), 0).sum()
+        kd += float(divergence.detach())
+        loss = loss + 0.3 * ce + 0.7 * divergence
+    loss = loss / batch.counts.targets
+    assert float((result.loss.detach() - loss.detach()).abs()) < 1e-6
+    assert float(result.distill.kd) == pytest.approx(kd, rel=1e-5)
+    (ours,) = torch.autograd.grad(result.loss, student.model.lm_head.weight, retain_graph=True)
+    (true,) = torch.autograd.grad(loss, student.model.lm_head.weight)
+    assert (ours - true).abs().max() < 1e-6
+
+
+def test_likelihood_is_its_definition(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, cross_tokenizer="likelihood", ce_weight=0.8)
+    inputs = load_inputs(config)
+    trainer = make_trainer(config, inputs)
+    batch = whole_batch(inputs)
+    theirs = batch.theirs
+    assert theirs is not None and inputs.teacher is not None
+    student = trainer.student.train()
+    output = inputs.teacher.forward(batch)
+    result = student(batch, output, config.objective(), batch.counts, {"kd": 0.7})
+    q = logits_of(student.model, batch, 300).log_softmax(-1)
+    p = logits_of(inputs.teacher.model, theirs.batch, 512).log_softmax(-1)
+
+    def summed(log_probs: Tensor, labels: Tensor, groups: Tensor, group: int) -> Tensor:
+        own = groups == group
+        return log_probs[own].gather(1, labels[own][:, None]).sum()
+
+    alm = torch.zeros((), dtype=torch.float64)
+    for group in theirs.groups[theirs.groups >= 0].unique().tolist():
+        s = summed(q, batch.labels, theirs.groups, group).exp()
+        t = summed(p, theirs.batch.labels, theirs.teacher_groups, group).exp()
+        alm = alm + t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()
+    valid = batch.labels >= 0
+    ce = -q[valid].gather(1, batch.labels[valid][:, None]).sum()
+    loss = (0.8 * ce + 0.7 * alm) / batch.counts.targets
+    assert float((result.loss.detach() - loss.detach()).abs()) < 1e-6
+    assert float(result.distill.kd) == pytest.approx(float(alm.detach()), rel=1e-4)
+    (ours,) = torch.autograd.grad(result.loss, student.model.lm_head.weight, retain_graph=True)
+    (true,) = torch.autograd.grad(loss, student.model.lm_head.weight)
+    assert (ours - true).abs().max() < 1e-6
+
+
+def test_a_sure_group_has_a_finite_gradient() -> None:
+    known = torch.tensor([0.0, -1e-9, -2.0, -100.0])
+    ours = torch.tensor([0.0, -3.0, -1e-9, -100.0], requires_grad=True)
+    value = binary_kl(known, ours)
+    value.sum().backward()
+    assert value.isfinite().all() and ours.grad is not None and ours.grad.isfinite().all()
+    assert value[0] == 0 and value[3] == 0 and (value[1:3] > 1).all()
+
+
+@pytest.mark.parametrize("mode", ["prefix", "likelihood"])
+def test_a_run_learns_and_is_scored_again(tmp_path: Path, mode: Any) -> None:
+    config = with_bytes(
+        tmp_path, cross_tokenizer=mode, max_steps=2, baseline=True, use_ema=False, max_eval_rows=4
+    )
+    result = distill(config)
+    assert set(result.metrics) >= {"eval/kl", "eval/nll", "eval_teacher/bits_per_byte"}
+    assert result.metrics["eval/kl"] > 0
+    names = [row["name"] for row in result.results]
+    assert names[0] == "teacher" and len(names) == 3
+    log = (result.run_dir / "log.jsonl").read_text()
+    assert "the teacher has another tokenizer: 512 ids" in log and "labels disagree at" in log
+    teacher, student = evaluate_run(result.run_dir)
+    assert teacher["bits_per_byte"] == pytest.approx(result.metrics["eval_teacher/bits_per_byte"])
+    best = min(result.metrics["eval/nll"], student["nll"])
+    assert student["nll"] == pytest.approx(best) and student["kl"] > 0
+
+
+@pytest.mark.parametrize("mode", ["prefix", "likelihood"])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, mode: Any) -> None:
+    config = with_bytes(tmp_path, cross_tokenizer=mode, gradient_accumulation_steps=2, max_steps=3)
+    whole, _ = trained(config)
+    first = make_trainer(config)
+    for _ in range(3):  # in the middle of a window
+        first.micro_batch()
+    state, tensors = first.capture()
+    path = save_checkpoint(config.output_dir, 3, state, tensors, save_total_limit=2)
+    second = make_trainer(config)
+    second.restore(load_checkpoint(path), warn=pytest.fail)
+    while second.counters.micro_step < second.run_length.micro_batches:
+        second.micro_batch()
+    found = everything(second)
+    del found["state"]
+    assert_same_bits(found, whole)
+
+
+def test_the_divergence_may_fall_over_training(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, curriculum={"kd": [[0, 1], [1, 0]]}, max_steps=3)
+    trainer = make_trainer(config)
+    weights = [trainer.weights(step)["kd"] for step in range(3)]
+    assert weights[0] == 0.7 > weights[1] > weights[2] > 0
+    while trainer.counters.micro_step < 3:
+        trainer.micro_batch()
+
+
+def test_another_tokenizer_may_be_named(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path)
+    alone = save_tiny(tmp_path / "no-tokenizer", tiny_llama(seed=1))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (Path(alone) / name).unlink()
+    named = replace(config, teacher=alone, teacher_tokenizer=config.teacher)
+    assert (
+        load_inputs(named).identity(named)["train_rows"]
+        == load_inputs(config).train_rows.fingerprint
+    )
+
+
+def test_the_refusal_of_another_tokenizer_names_the_key(tmp_path: Path) -> None:
+    config = replace(with_bytes(tmp_path), cross_tokenizer=None)
+    save_tiny(Path(config.student), tiny_llama(seed=2), tiny_tokenizer(text=TEXT[::-1]))
+    with pytest.raises(UnfitError, match="cross_tokenizer: prefix") as caught:
+        load_inputs(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_conversations_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 40)
+    config = with_bytes(tmp_path)
+    with pytest.raises(UnfitError, match="data must hold texts with cross_tokenizer"):
+        load_inputs(replace(config, data=replace(config.data, train=(str(path),))))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"cross_tokenizer": None, "teacher_tokenizer": "x"}, "teacher_tokenizer must be left out"),
+        ({"cross_tokenizer": "likelihood", "prefix_inside": True}, "prefix_inside must be false"),
+        ({"teacher": None, "kd_weight": 0.0}, "teacher must be given with cross_tokenizer"),
+        ({"teacher_cache": "cache"}, "teacher_cache must be left out with cross_tokenizer"),
+        ({"vocab_map": "map.json"}, "vocab_map must be left out with cross_tokenizer"),
+        (
+            {"student_init": "layers", "student": "", "student_layers": 1},
+            "student_init must be ran",
+        ),
+        ({"routing": {"mode": "student_aware"}}, "routing.mode must be teacher"),
+        ({"taid": {"enabled": True}}, "taid.enabled must be false"),
+        ({"feature": {"weight": 0.1}}, "cross_tokenizer must be left out with structural losses"),
+        ({"divergence": "reverse_kl"}, "divergence must be forward_kl with cross_tokenizer"),
+        ({"z_loss": 0.1}, "z_loss must be 0 with cross_tokenizer prefix"),
+        ({"cross_tokenizer": "uld"}, "cross_tokenizer must be"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(keys: dict[str, Any], message: str) -> None:
+    given = {"student": "s", "teacher": "t", "cross_tokenizer": "prefix", "label_smoothing": 0.0}
+    with pytest.raises(UsageError) as caught:
+        DistillConfig(**given | keys)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_ce_the_divergence_stands_alone_at_boundaries(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, kd_weight=1.0)
+    inputs = load_inputs(config)
+    trainer = make_trainer(config, inputs)
+    batch = whole_batch(inputs)
+    assert batch.theirs is not None and inputs.teacher is not None
+    result = trainer.student.train()(
+        batch, inputs.teacher.forward(batch), config.objective(), batch.counts, {"kd": 1.0}
+    )
+    q = logits_of(trainer.student.model, batch, 300).log_softmax(-1)
+    inside = (batch.labels >= 0) & ~batch.theirs.boundaries
+    assert inside.any()
+    ce = -q[inside].gather(1, batch.labels[inside][:, None]).sum()
+    loss = (float(ce.detach()) + float(result.distill.kd)) / batch.counts.targets
+    assert float(result.loss.detach()) == pytest.approx(loss, rel=1e-5)
