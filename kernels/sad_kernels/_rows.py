@@ -102,6 +102,11 @@ class RowTargets(NamedTuple):
     teacher_outcomes: Tensor | None = None
     """[>= V_t] int32, of each of the teacher's; as the classes' weights not by row."""
 
+    def at(self, rows: slice) -> RowTargets:
+        """Those of some rows; what is by class or column is that of all."""
+        some = RowTargets(*(None if x is None else x[rows] for x in self))
+        return some._replace(**{name: getattr(self, name) for name in NOT_BY_ROW})
+
 
 NOT_BY_ROW = ("class_weight", "outcomes", "teacher_outcomes")
 """The fields of ``RowTargets`` that are the same for all rows."""

@@ -33,6 +33,7 @@ LOGIT_COLUMNS = 16384
 BLOCK = 1 << 19  # numbers, 2 MB in fp32: what is worked on at a time stays in a core's cache
 SHARE_OF_BLOCK = 32  # a block takes at most this part of a budget, as up to 14 are alive
 CONVERTED_NUMBERS = 1 << 20  # of a weight that are converted to another dtype at a time
+OUTCOME_NUMBERS = 6  # fp32 per outcome: both sums, their ratio, and masks; see _triton/outcomes.py
 OUTCOME_BLOCKS = 6  # five of outcomes and the slope, see _torch/outcomes.py
 FEWEST_ROWS = 64  # of a chunk of whole rows: the weight is read for each, and its gradient too
 
@@ -155,9 +156,20 @@ class ChunkRows(NamedTuple):
     gradient: int
 
 
-def chunk_rows(vocab: int, sides: int, itemsize: int, chunk_bytes: int) -> ChunkRows:
-    """As many rows as fit, at least one: ``pitch (4 sides forward + itemsize gradient)`` bytes."""
-    rows = max(1, chunk_bytes // (pitch(vocab) * (4 * sides + itemsize * GRADIENT_BLOCKS)))
+def outcome_row_bytes(widths: tuple[int, int, int]) -> int:
+    """Bytes per row of the Triton path's sums by outcome and of the teacher that is made of them,
+    ``widths`` as for ``outcome_rows``."""
+    V, _, count = widths
+    return 4 * (pitch(V) + OUTCOME_NUMBERS * count)
+
+
+def chunk_rows(
+    vocab: int, sides: int, itemsize: int, chunk_bytes: int, others: int = 0
+) -> ChunkRows:
+    """As many rows as fit, at least one: ``pitch (4 sides forward + itemsize gradient)`` bytes, and
+    ``others`` per row of a forward product."""
+    per_row = pitch(vocab) * (4 * sides + itemsize * GRADIENT_BLOCKS) + others
+    rows = max(1, chunk_bytes // per_row)
     if rows >= 128:
         rows -= rows % 128  # whole tiles of a matrix product
     return ChunkRows(rows, GRADIENT_BLOCKS * rows)

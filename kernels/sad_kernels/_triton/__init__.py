@@ -11,6 +11,7 @@ mixture.py     kernel: divergences against a mixture, which take a second readin
 gradient.py    kernel: the gradient by the logits
 tile_sizes.py  the table of tile sizes; the rule that sweeps and tests replace
 launch.py      tensors to launches of these four kernels: ``forward`` and ``gradient``
+outcomes.py    kernels: a teacher with another vocabulary as one of the student's columns
 reduce.py      kernel: row losses to their mean, and the sums of their parts
 scale.py       kernel: a gradient times a number on the device
 operator.py    registration of torch operators, and the encoding of their options

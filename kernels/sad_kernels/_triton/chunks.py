@@ -25,11 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sad_kernels._rows import NOT_BY_ROW, LossSpec, RowTargets
-from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, pitch
+from sad_kernels._rows import LossSpec, RowTargets
+from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, outcome_row_bytes, pitch
 from sad_kernels._triton import launch
 from sad_kernels._triton.gemm import add_times_, times
 from sad_kernels._triton.launch import Logits, SortedTopK
+from sad_kernels._triton.outcomes import Tables, as_columns
 from sad_kernels._triton.rows import PARTS
 from sad_kernels.vocab import sum_
 
@@ -87,7 +88,13 @@ def run(
     any_grad = upstream is not None and any(grad_mask)
     sides = 2 if isinstance(teacher, HiddenWithHead) else 1
     budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    sizes = chunk_rows(spec.widest, sides, hidden.element_size(), budget)
+    tables = Tables.of(spec, targets)
+    if tables is None:
+        teacher_width, sizes = V, chunk_rows(spec.widest, sides, hidden.element_size(), budget)
+    else:
+        teacher_width = spec.teacher_columns
+        others = outcome_row_bytes(spec.column_counts) + (sides - 1) * 4 * pitch(teacher_width)
+        sizes = chunk_rows(V, 1, hidden.element_size(), budget, others)
     result = Result(
         loss=fp32.new_empty(N),
         parts=fp32.new_empty(PARTS, N),
@@ -111,18 +118,28 @@ def run(
     chunks = cut(N, sizes.gradient)
     blocks_of = [cut(chunk.stop - chunk.start, sizes.forward) for chunk in chunks]
     most = max((block.stop - block.start for blocks in blocks_of for block in blocks), default=0)
-    slabs = [fp32.new_empty(most, pitch(V)) for _ in range(sides)]
+    slabs = [fp32.new_empty(most, pitch(width)) for width in (V, teacher_width)[:sides]]
+    spread = None if tables is None else fp32.new_empty(most, pitch(V))
     rows_of_g = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     g = hidden.new_empty(rows_of_g if any_grad else 0, pitch(V))
     for chunk, blocks in zip(chunks, blocks_of, strict=True):
         for block in blocks:  # block: rows within the chunk; rows: the same among all
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
-            s, y = student.logits(rows, slabs[0], V), _target_rows(targets, rows)
-            t = _teacher_rows(teacher, rows, slabs[-1], V)
-            forward = launch.forward(spec, s, y, t)
+            s, y = student.logits(rows, slabs[0], V), targets.at(rows)
+            t = _teacher_rows(teacher, rows, slabs[-1], teacher_width)
+            columns = None
+            if tables is not None and t is not None:
+                assert not isinstance(t, HiddenWithHead)
+                columns = as_columns(spec, tables, s, y, t, spread)
+                forward = launch.forward(columns.spec, s, y, columns.teacher)
+                columns.finish(forward, y)
+            else:
+                forward = launch.forward(spec, s, y, t)
             result.loss[rows], result.parts[:, rows] = forward.loss, forward.parts
             if any_grad:  # while the products are in their slabs, which the next block overwrites
                 up = upstream if len(upstream) == 1 else upstream[rows]
+                if columns is not None:
+                    t = columns.teacher
                 launch.gradient(spec, s, y, t, forward, up, g[block, :V])
         if any_grad:
             _add_gradients(spec, student, targets.labels, chunk, g, result, grad_mask)
@@ -165,12 +182,6 @@ def _add_gradients(
         result.dbias[:V] += g.sum(0, dtype=torch.float32)
 
 
-def _target_rows(targets: RowTargets, rows: slice) -> RowTargets:
-    """Some rows of the targets; what is by class or column is that of all rows."""
-    some = RowTargets(*(None if x is None else x[rows] for x in targets))
-    return some._replace(**{name: getattr(targets, name) for name in NOT_BY_ROW})
-
-
 def _teacher_rows(
     teacher: HiddenWithHead | Logits | SortedTopK | None, rows: slice, slab: Tensor, vocab: int
 ) -> Logits | SortedTopK | None:
@@ -178,10 +189,7 @@ def _teacher_rows(
     match teacher:
         case HiddenWithHead():
             return teacher.logits(rows, slab, vocab)
-        case Logits():
-            return Logits(teacher.x[rows], teacher.bias, teacher.scale, teacher.softcap)
-        case SortedTopK():
-            fields = teacher.ids, teacher.log_p, teacher.log_rest, teacher.best
-            return SortedTopK(*(x[rows] for x in fields))
         case None:
             return None
+        case _:
+            return launch.rows_of(teacher, rows)

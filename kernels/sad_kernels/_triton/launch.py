@@ -103,22 +103,33 @@ def _selections(
     ]
 
 
-def forward(
-    spec: LossSpec, student: Logits, targets: RowTargets, teacher: Logits | SortedTopK | None
-) -> Forward:
-    """Compute all losses of all rows in one pass over the logits; a mixture takes a second."""
-    x = student.x
-    N = len(x)
-    empty = x.new_empty(0, dtype=torch.float32)
+def rows_of(side: Logits | SortedTopK, rows: slice) -> Logits | SortedTopK:
+    """Some rows of a student's or teacher's."""
+    if isinstance(side, Logits):
+        return replace(side, x=side.x[rows])
+    fields = side.ids, side.log_p, side.log_rest, side.best
+    return SortedTopK(*(x[rows] for x in fields))
+
+
+def empty_forward(student: Logits, teacher: Logits | SortedTopK | None) -> Forward:
+    """Room for the results of all rows."""
+    N, empty = len(student.x), student.x.new_empty(0, dtype=torch.float32)
     top_k = teacher if isinstance(teacher, SortedTopK) else None
-    result = Forward(
+    return Forward(
         loss=empty.new_empty(N),
         parts=empty.new_empty(rows.PARTS, N),
         saved=empty.new_empty(rows.SAVED, N),
         inside=empty.new_empty((0, 0) if top_k is None else top_k.ids.shape),
         outside=empty.new_empty(0 if top_k is None else N),
     )
-    if N == 0:  # a grid must not be empty
+
+
+def forward(
+    spec: LossSpec, student: Logits, targets: RowTargets, teacher: Logits | SortedTopK | None
+) -> Forward:
+    """Compute all losses of all rows in one pass over the logits; a mixture takes a second."""
+    result = empty_forward(student, teacher)
+    if len(student.x) == 0:  # a grid must not be empty
         return result
     for selected_spec, selection in _selections(spec, targets, teacher):
         _forward(selected_spec, selection, student, targets, teacher, result)

@@ -100,10 +100,6 @@ def _inputs(
     chunk_bytes: int | None,
 ) -> LinearInputs:
     """The common inputs of the operators, from what a caller passes."""
-    if spec.num_outcomes:
-        raise NotImplementedError(
-            "outcomes must be compared by impl='torch', got impl='triton'; pass impl='torch'"
-        )
     t_hidden = t_weight = t_bias = None
     top_k: TopKTensors = (None, None, None, None)
     args = OpArgs(spec, float(head.logit_scale), head.softcap)
@@ -118,7 +114,7 @@ def _inputs(
             t_hidden = layout.rows(logits)
             args = args._replace(teacher_scale=float(scale), teacher_softcap=softcap)
         case TeacherTopK():
-            top_k = top_k_tensors(teacher, layout, spec.vocab)
+            top_k = top_k_tensors(teacher, layout, spec.num_outcomes or spec.vocab)
     student = hidden, head.weight, head.bias
     return LinearInputs(
         *student, *_without_soft(targets), t_hidden, t_weight, t_bias, *top_k, *encode(args),

@@ -34,7 +34,7 @@ from sad_kernels._rows import (
     RowResults,
     RowTargets,
 )
-from sad_kernels._triton import launch
+from sad_kernels._triton import outcomes
 from sad_kernels._triton.gemm import times
 from sad_kernels._triton.launch import Forward, Logits, SortedTopK
 from sad_kernels._triton.reduce import Reduced, reduced
@@ -93,10 +93,6 @@ def _inputs(
     layout: RowLayout,
 ) -> RowInputs:
     """The common inputs of the operators, from what a caller passes."""
-    if spec.num_outcomes:
-        raise NotImplementedError(
-            "outcomes must be compared by impl='torch', got impl='triton'; pass impl='torch'"
-        )
     t_logits = None
     top_k: TopKTensors = (None, None, None, None)
     args = OpArgs(spec, float(transform.logit_scale), transform.softcap)
@@ -105,10 +101,14 @@ def _inputs(
             t_logits = layout.rows(teacher.logits)
             args = args._replace(teacher_scale=float(scale), teacher_softcap=softcap)
         case TeacherHidden(hidden=hidden, head=head):
-            t_logits = head_logits(layout.rows(hidden), head, spec.width)
+            t_logits = head_logits(layout.rows(hidden), head, _teacher_width(spec))
         case TeacherTopK():
-            top_k = top_k_tensors(teacher, layout, spec.vocab)
+            top_k = top_k_tensors(teacher, layout, spec.num_outcomes or spec.vocab)
     return RowInputs(logits, *targets, t_logits, *top_k, *encode(args))
+
+
+def _teacher_width(spec: LossSpec) -> int:
+    return spec.teacher_columns if spec.num_outcomes else spec.width
 
 
 class RowInputs(NamedTuple):
@@ -183,7 +183,7 @@ def head_logits(hidden: Tensor, head: Head, vocab: int) -> Tensor:
 def row_losses(inputs: RowInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Row losses [N], their parts [PARTS, N]; saved, inside and outside of a ``Forward``."""
     args, student, teacher = inputs.sides()
-    result = launch.forward(args.spec, student, inputs.targets, teacher)
+    result = outcomes.forward(args.spec, student, inputs.targets, teacher)
     return result.loss, result.parts, result.saved, result.inside, result.outside
 
 
@@ -240,7 +240,7 @@ def row_mean(
 ]:  # fmt: skip
     """The fields of ``Reduced``, the divisor last; saved, inside and outside of a ``Forward``."""
     (spec, *_), student, teacher = inputs.sides()
-    rows = launch.forward(spec, student, inputs.targets, teacher)
+    rows = outcomes.forward(spec, student, inputs.targets, teacher)
     mean, divisor, *sums = reduced(rows.loss, rows.parts, inputs.labels, spec.ignore_index, items)
     return mean, *sums, divisor, rows.saved, rows.inside, rows.outside  # pyright: ignore
 
@@ -270,7 +270,7 @@ def row_gradient(
     forward = Forward(upstream, upstream, saved, inside, outside)
     if args.scale != 1:  # of the logits, which the kernels leave to the upstream
         upstream = upstream * args.scale
-    launch.gradient(args.spec, student, inputs.targets, teacher, forward, upstream, out)
+    outcomes.gradient(args.spec, student, inputs.targets, teacher, forward, upstream, out)
     return out
 
 
