@@ -37,6 +37,7 @@ from torch import Tensor
 
 from sad.data.batch import Batch
 from sad.data.outcomes import OutcomeTables
+from sad.losses.prefix_inside import InsideTeacherTokens
 
 SUREST = -1e-6
 """Log-probability that a group has at most here: at 0 the divergence has no gradient."""
@@ -46,7 +47,7 @@ class CrossTokenizerLoss:
     """The loss of a batch against a teacher's hidden states [B, L_t, D_t] of its own tokens.
 
     ``likelihood`` says whether training compares groups; else, and in evaluations, outcomes are
-    compared at boundaries.
+    compared at boundaries, and in training also ``inside`` the teacher's tokens if that is given.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class CrossTokenizerLoss:
         device: torch.device,
         *,
         likelihood: bool = False,
+        inside: InsideTeacherTokens | None = None,
         chunk_bytes: int | None = None,
         impl: str = "auto",
     ) -> None:
@@ -65,6 +67,7 @@ class CrossTokenizerLoss:
             count=tables.count,
         )
         self.likelihood = likelihood
+        self.inside = inside
         self.chunk_bytes = chunk_bytes
         self.impl = impl
 
@@ -99,14 +102,20 @@ class CrossTokenizerLoss:
     ) -> DistillOutput:
         assert batch.theirs is not None
         at_boundary = batch.theirs.boundaries
-        token_weights = None
+        token_weights, places = None, []
         if training:
             objective, share = shared_weight(objective)
-            token_weights = torch.where(at_boundary, share, 1.0)
+            compared = at_boundary
+            if self.inside is not None and objective.kd_weight:
+                places = self.inside.places(batch)
+                compared = at_boundary.clone()
+                for place in places:
+                    compared[place.row, place.at] = True
+            token_weights = torch.where(compared, share, 1.0)
         # Rows that are no boundary weigh nothing, and nothing is read of the teacher's.
         at = batch.theirs.positions.clamp(min=0)
         states = teacher.hidden.gather(1, at[..., None].expand(*at.shape, teacher.hidden.shape[-1]))
-        return linear_distill_loss(
+        out = linear_distill_loss(
             hidden,
             head,
             batch.labels,
@@ -119,6 +128,11 @@ class CrossTokenizerLoss:
             chunk_bytes=self.chunk_bytes,
             impl=self.impl,
         )
+        if not places or self.inside is None:
+            return out
+        more = self.inside.divergence(hidden, head, teacher, places, objective)
+        loss = out.loss + objective.kd_weight * more / num_items
+        return out._replace(loss=loss, kd=out.kd + more.detach())
 
     def _by_groups(
         self,

@@ -77,6 +77,7 @@ UNUSED_SHARE = 0.25
 SNAPSHOT = "copy of the state, for saving"
 TILES = "loss: tiles of logits"
 OF_TARGETS = "loss: of the targets of each token"
+AT_BOUNDARIES = "teacher states in the student's positions"
 READING = "reading the teacher's targets"
 STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
@@ -344,6 +345,8 @@ def forward_items(
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
         items.append((_target_label(teacher), size))
+        if config.cross_tokenizer == "prefix":
+            items.append((AT_BOUNDARIES, size))
         theirs = teacher_head(teacher)
         width += 0 if theirs is None else theirs.in_features
     items += [
@@ -453,6 +456,8 @@ def evaluation_items(
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
         held.append((_target_label(teacher), size))
+        if config.cross_tokenizer is not None:
+            held.append((AT_BOUNDARIES, size))
         if isinstance(teacher, CachedTargets):
             teachers = tokens * teacher.reading_bytes - size
         else:

@@ -77,6 +77,11 @@ def cache_teacher(
         raise UsageError(
             "teacher must be given to cache its targets, got none; name a model in the file"
         )
+    if config.cross_tokenizer is not None:
+        raise UsageError(
+            f"cross_tokenizer must be left out to cache targets, got {config.cross_tokenizer}; "
+            "they are kept for the student's own ids: let `sad distill` run the teacher"
+        )
     if not options.from_elsewhere:  # the file may name the cache that is made now
         config = replace(config, teacher_cache=None)
     use_own_device()

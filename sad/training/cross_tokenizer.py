@@ -13,6 +13,7 @@ from sad.data.split import split_documents
 from sad.distributed.world import World
 from sad.errors import UsageError
 from sad.losses.cross_tokenizer import CrossTokenizerLoss
+from sad.losses.prefix_inside import InsideTeacherTokens
 
 
 def require_one_process(world: World) -> None:
@@ -47,10 +48,13 @@ def load_comparison(
     sides = (Side.of(ours, config.data, "student"), Side.of(theirs, config.data, "teacher"))
     threshold = config.outcome_threshold if config.closed_outcomes else None
     tables = run_outcomes(*sides, train_rows, threshold)
+    pieces = (side.bytes for side in sides)
+    inside = InsideTeacherTokens(*pieces, tables) if config.prefix_inside else None
     loss = CrossTokenizerLoss(
         tables,
         device,
         likelihood=config.cross_tokenizer == "likelihood",
+        inside=inside,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )

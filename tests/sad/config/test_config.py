@@ -179,7 +179,8 @@ def test_paths_in_a_file_mean_its_own_folder_first(tmp_path: Path, monkeypatch: 
     assert loaded.output_dir == "text"  # what is written goes where the user is
     assert load(recipes, text, "--student", "model").student == "model"  # the user's own folder
     data = ("data.train", "data.eval", "data.chat_template_path")
-    paths = ("student", "teacher", "teacher_cache", "vocab_map", "tokenizer", *data)
+    models = ("student", "teacher", "teacher_cache", "vocab_map", "teacher_tokenizer")
+    paths = (*models, "tokenizer", *data)
     assert input_paths(DistillConfig) == paths
 
 

@@ -110,7 +110,7 @@ class TestComparing:
         message = (
             "teacher and student tokenizers must be equal, got 2 of 514 tokens with other ids, "
             "first '<think>' (teacher none, student 512); choose a student with the teacher's "
-            "tokenizer"
+            "tokenizer, or set cross_tokenizer: prefix"
         )
         with pytest.raises(UnfitError, match=re.escape(message) + "$"):
             require_same_tokenizer(tiny_tokenizer(), student)

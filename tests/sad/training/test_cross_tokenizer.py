@@ -15,12 +15,18 @@ from support.vocabularies import permutation, permuted_model, permuted_tokenizer
 from torch import Tensor
 
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
+from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.alignment import AlignedRows
 from sad.data.batch import Batch
+from sad.distributed.world import ALONE
 from sad.errors import UnfitError, UsageError
 from sad.losses.cross_tokenizer import binary_kl
 from sad.models.heads import split_head, with_valid_vocab
+from sad.models.load import build_model, build_student_model
+from sad.models.memory_plan import AT_BOUNDARIES, forward_items
+from sad.training.cache_teacher import cache_teacher
+from sad.training.cross_tokenizer import require_one_process
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
@@ -147,6 +153,79 @@ def test_prefix_is_its_definition(tmp_path: Path) -> None:
     assert (ours - true).abs().max() < 1e-6
 
 
+def test_inside_the_teachers_tokens_it_is_its_definition(tmp_path: Path) -> None:
+    plain, config = (with_bytes(tmp_path, prefix_inside=inside) for inside in (False, True))
+    inputs = load_inputs(config)
+    batch, comparison = whole_batch(inputs), inputs.comparison
+    theirs = batch.theirs
+    assert theirs is not None and comparison is not None and inputs.teacher is not None
+    results = []
+    for of_run in (load_inputs(plain), inputs):
+        student = make_trainer(config, of_run).student.train()
+        answer = inputs.teacher.forward(batch)
+        results.append(student(batch, answer, config.objective(), batch.counts, {"kd": 0.7}))
+    q = logits_of(student.model, batch, 300).log_softmax(-1)
+    p = logits_of(inputs.teacher.model, theirs.batch, 512).softmax(-1)
+    ours, teachers = (
+        [strings(t, i) for i in range(len(t))] for t in (tiny_tokenizer(300), tiny_tokenizer())
+    )
+    number = {text: int(o) for text, o in zip(ours, comparison.tables.student, strict=True)
+              if teachers.count(text) and len(text) == comparison.tables.sizes[o]}  # fmt: skip
+    gain, kd, found = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for row in range(len(batch.labels)):
+        last = None
+        for at in range(32):
+            if batch.labels[row, at] < 0:
+                last = None
+                continue
+            if int(theirs.positions[row, at]) >= 0:
+                last = at
+                continue
+            if last is None:
+                continue
+            read = "".join(ours[i] for i in batch.input_ids[row, last + 1 : at + 1].tolist())
+            there = int(theirs.positions[row, last])
+            token = teachers[int(theirs.batch.input_ids[row, there + 1])]
+            while read.startswith(token):
+                read, there = read[len(token) :], there + 1
+                token = teachers[int(theirs.batch.input_ids[row, there + 1])]
+            assert read and token.startswith(read) and token != read
+            P = torch.zeros(comparison.tables.count, dtype=torch.float64)
+            for text, mass in zip(teachers, p[row, there], strict=True):
+                if text.startswith(read) and text != read:
+                    more = text[len(read) :]
+                    P[
+                        next(
+                            number[more[:n]] for n in range(len(more), 0, -1) if more[:n] in number
+                        )
+                    ] += mass
+            P = P / P.sum()
+            of_student = torch.from_numpy(comparison.tables.student).long()
+            Q = torch.zeros(comparison.tables.count, dtype=torch.float64)
+            Q = Q.index_add(0, of_student, q[row, at].exp())
+            divergence = torch.where(P > 0, P * (P.clamp(min=1e-300).log() - Q.log()), 0).sum()
+            gain = gain + 0.7 * (divergence + q[row, at, batch.labels[row, at]])
+            kd, found = kd + float(divergence.detach()), found + 1
+    assert found > 5
+    before, after = results
+    expected = float(before.loss.detach() + gain.detach() / batch.counts.targets)
+    assert float(after.loss.detach()) == pytest.approx(expected, abs=1e-6)
+    assert float(after.distill.kd) == pytest.approx(float(before.distill.kd) + kd, rel=1e-5)
+    weight = student.model.lm_head.weight
+    (ours_grad,) = torch.autograd.grad(after.loss, weight)
+    (true,) = torch.autograd.grad(gain / batch.counts.targets, weight, retain_graph=True)
+    student = make_trainer(config, load_inputs(plain)).student.train()
+    again = student(batch, answer, config.objective(), batch.counts, {"kd": 0.7})
+    (plain_grad,) = torch.autograd.grad(again.loss, student.model.lm_head.weight)
+    assert (ours_grad - plain_grad - true).abs().max() < 1e-6
+
+
+def strings(tokenizer: Any, token_id: int) -> str:
+    """A byte-level token as written, end-of-text as nothing that begins like text."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    return "\0" if token_id == tokenizer.eos_token_id else token
+
+
 def test_likelihood_is_its_definition(tmp_path: Path) -> None:
     config = with_bytes(tmp_path, cross_tokenizer="likelihood", ce_weight=0.8)
     inputs = load_inputs(config)
@@ -251,6 +330,29 @@ def test_the_refusal_of_another_tokenizer_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(UnfitError, match="cross_tokenizer: prefix") as caught:
         load_inputs(config)
     assert "\n" not in str(caught.value)
+
+
+def test_its_targets_cannot_be_cached(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cross_tokenizer must be left out to cache targets"):
+        cache_teacher(with_bytes(tmp_path), CacheOptions(output=str(tmp_path / "cache")))
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cross_tokenizer must be left out on several processes"):
+        require_one_process(replace(ALONE, size=2))
+
+
+def test_the_plan_counts_the_states_at_boundaries(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path)
+    items = dict(forward_items_of(config))
+    assert items[AT_BOUNDARIES] == items["teacher hidden states"] == 2 * 32 * 32 * 4
+    other = replace(config, cross_tokenizer="likelihood")
+    assert AT_BOUNDARIES not in dict(forward_items_of(other))
+
+
+def forward_items_of(config: DistillConfig) -> list[tuple[str, int]]:
+    student, teacher = build_student_model(config), build_model(config, "teacher", torch.float32)
+    return forward_items(config, torch.device("cpu"), student, teacher)
 
 
 def test_conversations_are_refused(tmp_path: Path) -> None:
