@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +30,17 @@ def byte_level(merges: list[tuple[str, str]], *, end: str = END) -> PreTrainedTo
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
     return wrapped(tokenizer, end=end)
+
+
+def beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, which puts a token before each text."""
+    changed = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    changed.add_special_tokens(["<begin>"])
+    number = changed.token_to_id("<begin>")
+    changed.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        single="<begin> $A", special_tokens=[("<begin>", number)]
+    )
+    return wrapped(changed, end=str(tokenizer.eos_token), bos_token="<begin>")
 
 
 def sentencepiece(pieces: list[str], *, prefix: bool) -> PreTrainedTokenizerFast:
