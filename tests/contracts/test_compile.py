@@ -50,6 +50,7 @@ FAMILIES = (
     "top_k",
     "linear",
     "shards",
+    "outcomes",
     "ema",
     "scale",
     "reduce",
@@ -57,7 +58,7 @@ FAMILIES = (
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 SHORT = ("sm_90", "gfx942")  # one of each vendor
 BY_DEFAULT = {
-    family: SHORT if family in ("distill_loss", "ema", "scale", "reduce") else SHORT[:1]
+    family: SHORT if family in ("distill_loss", "outcomes", "ema", "scale", "reduce") else SHORT[:1]
     for family in FAMILIES
 }
 """What the default run compiles for: every kernel for both vendors, every family for one."""

@@ -29,7 +29,7 @@ import triton
 from sad_kernels._extents import Extent
 from sad_kernels._rows import LossSpec, RowTargets, ShardSpec
 from sad_kernels._tiles import pitch
-from sad_kernels._triton import ema, launch, reduce, scale, tile
+from sad_kernels._triton import ema, launch, outcomes, reduce, scale, tile
 from sad_kernels._triton import shards as shard_sums
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.tile_sizes import table_rule, tile_rule
@@ -436,6 +436,29 @@ def linear_cases() -> Iterator[Case]:
     yield Case("forward_kl to a mixture, bf16", call)
 
 
+def outcome_cases() -> Iterator[Case]:
+    """The vocabularies of two tokenizers, compared by what a third of the tokens have in common."""
+    for dtype, layout in ((FP32, "aligned"), (BF16, "odd limit"), (BF16, "unaligned")):
+        call = functools.partial(compare_outcomes, dtype, layout, finish=layout == "odd limit")
+        yield Case(f"{SHORT[dtype]}, {layout}", call, layout != "unaligned")
+
+
+def compare_outcomes(dtype: torch.dtype, layout: str, finish: bool) -> None:
+    products, V = slab(dtype, layout), LAYOUTS[layout][1]
+    how: dict[str, Any] = {}
+    if finish:
+        how = dict(bias=torch.empty(products.shape[1]), scale=0.5, softcap=30.0)
+    student = teacher = launch.Logits(products, **how)
+    table = (torch.arange(V) // 3).int()
+    spec = LossSpec(Objective(), V, -100, True, True, None, V // 3 + 1, V)
+    rows = len(products)
+    targets = RowTargets(torch.empty(rows, dtype=torch.int64), kd_weights=torch.empty(rows))
+    targets = targets._replace(outcomes=table, teacher_outcomes=table)
+    tables = outcomes.Tables.of(spec, targets)
+    assert tables is not None
+    outcomes.as_columns(spec, tables, student, targets, teacher, slab(FP32, layout))
+
+
 def ema_cases() -> Iterator[Case]:
     """A hundred tensors per launch; addresses travel in a table, so their alignment is told."""
     for shadow, param in ((FP32, BF16), (FP32, FP16), (FP32, FP32)):
@@ -507,6 +530,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "top_k": top_k_cases,
     "linear": linear_cases,
     "shards": shard_cases,
+    "outcomes": outcome_cases,
     "ema": ema_cases,
     "scale": scale_cases,
     "reduce": reduce_cases,

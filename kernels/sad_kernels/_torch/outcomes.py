@@ -4,15 +4,16 @@ A block holds whole rows here, since every outcome may have columns anywhere. Wi
 exponentials of its logits relative to the row's maximum, over T, and ``E(o)`` their sums over the
 columns of each outcome, ``d = sum_o E(o)``, and the same for the teacher,
 
-    g(o) = log p(o)/q(o) = log E_t(o)/E(o) + log d/d_t,     KD = sum_o p(o) g(o)
-    dKD/ds_v = e_v/d (1 - e^g(o)) / T
+    z(o) = p(o)/q(o) - 1 = (E_t(o) - E(o) - E_t(o) (d_t - d)/d_t) / E(o)
+    KD = sum_o p(o) log(1 + z(o)),    dKD/ds_v = -e_v/d z(o) / T
 
-The logarithms come from the differences of the sums where they are near each other, so that errors
-of the exponentials cancel and equal sides give exactly 0. Where a sum of the student's underflows
+All comes from differences of sums, so that errors of the exponentials cancel where both sides
+nearly agree, and equal sides give exactly 0. Where a sum of the student's underflows
 beside a teacher that has mass there, which no ordinary row does, the row is done again with sums
 relative to each outcome's own maximum.
 
-Memory beyond a block of either side's logits: five numbers for each of its rows and outcomes.
+Memory beyond a block of either side's logits: the slope, and four numbers for each of its rows and
+outcomes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from sad_kernels._torch.topk import TopKRows
 
 FAR = {torch.float32: 80.0, torch.float64: 690.0}
 """Nats of log p/q from which the student's sum may have underflowed."""
+LOWEST = {torch.float32: 2.0**-24 - 1, torch.float64: 2.0**-53 - 1}
+"""Of p/q - 1, so that its logarithm is finite: from there on p is nothing beside q."""
 NEVER = -1e30  # log p/q of an outcome to which the teacher gives nothing, and 0 times it is 0
 
 
@@ -70,19 +73,15 @@ class OutcomeRows:
             return self._with_topk(rows, x, hot, with_slope)
         E, E_t = self._sums("E", hot, self.student), self._sums("E_t", hot_t, self.teacher)
         d, d_t = row_sum(E), row_sum(E_t)
-        apart = torch.sub(E_t, E, out=self._like("apart", E))
-        B = row_sum(apart)
-        between = torch.log1p(B / d)
-        between = between.where(B.abs() < d / 2, d_t.log() - d.log())  # log d_t / d
-
-        g = torch.div(E_t, E, out=self._like("g", E)).log_()
-        apart.div_(E)
-        near = apart.abs() < 0.5
-        torch.where(near, apart.log1p_(), g, out=g)
-        g.sub_(between[:, None]).nan_to_num_(0.0, math.inf, NEVER)
+        z = torch.sub(E_t, E, out=self._like("z", E))
+        B = row_sum(z)
+        # p/q - 1, from d (p - q) = E_t - E - E_t (d_t - d)/d_t
+        z.addcmul_(E_t, (B / d_t).neg_()[:, None]).div_(E)
+        z.nan_to_num_(0.0, math.inf).clamp_(min=LOWEST[z.dtype])
+        g = torch.log1p(z, out=self._like("g", E))
         far = (g.amax(1) > FAR[g.dtype]).nonzero().squeeze(1)
-        value = row_sum(torch.mul(E_t, g, out=apart)) / d_t
-        slope = self._slope(hot, g, d) if with_slope else None
+        value = row_sum(g.mul_(E_t)) / d_t
+        slope = self._slope(hot, z, d) if with_slope else None
         if len(far):
             log_p = E_t[far].log() - d_t[far, None].log()
             log_q = self._log_sums(x[far]) - d[far, None].log()
@@ -117,12 +116,12 @@ class OutcomeRows:
         slope = None
         if with_slope:
             g = self._spread(log_p - log_q, ids, "g")
-            g.nan_to_num_(0.0, math.inf, NEVER).mul_(has_teacher)
-            slope = self._slope(hot, g, d)
+            z = g.nan_to_num_(0.0, math.inf, NEVER).mul_(has_teacher).expm1_()
+            slope = self._slope(hot, z, d)
             if len(far):
                 wide = (
                     self._spread(y[far], ids[far], name)[:, :-1]
-                    for y, name in ((log_p, "g"), (log_q, "apart"))
+                    for y, name in ((log_p, "g"), (log_q, "z"))
                 )
                 slope[far] = self._exact_slope(x[far], hot[far], d[far], *wide)
         return Compared(value, d, torch.zeros_like(d), slope)
@@ -152,9 +151,9 @@ class OutcomeRows:
         wide = self.scratch.like(f"outcomes {name}", shape).copy_(y[:, -1:])
         return wide.scatter_(1, ids, y[:, :-1])
 
-    def _slope(self, hot: Tensor, g: Tensor, d: Tensor) -> Tensor:  # [n, V]
-        """``q_v (1 - e^g(o))``; overwrites ``g``."""
-        factor = g.expm1_().div_(-d[:, None])
+    def _slope(self, hot: Tensor, z: Tensor, d: Tensor) -> Tensor:  # [n, V]
+        """``q_v (1 - p(o)/q(o))``, of ``z = p/q - 1``, which is overwritten."""
+        factor = z.div_(-d[:, None])
         slope = torch.index_select(factor, 1, self.student, out=self._like("slope", hot))
         return slope.mul_(hot)
 

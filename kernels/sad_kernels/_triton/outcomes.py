@@ -61,19 +61,35 @@ def joined(m_a, r_a, starts_a, m_b, r_b, starts_b):
 
 
 @triton.jit
-def counts(row, labels_ptr, ignore_index, kd_weights_ptr):
-    """Whether a row is compared: it has a label that counts, and its divergence a weight."""
-    is_read = True
-    if labels_ptr is not None:
-        is_read = tl.load(labels_ptr + row) != ignore_index
-    if kd_weights_ptr is not None:
-        is_read = is_read & (tl.load(kd_weights_ptr + row) != 0)
-    return is_read
+def raised(z, start, m, best, BLOCK: tl.constexpr):
+    """The maximum of a row and its first column, after the tile at ``start``."""
+    top = tl.max(z, 0)
+    here = start + tl.min(tl.where(z == top, tl.arange(0, BLOCK), BLOCK), 0)
+    best = tl.where(top > m, here, best).to(tl.int32)  # ties stay to the left
+    return tl.maximum(m, top), best
+
+
+@triton.jit
+def spread_tile(
+    student, table, ratios, m, start, V, temperature,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The teacher's logits of a tile."""
+    columns = start + tl.arange(0, BLOCK)
+    s, _ = load_logits(student, columns, V, MASKED)
+    if MASKED:
+        outcome = tl.load(table + columns, mask=columns < V, other=0)
+    else:
+        outcome = tl.load(table + columns)
+    ratio = tl.load(ratios + outcome)
+    # Mass where every logit of the student is -inf: any logit says that there is some.
+    return tl.where(ratio == float("inf"), 0.0, (s - m) + temperature * ratio)
 
 
 @triton.jit
 def outcome_sums_kernel(
-    x_ptr, x_stride, bias, scale, softcap,  # [N, >= V], one side; as in LogitsRow
+    z_ptr, z_stride, bias, scale, softcap,  # [N, >= V], one side; as in LogitsRow
     columns_ptr,  # [V] int32, in the order of their outcomes
     outcomes_ptr,  # [V] int32, these outcomes
     labels_ptr,  # None, or [N]
@@ -87,43 +103,49 @@ def outcome_sums_kernel(
 ):  # fmt: skip
     """The sums of one row over the columns of each outcome."""
     row = tl.program_id(0).to(tl.int64)
-    if counts(row, labels_ptr, ignore_index, kd_weights_ptr):
-        inv_T = to_fp32(inv_T)
-        x = LogitsRow(x_ptr + row * x_stride, bias, scale, softcap, None)
-        lanes = tl.arange(0, BLOCK)
-        m, best = tl.full((), LOWEST, tl.float32), tl.full((), 0, tl.int32)
-        for start in range(0, V, BLOCK):
-            z, _ = load_logits(x, start + lanes, V, True)
-            top = tl.max(z, 0)
-            here = start + tl.min(tl.where(z == top, lanes, BLOCK), 0)
-            best = tl.where(top > m, here, best).to(tl.int32)  # ties stay to the left
-            m = tl.maximum(m, top)
-        tl.store(maximum_ptr + row, m)
-        tl.store(best_ptr + row, best)
+    if labels_ptr is not None:
+        if tl.load(labels_ptr + row) == ignore_index:
+            return
+    if kd_weights_ptr is not None:
+        if tl.load(kd_weights_ptr + row) == 0:
+            return
+    inv_T = to_fp32(inv_T)
+    x = LogitsRow(z_ptr + row * z_stride, bias, scale, softcap, None)
+    lanes = tl.arange(0, BLOCK)
+    m, best = tl.full((), LOWEST, tl.float32), tl.full((), 0, tl.int32)
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z, _ = load_logits(x, start + lanes, V, False)
+        m, best = raised(z, start, m, best, BLOCK)
+    if whole < V:
+        z, _ = load_logits(x, whole + lanes, V, True)
+        m, best = raised(z, whole, m, best, BLOCK)
+    tl.store(maximum_ptr + row, m)
+    tl.store(best_ptr + row, best)
 
-        # An outcome may reach over the end of a tile: its sum so far is put before the next.
-        m_open, r_open = tl.full((), LOWEST, tl.float32), tl.full((), 0, tl.float32)
-        for start in range(0, V, BLOCK):
-            at = start + lanes
-            inside = at < V
-            column = tl.load(columns_ptr + at, mask=inside, other=V)
-            outcome = tl.load(outcomes_ptr + at, mask=inside, other=-1)
-            before = tl.load(outcomes_ptr + at - 1, mask=inside & (at > 0), other=-2)
-            after = tl.load(outcomes_ptr + at + 1, mask=at + 1 < V, other=-2)
-            z, _ = load_logits(x, column, V, True)
-            m_z = (z - m) * inv_T
-            m_z = tl.where(m_z == float("-inf"), LOWEST, m_z)  # -inf - -inf would be NaN
-            r_z = tl.full([BLOCK], 1, tl.float32)
-            goes_on = (lanes == 0) & (outcome == before)
-            m_0, r_0, _ = joined(m_open, r_open, 0, m_z, r_z, 0)
-            m_z, r_z = tl.where(goes_on, m_0, m_z), tl.where(goes_on, r_0, r_z)
-            starts = (outcome != before).to(tl.int32)
-            m_z, r_z, _ = tl.associative_scan((m_z, r_z, starts), 0, joined)
-            m_open = tl.sum(tl.where(lanes == BLOCK - 1, m_z, 0.0), 0)
-            r_open = tl.sum(tl.where(lanes == BLOCK - 1, r_z, 0.0), 0)
-            total = tl.where(m_z == LOWEST, float("-inf"), (m_z + tl.log2(r_z)) * LN_2)
-            ends = inside & (outcome != after)
-            tl.store(sums_ptr + row * count + outcome, total, mask=ends)
+    # An outcome may reach over the end of a tile: its sum so far is put before the next.
+    m_open, r_open = tl.full((), LOWEST, tl.float32), tl.full((), 0, tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + lanes
+        inside = at < V
+        column = tl.load(columns_ptr + at, mask=inside, other=V)
+        outcome = tl.load(outcomes_ptr + at, mask=inside, other=-1)
+        before = tl.load(outcomes_ptr + at - 1, mask=inside & (at > 0), other=-2)
+        after = tl.load(outcomes_ptr + at + 1, mask=at + 1 < V, other=-2)
+        z, _ = load_logits(x, column, V, True)
+        m_z = (z - m) * inv_T
+        m_z = tl.where(m_z == float("-inf"), LOWEST, m_z)  # -inf - -inf would be NaN
+        r_z = tl.full([BLOCK], 1, tl.float32)
+        goes_on = (lanes == 0) & (outcome == before)
+        m_0, r_0, _ = joined(m_open, r_open, 0, m_z, r_z, 0)
+        m_z, r_z = tl.where(goes_on, m_0, m_z), tl.where(goes_on, r_0, r_z)
+        starts = (outcome != before).to(tl.int32)
+        m_z, r_z, _ = tl.associative_scan((m_z, r_z, starts), 0, joined)
+        m_open = tl.sum(tl.where(lanes == BLOCK - 1, m_z, 0.0), 0)
+        r_open = tl.sum(tl.where(lanes == BLOCK - 1, r_z, 0.0), 0)
+        total = tl.where(m_z == LOWEST, float("-inf"), (m_z + tl.log2(r_z)) * LN_2)
+        ends = inside & (outcome != after)
+        tl.store(sums_ptr + row * count + outcome, total, mask=ends)
 
 
 @triton.jit
@@ -142,20 +164,26 @@ def spread_kernel(
 ):  # fmt: skip
     """One row's teacher over one segment of the student's columns."""
     row = tl.program_id(0).to(tl.int64)
-    if counts(row, labels_ptr, ignore_index, kd_weights_ptr):
-        student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
-        m = tl.load(maximum_ptr + row)
-        first = tl.program_id(1) * SEGMENT
-        for start in range(first, tl.minimum(first + SEGMENT, V), BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < V
-            s, _ = load_logits(student, columns, V, True)
-            outcome = tl.load(table_ptr + columns, mask=inside, other=0)
-            ratio = tl.load(ratios_ptr + row * count + outcome, mask=inside, other=0.0)
-            t = (s - m) + to_fp32(temperature) * ratio
-            # Mass where every logit of the student is -inf: any logit says that there is some.
-            t = tl.where(ratio == float("inf"), 0.0, t)
-            tl.store(t_ptr + row * t_stride + columns, t, mask=inside)
+    if labels_ptr is not None:
+        if tl.load(labels_ptr + row) == ignore_index:
+            return
+    if kd_weights_ptr is not None:
+        if tl.load(kd_weights_ptr + row) == 0:
+            return
+    student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
+    m = tl.load(maximum_ptr + row)
+    ratios, out = ratios_ptr + row * count, t_ptr + row * t_stride
+    temperature = to_fp32(temperature)
+    first = tl.program_id(1) * SEGMENT
+    last = tl.minimum(first + SEGMENT, V)
+    whole = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        t = spread_tile(student, table_ptr, ratios, m, start, V, temperature, BLOCK, False)
+        tl.store(out + start + tl.arange(0, BLOCK), t)
+    if whole < last:
+        t = spread_tile(student, table_ptr, ratios, m, whole, V, temperature, BLOCK, True)
+        columns = whole + tl.arange(0, BLOCK)
+        tl.store(out + columns, t, mask=columns < V)
 
 
 # --- The teacher of the student's columns --------------------------------------------------------
