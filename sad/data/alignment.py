@@ -11,8 +11,8 @@ tokenizers are equal they are the rows that the student would have anyway. Docum
 aligned are left out and counted: those that a tokenizer changes, in which one side alone has a
 special token, and those without a boundary for longer than a row.
 
-Of each token is kept whether it is a boundary. The k-th boundary of a row in the student's tokens
-and the k-th in the teacher's are the same place.
+Of each token is kept whether the sides meet there. The k-th such place of a row in the student's
+tokens and the k-th in the teacher's are the same one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,26 +31,23 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sad.config.sections import DataConfig
+from sad.data.aligned_documents import BEGINS_GROUP, COMPARED, AlignedDocument, Side, aligned
 from sad.data.batch import Batch, TeacherTokens
+from sad.data.formats.base import MESSAGES, TEXT
 from sad.data.packing import (
     CONTEXT,
     DOCUMENTS,
     PACKING,
     TARGET_BYTES,
     TOKENS,
-    TextPiece,
-    encode,
     fingerprint_rows,
     read_array,
     sum_over_targets,
-    text_batches,
     write_index,
 )
-from sad.data.parallel import map_in_order
 from sad.data.rows import PackedRows, kept_rows
 from sad.data.split import DocumentSet
-from sad.data.stream import ALIGNMENT_COUNTS, Affixes, describe_counts
-from sad.data.token_bytes import TokenBytes, token_bytes
+from sad.data.stream import ALIGNMENT_COUNTS, COUNTS, describe_counts
 from sad.data.token_file import TokenFile
 from sad.data.tokenizers import fingerprint
 from sad.environment import stop_if_requested
@@ -60,31 +57,9 @@ FORMAT = 1
 """Part of the fingerprint, so that rows aligned by other rules are never read."""
 
 ROWS = "rows.bin"  # int64 pairs: first input and number of inputs of each row
-BOUNDARIES = "boundaries.bin"  # one byte per token of the stream: whether it is a boundary
+BOUNDARIES = "boundaries.bin"  # one byte per token of the stream: its flags, 0 for none
 STUDENT, TEACHER = "student", "teacher"  # folders of the two streams
 _TOKEN_BYTES = "token_bytes.bin"  # needed until the rows are cut
-
-
-class Side(NamedTuple):
-    """A tokenizer, what it puts around texts, and the bytes of its tokens."""
-
-    tokenizer: PreTrainedTokenizerFast
-    affixes: Affixes
-    bytes: TokenBytes
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, config: DataConfig, role: str) -> Side:
-        """Raises ``UnfitError`` for a tokenizer without end-of-text, or whose tokens have no bytes
-        that can be told."""
-        return cls(tokenizer, Affixes.of(tokenizer, config), token_bytes(tokenizer, role))
-
-
-class AlignedDocument(NamedTuple):
-    """A document in the tokens of both sides, and its boundaries as pairs of positions."""
-
-    ids: tuple[np.ndarray, np.ndarray]  # int64 [n_s], [n_t]
-    sizes: tuple[np.ndarray, np.ndarray]  # int64: bytes that each token stands for as a target
-    pairs: np.ndarray  # int64 [boundaries, 2]; the last is that of the end-of-text tokens
 
 
 class _Stream(PackedRows):
@@ -97,19 +72,20 @@ class _Stream(PackedRows):
 
     @property
     def num_boundaries(self) -> int:
-        """All boundaries, one after the end of each document among them; reads the whole file."""
+        """All boundaries, whether or not they have targets; reads the whole file."""
         size, total = len(self._boundaries), 0
         for start in range(0, size, 1 << 20):
-            total += int(
-                (self._boundaries[np.arange(start, min(start + (1 << 20), size))] > 0).sum()
-            )
+            part = self._boundaries[np.arange(start, min(start + (1 << 20), size))]
+            total += int(np.count_nonzero(part & COMPARED))
         return total
 
-    def boundaries(self, row: int) -> tuple[np.ndarray, bool]:
-        """The boundaries of a row, int64, and whether the token after its last input is one."""
+    def places(self, row: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Where in a row the sides meet, the flags of each such place, and whether the token after
+        the row's last input is one."""
         start, length = int(self._starts[row]), int(self._lengths[row])
-        flags = self._boundaries[np.arange(start, start + length + 1)] > 0
-        return np.flatnonzero(flags[:-1]), bool(flags[-1])
+        flags = self._boundaries[np.arange(start, start + length + 1)]
+        at = np.flatnonzero(flags[:-1])
+        return at, flags[at], bool(flags[-1])
 
 
 class AlignedRows(_Stream):
@@ -141,20 +117,22 @@ class AlignedRows(_Stream):
         positions, groups = (np.full(labels.shape, -1, dtype=np.int64) for _ in range(2))
         teacher_groups = np.full(teacher_labels.shape, -1, dtype=np.int64)
         for row, number in enumerate(rows.tolist()):
-            at, goes_on = self.boundaries(number)
-            teacher_at, teacher_goes_on = self.theirs.boundaries(number)
+            at, flags, goes_on = self.places(number)
+            teacher_at, _, teacher_goes_on = self.theirs.places(number)
             if len(at) != len(teacher_at):
                 raise UnfitError(
-                    f"both sides of row {number} must have equally many boundaries, got {len(at)} "
+                    f"both sides of row {number} must meet equally often, got {len(at)} "
                     f"and {len(teacher_at)}; remove these rows from data.cache_dir"
                 )
             if not len(at):
                 continue
             has_both = (labels[row, at] >= 0) & (teacher_labels[row, teacher_at] >= 0)
-            positions[row, at[has_both]] = teacher_at[has_both]
+            compared = has_both & ((flags & COMPARED) > 0)
+            positions[row, at[compared]] = teacher_at[compared]
             # Of the last group this row has the first tokens alone, unless they are all of it.
-            has_both[-1] &= goes_on and teacher_goes_on
-            numbers = np.where(has_both, row * labels.shape[1] + at, -1)
+            begins = has_both & ((flags & BEGINS_GROUP) > 0)
+            begins[-1] &= goes_on and teacher_goes_on
+            numbers = np.where(begins, row * labels.shape[1] + at, -1)
             groups[row] = _groups(at, labels[row], numbers)
             teacher_groups[row] = _groups(teacher_at, teacher_labels[row], numbers)
         return positions, groups, teacher_groups
@@ -208,134 +186,34 @@ def write_aligned_rows(
     config: DataConfig,
 ) -> None:
     """Write the rows of ``documents`` to an empty folder; ``name`` is their fingerprint."""
+    if documents.kinds & MESSAGES and not tokenizers[1].chat_template:
+        raise UnfitError(
+            "the teacher's tokenizer must have a chat template for conversations, got none; name a "
+            "tokenizer of its family that has one in teacher_tokenizer"
+        )
+    if config.truncation != "drop" and documents.kinds != TEXT:
+        raise UnfitError(
+            f"data.truncation must be drop with cross_tokenizer, got {config.truncation}; two "
+            "tokenizers would cut a conversation at other places"
+        )
     sides = (
         Side.of(tokenizers[0], config, STUDENT),
         Side.of(tokenizers[1], config, TEACHER),
     )
-    counts = dict.fromkeys(ALIGNMENT_COUNTS, 0)
+    counts = dict.fromkeys(COUNTS | ALIGNMENT_COUNTS, 0)
     with AlignedWriter(folder, sides, max_length, packing=packing) as writer:
         bar = tqdm(documents, desc="tokenizing", unit=" documents", leave=False, disable=None)
-        for aligned in _aligned(bar, sides, config):
+        for document in aligned(bar, sides, config):
             stop_if_requested(PACKING)
-            if isinstance(aligned, str):
-                counts[aligned] += 1
-            elif not writer.add(aligned):
-                counts["apart"] += 1
+            if isinstance(document, str):
+                counts[document] += 1
+                continue
+            counts["empty_turn"] += document.empty_turns > 0
+            if document.learned is not None and not all(map(np.any, document.learned)):
+                counts["no_target"] += 1
+            elif not writer.add(document):
+                counts["longer" if document.whole else "apart"] += 1
         writer.finish(name, counts)
-
-
-def _aligned(
-    documents: DocumentSet | tqdm[Any], sides: tuple[Side, Side], config: DataConfig
-) -> Iterator[AlignedDocument | str]:
-    """The documents that have tokens, aligned, or the reason to leave one out."""
-
-    def align_batch(batch: Sequence[TextPiece]) -> list[_Piece]:
-        return list(_align_pieces(batch, sides))
-
-    pieces: list[_Piece] = []
-    for batch in map_in_order(align_batch, text_batches(documents), config.num_proc):
-        for piece in batch:
-            pieces.append(piece)
-            if piece.ends_document:
-                document = _joined(pieces, sides)
-                if document is not None:
-                    yield document
-                pieces = []
-
-
-class _Piece(NamedTuple):
-    """A part of a document that is tokenized at once, in the tokens of both sides."""
-
-    ids: tuple[np.ndarray, np.ndarray]
-    ends: np.ndarray | None  # int64 [boundaries, 2]: the tokens that end there; None for a refusal
-    ends_document: bool
-    refused: str = ""
-    at_start: bool = False  # whether both have read nothing of it before its first token
-
-
-def _align_pieces(batch: Sequence[TextPiece], sides: tuple[Side, Side]) -> Iterator[_Piece]:
-    for piece in batch:
-        if piece.conversation is not None:
-            raise UnfitError(
-                f"data must hold texts with cross_tokenizer, got the conversation "
-                f"{piece.conversation.name}; leave cross_tokenizer out, or write conversations as "
-                "texts"
-            )
-    texts = [piece.text for piece in batch]
-    encoded = zip(*(encode(texts, side.tokenizer) for side in sides), strict=True)
-    for piece, ((ours, _), (theirs, _)) in zip(batch, encoded, strict=True):
-        ids = np.array(ours, dtype=np.int64), np.array(theirs, dtype=np.int64)
-        yield align(piece.text, ids, sides, ends_document=piece.ends_document)
-
-
-def align(
-    text: str,
-    ids: tuple[np.ndarray, np.ndarray],
-    sides: tuple[Side, Side],
-    *,
-    ends_document: bool = True,
-) -> _Piece:
-    """Find the bytes of a text at which tokens of both sides end."""
-    content = text.encode()
-    found = [side.bytes.ends(part.tolist(), content) for side, part in zip(sides, ids, strict=True)]
-    if found[0] is None or found[1] is None:
-        return _Piece(ids, None, ends_document, "changed")
-    (ours, our_space), (theirs, their_space) = found
-    spans = [
-        _special_spans(part, ends, side.bytes)
-        for part, ends, side in zip(ids, (ours, theirs), sides, strict=True)
-    ]
-    if spans[0] != spans[1]:
-        return _Piece(ids, None, ends_document, "special")
-    common = np.intersect1d(ours, theirs)
-    common = common[common > 0]
-    # Of several tokens that end at one byte the last has read them all.
-    pairs = [np.searchsorted(ends, common, side="right") - 1 for ends in (ours, theirs)]
-    at_start = not (our_space or their_space)
-    return _Piece(ids, np.stack(pairs, axis=1), ends_document, at_start=at_start)
-
-
-def _special_spans(ids: np.ndarray, ends: np.ndarray, table: TokenBytes) -> list[tuple[int, int]]:
-    """First byte, and the one after the last, of special tokens that stand in a text."""
-    special = np.flatnonzero(table.special[ids])
-    after = ends[special]
-    return list(zip((after - table.sizes[ids[special]]).tolist(), after.tolist(), strict=True))
-
-
-def _joined(pieces: list[_Piece], sides: tuple[Side, Side]) -> AlignedDocument | str | None:
-    """A document of its pieces, with what belongs around it; None for one without tokens."""
-    refused = next((piece.refused for piece in pieces if piece.refused), None)
-    if refused:
-        return refused
-    if not any(len(part) for piece in pieces for part in piece.ids):
-        return None
-    begins = [len(side.affixes.prefix) for side in sides]
-    pairs = []
-    if min(begins) and pieces[0].at_start:
-        pairs.append(np.array([begins]) - 1)
-    place = np.array(begins)
-    for number, piece in enumerate(pieces):
-        assert piece.ends is not None
-        if number and not piece.at_start and pairs:
-            pairs[-1] = pairs[-1][:-1]  # the next tokens hold a space that is not in the text
-        pairs.append(piece.ends + place)
-        place = place + [len(part) for part in piece.ids]
-    ids, sizes = [], []
-    for number, side in enumerate(sides):
-        prefix, suffix = side.affixes
-        parts = [piece.ids[number] for piece in pieces]
-        ids.append(np.concatenate([prefix, *parts, suffix]))
-        texts = side.bytes.sizes[np.concatenate(parts)]
-        sizes.append(np.concatenate([np.zeros_like(prefix), texts, np.zeros_like(suffix)]))
-        sizes[-1][0] = 0  # never a target
-    whole = np.concatenate(pairs)
-    lengths = np.array([len(part) for part in ids])
-    # At the end of the text both go on to end-of-text, unless one puts another token before it.
-    whole = whole[(whole < lengths - 2).all(axis=1)]
-    ends = np.stack([lengths - 2, lengths - 1])
-    return AlignedDocument(
-        (ids[0], ids[1]), (sizes[0], sizes[1]), np.concatenate([whole, ends[(ends >= 0).all(1)]])
-    )
 
 
 class AlignedWriter:
@@ -359,22 +237,20 @@ class AlignedWriter:
             stream.close()
 
     def add(self, document: AlignedDocument) -> bool:
-        """Add a document; False for one that has a group longer than a row, which is left out."""
-        longest = np.diff(document.pairs, axis=0, prepend=-1).max(initial=0)
+        """Add a document; False for one that cannot be cut into rows, which is left out."""
+        longest = np.diff(document.cuts, axis=0, prepend=-1).max(initial=0)
         if longest > self._max_length:
             return False
         begin = np.array([stream.num_tokens for stream in self._streams])
         if not (self._row < begin).all():  # nothing is open
             self._row = begin
-        pairs = document.pairs + begin
+        pairs = document.cuts + begin
         if not (pairs[0] - self._row < self._max_length).all() and (self._row < begin).all():
             if (self._row < begin - 1).all():  # else there is no target in it
                 self._close(begin)
             self._row = begin
         for number, stream in enumerate(self._streams):
-            flags = np.zeros(len(document.ids[number]), dtype=np.uint8)
-            flags[document.pairs[:, number]] = 1
-            stream.add(document.ids[number], document.sizes[number], flags)
+            stream.add(document, number)
         while True:
             last = int(
                 min(
@@ -426,7 +302,7 @@ class _StreamWriter:
         self._folder = folder
         self._dtype = "<u2" if len(side.bytes) <= 1 << 16 else "<i4"
         self._prefix = len(side.affixes.prefix)
-        self._end_token = int(side.affixes.suffix[-1])
+        self._end_tokens: set[int] = set()
         self._tokens = (folder / TOKENS).open("wb")
         self._boundaries = (folder / BOUNDARIES).open("wb")
         self._sizes = (folder / _TOKEN_BYTES).open("wb")
@@ -435,10 +311,20 @@ class _StreamWriter:
         self.num_tokens = 0
         self._max_id = 0
 
-    def add(self, ids: np.ndarray, sizes: np.ndarray, flags: np.ndarray) -> None:
+    def add(self, document: AlignedDocument, side: int) -> None:
+        """Add the tokens of one side, 0 or 1, of a document."""
+        ids, sizes, end = (part[side] for part in (*document[:2], document.end_tokens))
+        flags = np.zeros(len(ids), dtype=np.uint8)
+        flags[document.pairs[:, side]] = document.flags
         self._documents.append(self.num_tokens)
-        if self._prefix > 1:  # the first token of a document is no target in any case
+        if document.learned is not None:
+            # A change from learned to context begins a span or ends one.
+            changes = np.flatnonzero(np.diff(document.learned[side], prepend=True, append=True))
+            self._context.extend((self.num_tokens + changes).tolist())
+        elif self._prefix > 1:  # the first token of a document is no target in any case
             self._context.extend((self.num_tokens, self.num_tokens + self._prefix))
+        if end is not None:
+            self._end_tokens.add(end)
         self._tokens.write(ids.astype(self._dtype).tobytes())
         self._sizes.write(sizes.astype("<u4").tobytes())
         self._boundaries.write(flags.tobytes())
@@ -469,7 +355,7 @@ class _StreamWriter:
             "packing": packing,
             "token_dtype": self._dtype,
             "max_token_id": self._max_id,
-            "end_tokens": [self._end_token],
+            "end_tokens": sorted(self._end_tokens),
             "counts": counts,
         }
         write_index(self._folder, index, (TOKENS, BOUNDARIES, *arrays))

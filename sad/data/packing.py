@@ -309,16 +309,17 @@ def tokenize(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, config: DataConfig
 ) -> Iterator[TokenPiece]:
     def pieces_of(batch: Sequence[TextPiece]) -> list[TokenPiece]:
-        return list(_tokenize_batch(batch, tokenizer, config))
+        return list(tokenize_batch(batch, tokenizer, config))
 
     # The batches, and so the bytes written, do not depend on the number of processes.
     for pieces in map_in_order(pieces_of, text_batches(documents), config.num_proc):
         yield from pieces
 
 
-def _tokenize_batch(
+def tokenize_batch(
     pieces: Sequence[TextPiece], tokenizer: PreTrainedTokenizerFast, config: DataConfig
 ) -> Iterator[TokenPiece]:
+    """The tokens of texts, and of conversations by the chat template."""
     rendered = [
         None if piece.conversation is None else render(piece.conversation, tokenizer, config)
         for piece in pieces

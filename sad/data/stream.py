@@ -27,6 +27,7 @@ COUNTS = {
 ALIGNMENT_COUNTS = {
     "changed": "left out because a tokenizer changes the text",
     "special": "left out for a special token that one tokenizer alone has in the text",
+    "template": "left out because a chat template changes what is said",
     "apart": "left out without a common token end within {max_length:,} tokens",
 }
 """What is counted of documents that two tokenizers encode."""

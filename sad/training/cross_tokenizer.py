@@ -58,7 +58,7 @@ def load_comparison(
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )
-    boundaries = train_rows.num_boundaries - train_rows.num_documents  # but those at its very end
+    boundaries = train_rows.num_boundaries
     notes = (
         f"the teacher has another tokenizer: {len(sides[1].bytes):,} ids; "
         f"{train_rows.theirs.num_tokens:,} tokens of the training text, which both end at "

@@ -311,7 +311,7 @@ class TestTokenising:
         texts = ["one two\nthree\n" * 9, "x" * 70, "short", *["y\n"] * 50]
         limit = 32
         sizes = []
-        tokenize = packing._tokenize_batch
+        tokenize = packing.tokenize_batch
 
         def spy(pieces: list[Any], *args: Any) -> Any:
             sizes.append(sum(len(piece.text) for piece in pieces))
@@ -319,7 +319,7 @@ class TestTokenising:
 
         whole = pack(cache / "whole", *texts)
         monkeypatch.setattr(packing, "_BATCH_CHARS", limit)
-        monkeypatch.setattr(packing, "_tokenize_batch", spy)
+        monkeypatch.setattr(packing, "tokenize_batch", spy)
         pieces = pack(cache / "pieces", *texts)
         assert max(sizes) < 2 * limit
         assert sum(sizes) == sum(map(len, texts))

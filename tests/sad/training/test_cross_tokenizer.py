@@ -355,14 +355,6 @@ def forward_items_of(config: DistillConfig) -> list[tuple[str, int]]:
     return forward_items(config, torch.device("cpu"), student, teacher)
 
 
-def test_conversations_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "chat.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 40)
-    config = with_bytes(tmp_path)
-    with pytest.raises(UnfitError, match="data must hold texts with cross_tokenizer"):
-        load_inputs(replace(config, data=replace(config.data, train=(str(path),))))
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
