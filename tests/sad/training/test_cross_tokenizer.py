@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.chat import say, write_records
 from support.runs import assert_same_bits, everything, make_trainer
 from support.tiny import TEXT, save_tiny, tiny_llama, tiny_run, tiny_tokenizer
 from support.vocabularies import permutation, permuted_model, permuted_tokenizer
@@ -330,6 +331,25 @@ def test_the_refusal_of_another_tokenizer_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(UnfitError, match="cross_tokenizer: prefix") as caught:
         load_inputs(config)
     assert "\n" not in str(caught.value)
+
+
+def test_conversations_are_learned_with_the_template_of_each(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    talks = [say(f"user: {line[:9]}", f"assistant: {line[9:19]}") for line in TEXT.splitlines()]
+    records = [{"messages": talk} for talk in talks if len(talk[1]["content"]) > 5] * 5
+    config = with_bytes(tmp_path, max_length=96)
+    other = template.replace(">", "::")
+    for path, vocab, written in ((config.student, 300, template), (config.teacher, 512, other)):
+        tokenizer = tiny_tokenizer(vocab)
+        tokenizer.chat_template = written  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer.save_pretrained(str(path))
+    data = replace(config.data, train=(write_records(tmp_path / "talks.jsonl", *records),))
+    trainer = make_trainer(replace(config, data=data))
+    batch = trainer.batches.batch(0)
+    assert batch.theirs is not None and 0 < int(batch.theirs.boundaries.sum()) < batch.num_targets
+    weights = trainer.weights(0)
+    result = trainer._forward(batch, weights, batch.counts)
+    assert result.loss.isfinite() and result.distill.kd > 0
 
 
 def test_its_targets_cannot_be_cached(tmp_path: Path) -> None:
