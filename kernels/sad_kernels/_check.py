@@ -301,7 +301,7 @@ def require_divisor(num_items: object, reduction: str, x: Tensor, name: str) -> 
 
 
 def shard_of_columns(
-    name: str, shard: object, columns: int, teacher: Teacher | None
+    name: str, shard: object, columns: int, teacher: Teacher | None, outcomes: object = None
 ) -> ShardSpec | None:
     """Check a shard of logits or a head of so many columns, and the teacher's: it has the same.
 
@@ -317,6 +317,11 @@ def shard_of_columns(
             )
         return None
     assert isinstance(shard, VocabShard)
+    if outcomes is not None:
+        raise ValueError(
+            f"outcomes must be compared on whole rows of logits, got {name} {shard.start} to "
+            f"{shard.stop}; gather the logits or the heads"
+        )
     if columns != shard.width:
         raise ValueError(
             f"{name} must have the {columns} columns of the student's logits, got "
@@ -401,11 +406,6 @@ def compared_columns(
     if teacher is None:
         raise ValueError(
             "teacher must be given with outcomes, got None; pass a teacher or leave them out"
-        )
-    if shard is not None:
-        raise ValueError(
-            f"outcomes must be compared on whole rows of logits, got the shard {shard.bounds}; "
-            "gather the logits or the heads"
         )
     if objective.divergences != ("forward_kl",):
         raise ValueError(

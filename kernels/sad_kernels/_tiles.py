@@ -33,7 +33,7 @@ LOGIT_COLUMNS = 16384
 BLOCK = 1 << 19  # numbers, 2 MB in fp32: what is worked on at a time stays in a core's cache
 SHARE_OF_BLOCK = 32  # a block takes at most this part of a budget, as up to 14 are alive
 CONVERTED_NUMBERS = 1 << 20  # of a weight that are converted to another dtype at a time
-OUTCOME_NUMBERS = 6  # fp32 per outcome: both sums, their ratio, and masks; see _triton/outcomes.py
+OUTCOME_NUMBERS = 8  # fp32 per outcome: the sums, a shift, and masks; see _triton/outcomes.py
 OUTCOME_BLOCKS = 6  # five of outcomes and the slope, see _torch/outcomes.py
 FEWEST_ROWS = 64  # of a chunk of whole rows: the weight is read for each, and its gradient too
 

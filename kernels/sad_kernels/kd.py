@@ -116,7 +116,7 @@ def kl_div(
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, student_logits, "student_logits")
     width = student_logits.shape[-1]
-    shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher)
+    shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher, outcomes)
     columns = width if vocab_shard is None else vocab_shard.vocab_size
     objective = Objective(
         temperature=temperature, divergence=divergence, beta=beta, scale_t2=scale_t2
@@ -203,7 +203,7 @@ def distill_loss(
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, student_logits, "student_logits")
     width = student_logits.shape[-1]
-    shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher)
+    shard = _check.shard_of_columns("vocab_shard", vocab_shard, width, teacher, outcomes)
     columns = width if vocab_shard is None else vocab_shard.vocab_size
     vocab, *sums = _check.compared_columns(
         columns, None, teacher, shard, objective, outcomes, student_logits, "student_logits"

@@ -252,7 +252,7 @@ def _checked_call(
     _check.require_chunk_bytes(chunk_bytes)
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, hidden, "hidden")
-    shard = _check.shard_of_columns("head shard", head.shard, len(head.weight), teacher)
+    shard = _check.shard_of_columns("head shard", head.shard, len(head.weight), teacher, outcomes)
     vocab, *sums = _check.compared_columns(
         head.num_columns, head.valid_vocab, teacher, shard, objective, outcomes, hidden, "hidden"
     )

@@ -3,23 +3,26 @@
 With p(o) and q(o) the sums of the softmaxes over the columns of each outcome, and o the outcome of
 column v, take for a teacher
 
-    p_v = q_v p(o)/q(o),    whose logits are    t_v = s_v - m + T (log p(o) - log q(o))
+    p_v = q_v p(o)/q(o),    whose logits are    t_v = (s_v - top(o)) + T (log p(o) - log r(o))
 
-up to a constant of the row. Then ``KL(p || q) = sum_o p(o) log p(o)/q(o)`` and ``q_v - p_v = q_v
-(1 - p(o)/q(o))``: the forward KL beside these logits, and its gradient, are those of the outcomes,
-and every other kernel stays as it is. Three steps, on some rows at a time:
+up to a constant of the row, ``top(o)`` the largest of the student's logits in o and ``r(o)`` the
+sum of its ``e^((s - top(o))/T)``. Then ``KL(p || q) = sum_o p(o) log p(o)/q(o)`` and
+``q_v - p_v = q_v (1 - p(o)/q(o))``: the forward KL beside these logits, and its gradient, are those
+of the outcomes, and every other kernel stays as it is. Three steps, on some rows at a time:
 
 ``outcome_sums``  logarithms of the sums of one side: maximum and argmax of a row, then its columns
                   in the order of their outcomes, tile by tile, summed up by a segmented scan in
                   which every outcome has its own maximum. One program per row, a fixed order
-torch             log p(o)/q(o) [rows, count]; beside a top-k teacher of its ids and of the rest
+torch             what of it belongs to each outcome, [rows, count]; beside a top-k teacher to its
+                  ids and to the rest
 ``spread``        the logits t, in fp32
 
-Bytes, of e-byte logits with V and V_t columns: ``2 e (V + V_t)`` read and ``8 count`` written by
-the sums, ``e V + 4 V`` by ``spread``, and 4 V read by each of the kernels that follow.
+Bytes, of e-byte logits with V and V_t columns: ``2 e (V + V_t)`` read and ``16 count`` written by
+the sums, ``e V + 4 V`` by ``spread``, and 4 V read by each of the kernels that follow. Memory:
+``outcome_row_bytes`` per row, of as many rows as fit ``ROWS_BYTES``, or of a chunk.
 
-What no column can hold: an outcome with p(o) > 0 to which no column of the student belongs makes
-the row's divergence infinite, and the row's gradient is that of the others.
+What no column can hold: an outcome with p(o) > 0 to which no column of the student belongs. It
+makes the row's divergence infinite, and the row's gradient is that of the others.
 """
 
 from __future__ import annotations
@@ -52,12 +55,16 @@ KD, AGREE = 1, 4  # in the parts of a ``Forward``
 
 
 @triton.jit
-def joined(m_a, r_a, starts_a, m_b, r_b, starts_b):
-    """Sums ``r 2^m`` of neighbouring ranges of columns; the second alone, if one starts there."""
+def joined(x_a, m_a, r_a, starts_a, x_b, m_b, r_b, starts_b):
+    """Sums ``r 2^m`` of neighbouring ranges of columns; the second alone, if one starts there.
+
+    ``x`` is the largest logit, and ``m`` what it is over T, rounded, in powers of 2.
+    """
     m = tl.maximum(m_a, m_b)
     r = r_a * tl.exp2(m_a - m) + r_b * tl.exp2(m_b - m)
     starts = starts_b != 0
-    return tl.where(starts, m_b, m), tl.where(starts, r_b, r), starts_a | starts_b
+    x = tl.where(starts, x_b, tl.maximum(x_a, x_b))
+    return x, tl.where(starts, m_b, m), tl.where(starts, r_b, r), starts_a | starts_b
 
 
 @triton.jit
@@ -71,7 +78,7 @@ def raised(z, start, m, best, BLOCK: tl.constexpr):
 
 @triton.jit
 def spread_tile(
-    student, table, ratios, m, start, V, temperature,
+    student, table, tops, shifts, m, start, V,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +89,11 @@ def spread_tile(
         outcome = tl.load(table + columns, mask=columns < V, other=0)
     else:
         outcome = tl.load(table + columns)
-    ratio = tl.load(ratios + outcome)
+    top, shift = tl.load(tops + outcome), tl.load(shifts + outcome)
+    t = (s - m - top) + shift
     # Mass where every logit of the student is -inf: any logit says that there is some.
-    return tl.where(ratio == float("inf"), 0.0, (s - m) + temperature * ratio)
+    nothing = shift == float("-inf")
+    return tl.where(top == float("-inf"), tl.where(nothing, float("-inf"), 0.0), t)
 
 
 @triton.jit
@@ -95,7 +104,8 @@ def outcome_sums_kernel(
     labels_ptr,  # None, or [N]
     ignore_index,
     kd_weights_ptr,  # None, or [N]
-    sums_ptr,  # [N, count] fp32, written where an outcome has columns: log sum of e^((x - m)/T)
+    tops_ptr,  # [N, count] fp32, written where an outcome has columns: max x, x = s - m
+    logs_ptr,  # [N, count] fp32, likewise: log sum of e^((x - top)/T)
     maximum_ptr,  # [N] fp32, written
     best_ptr,  # [N] int32, written: the argmax
     V, count, inv_T,
@@ -124,7 +134,8 @@ def outcome_sums_kernel(
     tl.store(best_ptr + row, best)
 
     # An outcome may reach over the end of a tile: its sum so far is put before the next.
-    m_open, r_open = tl.full((), LOWEST, tl.float32), tl.full((), 0, tl.float32)
+    x_open, m_open = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
+    r_open = tl.full((), 0, tl.float32)
     for start in range(0, V, BLOCK):
         at = start + lanes
         inside = at < V
@@ -133,32 +144,37 @@ def outcome_sums_kernel(
         before = tl.load(outcomes_ptr + at - 1, mask=inside & (at > 0), other=-2)
         after = tl.load(outcomes_ptr + at + 1, mask=at + 1 < V, other=-2)
         z, _ = load_logits(x, column, V, True)
-        m_z = (z - m) * inv_T
-        m_z = tl.where(m_z == float("-inf"), LOWEST, m_z)  # -inf - -inf would be NaN
+        x_z = z - m
+        x_z = tl.where(x_z == float("-inf"), LOWEST, x_z)  # -inf - -inf would be NaN
+        m_z = x_z * inv_T
         r_z = tl.full([BLOCK], 1, tl.float32)
         goes_on = (lanes == 0) & (outcome == before)
-        m_0, r_0, _ = joined(m_open, r_open, 0, m_z, r_z, 0)
-        m_z, r_z = tl.where(goes_on, m_0, m_z), tl.where(goes_on, r_0, r_z)
+        x_0, m_0, r_0, _ = joined(x_open, m_open, r_open, 0, x_z, m_z, r_z, 0)
+        x_z, m_z = tl.where(goes_on, x_0, x_z), tl.where(goes_on, m_0, m_z)
+        r_z = tl.where(goes_on, r_0, r_z)
         starts = (outcome != before).to(tl.int32)
-        m_z, r_z, _ = tl.associative_scan((m_z, r_z, starts), 0, joined)
+        x_z, m_z, r_z, _ = tl.associative_scan((x_z, m_z, r_z, starts), 0, joined)
+        x_open = tl.sum(tl.where(lanes == BLOCK - 1, x_z, 0.0), 0)
         m_open = tl.sum(tl.where(lanes == BLOCK - 1, m_z, 0.0), 0)
         r_open = tl.sum(tl.where(lanes == BLOCK - 1, r_z, 0.0), 0)
-        total = tl.where(m_z == LOWEST, float("-inf"), (m_z + tl.log2(r_z)) * LN_2)
         ends = inside & (outcome != after)
-        tl.store(sums_ptr + row * count + outcome, total, mask=ends)
+        at = row * count + outcome
+        tl.store(tops_ptr + at, tl.where(x_z == LOWEST, float("-inf"), x_z), mask=ends)
+        tl.store(logs_ptr + at, tl.log2(r_z) * LN_2, mask=ends)
 
 
 @triton.jit
 def spread_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; as in LogitsRow
     table_ptr,  # [V] int32
-    ratios_ptr,  # [N, count] fp32: log p(o)/q(o)
+    tops_ptr,  # [N, count] fp32, of the student
+    shifts_ptr,  # [N, count] fp32: T log p(o) less T times the student's log of the sum
     maximum_ptr,  # [N]
     labels_ptr,  # None, or [N]
     ignore_index,
     kd_weights_ptr,  # None, or [N]
     t_ptr, t_stride,  # [N, >= V] fp32, written
-    V, count, temperature,
+    V, count,
     BLOCK: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):  # fmt: skip
@@ -172,16 +188,16 @@ def spread_kernel(
             return
     student = LogitsRow(s_ptr + row * s_stride, s_bias, s_scale, s_softcap, None)
     m = tl.load(maximum_ptr + row)
-    ratios, out = ratios_ptr + row * count, t_ptr + row * t_stride
-    temperature = to_fp32(temperature)
+    tops, shifts = tops_ptr + row * count, shifts_ptr + row * count
+    out = t_ptr + row * t_stride
     first = tl.program_id(1) * SEGMENT
     last = tl.minimum(first + SEGMENT, V)
     whole = first + (last - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
-        t = spread_tile(student, table_ptr, ratios, m, start, V, temperature, BLOCK, False)
+        t = spread_tile(student, table_ptr, tops, shifts, m, start, V, BLOCK, False)
         tl.store(out + start + tl.arange(0, BLOCK), t)
     if whole < last:
-        t = spread_tile(student, table_ptr, ratios, m, whole, V, temperature, BLOCK, True)
+        t = spread_tile(student, table_ptr, tops, shifts, m, whole, V, BLOCK, True)
         columns = whole + tl.arange(0, BLOCK)
         tl.store(out + columns, t, mask=columns < V)
 
@@ -208,6 +224,7 @@ class Tables(NamedTuple):
     teacher: Tensor  # [V_t] int32
     by_outcome: Sorted
     teacher_by_outcome: Sorted
+    used: Tensor  # [count] bool: outcomes with a column of the student
 
     @classmethod
     def of(cls, spec: LossSpec, targets: RowTargets) -> Tables | None:
@@ -217,13 +234,16 @@ class Tables(NamedTuple):
         assert targets.outcomes is not None and targets.teacher_outcomes is not None
         student = targets.outcomes[: spec.vocab].contiguous()
         teacher = targets.teacher_outcomes[: spec.teacher_columns].contiguous()
-        return cls(student, teacher, Sorted.of(student), Sorted.of(teacher))
+        used = student.new_zeros(spec.num_outcomes, dtype=torch.bool)
+        used.index_fill_(0, student.long(), True)
+        return cls(student, teacher, Sorted.of(student), Sorted.of(teacher), used)
 
 
 class Sums(NamedTuple):
     """One side's rows."""
 
-    logs: Tensor  # [N, count], relative to the maximum
+    tops: Tensor  # [N, count], the largest logit of each outcome less the row's; -inf for none
+    logs: Tensor  # [N, count], of the sums relative to it
     maximum: Tensor  # [N]
     best: Tensor  # [N] int32
 
@@ -263,14 +283,20 @@ def as_columns(
     )
     which = labels, spec.ignore_index, weights
     ours = _sums(spec, student, tables.by_outcome, V, which)
+    T = float(spec.objective.temperature)
     if isinstance(teacher, SortedTopK):
-        ratios, beyond = _top_k_ratios(teacher, ours.logs, spec.num_outcomes)
+        of, beyond = _beside_ids(teacher, ours, T)
         choice = teacher.best
     else:
         width = spec.teacher_columns
         theirs = _sums(spec, teacher, tables.teacher_by_outcome, width, which)
-        ratios, beyond = _ratios(theirs.logs, ours.logs)
+        of, beyond = _beside_sums(theirs, ours, T)
         choice = tables.teacher[theirs.best.long()]
+    # Where nothing of the teacher is in the student's columns the rest of the loss stays finite.
+    unseen = ~((of.shifts > -math.inf) & tables.used).any(1, keepdim=True)
+    unseen &= beyond[:, None] == math.inf
+    of.tops.masked_fill_(unseen, 0)
+    of.shifts.masked_fill_(unseen, 0)
     compared = torch.ones_like(beyond, dtype=torch.bool)
     if targets.labels is not None:
         compared = targets.labels != spec.ignore_index
@@ -282,8 +308,8 @@ def as_columns(
     if N > 0:
         with on_device(t.device):
             spread_kernel[(N, ceil_div(V, SEGMENT))](
-                *student.arguments, tables.student, ratios, ours.maximum, *which,
-                t, t.stride(0), V, spec.num_outcomes, float(spec.objective.temperature),
+                *student.arguments, tables.student, *of, ours.maximum, *which,
+                t, t.stride(0), V, spec.num_outcomes,
                 BLOCK=BLOCK, SEGMENT=SEGMENT, num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     of_columns = spec._replace(num_outcomes=0, teacher_columns=0)
@@ -292,8 +318,9 @@ def as_columns(
 
 def _sums(spec: LossSpec, side: Logits, table: Sorted, V: int, which: tuple[object, ...]) -> Sums:
     N, count, x = len(side.x), spec.num_outcomes, side.x
-    logs = x.new_full((N, count), -math.inf, dtype=torch.float32)
-    sums = Sums(logs, logs.new_zeros(N), logs.new_zeros(N, dtype=torch.int32))
+    tops = x.new_full((N, count), -math.inf, dtype=torch.float32)
+    best = tops.new_zeros(N, dtype=torch.int32)
+    sums = Sums(tops, torch.zeros_like(tops), tops.new_zeros(N), best)
     if N > 0:
         with on_device(x.device):
             outcome_sums_kernel[(N,)](
@@ -305,35 +332,52 @@ def _sums(spec: LossSpec, side: Logits, table: Sorted, V: int, which: tuple[obje
     return sums
 
 
-def _ratios(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """``log p(o)/q(o)`` up to a constant of each row, [N, count]; what no column shows, [N].
+class Spread(NamedTuple):
+    """What a teacher's logits ``t = (x - top) + shift`` are made of, [N, count] each."""
 
-    -inf where p(o) is 0, be q(o) 0 as well.
-    """
-    infinite = ((log_q == -math.inf) & (log_p > -math.inf)).any(1)
-    beyond = torch.zeros_like(log_p[:, 0]).masked_fill_(infinite, math.inf)
-    beyond.masked_fill_(log_p.isnan().any(1), math.nan)
-    return (log_p - log_q).masked_fill_(log_p == -math.inf, -math.inf), beyond
+    tops: Tensor
+    shifts: Tensor
 
 
-def _top_k_ratios(teacher: SortedTopK, log_q: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same beside a top-k teacher: those of its ids, and one for all other outcomes."""
+def _beside_sums(theirs: Sums, ours: Sums, T: float) -> tuple[Spread, Tensor]:
+    """A teacher of sums by outcome; and what no column shows of the divergence, [N]."""
+    shifts = (theirs.logs - ours.logs).mul_(T).add_(theirs.tops)
+    infinite = ((ours.tops == -math.inf) & (theirs.tops > -math.inf)).any(1)
+    beyond = torch.zeros_like(ours.maximum).masked_fill_(infinite, math.inf)
+    beyond.masked_fill_((theirs.logs + theirs.tops).isnan().any(1), math.nan)
+    return Spread(ours.tops, shifts), beyond
+
+
+def _beside_ids(teacher: SortedTopK, ours: Sums, T: float) -> tuple[Spread, Tensor]:
+    """The same of a top-k teacher: its ids, and all other outcomes together."""
+    count = ours.tops.shape[1]
     padding = teacher.ids == rows.PAD_ID.value
     foreign = ~padding & ((teacher.ids < 0) | (teacher.ids >= count))
     repeated = (teacher.ids[:, 1:] == teacher.ids[:, :-1]) & ~padding[:, 1:]
-    poisoned = foreign.any(1) | repeated.any(1)
     # One more column for ids that are none.
     ids = teacher.ids.long().masked_fill(padding | foreign, count)
-    wide = torch.nn.functional.pad(log_q, (0, 1), value=-math.inf)
-    at_ids = wide.gather(1, ids)
-    rest = wide.scatter(1, ids, -math.inf).logsumexp(1, keepdim=True)
+    tops = torch.nn.functional.pad(ours.tops, (0, 1), value=-math.inf)
+    logs = torch.nn.functional.pad(ours.logs, (0, 1))
+    outside = tops.scatter(1, ids, -math.inf)
+    top = outside.amax(1, keepdim=True)
+    none = top == -math.inf
+    rest = (outside - top.masked_fill(none, 0)).div_(T).add_(logs).logsumexp(1, keepdim=True)
+
+    at_ids = tops.gather(1, ids)
     log_p = torch.cat((teacher.log_p, teacher.log_rest[:, None]), 1)
-    ratios, beyond = _ratios(log_p, torch.cat((at_ids, rest), 1))
-    beyond.masked_fill_(poisoned, math.nan)
+    infinite = (log_p > -math.inf) & (torch.cat((at_ids, top), 1) == -math.inf)
+    beyond = torch.zeros_like(ours.maximum).masked_fill_(infinite.any(1), math.inf)
+    beyond.masked_fill_(foreign.any(1) | repeated.any(1), math.nan)
+
+    inside = T * (teacher.log_p - logs.gather(1, ids))
+    other = T * (teacher.log_rest[:, None] - rest.masked_fill(none, 0))
+    tops = top.repeat(1, count + 1).scatter_(1, ids, at_ids)
+    shifts = other.repeat(1, count + 1).scatter_(1, ids, inside)
     # Padding alone, and no rest: there is nothing to compare with, and 0 is its divergence.
-    ratios.masked_fill_((log_p == -math.inf).all(1, keepdim=True), 0)
-    spread = ratios[:, -1:].repeat(1, count + 1).scatter_(1, ids, ratios[:, :-1])
-    return spread[:, :count].contiguous(), beyond
+    nothing = (log_p == -math.inf).all(1, keepdim=True)
+    tops.masked_fill_(nothing, 0)
+    shifts.masked_fill_(nothing, 0)
+    return Spread(tops[:, :count].contiguous(), shifts[:, :count].contiguous()), beyond
 
 
 # --- Rows of given logits ------------------------------------------------------------------------
