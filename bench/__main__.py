@@ -8,6 +8,7 @@ python -m bench --readme        rewrite the tables of all READMEs, and the plots
                                 committed under bench/results
 
 python -m bench loss            time and memory of linear_distill_loss against naive autograd
+python -m bench outcomes        what a loss costs that compares two tokenizers by outcomes
 python -m bench overhead        what the trainer adds to a step
 python -m bench topk_step       what a top-k teacher in memory adds to a step, and to its loss
 python -m bench cache_reading   how fast a run reads its teacher's cache
@@ -47,6 +48,7 @@ from typing import Any
 
 NAMED = {
     "loss": "bench.kernels.linear_loss",
+    "outcomes": "bench.kernels.outcomes",
     "overhead": "bench.training.overhead",
     "topk_step": "bench.training.topk_step",
     "cache_reading": "bench.training.cache_reading",

@@ -1,7 +1,5 @@
 """What outcomes cost: the joint loss that compares them beside the one that compares columns.
 
-    python -m bench outcomes [--rounds 7] [--label NAME]
-
 The cells are the joint losses of hidden states of the CPU's set, forward and backward. Both sides
 keep their widths, so that products and cross-entropy are the same work. Two pairs of tables: one
 column per outcome, as between equal tokenizers, and vocabularies of which the student has two
@@ -13,7 +11,6 @@ are CPU seconds of the process.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -58,7 +55,7 @@ def step(problem: Hidden, outcomes: Outcomes | None) -> Callable[[], None]:
     return run
 
 
-def ratios(problem: Hidden, outcomes: Outcomes, rounds: int) -> dict[str, Any]:
+def compared(problem: Hidden, outcomes: Outcomes, rounds: int) -> dict[str, Any]:
     """Seconds of both sides, and their ratio round by round."""
     sides = step(problem, None), step(problem, outcomes)
     for side in sides:
@@ -71,26 +68,27 @@ def ratios(problem: Hidden, outcomes: Outcomes, rounds: int) -> dict[str, Any]:
             seconds[which].append(time.process_time() - before)
     each = [b / a for a, b in zip(*seconds, strict=True)]
     return {
-        "columns_s": statistics.median(seconds[0]),
-        "outcomes_s": statistics.median(seconds[1]),
-        "ratio": statistics.median(each),
-        "ratios": each,
+        "seconds": {
+            "columns": round(statistics.median(seconds[0]), 4),
+            "outcomes": round(statistics.median(seconds[1]), 4),
+        },
+        "ratio": round(statistics.median(each), 3),
+        "ratios": [round(x, 3) for x in each],
     }
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench outcomes")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args(arguments)
-    for case in cases.chosen(cases.cpu(), [NAME]):
-        problem = draw(case, torch.device("cpu"))
-        assert isinstance(problem, Hidden)
-        for kind in KINDS:
-            found = ratios(problem, tables(kind, case.V), options.rounds)
-            print(case.shape, case.dtype, kind, {k: v for k, v in found.items() if k != "ratios"})
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+def measure(rounds: int = 9) -> dict[str, Any]:
+    """CPU seconds of both losses with one thread, and their ratio, for every cell and table."""
+    threads = torch.get_num_threads()
+    rows = []
+    try:
+        torch.set_num_threads(1)
+        for case in cases.chosen(cases.cpu(), [NAME]):
+            problem = draw(case, torch.device("cpu"))
+            assert isinstance(problem, Hidden)
+            for kind in KINDS:
+                found = compared(problem, tables(kind, case.V), rounds)
+                rows.append({"shape": case.shape, "dtype": case.dtype, "tables": kind} | found)
+    finally:
+        torch.set_num_threads(threads)
+    return {"case": NAME, "threads": 1, "rounds": rounds, "rows": rows}

@@ -110,6 +110,7 @@ def targets(results: Path) -> Iterator[Target]:
     yield from _logits(_read(results / LOGITS))
     yield from _linear(_read(results / LINEAR), ceilings)
     yield from _torch_path(_read(results / "loss.json"), _read(results / "overhead.json"))
+    yield from _outcomes(_read(results / "outcomes.json"))
     yield from _top_k_step(_read(results / "topk_step.json"))
     yield from _cache_reading(_read(results / "cache_reading.json"))
     cpu = _read(results / CPU)
@@ -226,6 +227,14 @@ def _torch_path(loss: Json, overhead: Json) -> Iterator[Target]:
         yield Target(f"{what}: memory", limits[1], row["memory_ratio"], "loss.json")
     ratio = 1 + overhead["overhead"]
     yield Target("a step of the trainer, over the bare step", 1.05, ratio, "overhead.json")
+
+
+def _outcomes(record: Json) -> Iterator[Target]:
+    """The joint loss from hidden states, of two tokenizers' outcomes over that of columns."""
+    for row in record["rows"]:
+        tokens, dtype = row["shape"]["N"], row["dtype"]
+        what = f"CE + KL of outcomes on a CPU, {tokens} tokens in {dtype}, {row['tables']}"
+        yield Target(f"{what}, over that of columns", 1.3, row["ratio"], "outcomes.json")
 
 
 def _top_k_step(record: Json) -> Iterator[Target]:

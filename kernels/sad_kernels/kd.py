@@ -96,6 +96,9 @@ def kl_div(
     With a ``vocab_shard`` both sides' logits are those of its columns, and ``valid_vocab`` is that
     of the whole vocabulary. All ranks of its group call with the same rows, and get the same loss.
 
+    With ``outcomes`` the sums of both softmaxes over the columns of each outcome are compared, by
+    the forward KL: see ``Outcomes``. The two widths may differ; ``valid_vocab`` is the student's.
+
     Returns a scalar, or with ``reduction="none"`` a loss of shape ``[...]``, in fp32 (fp64 for a
     student in fp64). The gradient has the dtype of the student's logits.
 
@@ -181,6 +184,11 @@ def distill_loss(
     ``TeacherLogits``; a ``TeacherHidden`` has a head with a shard of equal bounds, a
     ``TeacherTopK`` is whole. All ranks of its group call with the same rows, and get the same
     result.
+
+    With ``outcomes``, for a teacher with another tokenizer, KD is the forward KL between the sums
+    of p and q over the columns of each outcome, see ``Outcomes``: a ``TeacherTopK`` has outcomes in
+    the place of ids, each side its own ``valid_vocab``, and ``agree`` counts the rows in which both
+    argmaxes have one outcome. ``kd_token_weights`` are 0 in rows that are not aligned.
 
     Returns a ``DistillOutput`` in fp32 (fp64 for a student in fp64). Ties of an argmax go to the
     left; for ``TeacherTopK`` the teacher's argmax is the id with the highest log-probability.

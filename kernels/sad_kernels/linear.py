@@ -29,6 +29,9 @@ fp64) and ``n <= N`` the rows that count (``linear_memory_bytes`` adds it up):
     forward    a chunk_bytes + copies + b N + gradients + i n D_s       a = 1.25, b = 256
     backward   the same, where the logits are made again
 
+With ``outcomes`` rows are always whole, one at least, and the gradients of a loss per row made with
+logits made again; ``8 (V + V_t)`` bytes more are the tables.
+
 ``copies`` are ``i n D_s`` if the hidden states are not in the dtype of the arithmetic or some row
 is ignored, and ``i n D_t`` for the teacher's likewise; ``gradients`` are what is returned, and
 ``i V D_s`` more for a weight in 16 bits whose rows do not all fit at once. A ``TeacherTopK`` adds
@@ -172,6 +175,9 @@ def linear_distill_loss(
     with a ``vocab_shard``. All ranks of the shard's group call with the same rows and
     ``chunk_bytes``, and ask for the same gradients. All get the same result and gradient of
     ``hidden``, and each the gradients of its own rows of weight and bias.
+
+    With ``outcomes`` the teacher's head may have other columns than the student's, see
+    ``distill_loss``.
 
     Raises ``TypeError`` and ``ValueError`` for arguments that do not fit, and for an ``impl`` that
     does not work on them. Backward cannot be differentiated again.

@@ -86,6 +86,9 @@ def linear_memory_bytes(
     names the leaves that get one. ``device`` decides, as a tensor's would, what ``impl="auto"`` is;
     it need not exist here.
 
+    A call with ``outcomes`` keeps to the same ``chunk_bytes``, in which it has fewer rows of both
+    sides' logits; with ``impl="torch"`` 8 bytes per column of either side come on top.
+
     For the worst number of ignored rows. They take nothing but their hidden states: where most
     labels are ignored, as those of prompts and padding are, ``num_tokens`` should be the number of
     those that are not, or far too much is said. With ``impl="torch"`` the rows are cut into chunks

@@ -16,6 +16,7 @@ SHARDS = KERNELS + "_torch/shards.py"
 STATISTICS = KERNELS + "_torch/statistics.py"
 TILES = KERNELS + "_tiles.py"
 PROBLEM = KERNELS + "_torch/problem.py"
+OUTCOMES = KERNELS + "_torch/outcomes.py"
 OPERATORS = KERNELS + "_torch/operators.py"
 
 
@@ -25,6 +26,10 @@ def regressions(*names: str) -> tuple[str, ...]:
 
 def sharded(*names: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_vocab_shard.py", *names)
+
+
+def outcomes(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_outcomes.py", *names)
 
 
 def both(name: str, *parameters: str) -> tuple[str, ...]:
@@ -635,5 +640,32 @@ MUTATIONS = [
         "each rank keeps its own part of the hidden states' gradient",
         edit(PROBLEM, "sum_(dx, shard.group)", "_ = sum_"),
         sharded("test_every_objective[torch-ce]", "test_every_objective[torch-jsd]"),
+    ),
+    # --- Outcomes of two tokenizers --------------------------------------------------------------
+    Mutation(
+        "58",
+        "an outcome's columns share its gradient alike, not by their probabilities",
+        edit(
+            OUTCOMES,
+            "return slope.mul_(hot)",
+            "return slope.mul_(hot.sum(1, keepdim=True) / hot.shape[1])",
+        ),
+        outcomes("test_by_hand[torch]", "test_every_kind_of_teacher[logits-float32-torch]"),
+    ),
+    Mutation(
+        "58",
+        "a sum of the student's that underflows is left as it is",
+        edit(OUTCOMES, "far = (g.amax(1) > FAR[g.dtype])", "far = (g.amax(1) > math.inf)"),
+        outcomes("test_extreme_logits[logits-sure-torch]"),
+    ),
+    Mutation(
+        "58",
+        "the student's argmax is compared with an outcome",
+        edit(
+            OUTCOMES,
+            "ours = best.where(best < 0, self.student[best.clamp(min=0)])",
+            "ours = best",
+        ),
+        outcomes("test_agreement_is_of_outcomes[torch]"),
     ),
 ]

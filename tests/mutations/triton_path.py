@@ -7,6 +7,7 @@ from mutations.planting import Edit, Mutation, edit, tests
 
 TRITON = "kernels/sad_kernels/_triton/"
 CHUNKS = TRITON + "chunks.py"
+OUTCOMES = TRITON + "outcomes.py"
 GRADIENT_KERNEL = TRITON + "gradient.py"
 LAUNCH = TRITON + "launch.py"
 LINEAR = TRITON + "linear.py"
@@ -914,5 +915,22 @@ MUTATIONS = [
         "each rank keeps its own part of the hidden states' gradient, in the kernels' path",
         edit(CHUNKS, "sum_(result.dhidden, spec.shard.group)", "_ = sum_"),
         sharded("test_every_objective[triton-ce]"),
+    ),
+    # --- Outcomes of two tokenizers --------------------------------------------------------------
+    Mutation(
+        "58",
+        "an outcome that reaches over a tile loses what it had before",
+        edit(OUTCOMES, "goes_on = (lanes == 0) & (outcome == before)", "goes_on = lanes < 0"),
+        tests("sad_kernels/test_outcomes.py", "test_sums_that_reach_over_tiles"),
+    ),
+    Mutation(
+        "58",
+        "mass that no column of the student's can show is lost",
+        edit(
+            OUTCOMES,
+            "beyond = torch.zeros_like(ours.maximum).masked_fill_(infinite, math.inf)",
+            "beyond = torch.zeros_like(ours.maximum)",
+        ),
+        tests("sad_kernels/test_outcomes.py", "test_outcomes_without_mass[triton]"),
     ),
 ]
