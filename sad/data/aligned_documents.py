@@ -120,9 +120,10 @@ def align(
     """Find the bytes of a text at which tokens of both sides end."""
     content = text.encode()
     found = [side.bytes.ends(part.tolist(), content) for side, part in zip(sides, ids, strict=True)]
-    if found[0] is None or found[1] is None:
+    known = [ends for ends in found if ends is not None]
+    if len(known) < len(found):
         return _Piece(ids, None, ends_document, "changed")
-    (ours, our_space), (theirs, their_space) = found
+    (ours, our_space), (theirs, their_space) = known
     spans = [
         _special_spans(part, ends, side.bytes)
         for part, ends, side in zip(ids, (ours, theirs), sides, strict=True)
@@ -202,10 +203,11 @@ class _Told(NamedTuple):
 
 def _align_conversation(document: Document, sides: tuple[Side, Side]) -> AlignedDocument | str:
     """A conversation of both sides, whose places to compare lie in what the assistant says."""
-    told = [_tell(document, side) for side in sides]
-    if isinstance(told[0], str) or isinstance(told[1], str):
-        return next(reason for reason in told if isinstance(reason, str))
-    ours, theirs = told
+    ours, theirs = (_tell(document, side) for side in sides)
+    if isinstance(ours, str):
+        return ours
+    if isinstance(theirs, str):
+        return theirs
     if len(ours.spans) != len(theirs.spans):
         return "template"
     both_end = all(len(side.affixes.suffix) == 1 for side in sides)  # as texts do

@@ -313,7 +313,7 @@ class _StreamWriter:
 
     def add(self, document: AlignedDocument, side: int) -> None:
         """Add the tokens of one side, 0 or 1, of a document."""
-        ids, sizes, end = (part[side] for part in (*document[:2], document.end_tokens))
+        ids, sizes, end = document.ids[side], document.sizes[side], document.end_tokens[side]
         flags = np.zeros(len(ids), dtype=np.uint8)
         flags[document.pairs[:, side]] = document.flags
         self._documents.append(self.num_tokens)

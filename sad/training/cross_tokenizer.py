@@ -48,8 +48,9 @@ def load_comparison(
     sides = (Side.of(ours, config.data, "student"), Side.of(theirs, config.data, "teacher"))
     threshold = config.outcome_threshold if config.closed_outcomes else None
     tables = run_outcomes(*sides, train_rows, threshold)
-    pieces = (side.bytes for side in sides)
-    inside = InsideTeacherTokens(*pieces, tables) if config.prefix_inside else None
+    inside = None
+    if config.prefix_inside:
+        inside = InsideTeacherTokens(sides[0].bytes, sides[1].bytes, tables)
     loss = CrossTokenizerLoss(
         tables,
         device,

@@ -56,9 +56,8 @@ def sentencepiece(pieces: list[str], *, prefix: bool) -> PreTrainedTokenizerFast
     vocab = {token: i for i, token in enumerate(tokens)}
     model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
-    steps = [normalizers.Replace(" ", "\u2581")]
-    if prefix:
-        steps.insert(0, normalizers.Prepend("\u2581"))
+    steps: list[normalizers.Normalizer] = [normalizers.Prepend("\u2581")] if prefix else []
+    steps.append(normalizers.Replace(" ", "\u2581"))
     tokenizer.normalizer = normalizers.Sequence(steps)  # pyright: ignore
     tokenizer.decoder = decoders.Sequence(  # pyright: ignore
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]

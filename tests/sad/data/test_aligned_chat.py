@@ -57,8 +57,8 @@ def compared(rows: AlignedRows) -> list[tuple[str, str]]:
     for row, places in enumerate(batch.theirs.positions.tolist()):
         for at, there in enumerate(places):
             if there >= 0:
-                ours = byte_tokenizer().decode(batch.input_ids[row, : at + 1])
-                theirs = teacher().decode(batch.theirs.batch.input_ids[row, : there + 1])
+                ours = str(byte_tokenizer().decode(batch.input_ids[row, : at + 1]))
+                theirs = str(teacher().decode(batch.theirs.batch.input_ids[row, : there + 1]))
                 found.append((ours.rpartition("assistant: ")[2], theirs.rpartition("[A]")[2]))
     return found
 

@@ -30,7 +30,7 @@ from sad.data.rows import pack_documents
 from sad.errors import UnfitError
 
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
-LINES = TEXT.strip().splitlines()
+LINES: list[str] = [*TEXT.strip().splitlines()]
 
 
 def bytes_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bytes:

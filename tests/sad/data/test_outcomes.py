@@ -22,7 +22,7 @@ from sad.data.outcomes import (
     shared_outcomes,
 )
 
-LINES = TEXT.strip().splitlines()
+LINES: list[str] = [*TEXT.strip().splitlines()]
 
 
 def side(tokenizer: PreTrainedTokenizerFast) -> Side:
@@ -38,7 +38,7 @@ def outcome_strings(
 ) -> dict[str, set[str]]:
     """Of tokens: the tokens of the same side that count for the same outcome."""
     assert len(table) == len(tokenizer) and table.min() >= 0 and table.max() < found.count
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])
     return {
         token: {other for other, o in zip(tokens, table, strict=True) if o == table[i]}
         for i, token in enumerate(tokens)

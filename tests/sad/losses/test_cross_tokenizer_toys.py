@@ -138,7 +138,7 @@ def test_weights_that_do_not_sum_to_the_same_move_the_optimum(tmp_path: Path) ->
     found = world(tmp_path, ["ab", "ac"], byte_level([]), byte_level([("a", "b")]))
 
     class Unequal(CrossTokenizerLoss):
-        def __call__(self, *arguments: Any, training: bool) -> Any:
+        def __call__(self, *arguments: Any, **_: Any) -> Any:
             return super().__call__(*arguments, training=False)  # its weights are the objective's
 
     loss = Unequal(found.loss.tables, torch.device("cpu"))
