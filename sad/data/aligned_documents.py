@@ -29,6 +29,14 @@ such a place at all."""
 BOUNDARY = COMPARED | BEGINS_GROUP | MEETING
 
 
+def own_config(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> DataConfig:
+    """The configuration of one side: a ``document_end`` that its tokenizer lacks is one of the
+    other's, and end-of-text stands for it."""
+    if config.document_end is None or config.document_end in tokenizer.get_vocab():
+        return config
+    return replace(config, document_end=None)
+
+
 class Side(NamedTuple):
     """A tokenizer, what it puts around texts, and the bytes of its tokens."""
 

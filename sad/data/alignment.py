@@ -31,7 +31,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sad.config.sections import DataConfig
-from sad.data.aligned_documents import BEGINS_GROUP, COMPARED, AlignedDocument, Side, aligned
+from sad.data.aligned_documents import (
+    BEGINS_GROUP,
+    COMPARED,
+    AlignedDocument,
+    Side,
+    aligned,
+    own_config,
+)
 from sad.data.batch import Batch, TeacherTokens
 from sad.data.formats.base import MESSAGES, TEXT
 from sad.data.packing import (
@@ -49,7 +56,7 @@ from sad.data.rows import PackedRows, kept_rows
 from sad.data.split import DocumentSet
 from sad.data.stream import ALIGNMENT_COUNTS, COUNTS, describe_counts
 from sad.data.token_file import TokenFile
-from sad.data.tokenizers import fingerprint
+from sad.data.tokenizers import document_end_id, fingerprint
 from sad.environment import stop_if_requested
 from sad.errors import UnfitError
 
@@ -159,8 +166,13 @@ def align_documents(
     Raises ``UnfitError`` for tokenizers or documents that cannot be aligned at all, and
     ``OutputError`` if the cache cannot be written.
     """
-    options: Any = {"packing": packing, "config": config}
-    names = [fingerprint_rows(documents, tok, max_length, **options) for tok in (student, teacher)]
+    document_end_id(student, config.document_end)  # whose token it must be
+    names = [
+        fingerprint_rows(
+            documents, side, max_length, packing=packing, config=own_config(config, side)
+        )
+        for side in (student, teacher)
+    ]
     text = json.dumps([FORMAT, *names, fingerprint(teacher)])
     name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     write = partial(

@@ -17,6 +17,7 @@ text.py         its documents, tokens and rows
 runs.py         its runs as a whole
 ranks.py        its runs on several processes
 caches.py       its caches of a teacher's targets
+other_tokenizer.py  its teachers with another tokenizer
 reference.py    the specification and the rule that everything is judged by
 """
 
@@ -27,6 +28,7 @@ from typing import NamedTuple
 from mutations import (
     caches,
     ema,
+    other_tokenizer,
     ranks,
     reference,
     runs,
@@ -46,6 +48,7 @@ MUTATIONS: list[Mutation] = [
     *runs.MUTATIONS,
     *ranks.MUTATIONS,
     *caches.MUTATIONS,
+    *other_tokenizer.MUTATIONS,
     *reference.MUTATIONS,
 ]
 
@@ -140,6 +143,8 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "99": ("targets of other rows", ("trainer",)),
     "100": ("a teacher and a student that wait for one another", ("trainer",)),
     "101": ("mass beyond the ids taken at another temperature", ("trainer",)),
+    "110": ("text of two tokenizers compared where it is not the same", ("trainer",)),
+    "111": ("a teacher with another tokenizer that moves the optimum", ("trainer",)),
 }
 """Number -> what broke, and the places where it must be seen to turn tests red."""
 

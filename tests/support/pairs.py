@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -98,9 +99,11 @@ def aligned(
     *,
     max_length: int = 32,
     packing: bool = True,
+    document_end: str | None = None,
 ) -> AlignedRows:
     """Aligned rows of these texts."""
     documents, config = documents_of(folder / "texts", texts)
+    config = replace(config, document_end=document_end)
     return align_documents(
         documents,
         student,

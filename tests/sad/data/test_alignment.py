@@ -196,6 +196,16 @@ def test_what_cannot_be_aligned_is_left_out_and_counted(tmp_path: Path) -> None:
     assert rows.left_out == "1 left out without a common token end within 32 tokens"
 
 
+def test_a_token_that_ends_documents_is_the_students(tmp_path: Path) -> None:
+    student, teacher = byte_level([("a", "b")]), byte_level([], end="<|e|>")
+    student.add_special_tokens({"additional_special_tokens": ["<stop>"]})
+    rows = aligned(tmp_path, ["ab", "b"], student, teacher, document_end="<stop>")
+    assert rows.end_tokens == [student.convert_tokens_to_ids("<stop>")]
+    assert rows.theirs.end_tokens == [teacher.eos_token_id]
+    with pytest.raises(UnfitError, match="document_end must be a token of the tokenizer"):
+        aligned(tmp_path, ["ab"], student, teacher, document_end="<|e|>")
+
+
 def test_a_special_token_that_both_have_in_the_text_is_aligned(tmp_path: Path) -> None:
     student, teacher = byte_level([("a", "b")]), byte_level([])
     rows = aligned(tmp_path, [f"ab{END}b"], student, teacher)

@@ -304,6 +304,12 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, mode: Any) -> None:
     assert_same_bits(found, whole)
 
 
+def test_a_teacher_that_works_ahead_teaches_the_same(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path)
+    ahead, _ = trained(replace(config, teacher_prefetch=1))
+    assert_same_bits(ahead, trained(config)[0])
+
+
 def test_the_divergence_may_fall_over_training(tmp_path: Path) -> None:
     config = with_bytes(tmp_path, curriculum={"kd": [[0, 1], [1, 0]]}, max_steps=3)
     trainer = make_trainer(config)
