@@ -180,6 +180,7 @@ _ROWS = (
     _term("ce", "ce", label="CE"),
     _term("kd", "kd", label="KD"),
     _term("z", "z", label="z-loss"),
+    _term("on_policy_kd", "on-policy", label="KD, on-policy"),
     _term("feature", "feature"),
     _term("attention", "attention"),
     _term("head_map", "head_map", label="head map"),
@@ -216,6 +217,20 @@ _ROWS = (
     Metric(
         "mfu", "MFU", "% of the peak", "higher", "percent",
         heading="Model FLOP utilisation", bar="MFU {}", width=7,
+    ),
+    # Of text that the student writes
+    Metric(
+        "completion_length", "written", "tokens",
+        heading="Length of what the student writes", eval_line=False,
+    ),
+    _plotted(
+        "completed", "completed", "% of rollouts", format="percent",
+        heading="Rollouts that come to an end of text",
+    ),
+    _plotted("rollouts_per_second", "rollouts/s", better="higher", heading="Rollouts per second"),
+    _plotted(
+        "rollout_time", "time to write", "% of training", format="percent",
+        heading="Time that the student writes",
     ),
     # One column: of the device where there is one, else of the process.
     Metric(

@@ -156,6 +156,7 @@ MISSPELT = 0.85
 RENAMED = {
     # transformers
     "label_smoothing_factor": "label_smoothing",
+    "max_new_tokens": "max_completion_length",
     "lr": "learning_rate",
     "train_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
@@ -295,8 +296,7 @@ EXPLAINED = {
     "torch_dtype": _16_BITS,
     # TRL
     "use_peft": "peft.r trains LoRA adapters of that rank: peft: {r: 16}",
-    "lmbda": "there is no such thing: training is off-policy, on the text of data.train",
-    "seq_kd": "there is no such thing: training is off-policy, on the text of data.train",
+    "seq_kd": "the teacher writes no text here; lmbda: 1 learns from the student's own",
     # Axolotl, LLaMA-Factory
     "train_on_inputs": _LEARNED,
     "train_on_prompt": _LEARNED,
@@ -351,11 +351,13 @@ EXPLAINED = {
         teacher_model_server_url teacher_server""".split(),
         "`sad cache-teacher --server URL` asks a server once, before training: see teacher_cache",
     ),
+    "max_prompt_length": (
+        "prompts are cut to max_length - max_completion_length tokens, of which the last are kept"
+    ),
     "logprobs_field": "`sad cache-teacher --import PATH` reads targets from files",
     **dict.fromkeys(
-        """max_completion_length max_new_tokens max_prompt_length num_generations use_vllm vllm_mode
-        vllm_server_base_url""".split(),
-        "there is no such thing: no text is generated in training, which is off-policy",
+        "num_generations use_vllm vllm_mode vllm_server_base_url".split(),
+        "with lmbda above 0 the student itself writes, once per prompt, where it is trained",
     ),
     "student_tokenizer": "the key tokenizer names it, and teacher_tokenizer the teacher's",
     "use_uld_loss": "for a teacher with another tokenizer write cross_tokenizer: prefix",

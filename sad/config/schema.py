@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -26,6 +26,7 @@ from sad_kernels._divergence_table import Divergence
 from sad_kernels.objective import Objective
 
 from sad.config.cross_tokenizer import check_cross_tokenizer
+from sad.config.on_policy import check_on_policy
 from sad.config.sections import (
     MAY_CHANGE_ON_RESUME,
     AttentionConfig,
@@ -35,6 +36,7 @@ from sad.config.sections import (
     FeatureConfig,
     LayerwiseConfig,
     PeftConfig,
+    PositiveFraction,
     RelationsConfig,
     RouterConfig,
     RoutingConfig,
@@ -233,6 +235,27 @@ class DistillConfig:
     """Also train the same student without the teacher, on the same batches for as many steps, and
     add it to the result table."""
 
+    # Text that the student writes
+    lmbda: Fraction = 0.0
+    """Share of micro-batches whose text the student writes itself, after prompts from the data
+    (on-policy), and that it learns from the teacher alone. 0: none."""
+    on_policy_divergence: Divergence = "reverse_kl"
+    """Divergence from the teacher on text that the student has written; its weight is 1."""
+    max_completion_length: PositiveInt = 128
+    """Tokens that the student writes after a prompt, at most: it stops at its end of text."""
+    prompt_length: PositiveInt = 64
+    """Tokens of a text that are a prompt. Prompts of records, and conversations up to their last
+    answer, are taken whole."""
+    generation_temperature: PositiveFloat = 1.0
+    """Temperature at which the student's tokens are drawn; `temperature` is that of the loss."""
+    top_p: PositiveFraction = 1.0
+    """Draw from the most likely tokens alone that have this probability together. 1: from all."""
+    top_k: NonNegativeInt = 0
+    """Draw from so many most likely tokens. 0: from all."""
+    self_teacher: Literal["ema", "base"] | None = None
+    """Take the student itself as the teacher: `ema`, its averaged weights, or `base`, the model
+    under its adapters. No second model is loaded, and no `teacher` named."""
+
     # Length
     num_train_epochs: Epochs = 1.0
     """Passes over the data, if `max_steps` is not given."""
@@ -389,6 +412,7 @@ class DistillConfig:
         _check_objective(self)
         _check_teacher_sections(self)
         check_cross_tokenizer(self)
+        check_on_policy(self)
         _check_placement(self)
         _check_schedule(self)
         _check_batches(self)
@@ -403,8 +427,14 @@ class DistillConfig:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a teacher to compare with, itself or its cache."""
-        return self.teacher is not None or self.teacher_cache is not None
+        """Whether there is a teacher to compare with: itself, its cache, or the student."""
+        named = self.teacher is not None or self.teacher_cache is not None
+        return named or self.self_teacher is not None
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether anything that the student learns comes from a teacher."""
+        return bool(self.kd_weight or self.structural_weights or self.lmbda)
 
     @property
     def structural_weights(self) -> dict[str, float]:
@@ -446,6 +476,16 @@ class DistillConfig:
             teacher_share=teacher_share,
         )
 
+    def on_policy_objective(self) -> Objective:
+        """The objective on text that the student has written: the divergence alone."""
+        return replace(
+            self.objective(kd_weight=1.0),
+            ce_weight=0.0,
+            label_smoothing=0.0,
+            z_loss=0.0,
+            divergence=self.on_policy_divergence,
+        )
+
 
 STRUCTURAL = tuple(
     name
@@ -463,7 +503,8 @@ def ce_only() -> dict[str, Any]:
     """
     sections = section_types(DistillConfig).items()
     defaults = {name: section() for name, section in sections if name not in ("data", "peft")}
-    return {"kd_weight": 0.0, "ce_weight": 1.0} | defaults
+    plain = {"kd_weight": 0.0, "ce_weight": 1.0, "lmbda": 0.0, "self_teacher": None}
+    return plain | defaults
 
 
 def config_to_dict(config: DistillConfig) -> dict[str, Any]:
@@ -490,7 +531,7 @@ def _check_models(config: DistillConfig) -> None:
             f"be given for {name}.weight above 0",
             config.teacher,
             f"name a model, or set {name}.weight: 0",
-            holds=config.has_teacher,
+            holds=config.teacher is not None or config.teacher_cache is not None,
         )
     require(
         "routing.mode",
@@ -593,7 +634,7 @@ def _check_objective(config: DistillConfig) -> None:
         "be above 0 when ce_weight and all structural weights are 0",
         config.kd_weight,
         "with all of them at 0 there is nothing to learn",
-        holds=bool(objective.ce_weight or objective.kd_weight or config.structural_weights),
+        holds=bool(objective.ce_weight or config.is_distilled),
     )
 
 
@@ -691,7 +732,8 @@ def _check_metric(config: DistillConfig) -> None:
         return
     prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
     names = best_model_metrics(
-        with_teacher=config.has_teacher, with_cache=config.teacher_cache is not None
+        with_teacher=config.has_teacher and config.self_teacher is None,
+        with_cache=config.teacher_cache is not None,
     )
     choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]
     require(

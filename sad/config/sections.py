@@ -407,7 +407,7 @@ class PeftConfig(Section):
         return any(getattr(self, item.name) is not None for item in fields(self))
 
 
-TeacherShare = Annotated[float, Constraint("lie in (0, 1]", lambda v: 0 < v <= 1)]
+PositiveFraction = Annotated[float, Constraint("lie in (0, 1]", lambda v: 0 < v <= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,9 +418,9 @@ class TAIDConfig(Section):
 
     enabled: bool = False
     """Compare the student with a mixture of its own and the teacher's logits (TAID)."""
-    start: TeacherShare = 0.4
+    start: PositiveFraction = 0.4
     """Share of the teacher in the mixture at the beginning."""
-    end: TeacherShare = 1.0
+    end: PositiveFraction = 1.0
     """Share of the teacher at the end."""
     alpha: NonNegativeFloat = 5e-4
     """How fast the share may run ahead of a straight line while the loss falls."""

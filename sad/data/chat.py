@@ -87,6 +87,45 @@ def render(
     return RenderedConversation(text, context, learned, True, sum(map(_says_nothing, said)))
 
 
+class RenderedPrompts(NamedTuple):
+    """What the student answers, and what the teacher reads in its place."""
+
+    prompt: str  # "" for a conversation that begins with the assistant
+    teacher_prompt: str | None
+    from_template: bool  # as in RenderedConversation
+
+
+def render_prompts(document: Document, tokenizer: PreTrainedTokenizerFast) -> RenderedPrompts:
+    """The prompt of a document that is a conversation: what comes before its last answer.
+
+    Raises ``UnfitError`` as ``render`` does.
+    """
+    conversation = document.conversation
+    assert conversation is not None, document.name
+    theirs = conversation.teacher_prompt
+    if isinstance(conversation.prompt, str):
+        assert theirs is None or isinstance(theirs, str), document.name
+        return RenderedPrompts(conversation.prompt, theirs, False)
+    template = _template_for(conversation, tokenizer, document.name)
+
+    def asked(messages: list[Message]) -> str:
+        if not messages:
+            return ""
+        options = {"add_generation_prompt": True}
+        return _apply(template, messages, conversation, tokenizer, document.name, **options)[0]
+
+    before = conversation.prompt
+    if before is None:
+        before = _before_last_answer(conversation.messages or [])
+    other = asked(theirs) if isinstance(theirs, list) else None
+    return RenderedPrompts(asked(before), other, True)
+
+
+def _before_last_answer(messages: list[Message]) -> list[Message]:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1]] if answers else messages
+
+
 def messages_of(conversation: Conversation) -> list[Message]:
     """All messages of a conversation, those of prompt and completion joined."""
     _, prompt, completion, *_ = conversation

@@ -159,6 +159,23 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
 
 
 @contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Within, ``model`` computes as it did before ``add_adapters``; nothing is copied.
+
+    Biases that are trained besides stay as they are.
+    """
+    live: Any = model
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    live.disable_adapters()  # freezes them as well
+    try:
+        yield
+    finally:
+        live.enable_adapters()
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
 def merged_weights(model: PreTrainedModel) -> Iterator[dict[str, Tensor] | None]:
     """Within, adapters are merged into the weights under them, and ``save_pretrained`` saves an
     ordinary model: it must be given the tensors that this yields. Without adapters, None.

@@ -43,6 +43,7 @@ def run_header(
     tokenizer_notes: Sequence[str] = (),
     resumption_notes: Sequence[str] = (),
     balance_note: str = "",
+    on_policy: str = "",
     world_size: int = 1,
 ) -> list[Line]:
     """What the run is about to do, for a person to check before leaving it alone.
@@ -52,7 +53,7 @@ def run_header(
     ``checkpoint`` is the one that the run goes on from, None for a run from the start.
     ``tokenizer_notes`` say in what the models' own tokenizers differ from the run's,
     ``resumption_notes`` what a change of sizes means, ``balance_note`` what becomes of the
-    auxiliary loss of a mixture-of-experts student.
+    auxiliary loss of a mixture-of-experts student, and ``on_policy`` what the student writes.
     """
     lines = [
         ("run", f"{name} -> {config.output_dir}"),
@@ -61,8 +62,7 @@ def run_header(
     ]
     if teacher is not None:
         # A teacher without a weight in the loss is still what evaluations compare with.
-        teaches = config.kd_weight or config.structural_weights
-        role = "" if teaches else ", for evaluation only"
+        role = "" if config.is_distilled else ", for evaluation only"
         lines.append(("teacher", teacher + role))
     lines += [
         ("vocabulary", f"{vocabulary:,} ids"),
@@ -71,6 +71,7 @@ def run_header(
         ("length", describe(config, run_length)),
         ("batch", _batch_line(config, run_length, world_size)),
         ("objective", _objective_line(config)),
+        *((("on-policy", on_policy),) if on_policy else ()),
         *((("experts", balance_note),) if balance_note else ()),
         *((("routing", config.routing.mode),) if config.routing.mode != "teacher" else ()),
         ("precision", _precision_line(precision)),

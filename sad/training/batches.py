@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from sad.data.batch import Batch, LossCounts
 from sad.data.rows import PackedRows, epoch_permutation
 from sad.distributed.world import ALONE, World
 from sad.optim.schedule import RunLength, Window
+
+if TYPE_CHECKING:
+    from sad.training.rollouts import Rollouts
 
 
 class TrainBatches:
@@ -36,6 +40,30 @@ class TrainBatches:
         self._run_length = run_length
         self._order: tuple[int, np.ndarray] | None = None  # an epoch, and the order of its rows
 
+    def begin(self, window: Window) -> None:
+        """Called before anything of a window is asked for: there is nothing to prepare here."""
+
+    def forget(self) -> None:
+        """Called when the student's weights have been replaced: nothing here depends on them."""
+
+    def rollouts(self, micro_step: int) -> Rollouts | None:
+        """What the student has written in a micro-batch of the window begun last; None for one of
+        the data."""
+        return None
+
+    def writing(self, elapsed: float) -> dict[str, float]:
+        """What a train record says of the speed at which the student has written, in the last
+        ``elapsed`` seconds of training."""
+        return {}
+
+    def describe(self, micro_step: int) -> str:
+        """What the student will write from here on, in words; nothing for nothing."""
+        return ""
+
+    def knows(self, window: Window) -> bool:
+        """Whether ``counts`` of a window follow from its position alone."""
+        return True
+
     def row_numbers(self, micro_step: int) -> np.ndarray:
         """The numbers of the rows in a micro-batch."""
         epoch, batch = self._run_length.position(micro_step)
@@ -56,11 +84,12 @@ class TrainBatches:
 
     def window(self, window: Window) -> Iterator[Batch]:
         """The micro-batches of a window, one by one."""
-        return (self.batch(step) for step in _steps(window))
+        return (self.batch(step) for step in steps_of(window))
 
     def counts(self, window: Window) -> LossCounts:
         """The units in all micro-batches of a window together, known before any is made."""
-        return self.rows.counts(np.concatenate([self.row_numbers(step) for step in _steps(window)]))
+        rows = [self.row_numbers(step) for step in steps_of(window)]
+        return self.rows.counts(np.concatenate(rows))
 
     def targets(self, micro_step: int) -> int:
         """The targets in a micro-batch."""
@@ -83,5 +112,6 @@ def rank_batch(
     return rows.batch(row_numbers[:1]).without_targets()._replace(places=places[:1])
 
 
-def _steps(window: Window) -> range:
+def steps_of(window: Window) -> range:
+    """The micro-batches of a window, counted from the start of the run."""
     return range(window.first_micro_step, window.first_micro_step + window.size)

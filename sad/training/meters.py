@@ -68,11 +68,14 @@ class ThroughputMeter:
     def __init__(self, tokens: int) -> None:
         self._since = time.perf_counter()
         self._tokens = tokens
+        self.seconds = 0.0
+        """How long the last rate was measured."""
 
     def rate(self, tokens: int) -> float:
         """The rate since the last call; ``tokens`` are all targets seen so far in the run."""
         now = time.perf_counter()
-        rate = (tokens - self._tokens) / max(now - self._since, 1e-9)
+        self.seconds = now - self._since
+        rate = (tokens - self._tokens) / max(self.seconds, 1e-9)
         self._since, self._tokens = now, tokens
         return rate
 
@@ -109,6 +112,13 @@ class MeanMeter:
         """The mean of each quantity that has come up. Waits for the device."""
         sums = zip(self.names, self._sums.tolist(), self._counts, strict=True)
         return {name: value / count for name, value, count in sums if count}
+
+    def total(self, name: str) -> tuple[float, int]:
+        """Sum and count of a quantity, 0 and 0 for one without a name. Waits for the device."""
+        if name not in self.names:
+            return 0.0, 0
+        index = self.names.index(name)
+        return float(self._sums[index]), self._counts[index]
 
     def reset(self) -> None:
         self._sums.zero_()
@@ -200,8 +210,11 @@ class TrainMeter:
         per_target = 1 / targets if targets else math.nan
         terms = self.terms.means()
         structural = sum(w * terms[name] for name, w in weights.items() if name in terms)
+        written, on_policy = self.terms.total("on_policy_kd")  # a divergence of weight 1
+        if on_policy and not targets:  # nothing else has come up
+            return {"loss": written / on_policy + structural, **terms}
         return {
-            "loss": loss * per_target + structural,
+            "loss": (loss + written) / (targets + on_policy or math.nan) + structural,
             "ce": ce * per_target,
             "kd": kd * per_target,
             "z": z * per_target,

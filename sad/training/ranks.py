@@ -52,6 +52,8 @@ def check_ranks(config: DistillConfig, world: World) -> None:
         "teacher_device": ("be left out", config.teacher_device is not None),
         "teacher_quantization": ("be left out", config.teacher_quantization is not None),
         "teacher_prefetch": ("be 0", config.teacher_prefetch > 0),
+        "lmbda": ("be 0", config.lmbda > 0),
+        "self_teacher": ("be left out", config.self_teacher is not None),
         "ema_device": ("be left out", config.ema_device is not None),
         "routing.mode": ("be teacher", config.routing.mode != "teacher"),
         # What these compare or balance is all rows of a micro-batch together.

@@ -172,8 +172,7 @@ def _distill(
     if baseline is not None:
         results.append(_train_baseline(baseline, run_dir, inputs, signals, make_scheduler))
 
-    distilled = config.kd_weight or config.structural_weights
-    name = "student, distilled" if distilled else "student"
+    name = "student, distilled" if config.is_distilled else "student"
     title = f"2 of 2: {name}" if config.baseline else name
     trainer, samples = _train(
         config, run_dir, resumption, inputs, signals, make_scheduler, title=title
@@ -404,6 +403,7 @@ def _train(
             checkpoint=None if resumption is None else resumption.checkpoint.path,
             resumption_notes=() if resumption is None else resumption.notes,
             tokenizer_notes=inputs.tokenizer_notes,
+            on_policy=trainer.batches.describe(trainer.counters.micro_step),
             balance_note=student.balance_note,
             world_size=world.size,
         )

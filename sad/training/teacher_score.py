@@ -20,10 +20,16 @@ TOLERANCE = 0.01
 that left them. A wrong norm or head, or states shifted by one token, cost more than one nat."""
 
 
+OWN = {"ema": "the student's own average", "base": "the student without its adapters"}
+"""A student that is its own teacher, in words."""
+
+
 def describe_teacher(config: DistillConfig, inputs: RunInputs) -> str | None:
     """The teacher in words, for a run's header; None without one."""
     if isinstance(inputs.teacher, CachedTeacher):
         return describe(inputs.teacher.reader)
+    if config.self_teacher is not None:
+        return OWN[config.self_teacher]
     frozen = inputs.frozen_teacher
     if frozen is None:
         return None

@@ -70,13 +70,15 @@ from sad.optim.schedule import (
 from sad.report.log import RunLog
 from sad.report.model_card import model_card
 from sad.teachers.frozen import TeacherOutput
-from sad.teachers.policy import build_teacher_policy
+from sad.teachers.policy import TeacherPolicy, build_teacher_policy
 from sad.teachers.prefetch import Prefetch
-from sad.training.batches import TrainBatches
 from sad.training.evaluate import evaluate_student
 from sad.training.inputs import RunInputs
 from sad.training.meters import Counters, ThroughputMeter, TrainMeter
+from sad.training.on_policy import TERMS, answer_to, build_batches, rollout_terms
 from sad.training.resume import Resumption, overtaken, plan_resumption
+from sad.training.rollouts import Rollouts
+from sad.training.self_teacher import build_self_teacher
 from sad.training.skips import SkipWatch
 from sad.training.speed import Speed
 from sad.training.state import checkpoint_parts, restore_trainer
@@ -128,7 +130,7 @@ class Trainer:
 
         rows = inputs.train_rows
         self.run_length = planned_length(config, len(rows), self.world.size)
-        self.batches = TrainBatches(config, rows, self.run_length, inputs.device, self.world)
+        self.batches = build_batches(config, inputs, self.run_length, student)
         # The order matters: a scheduler built after the optimizer is loaded would overwrite the
         # first resumed learning rate.
         self.optimizer = precision.build_optimizer(student.model, student.structural)
@@ -139,6 +141,8 @@ class Trainer:
             self.scheduler = make_scheduler(self.optimizer)
             check_foreign_scheduler(self.scheduler, self.run_length, config.scheduler_unit)
         self.ema = precision.build_ema(student.model) if config.use_ema else None
+        if own := build_self_teacher(config, student, self.ema):
+            self.policy = TeacherPolicy(own)
         self.accumulator = GradientAccumulator(config.gradient_accumulation_steps)
         self.curriculum = Curriculum(
             {"kd": config.kd_weight} | config.structural_weights,
@@ -148,6 +152,8 @@ class Trainer:
         self.taid = _taid(config)
         self.counters = Counters()
         logged = (*student.term_names, *student.diagnostics, *self.policy.diagnostics)
+        if config.lmbda:
+            logged += TERMS
         self.meter = TrainMeter(logged, self.device)
         self.window_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.generators = RandomGenerators("rng")
@@ -253,11 +259,15 @@ class Trainer:
         """Consume one micro-batch; return whether it closed its window."""
         counters, accumulator = self.counters, self.accumulator
         window = self._window(counters.micro_step)
+        self.batches.begin(window)  # what is on-policy in it is written now, or after a resumption
         counts = self.batches.counts(window)
         if not accumulator.pending:
             accumulator.open_window(window.size, counts.targets)
             batches = self.batches.window(window)
             self.meter.terms.add(self.policy.begin_window(batches, self.student, counts))
+
+        # What was written again by another machine may be of another length: the divisor stays.
+        counts = counts._replace(targets=accumulator.num_items)
 
         # Forward and backward. The weights are those at the window's first micro-batch, so that a
         # window has one objective; the loss is divided by the units of the whole window.
@@ -266,11 +276,18 @@ class Trainer:
         closes = accumulator.should_step()
         if self.world.size > 1:
             set_last_backward(self.student, last=closes, sync_each=self.config.sync_each_batch)
-        result = self._forward(batch, weights, counts)
+        written = self.batches.rollouts(counters.micro_step)
+        if written is None:
+            result = self._forward(batch, weights, counts)
+        else:
+            result = self._forward_on_policy(written, weights, counts)
         self.precision.backward(result.loss)
         self.policy.release()
         self.prefetch.wait()  # from here to the next one nobody runs the teacher but evaluations
-        self.meter.add(result.distill, result.terms, accumulator.num_items)
+        if written is None:
+            self.meter.add(result.distill, result.terms, accumulator.num_items)
+        else:
+            self.meter.terms.add(result.terms | rollout_terms(written, result.distill.kd))
         self.window_loss += result.distill.loss.detach()
 
         # The optimizer steps at the window's end, the scheduler there or after each micro-batch.
@@ -289,6 +306,15 @@ class Trainer:
         if self.config.teacher_prefetch:
             self._prefetch_next()
         return self.student(batch, teacher, self.objective(weights), counts, weights)
+
+    def _forward_on_policy(
+        self, written: Rollouts, weights: LossWeights, counts: LossCounts
+    ) -> StepOutput:
+        """The same on text that the student has written, which is compared with the teacher
+        alone."""
+        teacher = answer_to(self.policy, written, self.student.teacher_capture(weights))
+        objective = self.config.on_policy_objective()
+        return self.student(written.batch, teacher, objective, counts, weights)
 
     def _targets(self, batch: Batch, weights: LossWeights) -> TeacherOutput | None:
         """The teacher's answer to the present micro-batch."""
@@ -358,16 +384,18 @@ class Trainer:
         skipped = int(self.meter.skipped[0])
         rate = throughput.rate(self.counters.tokens)
         with_teacher = self._is_taught(weights)
+        on_policy = {TERMS[0]: 1.0} if self.config.lmbda else {}
         record = self._position() | {
             "tokens": self.counters.tokens,
             **losses,
-            "weights": _weights(self.objective(weights)) | term_weights,
+            "weights": _weights(self.objective(weights)) | term_weights | on_policy,
             "lr": self.meter.lr,
             "grad_norm": float(self.meter.grad_norm),
             "loss_scale": self.precision.loss_scale,
             "skipped": skipped,
             "tokens_per_second": rate,
             **self.speed.record(rate, with_teacher=with_teacher),
+            **self.batches.writing(throughput.seconds),
             **memory_now(self.device),
         }
         if self.taid is not None:
@@ -642,6 +670,7 @@ class Trainer:
                 world_size=self.world.size,
             )
         restore_trainer(self, resumption, warn)
+        self.batches.forget()
         counters = self.counters
         is_whole = partial(is_whole_export, self.run_dir.best)
         if math.isfinite(counters.best_value) and not self.world.from_main(is_whole):

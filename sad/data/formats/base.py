@@ -22,6 +22,9 @@ has."""
 TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
 """Fields beside messages that are handed to the chat template."""
 
+TEACHER_PROMPT = "teacher_prompt"
+"""The field of what the teacher reads in the prompt's place."""
+
 
 class Conversation(NamedTuple):
     """The messages of a chat, or a prompt and its completion: two texts, or messages both."""
@@ -31,14 +34,18 @@ class Conversation(NamedTuple):
     completion: str | list[Message] | None = None
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
+    teacher_prompt: str | list[Message] | None = None
+    """What the teacher reads in the prompt's place, where the student writes the answer."""
 
     def to_json(self) -> str:
         """Equal only for what a chat template cannot tell apart: the order of keys counts.
 
         Raises ``UnfitError`` for values of hundreds of levels.
         """
+        # Without a prompt for the teacher as before there was one: rows keep their fingerprint.
+        fields = self[:-1] if self.teacher_prompt is None else self
         try:
-            return json.dumps(self, default=str)
+            return json.dumps(fields, default=str)
         except RecursionError as error:
             raise UnfitError(
                 "conversations must hold few levels of nesting, got hundreds; look for a list in a "
@@ -90,7 +97,8 @@ def document_of(record: Record, config: DataConfig, name: str, where: str) -> Do
     match next((fields for fields in RECORD_FIELDS if _has(record, fields)), None):
         case ("messages",):
             messages = _messages(record["messages"], "messages", where)
-            return Document(name, "", Conversation(messages, **_template_fields(record, where)))
+            more = _template_fields(record, where) | _teacher_prompt(record, list, where)
+            return Document(name, "", Conversation(messages, **more))
         case ("prompt", "completion"):
             return Document(name, "", _prompt_and_completion(record, where))
         case ("text",):
@@ -116,7 +124,8 @@ def columns_to_read(columns: Sequence[str], config: DataConfig, where: str) -> l
         raise no_known_field(columns, where)
     if config.text_field is not None:
         return [config.text_field]
-    wanted = {field for fields in (*RECORD_FIELDS, TEMPLATE_FIELDS) for field in fields}
+    known = (*RECORD_FIELDS, TEMPLATE_FIELDS, (TEACHER_PROMPT,))
+    wanted = {field for fields in known for field in fields}
     return [column for column in columns if column in wanted]
 
 
@@ -190,7 +199,8 @@ def _listed(names: Sequence[str]) -> str:
 def _prompt_and_completion(record: Record, where: str) -> Conversation:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Conversation(prompt=prompt, completion=completion)
+        more = _teacher_prompt(record, str, where)
+        return Conversation(prompt=prompt, completion=completion, **more)
     if isinstance(prompt, str) or isinstance(completion, str):
         raise UnfitError(
             f"{where} must hold texts or messages in both 'prompt' and 'completion', got "
@@ -199,8 +209,18 @@ def _prompt_and_completion(record: Record, where: str) -> Conversation:
     return Conversation(
         prompt=_messages(prompt, "prompt", where),
         completion=_messages(completion, "completion", where),
-        **_template_fields(record, where),
+        **_template_fields(record, where) | _teacher_prompt(record, list, where),
     )
+
+
+def _teacher_prompt(record: Record, form: type, where: str) -> dict[str, Any]:
+    """What the teacher reads in the prompt's place: a text beside a text, else messages."""
+    value = record.get(TEACHER_PROMPT)
+    if value is None:
+        return {}
+    if form is str:
+        return {TEACHER_PROMPT: require_text(value, TEACHER_PROMPT, where)}
+    return {TEACHER_PROMPT: _messages(value, TEACHER_PROMPT, where)}
 
 
 def _messages(value: Any, field: str, where: str) -> list[Message]:
