@@ -17,6 +17,8 @@ python -m bench startup         CPU time of imports, help texts and a plan
 python -m bench quickstart      what distillation gains in the quickstart, over three seeds (about
                                 ten minutes)
 python -m bench quickstart_instruct     the same, of function bodies after their docstrings
+python -m bench on_policy       what a student gains from text that it writes itself, over three
+                                seeds (about a quarter of an hour)
 python -m bench tiles           tile sizes of the row kernels, compared on a GPU
 python -m bench faults          known faults of other libraries, reproduced here, and ours beside
 python -m bench end_to_end      sad distill against other trainers: tokens/s, memory, final quality
@@ -29,8 +31,8 @@ python -m bench ceilings        hardware limits: copies, GEMMs by rows per call,
 python -m bench counters        stall reasons of the row kernels by hardware counters (needs ncu)
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 
-end_to_end, batches and teachers write their JSON after every run, so an interrupted one keeps its
-results.
+end_to_end, batches, teachers and on_policy write their JSON after every run, so an interrupted one
+keeps its results.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ NAMED = {
     "startup": "bench.training.startup",
     "quickstart": "bench.training.quickstart",
     "quickstart_instruct": "bench.training.quickstart_instruct",
+    "on_policy": "bench.training.on_policy",
     "tiles": "bench.kernels.tiles",
     "faults": "bench.faults",
     "end_to_end": "bench.training.end_to_end",
@@ -73,6 +76,7 @@ INCREMENTAL = {
     "end_to_end": ("rounds", "only"),
     "batches": ("limits", "only"),
     "teachers": ("only",),
+    "on_policy": (),
 }
 """Benchmarks that hand over their record after every run, and the options that they take."""
 

@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from sad_kernels import TeacherHidden
+from sad_kernels import Objective, TeacherHidden
+from sad_kernels.objective import Divergence
 
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
-from sad.data.prompts import Prompts, load_prompts
+from sad.data.prompts import Prompt, Prompts, load_prompts
 from sad.errors import UnfitError, is_out_of_memory, with_type
 from sad.losses.base import LossTerm, LossTerms
 from sad.losses.capture import Capture
+from sad.models.heads import eval_no_grad
 from sad.optim.schedule import RunLength, Window
-from sad.teachers.frozen import TeacherOutput
+from sad.teachers.frozen import Teacher, TeacherOutput
 from sad.teachers.policy import TeacherPolicy
 from sad.training.batches import TrainBatches, steps_of
 from sad.training.inputs import RunInputs
@@ -216,3 +218,38 @@ def rollout_terms(rollouts: Rollouts, divergence: torch.Tensor) -> LossTerms:
         (number(rollouts.finished), rows),
     )
     return {name: LossTerm(*value) for name, value in zip(TERMS, values, strict=True)}
+
+
+def score_rollouts(
+    student: StudentWithLoss,
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    seed: int,
+    rows: int,
+    divergence: Divergence = "reverse_kl",
+) -> dict[str, float]:
+    """How far the student is from the teacher on what it writes itself after ``prompts``, ``rows``
+    at a time: the divergence in nats per token at temperature 1 (``reverse_kl``), tokens per
+    completion, and the share of completions that come to an end of text.
+
+    With reverse KL this is, per token, the expectation of log q - log p under the student's own
+    text q: what a student does to its own mistakes counts, as it does not on given text.
+    """
+    objective = Objective(kd_weight=1.0, divergence=divergence)
+    total = tokens = finished = 0.0
+    for turn, start in enumerate(range(0, len(prompts), rows)):
+        some = prompts[start : start + rows]
+        written = write_rollouts(student, some, sampling, rollout_seed(seed, turn))
+        answer = answer_to(TeacherPolicy(teacher), written)
+        with eval_no_grad(student):
+            out = student(written.batch, answer, objective, written.batch.counts)
+        total += float(out.distill.kd)
+        tokens += written.completion_tokens
+        finished += written.finished
+    return {
+        divergence: total / tokens,
+        "completion_length": tokens / len(prompts),
+        "completed": finished / len(prompts),
+    }

@@ -1,0 +1,140 @@
+"""What a student gains from text that it writes itself: on-policy beside off-policy training.
+
+The recipe ``quickstart-instruct`` trains a student off-policy for half of its steps. From there on
+it is trained in four ways, each from the same weights for as many steps as the others:
+
+* off-policy as before (forward KL), and off-policy towards the reverse KL;
+* half of the micro-batches on-policy, and all of them (reverse KL).
+
+What is compared is the reverse KL to the teacher at temperature 1: on completions that each student
+writes itself after the same held-out prompts, and on the held-out text, and beside it what an
+evaluation measures. The learning rate is the same in all four.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sad_kernels import Objective
+
+from sad.config.load import load_config
+from sad.config.schema import DistillConfig
+from sad.data.prompts import load_prompts
+from sad.environment import quiet_libraries
+from sad.models.heads import eval_no_grad
+from sad.models.load import load_student
+from sad.optim.precision import Precision
+from sad.training.inputs import load_inputs
+from sad.training.on_policy import score_rollouts
+from sad.training.rollouts import Sampling
+from sad.training.run import distill
+from sad.training.student import build_student
+
+FIRST_STEPS, STEPS, PROMPTS = 150, 60, 96
+SECOND_RATE = "1e-3"
+WAYS: dict[str, tuple[str, ...]] = {
+    "off-policy, forward KL": (),
+    "off-policy, reverse KL": ("--divergence", "reverse_kl"),
+    "half on-policy": ("--lmbda", "0.5"),
+    "on-policy": ("--lmbda", "1"),
+}
+METRICS = ("reverse_kl_own_text", "reverse_kl_held_out", "kl", "nll", "completion_length")
+
+
+def measure(
+    seeds: tuple[int, ...] = (0, 1, 2), *, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Mean and per-seed values of every way's scores. ``keep`` receives them after each seed."""
+    begin = time.perf_counter()
+    runs: list[dict[str, dict[str, float]]] = []
+    for seed in seeds:
+        runs.append(_of_seed(seed))
+        result = _result(seeds[: len(runs)], runs, time.perf_counter() - begin)
+        keep(result)
+    return result
+
+
+def _result(
+    seeds: Sequence[int], runs: Sequence[dict[str, dict[str, float]]], seconds: float
+) -> dict[str, Any]:
+    table = []
+    for name in runs[0]:
+        values = {metric: [run[name][metric] for run in runs] for metric in (*METRICS, "seconds")}
+        means = {m: {"mean": statistics.fmean(v), "seeds": v} for m, v in values.items()}
+        table.append({"name": name} | means)
+    return {
+        "case": "on_policy",
+        "seeds": list(seeds),
+        "first_steps": FIRST_STEPS,
+        "steps": STEPS,
+        "prompts": PROMPTS,
+        "table": table,
+        "seconds": seconds,
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def _of_seed(seed: int) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        common = (
+            *("--seed", str(seed), "--baseline", "false", "--max_completion_length", "96"),
+            *("--eval_steps", "1000000", "--max_eval_rows", "48"),
+        )
+        first = Path(folder) / "first"
+        steps = ("--max_steps", str(FIRST_STEPS), "--output_dir", str(first))
+        distill(load_config("quickstart-instruct", (*common, *steps)))
+        second = (
+            *common,
+            *("--student", str(first / "final"), "--student_init", "pretrained"),
+            *("--learning_rate", SECOND_RATE, "--max_steps", str(STEPS)),
+        )
+        scores = {"before": _scores(load_config("quickstart-instruct", second))}
+        for i, (name, words) in enumerate(WAYS.items()):
+            out = Path(folder) / f"way-{i}"
+            begin = time.perf_counter()
+            keys = (*second, *words, "--output_dir", str(out))
+            distill(load_config("quickstart-instruct", keys))
+            seconds = time.perf_counter() - begin
+            keys = (*second, "--student", str(out / "final"))
+            scores[name] = _scores(load_config("quickstart-instruct", keys)) | {"seconds": seconds}
+            print(f"seed {seed}, {name}: {scores[name]}", flush=True)
+        return scores
+
+
+def _scores(config: DistillConfig) -> dict[str, float]:
+    """The scores of ``config.student`` against ``config.teacher``."""
+    with quiet_libraries():
+        inputs = load_inputs(config)
+        precision = Precision(config, inputs.device)
+        student = build_student(config, load_student(config), inputs.valid_vocab, precision)
+    assert inputs.teacher is not None
+    prompts = load_prompts(config, inputs.tokenizer, PROMPTS, held_out=True)
+    sampling = Sampling.of(config, inputs.train_rows.end_tokens)
+    some = [prompts[i] for i in range(len(prompts))]
+    own = score_rollouts(student, inputs.teacher, some, sampling, seed=0, rows=16)
+
+    sums = dict.fromkeys(("reverse_kl", "forward_kl"), 0.0)
+    nll, targets = 0.0, 0
+    for batch in inputs.eval_batches(config):
+        target = inputs.teacher.forward(batch)
+        for divergence in ("reverse_kl", "forward_kl"):
+            objective = Objective(ce_weight=1.0, kd_weight=1.0, divergence=divergence)
+            with eval_no_grad(student):
+                out = student(batch, target, objective, batch.counts).distill
+            sums[divergence] += float(out.kd)
+        nll += float(out.ce)
+        targets += batch.num_targets
+    return {
+        "reverse_kl_own_text": own["reverse_kl"],
+        "reverse_kl_held_out": sums["reverse_kl"] / targets,
+        "kl": sums["forward_kl"] / targets,
+        "nll": nll / targets,
+        "completion_length": own["completion_length"],
+        "seconds": 0.0,
+    }
