@@ -5,11 +5,12 @@ byte. The student's activations come from its own forward pass over fake tensors
 and storages but no data: what autograd asks to keep is added up, each storage once. The need of
 the loss follows from the size of its tiles.
 
-Memory peaks at one of four moments. When a micro-batch turns from forward to backward, all of its
+Memory peaks at one of five moments. When a micro-batch turns from forward to backward, all of its
 activations are alive, those that structural losses look at among them, and the gradients of the
 window's earlier micro-batches. At the optimizer step the activations are gone, but all gradients
 are there. While the teacher runs, its own activations are alive, a few at a time; and in an
-evaluation there are no gradients, but there may be more rows. The plan itemises the worst of them.
+evaluation there are no gradients, but there may be more rows. While the student writes text of its
+own, its keys and values are cached. The plan itemises the worst of them.
 
 On a CPU the allocator of the C library keeps much of what was freed in pieces that nothing fits: it
 has an item of its own, a share of what comes and goes that was measured. Not counted are libraries.
@@ -55,6 +56,7 @@ from sad.models.load import (
     teacher_dtype,
 )
 from sad.models.quantization import bits_of_teacher, linear_weights, quantized_bytes
+from sad.models.rollout_memory import rollout_items
 from sad.models.structural_memory import peak_of_losses, structural_memory
 
 Item = tuple[str, int]
@@ -78,6 +80,7 @@ SNAPSHOT = "copy of the state, for saving"
 TILES = "loss: tiles of logits"
 OF_TARGETS = "loss: of the targets of each token"
 AT_BOUNDARIES = "teacher states in the student's positions"
+OWN_HEAD = "head of the student as its own teacher"
 READING = "reading the teacher's targets"
 STRUCTURAL_LOSSES = "structural losses: captured states and maps"
 
@@ -143,7 +146,10 @@ def plan(
         states = [item for item in states if item[0] != EMA]
     always = states + here
     gradients = [("gradients", gradient_bytes(config, student.parameters()))]
-    turning = forward_items(config, device, student, teacher)
+    own = config.self_teacher is not None
+    turning = forward_items(config, device, student, student if own else teacher)
+    if own:
+        turning.append((OWN_HEAD, output_embedding(student).weight.nbytes))
     earlier = gradients if config.gradient_accumulation_steps > 1 else []
     # On a CPU the loss keeps its buffers for the next call.
     tiles = [item for item in turning if item[0] == TILES and device.type == "cpu"]
@@ -156,6 +162,8 @@ def plan(
         "in the teacher's forward pass": running + earlier + tiles,
         "in an evaluation": evaluation_items(config, device, student, teacher, eval_rows) + ahead,
     }
+    if config.lmbda:
+        moments["while the student writes"] = writing_items(config, device, student) + tiles
     moment = max(moments, key=lambda name: total_bytes(moments[name]))
     passing = moments[moment]
     if device.type == "cpu":
@@ -422,6 +430,28 @@ def _teacher_peak(config: DistillConfig, device: torch.device, rows: int) -> int
         return expanded + forward_peak(teacher, _of_fakes(device), rows, config.max_length)
 
 
+def writing_items(
+    config: DistillConfig, device: torch.device, student: PreTrainedModel
+) -> list[Item]:
+    """What is alive while the student writes a micro-batch: no gradient, and no teacher."""
+    length = config.max_length - config.max_completion_length
+    prompts = _student_peak(config, device, config.rows_per_process(), length)
+    return rollout_items(config, student, compute_dtype(config).itemsize, prompts)
+
+
+def _student_peak(config: DistillConfig, device: torch.device, rows: int, length: int) -> int:
+    """What the student's forward pass without gradients takes."""
+    dtype, cast, fakes = _param_dtype(config), compute_dtype(config), _of_fakes(device)
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(fakes.type, cast) if cast != dtype else nullcontext()
+
+    with _without_data(config.student):
+        with torch.device("meta"), no_init_weights():
+            model = build_student_model(config)
+        return forward_peak(model, fakes, rows, length, autocast)
+
+
 def evaluation_items(
     config: DistillConfig,
     device: torch.device,
@@ -433,16 +463,7 @@ def evaluation_items(
     known = [n for n in (eval_rows, config.max_eval_rows) if n is not None]
     rows = min([config.per_device_eval_batch_size, *known])
     tokens = rows * config.max_length
-    dtype, cast = _param_dtype(config), compute_dtype(config)
-    fakes = _of_fakes(device)
-
-    def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(fakes.type, cast) if cast != dtype else nullcontext()
-
-    with _without_data(config.student):
-        with torch.device("meta"), no_init_weights():
-            model = build_student_model(config)
-        students = forward_peak(model, fakes, rows, config.max_length, autocast)
+    students = _student_peak(config, device, rows, config.max_length)
     head = output_embedding(student)
     theirs = None if teacher is None else teacher_head(teacher)
     loss = loss_bytes(config, device, head, teacher, tokens=tokens, gradients=False)
