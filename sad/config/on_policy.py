@@ -76,5 +76,5 @@ def _refuse(config: DistillConfig, when: str, *keys: tuple[str, Any, str]) -> No
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
-        words = {None: "left out", False: "false"}.get(allowed, allowed)
+        words = "left out" if allowed is None else str(allowed).lower()
         require(key, f"be {words} {when}", value, why, holds=value == allowed)
