@@ -19,7 +19,7 @@ from bench import faults, table
 from bench.kernels import ceilings, counters
 from bench.record import RESULTS
 from bench.report import overview, targets
-from bench.training import ablation, batches, cache_reading, end_to_end, teachers
+from bench.training import ablation, batches, cache_reading, end_to_end, on_policy, teachers
 from bench.training import structural_cost as structure
 
 Json = dict[str, Any]
@@ -84,6 +84,7 @@ TABLES: dict[str, Callable[[Json], list[str]]] = {
     "counters": counters.table,
     "end_to_end": end_to_end.table,
     "faults": faults.table,
+    "on_policy": on_policy.table,
     "structure": structure.table,
     "teachers": teachers.table,
 }
@@ -285,6 +286,7 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "batches": text_of("batches", targets.BATCHES),
     "ablation": text_of("ablation"),
     "teachers": text_of("teachers"),
+    "on_policy": text_of("on_policy"),
     "cache_reading": text_of("cache_reading"),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),
     "counters": text_of("counters", targets.COUNTERS),

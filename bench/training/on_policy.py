@@ -53,6 +53,7 @@ def measure(
     """Mean and per-seed values of every way's scores. ``keep`` receives them after each seed."""
     begin = time.perf_counter()
     runs: list[dict[str, dict[str, float]]] = []
+    result: dict[str, Any] = {}
     for seed in seeds:
         runs.append(_of_seed(seed))
         result = _result(seeds[: len(runs)], runs, time.perf_counter() - begin)
@@ -78,6 +79,25 @@ def _result(
         "seconds": seconds,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Each way's scores as a table: the mean, and every seed."""
+    seeds = ", ".join(map(str, result["seeds"]))
+    lines = [
+        f"| {result['steps']} steps more, mean (seeds {seeds}) | reverse KL, own text "
+        "| reverse KL, held-out text | KL, held-out text | NLL | tokens written |",
+        "|-|-|-|-|-|-|",
+    ]
+    for row in result["table"]:
+        cells = [_cell(row[metric], "{:.3f}") for metric in METRICS[:-1]]
+        length = f"{row['completion_length']['mean']:.0f}"
+        lines.append(f"| {' | '.join([row['name'], *cells, length])} |")
+    return lines
+
+
+def _cell(values: dict[str, Any], form: str) -> str:
+    return f"{form.format(values['mean'])} ({', '.join(map(form.format, values['seeds']))})"
 
 
 def _of_seed(seed: int) -> dict[str, dict[str, float]]:

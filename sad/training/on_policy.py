@@ -13,6 +13,7 @@ from sad_kernels.objective import Divergence
 from sad.config.schema import DistillConfig
 from sad.data.batch import Batch, LossCounts
 from sad.data.prompts import Prompt, Prompts, load_prompts
+from sad.data.tokenizers import document_end_id
 from sad.errors import UnfitError, is_out_of_memory, with_type
 from sad.losses.base import LossTerm, LossTerms
 from sad.losses.capture import Capture
@@ -61,7 +62,8 @@ class OnPolicyBatches(TrainBatches):
         self._config = config
         self._share, self._rows = config.lmbda, config.rows_per_process()
         self._student = student
-        ends = inputs.train_rows.end_tokens or [inputs.tokenizer.eos_token_id]
+        ends = inputs.train_rows.end_tokens
+        ends = ends or [document_end_id(inputs.tokenizer, config.data.document_end)]
         self._sampling = Sampling.of(config, ends)
         self._window: Window | None = None
         self._written: dict[int, Rollouts] = {}

@@ -78,7 +78,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture
 def make_config(sources: dict[str, Any], tmp_path: Path) -> MakeConfig:
     def make(name: str = "run", **keys: Any) -> DistillConfig:
-        return DistillConfig(**sources | {"output_dir": str(tmp_path / name)} | keys)
+        settings: dict[str, Any] = sources | {"output_dir": str(tmp_path / name)} | keys
+        return DistillConfig(**settings)
 
     return make
 
@@ -420,7 +421,8 @@ def test_a_run_that_ends_within_a_window_resumes_to_the_same_bits(
     for _ in range(8 - stop):
         second.micro_batch()
     ours, theirs = everything(second), everything(whole)
-    ours["state"].pop("identity"), theirs["state"].pop("identity")  # other folders
+    for state in (ours, theirs):
+        state["state"].pop("identity")  # other folders
     assert_same_bits(ours, theirs)
 
 
