@@ -414,6 +414,7 @@ def test_a_run_that_ends_within_a_window_resumes_to_the_same_bits(
         first.save(log, must=True)
     torch.rand(7)  # another process has another generator
     second = make_trainer(make_config("ended", **keys))
+    second.batches.begin(second._window(stop))  # by weights that are about to be replaced
     checkpoint = load_latest(Path(second.config.output_dir), report=lambda _: None)
     assert checkpoint is not None
     second.restore(checkpoint, lambda warning: pytest.fail(warning))
