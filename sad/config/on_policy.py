@@ -39,6 +39,7 @@ def check_on_policy(config: DistillConfig) -> None:
         ("teacher_cache", None, "it has no answer to text that is not written yet: name a teacher"),
         ("torch_compile", False, "the compiled layers take no cache of keys and values"),
         ("teacher_prefetch", 0, "what the teacher reads next is not written yet"),
+        ("cross_tokenizer", None, "the teacher would have to read it in tokens of its own"),
         ("taid.enabled", False, "the mixture is one on the text's own tokens"),
         ("routing.mode", "teacher", "gates are trained on the text of data.train"),
     )

@@ -510,6 +510,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"teacher_cache": "x"}, "teacher_cache must be left out with lmbda above 0"),
     ({"torch_compile": True}, "torch_compile must be false with lmbda above 0"),
     ({"teacher_prefetch": 1}, "teacher_prefetch must be 0 with lmbda above 0"),
+    ({"cross_tokenizer": "prefix"}, "cross_tokenizer must be left out with lmbda above 0"),
     ({"taid": {"enabled": True}}, "taid.enabled must be false with lmbda above 0"),
     ({"routing": {"mode": "student_aware"}}, "routing.mode must be teacher with lmbda above 0"),
     ({"lmbda": 1.5}, r"lmbda must lie in \[0, 1\]"),
