@@ -25,14 +25,16 @@ python -m bench end_to_end      sad distill against other trainers: tokens/s, me
 python -m bench ablation        what each structural loss gains, over three seeds (half an hour)
 python -m bench teachers        what a teacher cache costs in quality: gradients, trained students
                                 and hidden states in 8 bits (half an hour)
+python -m bench cross_tokenizer losses for a teacher with another tokenizer, on three pairs of
+                                tokenizers over three seeds (an hour)
 python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
 python -m bench ceilings        hardware limits: copies, GEMMs by rows per call, EMA updates
 python -m bench counters        stall reasons of the row kernels by hardware counters (needs ncu)
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 
-end_to_end, batches, teachers and on_policy write their JSON after every run, so an interrupted one
-keeps its results.
+end_to_end, batches, teachers, cross_tokenizer and on_policy write their JSON after every run, so an
+interrupted one keeps its results.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ NAMED = {
     "curves": "bench.kernels.curves",
     "ablation": "bench.training.ablation",
     "teachers": "bench.training.teachers",
+    "cross_tokenizer": "bench.training.cross_tokenizer",
     "structure": "bench.training.structural_cost",
     "ceilings": "bench.kernels.ceilings",
     "counters": "bench.kernels.counters",
@@ -77,6 +80,7 @@ INCREMENTAL = {
     "batches": ("limits", "only"),
     "teachers": ("only",),
     "on_policy": (),
+    "cross_tokenizer": (),
 }
 """Benchmarks that hand over their record after every run, and the options that they take."""
 
