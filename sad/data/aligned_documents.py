@@ -50,9 +50,9 @@ class Side(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerFast, config: DataConfig, role: str) -> Side:
         """Raises ``UnfitError`` for a tokenizer without end-of-text, or whose tokens have no bytes
         that can be told."""
-        return cls(
-            tokenizer, Affixes.of(tokenizer, config), token_bytes(tokenizer, role), config, role
-        )
+        config = own_config(config, tokenizer)
+        affixes = Affixes.of(tokenizer, config)
+        return cls(tokenizer, affixes, token_bytes(tokenizer, role), config, role)
 
 
 class AlignedDocument(NamedTuple):
