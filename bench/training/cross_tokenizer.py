@@ -203,7 +203,7 @@ def _losses(
     strings = shared_strings(*sides)
     prefixes = run_outcomes(*sides, rows, None)
     closed = run_outcomes(*sides, rows, config.outcome_threshold)
-    inside = InsideTeacherTokens(*(side.bytes for side in sides), closed)
+    inside = InsideTeacherTokens(sides[0].bytes, sides[1].bytes, closed)
     device = inputs.device
     return {
         "shared strings": CrossTokenizerLoss(strings, device),
