@@ -30,6 +30,7 @@ from sad_kernels import (
     Objective,
     Outcomes,
     TeacherHidden,
+    TeacherTopK,
     linear_cross_entropy,
     linear_distill_loss,
 )
@@ -44,7 +45,8 @@ SUREST = -1e-6
 
 
 class CrossTokenizerLoss:
-    """The loss of a batch against a teacher's hidden states [B, L_t, D_t] of its own tokens.
+    """The loss of a batch against a teacher's hidden states [B, L_t, D_t] of its own tokens, or
+    against some of its outcomes [B, L, K] at the student's positions, from a cache.
 
     ``likelihood`` says whether training compares groups; else, and in evaluations, outcomes are
     compared at boundaries, and in training also ``inside`` the teacher's tokens if that is given.
@@ -76,7 +78,7 @@ class CrossTokenizerLoss:
         hidden: Tensor,  # [B, L, D_s]
         head: Head,
         batch: Batch,
-        teacher: TeacherHidden,
+        teacher: TeacherHidden | TeacherTopK,
         objective: Objective,
         num_items: int,
         training: bool,
@@ -87,6 +89,7 @@ class CrossTokenizerLoss:
         the parts are those of an evaluation, whose weights are left as they are.
         """
         if training and self.likelihood:
+            assert isinstance(teacher, TeacherHidden), "the configuration is checked"
             return self._by_groups(hidden, head, batch, teacher, objective, num_items)
         return self._by_outcomes(hidden, head, batch, teacher, objective, num_items, training)
 
@@ -95,7 +98,7 @@ class CrossTokenizerLoss:
         hidden: Tensor,
         head: Head,
         batch: Batch,
-        teacher: TeacherHidden,
+        teacher: TeacherHidden | TeacherTopK,
         objective: Objective,
         num_items: int,
         training: bool,
@@ -113,13 +116,14 @@ class CrossTokenizerLoss:
                     compared[place.row, place.at] = True
             token_weights = torch.where(compared, share, 1.0)
         # Rows that are no boundary weigh nothing, and nothing is read of the teacher's.
-        at = batch.theirs.positions.clamp(min=0)
-        states = teacher.hidden.gather(1, at[..., None].expand(*at.shape, teacher.hidden.shape[-1]))
+        target = teacher
+        if isinstance(teacher, TeacherHidden):
+            target = TeacherHidden(batch.theirs.at_students(teacher.hidden), teacher.head)
         out = linear_distill_loss(
             hidden,
             head,
             batch.labels,
-            TeacherHidden(states, teacher.head),
+            target,
             objective,
             outcomes=self.outcomes,
             num_items=num_items,
@@ -130,6 +134,7 @@ class CrossTokenizerLoss:
         )
         if not places or self.inside is None:
             return out
+        assert isinstance(teacher, TeacherHidden), "the configuration is checked"
         more = self.inside.divergence(hidden, head, teacher, places, objective)
         loss = out.loss + objective.kd_weight * more / num_items
         return out._replace(loss=loss, kd=out.kd + more.detach())

@@ -102,12 +102,14 @@ class CachedTeacher:
             return TeacherOutput((TeacherHidden(hidden, self._head),), kd_weights=weights)
         temperature = self._temperature if self._shards.kind == "topk" else 1.0
         ids, log_probs = decode(record, self._column, temperature)
-        require_decoded(self.reader.folder, record, ids, self.reader.facts.valid_vocab)
+        require_decoded(self.reader.folder, record, ids, self.reader.facts.num_ids)
         tail = "bucket" if self._shards.kind == "topk" else "zero"
         target = TeacherTopK(ids.to(self.device), log_probs.to(self.device), tail)
         weights = None
         if self.reader.facts.vocab_map is not None:  # what the teacher could not read is padding
             weights = (~target.log_probs.isneginf().all(-1)).float()
+        if batch.theirs is not None:
+            weights = batch.theirs.boundaries.float()
         return TeacherOutput((target,), kd_weights=weights)
 
     def release(self) -> None:
@@ -160,7 +162,7 @@ class CachedTeacher:
 
 
 def _column_of(reader: CacheReader, temperature: float) -> int:
-    temperatures = reader.facts.temperatures
+    temperatures = reader.facts.tail_temperatures
     if temperature not in temperatures:
         raise UnfitError(
             f"teacher_cache must hold top-k targets at temperature {temperature:g}, got "
@@ -214,5 +216,7 @@ def describe(reader: CacheReader) -> str:
         case "hidden":
             what = f"final hidden states in {facts.codec}"
             what += f" ({notes['format']})" if "format" in notes else ""
+    if facts.cross_tokenizer is not None:
+        what = what.replace("ids per token", "outcomes per boundary")
     name = shortened(printable(facts.teacher.name), 80)
     return f"{name}{size}; {what}, from {reader.folder}"

@@ -160,6 +160,7 @@ def _facts(
         order=None,
         subset=subset,
         vocab_map=None,
+        cross_tokenizer=None,
         batch_rows=max(config.per_device_train_batch_size, BATCH_ROWS),
         rows_per_shard=1,
         train_places=count,

@@ -229,7 +229,6 @@ class StudentWithLoss(nn.Module):
         head = with_valid_vocab(head, self.valid_vocab)
         if self.comparison is not None and targets:
             (target,) = targets
-            assert isinstance(target, TeacherHidden)
             training = self.training
             return self.comparison(hidden, head, batch, target, objective, num_items, training)
 

@@ -75,6 +75,19 @@ class MapFacts:
 
 
 @dataclass(frozen=True)
+class CrossFacts:
+    """How a student is compared with a teacher that has another tokenizer; all records are of
+    positions in the student's tokens."""
+
+    tokenizer: str
+    """The teacher's: its fingerprint."""
+    outcomes: str
+    """A hash of the tables that say which outcome each token counts for."""
+    count: int
+    """Outcomes: ids in records are their numbers."""
+
+
+@dataclass(frozen=True)
 class RunOrder:
     """The one run whose order the records have, epoch by epoch."""
 
@@ -126,6 +139,8 @@ class CacheFacts:
     """Ids that the tokenizer can produce."""
     vocab_map: MapFacts | None
     """None for a teacher with the same ids."""
+    cross_tokenizer: CrossFacts | None
+    """None for a teacher with the same tokenizer."""
     teacher: TeacherFacts
     head: HeadFacts | None
     """None but for hidden states."""
@@ -146,6 +161,17 @@ class CacheFacts:
     def eval_kind(self) -> Kind:
         """Of what kind the records of held-out rows are: what is sampled cannot be scored."""
         return "topk" if self.kind == "sampled" else self.kind
+
+    @property
+    def tail_temperatures(self) -> tuple[float, ...]:
+        """Temperatures at which records of the most likely ids have a tail: those of the cache, or
+        1 for the held-out rows of a sampled one."""
+        return (1.0,) if self.kind == "sampled" else self.temperatures
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that sparse records may hold: of the student's tokens, or of outcomes."""
+        return self.valid_vocab if self.cross_tokenizer is None else self.cross_tokenizer.count
 
     @property
     def plan(self) -> str:
@@ -177,6 +203,7 @@ _TEACHER = record(
     }
 )
 _MAP = record({"hash": string, "missing": integer(0), "masked": integer(0)})
+_CROSS = record({"tokenizer": string, "outcomes": string, "count": integer(1)})
 _ORDER = record(
     {"seed": integer(0), "micro_batches": integer(1), "rows_per_micro_batch": integer(1)}
 )
@@ -193,6 +220,7 @@ _CHECKS: dict[str, Check] = {
     "tokenizer": string,
     "valid_vocab": integer(1),
     "vocab_map": optional(_MAP),
+    "cross_tokenizer": optional(_CROSS),
     "teacher": _TEACHER,
     "head": optional(_HEAD),
     "order": optional(_ORDER),
@@ -270,6 +298,9 @@ def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[s
         values["teacher"] = TeacherFacts(**values["teacher"])
         values["head"] = values["head"] and HeadFacts(**values["head"])
         values["vocab_map"] = values["vocab_map"] and MapFacts(**values["vocab_map"])
+        values["cross_tokenizer"] = values["cross_tokenizer"] and CrossFacts(
+            **values["cross_tokenizer"]
+        )
         values["order"] = values["order"] and RunOrder(**values["order"])
         values["subset"] = values["subset"] and Subset(**values["subset"])
         values["temperatures"] = tuple(map(float, values["temperatures"]))

@@ -3,6 +3,10 @@
 A batch of a cache is a batch of training: the same rows together, the same positions, no mask. Of
 hidden states every input has a record, of sparse targets only those whose next token is learned and
 that the teacher can read up to; the others hold padding.
+
+A teacher with another tokenizer reads the same text in its own tokens. Its records are those of
+the student's positions: at boundaries some outcomes (``sad.data.outcomes``) and their
+probabilities, each the sum over the teacher's tokens that count for it; elsewhere padding.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from sad_kernels import TeacherHidden
+from sad_kernels import Outcomes, TeacherHidden
 from torch import Tensor
 
 from sad.data.batch import Batch
@@ -49,14 +53,20 @@ class Source(Protocol):
 
 
 class TeacherSource:
-    """Makes the records of a cache with ``teacher``; ``codec`` is that of hidden states."""
+    """Makes the records of a cache with ``teacher``; ``codec`` is that of hidden states,
+    ``outcomes`` are those of a teacher with another tokenizer."""
 
     def __init__(
-        self, teacher: FrozenTeacher, facts: CacheFacts, codec: Codec | None = None
+        self,
+        teacher: FrozenTeacher,
+        facts: CacheFacts,
+        codec: Codec | None = None,
+        outcomes: Outcomes | None = None,
     ) -> None:
         self.teacher = teacher
         self.facts = facts
         self.codec = codec
+        self.outcomes = outcomes
 
     def records(self, batch: Batch, kind: Kind, uniform: Tensor) -> Record:
         """The records of all inputs of a batch, row after row, in host memory.
@@ -67,7 +77,8 @@ class TeacherSource:
         (target,) = output.targets
         assert isinstance(target, TeacherHidden)
         inside = inputs_of(batch)
-        hidden = target.hidden[inside.to(target.hidden.device)]  # [inputs, D]
+        states = target.hidden if batch.theirs is None else batch.theirs.at_students(target.hidden)
+        hidden = states[inside.to(states.device)]  # [inputs, D]
         if kind == "hidden":
             assert self.codec is not None
             return on_host(self.codec.encode(hidden))
@@ -83,33 +94,43 @@ class TeacherSource:
         """Records of positions by their hidden states [n, D], a chunk at a time."""
         facts, head = self.facts, target.head
         assert facts.top_k is not None
-        vocab, parts = facts.valid_vocab, []
-        size = max(CHUNK_BYTES // (vocab * 32), 1)
+        vocab, parts = facts.num_ids, []
+        size = max(CHUNK_BYTES // (max(vocab, len(head.weight)) * 32), 1)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             with torch.no_grad():
                 logits = head(hidden[chunk].to(head.weight.dtype)).float()  # [n, V]
             if kind == "sampled":
                 (temperature,) = facts.temperatures
-                probs = (logits / temperature).softmax(1)
+                probs = self._probabilities(logits / temperature)
                 ids, weights = systematic_sample(
                     probs, facts.top_k, uniform[chunk].to(probs.device)
                 )
                 parts.append(on_host(encode(ids, weights.log(), None, vocab)))
             else:
-                found = top_k(logits, facts.top_k, facts.temperatures)
+                if self.outcomes is not None:
+                    logits = self._probabilities(logits).log()
+                found = top_k(logits, facts.top_k, facts.tail_temperatures)
                 parts.append(on_host(encode(*found, vocab)))
         if not parts:
             return {}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """Those of the ids that records may hold, [n, V] or [n, outcomes], from logits [n, V]."""
+        if self.outcomes is None:
+            return logits.softmax(1)
+        probs = logits.double().softmax(1)
+        of_outcomes = probs.new_zeros(len(probs), self.outcomes.count)
+        return of_outcomes.index_add_(1, self.outcomes.teacher[: probs.shape[1]].long(), probs)
+
 
 def placed(found: Record, learned: Tensor, facts: CacheFacts, kind: Kind) -> Record:
     """The records ``found``, one for each position that is ``learned`` (bool [n]), among padding
     at the others: n in all."""
-    temperatures = len(facts.temperatures) if kind == "topk" else 0
+    temperatures = len(facts.tail_temperatures) if kind == "topk" else 0
     assert facts.top_k is not None
-    whole = padding_record(len(learned), facts.top_k, facts.valid_vocab, temperatures)
+    whole = padding_record(len(learned), facts.top_k, facts.num_ids, temperatures)
     for name, values in found.items():
         _signed(whole[name])[learned] = _signed(values)
     return whole
@@ -126,7 +147,7 @@ def position_bytes(facts: CacheFacts, kind: Kind, width: int) -> int:
         assert facts.codec is not None
         return hidden_bytes(facts.codec, width)
     assert facts.top_k is not None
-    return record_bytes(kind, facts.top_k, facts.valid_vocab, len(facts.temperatures))
+    return record_bytes(kind, facts.top_k, facts.num_ids, len(facts.tail_temperatures))
 
 
 def make_codec(

@@ -1,0 +1,173 @@
+"""Caches of a teacher with another tokenizer: what the teacher itself teaches, and no other's."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.caches import make_cache
+from support.other_tokenizer import settings, with_bytes
+from support.runs import assert_same_bits, everything, make_trainer
+from support.tiny import save_tiny, tiny_llama, tiny_tokenizer
+
+from sad.checkpoint.store import load_checkpoint, save_checkpoint
+from sad.config.schema import DistillConfig
+from sad.errors import UnfitError, UsageError
+from sad.training.evaluate import evaluate_student, evaluate_teacher
+from sad.training.inputs import load_inputs
+from sad.training.rescore import evaluate_run
+from sad.training.run import distill
+
+ALL = 512
+"""More ids than there are outcomes: a record holds the whole distribution."""
+
+
+def from_cache(config: DistillConfig, folder: Path, **options: Any) -> DistillConfig:
+    """The same run from a cache, which is made, with no teacher left."""
+    cache = make_cache(config, folder, **options)
+    tokenizer = str(config.teacher_tokenizer or config.teacher)
+    return replace(config, teacher=None, teacher_tokenizer=tokenizer, teacher_cache=str(cache))
+
+
+def first_step(config: DistillConfig) -> tuple[float, float, dict[str, float]]:
+    """The loss and divergence of the first micro-batch, and an evaluation."""
+    inputs = load_inputs(config)
+    trainer = make_trainer(config, inputs)
+    trainer.student.train()
+    counts, weights = trainer.batches.counts(trainer._window(0)), trainer.weights(0)
+    result = trainer._forward(trainer.batches.batch(0), weights, counts)
+    batches = inputs.eval_batches(config)
+    scores = evaluate_student(trainer.student, inputs.eval_teacher, batches, {"eval": nullcontext})
+    return float(result.loss.detach()), float(result.distill.kd), scores
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("topk", 1.0), ("sampled", 1.0), ("sampled", 2.0)]
+)
+def test_a_cache_of_all_outcomes_teaches_what_the_teacher_does(
+    tmp_path: Path, kind: str, temperature: float
+) -> None:
+    config = with_bytes(tmp_path, temperature=temperature)
+    cached = from_cache(config, tmp_path / "cache", kind=kind, top_k=ALL)
+    loss, kd, scores = first_step(config)
+    found_loss, found_kd, found = first_step(cached)
+    assert found_loss == pytest.approx(loss, abs=1e-5)
+    assert kd > 0.1 and found_kd == pytest.approx(kd, rel=1e-3)
+    assert found["eval/nll"] == scores["eval/nll"]
+    assert found["eval/kl_bucket"] == pytest.approx(scores["eval/kl"], rel=1e-3)
+    assert "eval/agreement" in found  # with the teacher's likeliest outcome, not its token's
+
+
+def test_a_run_learns_from_samples_and_is_scored_again(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, max_steps=2, use_ema=False, max_eval_rows=4)
+    cached = from_cache(config, tmp_path / "cache", top_k=16)
+    result = distill(cached)
+    assert result.metrics["eval/kl_bucket"] > 0
+    log = (result.run_dir / "log.jsonl").read_text()
+    assert "16 sampled outcomes per boundary" in log and "labels disagree at" in log
+    teacher, student = evaluate_run(result.run_dir)
+    inputs = load_inputs(config)
+    assert inputs.eval_teacher is not None
+    live = evaluate_teacher(inputs.eval_teacher, inputs.eval_batches(config))
+    assert teacher["bits_per_byte"] == pytest.approx(live["eval_teacher/bits_per_byte"])
+    assert student["nll"] == pytest.approx(result.metrics["eval/nll"])
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    cached = from_cache(config, tmp_path / "cache", top_k=16)
+    whole = make_trainer(cached)
+    advance(whole, whole.run_length.micro_batches)
+    first = make_trainer(cached)
+    advance(first, 3)  # in the middle of a window
+    state, tensors = first.capture()
+    path = save_checkpoint(cached.output_dir, 3, state, tensors, save_total_limit=2)
+    second = make_trainer(cached)
+    second.restore(load_checkpoint(path), warn=pytest.fail)
+    advance(second, second.run_length.micro_batches)
+    assert_same_bits(everything(second), everything(whole))
+
+
+def advance(trainer: Any, micro_batches: int) -> None:
+    while trainer.counters.micro_step < micro_batches:
+        trainer.micro_batch()
+
+
+def test_a_cache_is_checked_by_its_teacher_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_bytes(tmp_path)
+    make_cache(config, tmp_path / "cache")
+    make_cache(config, tmp_path / "cache", check=True)
+    assert "100.0 % of the ids" in capsys.readouterr().out
+    other = replace(config, closed_outcomes=False)
+    with pytest.raises(UsageError, match=r"cross_tokenizer .* where") as caught:
+        make_cache(other, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_of_other_outcomes_is_refused(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path)
+    cached = from_cache(config, tmp_path / "cache")
+    other = save_tiny(tmp_path / "other", tiny_llama(seed=1), tiny_tokenizer(400))
+    for keys, what in (
+        ({"closed_outcomes": False}, r"outcomes \(hash of their tables\)"),
+        ({"teacher_tokenizer": other}, r"teacher's tokenizer \(fingerprint\)"),
+    ):
+        with pytest.raises(UnfitError, match=f"must be made for this run's {what}") as caught:
+            load_inputs(replace(cached, **keys))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_cache_for_equal_tokenizers_and_one_of_outcomes_are_told_apart(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    ordinary = make_cache(DistillConfig(**found), tmp_path / "ordinary")
+    crossed = DistillConfig(**found, cross_tokenizer="prefix")
+    outcomes = make_cache(crossed, tmp_path / "outcomes")
+    for config, folder, what in (
+        (crossed, ordinary, "none in .* and prefix in the run"),
+        (DistillConfig(**found), outcomes, "prefix in .* and none in the run"),
+    ):
+        with pytest.raises(UnfitError, match=f"this run's cross_tokenizer, got {what}") as caught:
+            load_inputs(replace(config, teacher_cache=str(folder)))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "message"),
+    [
+        ({"cross_tokenizer": "likelihood"}, {}, "cross_tokenizer must be prefix to cache targets"),
+        ({"prefix_inside": True}, {}, "prefix_inside must be false to cache targets"),
+        ({}, {"kind": "hidden"}, "kind must be sampled or topk with cross_tokenizer, got hidden"),
+        ({}, {"kind": "topk", "temperatures": (1.0, 2.0)}, "temperatures must be 1 with --kind"),
+        ({"temperature": 2.0}, {"kind": "topk"}, "temperatures must be 1 with --kind topk"),
+        (
+            {},
+            {"kind": "topk", "server": "http://localhost:1"},
+            "cross_tokenizer must be left out with --server and --import, got prefix",
+        ),
+    ],
+)
+def test_what_is_not_cached_is_refused(
+    tmp_path: Path, keys: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    given = {"student": "s", "teacher": "t", "cross_tokenizer": "prefix", "temperature": 1.0}
+    config = DistillConfig(**given | {"label_smoothing": 0.0} | keys)
+    with pytest.raises(UsageError) as caught:
+        make_cache(config, tmp_path / "cache", **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_sampled_cache_at_another_temperature_is_read(tmp_path: Path) -> None:
+    config = DistillConfig(**settings(tmp_path, temperature=2.0))
+    cached = replace(
+        config, teacher=None, teacher_cache=str(make_cache(config, tmp_path / "cache", top_k=ALL))
+    )
+    loss, kd, scores = first_step(config)
+    found_loss, found_kd, found = first_step(cached)
+    assert found_loss == pytest.approx(loss, abs=1e-5)
+    assert found_kd == pytest.approx(kd, rel=1e-3)
+    assert found["eval/kl_bucket"] == pytest.approx(scores["eval/kl"], rel=1e-3)
