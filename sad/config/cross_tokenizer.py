@@ -27,6 +27,13 @@ def check_cross_tokenizer(config: DistillConfig) -> None:
         "leave it out",
         holds=mode == "prefix" or not config.prefix_inside,
     )
+    require(
+        "likelihood_weight",
+        "be 0 unless cross_tokenizer is prefix",
+        config.likelihood_weight,
+        "leave it out",
+        holds=mode == "prefix" or not config.likelihood_weight,
+    )
     if mode is None:
         return
     objective = config.objective()

@@ -149,6 +149,9 @@ class DistillConfig:
     prefix_inside: bool = False
     """With `cross_tokenizer: prefix`: compare inside the teacher's tokens as well, where its last
     distribution is conditioned on the bytes that have come since. For research: slow."""
+    likelihood_weight: NonNegativeFloat = 0.0
+    """With `cross_tokenizer: prefix`: weight of the loss of `likelihood` as a further term, times
+    `kd_weight`."""
     tokenizer: ModelPath | None = None
     """Hugging Face id or local path of the tokenizer. Default: the student's own."""
     student_init: Literal["pretrained", "random", "layers"] = "pretrained"

@@ -16,7 +16,7 @@ summed log-probabilities ``t`` and ``s`` of its tokens on both sides, and the bi
     KD = e^t (t - s) + (1 - e^t) log((1 - e^t) / (1 - e^s)),   t, s <= -1e-6.
 
 Cross-entropy has its weight at all targets. Of the teacher no more is needed than the likelihood of
-the text.
+the text. With a weight of its own this is a further term beside ``prefix``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class CrossTokenizerLoss:
     against some of its outcomes [B, L, K] at the student's positions, from a cache.
 
     ``likelihood`` says whether training compares groups; else, and in evaluations, outcomes are
-    compared at boundaries, and in training also ``inside`` the teacher's tokens if that is given.
+    compared at boundaries, and in training also ``inside`` the teacher's tokens if that is given,
+    and groups with the weight ``likelihood_weight`` relative to the other term's.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class CrossTokenizerLoss:
         *,
         likelihood: bool = False,
         inside: InsideTeacherTokens | None = None,
+        likelihood_weight: float = 0.0,
         chunk_bytes: int | None = None,
         impl: str = "auto",
     ) -> None:
@@ -70,6 +72,7 @@ class CrossTokenizerLoss:
         )
         self.likelihood = likelihood
         self.inside = inside
+        self.likelihood_weight = likelihood_weight
         self.chunk_bytes = chunk_bytes
         self.impl = impl
 
@@ -91,7 +94,12 @@ class CrossTokenizerLoss:
         if training and self.likelihood:
             assert isinstance(teacher, TeacherHidden), "the configuration is checked"
             return self._by_groups(hidden, head, batch, teacher, objective, num_items)
-        return self._by_outcomes(hidden, head, batch, teacher, objective, num_items, training)
+        out = self._by_outcomes(hidden, head, batch, teacher, objective, num_items, training)
+        weight = objective.kd_weight * self.likelihood_weight
+        if not (training and weight):
+            return out
+        more = self._divergence_of_groups(hidden, head, batch, teacher)
+        return out._replace(loss=out.loss + weight * more / num_items)
 
     def _by_outcomes(
         self,
@@ -148,8 +156,6 @@ class CrossTokenizerLoss:
         objective: Objective,
         num_items: int,
     ) -> DistillOutput:
-        assert batch.theirs is not None
-        theirs, size = batch.theirs, batch.labels.numel()
         kd_weight = objective.kd_weight
         out = linear_distill_loss(
             hidden,
@@ -161,15 +167,23 @@ class CrossTokenizerLoss:
             chunk_bytes=self.chunk_bytes,
             impl=self.impl,
         )
+        divergence = self._divergence_of_groups(hidden, head, batch, teacher)
+        loss = out.loss + kd_weight * divergence / num_items
+        return out._replace(loss=loss, kd=divergence.detach())
+
+    def _divergence_of_groups(
+        self, hidden: Tensor, head: Head, batch: Batch, teacher: TeacherHidden
+    ) -> Tensor:
+        """The sum of the binary KL over the batch's groups."""
+        assert batch.theirs is not None
+        theirs, size = batch.theirs, batch.labels.numel()
         ours = self._summed(hidden, head, batch.labels, theirs.groups, size)
         with torch.no_grad():
             known = self._summed(
                 teacher.hidden, teacher.head, theirs.batch.labels, theirs.teacher_groups, size
             )
         # Groups that there are not have the sum 0 on both sides, and no divergence.
-        divergence = binary_kl(known, ours).sum()
-        loss = out.loss + kd_weight * divergence / num_items
-        return out._replace(loss=loss, kd=divergence.detach())
+        return binary_kl(known, ours).sum()
 
     def _summed(
         self, hidden: Tensor, head: Head, labels: Tensor, groups: Tensor, size: int

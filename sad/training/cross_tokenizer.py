@@ -88,6 +88,7 @@ def load_comparison(
         device,
         likelihood=config.cross_tokenizer == "likelihood",
         inside=inside,
+        likelihood_weight=config.likelihood_weight,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
     )

@@ -50,6 +50,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "divergence": "jsd",
         "use_ema": False,
     },
+    "text that the student writes": {
+        "gradient_accumulation_steps": 3,
+        "lmbda": 0.5,
+        "max_completion_length": 8,
+        "prompt_length": 8,
+    },
+    "another tokenizer": {"cross_tokenizer": "prefix"},
 }
 """The configurations in which a run must resume bit for bit."""
 

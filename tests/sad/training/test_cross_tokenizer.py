@@ -242,6 +242,23 @@ def test_likelihood_is_its_definition(tmp_path: Path) -> None:
     assert (ours - true).abs().max() < 1e-6
 
 
+def test_likelihood_is_a_further_term(tmp_path: Path) -> None:
+    losses = []
+    for keys in (
+        {"cross_tokenizer": "prefix"},
+        {"cross_tokenizer": "prefix", "likelihood_weight": 0.5},
+        {"cross_tokenizer": "likelihood", "ce_weight": 0.0},
+    ):
+        config = with_bytes(tmp_path, **keys)
+        inputs = load_inputs(config)
+        student, batch = make_trainer(config, inputs).student.train(), whole_batch(inputs)
+        assert inputs.teacher is not None
+        output = inputs.teacher.forward(batch)
+        losses.append(student(batch, output, config.objective(), batch.counts, {"kd": 0.7}).loss)
+    prefix, both, alone = (loss.item() for loss in losses)
+    assert both == pytest.approx(prefix + 0.5 * alone, rel=1e-6) and alone > 0
+
+
 def test_a_sure_group_has_a_finite_gradient() -> None:
     known = torch.tensor([0.0, -1e-9, -2.0, -100.0])
     ours = torch.tensor([0.0, -3.0, -1e-9, -100.0], requires_grad=True)
@@ -364,6 +381,10 @@ def forward_items_of(config: DistillConfig) -> list[tuple[str, int]]:
     [
         ({"cross_tokenizer": None, "teacher_tokenizer": "x"}, "teacher_tokenizer must be left out"),
         ({"cross_tokenizer": "likelihood", "prefix_inside": True}, "prefix_inside must be false"),
+        (
+            {"cross_tokenizer": "likelihood", "likelihood_weight": 1.0},
+            "likelihood_weight must be 0 unless cross_tokenizer is prefix",
+        ),
         ({"teacher": None, "kd_weight": 0.0}, "teacher must be given with cross_tokenizer"),
         (
             {"teacher_cache": "cache", "cross_tokenizer": "likelihood"},
