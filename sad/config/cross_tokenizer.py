@@ -44,15 +44,14 @@ def check_cross_tokenizer(config: DistillConfig) -> None:
             "be given with cross_tokenizer",
             config.teacher,
             "name a model; with teacher_cache, its tokenizer in teacher_tokenizer is enough",
-            config.teacher is not None
-            or (config.teacher_cache is not None and config.teacher_tokenizer is not None),
+            config.teacher is not None or config.teacher_tokenizer is not None,
         ),
         (
-            "cross_tokenizer",
-            "be prefix with a teacher_cache",
-            mode,
-            "leave teacher_cache out: name a teacher",
-            config.teacher_cache is None or mode == "prefix",
+            "likelihood_weight",
+            "be 0 with a teacher_cache",
+            config.likelihood_weight,
+            "it holds outcomes or likelihoods, not both: leave it out, or teacher_cache",
+            config.teacher_cache is None or not config.likelihood_weight,
         ),
         (
             "prefix_inside",

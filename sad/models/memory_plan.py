@@ -518,7 +518,7 @@ def loss_bytes(
     """
     theirs = None if teacher is None else teacher_head(teacher)
     kind, width = ("hidden", theirs.in_features) if theirs is not None else (None, 0)
-    if isinstance(teacher, CachedTargets) and teacher.top_k is not None:
+    if isinstance(teacher, CachedTargets) and teacher.top_k:
         kind, width = "top_k", teacher.top_k
     wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(

@@ -51,6 +51,7 @@ from sad.training.cache_layout import (
     require_same_cache,
     require_space,
     rows_to_cache,
+    scored_places,
     sections_of,
     warn_of_tail,
     with_shards,
@@ -59,7 +60,7 @@ from sad.training.cache_layout import (
 from sad.training.cache_served import fill_from_server
 from sad.training.cross_tokenizer import require_cached_comparison
 from sad.training.evaluate import evaluate_teacher, require_finite_score
-from sad.training.inputs import RunInputs, eval_row_numbers, load_inputs
+from sad.training.inputs import RunInputs, load_inputs
 
 
 def cache_teacher(
@@ -185,9 +186,10 @@ def _facts(
 ) -> CacheFacts:
     """The facts of the cache that is asked for."""
     temperatures: tuple[float, ...] = ()
-    if options.kind != "hidden":
+    sparse = options.kind != "hidden" and config.cross_tokenizer != "likelihood"
+    if sparse:
         temperatures = options.temperatures or (config.temperature,)
-    if options.kind == "topk":  # evaluations read them at 1
+    if sparse and options.kind == "topk":  # evaluations read them at 1
         temperatures = tuple(sorted({1.0, *temperatures}))
     order = None
     if options.window:
@@ -196,9 +198,9 @@ def _facts(
     subset, count = rows_to_cache(inputs, config, length, options)
     attention = getattr(teacher.model.config, "_attn_implementation", None)
     facts = CacheFacts(
-        kind=options.kind,
+        kind="likelihood" if config.cross_tokenizer == "likelihood" else options.kind,
         codec=options.codec_or_default,
-        top_k=None if options.kind == "hidden" else options.top_k,
+        top_k=options.top_k if sparse else None,
         temperatures=temperatures,
         seed=config.seed,
         train_rows=inputs.train_rows.fingerprint,
@@ -224,7 +226,7 @@ def _facts(
         train_places=count if order is None else length.micro_batches * batch_rows,
         eval_batch_rows=config.per_device_eval_batch_size,
         eval_rows_per_shard=1,
-        eval_places=len(eval_row_numbers(inputs.eval_rows, config.max_eval_rows)),
+        eval_places=scored_places(config, inputs),
     )
     return with_shards(facts, shard_bytes, teacher.head().weight.shape[1])
 

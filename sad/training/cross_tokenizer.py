@@ -30,27 +30,43 @@ def require_one_process(world: World) -> None:
 
 def require_cached_comparison(config: DistillConfig, options: CacheOptions) -> None:
     """Raise ``UsageError`` for targets of a teacher with another tokenizer that are not cached."""
-    mode, kind = config.cross_tokenizer, options.kind
-    remedy = "let `sad distill` run the teacher"
-    if mode != "prefix":
-        raise UsageError(f"cross_tokenizer must be prefix to cache targets, got {mode}; {remedy}")
+    kind, remedy = options.kind, "let `sad distill` run the teacher"
+    temperatures = options.temperatures or (config.temperature,)
+    if options.import_path is not None:
+        raise UsageError(
+            f"cross_tokenizer must be left out with --import, got {config.cross_tokenizer}; files "
+            "hold targets for the student's own ids: name a teacher, or --server"
+        )
+    if config.cross_tokenizer == "likelihood":
+        if kind == "hidden" or options.temperatures is not None:
+            name = "kind" if kind == "hidden" else "temperatures"
+            raise UsageError(
+                f"{name} must be left out with cross_tokenizer likelihood, got --{name}; the "
+                "likelihood of the text is all that is kept"
+            )
+        return
+    if config.likelihood_weight:
+        raise UsageError(
+            f"likelihood_weight must be 0 to cache targets, got {config.likelihood_weight:g}; a "
+            f"cache holds outcomes or likelihoods, not both: leave it out, or {remedy}"
+        )
     if config.prefix_inside:
         raise UsageError(
             "prefix_inside must be false to cache targets, got true; it needs the teacher's logits "
             f"inside its tokens: leave it out, or {remedy}"
         )
-    if options.from_elsewhere:
+    if options.server is not None:
         raise UsageError(
-            "cross_tokenizer must be left out with --server and --import, got prefix; they give a "
-            "few of the teacher's ids, whose outcomes need them all: name a teacher that runs here"
+            "cross_tokenizer must be likelihood with --server, got prefix; it gives a few of the "
+            "teacher's ids, and outcomes need them all: name a teacher that runs here"
         )
     if kind == "hidden":
         raise UsageError(
             "kind must be sampled or topk with cross_tokenizer, got hidden; outcomes are kept at "
             "the student's positions: write --kind sampled"
         )
-    if kind == "topk" and set(options.temperatures or (config.temperature,)) != {1.0}:
-        given = ", ".join(f"{t:g}" for t in options.temperatures or (config.temperature,))
+    if kind == "topk" and set(temperatures) != {1.0}:
+        given = ", ".join(f"{t:g}" for t in temperatures)
         raise UsageError(
             f"temperatures must be 1 with --kind topk and cross_tokenizer, got {given}; sums of "
             "probabilities cannot be taken to another temperature: write --kind sampled"
@@ -104,6 +120,8 @@ def load_comparison(
 
 def cross_facts(theirs: PreTrainedTokenizerFast, loss: CrossTokenizerLoss) -> CrossFacts:
     """What a cache of the teacher's targets depends on beside its rows."""
+    if loss.likelihood:
+        return CrossFacts(fingerprint(theirs), None, None)
     return CrossFacts(fingerprint(theirs), loss.tables.hash, loss.tables.count)
 
 

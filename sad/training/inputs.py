@@ -225,6 +225,8 @@ def load_inputs(
             memory,
             say,
         )
+        if teacher.kind == "likelihood":  # which tells nothing of other text than this
+            eval_teacher = None
         teacher_fingerprint = {"cache": teacher.reader.facts.plan}
         notes += tuple(map(str, teacher.reader.notes.get("vocabulary", ())))
     elif teacher is not None:

@@ -69,9 +69,10 @@ def require_own_cache(
     same("vocabulary", facts.valid_vocab, run.valid_vocab)
     theirs, ours = facts.cross_tokenizer, run.cross_tokenizer
     if theirs is None or ours is None:
-        modes = ("none" if one is None else "prefix" for one in (theirs, ours))
+        modes = ["none" if one is None else one.mode for one in (theirs, ours)]
         same("cross_tokenizer", *modes, "set it, or " + MAKE_AGAIN)
     else:
+        same("cross_tokenizer", theirs.mode, ours.mode, "set it, or " + MAKE_AGAIN)
         same("teacher's tokenizer (fingerprint)", theirs.tokenizer, ours.tokenizer)
     if run.vocab_map is not None:
         cached = None if facts.vocab_map is None else facts.vocab_map.hash
@@ -81,7 +82,7 @@ def require_own_cache(
     if theirs is not None and ours is not None:
         remedy = f"set closed_outcomes and outcome_threshold, or {MAKE_AGAIN}"
         same("outcomes (hash of their tables)", theirs.outcomes, ours.outcomes, remedy)
-    if run.eval_places > facts.eval_places:
+    if facts.kind != "likelihood" and run.eval_places > facts.eval_places:
         raise UnfitError(
             f"teacher_cache must hold the held-out rows that are scored, got {facts.eval_places} "
             f"in {folder} and {run.eval_places} in the run; lower max_eval_rows, or {MAKE_AGAIN}"
@@ -138,6 +139,8 @@ def _require_teacher(
 def _require_objective(facts: CacheFacts, config: DistillConfig, folder: Path) -> None:
     """Sparse targets serve the divergences that they can, at their own temperatures."""
     kind = facts.kind
+    if kind == "likelihood":  # which has no temperature
+        return
 
     def refuse(key: str, expectation: str, value: object, remedy: str) -> None:
         raise UnfitError(

@@ -50,6 +50,8 @@ def record_forms(facts: CacheFacts, shards: Shards, positions: int) -> Forms:
         if facts.codec == "bf16":
             return {"hidden": (torch.bfloat16, shape)}
         return {"hidden": (torch.int8, shape), "scale": (torch.float32, (positions,))}
+    if shards.kind == "likelihood":
+        return {"log_prob": (torch.float32, (positions,))}
     assert facts.top_k is not None
     forms: Forms = {"ids_lo": (torch.uint16, (positions, facts.top_k))}
     if facts.num_ids > 2**16:

@@ -6,7 +6,8 @@ that the teacher can read up to; the others hold padding.
 
 A teacher with another tokenizer reads the same text in its own tokens. Its records are those of
 the student's positions: at boundaries some outcomes (``sad.data.outcomes``) and their
-probabilities, each the sum over the teacher's tokens that count for it; elsewhere padding.
+probabilities, each the sum over the teacher's tokens that count for it, elsewhere padding; or a
+number in fp32, ``log_prob``, where a group begins that of its text, elsewhere 0.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sad_kernels import Outcomes, TeacherHidden
 from torch import Tensor
 
 from sad.data.batch import Batch
+from sad.losses.cross_tokenizer import TeacherLikelihood, likelihood
 from sad.teachers.cache.facts import CacheFacts, Kind
 from sad.teachers.cache.files import BASIS, open_tensors, write_tensors
 from sad.teachers.cache.hidden import Codec, build_codec, hidden_bytes
@@ -77,6 +79,8 @@ class TeacherSource:
         (target,) = output.targets
         assert isinstance(target, TeacherHidden)
         inside = inputs_of(batch)
+        if kind == "likelihood":
+            return likelihood_record(batch, likelihood(batch, target))
         states = target.hidden if batch.theirs is None else batch.theirs.at_students(target.hidden)
         hidden = states[inside.to(states.device)]  # [inputs, D]
         if kind == "hidden":
@@ -136,6 +140,11 @@ def placed(found: Record, learned: Tensor, facts: CacheFacts, kind: Kind) -> Rec
     return whole
 
 
+def likelihood_record(batch: Batch, known: TeacherLikelihood) -> Record:
+    """The records of what a teacher with another tokenizer gives the text of each group."""
+    return on_host({"log_prob": known.log_probs.cpu().clamp(max=0.0)[inputs_of(batch)]})
+
+
 def inputs_of(batch: Batch) -> Tensor:
     """Which positions [B, L] hold an input, not padding; on the host."""
     return torch.arange(batch.input_ids.shape[1]) < batch.lengths.cpu()[:, None]
@@ -146,6 +155,8 @@ def position_bytes(facts: CacheFacts, kind: Kind, width: int) -> int:
     if kind == "hidden":
         assert facts.codec is not None
         return hidden_bytes(facts.codec, width)
+    if kind == "likelihood":
+        return torch.float32.itemsize
     assert facts.top_k is not None
     return record_bytes(kind, facts.top_k, facts.num_ids, len(facts.tail_temperatures))
 

@@ -11,11 +11,13 @@ import pytest
 from support.caches import make_cache
 from support.other_tokenizer import settings, with_bytes
 from support.runs import assert_same_bits, everything, make_trainer
+from support.teacher_server import serving
 from support.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
-from sad.errors import UnfitError, UsageError
+from sad.errors import StoppedError, UnfitError, UsageError
+from sad.teachers.cache.files import COMPLETE
 from sad.training.evaluate import evaluate_student, evaluate_teacher
 from sad.training.inputs import load_inputs
 from sad.training.rescore import evaluate_run
@@ -139,7 +141,17 @@ def test_a_cache_for_equal_tokenizers_and_one_of_outcomes_are_told_apart(tmp_pat
 @pytest.mark.parametrize(
     ("keys", "options", "message"),
     [
-        ({"cross_tokenizer": "likelihood"}, {}, "cross_tokenizer must be prefix to cache targets"),
+        ({"likelihood_weight": 0.1}, {}, "likelihood_weight must be 0 to cache targets, got 0.1"),
+        (
+            {"cross_tokenizer": "likelihood"},
+            {"kind": "hidden"},
+            "kind must be left out with cross_tokenizer likelihood",
+        ),
+        (
+            {"cross_tokenizer": "likelihood"},
+            {"temperatures": (2.0,)},
+            "temperatures must be left out with cross_tokenizer likelihood",
+        ),
         ({"prefix_inside": True}, {}, "prefix_inside must be false to cache targets"),
         ({}, {"kind": "hidden"}, "kind must be sampled or topk with cross_tokenizer, got hidden"),
         ({}, {"kind": "topk", "temperatures": (1.0, 2.0)}, "temperatures must be 1 with --kind"),
@@ -147,7 +159,12 @@ def test_a_cache_for_equal_tokenizers_and_one_of_outcomes_are_told_apart(tmp_pat
         (
             {},
             {"kind": "topk", "server": "http://localhost:1"},
-            "cross_tokenizer must be left out with --server and --import, got prefix",
+            "cross_tokenizer must be likelihood with --server, got prefix",
+        ),
+        (
+            {},
+            {"kind": "topk", "import_path": "files"},
+            "cross_tokenizer must be left out with --import, got prefix",
         ),
     ],
 )
@@ -171,3 +188,65 @@ def test_a_sampled_cache_at_another_temperature_is_read(tmp_path: Path) -> None:
     assert found_loss == pytest.approx(loss, abs=1e-5)
     assert found_kd == pytest.approx(kd, rel=1e-3)
     assert found["eval/kl_bucket"] == pytest.approx(scores["eval/kl"], rel=1e-3)
+
+
+def test_likelihoods_from_a_cache_are_the_teachers(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, cross_tokenizer="likelihood", temperature=2.0)
+    cached = from_cache(config, tmp_path / "cache")
+    assert {path.stat().st_size < 10_000 for path in (tmp_path / "cache").glob("shard-*")} == {True}
+    loss, kd, scores = first_step(config)
+    found_loss, found_kd, found = first_step(cached)
+    assert found_loss == pytest.approx(loss, abs=1e-6)
+    assert kd > 0.1 and found_kd == pytest.approx(kd, rel=1e-6)
+    assert found["eval/nll"] == scores["eval/nll"] and "eval/kl" not in found
+    make_cache(config, tmp_path / "cache", check=True)
+    with pytest.raises(
+        UnfitError, match=r"this run's cross_tokenizer, got likelihood in .* prefix"
+    ):
+        load_inputs(replace(cached, cross_tokenizer="prefix", temperature=1.0))
+
+
+def test_a_run_learns_from_likelihoods_and_is_scored_again(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, cross_tokenizer="likelihood", max_steps=2, use_ema=False)
+    result = distill(from_cache(config, tmp_path / "cache"))
+    assert result.metrics["eval/bits_per_byte"] > 0 and "eval/kl" not in result.metrics
+    assert "the likelihood of the text between" in (result.run_dir / "log.jsonl").read_text()
+    teacher, student = evaluate_run(result.run_dir)
+    assert teacher["bits_per_byte"] == result.metrics["eval_teacher/bits_per_byte"]
+    assert student["nll"] == pytest.approx(result.metrics["eval/nll"])
+
+
+@pytest.mark.parametrize("server_kind", ["vllm", "sglang"])
+def test_a_served_teacher_gives_the_likelihood_of_its_own_tokens(
+    tmp_path: Path, server_kind: str
+) -> None:
+    config = with_bytes(tmp_path, cross_tokenizer="likelihood", teacher_wait=20)
+    served = {"kind": "topk", "server_kind": server_kind}
+    with serving(tiny_llama(seed=1)) as stub:
+        cached = from_cache(config, tmp_path / "cache", **served, server=stub.url)
+        loss, kd, _ = first_step(config)
+        found_loss, found_kd, _ = first_step(cached)
+        assert found_loss == pytest.approx(loss, abs=1e-5)
+        assert kd > 0.1 and found_kd == pytest.approx(kd, rel=1e-4)
+        make_cache(config, tmp_path / "cache", **served, server=stub.url, check=True)
+        stub.model = tiny_llama(seed=3)
+        with pytest.raises(
+            UnfitError, match=r"must hold the targets of teacher, got .* of the log"
+        ):
+            make_cache(config, tmp_path / "cache", **served, server=stub.url, check=True)
+
+
+def test_a_served_cache_is_not_finished_by_another_teacher(tmp_path: Path) -> None:
+    config = with_bytes(tmp_path, cross_tokenizer="likelihood", teacher_wait=1)
+    with serving(tiny_llama(seed=1)) as stub:
+        stub.stop_after = 8
+        with pytest.raises(StoppedError):
+            make_cache(config, tmp_path / "cache", kind="topk", server=stub.url)
+        stub.stop_after = None
+        right, stub.model = stub.model, tiny_llama(seed=3)
+        with pytest.raises(UnfitError, match=r"mean difference of [0-9.]+ nats") as caught:
+            make_cache(config, tmp_path / "cache", kind="topk", server=stub.url)
+        assert "\n" not in str(caught.value)
+        stub.model = right
+        make_cache(config, tmp_path / "cache", kind="topk", server=stub.url)
+    assert (tmp_path / "cache" / COMPLETE).exists()
