@@ -184,8 +184,8 @@ def on_logits(
     width, width_t = (V + 2, V_T + 3) if cut else (V, V_T)
     y = torch.tensor([0, 1, -100, 2, 4, 5])
     keep, on_kd = y != -100, torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0, 1.0])
-    settings: dict[str, Any] = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 2.0}
-    how = Objective(**settings | objective)
+    usual: dict[str, Any] = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 2.0}
+    how = Objective(**usual | objective)
     leaves = {"logits": torch.nn.functional.pad(s, (0, width - V), value=math.nan)}
     leaves["logits"][2] = math.nan
     tables = Outcomes(
