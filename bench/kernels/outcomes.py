@@ -87,7 +87,7 @@ def measure(rounds: int = 9) -> dict[str, Any]:
             problem = draw(case, torch.device("cpu"))
             assert isinstance(problem, Hidden)
             for kind in KINDS:
-                found = compared(problem, tables(kind, case.V), rounds)
+                found = compared(problem, tables(kind, problem.case.V), rounds)
                 rows.append({"shape": case.shape, "dtype": case.dtype, "tables": kind} | found)
     finally:
         torch.set_num_threads(threads)

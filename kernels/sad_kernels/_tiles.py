@@ -168,8 +168,8 @@ def chunk_rows(
 ) -> ChunkRows:
     """As many rows as fit, at least one: ``pitch (4 sides forward + itemsize gradient)`` bytes, and
     ``others`` per row of a forward product."""
-    per_row = pitch(vocab) * (4 * sides + itemsize * GRADIENT_BLOCKS) + others
-    rows = max(1, chunk_bytes // per_row)
+    numbers = pitch(vocab)
+    rows = max(1, chunk_bytes // (numbers * (4 * sides + itemsize * GRADIENT_BLOCKS) + others))
     if rows >= 128:
         rows -= rows % 128  # whole tiles of a matrix product
     return ChunkRows(rows, GRADIENT_BLOCKS * rows)

@@ -49,7 +49,7 @@ BEHIND_EXTRAS = {"report.plots": frozenset({"matplotlib"})}
 
 LAYERS: dict[Path, tuple[str, ...]] = {
     KERNELS: (
-        "_dispatch _divergence_table _extents vocab",
+        "_dispatch _divergence_table _extents outcomes vocab",
         "_tiles objective",
         "_divergence _rows reference",
         "_check",

@@ -110,11 +110,12 @@ def test_outcomes_without_mass(impl: str) -> None:
 
 @of_all
 def test_agreement_is_of_outcomes(impl: str) -> None:
-    tables = Outcomes(torch.tensor([1, 1, 0]).int(), torch.tensor([0, 1]).int(), 2)
-    s, t = torch.tensor([[0.0, 2.0, 1.0]]).repeat(2, 1), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    for teacher in (TeacherLogits(t), TeacherTopK(torch.tensor([[0, 1]] * 2), t.log_softmax(-1))):
+    tables = Outcomes(torch.tensor([1, 0, 1]).int(), torch.tensor([0, 1]).int(), 2)
+    s = torch.tensor([[0.0, 2.0, 1.0]]).repeat(3, 1)
+    t = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    for teacher in (TeacherLogits(t), TeacherTopK(torch.tensor([[0, 1]] * 3), t.log_softmax(-1))):
         out = bound(impl).distill_loss(s, None, teacher, Objective(), outcomes=tables)
-        assert float(out.agree) == 1
+        assert float(out.agree) == 2
 
 
 @every_impl
@@ -183,8 +184,8 @@ def on_logits(
     width, width_t = (V + 2, V_T + 3) if cut else (V, V_T)
     y = torch.tensor([0, 1, -100, 2, 4, 5])
     keep, on_kd = y != -100, torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0, 1.0])
-    settings: dict[str, Any] = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 2.0}
-    how = Objective(**settings | objective)
+    usual: dict[str, Any] = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 2.0}
+    how = Objective(**usual | objective)
     leaves = {"logits": torch.nn.functional.pad(s, (0, width - V), value=math.nan)}
     leaves["logits"][2] = math.nan
     tables = Outcomes(

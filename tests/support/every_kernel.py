@@ -73,8 +73,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
         yield f"joint {divergence}", lambda f=from_logits, d=dense: f(d), [x]
         yield f"top-k {divergence}", lambda f=from_logits, k=top_k: f(k), [x]
         yield f"linear {divergence}", from_hidden, [h, w, bias]
-    table = torch.arange(V, device=DEVICE).int().flip(0) // 2
-    outcomes = Outcomes(table, table[7:], V // 2 + 1)
+    own = (torch.arange(V, device=DEVICE).flip(0) // 2).int()
+    outcomes = Outcomes(own, own[7:], V // 2 + 1)
     other = TeacherHidden(ht, Head(wt[7:]))
     yield "outcomes", lambda: kl_div(x, t[:, 7:], labels=y, outcomes=outcomes), [x]
     yield (
