@@ -69,8 +69,8 @@ def require_own_cache(
     same("vocabulary", facts.valid_vocab, run.valid_vocab)
     theirs, ours = facts.cross_tokenizer, run.cross_tokenizer
     if theirs is None or ours is None:
-        modes = ["none" if one is None else one.mode for one in (theirs, ours)]
-        same("cross_tokenizer", *modes, "set it, or " + MAKE_AGAIN)
+        cached, mode = ("none" if one is None else one.mode for one in (theirs, ours))
+        same("cross_tokenizer", cached, mode, "set it, or " + MAKE_AGAIN)
     else:
         same("cross_tokenizer", theirs.mode, ours.mode, "set it, or " + MAKE_AGAIN)
         same("teacher's tokenizer (fingerprint)", theirs.tokenizer, ours.tokenizer)
