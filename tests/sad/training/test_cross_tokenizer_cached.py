@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.caches import make_cache
 from support.other_tokenizer import settings, with_bytes
 from support.runs import assert_same_bits, everything, make_trainer
@@ -18,7 +19,10 @@ from support.tiny import save_tiny, tiny_llama, tiny_tokenizer
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
 from sad.config.schema import DistillConfig
 from sad.errors import StoppedError, UnfitError, UsageError
+from sad.models.load import build_student_model
+from sad.models.memory_plan import AT_BOUNDARIES, evaluation_items, forward_items
 from sad.teachers.cache.files import COMPLETE
+from sad.teachers.cached import planned_targets
 from sad.training.evaluate import evaluate_student, evaluate_teacher
 from sad.training.inputs import load_inputs
 from sad.training.rescore import evaluate_run
@@ -250,3 +254,14 @@ def test_a_served_cache_is_not_finished_by_another_teacher(tmp_path: Path) -> No
         stub.model = right
         make_cache(config, tmp_path / "cache", kind="topk", server=stub.url)
     assert (tmp_path / "cache" / COMPLETE).exists()
+
+
+@pytest.mark.parametrize(("mode", "size"), [("prefix", 16 * (8 + 4)), ("likelihood", 4)])
+def test_the_plan_knows_what_a_cache_holds(tmp_path: Path, mode: Any, size: int) -> None:
+    config = from_cache(with_bytes(tmp_path, cross_tokenizer=mode), tmp_path / "cache")
+    cached = planned_targets(Path(config.teacher_cache or ""))
+    student, device = build_student_model(config), torch.device("cpu")
+    items = dict(forward_items(config, device, student, cached))
+    assert items["teacher targets"] == 2 * 32 * size and AT_BOUNDARIES not in items
+    held = dict(evaluation_items(config, device, student, cached, eval_rows=16))
+    assert AT_BOUNDARIES not in held
