@@ -19,7 +19,15 @@ from bench import faults, table
 from bench.kernels import ceilings, counters
 from bench.record import RESULTS
 from bench.report import overview, targets
-from bench.training import ablation, batches, cache_reading, end_to_end, on_policy, teachers
+from bench.training import (
+    ablation,
+    batches,
+    cache_reading,
+    cross_tokenizer,
+    end_to_end,
+    on_policy,
+    teachers,
+)
 from bench.training import structural_cost as structure
 
 Json = dict[str, Any]
@@ -82,6 +90,7 @@ TABLES: dict[str, Callable[[Json], list[str]]] = {
     "cache_reading": cache_reading.table,
     "ceilings": ceilings.table,
     "counters": counters.table,
+    "cross_tokenizer": cross_tokenizer.table,
     "end_to_end": end_to_end.table,
     "faults": faults.table,
     "on_policy": on_policy.table,
@@ -286,6 +295,7 @@ SECTIONS: dict[str, Callable[[Path], list[str]]] = {
     "batches": text_of("batches", targets.BATCHES),
     "ablation": text_of("ablation"),
     "teachers": text_of("teachers"),
+    "cross_tokenizer": text_of("cross_tokenizer"),
     "on_policy": text_of("on_policy"),
     "cache_reading": text_of("cache_reading"),
     "structure_gpu": text_of("structure", targets.STRUCTURE_GPU),

@@ -60,8 +60,9 @@ SHORT = ("sm_90", "gfx942")  # one of each vendor
 BY_DEFAULT = {
     family: SHORT if family in ("distill_loss", "outcomes", "ema", "scale", "reduce") else SHORT[:1]
     for family in FAMILIES
+    if family != "kl_div"  # whose kernels distill_loss launches, with other settings
 }
-"""What the default run compiles for: every kernel for both vendors, every family for one."""
+"""What the default run compiles for: every kernel for both vendors, most families for one."""
 
 CACHE = ROOT / ".pytest_cache" / "compiled"
 KEPT = 100  # results
@@ -236,7 +237,7 @@ def check(reports: Reports) -> None:
 # --- Tests ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_DEFAULT)
 def test_kernels_compile_within_their_budgets(family: str) -> None:
     """Scalars in fp64 under torch.compile: https://github.com/linkedin/Liger-Kernel/pull/1350"""
     check(compiled(family, BY_DEFAULT[family]))

@@ -62,7 +62,7 @@ def test_configurations_load(text: str, tmp_path: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert len(YAML) == 5
+    assert len(YAML) == 6
     assert {name: len(blocks("python", text)) for name, text in DOCUMENTS.items()} == {
         "README": 3,
         "kernels": 4,

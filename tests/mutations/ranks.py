@@ -77,8 +77,8 @@ MUTATIONS = [
         "the loss is divided by the targets of one rank",
         edit(
             "sad/training/batches.py",
-            "for step in _steps(window)]))\n",
-            "for step in _steps(window)])[self._world.share(20)])\n",
+            "counts(np.concatenate(rows))\n",
+            "counts(np.concatenate(rows)[self._world.share(20)])\n",
         ),
         gradients("2 ranks"),
     ),

@@ -296,6 +296,7 @@ def test_sums_that_reach_over_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from sad_kernels._triton import outcomes
 
     monkeypatch.setattr(outcomes, "BLOCK", 32)
+    monkeypatch.setattr(outcomes, "SPREAD_BLOCK", 32)
     width = 75
     tables = Outcomes(table(width, 3, 5), table(40, 3, 6), 3)
     s, t = drawn(2, width).requires_grad_(), drawn(2, 40, seed=1)

@@ -43,7 +43,8 @@ from sad_kernels._triton.tile import LN_2, LOG2_E, LOWEST, LogitsRow, load_logit
 from sad_kernels._triton.tile_sizes import power_of_2
 
 BLOCK = 1024
-SEGMENT = 16 * BLOCK  # columns of one program of ``spread``
+SPREAD_BLOCK = 2048  # 16 bytes of bf16 for each of a program's threads, of which AMD has 256
+SEGMENT = 8 * SPREAD_BLOCK  # columns of one program of ``spread``
 NUM_WARPS = 4
 ROWS_BYTES = 256 << 20
 """Of what is held at a time for rows of given logits."""
@@ -310,7 +311,7 @@ def as_columns(
             spread_kernel[(N, ceil_div(V, SEGMENT))](
                 *student.arguments, tables.student, *of, ours.maximum, *which,
                 t, t.stride(0), V, spec.num_outcomes,
-                BLOCK=BLOCK, SEGMENT=SEGMENT, num_warps=NUM_WARPS, enable_fp_fusion=True,
+                BLOCK=SPREAD_BLOCK, SEGMENT=SEGMENT, num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     of_columns = spec._replace(num_outcomes=0, teacher_columns=0)
     return Columns(of_columns, Logits(t[:, :V]), beyond.where(compared, 0), agree.float())
