@@ -386,9 +386,14 @@ def forward_items_of(config: DistillConfig) -> list[tuple[str, int]]:
             "likelihood_weight must be 0 unless cross_tokenizer is prefix",
         ),
         ({"teacher": None, "kd_weight": 0.0}, "teacher must be given with cross_tokenizer"),
+        ({"teacher_cache": "c", "likelihood_weight": 0.5}, "likelihood_weight must be 0 with a t"),
         (
-            {"teacher_cache": "cache", "cross_tokenizer": "likelihood"},
-            "cross_tokenizer must be prefix with a teacher_cache",
+            {
+                "cross_tokenizer": "likelihood",
+                "teacher_cache": "c",
+                "metric_for_best_model": "eval/kl",
+            },
+            "metric_for_best_model must be one of eval/nll",
         ),
         ({"teacher_cache": "c", "prefix_inside": True}, "prefix_inside must be false with a te"),
         ({"teacher_cache": "c", "teacher": None}, "teacher must be given with cross_tokenizer"),
