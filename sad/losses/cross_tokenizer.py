@@ -55,8 +55,9 @@ class TeacherLikelihood(NamedTuple):
         """From the negative log-probability of each of the teacher's own targets, [B, L_t]."""
         assert batch.theirs is not None
         groups = batch.theirs.teacher_groups
-        known = groups >= 0
-        sums = nll.new_zeros(batch.labels.numel()).index_add(0, groups[known], -nll[known])
+        values = -nll.masked_fill(groups < 0, 0.0)
+        zeros = nll.new_zeros(batch.labels.numel())
+        sums = zeros.index_add(0, groups.clamp(min=0).flatten(), values.flatten())
         return cls(sums.float().view(batch.labels.shape))
 
 
