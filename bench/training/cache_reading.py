@@ -134,6 +134,7 @@ def _make(folder: Path, kind: Kind, codec: Any, rows: int) -> CacheFacts:
         order=None,
         subset=None,
         vocab_map=None,
+        cross_tokenizer=None,
         batch_rows=1,
         rows_per_shard=max(SHARD_BYTES // each, 1),
         train_places=rows,

@@ -735,7 +735,9 @@ def _check_metric(config: DistillConfig) -> None:
         return
     prefixes = ("eval", "eval_ema") if config.use_ema else ("eval",)
     names = best_model_metrics(
-        with_teacher=config.has_teacher and config.self_teacher is None,
+        with_teacher=config.has_teacher
+        and config.self_teacher is None
+        and not (config.cross_tokenizer == "likelihood" and config.teacher_cache is not None),
         with_cache=config.teacher_cache is not None,
     )
     choices = [f"{prefix}/{name}" for prefix in prefixes for name in names]

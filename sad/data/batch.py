@@ -66,6 +66,12 @@ class TeacherTokens(NamedTuple):
         """Where teacher and student can be compared: both go on from the same text."""
         return self.positions >= 0
 
+    def at_students(self, states: Tensor) -> Tensor:
+        """The teacher's states [B, L_t, D] as [B, L, D] at the student's positions; anywhere but at
+        boundaries they mean nothing."""
+        at = self.positions.clamp(min=0)[..., None]
+        return states.gather(1, at.expand(*at.shape[:2], states.shape[-1]))
+
     def to(self, device: torch.device) -> TeacherTokens:
         """The same with its tensors on ``device``."""
         return TeacherTokens(self.batch.to(device), *(part.to(device) for part in self[1:]))

@@ -17,6 +17,7 @@ shorter prefix.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
@@ -48,6 +49,14 @@ class OutcomeTables:
     sizes: np.ndarray
     shorter: np.ndarray
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def hash(self) -> str:
+        """A hash of both tables: equal for equal outcomes of equal tokens."""
+        digest = hashlib.blake2b(f"{len(self.student)} {self.count};".encode(), digest_size=16)
+        for table in (self.student, self.teacher):
+            digest.update(table.astype("<i4").tobytes())
+        return digest.hexdigest()
 
     @property
     def is_identity(self) -> bool:

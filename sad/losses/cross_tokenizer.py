@@ -22,6 +22,7 @@ the text. With a weight of its own this is a further term beside ``prefix``.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from sad_kernels import (
@@ -30,6 +31,7 @@ from sad_kernels import (
     Objective,
     Outcomes,
     TeacherHidden,
+    TeacherTopK,
     linear_cross_entropy,
     linear_distill_loss,
 )
@@ -43,8 +45,29 @@ SUREST = -1e-6
 """Log-probability that a group has at most here: at 0 the divergence has no gradient."""
 
 
+class TeacherLikelihood(NamedTuple):
+    """What a teacher gives the text of each group, for the student's positions."""
+
+    log_probs: Tensor  # fp32 [B, L]: summed over the group that begins there; else 0
+
+    @classmethod
+    def of(cls, batch: Batch, nll: Tensor) -> TeacherLikelihood:
+        """From the negative log-probability of each of the teacher's own targets, [B, L_t]."""
+        assert batch.theirs is not None
+        groups = batch.theirs.teacher_groups
+        known = groups >= 0
+        sums = nll.new_zeros(batch.labels.numel()).index_add(0, groups[known], -nll[known])
+        return cls(sums.float().view(batch.labels.shape))
+
+
+Target = TeacherHidden | TeacherTopK | TeacherLikelihood
+"""What a teacher may give a batch, of its own or another tokenizer."""
+
+
 class CrossTokenizerLoss:
-    """The loss of a batch against a teacher's hidden states [B, L_t, D_t] of its own tokens.
+    """The loss of a batch against a teacher's hidden states [B, L_t, D_t] of its own tokens, or
+    against what a cache holds for the student's positions: some outcomes [B, L, K], or the
+    likelihood of each group [B, L].
 
     ``likelihood`` says whether training compares groups; else, and in evaluations, outcomes are
     compared at boundaries, and in training also ``inside`` the teacher's tokens if that is given,
@@ -79,7 +102,7 @@ class CrossTokenizerLoss:
         hidden: Tensor,  # [B, L, D_s]
         head: Head,
         batch: Batch,
-        teacher: TeacherHidden,
+        teacher: Target,
         objective: Objective,
         num_items: int,
         training: bool,
@@ -91,6 +114,7 @@ class CrossTokenizerLoss:
         """
         if training and self.likelihood:
             return self._by_groups(hidden, head, batch, teacher, objective, num_items)
+        assert not isinstance(teacher, TeacherLikelihood), "it says nothing of outcomes"
         out = self._by_outcomes(hidden, head, batch, teacher, objective, num_items, training)
         weight = objective.kd_weight * self.likelihood_weight
         if not (training and weight):
@@ -103,7 +127,7 @@ class CrossTokenizerLoss:
         hidden: Tensor,
         head: Head,
         batch: Batch,
-        teacher: TeacherHidden,
+        teacher: TeacherHidden | TeacherTopK,
         objective: Objective,
         num_items: int,
         training: bool,
@@ -121,13 +145,14 @@ class CrossTokenizerLoss:
                     compared[place.row, place.at] = True
             token_weights = torch.where(compared, share, 1.0)
         # Rows that are no boundary weigh nothing, and nothing is read of the teacher's.
-        at = batch.theirs.positions.clamp(min=0)
-        states = teacher.hidden.gather(1, at[..., None].expand(*at.shape, teacher.hidden.shape[-1]))
+        target = teacher
+        if isinstance(teacher, TeacherHidden):
+            target = TeacherHidden(batch.theirs.at_students(teacher.hidden), teacher.head)
         out = linear_distill_loss(
             hidden,
             head,
             batch.labels,
-            TeacherHidden(states, teacher.head),
+            target,
             objective,
             outcomes=self.outcomes,
             num_items=num_items,
@@ -138,6 +163,7 @@ class CrossTokenizerLoss:
         )
         if not places or self.inside is None:
             return out
+        assert isinstance(teacher, TeacherHidden), "the configuration is checked"
         more = self.inside.divergence(hidden, head, teacher, places, objective)
         loss = out.loss + objective.kd_weight * more / num_items
         return out._replace(loss=loss, kd=out.kd + more.detach())
@@ -147,7 +173,7 @@ class CrossTokenizerLoss:
         hidden: Tensor,
         head: Head,
         batch: Batch,
-        teacher: TeacherHidden,
+        teacher: Target,
         objective: Objective,
         num_items: int,
     ) -> DistillOutput:
@@ -167,38 +193,47 @@ class CrossTokenizerLoss:
         return out._replace(loss=loss, kd=divergence.detach())
 
     def _divergence_of_groups(
-        self, hidden: Tensor, head: Head, batch: Batch, teacher: TeacherHidden
+        self, hidden: Tensor, head: Head, batch: Batch, teacher: Target
     ) -> Tensor:
         """The sum of the binary KL over the batch's groups."""
         assert batch.theirs is not None
-        theirs, size = batch.theirs, batch.labels.numel()
-        ours = self._summed(hidden, head, batch.labels, theirs.groups, size)
-        with torch.no_grad():
-            known = self._summed(
-                teacher.hidden, teacher.head, theirs.batch.labels, theirs.teacher_groups, size
-            )
+        groups = batch.theirs.groups
+        labels = batch.labels.masked_fill(groups < 0, -100)
+        nll = _nll(hidden, head, labels, self.chunk_bytes, self.impl)
+        zeros = nll.new_zeros(batch.labels.numel())
+        ours = zeros.index_add(0, groups.clamp(min=0).flatten(), -nll.flatten())
+        if isinstance(teacher, TeacherHidden):
+            teacher = likelihood(batch, teacher, self.chunk_bytes, self.impl)
+        assert isinstance(teacher, TeacherLikelihood), "the configuration is checked"
         # Groups that there are not have the sum 0 on both sides, and no divergence.
-        return binary_kl(known, ours).sum()
+        return binary_kl(teacher.log_probs.flatten(), ours).sum()
 
-    def _summed(
-        self, hidden: Tensor, head: Head, labels: Tensor, groups: Tensor, size: int
-    ) -> Tensor:
-        """The log-probability of each group's tokens, [size]; 0 for a group that there is not."""
-        labels = labels.masked_fill(groups < 0, -100)
-        nll = linear_cross_entropy(
-            hidden,
-            head.weight,
-            labels,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            valid_vocab=head.valid_vocab,
-            reduction="none",
-            chunk_bytes=self.chunk_bytes,
-            impl=self.impl,
-        )
-        zeros = nll.new_zeros(size)
-        return zeros.index_add(0, groups.clamp(min=0).flatten(), -nll.flatten())
+
+def likelihood(
+    batch: Batch, teacher: TeacherHidden, chunk_bytes: int | None = None, impl: str = "auto"
+) -> TeacherLikelihood:
+    """What a teacher's hidden states [B, L_t, D] say of the text of each group."""
+    assert batch.theirs is not None
+    labels = batch.theirs.batch.labels.masked_fill(batch.theirs.teacher_groups < 0, -100)
+    with torch.no_grad():
+        nll = _nll(teacher.hidden, teacher.head, labels, chunk_bytes, impl)
+    return TeacherLikelihood.of(batch, nll)
+
+
+def _nll(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int | None, impl: str) -> Tensor:
+    """The negative log-probability of each label, [B, L]; 0 for -100."""
+    return linear_cross_entropy(
+        hidden,
+        head.weight,
+        labels,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        valid_vocab=head.valid_vocab,
+        reduction="none",
+        chunk_bytes=chunk_bytes,
+        impl=impl,
+    )
 
 
 def shared_weight(objective: Objective) -> tuple[Objective, float]:

@@ -28,7 +28,8 @@ STATES_DECODING = 2
 
 @dataclass(frozen=True)
 class CachedTargets:
-    """What a run reads in place of a teacher: a head and hidden states, or ``top_k`` ids per token.
+    """What a run reads in place of a teacher: a head and hidden states, or ``top_k`` ids per token;
+    0 of them where a token has a number alone.
 
     ``bytes_per_position`` is the size of a stored record.
     """
@@ -52,7 +53,7 @@ class CachedTargets:
     def token_bytes(self) -> int:
         """Of a token's targets, from reading them to the end of the loss."""
         if self.top_k is not None:
-            return ID_AND_LOG_PROB * self.top_k
+            return ID_AND_LOG_PROB * self.top_k or self.bytes_per_position
         return self.width * self.head_dtype.itemsize
 
     @property

@@ -353,7 +353,7 @@ def forward_items(
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
         items.append((_target_label(teacher), size))
-        if config.cross_tokenizer == "prefix":
+        if config.cross_tokenizer == "prefix" and not sparse(teacher):
             items.append((AT_BOUNDARIES, size))
         theirs = teacher_head(teacher)
         width += 0 if theirs is None else theirs.in_features
@@ -477,7 +477,7 @@ def evaluation_items(
     if teacher is not None:
         size = tokens * _teacher_bytes_per_token(config, teacher)
         held.append((_target_label(teacher), size))
-        if config.cross_tokenizer is not None:
+        if config.cross_tokenizer is not None and not sparse(teacher):
             held.append((AT_BOUNDARIES, size))
         if isinstance(teacher, CachedTargets):
             teachers = tokens * teacher.reading_bytes - size
@@ -518,7 +518,7 @@ def loss_bytes(
     """
     theirs = None if teacher is None else teacher_head(teacher)
     kind, width = ("hidden", theirs.in_features) if theirs is not None else (None, 0)
-    if isinstance(teacher, CachedTargets) and teacher.top_k is not None:
+    if isinstance(teacher, CachedTargets) and teacher.top_k:
         kind, width = "top_k", teacher.top_k
     wrt = ("hidden", "weight") if student.weight.requires_grad else ("hidden",)
     return linear_memory_bytes(

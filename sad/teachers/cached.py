@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from sad.data.batch import Batch
 from sad.errors import UnfitError, UsageError, printable, shortened
 from sad.losses.capture import Capture
+from sad.losses.cross_tokenizer import TeacherLikelihood
 from sad.models.cached_targets import CachedTargets
 from sad.teachers.cache.facts import CacheFacts
-from sad.teachers.cache.files import HEAD, Section, open_tensors, read_facts, shards_of
+from sad.teachers.cache.files import AGAIN, HEAD, Section, open_tensors, read_facts, shards_of
 from sad.teachers.cache.forms import require_decoded
 from sad.teachers.cache.reader import CacheReader
 from sad.teachers.cache.source import position_bytes
@@ -59,7 +60,7 @@ class CachedTeacher:
 
     @property
     def kind(self) -> str:
-        """``sampled``, ``topk`` or ``hidden``."""
+        """``sampled``, ``topk``, ``hidden`` or ``likelihood``."""
         return self._shards.kind
 
     @property
@@ -100,14 +101,23 @@ class CachedTeacher:
             hidden = self._codec.decode(record, self._head.weight.dtype)
             weights = None if self._unknown is None else read_weights(batch, self._unknown)
             return TeacherOutput((TeacherHidden(hidden, self._head),), kd_weights=weights)
+        if self._shards.kind == "likelihood":
+            known = TeacherLikelihood(record["log_prob"].to(self.device))
+            if not bool((known.log_probs <= 0).all()):  # NaN compares false
+                raise UnfitError(
+                    f"{self.reader.folder} must hold log-probabilities, got one above 0; {AGAIN}"
+                )
+            return TeacherOutput((known,))
         temperature = self._temperature if self._shards.kind == "topk" else 1.0
         ids, log_probs = decode(record, self._column, temperature)
-        require_decoded(self.reader.folder, record, ids, self.reader.facts.valid_vocab)
+        require_decoded(self.reader.folder, record, ids, self.reader.facts.num_ids)
         tail = "bucket" if self._shards.kind == "topk" else "zero"
         target = TeacherTopK(ids.to(self.device), log_probs.to(self.device), tail)
         weights = None
         if self.reader.facts.vocab_map is not None:  # what the teacher could not read is padding
             weights = (~target.log_probs.isneginf().all(-1)).float()
+        if batch.theirs is not None:
+            weights = batch.theirs.boundaries.float()
         return TeacherOutput((target,), kd_weights=weights)
 
     def release(self) -> None:
@@ -160,7 +170,7 @@ class CachedTeacher:
 
 
 def _column_of(reader: CacheReader, temperature: float) -> int:
-    temperatures = reader.facts.temperatures
+    temperatures = reader.facts.tail_temperatures
     if temperature not in temperatures:
         raise UnfitError(
             f"teacher_cache must hold top-k targets at temperature {temperature:g}, got "
@@ -184,7 +194,7 @@ def planned_targets(folder: Path, facts: CacheFacts | None = None) -> CachedTarg
     facts, _ = found
     if facts.head is None:
         size = position_bytes(facts, facts.kind, 0)
-        return CachedTargets(size, top_k=facts.top_k)
+        return CachedTargets(size, top_k=facts.top_k or 0)
     tensors = open_tensors(folder.expanduser() / HEAD)
     dtype, (rows, width) = tensors.form("weight")
     return CachedTargets(
@@ -211,8 +221,12 @@ def describe(reader: CacheReader) -> str:
         case "topk":
             at = ", ".join(f"{t:g}" for t in facts.temperatures)
             what = f"the {facts.top_k} most likely ids per token at T = {at}"
+        case "likelihood":
+            what = "the likelihood of the text between boundaries"
         case "hidden":
             what = f"final hidden states in {facts.codec}"
             what += f" ({notes['format']})" if "format" in notes else ""
+    if facts.cross_tokenizer is not None:  # at other positions there is nothing
+        what = what.replace("ids per token", "outcomes per boundary")
     name = shortened(printable(facts.teacher.name), 80)
     return f"{name}{size}; {what}, from {reader.folder}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
-from sad_kernels import Head, TeacherHidden, TeacherTopK
+from sad_kernels import Head, TeacherHidden
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,13 +15,14 @@ from sad.data.batch import Batch
 from sad.data.vocab_map import VocabMap
 from sad.losses.base import Activations, Projections
 from sad.losses.capture import Capture
+from sad.losses.cross_tokenizer import Target
 from sad.models.heads import split_head, with_valid_vocab
 from sad.teachers.vocabulary import mapped_head, read_weights, unknown_ids
 
 T = TypeVar("T")
 
 
-Target_co = TypeVar("Target_co", bound=TeacherHidden | TeacherTopK, covariant=True)
+Target_co = TypeVar("Target_co", bound=Target, covariant=True)
 
 
 class TeacherOutput(NamedTuple, Generic[Target_co]):
@@ -42,9 +43,7 @@ class Teacher(Protocol):
     def model(self) -> Any:
         """The model whose layers losses look into, or what stands for it; None without one."""
 
-    def forward(
-        self, batch: Batch, capture: Capture | None = None
-    ) -> TeacherOutput[TeacherHidden | TeacherTopK]:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> TeacherOutput[Target]:
         """The targets of a batch, and what ``capture`` collects inside the teacher's model."""
         ...
 

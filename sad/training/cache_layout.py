@@ -56,6 +56,13 @@ def with_shards(facts: CacheFacts, shard_bytes: int, width: int = 0) -> CacheFac
     )
 
 
+def scored_places(config: DistillConfig, inputs: RunInputs) -> int:
+    """Held-out rows that a cache holds: those that a run scores, if it can score by the cache."""
+    if config.cross_tokenizer == "likelihood":
+        return 0
+    return len(eval_row_numbers(inputs.eval_rows, config.max_eval_rows))
+
+
 def rows_to_cache(
     inputs: RunInputs, config: DistillConfig, length: RunLength, options: CacheOptions
 ) -> tuple[Subset | None, int]:
@@ -91,7 +98,7 @@ def sections_of(
     config: DistillConfig, facts: CacheFacts, inputs: RunInputs, length: RunLength
 ) -> dict[Section, SectionRows]:
     """The rows of both sections, by the number of a batch."""
-    scored = eval_row_numbers(inputs.eval_rows, config.max_eval_rows)
+    scored = eval_row_numbers(inputs.eval_rows, config.max_eval_rows)[: facts.eval_places]
 
     def part(of: np.ndarray, size: int) -> Any:
         return lambda batch: of[batch * size : (batch + 1) * size]
@@ -246,4 +253,4 @@ def describe_check(found: Checked) -> str:
     if found.error is not None:
         return f"hidden states of {found.batches} batches err by {found.error:.2g}, relative"
     share = 100 * (found.agreement or 0.0)
-    return f"{share:.1f} % of the ids of {found.batches} batches are the same"
+    return f"{share:.1f} % of the {found.compared} of {found.batches} batches are the same"

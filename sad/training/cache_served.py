@@ -22,7 +22,12 @@ from sad.errors import UnfitError, UsageError
 from sad.optim.schedule import planned_length
 from sad.teachers.cache.facts import CacheFacts, TeacherFacts
 from sad.teachers.cache.files import CACHE, read_facts
-from sad.teachers.cache.served import ServedSource, require_same_answers
+from sad.teachers.cache.served import (
+    ServedLikelihood,
+    ServedSource,
+    require_same_answers,
+    require_same_likelihood,
+)
 from sad.teachers.cache.server import TeacherServer, card_hash
 from sad.teachers.cache.writer import SectionRows
 from sad.training.cache_layout import (
@@ -32,11 +37,15 @@ from sad.training.cache_layout import (
     require_same_cache,
     require_space,
     rows_to_cache,
+    scored_places,
     sections_of,
     warn_of_tail,
     with_shards,
 )
-from sad.training.inputs import RunInputs, eval_row_numbers, load_inputs
+from sad.training.cross_tokenizer import read_by_teacher
+from sad.training.inputs import RunInputs, load_inputs
+
+Served = ServedSource | ServedLikelihood
 
 BATCH_ROWS = 32
 """Rows whose segments are asked for at a time, at least: the server must not run dry."""
@@ -61,7 +70,7 @@ def fill_from_server(
     facts = _facts(config, options, inputs, card, shard_bytes)
     sections = sections_of(config, facts, inputs, planned_length(config, len(inputs.train_rows), 1))
     world.from_main(partial(require_same_cache, folder, facts))
-    source = ServedSource(server, facts)
+    source = ServedSource(server, facts) if facts.top_k else ServedLikelihood(server)
     if nothing_to_write(folder, facts, sections, inputs.device, source, say, check=options.check):
         return folder
     world.from_main(partial(require_space, folder, facts, sections))
@@ -100,6 +109,8 @@ def without_teacher(config: DistillConfig) -> DistillConfig:
     """The same text, tokenizer and rows, for a run that loads no teacher."""
     changes: dict[str, Any] = ce_only() | {
         "teacher": None,
+        "teacher_tokenizer": config.cross_tokenizer
+        and (config.teacher_tokenizer or config.teacher),
         "teacher_cache": None,
         "student_init": "pretrained",
         "student_layers": None,
@@ -110,7 +121,8 @@ def without_teacher(config: DistillConfig) -> DistillConfig:
 
 def require_temperature_1(config: DistillConfig, source: str) -> None:
     """Raise ``UsageError`` for a temperature that targets from elsewhere cannot be read at."""
-    if config.kd_weight and config.temperature != 1:
+    likelihood = config.cross_tokenizer == "likelihood"  # which has none
+    if config.kd_weight and config.temperature != 1 and not likelihood:
         raise UsageError(
             f"temperature must be 1 with {source}, got {config.temperature:g}; the normaliser of "
             "another temperature is not known: write temperature: 1"
@@ -119,13 +131,15 @@ def require_temperature_1(config: DistillConfig, source: str) -> None:
 
 def _require_fit(inputs: RunInputs, options: CacheOptions, card: dict[str, Any]) -> None:
     """Refuse what the server cannot answer."""
-    if options.top_k > inputs.valid_vocab:
+    likelihood = inputs.cross_tokenizer is not None
+    if options.top_k > inputs.valid_vocab and not likelihood:
         raise UsageError(
             f"top_k must be at most {inputs.valid_vocab:,}, the ids of the tokenizer, got "
             f"{options.top_k}; lower --top_k"
         )
     limit = card.get("max_model_len")
-    longest = max(rows.longest_segment for rows in (inputs.train_rows, inputs.eval_rows)) + 2
+    read = (read_by_teacher(rows) for rows in (inputs.train_rows, inputs.eval_rows))
+    longest = max(rows.longest_segment for rows in read) + 2
     if isinstance(limit, int) and longest > limit:
         raise UnfitError(
             f"the server must take {longest:,} tokens (a row, the token after it and one more), "
@@ -143,11 +157,12 @@ def _facts(
 ) -> CacheFacts:
     length = planned_length(config, len(inputs.train_rows), 1)
     subset, count = rows_to_cache(inputs, config, length, options)
+    likelihood = inputs.cross_tokenizer is not None
     facts = CacheFacts(
-        kind="topk",
+        kind="likelihood" if likelihood else "topk",
         codec=None,
-        top_k=options.top_k,
-        temperatures=(1.0,),
+        top_k=None if likelihood else options.top_k,
+        temperatures=() if likelihood else (1.0,),
         seed=config.seed,
         train_rows=inputs.train_rows.fingerprint,
         eval_rows=inputs.eval_rows.fingerprint,
@@ -160,33 +175,35 @@ def _facts(
         order=None,
         subset=subset,
         vocab_map=None,
+        cross_tokenizer=inputs.cross_tokenizer,
         batch_rows=max(config.per_device_train_batch_size, BATCH_ROWS),
         rows_per_shard=1,
         train_places=count,
         eval_batch_rows=max(config.per_device_eval_batch_size, BATCH_ROWS),
         eval_rows_per_shard=1,
-        eval_places=len(eval_row_numbers(inputs.eval_rows, config.max_eval_rows)),
+        eval_places=scored_places(config, inputs),
     )
     return with_shards(facts, shard_bytes)
 
 
-def _begin(
-    folder: Path, facts: CacheFacts, source: ServedSource, rows: SectionRows, say: Any
-) -> None:
+def _begin(folder: Path, facts: CacheFacts, source: Served, rows: SectionRows, say: Any) -> None:
     """Write ``cache.json`` with the server's first answers, or compare them with those in it."""
     if (folder / CACHE).exists():
         return _require_same_server(folder, source, rows)
     probes = source.probes(_first_batches(rows))
-    tail = sum(probe["tail"] for probe in probes) / max(len(probes), 1)
-    warn_of_tail(tail, facts, say)
-    notes = {"versions": library_versions(), "tail": tail, "probes": probes}
+    notes: dict[str, Any] = {"versions": library_versions(), "probes": probes}
+    if facts.kind == "topk":
+        notes["tail"] = tail = sum(probe["tail"] for probe in probes) / max(len(probes), 1)
+        warn_of_tail(tail, facts, say)
     begin_cache(folder, facts, notes)
 
 
-def _require_same_server(folder: Path, source: ServedSource, rows: SectionRows) -> None:
+def _require_same_server(folder: Path, source: Served, rows: SectionRows) -> None:
     found = read_facts(folder)
     assert found is not None
-    require_same_answers(found[1]["probes"], source.probes(_first_batches(rows)), folder)
+    sparse = isinstance(source, ServedSource)
+    require_same = require_same_answers if sparse else require_same_likelihood
+    require_same(found[1]["probes"], source.probes(_first_batches(rows)), folder)
 
 
 def _first_batches(rows: SectionRows) -> Iterator[Batch]:

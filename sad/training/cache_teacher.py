@@ -51,14 +51,16 @@ from sad.training.cache_layout import (
     require_same_cache,
     require_space,
     rows_to_cache,
+    scored_places,
     sections_of,
     warn_of_tail,
     with_shards,
     write_head,
 )
 from sad.training.cache_served import fill_from_server
+from sad.training.cross_tokenizer import require_cached_comparison
 from sad.training.evaluate import evaluate_teacher, require_finite_score
-from sad.training.inputs import RunInputs, eval_row_numbers, load_inputs
+from sad.training.inputs import RunInputs, load_inputs
 
 
 def cache_teacher(
@@ -78,10 +80,7 @@ def cache_teacher(
             "teacher must be given to cache its targets, got none; name a model in the file"
         )
     if config.cross_tokenizer is not None:
-        raise UsageError(
-            f"cross_tokenizer must be left out to cache targets, got {config.cross_tokenizer}; "
-            "they are kept for the student's own ids: let `sad distill` run the teacher"
-        )
+        require_cached_comparison(config, options)
     if not options.from_elsewhere:  # the file may name the cache that is made now
         config = replace(config, teacher_cache=None)
     use_own_device()
@@ -143,7 +142,9 @@ def _fill(
     sections = sections_of(config, facts, inputs, length)
     per_shard = sections["train"].shards.names()
     world.from_main(partial(require_same_cache, folder, facts))
-    if nothing_to_write(folder, facts, sections, inputs.device, teacher, say, check=options.check):
+    outcomes = None if inputs.comparison is None else inputs.comparison.outcomes
+    asked = teacher if outcomes is None else TeacherSource(teacher, facts, None, outcomes)
+    if nothing_to_write(folder, facts, sections, inputs.device, asked, say, check=options.check):
         return folder
     width = teacher.head().weight.shape[1]
     world.from_main(partial(require_space, folder, facts, sections, width, options.window))
@@ -156,7 +157,7 @@ def _fill(
                 yield final_states(teacher, inputs.train_rows.batch(numbers).to(inputs.device))
 
     codec = world.main_first(partial(make_codec, facts, folder, teacher.device, first_states))
-    source = TeacherSource(teacher, facts, codec)
+    source = TeacherSource(teacher, facts, codec, outcomes)
     with cache_writer(
         folder, facts, sections, source, inputs.device, config, world, window=options.window
     ) as writer:
@@ -185,9 +186,10 @@ def _facts(
 ) -> CacheFacts:
     """The facts of the cache that is asked for."""
     temperatures: tuple[float, ...] = ()
-    if options.kind != "hidden":
+    sparse = options.kind != "hidden" and config.cross_tokenizer != "likelihood"
+    if sparse:
         temperatures = options.temperatures or (config.temperature,)
-    if options.kind == "topk":  # evaluations read them at 1
+    if sparse and options.kind == "topk":  # evaluations read them at 1
         temperatures = tuple(sorted({1.0, *temperatures}))
     order = None
     if options.window:
@@ -196,9 +198,9 @@ def _facts(
     subset, count = rows_to_cache(inputs, config, length, options)
     attention = getattr(teacher.model.config, "_attn_implementation", None)
     facts = CacheFacts(
-        kind=options.kind,
+        kind="likelihood" if config.cross_tokenizer == "likelihood" else options.kind,
         codec=options.codec_or_default,
-        top_k=None if options.kind == "hidden" else options.top_k,
+        top_k=options.top_k if sparse else None,
         temperatures=temperatures,
         seed=config.seed,
         train_rows=inputs.train_rows.fingerprint,
@@ -208,6 +210,7 @@ def _facts(
         tokenizer=fingerprint(inputs.tokenizer),
         valid_vocab=inputs.valid_vocab,
         vocab_map=inputs.vocabulary,
+        cross_tokenizer=inputs.cross_tokenizer,
         teacher=TeacherFacts(
             config.teacher or "",
             inputs.teacher_fingerprint or {},
@@ -223,7 +226,7 @@ def _facts(
         train_places=count if order is None else length.micro_batches * batch_rows,
         eval_batch_rows=config.per_device_eval_batch_size,
         eval_rows_per_shard=1,
-        eval_places=len(eval_row_numbers(inputs.eval_rows, config.max_eval_rows)),
+        eval_places=scored_places(config, inputs),
     )
     return with_shards(facts, shard_bytes, teacher.head().weight.shape[1])
 
@@ -269,9 +272,13 @@ def _mean_tail(
 ) -> float:
     """Mean mass beyond the K most likely ids at temperature 1, in the first held-out batch."""
     batch = next(iter(inputs.eval_batches(config)))
-    records = TeacherSource(teacher, facts).records(
+    outcomes = None if inputs.comparison is None else inputs.comparison.outcomes
+    records = TeacherSource(teacher, facts, None, outcomes).records(
         batch, "topk", torch.zeros(int(batch.lengths.sum()), dtype=torch.float64)
     )
-    learned = (batch.labels >= 0).cpu()[inputs_of(batch)]
+    learned = (batch.labels >= 0).cpu()
+    if batch.theirs is not None:
+        learned &= batch.theirs.boundaries.cpu()
+    learned = learned[inputs_of(batch)]
     tail = records["tail"][learned][:, facts.temperatures.index(1.0)]
     return float(tail.mean()) if len(tail) else 0.0

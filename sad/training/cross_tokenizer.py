@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.alignment import AlignedRows, Side, align_documents
 from sad.data.outcomes import run_outcomes
 from sad.data.rows import PackedRows, cache_directory
 from sad.data.split import split_documents
+from sad.data.tokenizers import fingerprint
 from sad.distributed.world import World
 from sad.errors import UsageError
 from sad.losses.cross_tokenizer import CrossTokenizerLoss
 from sad.losses.prefix_inside import InsideTeacherTokens
+from sad.teachers.cache.facts import CrossFacts
 
 
 def require_one_process(world: World) -> None:
@@ -22,6 +25,51 @@ def require_one_process(world: World) -> None:
         raise UsageError(
             f"cross_tokenizer must be left out on several processes, got WORLD_SIZE={world.size}; "
             "run one process, or choose a teacher with the student's tokenizer"
+        )
+
+
+def require_cached_comparison(config: DistillConfig, options: CacheOptions) -> None:
+    """Raise ``UsageError`` for targets of a teacher with another tokenizer that are not cached."""
+    kind, remedy = options.kind, "let `sad distill` run the teacher"
+    temperatures = options.temperatures or (config.temperature,)
+    if options.import_path is not None:
+        raise UsageError(
+            f"cross_tokenizer must be left out with --import, got {config.cross_tokenizer}; files "
+            "hold targets for the student's own ids: name a teacher, or --server"
+        )
+    if config.cross_tokenizer == "likelihood":
+        if kind == "hidden" or options.temperatures is not None:
+            name = "kind" if kind == "hidden" else "temperatures"
+            raise UsageError(
+                f"{name} must be left out with cross_tokenizer likelihood, got --{name}; the "
+                "likelihood of the text is all that is kept"
+            )
+        return
+    if config.likelihood_weight:
+        raise UsageError(
+            f"likelihood_weight must be 0 to cache targets, got {config.likelihood_weight:g}; a "
+            f"cache holds outcomes or likelihoods, not both: leave it out, or {remedy}"
+        )
+    if config.prefix_inside:
+        raise UsageError(
+            "prefix_inside must be false to cache targets, got true; it needs the teacher's logits "
+            f"inside its tokens: leave it out, or {remedy}"
+        )
+    if options.server is not None:
+        raise UsageError(
+            "cross_tokenizer must be likelihood with --server, got prefix; it gives a few of the "
+            "teacher's ids, and outcomes need them all: name a teacher that runs here"
+        )
+    if kind == "hidden":
+        raise UsageError(
+            "kind must be sampled or topk with cross_tokenizer, got hidden; outcomes are kept at "
+            "the student's positions: write --kind sampled"
+        )
+    if kind == "topk" and set(temperatures) != {1.0}:
+        given = ", ".join(f"{t:g}" for t in temperatures)
+        raise UsageError(
+            f"temperatures must be 1 with --kind topk and cross_tokenizer, got {given}; sums of "
+            "probabilities cannot be taken to another temperature: write --kind sampled"
         )
 
 
@@ -68,6 +116,13 @@ def load_comparison(
         *(f"outcomes: {note}" for note in tables.notes),
     )
     return train_rows, eval_rows, loss, notes
+
+
+def cross_facts(theirs: PreTrainedTokenizerFast, loss: CrossTokenizerLoss) -> CrossFacts:
+    """What a cache of the teacher's targets depends on beside its rows."""
+    if loss.likelihood:
+        return CrossFacts(fingerprint(theirs), None, None)
+    return CrossFacts(fingerprint(theirs), loss.tables.hash, loss.tables.count)
 
 
 def read_by_teacher(rows: PackedRows) -> PackedRows:

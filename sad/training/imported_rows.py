@@ -193,6 +193,7 @@ def import_facts(
         order=None,
         subset=None,
         vocab_map=None,
+        cross_tokenizer=None,
         batch_rows=BATCH_ROWS,
         rows_per_shard=1,
         train_places=len(inputs.train_rows),

@@ -37,7 +37,7 @@ from sad.models.preflight import require_known_positions
 from sad.optim.schedule import planned_length
 from sad.report.terminal import waiting_bar
 from sad.teachers.cache.checks import RunFacts, require_own_cache
-from sad.teachers.cache.facts import CacheFacts, MapFacts, RunOrder
+from sad.teachers.cache.facts import CacheFacts, CrossFacts, MapFacts, RunOrder
 from sad.teachers.cache.own_rows import rows_of_cache
 from sad.teachers.cache.reader import CacheReader
 from sad.teachers.cached import CachedTeacher
@@ -47,7 +47,12 @@ from sad.teachers.frozen import FrozenTeacher, Teacher
 from sad.teachers.other_tokenizer import OtherTokenizerTeacher
 from sad.teachers.sharded import load_sharded_teacher
 from sad.training.batches import rank_batch
-from sad.training.cross_tokenizer import load_comparison, read_by_teacher, require_one_process
+from sad.training.cross_tokenizer import (
+    cross_facts,
+    load_comparison,
+    read_by_teacher,
+    require_one_process,
+)
 from sad.training.vocabulary import check_vocabulary, teacher_vocabulary
 
 
@@ -71,6 +76,8 @@ class RunInputs:
     """What tells the teacher's weights from others: see ``sad.teachers.fingerprint``."""
     vocabulary: MapFacts | None = None
     """The map from the student's ids to those of a teacher that runs here; None for equal ids."""
+    cross_tokenizer: CrossFacts | None = None
+    """What a teacher's cache must agree with if the teacher has another tokenizer."""
     comparison: CrossTokenizerLoss | None = None
     """How the student is compared with a teacher that has another tokenizer."""
     world: World = ALONE
@@ -158,17 +165,19 @@ def load_inputs(
     notes = _compare_with_student(config, tokenizer)
     teacher = eval_teacher = teacher_fingerprint = teacher_tokenizer = None
     found: VocabMap | None = None
-    crosses = config.cross_tokenizer is not None and config.loads_teacher
+    crosses = config.cross_tokenizer is not None
+    if crosses or config.loads_teacher:
+        name = config.teacher_tokenizer or config.teacher
+        assert name is not None
+        teacher_tokenizer = load_tokenizer(name, config.trust_remote_code_teacher)
+    if crosses:
+        require_one_process(world)
     memory = cache_directory(config.data.cache_dir) / HASHES
     if config.loads_teacher:
         assert config.teacher is not None
-        teacher_tokenizer = load_tokenizer(
-            config.teacher_tokenizer or config.teacher, config.trust_remote_code_teacher
-        )
+        assert teacher_tokenizer is not None
         source = "student" if config.tokenizer is None else "tokenizer"
-        if crosses:
-            require_one_process(world)
-        else:
+        if not crosses:
             found, more = teacher_vocabulary(config, teacher_tokenizer, tokenizer, source, world)
             notes += more
         say(f"loading the teacher {config.teacher}")
@@ -193,20 +202,31 @@ def load_inputs(
         eval_teacher = EvalTeacher(teacher, config.eval_cache_bytes, world)
     say("reading text")
     # An imported cache has rows of its own.
-    comparison = None
+    comparison = crossing = None
     if crosses:
         assert teacher_tokenizer is not None
         train_rows, eval_rows, comparison, more = load_comparison(
             config, tokenizer, teacher_tokenizer, device
         )
+        crossing = cross_facts(teacher_tokenizer, comparison)
         notes += more
     else:
         rows = world.main_first(partial(rows_of_cache, config))
         train_rows, eval_rows = rows or world.main_first(partial(load_rows, config, tokenizer))
     if config.teacher_cache is not None:
         teacher, eval_teacher = _open_cache(
-            config, tokenizer, vocabulary, (train_rows, eval_rows), device, world, memory, say
+            config,
+            tokenizer,
+            vocabulary,
+            crossing,
+            (train_rows, eval_rows),
+            device,
+            world,
+            memory,
+            say,
         )
+        if teacher.kind == "likelihood":  # which tells nothing of other text than this
+            eval_teacher = None
         teacher_fingerprint = {"cache": teacher.reader.facts.plan}
         notes += tuple(map(str, teacher.reader.notes.get("vocabulary", ())))
     elif teacher is not None:
@@ -235,6 +255,7 @@ def load_inputs(
         tokenizer_notes=notes,
         teacher_fingerprint=teacher_fingerprint,
         vocabulary=facts,
+        cross_tokenizer=crossing,
         comparison=comparison,
         world=world,
     )
@@ -249,6 +270,7 @@ def _open_cache(
     config: DistillConfig,
     tokenizer: PreTrainedTokenizerFast,
     vocabulary: int,
+    crossing: CrossFacts | None,
     rows: tuple[PackedRows, PackedRows],
     device: torch.device,
     world: World,
@@ -273,6 +295,7 @@ def _open_cache(
         order=RunOrder(config.seed, length.micro_batches, length.batch_size),
         num_rows=len(train_rows),
         vocab_map=_named_map(config, vocabulary, reader.facts),
+        cross_tokenizer=crossing,
     )
     require_own_cache(reader.facts, reader.notes, config, run, reader.folder, memory)
     return (

@@ -57,6 +57,7 @@ def rehearse(config: DistillConfig, inputs: RunInputs) -> None:
         with policy.evaluating():
             frozen = inputs.frozen_teacher
             uncached = inputs.teacher if frozen is None else EvalTeacher(frozen, 0)
+            uncached = None if inputs.eval_teacher is None else uncached
             losses = tuple(config.structural_weights)
             evaluate_student(student, uncached, iter([batch]), {"eval": nullcontext}, losses)
     except Exception as error:

@@ -16,7 +16,6 @@ from sad_kernels import (
     DistillOutput,
     Objective,
     TeacherHidden,
-    TeacherTopK,
     linear_distill_loss,
 )
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from sad.losses.balance import NAME as BALANCE
 from sad.losses.balance import FamilyBalanceLoss, build_balance_loss, run_with_routers
 from sad.losses.base import LossInputs, LossTerms
 from sad.losses.capture import Capture
-from sad.losses.cross_tokenizer import CrossTokenizerLoss
+from sad.losses.cross_tokenizer import CrossTokenizerLoss, Target, TeacherLikelihood
 from sad.losses.layout import layout_of
 from sad.losses.structural import StructuralLosses
 from sad.models.compiled import compile_and_check, eager
@@ -216,7 +215,7 @@ class StudentWithLoss(nn.Module):
         self,
         hidden: Tensor,  # [B, L, D]
         batch: Batch,
-        targets: Sequence[TeacherHidden | TeacherTopK],
+        targets: Sequence[Target],
         objective: Objective,
         num_items: int,
         kd_weights: Tensor | None,  # [B, L]
@@ -229,13 +228,11 @@ class StudentWithLoss(nn.Module):
         head = with_valid_vocab(head, self.valid_vocab)
         if self.comparison is not None and targets:
             (target,) = targets
-            assert isinstance(target, TeacherHidden)
             training = self.training
             return self.comparison(hidden, head, batch, target, objective, num_items, training)
 
-        def against(
-            target: TeacherHidden | TeacherTopK | None, objective: Objective
-        ) -> DistillOutput:
+        def against(target: Target | None, objective: Objective) -> DistillOutput:
+            assert not isinstance(target, TeacherLikelihood), "it is compared above"
             return linear_distill_loss(
                 hidden,
                 head,

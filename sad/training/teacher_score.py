@@ -48,17 +48,19 @@ def score_teacher(
 ) -> tuple[dict[str, float], list[ResultRow]]:
     """The teacher's metrics (``eval_teacher/nll``, ...) and its row of the result table.
 
-    Hidden states are scored again; of sparse targets the scores are those that the teacher had when
+    Hidden states are scored again; of other targets the scores are those that the teacher had when
     it made them, if it scored as many rows. Nothing without a teacher. Raises ``UnfitError`` for a
     score that is not finite, or stored states that are not their teacher's.
     """
-    if inputs.teacher is None or inputs.eval_teacher is None:
+    if inputs.teacher is None:
         return {}, []
     notes = inputs.teacher.reader.notes if isinstance(inputs.teacher, CachedTeacher) else {}
     count = inputs.scored(config)["rows"]
     then = notes.get("scores", {}) if notes.get("scored_rows") == count else {}
-    if isinstance(inputs.eval_teacher, CachedTeacher) and inputs.eval_teacher.kind != "hidden":
+    if isinstance(inputs.teacher, CachedTeacher) and inputs.teacher.kind != "hidden":
         metrics = dict(then)
+    elif inputs.eval_teacher is None:
+        return {}, []
     else:
         say(f"scoring the teacher on {count:,} held-out rows")
         batches = inputs.eval_batches(config, "scoring the teacher")

@@ -19,6 +19,11 @@ def writing(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/sad/teachers/cache/test_writing.py::{name}" for name in names)
 
 
+def crossed(*names: str) -> tuple[str, ...]:
+    file = "tests/sad/training/test_cross_tokenizer_cached.py"
+    return tuple(f"{file}::{name}" for name in names)
+
+
 MUTATIONS = [
     Mutation(
         "97",
@@ -61,5 +66,38 @@ MUTATIONS = [
         "the tail of re-tempered targets taken from temperature 1",
         edit(SPARSE, 'record["tail"][..., column_of_tail, None]', 'record["tail"][..., 0, None]'),
         runs("test_top_k_targets_serve_every_temperature_they_were_made_for"),
+    ),
+    Mutation(
+        "101",
+        "a tail beside held-out ids at the temperature that samples were drawn at",
+        edit(
+            "sad/teachers/cache/source.py",
+            "top_k(logits, facts.top_k, facts.tail_temperatures)",
+            "top_k(logits, facts.top_k, facts.temperatures)",
+        ),
+        crossed("test_a_sampled_cache_at_another_temperature_is_read"),
+    ),
+    Mutation(
+        "99",
+        "a cache of other outcomes trained from",
+        edit(
+            CHECKS,
+            '(hash of their tables)", theirs.outcomes, ours.outcomes,',
+            '(hash of their tables)", ours.outcomes, ours.outcomes,',
+        ),
+        crossed("test_a_cache_of_other_outcomes_is_refused"),
+    ),
+    Mutation(
+        "99",
+        "likelihoods of groups, one position late",
+        edit(
+            "sad/teachers/cache/source.py",
+            "known.log_probs.cpu().clamp(max=0.0)",
+            "known.log_probs.cpu().clamp(max=0.0).roll(1, 1)",
+        ),
+        crossed(
+            "test_likelihoods_from_a_cache_are_the_teachers",
+            "test_a_served_teacher_gives_the_likelihood_of_its_own_tokens[vllm]",
+        ),
     ),
 ]

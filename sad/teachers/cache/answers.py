@@ -103,6 +103,50 @@ def read_sglang(meta: Any, tokens: Sequence[int], k: int | None, vocab: int, whe
     return _answer(positions, k, vocab, where)
 
 
+def own_of_vllm(entries: Any, tokens: Sequence[int], where: str) -> Tensor:
+    """The log-probability of each token of a text but the first, float64 [n - 1], in vLLM's
+    ``prompt_logprobs``; ``where`` opens messages.
+
+    Raises ``UnfitError`` for entries that are not those of this text, and for no log-probabilities.
+    """
+    values = []
+    for place, entry in _entries(entries, tokens, "prompt_logprobs", where):
+        own = entry.get(str(tokens[place])) if isinstance(entry, dict) else None
+        if not isinstance(own, dict) or "logprob" not in own:
+            raise _wrong(where, place, f"hold the text's own token, {tokens[place]}", entry)
+        values.append(own["logprob"])
+    return _log_probs(values, where)
+
+
+def own_of_sglang(meta: Any, tokens: Sequence[int], where: str) -> Tensor:
+    """As ``own_of_vllm``, in ``input_token_logprobs`` of SGLang's ``meta_info``."""
+    own = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+    try:
+        found = [(value, int(one)) for value, one, *_ in own or ()]
+    except (TypeError, ValueError):
+        found = []
+    if [one for _, one in found] != list(tokens):
+        raise UnfitError(
+            f"{where} must have the text's tokens in input_token_logprobs, {len(tokens)} of them, "
+            f"got {quoted(own)}; {_REMEDY}"
+        )
+    if found and found[0][0] is not None:
+        raise _wrong(where, 0, "be null, for nothing comes before it", found[0][0])
+    return _log_probs([value for value, _ in found[1:]], where)
+
+
+def _log_probs(values: list[Any], where: str) -> Tensor:
+    try:
+        found = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise UnfitError(f"{where} must hold numbers as log-probabilities; {_REMEDY}") from None
+    right = found.isfinite() & (found <= EXCESS)
+    if not bool(right.all()):
+        place = int((~right).nonzero()[0])
+        raise _wrong(where, place + 1, "hold finite log-probabilities", values[place])
+    return found.clamp(max=0.0)
+
+
 def checked_answer(ids: Tensor, log_probs: Tensor, vocab: int, where: str) -> Answer:
     """An answer of these ids [n, K] and log-probabilities; slots of -inf hold nothing.
 

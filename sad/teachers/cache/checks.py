@@ -13,7 +13,7 @@ from sad_kernels._divergence_table import DIVERGENCES
 from sad.config.cache_options import ImportFormat
 from sad.config.schema import DistillConfig
 from sad.errors import UnfitError, printable, shortened
-from sad.teachers.cache.facts import CacheFacts, RunOrder
+from sad.teachers.cache.facts import CacheFacts, CrossFacts, RunOrder
 from sad.teachers.fingerprint import known_fingerprints
 
 FROM_FINAL_STATES = frozenset({"feature", "contrastive"})
@@ -41,6 +41,8 @@ class RunFacts:
     """Training rows."""
     vocab_map: str | None
     """Hash of the map that the run names in ``vocab_map``; None for a run that names none."""
+    cross_tokenizer: CrossFacts | None
+    """How the run compares its student with a teacher that has another tokenizer."""
 
 
 def require_own_cache(
@@ -65,12 +67,22 @@ def require_own_cache(
     same("packing", facts.packing, config.packing, "set it, or " + MAKE_AGAIN)
     same("tokenizer (fingerprint)", facts.tokenizer, run.tokenizer)
     same("vocabulary", facts.valid_vocab, run.valid_vocab)
+    theirs, ours = facts.cross_tokenizer, run.cross_tokenizer
+    if theirs is None or ours is None:
+        cached, mode = ("none" if one is None else one.mode for one in (theirs, ours))
+        same("cross_tokenizer", cached, mode, "set it, or " + MAKE_AGAIN)
+    else:
+        same("cross_tokenizer", theirs.mode, ours.mode, "set it, or " + MAKE_AGAIN)
+        same("teacher's tokenizer (fingerprint)", theirs.tokenizer, ours.tokenizer)
     if run.vocab_map is not None:
         cached = None if facts.vocab_map is None else facts.vocab_map.hash
         same("vocab_map (hash)", cached, run.vocab_map, f"{MAKE_AGAIN}, or leave vocab_map out")
     same("training text (fingerprint of its rows)", facts.train_rows, run.train_rows)
     same("held-out text (fingerprint of its rows)", facts.eval_rows, run.eval_rows)
-    if run.eval_places > facts.eval_places:
+    if theirs is not None and ours is not None:
+        remedy = f"set closed_outcomes and outcome_threshold, or {MAKE_AGAIN}"
+        same("outcomes (hash of their tables)", theirs.outcomes, ours.outcomes, remedy)
+    if facts.kind != "likelihood" and run.eval_places > facts.eval_places:
         raise UnfitError(
             f"teacher_cache must hold the held-out rows that are scored, got {facts.eval_places} "
             f"in {folder} and {run.eval_places} in the run; lower max_eval_rows, or {MAKE_AGAIN}"
@@ -127,6 +139,8 @@ def _require_teacher(
 def _require_objective(facts: CacheFacts, config: DistillConfig, folder: Path) -> None:
     """Sparse targets serve the divergences that they can, at their own temperatures."""
     kind = facts.kind
+    if kind == "likelihood":  # which has no temperature
+        return
 
     def refuse(key: str, expectation: str, value: object, remedy: str) -> None:
         raise UnfitError(

@@ -11,11 +11,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sad.config.cache_options import Codec, Kind
+from sad.config.cache_options import Codec
 from sad.data.rows import epoch_permutation
 from sad.errors import UnfitError
 from sad.expected import (
@@ -35,6 +35,9 @@ from sad.expected import (
 
 FORMAT = 1
 """Version of the layout. A cache of another one is made again."""
+
+Kind = Literal["sampled", "topk", "hidden", "likelihood"]
+"""Of records. ``likelihood`` is that of the text, of a teacher with another tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,25 @@ class MapFacts:
 
 
 @dataclass(frozen=True)
+class CrossFacts:
+    """How a student is compared with a teacher that has another tokenizer; all records are of
+    positions in the student's tokens."""
+
+    tokenizer: str
+    """The teacher's: its fingerprint."""
+    outcomes: str | None
+    """A hash of the tables that say which outcome each token counts for; None where the likelihood
+    of the text is all that is kept."""
+    count: int | None
+    """Outcomes: ids in records are their numbers."""
+
+    @property
+    def mode(self) -> str:
+        """The run's ``cross_tokenizer``."""
+        return "likelihood" if self.outcomes is None else "prefix"
+
+
+@dataclass(frozen=True)
 class RunOrder:
     """The one run whose order the records have, epoch by epoch."""
 
@@ -110,7 +132,7 @@ class CacheFacts:
     codec: Codec | None
     """Of hidden states; None for other kinds."""
     top_k: int | None
-    """Ids per position; None for hidden states."""
+    """Ids per position; None for hidden states and likelihoods."""
     temperatures: tuple[float, ...]
     """Of ``sampled`` the one it was drawn at, of ``topk`` those it can be read at."""
     seed: int
@@ -126,6 +148,8 @@ class CacheFacts:
     """Ids that the tokenizer can produce."""
     vocab_map: MapFacts | None
     """None for a teacher with the same ids."""
+    cross_tokenizer: CrossFacts | None
+    """None for a teacher with the same tokenizer."""
     teacher: TeacherFacts
     head: HeadFacts | None
     """None but for hidden states."""
@@ -140,12 +164,25 @@ class CacheFacts:
     eval_batch_rows: int
     eval_rows_per_shard: int
     eval_places: int
-    """Held-out rows: so many of the sample that evaluations take first."""
+    """Held-out rows: so many of the sample that evaluations take first; 0 for likelihoods, which
+    no evaluation reads."""
 
     @property
     def eval_kind(self) -> Kind:
         """Of what kind the records of held-out rows are: what is sampled cannot be scored."""
         return "topk" if self.kind == "sampled" else self.kind
+
+    @property
+    def tail_temperatures(self) -> tuple[float, ...]:
+        """Temperatures at which records of the most likely ids have a tail: those of the cache, or
+        1 for the held-out rows of a sampled one."""
+        return (1.0,) if self.kind == "sampled" else self.temperatures
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that sparse records may hold: of the student's tokens, or of outcomes."""
+        count = None if self.cross_tokenizer is None else self.cross_tokenizer.count
+        return count or self.valid_vocab
 
     @property
     def plan(self) -> str:
@@ -177,6 +214,7 @@ _TEACHER = record(
     }
 )
 _MAP = record({"hash": string, "missing": integer(0), "masked": integer(0)})
+_CROSS = record({"tokenizer": string, "outcomes": optional(string), "count": optional(integer(1))})
 _ORDER = record(
     {"seed": integer(0), "micro_batches": integer(1), "rows_per_micro_batch": integer(1)}
 )
@@ -193,6 +231,7 @@ _CHECKS: dict[str, Check] = {
     "tokenizer": string,
     "valid_vocab": integer(1),
     "vocab_map": optional(_MAP),
+    "cross_tokenizer": optional(_CROSS),
     "teacher": _TEACHER,
     "head": optional(_HEAD),
     "order": optional(_ORDER),
@@ -236,13 +275,19 @@ def _require_consistent(facts: CacheFacts, where: str) -> None:
         require(
             scale != 0 and softcap != 0, "head", "have a logit_scale and a softcap other than 0"
         )
-    expectation = f"{'be null' if hidden else 'be given'} {of_kind}"
-    require((facts.top_k is None) == hidden, "top_k", expectation)
-    counts = {"hidden": (0,), "sampled": (1,), "topk": range(1, 1000)}[facts.kind]
+    sparse = facts.kind in ("sampled", "topk")
+    expectation = f"{'be given' if sparse else 'be null'} {of_kind}"
+    require((facts.top_k is not None) == sparse, "top_k", expectation)
+    counts = {"sampled": (1,), "topk": range(1, 1000)}.get(facts.kind, (0,))
     require(len(facts.temperatures) in counts, "temperatures", f"be as many as go {of_kind}")
     require(all(t > 0 for t in facts.temperatures), "temperatures", "be above 0")
     if facts.kind == "topk":
         require(1.0 in facts.temperatures, "temperatures", "hold 1, at which is evaluated")
+    crossed, likelihood = facts.cross_tokenizer, facts.kind == "likelihood"
+    fits = crossed is not None if likelihood else crossed is None or not hidden
+    if crossed is not None:
+        fits &= (crossed.outcomes is None) == (crossed.count is None) == likelihood
+    require(fits, "cross_tokenizer", f"be such as goes {of_kind}")
     for places, rows in (
         ("train_places", "rows_per_shard"),
         ("eval_places", "eval_rows_per_shard"),
@@ -270,6 +315,9 @@ def facts_of(content: Mapping[str, Any], where: str) -> tuple[CacheFacts, dict[s
         values["teacher"] = TeacherFacts(**values["teacher"])
         values["head"] = values["head"] and HeadFacts(**values["head"])
         values["vocab_map"] = values["vocab_map"] and MapFacts(**values["vocab_map"])
+        values["cross_tokenizer"] = values["cross_tokenizer"] and CrossFacts(
+            **values["cross_tokenizer"]
+        )
         values["order"] = values["order"] and RunOrder(**values["order"])
         values["subset"] = values["subset"] and Subset(**values["subset"])
         values["temperatures"] = tuple(map(float, values["temperatures"]))

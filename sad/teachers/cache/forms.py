@@ -50,13 +50,15 @@ def record_forms(facts: CacheFacts, shards: Shards, positions: int) -> Forms:
         if facts.codec == "bf16":
             return {"hidden": (torch.bfloat16, shape)}
         return {"hidden": (torch.int8, shape), "scale": (torch.float32, (positions,))}
+    if shards.kind == "likelihood":
+        return {"log_prob": (torch.float32, (positions,))}
     assert facts.top_k is not None
     forms: Forms = {"ids_lo": (torch.uint16, (positions, facts.top_k))}
-    if facts.valid_vocab > 2**16:
+    if facts.num_ids > 2**16:
         forms["ids_hi"] = torch.uint8, (positions, (facts.top_k + 1) // 2)
     forms["logw"] = torch.uint16, (positions, facts.top_k)
     if shards.kind == "topk":
-        forms["tail"] = torch.float32, (positions, len(facts.temperatures))
+        forms["tail"] = torch.float32, (positions, len(facts.tail_temperatures))
     return forms
 
 

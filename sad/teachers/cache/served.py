@@ -7,6 +7,7 @@ questions came from, in whatever order they arrive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from sad.data.batch import Batch
 from sad.errors import SadError, UnfitError
+from sad.losses.cross_tokenizer import TeacherLikelihood
 from sad.teachers.cache.answers import Answer
 from sad.teachers.cache.facts import CacheFacts, Kind
 from sad.teachers.cache.server import TeacherServer
-from sad.teachers.cache.source import inputs_of, placed
+from sad.teachers.cache.source import inputs_of, likelihood_record, placed
 from sad.teachers.cache.sparse import Record, encode
 
 IN_FLIGHT = 8
@@ -32,6 +34,10 @@ PROBE_IDS = 8
 PROBE_DISTANCE = 0.05
 """Total variation, half of ``sum |p - p'|`` over those ids, that is taken for rounding in the mean
 of the probes: a server's batches are another each time, and move it by about 0.01 in bfloat16."""
+
+PROBE_NATS = 0.1
+"""Mean difference of log-probabilities that is taken for rounding, where those of the text itself
+are all that is asked for."""
 
 
 class Segment(NamedTuple):
@@ -118,6 +124,61 @@ class ServedSource:
             )
         except SadError as error:
             raise self.server.failure or error from None
+
+
+class ServedLikelihood:
+    """Makes the records of a cache by asking ``server`` for the likelihood of the text, in the
+    tokens of its own tokenizer."""
+
+    def __init__(self, server: TeacherServer) -> None:
+        self.server = server
+        self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="teacher")
+
+    def records(self, batch: Batch, kind: Kind, uniform: Tensor) -> Record:
+        """As ``TeacherSource.records``; nothing is drawn. Raises as ``TeacherServer.answer``."""
+        assert kind == "likelihood" and batch.theirs is not None, kind
+        theirs = batch.theirs.batch
+        segments = segments_of(theirs)
+        nll = torch.zeros(int(theirs.lengths.sum()), dtype=torch.float64)
+        for segment, answer in zip(segments, self._answers(segments), strict=True):
+            nll[segment.start : segment.start + len(answer)] = -answer
+        padded = torch.zeros(theirs.labels.shape, dtype=torch.float64)
+        padded[inputs_of(theirs)] = nll
+        batch = batch.to(padded.device)
+        return likelihood_record(batch, TeacherLikelihood.of(batch, padded))
+
+    def probes(self, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+        """What the server says of the first tokens of some text, to be compared later: its
+        ``log_prob`` of each."""
+        found: list[dict[str, Any]] = []
+        for batch in batches:
+            assert batch.theirs is not None
+            for answer in self._answers(segments_of(batch.theirs.batch)):
+                found += [{"log_prob": value} for value in answer.tolist()]
+            if len(found) >= PROBES:
+                break
+        return found[:PROBES]
+
+    def _answers(self, segments: Sequence[Segment]) -> list[Tensor]:
+        try:
+            return list(self._threads.map(lambda s: self.server.likelihood(s.tokens), segments))
+        except SadError as error:
+            raise self.server.failure or error from None
+
+
+def require_same_likelihood(
+    before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], where: object
+) -> None:
+    """As ``require_same_answers``, by the mean difference of log-probabilities."""
+    pairs = zip(before, now, strict=False)
+    total = sum(abs(one["log_prob"] - other["log_prob"]) for one, other in pairs)
+    distance = total / max(len(now), 1) if len(before) == len(now) else math.inf
+    if distance > PROBE_NATS:
+        raise UnfitError(
+            f"the server must give the likelihood that it gave when {where} was begun, got one "
+            f"with a mean difference of {distance:.2f} nats at {len(now)} tokens; it runs other "
+            "weights: start it with the first ones, or choose another --output"
+        )
 
 
 def require_same_answers(

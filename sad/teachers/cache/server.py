@@ -22,13 +22,23 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from sad.config.cache_options import ServerKind
 from sad.environment import stop_if_requested
 from sad.errors import SadError, StoppedError, UnfitError, UsageError, one_line, printable, quoted
-from sad.teachers.cache.answers import Answer, read_sglang, read_vllm
+from sad.teachers.cache.answers import (
+    Answer,
+    own_of_sglang,
+    own_of_vllm,
+    read_sglang,
+    read_vllm,
+)
+
+T = TypeVar("T")
 
 REQUEST_SECONDS = 120.0
 """Seconds to wait for an answer before the question is asked again."""
@@ -128,13 +138,30 @@ class TeacherServer:
         refuses the question, and ``StoppedError`` when it was asked in vain.
         """
         where = f"the answer of {self.url}"
+
+        def read(found: Any) -> Answer:
+            reader = read_vllm if self.kind == "vllm" else read_sglang
+            return reader(found, tokens, k, vocab, where)
+
+        return self._answered(tokens, k, where, read)
+
+    def likelihood(self, tokens: Sequence[int]) -> Tensor:
+        """The log-probability of each of ``tokens`` but the first, float64 [n - 1].
+
+        Raises as ``answer``.
+        """
+        where = f"the answer of {self.url}"
+        reader = own_of_vllm if self.kind == "vllm" else own_of_sglang
+        return self._answered(tokens, 1, where, lambda found: reader(found, tokens, where))
+
+    def _answered(self, tokens: Sequence[int], k: int, where: str, read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of the answer to a question for ``k`` ids per token."""
         try:
             if self.kind == "vllm":
                 content = self._asked("/v1/completions", self._to_vllm(tokens, k))
-                choice = _only(content.get("choices"), where)
-                return read_vllm(choice.get("prompt_logprobs"), tokens, k, vocab, where)
+                return read(_only(content.get("choices"), where).get("prompt_logprobs"))
             content = self._asked("/generate", _to_sglang(tokens, k))
-            return read_sglang(content.get("meta_info"), tokens, k, vocab, where)
+            return read(content.get("meta_info"))
         except SadError as error:
             raise self._failed(error) from error.__cause__
         except _Passing as error:

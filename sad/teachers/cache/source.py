@@ -3,6 +3,11 @@
 A batch of a cache is a batch of training: the same rows together, the same positions, no mask. Of
 hidden states every input has a record, of sparse targets only those whose next token is learned and
 that the teacher can read up to; the others hold padding.
+
+A teacher with another tokenizer reads the same text in its own tokens. Its records are those of
+the student's positions: at boundaries some outcomes (``sad.data.outcomes``) and their
+probabilities, each the sum over the teacher's tokens that count for it, elsewhere padding; or a
+number in fp32, ``log_prob``, where a group begins that of its text, elsewhere 0.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from sad_kernels import TeacherHidden
+from sad_kernels import Outcomes, TeacherHidden
 from torch import Tensor
 
 from sad.data.batch import Batch
+from sad.losses.cross_tokenizer import TeacherLikelihood, likelihood
 from sad.teachers.cache.facts import CacheFacts, Kind
 from sad.teachers.cache.files import BASIS, open_tensors, write_tensors
 from sad.teachers.cache.hidden import Codec, build_codec, hidden_bytes
@@ -49,14 +55,20 @@ class Source(Protocol):
 
 
 class TeacherSource:
-    """Makes the records of a cache with ``teacher``; ``codec`` is that of hidden states."""
+    """Makes the records of a cache with ``teacher``; ``codec`` is that of hidden states,
+    ``outcomes`` are those of a teacher with another tokenizer."""
 
     def __init__(
-        self, teacher: FrozenTeacher, facts: CacheFacts, codec: Codec | None = None
+        self,
+        teacher: FrozenTeacher,
+        facts: CacheFacts,
+        codec: Codec | None = None,
+        outcomes: Outcomes | None = None,
     ) -> None:
         self.teacher = teacher
         self.facts = facts
         self.codec = codec
+        self.outcomes = outcomes
 
     def records(self, batch: Batch, kind: Kind, uniform: Tensor) -> Record:
         """The records of all inputs of a batch, row after row, in host memory.
@@ -67,7 +79,10 @@ class TeacherSource:
         (target,) = output.targets
         assert isinstance(target, TeacherHidden)
         inside = inputs_of(batch)
-        hidden = target.hidden[inside.to(target.hidden.device)]  # [inputs, D]
+        if kind == "likelihood":
+            return likelihood_record(batch, likelihood(batch, target))
+        states = target.hidden if batch.theirs is None else batch.theirs.at_students(target.hidden)
+        hidden = states[inside.to(states.device)]  # [inputs, D]
         if kind == "hidden":
             assert self.codec is not None
             return on_host(self.codec.encode(hidden))
@@ -83,36 +98,51 @@ class TeacherSource:
         """Records of positions by their hidden states [n, D], a chunk at a time."""
         facts, head = self.facts, target.head
         assert facts.top_k is not None
-        vocab, parts = facts.valid_vocab, []
-        size = max(CHUNK_BYTES // (vocab * 32), 1)
+        vocab, parts = facts.num_ids, []
+        size = max(CHUNK_BYTES // (max(vocab, len(head.weight)) * 32), 1)
         for start in range(0, len(hidden), size):
             chunk = slice(start, start + size)
             with torch.no_grad():
                 logits = head(hidden[chunk].to(head.weight.dtype)).float()  # [n, V]
             if kind == "sampled":
                 (temperature,) = facts.temperatures
-                probs = (logits / temperature).softmax(1)
+                probs = self._probabilities(logits / temperature)
                 ids, weights = systematic_sample(
                     probs, facts.top_k, uniform[chunk].to(probs.device)
                 )
                 parts.append(on_host(encode(ids, weights.log(), None, vocab)))
             else:
-                found = top_k(logits, facts.top_k, facts.temperatures)
+                if self.outcomes is not None:
+                    logits = self._probabilities(logits).log()
+                found = top_k(logits, facts.top_k, facts.tail_temperatures)
                 parts.append(on_host(encode(*found, vocab)))
         if not parts:
             return {}
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """Those of the ids that records may hold, [n, V] or [n, outcomes], from logits [n, V]."""
+        if self.outcomes is None:
+            return logits.softmax(1)
+        probs = logits.double().softmax(1)
+        of_outcomes = probs.new_zeros(len(probs), self.outcomes.count)
+        return of_outcomes.index_add_(1, self.outcomes.teacher[: probs.shape[1]].long(), probs)
+
 
 def placed(found: Record, learned: Tensor, facts: CacheFacts, kind: Kind) -> Record:
     """The records ``found``, one for each position that is ``learned`` (bool [n]), among padding
     at the others: n in all."""
-    temperatures = len(facts.temperatures) if kind == "topk" else 0
+    temperatures = len(facts.tail_temperatures) if kind == "topk" else 0
     assert facts.top_k is not None
-    whole = padding_record(len(learned), facts.top_k, facts.valid_vocab, temperatures)
+    whole = padding_record(len(learned), facts.top_k, facts.num_ids, temperatures)
     for name, values in found.items():
         _signed(whole[name])[learned] = _signed(values)
     return whole
+
+
+def likelihood_record(batch: Batch, known: TeacherLikelihood) -> Record:
+    """The records of what a teacher with another tokenizer gives the text of each group."""
+    return on_host({"log_prob": known.log_probs.cpu().clamp(max=0.0)[inputs_of(batch)]})
 
 
 def inputs_of(batch: Batch) -> Tensor:
@@ -125,8 +155,10 @@ def position_bytes(facts: CacheFacts, kind: Kind, width: int) -> int:
     if kind == "hidden":
         assert facts.codec is not None
         return hidden_bytes(facts.codec, width)
+    if kind == "likelihood":
+        return torch.float32.itemsize
     assert facts.top_k is not None
-    return record_bytes(kind, facts.top_k, facts.valid_vocab, len(facts.temperatures))
+    return record_bytes(kind, facts.top_k, facts.num_ids, len(facts.tail_temperatures))
 
 
 def make_codec(

@@ -34,14 +34,20 @@ STATE_ERROR = 0.05
 """Relative error of hidden states that is taken for that of their codec: int8 makes 0.01."""
 
 
+LIKELIHOOD_ERROR = 0.1
+"""Nats by which the log-probability of a piece of text may differ between two machines."""
+
+
 class Checked(NamedTuple):
     """What a check has found."""
 
     batches: int
     agreement: float | None
-    """Share of equal ids; None for hidden states."""
+    """Share of equal ids or log-probabilities; None for hidden states."""
     error: float | None
-    """Relative error of hidden states in the 2-norm; None for sparse targets."""
+    """Relative error of hidden states in the 2-norm; None for other targets."""
+    compared: str
+    """What was: hidden states, ids or log-probabilities."""
 
 
 def compare_with_teacher(
@@ -80,14 +86,19 @@ def compare_with_teacher(
             exact = codec.decode(ours, torch.float32)
             difference += float((codec.decode(theirs, torch.float32) - exact).square().sum())
             norm += float(exact.square().sum())
+        elif rows.shards.kind == "likelihood":
+            known, again = ours["log_prob"], theirs["log_prob"]
+            same += int(((known - again).abs()[known != 0] < LIKELIHOOD_ERROR).sum())
+            ids += int((known != 0).sum())
         else:
             equal, count = _equal_ids(ours, theirs, rows.shards.kind)
             same, ids = same + equal, ids + count
     agreement = same / ids if ids else None
     error = (difference / norm) ** 0.5 if norm else None
+    compared = {"hidden": "hidden states", "likelihood": "log-probabilities"}.get(facts.kind, "ids")
     if (agreement is not None and agreement < AGREEMENT) or (error or 0.0) > STATE_ERROR:
         found = (
-            f"{100 * (agreement or 0):.1f} % of the ids"
+            f"{100 * (agreement or 0):.1f} % of the {compared}"
             if error is None
             else f"hidden states with a relative error of {error:.2g}"
         )
@@ -95,7 +106,7 @@ def compare_with_teacher(
             f"{folder} must hold the targets of {facts.teacher.name}, got {found} in common with "
             f"what it gives now, in {len(chosen)} batches; make the cache again with this teacher"
         )
-    return Checked(len(chosen), agreement, error)
+    return Checked(len(chosen), agreement, error, compared)
 
 
 def _both(

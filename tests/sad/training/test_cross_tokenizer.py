@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.chat import say, write_records
+from support.other_tokenizer import settings, with_bytes
 from support.runs import assert_same_bits, everything, make_trainer
-from support.tiny import TEXT, save_tiny, tiny_llama, tiny_run, tiny_tokenizer
+from support.tiny import TEXT, save_tiny, tiny_llama, tiny_tokenizer
 from support.vocabularies import permutation, permuted_model, permuted_tokenizer
 from torch import Tensor
 
 from sad.checkpoint.store import load_checkpoint, save_checkpoint
-from sad.config.cache_options import CacheOptions
 from sad.config.schema import DistillConfig
 from sad.data.alignment import AlignedRows
 from sad.data.batch import Batch
@@ -26,28 +26,11 @@ from sad.losses.cross_tokenizer import binary_kl
 from sad.models.heads import split_head, with_valid_vocab
 from sad.models.load import build_model, build_student_model
 from sad.models.memory_plan import AT_BOUNDARIES, forward_items
-from sad.training.cache_teacher import cache_teacher
 from sad.training.cross_tokenizer import require_one_process
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.rescore import evaluate_run
 from sad.training.run import distill
 from sad.training.trainer import Trainer
-
-
-def settings(folder: Path, **keys: Any) -> dict[str, Any]:
-    found = tiny_run(folder, tiny_llama(seed=2), tiny_llama(seed=1))
-    found["data"] |= {"cache_dir": str(folder / "rows")}
-    objective = {"label_smoothing": 0.0, "temperature": 1.0, "kd_weight": 0.7}
-    run = {"max_steps": 3, "max_eval_rows": 16, "device": "cpu", "learning_rate": 1e-3}
-    return found | objective | run | keys
-
-
-def with_bytes(folder: Path, **keys: Any) -> DistillConfig:
-    """The same, with a student of another tokenizer than its teacher: 300 tokens."""
-    found = settings(folder, **{"cross_tokenizer": "prefix"} | keys)
-    student = tiny_llama(seed=2, vocab_size=300)
-    found["student"] = save_tiny(folder / "student-300", student, tiny_tokenizer(300))
-    return DistillConfig(**found)
 
 
 def trained(config: DistillConfig) -> tuple[dict[str, Any], Trainer]:
@@ -375,11 +358,6 @@ def test_conversations_are_learned_with_the_template_of_each(tmp_path: Path) -> 
     assert result.loss.isfinite() and result.distill.kd > 0
 
 
-def test_its_targets_cannot_be_cached(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cross_tokenizer must be left out to cache targets"):
-        cache_teacher(with_bytes(tmp_path), CacheOptions(output=str(tmp_path / "cache")))
-
-
 def test_several_processes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cross_tokenizer must be left out on several processes"):
         require_one_process(replace(ALONE, size=2))
@@ -408,7 +386,17 @@ def forward_items_of(config: DistillConfig) -> list[tuple[str, int]]:
             "likelihood_weight must be 0 unless cross_tokenizer is prefix",
         ),
         ({"teacher": None, "kd_weight": 0.0}, "teacher must be given with cross_tokenizer"),
-        ({"teacher_cache": "cache"}, "teacher_cache must be left out with cross_tokenizer"),
+        ({"teacher_cache": "c", "likelihood_weight": 0.5}, "likelihood_weight must be 0 with a t"),
+        (
+            {
+                "cross_tokenizer": "likelihood",
+                "teacher_cache": "c",
+                "metric_for_best_model": "eval/kl",
+            },
+            "metric_for_best_model must be one of eval/nll",
+        ),
+        ({"teacher_cache": "c", "prefix_inside": True}, "prefix_inside must be false with a te"),
+        ({"teacher_cache": "c", "teacher": None}, "teacher must be given with cross_tokenizer"),
         ({"vocab_map": "map.json"}, "vocab_map must be left out with cross_tokenizer"),
         (
             {"student_init": "layers", "student": "", "student_layers": 1},

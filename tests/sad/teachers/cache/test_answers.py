@@ -10,7 +10,7 @@ import torch
 from support.teacher_server import sglang_meta, vllm_entries
 
 from sad.errors import UnfitError
-from sad.teachers.cache.answers import read_sglang, read_vllm
+from sad.teachers.cache.answers import own_of_sglang, own_of_vllm, read_sglang, read_vllm
 
 V, K = 32, 4
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -77,3 +77,47 @@ def test_another_text_is_refused() -> None:
     other = [*TOKENS[:-1], 7]
     with pytest.raises(UnfitError, match="other tokens from place 7"):
         read_sglang(sglang_meta(log_probs(), TOKENS, K), other, K, V, "it")
+
+
+def test_both_kinds_give_the_log_probability_of_the_text() -> None:
+    after = enumerate(TOKENS[1:])
+    known = [float(log_probs()[place, token]) for place, token in after]
+    for found in (
+        own_of_vllm(vllm_entries(log_probs(), TOKENS, 1), TOKENS, "it"),
+        own_of_sglang(sglang_meta(log_probs(), TOKENS, 1), TOKENS, "it"),
+    ):
+        assert found.tolist() == pytest.approx(known)
+    rounded = own_of_vllm([None, {"7": {"logprob": 1e-4}}], [3, 7], "it")
+    assert rounded.tolist() == [0.0]  # of 16 bits
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda e: e.pop(), "with one entry per token, 8, got 7"),
+        (lambda e: e.__setitem__(0, {}), "token 0, must be null"),
+        (lambda e: e[2].pop("4"), "token 2, must hold the text's own token, 4"),
+        (lambda e: e.__setitem__(2, None), "token 2, must hold the text's own token, 4"),
+        (lambda e: e[3]["1"].pop("logprob"), "token 3, must hold the text's own token, 1"),
+        (lambda e: e[3]["1"].update(logprob=math.nan), "token 3, must hold finite log-prob"),
+        (lambda e: e[3]["1"].update(logprob=-math.inf), "token 3, must hold finite log-prob"),
+        (lambda e: e[3]["1"].update(logprob=0.1), "token 3, must hold finite log-prob"),
+        (lambda e: e[3]["1"].update(logprob="x"), "must hold numbers as log-probabilities"),
+    ],
+)
+def test_a_likelihood_that_cannot_be_right_is_refused(change: Any, complaint: str) -> None:
+    entries = vllm_entries(log_probs(), TOKENS, 1)
+    change(entries)
+    with pytest.raises(UnfitError) as caught:
+        own_of_vllm(entries, TOKENS, "it")
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_likelihood_of_another_text_is_refused(place: int) -> None:
+    meta = sglang_meta(log_probs(), TOKENS, 1)
+    meta["input_token_logprobs"][place][1] += 1
+    for wrong in (meta, {}, None, {"input_token_logprobs": [3]}):
+        with pytest.raises(UnfitError, match="must have the text's tokens") as caught:
+            own_of_sglang(wrong, TOKENS, "it")
+        assert "\n" not in str(caught.value)
