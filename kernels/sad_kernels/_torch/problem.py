@@ -270,7 +270,7 @@ class Problem:
                     elif self.topk is not None and how is not None:
                         statistics.finish_topk(block.rows, how)
                     self.student.store(block.rows, gradient.block(shifted, sums, slope))
-                with onednn_products(of_bf16=self.bf16):
+                with onednn_products():
                     self.student.flush()
         return self._results(statistics), self._summed_gradients()
 
@@ -300,7 +300,7 @@ class Problem:
         for block in self._loaded(chunk, columns, how):
             self._store_gradient(gradient, block, statistics.sums)
         if self.spec.width > 0:
-            with onednn_products(of_bf16=self.bf16):
+            with onednn_products():
                 self.student.flush()
 
     def _tiles(
@@ -322,7 +322,7 @@ class Problem:
                     rows = slice(group.start + inside.start, group.start + inside.stop)
                     yield from self._blocks(rows, columns, how, with_teacher)
                     if flush:
-                        with onednn_products(of_bf16=self.bf16):
+                        with onednn_products():
                             self.student.flush()
 
     def _blocks(
