@@ -177,7 +177,8 @@ def test_what_is_not_cached_is_refused(
     tmp_path: Path, keys: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     given: dict[str, Any] = {"student": "s", "teacher": "t", "cross_tokenizer": "prefix"}
-    config = DistillConfig(**given | {"temperature": 1.0, "label_smoothing": 0.0} | keys)
+    given |= {"temperature": 1.0, "label_smoothing": 0.0} | keys
+    config = DistillConfig(**given)
     with pytest.raises(UsageError) as caught:
         make_cache(config, tmp_path / "cache", **options)
     assert message in str(caught.value) and "\n" not in str(caught.value)
