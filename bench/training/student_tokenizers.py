@@ -57,12 +57,7 @@ def _texts(documents: int) -> Iterator[str]:
 
 
 def _unigram(texts: Iterator[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram())
-    words = Regex(r" ?\w+| ?[^\s\w]+|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), _bytes_as_characters()]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _of_bytes(models.Unigram(), r" ?\w+| ?[^\s\w]+|\s+(?!\S)|\s+")
     trainer = trainers.UnigramTrainer(
         vocab_size=3000,
         special_tokens=[END],
@@ -75,12 +70,7 @@ def _unigram(texts: Iterator[str]) -> Tokenizer:
 
 
 def _bpe(texts: Iterator[str], size: int = 1024) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"\w+|[^\s\w]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), _bytes_as_characters()]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _of_bytes(models.BPE(), r"\w+|[^\s\w]+|\s+")
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[END],
@@ -95,8 +85,17 @@ def _single_bytes(texts: Iterator[str]) -> Tokenizer:
     return _bpe(texts, 257)  # no merges
 
 
-def _bytes_as_characters() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+def _of_bytes(model: models.Model, words: str) -> Tokenizer:
+    """A byte-level tokenizer whose tokens lie within what the pattern ``words`` finds."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 TOKENIZERS: dict[str, Callable[[Iterator[str]], Tokenizer]] = {
