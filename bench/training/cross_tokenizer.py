@@ -248,7 +248,9 @@ def _score(config: DistillConfig, inputs: RunInputs, trainer: Trainer) -> float:
 def table(result: Json) -> list[str]:
     """Markdown: a line per loss; of each pair the mean, and the change against CE per seed."""
     pairs = list(dict.fromkeys(run["pair"] for run in result["runs"]))
-    lines = [f"| loss | {' | '.join(pairs)} |", f"|-|{'-|' * len(pairs)}"]
+    seeds = {p: ", ".join(str(r["seed"]) for r in result["runs"] if r["pair"] == p) for p in pairs}
+    heads = (f"{pair} (seeds {seeds[pair]})" for pair in pairs)
+    lines = [f"| loss | {' | '.join(heads)} |", f"|-|{'-|' * len(pairs)}"]
     for arm in ARMS:
         cells = [_cell(result["runs"], pair, arm) for pair in pairs]
         lines.append(f"| {arm} | {' | '.join(cells)} |")

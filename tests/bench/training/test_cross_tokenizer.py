@@ -48,7 +48,8 @@ def test_the_weight_of_each_loss_is_chosen_by_a_seed_of_its_own(tmp_path: Path) 
 
 def test_the_table_has_a_line_per_loss_and_marks_the_best(tmp_path: Path) -> None:
     lines = cross_tokenizer.table(cross_tokenizer.measure(fake, tmp_path / "pieces"))
-    assert lines[0] == f"| loss | {' | '.join(sorted(TOKENIZERS))} |"
+    heads = [f"{pair} (seeds 0, 1, 2)" for pair in sorted(TOKENIZERS)]
+    assert lines[0] == f"| loss | {' | '.join(heads)} |"
     assert len(lines) == 2 + len(ARMS)
     [prefix] = [line for line in lines if line.startswith("| prefix |")]
     assert prefix.count("**2.831** (-0.170, -0.170, -0.170; weight 0.7)") == len(TOKENIZERS)
