@@ -102,12 +102,12 @@ class CachedTeacher:
             weights = None if self._unknown is None else read_weights(batch, self._unknown)
             return TeacherOutput((TeacherHidden(hidden, self._head),), kd_weights=weights)
         if self._shards.kind == "likelihood":
-            known = TeacherLikelihood(record["log_prob"].to(self.device))
-            if not bool((known.log_probs <= 0).all()):  # NaN compares false
+            known = record["log_prob"]  # still in host memory: nobody waits for the device
+            if not bool((known <= 0).all()):  # NaN compares false
                 raise UnfitError(
                     f"{self.reader.folder} must hold log-probabilities, got one above 0; {AGAIN}"
                 )
-            return TeacherOutput((known,))
+            return TeacherOutput((TeacherLikelihood(known.to(self.device)),))
         temperature = self._temperature if self._shards.kind == "topk" else 1.0
         ids, log_probs = decode(record, self._column, temperature)
         require_decoded(self.reader.folder, record, ids, self.reader.facts.num_ids)

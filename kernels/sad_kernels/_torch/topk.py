@@ -66,7 +66,8 @@ class TopKRows:
         # Foreign and repeated ids poison their row; padding and foreign ids get the id -1.
         self.ids = ids.long()
         self.poisoned = torch.zeros_like(ids[:, 0], dtype=torch.bool)  # [n]
-        if not _all_lie_in(self.ids, 0, vocab) or not _all_are_finite(self.log_probs):
+        self.all_known = _all_lie_in(self.ids, 0, vocab) and _all_are_finite(self.log_probs)
+        if not self.all_known:
             present = self.log_probs != -torch.inf  # [n, K]; -inf marks padding
             known = (ids >= 0) & (ids < vocab) & self.log_probs.isfinite()
             self.ids = self.ids.where(present & known, -1)
@@ -75,7 +76,6 @@ class TopKRows:
         log_p, log_p_rest = teacher_outcomes(self.log_probs, tail, vocab)
         self.log_p = torch.cat((log_p, log_p_rest[:, None]), 1)  # [n, K + 1]
         self.vocab = vocab
-        self.all_known = _all_lie_in(self.ids, 0, vocab)
         # Padding alone, and no rest: there is nothing to compare with.
         self.has_teacher = (self.log_p != -torch.inf).any(1, keepdim=True)  # [n, 1]
         self.rest_has_mass = tail == "bucket"
@@ -88,8 +88,7 @@ class TopKRows:
     def columns_of(self, rows: slice, columns: slice) -> IdColumns:
         """Where in a block the ids are."""
         if columns.start == 0 and columns.stop == self.vocab:
-            whole = self.in_whole_rows
-            return IdColumns(*(x if x is None else x[rows] for x in whole))
+            return self.in_whole_rows.at(rows)
         return self._columns_of(self.ids[rows], columns.start, columns.stop)
 
     @cached_property

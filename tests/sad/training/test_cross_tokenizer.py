@@ -50,9 +50,7 @@ def test_equal_and_permuted_tokenizers_give_ordinary_distillation(
     found = settings(tmp_path, **keys)
     ordinary, _ = trained(DistillConfig(**found))
     if permuted:
-        order = permutation(512)
-        model = permuted_model(tiny_llama(seed=1), order)
-        found["teacher"] = save_tiny(tmp_path / "permuted", model, permuted_tokenizer(order))
+        found["teacher"] = permuted_teacher(tmp_path)
     crossed, _ = trained(DistillConfig(**found, cross_tokenizer="prefix"))
     start = {n: p.detach() for n, p in tiny_llama(seed=2).named_parameters()}
     assert ordinary.keys() == crossed.keys()
@@ -67,13 +65,18 @@ def test_the_loss_of_equal_tokenizers_is_the_ordinary_one(tmp_path: Path, permut
     found = settings(tmp_path)
     found_loss, found_grad = first_loss(DistillConfig(**found))
     if permuted:
-        order = permutation(512)
-        model = permuted_model(tiny_llama(seed=1), order)
-        found["teacher"] = save_tiny(tmp_path / "permuted", model, permuted_tokenizer(order))
+        found["teacher"] = permuted_teacher(tmp_path)
     loss, grad = first_loss(DistillConfig(**found, cross_tokenizer="prefix"))
     assert abs(loss - found_loss) < 1e-6
     for name, value in found_grad.items():
         assert (value - grad[name]).abs().max() < 1e-6 * max(1.0, float(value.abs().max())), name
+
+
+def permuted_teacher(folder: Path) -> str:
+    """The teacher of ``settings``, by other ids."""
+    order = permutation(512)
+    model = permuted_model(tiny_llama(seed=1), order)
+    return save_tiny(folder / "permuted", model, permuted_tokenizer(order))
 
 
 def first_loss(config: DistillConfig) -> tuple[float, dict[str, Tensor]]:
