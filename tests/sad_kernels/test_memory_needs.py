@@ -15,7 +15,7 @@ from sad_kernels import (
     linear_distill_loss,
     linear_memory_bytes,
 )
-from sad_kernels.memory import LinearMemory, TeacherKind
+from sad_kernels.memory import ID_BYTES, LinearMemory, TeacherKind
 from support.allocations import peak_bytes
 from support.oracle import IMPLS
 from torch import Tensor
@@ -119,33 +119,29 @@ def test_the_torch_path_takes_no_more_than_is_said(name: str) -> None:
     assert peak > said.total / 2, said
 
 
-@pytest.mark.parametrize("chunk_bytes", [64 << 10, MIB])
-def test_ids_of_a_teacher_take_no_more_than_is_said(chunk_bytes: int) -> None:
-    """In 32 bits and partly padded, as they take most."""
-    N, V, K, D = 64, 1500, 256, 32
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    ids = torch.stack([torch.randperm(V)[:K] for _ in range(N)]).int()
-    log_probs = torch.full((N, K), -9.0)
-    log_probs[:, 1 + K // 2 :] = -torch.inf
-    teacher, labels = TeacherTopK(ids, log_probs), torch.zeros(N, dtype=torch.long)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_ids_of_a_teacher_take_no_more_than_is_said(gradients: bool) -> None:
+    """In 32 bits, partly padded and in tiles narrower than the vocabulary, as they take most."""
+    N, V, D = 64, 1500, 32
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    leaves = [x.requires_grad_(gradients) for x in (hidden, weight)]
+    labels = torch.zeros(N, dtype=torch.long)
 
-    def run() -> object:
-        out = linear_distill_loss(
-            hidden,
-            Head(weight),
-            labels,
-            teacher,
-            Objective(),
-            chunk_bytes=chunk_bytes,
-            impl="torch",
-        )
-        return torch.autograd.grad(out.loss, (hidden, weight))
+    def peak_with(K: int) -> int:
+        ids = torch.stack([torch.randperm(V)[:K] for _ in range(N)]).int()
+        log_probs = torch.full((N, K), -9.0)
+        log_probs[:, 1 + K // 2 :] = -torch.inf
+        arguments = hidden, Head(weight), labels, TeacherTopK(ids, log_probs), Objective()
 
-    run()  # what a process takes once
-    sizes = {"teacher": "top_k", "teacher_width": K, "chunk_bytes": chunk_bytes, "impl": "torch"}
-    said = linear_memory_bytes(N, V, D, **sizes)
-    peak = peak_bytes(run)
-    assert said.total / 2 < peak <= said.total + SMALL, said
+        def run() -> object:
+            out = linear_distill_loss(*arguments, chunk_bytes=64 << 10, impl="torch")
+            return torch.autograd.grad(out.loss, leaves) if gradients else out
+
+        run()  # what a process takes once
+        return peak_bytes(run)
+
+    per_id = (peak_with(256) - peak_with(1)) / N / 255
+    assert ID_BYTES / 2 < per_id <= ID_BYTES
 
 
 def test_ignored_rows_take_no_logits() -> None:
