@@ -29,7 +29,7 @@ from torch import Tensor
 from sad.data.alignment import Side
 from sad.data.batch import Batch
 from sad.data.outcomes import OutcomeTables, shared_outcomes
-from sad.losses.cross_tokenizer import CrossTokenizerLoss
+from sad.losses.cross_tokenizer import CrossTokenizerLoss, Target
 
 SMALL = 1e-8  # added to probabilities whose logarithm is taken
 
@@ -65,13 +65,14 @@ class UldLoss(CrossTokenizerLoss):
         hidden: Tensor,  # [B, L, D_s]
         head: Head,
         batch: Batch,
-        teacher: TeacherHidden,
+        teacher: Target,
         objective: Objective,
         num_items: int,
         training: bool,
     ) -> DistillOutput:
         if not training:
             return super().__call__(hidden, head, batch, teacher, objective, num_items, training)
+        assert isinstance(teacher, TeacherHidden), "it needs whole distributions"
         text = replace(objective, kd_weight=0.0)
         out = linear_distill_loss(hidden, head, batch.labels, None, text, num_items=num_items)
         distance = self.distance(hidden, head, batch, teacher)
