@@ -11,24 +11,20 @@ mixture of experts whose own first and last layers are the student, so that its 
 something to follow. The mixture is trained first, by the recipe ``quickstart-moe-teacher``.
 
 Runs use one thread each and run in parallel: only quality is measured, not speed. Finished runs are
-kept in a temporary folder of the commit, so that an interrupted measurement continues.
+kept, see ``pieces.py``, so that an interrupted measurement continues.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from bench.training.pieces import commit_folder, in_subprocess, measure_pieces, piece_file
 from sad.metrics import headline_metrics
 
 Json = dict[str, Any]
@@ -77,9 +73,17 @@ def arms(moe_teacher: str, moe_student: str) -> list[Arm]:
     ]
 
 
+class Piece(NamedTuple):
+    """One run: an arm with a seed, or its rehearsal."""
+
+    group: str
+    name: str
+    seed: int | Literal["rehearsal"]
+
+
 def measure(
     seeds: Sequence[int] = SEEDS,
-    run: Callable[[Arm, int | None, Path], Json] | None = None,
+    run: Callable[[Arm, Piece, Path], Json] | None = None,
     teach: Callable[[Path], tuple[str, str]] | None = None,
     folder: Path | None = None,
 ) -> Json:
@@ -89,29 +93,29 @@ def measure(
     for one step (the rehearsal), so that an arm that cannot start fails within minutes.
     """
     run, teach = run or run_in_subprocess, teach or make_models
-    folder = folder or Path(tempfile.gettempdir()) / f"sad-ablation-{_commit()}"
-    folder.mkdir(exist_ok=True)
-    moe_teacher, moe_student = teach(folder)
-    chosen = arms(moe_teacher, moe_student)
-    rehearsals = [arm._replace(words=(*arm.words, *REHEARSAL)) for arm in chosen]
-    jobs = [(arm, seed) for seed in seeds for arm in chosen]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for some in ([(arm, None) for arm in rehearsals], jobs):
-            results = list(pool.map(lambda job: run(job[0], job[1], folder), some))
-    shutil.rmtree(folder)  # all is measured: nothing to continue from
-    scores = dict(zip(jobs, results, strict=True))
+    folder = folder or commit_folder("ablation")
+    chosen = {(arm.group, arm.name): arm for arm in arms(*teach(folder))}
+
+    def run_piece(piece: Piece) -> Json:
+        return run(chosen[piece.group, piece.name], piece, folder)
+
+    measure_pieces([Piece(*names, "rehearsal") for names in chosen], run_piece, folder)
+    pieces = [Piece(*names, seed) for seed in seeds for names in chosen]
+    scores = measure_pieces(pieces, run_piece, folder)
     rows = []
-    for arm in chosen:
-        base = next(other for other in chosen if other.group == arm.group)
+    for arm in chosen.values():
+        base = next(other for other in chosen.values() if other.group == arm.group)
+        of_arm, of_base = (
+            [scores[Piece(one.group, one.name, seed)] for seed in seeds] for one in (arm, base)
+        )
         row: Json = {"group": arm.group, "arm": arm.name, "words": list(arm.words)}
         for metric in [shown.name for shown in headline_metrics()]:
-            values = [scores[arm, seed]["student"][metric] for seed in seeds]
-            changes = [
-                value - scores[base, seed]["student"][metric]
-                for value, seed in zip(values, seeds, strict=True)
-            ]
+            values, others = (
+                [score["student"][metric] for score in some] for some in (of_arm, of_base)
+            )
+            changes = [value - other for value, other in zip(values, others, strict=True)]
             row[metric] = {"mean": statistics.fmean(values), "seeds": values, "change": changes}
-        row["teacher_perplexity"] = scores[arm, seeds[0]]["teacher"]["perplexity"]
+        row["teacher_perplexity"] = of_arm[0]["teacher"]["perplexity"]
         rows.append(row)
     return {"case": "ablation", "recipe": "ablation", "seeds": list(seeds), "rows": rows}
 
@@ -147,54 +151,27 @@ def _changes(values: Sequence[float], digits: int) -> str:
     return f"**{text}**" if same else text
 
 
-def run_in_subprocess(arm: Arm, seed: int | None, folder: Path) -> Json:
-    """The scores of one run, made in a single-threaded subprocess or kept from before.
-
-    ``seed`` is None for a rehearsal.
-    """
-    name = re.sub(r"\W+", "-", f"{arm.group} {arm.name} {'rehearsal' if seed is None else seed}")
-    kept = folder / f"{name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    shutil.rmtree(folder / name, ignore_errors=True)  # left by an interrupted run
-    words = ["--output_dir", str(folder / name), "--seed", str(seed or 0)]
-    result = _python("bench.training.ablation", [*arm.words, *words])
-    kept.write_text(json.dumps(result))
-    return result
-
-
-def _commit() -> str:
-    from bench import record
-
-    return record.run("")["commit"][:8] or "nocommit"
+def run_in_subprocess(arm: Arm, piece: Piece, folder: Path) -> Json:
+    """The scores of one run."""
+    output = piece_file(folder, piece).with_suffix("")
+    shutil.rmtree(output, ignore_errors=True)  # left by an interrupted run
+    words = ["--output_dir", str(output)]
+    words += REHEARSAL if piece.seed == "rehearsal" else ["--seed", str(piece.seed)]
+    scores = in_subprocess(__name__, [*arm.words, *words])
+    shutil.rmtree(output, ignore_errors=True)
+    return scores
 
 
 def make_models(folder: Path) -> tuple[str, str]:
     """Paths of the trained mixture of experts and of the student cut from its layers."""
-    kept = folder / "models.json"
-    if not kept.exists():
-        teacher, student = folder / "moe-teacher", folder / "moe-student"
-        shutil.rmtree(teacher, ignore_errors=True)
-        made = _python("bench.training.ablation", ["--make", str(teacher), str(student)])
-        kept.write_text(json.dumps(made))
-    made, cut = json.loads(kept.read_text())
-    return made, cut
 
+    def make(_: tuple[str]) -> Json:
+        shutil.rmtree(folder / "moe-teacher", ignore_errors=True)
+        words = [str(folder / name) for name in ("moe-teacher", "moe-student")]
+        return in_subprocess(__name__, ["--make", *words], threads=2)
 
-def _python(module: str, words: list[str]) -> Any:
-    threads = "2" if words[0] == "--make" else "1"
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-    )
-    if done.returncode:
-        raise RuntimeError(f"a run must finish, got {done.stderr[-2000:]} for {words}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(" ".join(words), json.dumps(result), flush=True)
-    return result
+    [made] = measure_pieces([("models",)], make, folder).values()
+    return made["teacher"], made["student"]
 
 
 def _run_here(words: list[str]) -> Json:
@@ -208,7 +185,7 @@ def _run_here(words: list[str]) -> Json:
     return {"teacher": teacher, "student": student}
 
 
-def _make_here(teacher: str, student: str) -> tuple[str, str]:
+def _make_here(teacher: str, student: str) -> Json:
     """Train the mixture of experts, and cut its first and last layer out as the student."""
     from transformers import AutoModelForCausalLM
 
@@ -229,11 +206,9 @@ def _make_here(teacher: str, student: str) -> tuple[str, str]:
         model.config.layer_types = [model.config.layer_types[i] for i in KEPT_LAYERS]
     model.save_pretrained(student)
     load_tokenizer(str(best)).save_pretrained(student)
-    return str(best), student
+    return {"teacher": str(best), "student": student}
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--make":
-        print(json.dumps(_make_here(*sys.argv[2:])))
-    else:
-        print(json.dumps(_run_here(sys.argv[1:])))
+    given = json.loads(sys.argv[1])
+    print(json.dumps(_make_here(*given[1:]) if given[0] == "--make" else _run_here(given)))

@@ -1,7 +1,7 @@
 """Measurements of many pieces, each in a process of its own, that an interruption does not lose.
 
 A piece is a named tuple of strings and numbers that its module can measure when run as
-``python -m MODULE '[...]'``, with one thread: what is compared is quality, not speed.
+``python -m MODULE '[...]'``, with one thread each: what is compared is quality, not speed.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def measure_pieces(
     return found
 
 
-def in_subprocess(module: str, piece: Sequence[Any]) -> Json:
-    """One piece in a process of its own, with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def in_subprocess(module: str, piece: Sequence[Any], threads: int = 1) -> Json:
+    """One piece in a process of its own."""
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     command = [sys.executable, "-m", module, json.dumps(piece)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from bench.training import ablation
-from bench.training.ablation import Arm
+from bench.training.ablation import Arm, Piece
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig
 
 WORSE = {"+ feature": 3.0, "+ router": -2.0}
 
 
-def fake(arm: Arm, seed: int | None, folder: Path) -> ablation.Json:
+def fake(arm: Arm, piece: Piece, folder: Path) -> ablation.Json:
     """Fake scores that depend on the seed, plus the arm's entry in ``WORSE``."""
-    seed = seed or 0
+    seed = 0 if piece.seed == "rehearsal" else piece.seed
     perplexity = 100.0 + 10 * seed + WORSE.get(arm.name, 0.0) + (seed if "all" in arm.name else 0)
     student = {"perplexity": perplexity, "kl": perplexity / 100, "agreement": 0.5}
     return {"student": student, "teacher": {"perplexity": 50.0}}
@@ -69,16 +69,26 @@ def test_what_was_measured_is_not_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finished runs are kept; a rehearsal is not a run, and an interrupted run starts anew."""
-    called: list[list[str]] = []
-    monkeypatch.setattr(ablation, "_python", lambda _, words: called.append(words) or len(called))
-    arm = Arm("dense teacher", "KD alone", ())
-    (tmp_path / "dense-teacher-KD-alone-1").mkdir()
-    assert [ablation.run_in_subprocess(arm, seed, tmp_path) for seed in (None, 0, 1, 1, None)] == [
-        1,
-        2,
-        3,
-        3,
-        1,
-    ]
-    assert len({words[words.index("--output_dir") + 1] for words in called}) == 3
-    assert not (tmp_path / "dense-teacher-KD-alone-1").exists()
+    outputs: list[str] = []
+    left = tmp_path / "dense-teacher-KD-alone-1"
+    left.mkdir()
+
+    def start(_: str, words: list[str]) -> ablation.Json:
+        outputs.append(words[words.index("--output_dir") + 1])
+        if outputs[-1] == str(left) and outputs.count(str(left)) == 1:
+            raise RuntimeError("interrupted")
+        return fake(Arm("", "", ()), Piece("", "", 0), tmp_path)
+
+    monkeypatch.setattr(ablation, "in_subprocess", start)
+
+    def measure() -> ablation.Json:
+        return ablation.measure((0, 1), teach=lambda _: ("t", "s"), folder=tmp_path)
+
+    arms = len(ablation.arms("t", "s"))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        measure()
+    assert len(outputs) == 3 * arms, "the others went on"
+    measure()
+    assert len(outputs) == 3 * arms + 1
+    assert len(set(outputs)) == 3 * arms
+    assert outputs[-1] == str(left) and not left.exists()
