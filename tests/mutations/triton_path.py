@@ -865,7 +865,7 @@ MUTATIONS = [
             "inv_T, temperature, beta = to_fp32(inv_T), to_fp32(temperature), to_fp32(beta)",
             "inv_T, beta = to_fp32(inv_T), to_fp32(beta)",
         ),
-        compiled("kl_div"),
+        compiled("distill_loss"),
         says="must not compute in fp64",
     ),
     Mutation(

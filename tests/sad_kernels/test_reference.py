@@ -637,7 +637,8 @@ def test_ema_swap_refuses_what_it_could_not_undo() -> None:
 
 
 def test_the_reference_shares_no_code_with_what_it_judges() -> None:
-    """Only declarations are common ground: ``objective``, and the names of the divergences.
+    """Only declarations are common ground: ``objective``, ``Outcomes``, and the names of the
+    divergences.
 
     A reference that shares a kernel's rounding agrees with it for months:
     https://github.com/linkedin/Liger-Kernel/issues/1432
@@ -652,6 +653,7 @@ def test_the_reference_shares_no_code_with_what_it_judges() -> None:
     assert {name for name in imported if str(name).startswith("sad")} == {
         "sad_kernels._divergence_table",
         "sad_kernels.objective",
+        "sad_kernels.outcomes",
     }
 
 

@@ -25,6 +25,7 @@ from sad_kernels import (
     DistillOutput,
     Head,
     Objective,
+    Outcomes,
     TeacherHidden,
     TeacherLogits,
     _tiles,
@@ -918,6 +919,8 @@ def test_rows_lie_on_the_first_axis_of_every_grid(monkeypatch: pytest.MonkeyPatc
 
 # --- Options -------------------------------------------------------------------------------------
 
+GROUPS = Outcomes(*(torch.arange(33, dtype=torch.int32) * k % 5 for k in (1, 2)), count=5)
+
 CHANGES: dict[str, dict[str, Any]] = {
     "cross_entropy": {
         "weight": torch.arange(33) / 16,
@@ -944,6 +947,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "teacher_logit_scale": 1.5,
         "reduction": "sum",
         "num_items": 7,
+        "outcomes": GROUPS,
     },
     "Objective": {
         "ce_weight": 0.1,
@@ -972,6 +976,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "token_weights": torch.tensor([1.0, 0.5, 0.0, 2.0]),
         "kd_token_weights": torch.tensor([1.0, 0.5, 0.0, 2.0]),
         "other_rows": torch.tensor([True, False, True, False]),
+        "outcomes": GROUPS,
     },
     "logits": {"softcap": 2.0, "logit_scale": 0.5},
 }
@@ -984,6 +989,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "other_divergence": {"other_divergence": "tvd", "other_rows": _rows},
     "other_beta": {"other_divergence": "jeffreys", "other_rows": _rows},
     "other_rows": {"other_divergence": "tvd", "other_rows": ~_rows},
+    "outcomes": {"divergence": "forward_kl"},
 }
 """What an option needs beside it to have an effect."""
 
@@ -1048,6 +1054,8 @@ def _changed_losses(ops: Any, dtype: torch.dtype) -> dict[str, tuple[Tensor, Ten
         base = {"divergence": "skew_forward_kl", "temperature": 2.0}
         if name == "ignore_index":
             base["labels"] = y
+        if name in OTHER:
+            base |= OTHER[name]
         note(f"kl_div.{name}", kl_div, base, **{name: value})
     for name, value in (CHANGES["Objective"] | CHANGES["call"]).items():
         base = OTHER.get(name, {})
