@@ -33,9 +33,17 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from sad_kernels._torch import gemm
+from support import default_set
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("ci")
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` is asked
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave most interpreted cases of long grids to ``-m slow``: see ``support/default_set.py``."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        default_set.thin_out(items)
 
 
 @pytest.fixture(autouse=True)

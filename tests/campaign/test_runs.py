@@ -52,15 +52,15 @@ def test_a_long_run_needs_no_more_than_a_short_one(workshop: Workshop, tmp_path:
 def test_caches_killed_and_begun_again_have_the_same_bits(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    promise = Promise("").add(kill_writers(workshop, tmp_path, kills=6, real=False))
-    assert promise.inflicted >= 6 and not promise.examples
+    promise = Promise("").add(kill_writers(workshop, tmp_path, kills=4, real=False))
+    assert promise.inflicted >= 4 and not promise.examples
 
 
 def test_killed_runs_from_a_cache_resume_to_the_same_bits(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    promise = Promise("").add(kill_readers(workshop, tmp_path, kills=4))
-    assert promise.inflicted >= 4 and not promise.examples
+    promise = Promise("").add(kill_readers(workshop, tmp_path, kills=2))
+    assert promise.inflicted >= 2 and not promise.examples
 
 
 def test_a_killed_teacher_or_student_changes_no_bit(workshop: Workshop, tmp_path: Path) -> None:

@@ -123,7 +123,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+BY_DEFAULT = ("joint", "ce", "bf16", "temperature", "teacher's ids")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in CASES],
+)
 def test_linear_losses_keep_their_formula(name: str) -> None:
     """Every kind of call, forward alone and with backward, stays below what ``linear.py`` says."""
     case = Case(**CASES[name])

@@ -216,7 +216,9 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @every_op
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager", "inductor"]
+)
 def test_compiled_without_graph_breaks(op: str, backend: str) -> None:
     """The rule for losses that are reduced, and equal bits for row losses: they are the operator's.
 
@@ -307,7 +309,7 @@ def problem_and_loss(op: str, **options: Any) -> tuple[dict[str, Tensor], list[T
 
 @pytest.mark.usefixtures("route")
 @every_op
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_activation_checkpointing(op: str, use_reentrant: bool) -> None:
     """The forward pass runs twice, and gradients are those of the second."""
     for reduction in ("mean", "none"):
@@ -353,7 +355,9 @@ def test_a_second_derivative_is_refused(op: str, reduction: str) -> None:
 
 @pytest.mark.usefixtures("route")
 @every_op
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_autocast_changes_nothing(op: str, dtype: torch.dtype) -> None:
     """Losses in fp32, gradients in the leaf's dtype, and both with the bits they have without."""
     for reduction in ("mean", "none"):

@@ -401,6 +401,7 @@ def test_the_peak_is_of_the_steps_alone(task: Task) -> None:
     assert 120 < result["peak_mib"] - result["start_mib"] < 240
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_in_subprocess(TINY, OURS, 0)
     assert run["status"] == "ok", run["reason"]

@@ -63,7 +63,9 @@ def unbroken(material: Material, tmp_path_factory: pytest.TempPathFactory) -> li
     return losses(run_dir)
 
 
-@pytest.mark.parametrize(("ranks", "lost", "after"), [(3, 2, 2), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "lost", "after"), [pytest.param(3, 2, 2, marks=pytest.mark.slow), (2, 0, 1)]
+)
 def test_a_lost_rank_ends_the_others_with_76(
     material: Material, tmp_path: Path, unbroken: list[float], ranks: int, lost: int, after: int
 ) -> None:

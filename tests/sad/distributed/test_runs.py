@@ -58,10 +58,8 @@ def alone(
 
 
 BY_DEFAULT = {
-    ("kd", 2, 1),
     ("structural", 2, 1),
-    ("baseline", 3, 1),
-    ("taid", 2, 1),
+    ("kd", 2, 1),
     ("conversations", 4, 2),
 }
 
@@ -109,7 +107,11 @@ def metrics_without_whole_models(config: DistillConfig) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"baseline": True}, {"bf16": True, "gradient_checkpointing": True}]
+    "keys",
+    [
+        pytest.param({"baseline": True}, marks=pytest.mark.slow),
+        {"bf16": True, "gradient_checkpointing": True},
+    ],
 )
 def test_a_run_without_losses_on_inner_layers_never_loads_a_model_whole(
     material: Material, tmp_path: Path, keys: dict[str, Any]
@@ -166,7 +168,9 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_bit(
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_with_another_number_of_ranks(
     material: Material,
     alone: Callable[[str], tuple[list[float], dict[str, float]]],

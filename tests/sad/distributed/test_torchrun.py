@@ -80,6 +80,7 @@ def status(tmp_path: Path) -> dict[str, object]:
     return json.loads((tmp_path / "run" / "status.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_process_is_killed_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
     ended = run(torchrun(tmp_path, config, 4, 1, "kill"))
     assert ended.returncode == 1  # torchrun's own

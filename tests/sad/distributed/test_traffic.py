@@ -141,7 +141,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_moves_what_is_planned(case: str, ranks: int) -> None:
     config = DistillConfig(student="s", teacher="t", teacher_dtype="float32", **CASES[case])

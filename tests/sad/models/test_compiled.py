@@ -76,7 +76,9 @@ def with_dropout() -> PreTrainedModel:
     return tiny_llama(num_hidden_layers=6, attention_dropout=0.2)
 
 
-@pytest.mark.parametrize("build", [windows, checkpointed, with_dropout])
+@pytest.mark.parametrize(
+    "build", [windows, pytest.param(checkpointed, marks=pytest.mark.slow), with_dropout]
+)
 def test_packed_rows_are_the_same_and_alike_layers_share_a_graph(build: Any) -> None:
     torch.manual_seed(0)
     model = build().train()

@@ -116,8 +116,9 @@ def test_the_mapped_head_is_the_dense_definition(divergence: Any, temperature: f
     assert abs(value - true) < 1e-12 and (grad - true_grad).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
-@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("jsd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_triton_agrees(divergence: Any, temperature: float) -> None:
     found = some_map()
     objective = Objective(

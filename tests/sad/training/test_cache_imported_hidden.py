@@ -194,7 +194,7 @@ def test_a_run_reads_the_teachers_final_states(
     assert before == {one.name: one.stat().st_mtime_ns for one in folder.iterdir()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_student_learns_what_it_learns_of_the_teacher_itself(
     make_config: Make,
     exported: dict[str, list[Document]],

@@ -131,8 +131,8 @@ def test_a_student_that_is_scored_again_shares_the_teachers_pass(
     "keys",
     [
         {"routing": {"mode": "student_aware", "learning_rate": 1e-2}},
-        {"routing": {"mode": "knowledge_augmentation"}},
-        {"feature": {"weight": 0.1}},
+        pytest.param({"routing": {"mode": "knowledge_augmentation"}}, marks=pytest.mark.slow),
+        pytest.param({"feature": {"weight": 0.1}}, marks=pytest.mark.slow),
     ],
     ids=["gates that train", "gates that are sampled", "activations"],
 )
