@@ -13,16 +13,18 @@ evaluation measures. The learning rate is the same in all four.
 
 from __future__ import annotations
 
-import resource
+import json
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sad_kernels import Objective
 
+from bench.training.pieces import commit_folder, in_subprocess, measure_pieces
 from sad.config.load import load_config
 from sad.config.schema import DistillConfig
 from sad.data.prompts import load_prompts
@@ -36,6 +38,7 @@ from sad.training.rollouts import Sampling
 from sad.training.run import distill
 from sad.training.student import build_student
 
+SEEDS = (0, 1, 2)
 FIRST_STEPS, STEPS, PROMPTS = 150, 60, 96
 SECOND_RATE = "1e-3"
 WAYS: dict[str, tuple[str, ...]] = {
@@ -47,37 +50,46 @@ WAYS: dict[str, tuple[str, ...]] = {
 METRICS = ("reverse_kl_own_text", "reverse_kl_held_out", "kl", "nll", "completion_length")
 
 
+class Piece(NamedTuple):
+    """One seed: a student, and what becomes of it in every way."""
+
+    seed: int
+
+
+Scores = dict[str, dict[str, float]]  # by way
+
+
 def measure(
-    seeds: tuple[int, ...] = (0, 1, 2), *, keep: Callable[[dict[str, Any]], None] = lambda _: None
+    run: Callable[[Piece], Scores] | None = None,
+    folder: Path | None = None,
+    *,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Mean and per-seed values of every way's scores. ``keep`` receives them after each seed."""
-    begin = time.perf_counter()
-    runs: list[dict[str, dict[str, float]]] = []
-    result: dict[str, Any] = {}
-    for seed in seeds:
-        runs.append(_of_seed(seed))
-        result = _result(seeds[: len(runs)], runs, time.perf_counter() - begin)
-        keep(result)
-    return result
+    run = run or partial(in_subprocess, __name__)
+    found = measure_pieces(
+        [Piece(seed) for seed in SEEDS],
+        run,
+        folder or commit_folder("on-policy"),
+        keep=lambda found: keep(_result(found)),
+    )
+    return _result(found)
 
 
-def _result(
-    seeds: Sequence[int], runs: Sequence[dict[str, dict[str, float]]], seconds: float
-) -> dict[str, Any]:
+def _result(found: dict[Piece, Scores]) -> dict[str, Any]:
+    runs = [found[piece] for piece in sorted(found)]
     table = []
     for name in runs[0]:
-        values = {metric: [run[name][metric] for run in runs] for metric in (*METRICS, "seconds")}
+        values = {metric: [run[name][metric] for run in runs] for metric in METRICS}
         means = {m: {"mean": statistics.fmean(v), "seeds": v} for m, v in values.items()}
         table.append({"name": name} | means)
     return {
         "case": "on_policy",
-        "seeds": list(seeds),
+        "seeds": [piece.seed for piece in sorted(found)],
         "first_steps": FIRST_STEPS,
         "steps": STEPS,
         "prompts": PROMPTS,
         "table": table,
-        "seconds": seconds,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -100,10 +112,11 @@ def _cell(values: dict[str, Any], form: str) -> str:
     return f"{form.format(values['mean'])} ({', '.join(map(form.format, values['seeds']))})"
 
 
-def _of_seed(seed: int) -> dict[str, dict[str, float]]:
+def run_here(piece: Piece) -> Scores:
+    """Train and score every way of a seed in this process."""
     with tempfile.TemporaryDirectory() as folder:
         common = (
-            *("--seed", str(seed), "--baseline", "false", "--max_completion_length", "96"),
+            *("--seed", str(piece.seed), "--baseline", "false", "--max_completion_length", "96"),
             *("--eval_steps", "1000000", "--max_eval_rows", "48"),
         )
         first = Path(folder) / "first"
@@ -117,13 +130,10 @@ def _of_seed(seed: int) -> dict[str, dict[str, float]]:
         scores = {"before": _scores(load_config("quickstart-instruct", second))}
         for i, (name, words) in enumerate(WAYS.items()):
             out = Path(folder) / f"way-{i}"
-            begin = time.perf_counter()
             keys = (*second, *words, "--output_dir", str(out))
             distill(load_config("quickstart-instruct", keys))
-            seconds = time.perf_counter() - begin
             keys = (*second, "--student", str(out / "final"))
-            scores[name] = _scores(load_config("quickstart-instruct", keys)) | {"seconds": seconds}
-            print(f"seed {seed}, {name}: {scores[name]}", flush=True)
+            scores[name] = _scores(load_config("quickstart-instruct", keys))
         return scores
 
 
@@ -156,5 +166,8 @@ def _scores(config: DistillConfig) -> dict[str, float]:
         "kl": sums["forward_kl"] / targets,
         "nll": nll / targets,
         "completion_length": own["completion_length"],
-        "seconds": 0.0,
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_here(Piece(*json.loads(sys.argv[1])))))
