@@ -49,7 +49,7 @@ does, and gets its gradient in its own dtype, unrounded.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -70,6 +70,9 @@ from sad_kernels.objective import DistillOutput, Head, Objective, Teacher, dense
 from sad_kernels.outcomes import Outcomes
 from sad_kernels.vocab import VocabShard
 
+LogitStorage = Literal["exact", "compact"]
+"""How ``impl="triton"`` keeps the logits of a chunk: in fp32, or as codes of 16 bits."""
+
 
 def linear_cross_entropy(
     hidden: Tensor,  # [..., D_s]
@@ -88,6 +91,7 @@ def linear_cross_entropy(
     num_items: int | Tensor | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    logits: LogitStorage = "exact",  # a GPU measurement is to decide whether it becomes "compact"
     vocab_shard: VocabShard | None = None,
 ) -> Tensor:
     """``cross_entropy`` of the logits ``softcap(logit_scale * (hidden @ weight.T + bias))``.
@@ -127,6 +131,7 @@ def linear_cross_entropy(
         num_items=num_items,
         chunk_bytes=chunk_bytes,
         impl=impl,
+        logits=logits,
     )
     by_class = _check.class_weight(
         class_weight,
@@ -162,6 +167,7 @@ def linear_distill_loss(
     other_rows: Tensor | None = None,  # [...] or [N], bool
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    logits: LogitStorage = "exact",
     outcomes: Outcomes | None = None,
 ) -> DistillOutput:
     """``distill_loss`` of the logits ``head(hidden)``, computed in chunks and never held whole.
@@ -203,6 +209,7 @@ def linear_distill_loss(
         num_items=num_items,
         chunk_bytes=chunk_bytes,
         impl=impl,
+        logits=logits,
         token_weights=token_weights,
         kd_token_weights=kd_token_weights,
         other_rows=other_rows,
@@ -229,6 +236,7 @@ class _Call(NamedTuple):
     layout: RowLayout
     chunk_bytes: int | None
     impl: Literal["triton", "torch"]
+    compact: bool
 
 
 def _checked_call(
@@ -244,6 +252,7 @@ def _checked_call(
     num_items: int | Tensor | None,
     chunk_bytes: int | None,
     impl: str,
+    logits: str,
     token_weights: Tensor | None = None,
     kd_token_weights: Tensor | None = None,
     other_rows: Tensor | None = None,
@@ -256,6 +265,7 @@ def _checked_call(
     _check.require_objective(objective, teacher, has_labels=labels is not None)
     _check.require_int("ignore_index", ignore_index)
     _check.require_chunk_bytes(chunk_bytes)
+    _check.require_choice("logits", logits, get_args(LogitStorage))
     _check.require_reduction(reduction)
     _check.require_divisor(num_items, reduction, hidden, "hidden")
     shard = _check.shard_of_columns("head shard", head.shard, len(head.weight), teacher, outcomes)
@@ -277,25 +287,30 @@ def _checked_call(
     given = [x for x in (hidden, head.weight, labels) if x is not None]
     resolved = resolve_impl(impl, *given, *dense_tensors(teacher))
     spec = LossSpec(objective, vocab, ignore_index, True, compute_metrics, shard, *sums)
-    return _Call(spec, hidden, head, targets, teacher, layout, chunk_bytes, resolved)
+    compact = logits == "compact"
+    return _Call(spec, hidden, head, targets, teacher, layout, chunk_bytes, resolved, compact)
 
 
 def _total(call: _Call, items: Tensor) -> tuple[Tensor, RowResults]:
     """The sum of all row losses over ``items``, differentiable, and the rows."""
     if call.impl == "triton":
-        from sad_kernels._triton.linear import mean_loss
-    else:
-        from sad_kernels._torch.linear import mean_loss
-    return mean_loss(*_rows_of(call), items, call.chunk_bytes)
+        from sad_kernels._triton import linear as triton_path
+
+        return triton_path.mean_loss(*_rows_of(call), items, call.chunk_bytes, call.compact)
+    from sad_kernels._torch import linear as torch_path
+
+    return torch_path.mean_loss(*_rows_of(call), items, call.chunk_bytes)
 
 
 def _rows(call: _Call) -> RowResults:
     """The losses of all rows, each differentiable on its own."""
     if call.impl == "triton":
-        from sad_kernels._triton.linear import row_losses_from_hidden
-    else:
-        from sad_kernels._torch.linear import row_losses_from_hidden
-    return row_losses_from_hidden(*_rows_of(call), call.chunk_bytes)
+        from sad_kernels._triton import linear as triton_path
+
+        return triton_path.row_losses_from_hidden(*_rows_of(call), call.chunk_bytes, call.compact)
+    from sad_kernels._torch import linear as torch_path
+
+    return torch_path.row_losses_from_hidden(*_rows_of(call), call.chunk_bytes)
 
 
 def _rows_of(
