@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from sad_kernels._divergence_table import DIVERGENCES
 
@@ -28,6 +28,9 @@ GRADIENT_BLOCKS = 4
 """Forward products (hidden states by weight) per gradient product. Those that give N x V numbers
 are efficient from about 512 rows on; those that sum over rows want more, since each reads and
 writes all of dweight."""
+
+LogitStorage = Literal["exact", "compact"]
+"""How the Triton path keeps the logits of a chunk: in fp32, or as codes of 16 bits."""
 
 GROUP = 256
 """Columns whose logits share a maximum where they are codes, see ``_triton/codes.py``."""

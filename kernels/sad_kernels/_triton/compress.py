@@ -112,7 +112,7 @@ def student_codes_kernel(
     sums_ptr,  # [kinds, groups, N] fp32, written
     labels_ptr,  # None, or [N]
     ignore_index,
-    first, last,  # of the slab's columns in the vocabulary, and one past it; multiples of GROUP or V
+    first, last,  # of the slab in the vocabulary: its first column, and one past its last
     N, num_groups, inv_T,
     BLOCK: tl.constexpr,  # columns of a program: whole groups
     FLAGS: tl.constexpr,
@@ -183,7 +183,7 @@ def teacher_codes_kernel(
     labels_ptr,  # None, or [N]
     ignore_index,
     kd_weights_ptr,  # None, or [N]: rows of weight 0 are not compared
-    first, last,  # of the slab's columns in the vocabulary, and one past it; multiples of GROUP or V
+    first, last,  # of the slab in the vocabulary: its first column, and one past its last
     N, num_groups, inv_T,
     BLOCK: tl.constexpr,
     FLAGS: tl.constexpr,

@@ -220,7 +220,7 @@ class Segments(NamedTuple):
     """Sums of all rows over segments of the vocabulary."""
 
     partials: Tensor  # [kinds, segments, N]
-    count: int
+    number: int
     length: int
     picked: Tensor | None = None  # [1 + K, N] logits of labels and ids; None: they can be read
 
@@ -248,7 +248,7 @@ def merge(
     with on_device(student.x.device):
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
             partials, partials if mixture_sums is None else mixture_sums, segments.picked,
-            segments.count, segments.length, N, spec.vocab,
+            segments.number, segments.length, N, spec.vocab,
             *student.arguments, _target_share(spec),
             ids, log_p, log_rest, best, K, *selected,
             _adjacent(targets.token_weights), kd_weights, targets.soft, targets.class_weight,
