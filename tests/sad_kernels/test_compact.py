@@ -20,6 +20,7 @@ from sad_kernels import (
     TeacherLogits,
     linear_cross_entropy,
     linear_distill_loss,
+    linear_memory_bytes,
     reference,
 )
 from sad_kernels._dispatch import HAS_TRITON
@@ -108,7 +109,7 @@ def test_every_code_is_what_its_bits_say_and_its_own_code() -> None:
     assert torch.equal(found[: len(expected), 1:].int() & 0xFFFF, expected.int())
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4, -3e5])
+@pytest.mark.parametrize("offset", [0.0, 4095.9, 2.0**23])
 def test_a_maximum_is_exact_and_all_else_within_two_to_the_minus_13(offset: float) -> None:
     """Also beside a large offset, where the distance plus 1/4 is no difference of two sums."""
     spread = torch.logspace(-4, 3.9, 8)[:, None]
@@ -493,3 +494,20 @@ def test_a_chunk_has_twice_the_rows() -> None:
     one, two = (compact_rows(128256, sides, COMPACT_CHUNK_BYTES) for sides in (1, 2))
     assert min(one.gradient, two.gradient) >= 4096 and one.forward == two.forward == 1024
     assert chunk_rows(128256, 2, 2, TRITON_CHUNK_BYTES).gradient == 2048
+
+
+def test_the_estimate_of_memory_knows_codes() -> None:
+    """On a GPU; an interpreter copies the factors of every product to fp32."""
+
+    def said(logits: Any, **how: Any) -> int:
+        sizes = 8192, 128256, 4096
+        how = {"dtype": BF16, "impl": "triton"} | how
+        return linear_memory_bytes(*sizes, logits=logits, **how).logits
+
+    teacher: Any = {"teacher": "hidden", "teacher_width": 4096}
+    for how in ({}, teacher):
+        assert 2 * pitch(128256) * 4096 < said("compact", **how) <= COMPACT_CHUNK_BYTES
+        assert said("compact", chunk_bytes=1 << 28, **how) <= 1 << 28
+        assert said("compact", gradients=(), **how) < said("compact", **how) / 2
+    for other in ({"dtype": FP32}, {"teacher": "logits"}, teacher | {"divergence": "jsd"}):
+        assert said("compact", **other) == said("exact", **other)
