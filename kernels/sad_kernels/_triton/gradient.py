@@ -284,6 +284,7 @@ def gradient_kernel(
     )  # fmt: skip
     stop = tl.minimum(last, V)
     whole = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
+    # Codes and g may be the same memory: each number is written by whoever has read it.
     for start in range(first, whole, BLOCK):  # whole tiles, read and written without a mask
         columns = start + tl.arange(0, BLOCK)
         g, id, next_id = gradient_tile(
