@@ -7,7 +7,8 @@ moved with the machine would make two runs differ in their last bits.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Literal, NamedTuple
 
 from sad_kernels._divergence_table import DIVERGENCES
 
@@ -19,11 +20,27 @@ TRITON_CHUNK_BYTES = 1 << 30
 """Default budget of the ``linear_*`` functions with ``impl="triton"``. With a dense teacher, V =
 128256 and bf16: 512 rows per forward product and 2048 per gradient product."""
 
+COMPACT_CHUNK_BYTES = 21 << 26
+"""The same where logits are codes of 16 bits: with a dense teacher 4096 rows per gradient product
+at V = 128256, and 5000 without one."""
+
 GRADIENT_BLOCKS = 4
 """Forward products (hidden states by weight) per gradient product. Those that give N x V numbers
 are efficient from about 512 rows on; those that sum over rows want more, since each reads and
 writes all of dweight."""
 
+LogitStorage = Literal["exact", "compact"]
+"""How the Triton path keeps the logits of a chunk: in fp32, or as codes of 16 bits."""
+
+GROUP = 256
+"""Columns whose logits share a maximum where they are codes, see ``_triton/codes.py``."""
+
+SLAB_COLUMNS = 8192  # of a product that becomes codes: with SLAB_ROWS it stays in a GPU's L2 cache
+SLAB_ROWS = 1024
+COMPACT_DIVERGENCES = ("forward_kl", "reverse_kl")
+STUDENT_SUMS, TEACHER_SUMS = 5, 4  # numbers per row and group, see ``_triton/compress.py``
+
+CODE_BYTES = 2
 PITCH = 64  # row strides of slabs are multiples of this many columns: 16-byte loads whatever V is
 
 HEAD_ROWS = 1024  # the most rows of a tile made from a head: sharing its slice pays until here
@@ -169,10 +186,51 @@ def chunk_rows(
     """As many rows as fit, at least one: ``pitch (4 sides forward + itemsize gradient)`` bytes, and
     ``others`` per row of a forward product."""
     numbers = pitch(vocab)
-    rows = max(1, chunk_bytes // (numbers * (4 * sides + itemsize * GRADIENT_BLOCKS) + others))
-    if rows >= 128:
-        rows -= rows % 128  # whole tiles of a matrix product
+    rows = chunk_bytes // (numbers * (4 * sides + itemsize * GRADIENT_BLOCKS) + others)
+    rows = _whole_tiles(rows)
     return ChunkRows(rows, GRADIENT_BLOCKS * rows)
+
+
+def has_codes(itemsize: int, teacher: str | None, divergences: Collection[str]) -> bool:
+    """Whether logits beside such a teacher may be codes in the Triton path, ``itemsize`` that of
+    the hidden states. Not where
+
+    * the gradient, in the dtype of the hidden states, does not fit in the place of the codes;
+    * a teacher's logits are given, which would only be read once more, or some ids of them;
+    * a divergence needs both normalisers before its first term, so that codes would be read again
+      for its value, or two sums of cross terms.
+    """
+    return itemsize == CODE_BYTES and (
+        teacher is None
+        or (teacher == "hidden" and all(name in COMPACT_DIVERGENCES for name in divergences))
+    )
+
+
+def compact_rows(vocab: int, sides: int, chunk_bytes: int) -> ChunkRows:
+    """``chunk_rows`` where logits are codes: the student's, which the gradient overwrites, of all
+    rows, a teacher's and what ``product_row_bytes`` says of those of a forward product."""
+    codes = CODE_BYTES * pitch(vocab)
+    forward = (sides - 1) * codes + product_row_bytes(vocab, sides)
+    rows = _whole_tiles(chunk_bytes // (forward + GRADIENT_BLOCKS * codes))
+    if rows < SLAB_ROWS:
+        return ChunkRows(rows, GRADIENT_BLOCKS * rows)
+    return ChunkRows(SLAB_ROWS, _whole_tiles((chunk_bytes - SLAB_ROWS * forward) // codes))
+
+
+def product_row_bytes(vocab: int, sides: int) -> int:
+    """Bytes per row of a forward product that becomes codes: its slab, and what is kept by group,
+    the sums of both sides and how far each group is below its row's maximum."""
+    sums = STUDENT_SUMS + (sides - 1) * TEACHER_SUMS + sides
+    return 4 * (min(pitch(vocab), SLAB_COLUMNS) + sums * num_groups(vocab))
+
+
+def num_groups(vocab: int) -> int:
+    return -(-vocab // GROUP)
+
+
+def _whole_tiles(rows: int) -> int:
+    """At least one row, and from 128 on whole tiles of a matrix product."""
+    return rows - rows % 128 if rows >= 128 else max(1, rows)
 
 
 def pitch(vocab: int) -> int:

@@ -15,12 +15,18 @@ from sad_kernels._dispatch import choose_impl
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._tiles import (
     BLOCK,
+    CODE_BYTES,
+    COMPACT_CHUNK_BYTES,
     DEFAULT_CHUNK_BYTES,
     HEAD_ROWS,
     TRITON_CHUNK_BYTES,
+    LogitStorage,
     chunk_rows,
+    compact_rows,
+    has_codes,
     head_budget,
     pitch,
+    product_row_bytes,
     whole_rows,
 )
 from sad_kernels._torch import gemm
@@ -74,6 +80,7 @@ def linear_memory_bytes(
     weight_dtype: torch.dtype | None = None,
     gradients: Collection[Wrt] = ("hidden", "weight"),
     chunk_bytes: int | None = None,
+    logits: LogitStorage = "exact",
     device: torch.device | str = "cpu",
     impl: str = "auto",
 ) -> LinearMemory:
@@ -83,8 +90,9 @@ def linear_memory_bytes(
     sum of the rows, forward and backward. ``teacher`` is "hidden" for a ``TeacherHidden``, "logits"
     or "top_k", and ``teacher_width`` is the D_t of its hidden states, or its K. ``dtype`` is that
     of the hidden states, ``weight_dtype`` that of the student's weight, if another. ``gradients``
-    names the leaves that get one. ``device`` decides, as a tensor's would, what ``impl="auto"`` is;
-    it need not exist here.
+    names the leaves that get one. ``logits`` is the format of the logits, taken where such a call
+    can take it. ``device`` decides, as a tensor's would, what ``impl="auto"`` is; it need not exist
+    here.
 
     A call with ``outcomes`` keeps to the same ``chunk_bytes``, in which it has fewer rows of both
     sides' logits; with ``impl="torch"`` 8 bytes per column of either side come on top.
@@ -120,6 +128,7 @@ def linear_memory_bytes(
     for name, value in (("dtype", dtype), ("weight_dtype", weight_dtype or dtype)):
         _check.require_float_dtype(name, value)
     _check.require_chunk_bytes(chunk_bytes)
+    _check.require_choice("logits", logits, get_args(LogitStorage))
     impl = choose_impl(impl, torch.device(device).type, double=dtype == torch.float64)
 
     N, V, D_s = num_tokens, vocab_size, hidden_size
@@ -161,16 +170,23 @@ def linear_memory_bytes(
         )
 
     sides = 2 if teacher == "hidden" else 1  # models whose logits are made
-    budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    chunk = chunk_rows(V, sides, itemsize, budget)
+    compact = logits == "compact" and has_codes(itemsize, teacher, (divergence,))
+    default = COMPACT_CHUNK_BYTES if compact else TRITON_CHUNK_BYTES
+    budget = default if chunk_bytes is None else chunk_bytes
+    chunk = compact_rows(V, sides, budget) if compact else chunk_rows(V, sides, itemsize, budget)
     forward_rows, gradient_rows = min(chunk.forward, N), min(chunk.gradient, N)
-    row_of_g = itemsize if gradients else 0
+    if compact:
+        code_rows = (gradient_rows if gradients else forward_rows) + (sides - 1) * forward_rows
+        of_logits = pitch(V) * CODE_BYTES * code_rows + product_row_bytes(V, sides) * forward_rows
+    else:
+        row_of_g = itemsize * gradient_rows if gradients else 0
+        of_logits = pitch(V) * (FP32 * sides * forward_rows + row_of_g)
     # dhidden stays in fp32 until backward for fp16, and is rounded chunk by chunk for bf16.
     dhidden = (FP32 if dtype == torch.float16 else itemsize) * N
     product = FP32 * gradient_rows if dtype == torch.bfloat16 else 0
     masked = itemsize * gradient_rows  # the hidden states of a chunk, ignored rows zeroed
     return LinearMemory(
-        logits=pitch(V) * (FP32 * sides * forward_rows + row_of_g * gradient_rows),
+        logits=of_logits,
         hidden=D_s * ((dhidden + product) * wrt_hidden + masked * wrt_weight),
         weight_copy=itemsize * V * D_s if weight_itemsize != itemsize else 0,
         weight_sum=FP32 * parameters,

@@ -7,7 +7,8 @@ gradients from autograd. float64 inputs are computed in float64, which makes thi
 tests; anything narrower is computed in float32. Results have the dtype they were computed in.
 
 The functions take the arguments of their namesakes except ``impl`` and ``chunk_bytes``, which do
-not change what is computed. Two conventions hold everywhere:
+not change what is computed. Nor does ``logits``, the format in which a kernel keeps logits: it is
+taken and ignored. Two conventions hold everywhere:
 
 * Rows whose label is ``ignore_index`` are removed *before* any arithmetic, so they may hold
   anything, NaN included.
@@ -91,6 +92,7 @@ def linear_cross_entropy(
     valid_vocab: int | None = None,
     reduction: Reduction = "mean",
     num_items: int | Tensor | None = None,
+    logits: str = "exact",  # ignored
 ) -> Tensor:
     """``cross_entropy`` of ``softcap(logit_scale * (hidden @ weight.T + bias))``, classes only."""
     head = Head(weight, bias, logit_scale, softcap, valid_vocab)
@@ -183,6 +185,7 @@ def linear_distill_loss(
     token_weights: Tensor | None = None,  # [...] or [N]
     kd_token_weights: Tensor | None = None,  # [...] or [N]
     other_rows: Tensor | None = None,  # [...] or [N] bool
+    logits: str = "exact",  # ignored
     outcomes: Outcomes | None = None,
 ) -> DistillOutput:
     """``distill_loss`` of ``head(hidden)``."""

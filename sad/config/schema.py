@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from sad_kernels._divergence_table import Divergence
+from sad_kernels._tiles import LogitStorage
 from sad_kernels.objective import Objective
 
 from sad.config.cross_tokenizer import check_cross_tokenizer
@@ -218,6 +219,10 @@ class DistillConfig:
     """Memory budget of the loss in bytes. Default: that of `sad_kernels`."""
     impl: Impl = "auto"
     """Implementation of the kernels; `auto` takes Triton on GPUs, else torch."""
+    loss_logits: LogitStorage = "exact"
+    """How Triton kernels keep the logits of the student's loss: in 32 bits, or `compact` in 16,
+    which is faster, with larger errors of the gradient where student and teacher nearly agree; see
+    `sad_kernels.linear_distill_loss`."""
     use_curriculum: bool = True
     """Phase the structural losses in: see `sad.curriculum`."""
     router_aux_loss_coef: NonNegativeFloat | None = None

@@ -530,6 +530,7 @@ def loss_bytes(
         gradients=wrt if gradients else (),
         dtype=compute_dtype(config),
         chunk_bytes=config.chunk_bytes,
+        logits=config.loss_logits,
         device=device,
     )
 

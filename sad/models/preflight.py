@@ -34,6 +34,7 @@ from sad_kernels import (
     linear_distill_loss,
     reference,
 )
+from sad_kernels._tiles import LogitStorage
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -74,6 +75,7 @@ def check_models_and_loss(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    logits: LogitStorage = "exact",
     run_teacher: Callable[[Tensor], TeacherHidden] | None = None,
 ) -> dict[str, float]:
     """Check both models and the loss on the first row of a batch; return the relative errors.
@@ -103,7 +105,7 @@ def check_models_and_loss(
         target = TeacherHidden(answer.hidden[0, :-1][:TARGETS], answer.head)
     labels = row[0, 1 : 1 + TARGETS].to(hidden.device)
     return errors | check_loss(
-        hidden.to(compute_dtype), head, labels, target, objective, chunk_bytes, impl
+        hidden.to(compute_dtype), head, labels, target, objective, chunk_bytes, impl, logits
     )
 
 
@@ -216,6 +218,7 @@ def check_loss(
     objective: Objective,
     chunk_bytes: int | None = None,
     impl: str = "auto",
+    logits: LogitStorage = "exact",
 ) -> dict[str, float]:
     """Check the loss and its gradient by ``hidden`` against the definitions in float64.
 
@@ -226,7 +229,14 @@ def check_loss(
     """
     hidden = hidden.detach().requires_grad_()
     out = linear_distill_loss(
-        hidden, head, labels, teacher, objective, chunk_bytes=chunk_bytes, impl=impl
+        hidden,
+        head,
+        labels,
+        teacher,
+        objective,
+        chunk_bytes=chunk_bytes,
+        impl=impl,
+        logits=logits,
     )
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     true_loss, true_gradient = _reference_loss(hidden.detach(), head, labels, teacher, objective)

@@ -361,6 +361,7 @@ def _train(
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
+        logits=config.loss_logits,
         run_teacher=frozen.answer if answers and frozen is not None else None,
     )
     checks = run_within(student, check)

@@ -18,6 +18,7 @@ from sad_kernels import (
     TeacherHidden,
     linear_distill_loss,
 )
+from sad_kernels._tiles import LogitStorage
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,6 +83,7 @@ class StudentWithLoss(nn.Module):
         autocast: ContextFactory = nullcontext,
         chunk_bytes: int | None = None,
         impl: str = "auto",
+        logits: LogitStorage = "exact",
     ) -> None:
         super().__init__()
         self.model = model
@@ -94,6 +96,7 @@ class StudentWithLoss(nn.Module):
         self.autocast = autocast
         self.chunk_bytes = chunk_bytes
         self.impl = impl
+        self.logits: LogitStorage = logits
         self._compiled = False
 
     def compile_layers(self, batch: Batch, backend: str = "inductor") -> float:
@@ -243,6 +246,7 @@ class StudentWithLoss(nn.Module):
                 kd_token_weights=kd_weights,
                 chunk_bytes=self.chunk_bytes,
                 impl=self.impl,
+                logits=self.logits,
             )
 
         if len(targets) <= 1:
@@ -285,6 +289,7 @@ def build_student(
         autocast=precision.autocast,
         chunk_bytes=config.chunk_bytes,
         impl=config.impl,
+        logits=config.loss_logits,
     )
 
 

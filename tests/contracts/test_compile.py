@@ -1,12 +1,13 @@
 """Every kernel compiles for real GPUs, well, and no worse than before: shown without a GPU.
 
-``tests/support/launches.py`` records what the launchers launch and compiles it for five targets, in
-a process of its own, because interpreted kernels cannot be compiled. Held here are, for each launch
-and target:
+``tests/support/launches.py`` records what the launchers launch and compiles it for seven targets,
+in a process of its own, because interpreted kernels cannot be compiled. Held here are, for each
+launch and target:
 
 * nothing is spilled, registers and shared memory grow by at most a tenth over ``budgets.json``
 * streams of logits, gradients and weights move 16 bytes per access and thread wherever rows begin
   at multiples of 16 bytes, also where the last valid column is odd
+* no more shared memory than a program may have there, or the launch would fail
 * no fp64 arithmetic, even when every float is passed as fp64, as some compilers in front of Triton
   pass Python's; the row index is multiplied in 64 bits, even when all strides fit into 32
 
@@ -50,12 +51,28 @@ FAMILIES = (
     "top_k",
     "linear",
     "shards",
+    "compact",
     "outcomes",
     "ema",
     "scale",
     "reduce",
 )
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+SHARED_KIB = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+}
+"""Target -> shared memory of a program at most."""
+
+CARDS = ("sm_86", "sm_89")
+"""Cards of 24 GB with the instructions of sm_80: the short list is compiled for them."""
+
+TARGETS = tuple(name for name in SHARED_KIB if name not in CARDS)
 SHORT = ("sm_90", "gfx942")  # one of each vendor
 BY_DEFAULT = {
     "cross_entropy": SHORT[:1],
@@ -82,12 +99,15 @@ STREAMS = (
     "x_ptr",
     "y_ptr",
     "out_ptr",
+    "codes_ptr",
+    "s_codes_ptr",
     "s_bias",
     "t_bias",
     "soft_ptr",
     "class_weight_ptr",
 )
-SINGLE_READS = ("merge_kernel", "fold_kernel")  # read the logits of labels and ids, one by one
+SINGLE_READS = ("merge_kernel", "fold_kernel", "fold_groups_kernel")
+"""Kernels that read the logits of labels and ids, one by one."""
 
 GROWTH = 1.1
 
@@ -165,7 +185,7 @@ def budgets() -> dict[str, dict[str, Report]]:
 # --- What is wrong --------------------------------------------------------------------------------
 
 
-def faults(report: Report) -> list[str]:
+def faults(report: Report, target: str) -> list[str]:
     """What no version of Triton excuses."""
     if "error" in report:
         return [f"must compile, got {report['error']}; the interpreter is no compiler"]
@@ -173,6 +193,12 @@ def faults(report: Report) -> list[str]:
         f"must not compute in fp64, got {line!r}; take run-time floats through tl.full"
         for line in report["fp64"]
     ]
+    limit = SHARED_KIB[target] << 10
+    if report["shared_bytes"] > limit:
+        found.append(
+            f"must take at most {limit} bytes of shared memory, got {report['shared_bytes']}; "
+            "give the architecture smaller tiles in tile_sizes.py"
+        )
     found += [
         f"must multiply the row index in 64 bits, got {line!r}; cast it with .to(tl.int64) first"
         for line in report["narrow_row_products"]
@@ -225,7 +251,7 @@ def check(reports: Reports) -> None:
     for name, by_target in reports.items():
         budget = budgets().get(name, {})
         for target, report in by_target.items():
-            serious = faults(report)
+            serious = faults(report, target)
             wrong += [f"{name} on {target} {fault}" for fault in serious]
             if "error" not in report:
                 found = excesses(name, report, budget.get(target))
@@ -253,6 +279,7 @@ def test_kernels_compile_within_their_budgets(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_within_their_budgets_for_every_case_and_target(family: str) -> None:
     check(compiled(family, TARGETS, "--all"))
+    check(compiled(family, CARDS))
 
 
 def test_what_was_compiled_is_used_for_the_same_sources_only(tmp_path: Path) -> None:
@@ -272,7 +299,9 @@ def test_every_launch_has_a_budget_and_every_budget_a_launch() -> None:
     names = launches("--all", "--list")
     assert {name.split(":")[0] for name in names} == set(FAMILIES)
     committed = {name: sorted(by_target) for name, by_target in budgets().items()}
-    assert committed == {name: sorted(TARGETS) for name in names}
+    short = launches("--list")
+    on_cards = {name: CARDS if name in short else () for name in names}
+    assert committed == {name: sorted([*TARGETS, *on_cards[name]]) for name in names}
 
 
 def test_a_budget_that_spills_says_why() -> None:
@@ -321,6 +350,12 @@ def test_a_planted_spill_is_seen(planted: Reports) -> None:
     assert any("must spill at most 0" in m for m in messages(planted, "too_large", "sm_90"))
 
 
+def test_more_shared_memory_than_a_card_has_is_seen(planted: Reports) -> None:
+    report = planted["planted: sound: sound"]["sm_90"] | {"shared_bytes": 100 << 10}
+    assert faults(report, "sm_90") == []
+    assert "must take at most 101376 bytes" in faults(report, "sm_89")[0]
+
+
 @pytest.mark.parametrize("what", ["registers", "shared_bytes"])
 def test_growth_over_a_tenth_is_seen(planted: Reports, what: str) -> None:
     report = planted["planted: too_large: too_large"]["gfx942"]
@@ -333,7 +368,7 @@ def test_growth_over_a_tenth_is_seen(planted: Reports, what: str) -> None:
 
 def messages(planted: Reports, kernel: str, target: str) -> list[str]:
     report = planted[f"planted: {kernel}: {kernel}"][target]
-    return faults(report) or excesses(kernel, report, report)
+    return faults(report, target) or excesses(kernel, report, report)
 
 
 # --- New budgets ----------------------------------------------------------------------------------
@@ -360,9 +395,10 @@ def write_budgets(families: Sequence[str]) -> None:
     before = budgets() if BUDGETS.exists() else {}
     after = {name: by for name, by in before.items() if name.split(":")[0] not in families}
     for family in families:
-        for name, by_target in compiled(family, TARGETS, "--all").items():
-            old = before.get(name, {})
-            after[name] = {t: budget_of(found, old.get(t, {})) for t, found in by_target.items()}
+        for found in (compiled(family, TARGETS, "--all"), compiled(family, CARDS)):
+            for name, by_target in found.items():
+                old, new = before.get(name, {}), after.setdefault(name, {})
+                new |= {t: budget_of(report, old.get(t, {})) for t, report in by_target.items()}
     lines = [f"{json.dumps(name)}: {json.dumps(after[name])}" for name in sorted(after)]
     BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -117,6 +117,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "57": ("a shard of the vocabulary that counts the columns of others, or keeps its own", BOTH),
     "58": ("outcomes of two tokenizers that are lost, or counted twice or by the wrong side", BOTH),
+    "59": ("logits of 16 bits that are not those that the sums beside them are of", ("triton",)),
     "60": ("rows lost or repeated where a run goes on with other sizes", ("trainer",)),
     "61": ("an average that starts at weights the run has left long ago", ("trainer",)),
     "62": ("numbers that are not finite, under another name or under none", ("trainer",)),

@@ -7,6 +7,9 @@ from mutations.planting import Edit, Mutation, edit, tests
 
 TRITON = "kernels/sad_kernels/_triton/"
 CHUNKS = TRITON + "chunks.py"
+CODES = TRITON + "codes.py"
+COMPRESS = TRITON + "compress.py"
+FOLD = TRITON + "fold.py"
 OUTCOMES = TRITON + "outcomes.py"
 GRADIENT_KERNEL = TRITON + "gradient.py"
 LAUNCH = TRITON + "launch.py"
@@ -44,6 +47,10 @@ def far_apart(divergence: str) -> tuple[str, ...]:
 
 def options(*names: str) -> tuple[str, ...]:
     return tests("sad_kernels/test_loss_options.py", *names)
+
+
+def codes(*names: str) -> tuple[str, ...]:
+    return tests("sad_kernels/test_compact.py", *names)
 
 
 def digits(*cases: str) -> tuple[str, ...]:
@@ -744,7 +751,7 @@ MUTATIONS = [
     Mutation(
         "33",
         "a budget too small for one row gives no rows to a chunk",
-        edit(TILES, "rows = max(1, chunk_bytes // (", "rows = (chunk_bytes // ("),
+        edit(TILES, "if rows >= 128 else max(1, rows)", "if rows >= 128 else rows"),
         regressions(
             "test_any_chunk_size[1-linear_cross_entropy-triton]",
             "test_any_chunk_size[3-linear_distill_loss-triton]",
@@ -932,5 +939,57 @@ MUTATIONS = [
             "beyond = torch.zeros_like(ours.maximum)",
         ),
         tests("sad_kernels/test_outcomes.py", "test_outcomes_without_mass[triton]"),
+    ),
+    # --- Logits as codes -------------------------------------------------------------------------
+    Mutation(
+        "59",
+        "codes past the vocabulary, which load as 0, are decoded as the student's maximum",
+        edit(
+            COMPRESS,
+            'x = tl.where(columns < last, x, float("-inf"))',
+            "x = x",
+        ),
+        codes("test_distillation[reverse]"),
+    ),
+    Mutation(
+        "59",
+        "normalisers are of the exact logits, beside gradients of rounded ones",
+        edit(
+            COMPRESS,
+            "exp_T, exp_1 = exponentials(y, inv_T, FLAGS.T_CASE)",
+            "exp_T, exp_1 = exponentials(x - k[:, None], inv_T, FLAGS.T_CASE)",
+        ),
+        codes(
+            "test_cross_entropy[bias, scale, valid_vocab]",
+            "test_distillation[T 1]",
+        ),
+    ),
+    Mutation(
+        "59",
+        "logits are rounded down to their codes, not to the nearest",
+        edit(CODES, "tl.int32, bitcast=True) + HALF", "tl.int32, bitcast=True)"),
+        codes("test_a_maximum_is_exact_and_all_else_within_two_to_the_minus_13[0.0]"),
+    ),
+    Mutation(
+        "59",
+        "distances are taken from a maximum plus 1/4, which is not exact beside a large offset",
+        edit(
+            CODES,
+            "v = (k - x) * UP + QUARTER_UP",
+            "v = ((k + 0.25) - x) * UP",
+        ),
+        codes("test_a_maximum_is_exact_and_all_else_within_two_to_the_minus_13[4095.9]"),
+    ),
+    Mutation(
+        "59",
+        "groups of columns are added up as if all had one maximum",
+        edit(FOLD, "tl.sum(d_1 * rate_1, 0)", "tl.sum(d_1, 0)"),
+        codes("test_cross_entropy[plain]"),
+    ),
+    Mutation(
+        "59",
+        "gradients take codes relative to their group for logits relative to their row",
+        edit(CODES, "x = y + tl.reshape(shift, [BLOCK])", "x = y"),
+        codes("test_cross_entropy[plain]"),
     ),
 ]

@@ -168,7 +168,8 @@ def linear_arguments(layout: str, kind: str, needed: str) -> list[Any]:
     labels, _, *others = targets_of("weights" if layout == "permuted" else kind, hidden)
     other: Any = {"other_divergence": "jsd"} if layout == "permuted" else {}
     tensors = [hidden, weight, bias, labels, *others, t_hidden, t_weight, None, *top_k]
-    return [*tensors, *packed(0.5, 20.0, kd_weight=0.7, **other), 2000]
+    compact = layout == "sliced"
+    return [*tensors, *packed(0.5, 20.0, kd_weight=0.7, **other), 2000, compact]
 
 
 every_linear_layout = pytest.mark.parametrize(

@@ -9,6 +9,7 @@ unaligned addresses, ignored rows, and ids at both ends of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from sad_kernels import (
@@ -73,6 +74,13 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
         yield f"joint {divergence}", lambda f=from_logits, d=dense: f(d), [x]
         yield f"top-k {divergence}", lambda f=from_logits, k=top_k: f(k), [x]
         yield f"linear {divergence}", from_hidden, [h, w, bias]
+    coded: Any = {"impl": "triton", "logits": "compact"}
+    hidden = TeacherHidden(ht, Head(wt, softcap=30.0))
+    yield (
+        "codes",
+        lambda: linear_distill_loss(h, Head(w, bias), y, hidden, JOINT, **coded).loss,
+        [h, w, bias],
+    )
     own = (torch.arange(V, device=DEVICE).flip(0) // 2).int()
     outcomes = Outcomes(own, own[7:], V // 2 + 1)
     other = TeacherHidden(ht, Head(wt[7:]))

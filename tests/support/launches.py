@@ -19,18 +19,20 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any, get_args
 from unittest import mock
 
 import torch
 import triton
+from sad_kernels import _tiles
 from sad_kernels._extents import Extent
 from sad_kernels._rows import LossSpec, RowTargets, ShardSpec
 from sad_kernels._tiles import pitch
-from sad_kernels._triton import ema, launch, outcomes, reduce, scale, tile
+from sad_kernels._triton import compact, ema, launch, outcomes, reduce, scale, tile
 from sad_kernels._triton import shards as shard_sums
+from sad_kernels._triton.gemm import HiddenWithHead
 from sad_kernels._triton.rows import PARTS
 from sad_kernels._triton.tile_sizes import table_rule, tile_rule
 from sad_kernels.objective import Divergence, Objective
@@ -45,6 +47,8 @@ from support.machine_code import access_widths, double_arithmetic, resources, ro
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
@@ -436,6 +440,71 @@ def linear_cases() -> Iterator[Case]:
     yield Case("forward_kl to a mixture, bf16", call)
 
 
+def run_codes(
+    dtype: torch.dtype,  # of the hidden states, and the gradient
+    layout: str,
+    *,
+    divergence: Divergence | None = None,
+    temperature: float = 1.0,
+    smoothing: float = 0.0,
+    finish: bool = False,
+    teacher_share: float = 1.0,
+    row_weights: bool = False,
+) -> Callable[[], object]:
+    """A block of rows whose logits are codes, as in ``chunks.run``."""
+
+    def call() -> None:
+        out = slab(dtype, layout)
+        rows, vocab = out.shape
+        bias = torch.empty(vocab) if finish else None
+        hidden, weight = torch.empty(rows, 8, dtype=dtype), torch.empty(vocab, 8, dtype=dtype)
+        student = HiddenWithHead(hidden, weight, bias, 0.5 if finish else 1.0, None)
+        teacher = None if divergence is None else replace(student, softcap=30.0 if finish else None)
+        objective = Objective(
+            ce_weight=0.5,
+            kd_weight=0.0 if divergence is None else 0.5,
+            label_smoothing=smoothing,
+            z_loss=1e-4,
+            temperature=temperature,
+            divergence=divergence or "forward_kl",
+            teacher_share=teacher_share,
+        )
+        spec = LossSpec(objective, vocab, -100, True, divergence is not None)
+        weights = torch.empty(rows) if row_weights else None
+        targets = RowTargets(torch.empty(rows, dtype=torch.int64), None, None, weights, weights)
+        assert compact.takes_codes(spec, student, targets, teacher)
+
+        def products(_: HiddenWithHead, rows: slice, columns: slice, slab: Tensor) -> Tensor:
+            return slab[: rows.stop - rows.start, : columns.stop - columns.start]
+
+        with (
+            mock.patch.object(HiddenWithHead, "products", products),
+            mock.patch.object(_tiles, "SLAB_COLUMNS", 1 << 17),
+        ):
+            block = compact.CodedRows(spec, student, targets, teacher, rows)
+            saved, s, t = block.forward(slice(0, rows), targets, out)
+        launch.gradient(spec, s, targets, t, saved, torch.empty(1), out)
+
+    return call
+
+
+def compact_cases() -> Iterator[Case]:
+    """Logits as codes, in slabs so wide that there is one, or one that is whole and the last."""
+    yield Case("ce, bf16, aligned", run_codes(BF16, "aligned"), True)
+    yield Case("ce, fp16, aligned", run_codes(FP16, "aligned"))
+    call = run_codes(BF16, "odd limit", smoothing=0.1, finish=True)
+    yield Case("ce, bf16, smoothing, bias, scale, odd limit", call)
+    for temperature, smoothing in ((1.0, 0.0), (2.0, 0.1), (2.7, 0.0)):
+        call = run_codes(
+            BF16, "aligned", divergence="forward_kl", temperature=temperature, smoothing=smoothing
+        )
+        yield Case(f"forward_kl, bf16, T {temperature}", call, temperature == 2)
+    call = run_codes(BF16, "odd limit", divergence="reverse_kl", temperature=2.0, finish=True)
+    yield Case("reverse_kl, bf16, T 2.0, bias, scale, softcap, odd limit", call)
+    call = run_codes(BF16, "aligned", divergence="forward_kl", teacher_share=0.4, row_weights=True)
+    yield Case("forward_kl to a mixture, bf16, weights of rows", call)
+
+
 def outcome_cases() -> Iterator[Case]:
     """The vocabularies of two tokenizers, compared by what a third of the tokens have in common."""
     for dtype, layout in ((FP32, "aligned"), (BF16, "odd limit"), (BF16, "unaligned")):
@@ -530,6 +599,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     "top_k": top_k_cases,
     "linear": linear_cases,
     "shards": shard_cases,
+    "compact": compact_cases,
     "outcomes": outcome_cases,
     "ema": ema_cases,
     "scale": scale_cases,

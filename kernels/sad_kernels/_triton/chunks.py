@@ -13,43 +13,36 @@ efficient for many rows only:
 Both sizes follow from ``chunk_bytes`` alone, never from free memory: the order of summation must
 not depend on the machine.
 
+Where logits are codes (``compact.py``) they take the place of ``g`` until it overwrites them, and a
+forward block has no more rows than make its products slabs that fit a cache.
+
 Rows that do not count are zeroed in the chunk's copy of the hidden states: their ``g`` is 0, but
 0 times inf or NaN is not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sad_kernels._rows import LossSpec, RowTargets
-from sad_kernels._tiles import TRITON_CHUNK_BYTES, chunk_rows, cut, outcome_row_bytes, pitch
+from sad_kernels._tiles import (
+    TRITON_CHUNK_BYTES,
+    ChunkRows,
+    chunk_rows,
+    cut,
+    outcome_row_bytes,
+    pitch,
+)
 from sad_kernels._triton import launch
-from sad_kernels._triton.gemm import add_times_, times
-from sad_kernels._triton.launch import Logits, SortedTopK
+from sad_kernels._triton.compact import CodedRows, takes_codes
+from sad_kernels._triton.gemm import HiddenWithHead, add_times_, times
+from sad_kernels._triton.launch import Block, Logits, SortedTopK
 from sad_kernels._triton.outcomes import Tables, as_columns
 from sad_kernels._triton.rows import PARTS
 from sad_kernels.vocab import sum_
-
-
-@dataclass(frozen=True)
-class HiddenWithHead:
-    """One model: its final hidden states, and the head that turns them into logits."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [>= V, D], in the dtype of the hidden states
-    bias: Tensor | None  # [>= V]
-    scale: float
-    softcap: float | None
-
-    def logits(self, rows: slice, slab: Tensor, vocab: int) -> Logits:
-        """Write the products of some rows to the slab; kernels apply bias, scale and softcap."""
-        out = slab[: rows.stop - rows.start, :vocab]
-        times(self.hidden[rows], self.weight[:vocab].T, out=out)
-        return Logits(out, self.bias, self.scale, self.softcap)
 
 
 class GradMask(NamedTuple):
@@ -80,21 +73,16 @@ def run(
     upstream: Tensor | None,  # [N] or [1]: what g is multiplied by; None: losses only
     dhidden_dtype: torch.dtype,  # the others are left in fp32
     chunk_bytes: int | None,
+    compact_logits: bool = False,  # as codes, if these can be
 ) -> Result:
     """Compute the losses of all rows, and the wanted gradients of ``sum(upstream * loss)``."""
     hidden, V = student.hidden, spec.width
     N = len(hidden)
     fp32 = hidden.new_empty(0, dtype=torch.float32)
     any_grad = upstream is not None and any(grad_mask)
-    sides = 2 if isinstance(teacher, HiddenWithHead) else 1
-    budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    tables = Tables.of(spec, targets)
-    if tables is None:
-        teacher_width, sizes = V, chunk_rows(spec.widest, sides, hidden.element_size(), budget)
-    else:
-        teacher_width = spec.teacher_columns
-        others = outcome_row_bytes(spec.column_counts) + (sides - 1) * 4 * pitch(teacher_width)
-        sizes = chunk_rows(V, 1, hidden.element_size(), budget, others)
+    in_codes = compact_logits and takes_codes(spec, student, targets, teacher)
+    kind = CodedRows if in_codes else WholeRows
+    sizes = kind.sizes(spec, student, teacher, chunk_bytes)
     result = Result(
         loss=fp32.new_empty(N),
         parts=fp32.new_empty(PARTS, N),
@@ -118,29 +106,20 @@ def run(
     chunks = cut(N, sizes.gradient)
     blocks_of = [cut(chunk.stop - chunk.start, sizes.forward) for chunk in chunks]
     most = max((block.stop - block.start for blocks in blocks_of for block in blocks), default=0)
-    slabs = [fp32.new_empty(most, pitch(width)) for width in (V, teacher_width)[:sides]]
-    spread = None if tables is None else fp32.new_empty(most, pitch(V))
+    logits = kind(spec, student, targets, teacher, most)
     rows_of_g = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    g = hidden.new_empty(rows_of_g if any_grad else 0, pitch(V))
+    rows_of_codes = most if in_codes else 0
+    g = hidden.new_empty(rows_of_g if any_grad else rows_of_codes, pitch(V))
     for chunk, blocks in zip(chunks, blocks_of, strict=True):
         for block in blocks:  # block: rows within the chunk; rows: the same among all
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
-            s, y = student.logits(rows, slabs[0], V), targets.at(rows)
-            t = _teacher_rows(teacher, rows, slabs[-1], teacher_width)
-            columns = None
-            if tables is not None and t is not None:
-                assert not isinstance(t, HiddenWithHead)
-                columns = as_columns(spec, tables, s, y, t, spread)
-                forward = launch.forward(columns.spec, s, y, columns.teacher)
-                columns.finish(forward, y)
-            else:
-                forward = launch.forward(spec, s, y, t)
+            y = targets.at(rows)
+            out = g[block] if any_grad else g[: block.stop - block.start]
+            forward, s, t = logits.forward(rows, y, out)
             result.loss[rows], result.parts[:, rows] = forward.loss, forward.parts
-            if any_grad:  # while the products are in their slabs, which the next block overwrites
+            if any_grad:  # while the logits are in their slabs, which the next block overwrites
                 up = upstream if len(upstream) == 1 else upstream[rows]
-                if columns is not None:
-                    t = columns.teacher
-                launch.gradient(spec, s, y, t, forward, up, g[block, :V])
+                launch.gradient(spec, s, y, t, forward, up, out[:, :V])
         if any_grad:
             _add_gradients(spec, student, targets.labels, chunk, g, result, grad_mask)
     if spec.shard is not None and result.dhidden.numel() > 0:
@@ -182,14 +161,61 @@ def _add_gradients(
         result.dbias[:V] += g.sum(0, dtype=torch.float32)
 
 
-def _teacher_rows(
-    teacher: HiddenWithHead | Logits | SortedTopK | None, rows: slice, slab: Tensor, vocab: int
-) -> Logits | SortedTopK | None:
-    """Some rows of a teacher of any kind, as the row kernels take it."""
-    match teacher:
-        case HiddenWithHead():
-            return teacher.logits(rows, slab, vocab)
-        case None:
-            return None
-        case _:
-            return launch.rows_of(teacher, rows)
+class WholeRows:
+    """Rows of logits in fp32: those of one block at a time, in slabs that serve all of them."""
+
+    def __init__(
+        self,
+        spec: LossSpec,
+        student: HiddenWithHead,
+        targets: RowTargets,
+        teacher: HiddenWithHead | Logits | SortedTopK | None,
+        most: int,  # rows of a block
+    ) -> None:
+        self.spec, self.student, self.teacher = spec, student, teacher
+        self.tables = Tables.of(spec, targets)
+        V, new = spec.width, student.hidden.new_empty
+        self.slab = new(most, pitch(V), dtype=torch.float32)
+        if isinstance(teacher, HiddenWithHead):
+            width = V if self.tables is None else spec.teacher_columns
+            self.teacher_slab = new(most, pitch(width), dtype=torch.float32)[:, :width]
+        if self.tables is not None:
+            self.spread = new(most, pitch(V), dtype=torch.float32)
+
+    @staticmethod
+    def sizes(
+        spec: LossSpec,
+        student: HiddenWithHead,
+        teacher: HiddenWithHead | Logits | SortedTopK | None,
+        chunk_bytes: int | None,
+    ) -> ChunkRows:
+        """The most rows of a block and of a chunk."""
+        sides = 2 if isinstance(teacher, HiddenWithHead) else 1
+        budget = TRITON_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        itemsize = student.hidden.element_size()
+        if not spec.num_outcomes:
+            return chunk_rows(spec.widest, sides, itemsize, budget)
+        others = outcome_row_bytes(spec.column_counts)
+        others += (sides - 1) * 4 * pitch(spec.teacher_columns)
+        return chunk_rows(spec.width, 1, itemsize, budget, others)
+
+    def forward(self, rows: slice, y: RowTargets, out: Tensor) -> Block:
+        """The losses of some rows; ``out`` is for their gradient, and left alone."""
+        spec, tables = self.spec, self.tables
+        s, t = _logits(self.student, rows, self.slab[:, : spec.width]), self.teacher
+        if isinstance(t, HiddenWithHead):
+            t = _logits(t, rows, self.teacher_slab)
+        elif t is not None:
+            t = launch.rows_of(t, rows)
+        if tables is None or t is None:
+            return Block(launch.forward(spec, s, y, t), s, t)
+        columns = as_columns(spec, tables, s, y, t, self.spread)
+        forward = launch.forward(columns.spec, s, y, columns.teacher)
+        columns.finish(forward, y)
+        return Block(forward, s, columns.teacher)
+
+
+def _logits(side: HiddenWithHead, rows: slice, slab: Tensor) -> Logits:
+    """Write the products of some rows to the slab; kernels apply bias, scale and softcap."""
+    x = side.products(rows, slice(0, slab.shape[1]), slab)
+    return Logits(x, side.bias, side.scale, side.softcap)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,20 @@ def add_times_(total: Tensor, a: Tensor, b: Tensor) -> None:  # [m, n] fp32, [m,
         total.addmm_(a.float(), b.float())
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@dataclass(frozen=True)
+class HiddenWithHead:
+    """One model: its final hidden states, and the head that turns them into logits."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [>= V, D], in the dtype of the hidden states
+    bias: Tensor | None  # [>= V]
+    scale: float
+    softcap: float | None
+
+    def products(self, rows: slice, columns: slice, slab: Tensor) -> Tensor:
+        """Write the products of some rows to the slab, without bias, scale and softcap."""
+        out = slab[: rows.stop - rows.start, : columns.stop - columns.start]
+        times(self.hidden[rows], self.weight[columns].T, out=out)
+        return out

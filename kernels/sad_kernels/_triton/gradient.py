@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from sad_kernels._triton.codes import load_codes
 from sad_kernels._triton.rows import (
     DENSE,
     EXPECTATION,
@@ -52,8 +53,10 @@ class RowScalars(NamedTuple):
     """What the gradient of one row needs besides its logits, named as in ``rows.py``."""
 
     label: Any
-    m: Any
+    m: Any  # what the loaded logits are relative to, and the teacher's: 0 if they are codes
     m_t: Any
+    shifts: Any  # None, or of the groups of codes, see ``load_codes``
+    t_shifts: Any
     expectation: Any
     reference: Any  # what the slopes of a mixture or of TVD count from
     mixture: Any  # its MixtureRow
@@ -86,10 +89,17 @@ def gradient_tile(
     It grows with the upstream gradient, of which a factor of the logits is a part.
     """
     columns = start + tl.arange(0, BLOCK)
-    s, slope = load_logits(student, columns, V, MASKED)
+    if scalars.shifts is None:
+        s, slope = load_logits(student, columns, V, MASKED)
+    else:
+        s = load_codes(student, scalars.shifts, start, V, BLOCK, MASKED)
+        slope = s
     t = s
     if FLAGS.TEACHER == DENSE:
-        t, _ = load_logits(teacher, columns, V, MASKED)
+        if scalars.shifts is None:
+            t, _ = load_logits(teacher, columns, V, MASKED)
+        else:
+            t = load_codes(teacher, scalars.t_shifts, start, V, BLOCK, MASKED)
 
     # The divergence, from what lies between the two sides: near agreement little else is left.
     g = tl.zeros([BLOCK], tl.float32)
@@ -140,6 +150,7 @@ def gradient_kernel(
     s_ptr, s_stride, s_bias, s_scale, s_softcap,  # [N, >= V]; what follows as in LogitsRow
     t_ptr, t_stride, t_bias, t_scale, t_softcap,  # [N, >= V] of a DENSE teacher
     t_share,  # None, or the teacher's share of the target
+    s_shifts_ptr, t_shifts_ptr, num_groups,  # None, or [N, groups]: the logits of both are codes
     ids_ptr,  # [N, K] int32 of a TOP_K teacher, ascending in each row
     inside_ptr,  # [N, K] fp32, of ``merge``: the divergence's gradient by the ids' logits
     outside_ptr,  # [N] fp32, of ``merge``: the same by all other logits, by e^((s - m_t)/T)
@@ -260,13 +271,20 @@ def gradient_kernel(
             in_range = (label >= 0) & (label < V)
             label_share *= tl.load(class_weight_ptr + label, mask=in_range, other=0.0)
 
+    shifts, t_shifts = None, None
+    if s_shifts_ptr is not None:
+        m, m_t = zero, zero  # codes are relative to their row's maximum as they are decoded
+        shifts = s_shifts_ptr + row * num_groups
+        if FLAGS.TEACHER == DENSE:
+            t_shifts = t_shifts_ptr + row * num_groups
     scalars = RowScalars(
-        label=label, m=m, m_t=m_t, expectation=expectation, reference=reference,
-        mixture=mixture, kd=kd, near=near, rest=rest, outside=outside,
-        q_1_factor=q_1_factor, shares=shares, label_share=label_share,
+        label=label, m=m, m_t=m_t, shifts=shifts, t_shifts=t_shifts,
+        expectation=expectation, reference=reference, mixture=mixture, kd=kd, near=near, rest=rest,
+        outside=outside, q_1_factor=q_1_factor, shares=shares, label_share=label_share,
     )  # fmt: skip
     stop = tl.minimum(last, V)
     whole = first + tl.maximum(stop - first, 0) // BLOCK * BLOCK
+    # Codes and g may be the same memory: each number is written by whoever has read it.
     for start in range(first, whole, BLOCK):  # whole tiles, read and written without a mask
         columns = start + tl.arange(0, BLOCK)
         g, id, next_id = gradient_tile(

@@ -40,6 +40,9 @@ class Logits:
     bias: Tensor | None = None  # [>= V]
     scale: float = 1.0
     softcap: float | None = None
+    shifts: Tensor | None = None
+    """[N, groups] fp32: x are codes, relative to their groups' maxima, and these how far each is
+    below the row's; see ``codes.py``."""
 
     @property
     def arguments(self) -> tuple[object, ...]:
@@ -79,6 +82,14 @@ class Forward(NamedTuple):
     saved: Tensor  # [SAVED, N]
     inside: Tensor  # [N, K], of a top-k teacher: the gradient by the ids' logits
     outside: Tensor  # [N]: and by all others, see merge.py
+
+
+class Block(NamedTuple):
+    """Some rows of a linear loss after forward, as ``gradient`` takes them."""
+
+    forward: Forward
+    student: Logits
+    teacher: Logits | SortedTopK | None
 
 
 class Selection(NamedTuple):
@@ -149,15 +160,9 @@ def _forward(
     N = len(x)
     empty = result.loss
     top_k = teacher if isinstance(teacher, SortedTopK) else None
-    objective = spec.objective
-    by_class = targets.labels is not None and objective.label_smoothing > 0
-    flags = _flags(spec, teacher)._replace(
-        COMPUTE_CE=spec.compute_ce,
-        COMPUTE_METRICS=spec.compute_metrics,
-        SMOOTH=spec.compute_ce and (by_class or targets.soft is not None),
-    )
+    flags = forward_flags(spec, targets, teacher)
     dense = teacher if isinstance(teacher, Logits) else student
-    numbers, share = _numbers(spec), _target_share(spec)
+    numbers = _numbers(spec)
 
     # Statistics: one program per row and segment. Where there is no teacher, no ids, the pointers
     # are of tensors that exist and the kernel does not read them.
@@ -176,19 +181,17 @@ def _forward(
     if segments > 0:  # a shard may have no column
         with on_device(x.device):
             statistics_kernel[(N, segments)](
-                *student.arguments, *dense.arguments, share,
+                *student.arguments, *dense.arguments, _target_share(spec),
                 own_ids, K, *which, kd_weights, *soft, _own_classes(class_weight, spec),
-                partials, N, V, numbers[0], float(objective.label_smoothing), _classes(spec),
+                partials, N, V, numbers[0], float(spec.objective.label_smoothing), _classes(spec),
                 BLOCK=shape.block, SEGMENT=shape.segment, **shape.lanes(*read), FLAGS=flags,
                 num_warps=shape.warps, enable_fp_fusion=True,
             )  # fmt: skip
 
-    # Merge: one program for a few rows, fewer beside a top-k teacher, whose K ids it holds.
-    block_k = 1 if top_k is None else power_of_2(top_k.ids.shape[1])
-    rows_at_a_time = max(1, MERGE_NUMBERS // block_k)
-    warps = 4 if top_k is None else max(1, min(4, block_k // 128))
-    picked = None
-    if spec.shard is not None:  # the segments of all shards, each of them one
+    # Shards of the vocabulary take the place of segments.
+    found = Segments(partials, segments, shape.segment)
+    if spec.shard is not None:
+        block_k, rows_at_a_time, warps = _merge_tile(top_k)
         folded = empty.new_empty(shards.KINDS, N)
         picked = empty.new_zeros(1 + K, N)
         with on_device(x.device):
@@ -202,31 +205,67 @@ def _forward(
         partials, picked = shards.exchanged(
             folded, picked, flags, targets.labels is not None, spec.shard.group
         )
-        segments = partials.shape[1]
-    mixture_sums = partials  # not read until there are such sums
+        found = Segments(partials, partials.shape[1], shape.segment, picked)
 
-    def merge(*, final: bool) -> None:
-        log_p, log_rest, best = (
-            (partials,) * 3 if top_k is None else (top_k.log_p, top_k.log_rest, top_k.best)
-        )
+    call = spec, student, targets, top_k, (*which, kd_weights), flags, found, result
+    if flags.TWO_PASSES:  # the normalisers first, then the second pass, which needs them
+        merge(*call, mixture_sums=None)
+        sums = _mixture(spec, student, dense, (*which, kd_weights), result.saved, flags.DIVERGENCE)
+        merge(*call, mixture_sums=sums)
+    else:
+        merge(*call, mixture_sums=partials)  # which it does not read
+
+
+class Segments(NamedTuple):
+    """Sums of all rows over segments of the vocabulary."""
+
+    partials: Tensor  # [kinds, segments, N]
+    number: int
+    length: int
+    picked: Tensor | None = None  # [1 + K, N] logits of labels and ids; None: they can be read
+
+
+def merge(
+    spec: LossSpec,
+    student: Logits,
+    targets: RowTargets,
+    top_k: SortedTopK | None,
+    which: tuple[object, ...],  # the kernel's arguments that say which rows it computes
+    flags: Flags,
+    segments: Segments,
+    result: Forward,
+    *,
+    mixture_sums: Tensor | None,  # None: not yet; only what ``mixture`` has to know is written
+) -> None:
+    """Put the segments of the rows together and write their results."""
+    N, partials = len(student.x), segments.partials
+    block_k, rows_at_a_time, warps = _merge_tile(top_k)
+    ids, K, log_p, log_rest, best = partials, 0, partials, partials, partials
+    if top_k is not None:
+        ids, K = top_k.ids, top_k.ids.shape[1]
+        log_p, log_rest, best = top_k.log_p, top_k.log_rest, top_k.best
+    *selected, kd_weights = which
+    with on_device(student.x.device):
         merge_kernel[(ceil_div(N, rows_at_a_time),)](
-            partials, mixture_sums, picked, segments, shape.segment, N, spec.vocab,
-            *student.arguments, share,
-            ids, log_p, log_rest, best, K, *which,
-            _adjacent(targets.token_weights), kd_weights, soft[0], class_weight,
+            partials, partials if mixture_sums is None else mixture_sums, segments.picked,
+            segments.number, segments.length, N, spec.vocab,
+            *student.arguments, _target_share(spec),
+            ids, log_p, log_rest, best, K, *selected,
+            _adjacent(targets.token_weights), kd_weights, targets.soft, targets.class_weight,
             result.loss, result.parts, result.saved, result.inside, result.outside,
-            *numbers,
-            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=final, FLAGS=flags,
+            *_numbers(spec),
+            ROWS=rows_at_a_time, BLOCK_K=block_k, FINAL=mixture_sums is not None, FLAGS=flags,
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
 
-    with on_device(x.device):
-        if flags.TWO_PASSES:  # the normalisers first, then the second pass, which needs them
-            merge(final=False)
-            mixture_sums = _mixture(
-                spec, student, dense, (*which, kd_weights), result.saved, flags.DIVERGENCE
-            )
-        merge(final=True)
+
+def _merge_tile(top_k: SortedTopK | None) -> tuple[int, int, int]:
+    """A power of 2 from K on, and rows and warps of a program: a few rows, fewer beside a top-k
+    teacher, whose K ids it holds."""
+    if top_k is None:
+        return 1, MERGE_NUMBERS, 4
+    block_k = power_of_2(top_k.ids.shape[1])
+    return block_k, max(1, MERGE_NUMBERS // block_k), max(1, min(4, block_k // 128))
 
 
 def _mixture(
@@ -300,6 +339,9 @@ def _gradient(
     more = isinstance(teacher, Logits) and objective.divergence != "forward_kl"
     pressure = _pressure(student, teacher, targets) + more
     shape = choose_tile(student.x.device, "gradient", V, pressure)
+    share, groups = _target_share(spec), 0
+    if student.shifts is not None:  # whole groups; the teacher's codes are those of the target
+        shape, share, groups = shape.of_whole_groups(), None, student.shifts.shape[1]
     top_k = teacher if isinstance(teacher, SortedTopK) else None
     ids, K = (saved.saved, 0) if top_k is None else (top_k.ids, top_k.ids.shape[1])
     if top_k is not None:
@@ -308,7 +350,7 @@ def _gradient(
     weights = None if teacher is None else _adjacent(targets.kd_weights)
     with on_device(student.x.device):
         gradient_kernel[(N, ceil_div(width, shape.segment))](
-            *student.arguments, *dense.arguments, _target_share(spec),
+            *student.arguments, *dense.arguments, share, student.shifts, dense.shifts, groups,
             ids, saved.inside, saved.outside, K,
             _adjacent(targets.labels), spec.ignore_index, *selection,
             _adjacent(targets.token_weights), weights, *_soft_arguments(targets),
@@ -372,6 +414,18 @@ def _target_share(spec: LossSpec) -> float | None:
     """The teacher's share of the target; None: the teacher alone."""
     share = float(spec.objective.teacher_share)
     return None if share == 1 else share
+
+
+def forward_flags(
+    spec: LossSpec, targets: RowTargets, teacher: Logits | SortedTopK | None
+) -> Flags:
+    """The flags of ``forward``."""
+    by_class = targets.labels is not None and spec.objective.label_smoothing > 0
+    return _flags(spec, teacher)._replace(
+        COMPUTE_CE=spec.compute_ce,
+        COMPUTE_METRICS=spec.compute_metrics,
+        SMOOTH=spec.compute_ce and (by_class or targets.soft is not None),
+    )
 
 
 def _flags(spec: LossSpec, teacher: Logits | SortedTopK | None) -> Flags:

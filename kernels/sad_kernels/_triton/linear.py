@@ -34,7 +34,8 @@ from sad_kernels._operator import (
 )
 from sad_kernels._rows import LossSpec, RowLayout, RowResults, RowTargets
 from sad_kernels._triton import chunks
-from sad_kernels._triton.chunks import GradMask, HiddenWithHead, Result
+from sad_kernels._triton.chunks import GradMask, Result
+from sad_kernels._triton.gemm import HiddenWithHead
 from sad_kernels._triton.launch import Logits, SortedTopK
 from sad_kernels._triton.logits import TopKTensors, teacher_of, top_k_tensors
 from sad_kernels._triton.rows import PARTS
@@ -60,9 +61,10 @@ def mean_loss(
     layout: RowLayout,
     items: Tensor,  # []
     chunk_bytes: int | None,
+    compact: bool,
 ) -> tuple[Tensor, RowResults]:
     """``sum of row losses / items``, differentiable, and the row losses and parts, detached."""
-    inputs = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes)
+    inputs = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes, compact)
     grad_mask = list(_grad_mask(hidden, head))
     total, rows, parts, *_ = linear_loss(*inputs, items, grad_mask)
     return total, RowResults(rows.detach(), *parts.detach())
@@ -76,9 +78,10 @@ def row_losses_from_hidden(
     teacher: Teacher | None,
     layout: RowLayout,
     chunk_bytes: int | None,
+    compact: bool,
 ) -> RowResults:
     """The loss of every row, differentiable, and its parts, detached."""
-    inputs = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes)
+    inputs = _inputs(spec, hidden, head, targets, teacher, layout, chunk_bytes, compact)
     loss, parts = linear_rows(*inputs)
     return RowResults(loss, *parts.detach())
 
@@ -98,6 +101,7 @@ def _inputs(
     teacher: Teacher | None,
     layout: RowLayout,
     chunk_bytes: int | None,
+    compact: bool,
 ) -> LinearInputs:
     """The common inputs of the operators, from what a caller passes."""
     t_hidden = t_weight = t_bias = None
@@ -118,7 +122,7 @@ def _inputs(
     student = hidden, head.weight, head.bias
     return LinearInputs(
         *student, *_without_soft(targets), t_hidden, t_weight, t_bias, *top_k, *encode(args),
-        chunk_bytes,
+        chunk_bytes, compact,
     )  # fmt: skip
 
 
@@ -153,6 +157,7 @@ class LinearInputs(NamedTuple):
     numbers: Sequence[float]
     words: str
     chunk_bytes: int | None
+    compact: bool  # logits as codes, where these can be, see ``compact.py``
 
     @property
     def args(self) -> OpArgs:
@@ -402,6 +407,7 @@ def _run(inputs: LinearInputs, grad_mask: GradMask, upstream: Tensor | None) -> 
             upstream=upstream,
             dhidden_dtype=_dhidden_dtype(hidden),
             chunk_bytes=inputs.chunk_bytes,
+            compact_logits=inputs.compact,
         )
 
 

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sad_kernels._tiles import GROUP
+
 SEGMENT = 16384
 """Columns that one program sums up. 256 rows of 128256 columns make 2048 programs."""
 
@@ -41,6 +43,11 @@ class Tile(NamedTuple):
         threads = self.threads_per_warp * self.warps
         return {"VECTOR": vector, "LANES": min(self.block // vector, threads)}
 
+    def of_whole_groups(self) -> Tile:
+        """At least as large, of whole groups of columns that share a maximum, see ``codes.py``."""
+        block = max(self.block, GROUP)
+        return self._replace(block=block, segment=max(self.segment, block))
+
 
 class BlockAndWarps(NamedTuple):
     """A program's columns at a time, and its warps, for vocabularies of at least a block."""
@@ -63,12 +70,20 @@ TILES: dict[str, dict[tuple[str, int | None], BlockAndWarps]] = {
         ("gradient", 1): BlockAndWarps(2048, 8),
         ("gradient", 2): BlockAndWarps(2048, 4),
         ("gradient", ANY): BlockAndWarps(1024, 4),
+        # Not timed. A group is loaded by one warp, so that its sums need no other.
+        ("compress", 1): BlockAndWarps(1024, 1),
+        ("compress", ANY): BlockAndWarps(512, 1),
     },
 }
 """Architecture (``sm_90``, ``gfx942``, ...) -> (kernel, pressure) -> tile. What an architecture
 does not list it takes from ``default``."""
 
-PRESSURES = {"statistics": (1, 2, 3, 4, 5), "mixture": (2,), "gradient": (1, 2, 3, 4, 5)}
+PRESSURES = {
+    "statistics": (1, 2, 3, 4, 5),
+    "mixture": (2,),
+    "gradient": (1, 2, 3, 4, 5),
+    "compress": (1, 2, 3),
+}
 LAUNCHED = [(kernel, p) for kernel, several in PRESSURES.items() for p in (*several, ANY)]
 """The keys that a launch looks up: kernel, and its pressure or ``ANY``."""
 

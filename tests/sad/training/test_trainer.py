@@ -43,6 +43,7 @@ from sad.optim.schedule import lr_factor
 from sad.report.log import RunLog, read_log
 from sad.teachers.frozen import TeacherOutput
 from sad.training import state as trainer_state
+from sad.training import student as student_module
 from sad.training import trainer as trainer_module
 from sad.training.inputs import RunInputs, load_inputs
 from sad.training.meters import EvalMetrics, ThroughputMeter
@@ -620,6 +621,26 @@ def test_100_batches_are_100_scheduler_steps_and_13_updates(
     lasts = [min(8 * j + 7, 99) for j in range(13)]
     factors = [lr_factor("cosine", t, 100, warmup=3) for t in lasts]
     assert used == pytest.approx([config.learning_rate * f for f in factors], rel=1e-12)
+
+
+@pytest.mark.parametrize("keys", [{}, {"loss_logits": "compact"}], ids=lambda keys: ",".join(keys))
+def test_the_loss_gets_its_format_of_logits(
+    keys: dict[str, Any], make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**keys)
+    inputs, seen = load_inputs(config), []
+    student = build_student(config, load_student(config), inputs.valid_vocab, Precision(config))
+    loss = student_module.linear_distill_loss
+
+    def watched(*arguments: Any, **how: Any) -> Any:
+        seen.append(how["logits"])
+        return loss(*arguments, **how)
+
+    monkeypatch.setattr(student_module, "linear_distill_loss", watched)
+    batch = inputs.train_rows.batch([0])
+    objective = config.objective(kd_weight=0.0)
+    student._distill(student.hidden(batch), batch, [], objective, 1, None)
+    assert seen == [keys.get("loss_logits", "exact")]
 
 
 def test_every_split_of_a_batch_gives_the_same_gradient(make_config: Callable[..., Any]) -> None:

@@ -59,11 +59,11 @@ class Problem:
     zeros: Mapping[str, Tensor] = field(default_factory=dict)  # masks of what is exactly zero
 
 
-def bound(impl: str, chunk_bytes: int | None = None) -> Any:
+def bound(impl: str, chunk_bytes: int | None = None, logits: str = "exact") -> Any:
     """The public functions with their mechanics filled in, callable like ``reference``."""
     if impl == "reference":
         return reference
-    linear = {"impl": impl, "chunk_bytes": chunk_bytes}
+    linear: dict[str, Any] = {"impl": impl, "chunk_bytes": chunk_bytes, "logits": logits}
     return SimpleNamespace(
         cross_entropy=partial(sad_kernels.cross_entropy, impl=impl),
         kl_div=partial(sad_kernels.kl_div, impl=impl),
