@@ -3,6 +3,8 @@
 python -m bench                 every kernel against every peer, on this machine
 python -m bench --quick         the most important cases, in 100 seconds
 python -m bench CASE...         these cases only: ce kd/jsd linear_kd ema; kd means every kd/...
+python -m bench --shape N,D_s,D_t,V --dtype DTYPE       every loss on sizes of one's own: tokens,
+                                hidden sizes of student and teacher, vocabulary; CASE... as above
 python -m bench --compare OLD.json NEW.json     what got slower; exit status 1 if anything did
 python -m bench --readme        rewrite the tables of all READMEs, and the plots, from what is
                                 committed under bench/results
@@ -48,7 +50,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from bench.problems.cases import Case
 
 NAMED = {
     "loss": "bench.kernels.linear_loss",
@@ -87,7 +92,14 @@ INCREMENTAL = {
 
 def main(words: Sequence[str]) -> int:
     start = time.monotonic()
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
+    named = [case for case in options.cases if case in NAMED]
+    if options.dtype and not options.shape:
+        parser.error(f"--dtype must come with --shape, got {options.dtype} alone; leave it out")
+    if options.shape and (named or any(case.startswith("ema") for case in options.cases)):
+        got = " ".join(options.cases)
+        parser.error(f"--shape must come with losses, or with no case, got {got}; leave it out")
     if options.compare:
         from bench.report import compare
 
@@ -100,7 +112,6 @@ def main(words: Sequence[str]) -> int:
 
         print("\n".join(f"-> {path}" for path in readme.rewrite()) or "all tables are current")
         return 0
-    named = [case for case in options.cases if case in NAMED]
     if named and len(options.cases) > 1:
         sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
     given = _case_options(named[0] if named else None, options)
@@ -112,14 +123,24 @@ def main(words: Sequence[str]) -> int:
         return _run_kernels(options, start, words)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=style)
+    parser = _Parser("python -m bench", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE")
     add("--quick", action="store_true", help="a small set, fewer calls, no torch.compile")
     add("--fake", action="store_true", help="a tiny set on the CPU, to see that everything runs")
     add("--seconds", type=float, help="stop after so many, with the cases done by then (quick: 90)")
+    add("--shape", type=_shape, metavar="N,D_s,D_t,V", help="sizes for every loss")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, metavar="DTYPE", help=f"of --shape: {', '.join(dtypes)}")
     add("--peers", nargs="+", default=(), metavar="PEER", help="only these, even in quick sets")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--out", type=Path, help="the JSON file; default: a name in bench/results")
@@ -144,6 +165,19 @@ def _integers(text: str) -> list[int]:
     except ValueError:
         message = f"must be whole numbers, got {text!r}; write them like 24,48"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    """N, D_s, D_t and V; a teacher's hidden states are the student's and more of them."""
+    words = text.split(",")
+    if len(words) != 4 or not all(word.strip().isdecimal() and int(word) for word in words):
+        message = f"must be four whole numbers from 1 on, got {text!r}"
+        raise argparse.ArgumentTypeError(f"{message}; write them like 8192,1024,4096,151936")
+    N, D_s, D_t, V = map(int, words)
+    if D_t < D_s:
+        message = f"D_t must be at least D_s, got {D_t} and {D_s}"
+        raise argparse.ArgumentTypeError(f"{message}; give the teacher more")
+    return N, D_s, D_t, V
 
 
 def _case_options(case: str | None, options: Any) -> dict[str, Any]:
@@ -188,7 +222,8 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     seconds = options.seconds or (90.0 if options.quick else 1e9)
     command = " ".join(["python -m bench", *_without_out(words)])
     if _several_processes(options):
-        names = dict.fromkeys(c.name for c in cases.chosen(cases.full(), options.cases))
+        of_set = _shaped(options) if options.shape else cases.full()
+        names = dict.fromkeys(c.name for c in cases.chosen(of_set, options.cases))
         result, path = {"rows": [], "notes": []}, Path()
         for result in isolated.measure_isolated(tuple(names), _passed_on(options), start + seconds):
             result["run"] = record.run(command)
@@ -209,6 +244,8 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
         every, rounds, calls = (cases.quick(), 2, 5) if on_gpu else (cases.quick_cpu(), 3, 1)
     else:
         every, rounds, calls = (cases.full(), 6, 5) if on_gpu else (cases.cpu(), 7, 1)
+    if options.shape:
+        every = _shaped(options)
     effort = Effort(
         rounds,
         calls,
@@ -226,6 +263,12 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     return kernels.conclude(result, path, show=not options.part)
 
 
+def _shaped(options: Any) -> list[Case]:
+    from bench.problems import cases
+
+    return cases.of_shape(options.shape, options.dtype or "bfloat16")
+
+
 def _several_processes(options: Any) -> bool:
     import torch
 
@@ -235,6 +278,9 @@ def _several_processes(options: Any) -> bool:
 
 def _passed_on(options: Any) -> list[str]:
     words = ["--no-graphs"] if options.no_graphs else []
+    if options.shape:
+        words += ["--shape", ",".join(map(str, options.shape))]
+        words += ["--dtype", options.dtype or "bfloat16"]
     return words + (["--peers", *options.peers] if options.peers else [])
 
 

@@ -114,8 +114,13 @@ def path_for(record: dict[str, Any]) -> Path:
     day, commit = record["run"]["utc"][:10], record["run"]["commit"][:8] or "nocommit"
     device = record["machine"]["gpu"] or f"cpu {record['machine']['cpu']}"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    words = record["run"]["command"].split()
-    sets = ["quick"] if "--quick" in words else []
+    command = record["run"]["command"]
+    sets = ["quick"] if "--quick" in command.split() else []
+    sets += [  # of one's own, not to replace a run of the sets
+        found[1].replace(",", "-")
+        for option in ("shape", "dtype")
+        if (found := re.search(rf"--{option}[ =](\S+)", command))
+    ]
     return RESULTS / ("-".join([day, slug, commit, *sets]) + ".json")
 
 

@@ -216,6 +216,12 @@ def fake() -> list[Case]:
     ]
 
 
+def of_shape(shape: tuple[int, int, int, int], dtype: str) -> list[Case]:
+    """Every loss on one shape ``N, D_s, D_t, V``: of hidden states first, then of logits."""
+    N, D_s, D_t, V = shape
+    return [*_linear(LINEAR, [(N, V, D_s, D_t)], dtype=dtype), *_rows([(N, V)], dtype=dtype)]
+
+
 def chosen(cases: Iterable[Case], names: Iterable[str]) -> list[Case]:
     """The cases with these names; ``kd`` stands for all ``kd/...``, no name for all cases."""
     wanted = tuple(names)
