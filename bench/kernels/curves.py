@@ -271,7 +271,7 @@ def in_pieces(peer: Peer, problem: Hidden, pieces: int) -> Build:
             const = _flce_const(problem, pieces)
             return liger.linear_ce(chunk_mem_const=const, accum_dtype=torch.float32)
         case "torch chunked":
-            return torch_linear.of_hidden(batch_chunk_size=rows, chunking_method=None)
+            return torch_linear.of_labels(batch_chunk_size=rows, chunking_method=None)
         case _:
             raise Unsupported("is called with one size of chunks")
 

@@ -83,7 +83,8 @@ def conclude(result: Record, path: Path, show: bool) -> int:
     if show:
         print("\n".join(table.lines(result)))
         print(f"-> {path}")
-    bad = [r for r in result["rows"] if r["peer"] == "ours" and r["status"] in ("wrong", "failed")]
+    ours = [row for row in result["rows"] if table.is_ours(row["peer"])]
+    bad = [row for row in ours if row["status"] in ("wrong", "failed")]
     return int(bool(bad) or any("was lost" in note for note in result["notes"]))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import sad_kernels
 from sad_kernels import Head, TeacherHidden, TeacherLogits, TeacherTopK
 from sad_kernels.objective import Teacher
 from torch import Tensor
 
-from bench.peers.base import Average, Peer
+from bench.peers.base import Average, Peer, Unsupported
 from bench.problems.inputs import Hidden, Logits, Parameters
 
 
@@ -37,18 +39,35 @@ def of_logits(problem: Logits) -> Callable[[], Tensor]:
             return lambda: sad_kernels.distill_loss(problem.logits, labels, teacher, objective).loss
 
 
-def of_hidden(problem: Hidden) -> Callable[[], Tensor]:
-    objective, labels, V = problem.case.objective, problem.labels, problem.case.V
-    if problem.case.kind == "ce":
-        return lambda: sad_kernels.linear_cross_entropy(problem.hidden, problem.weight, labels)
-    teacher = TeacherHidden(problem.teacher_hidden, Head(problem.teacher_weight, valid_vocab=V))
-    head = Head(problem.weight, valid_vocab=V)
+def of_hidden(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
+    def build(problem: Hidden) -> Callable[[], Tensor]:
+        ce, distill = sad_kernels.linear_cross_entropy, sad_kernels.linear_distill_loss
+        objective, labels, V = problem.case.objective, problem.labels, problem.case.V
+        h, w, ht, wt = (
+            problem.hidden, problem.weight, problem.teacher_hidden, problem.teacher_weight
+        )  # fmt: skip
+        if problem.case.kind == "ce":
+            _require_settings(ce, settings)
+            return lambda: ce(h, w, labels, **settings)
+        _require_settings(distill, settings)
+        teacher, head = TeacherHidden(ht, Head(wt, valid_vocab=V)), Head(w, valid_vocab=V)
+        return lambda: distill(h, head, labels, teacher, objective, **settings).loss
 
-    def loss() -> Tensor:
-        hidden = problem.hidden
-        return sad_kernels.linear_distill_loss(hidden, head, labels, teacher, objective).loss
+    return build
 
-    return loss
+
+def compact(problem: Hidden) -> Callable[[], Tensor]:
+    """Logits kept in 16 bits: CE, and the divergences that are sums over both models' logits."""
+    if problem.case.objective.divergence not in ("forward_kl", "reverse_kl"):
+        raise Unsupported("keeps the logits of mixtures in 32 bits")
+    return of_hidden(logits="compact", impl="triton")(problem)
+
+
+def _require_settings(function: Callable[..., Any], settings: dict[str, Any]) -> None:
+    """Raise ``Unsupported`` for a keyword that this version of the function does not have."""
+    absent = settings.keys() - inspect.signature(function).parameters
+    if absent:
+        raise Unsupported(f"this version of sad_kernels has no {', '.join(sorted(absent))}=")
 
 
 def average(problem: Parameters) -> Average:
@@ -64,5 +83,9 @@ def average(problem: Parameters) -> Average:
 
 
 LOGITS = (Peer("ours", "sad_kernels.cross_entropy, kl_div, distill_loss", of_logits),)
-HIDDEN = (Peer("ours", "sad_kernels.linear_cross_entropy, linear_distill_loss", of_hidden),)
+LINEAR = "sad_kernels.linear_cross_entropy, linear_distill_loss"
+HIDDEN = (
+    Peer("ours", LINEAR, of_hidden()),
+    Peer("ours compact", LINEAR, compact, settings={"logits": "compact"}, devices=("cuda",)),
+)
 EMA = (Peer("ours", "sad_kernels.ema_update_, ema_swap_", average),)
