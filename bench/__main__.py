@@ -33,10 +33,11 @@ python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
 python -m bench ceilings        hardware limits: copies, GEMMs by rows per call, EMA updates
 python -m bench counters        stall reasons of the row kernels by hardware counters (needs ncu)
+python -m bench compact         16-bit logits of linear losses against 32 bits, part by part
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 
-end_to_end, batches, teachers, cross_tokenizer and on_policy write their JSON after every run, so an
-interrupted one keeps its results.
+The kernels and compact write their JSON after every case or part, and go on from there with
+--resume; end_to_end, batches, teachers, cross_tokenizer and on_policy write theirs after every run.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ NAMED = {
     "structure": "bench.training.structural_cost",
     "ceilings": "bench.kernels.ceilings",
     "counters": "bench.kernels.counters",
+    "compact": "bench.kernels.compact",
     "batches": "bench.training.batches",
 }
 """Benchmarks with a module of their own: ``measure()`` returns the record that is written."""
 
 INCREMENTAL = {
+    "compact": ("fake", "resume"),
     "end_to_end": ("rounds", "only"),
     "batches": ("limits", "only"),
     "teachers": ("only",),
@@ -88,6 +91,9 @@ INCREMENTAL = {
     "cross_tokenizer": (),
 }
 """Benchmarks that hand over their record after every run, and the options that they take."""
+
+SHARED = ("fake", "resume")
+"""Options of the kernel benchmark, too."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -115,6 +121,8 @@ def main(words: Sequence[str]) -> int:
     if named and len(options.cases) > 1:
         sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
     given = _case_options(named[0] if named else None, options)
+    if options.resume and options.out is None:
+        parser.error("--resume must come with --out, got none; name the file of the earlier run")
     if named:
         _run_named(named[0], given, options.out)
         return 0
@@ -136,7 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE")
     add("--quick", action="store_true", help="a small set, fewer calls, no torch.compile")
-    add("--fake", action="store_true", help="a tiny set on the CPU, to see that everything runs")
+    add(
+        "--fake",
+        action="store_true",
+        default=None,
+        help="a tiny set on the CPU, to see that everything runs",
+    )
     add("--seconds", type=float, help="stop after so many, with the cases done by then (quick: 90)")
     add("--shape", type=_shape, metavar="N,D_s,D_t,V", help="sizes for every loss")
     dtypes = ("bfloat16", "float16", "float32")
@@ -144,6 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", nargs="+", default=(), metavar="PEER", help="only these, even in quick sets")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--out", type=Path, help="the JSON file; default: a name in bench/results")
+    resume = "keep what the same command and commit have left in --out, and measure the rest"
+    add("--resume", action="store_true", default=None, help=resume)
     add("--rounds", type=int, help="of end_to_end; default: 3")
     only = "of end_to_end, batches: ours, ...; of teachers: gradients, codecs, students"
     add("--only", type=_comma_separated, metavar="A,B", help=only)
@@ -186,7 +201,7 @@ def _case_options(case: str | None, options: Any) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if name not in INCREMENTAL.get(case or "", ()):
+        if name not in (INCREMENTAL.get(case, ()) if case else SHARED):
             cases = " or ".join(case for case, taken in INCREMENTAL.items() if name in taken)
             got = case or " ".join(options.cases) or "no case"
             sys.exit(f"error: --{name} must come with {cases}, got {got}; leave it out")
@@ -259,7 +274,8 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     )
     chosen = cases.chosen(every, options.cases)
     fake = Path(tempfile.gettempdir()) / "bench-fake.json" if options.fake else None
-    result, path = kernels.run(chosen, device, effort, command, options.out or fake)
+    out = options.out or fake
+    result, path = kernels.run(chosen, device, effort, command, out, bool(options.resume))
     return kernels.conclude(result, path, show=not options.part)
 
 
@@ -273,7 +289,9 @@ def _several_processes(options: Any) -> bool:
     import torch
 
     small = options.quick or options.fake or options.part or options.device == "cpu"
-    return not small and len(options.cases) != 1 and torch.cuda.is_available()
+    return (
+        not small and not options.resume and len(options.cases) != 1 and torch.cuda.is_available()
+    )
 
 
 def _passed_on(options: Any) -> list[str]:
@@ -285,12 +303,12 @@ def _passed_on(options: Any) -> list[str]:
 
 
 def _without_out(words: Sequence[str]) -> list[str]:
-    """The command line without ``--out``: the recorded command should not depend on the file."""
+    """The command line without ``--out`` and ``--resume``, on which no result depends."""
     kept = [word for word in words if not word.startswith("--out=")]
     if "--out" in kept:
         at = kept.index("--out")
         del kept[at : at + 2]
-    return kept
+    return [word for word in kept if word != "--resume"]
 
 
 def _run_named(case: str, given: dict[str, Any], out: Path | None) -> None:
@@ -302,11 +320,14 @@ def _run_named(case: str, given: dict[str, Any], out: Path | None) -> None:
 
     module = importlib.import_module(NAMED[case])
     path = out or record.RESULTS / f"{case}.json"
+    resume = given.pop("resume", False)
+    run = record.run(_command(case, given))
+    machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if resume:
+        given["earlier"] = record.earlier(path, run, machine["gpu"])
 
     def keep(result: dict[str, Any]) -> None:
-        machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        about = {"schema": 1, "run": record.run(_command(case, given)), "machine": machine}
-        about["versions"] = library_versions()
+        about = {"schema": 1, "run": run, "machine": machine, "versions": library_versions()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(about | result, indent=1) + "\n")
 
@@ -320,7 +341,7 @@ def _command(case: str, given: dict[str, Any]) -> str:
     words = [f"python -m bench {case}"]
     for name, value in given.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else value
-        words.append(f"--{name} {text}")
+        words.append(f"--{name}" if value is True else f"--{name} {text}")
     return " ".join(words)
 
 

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from bench.kernels import check
 from bench.kernels import run as kernels
-from bench.kernels.entry import Effort, Entry
+from bench.kernels.entry import NO_TIME, Effort, Entry
 from bench.kernels.measure import fill
 from bench.kernels.timing import MIB, Device, one_line, percentiles
 from bench.peers import Peer, Unsupported, for_case, liger, torch_linear
@@ -168,7 +168,7 @@ def _measured(case: LossCase, device: Device, effort: Effort) -> Measured:
     print(f"{case.name} {case.shape}: {effort.left():.0f} s left", flush=True)
     try:
         if effort.left() < 0:
-            raise Unsupported("no time was left")
+            raise Unsupported(NO_TIME)
         device.free()
         gc.freeze()  # later collections need not scan the peers' modules
         gemm = fill(case, entries, device, effort)[1].full

@@ -41,17 +41,19 @@ def of_logits(problem: Logits) -> Callable[[], Tensor]:
 
 def of_hidden(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
     def build(problem: Hidden) -> Callable[[], Tensor]:
-        ce, distill = sad_kernels.linear_cross_entropy, sad_kernels.linear_distill_loss
         objective, labels, V = problem.case.objective, problem.labels, problem.case.V
         h, w, ht, wt = (
             problem.hidden, problem.weight, problem.teacher_hidden, problem.teacher_weight
         )  # fmt: skip
         if problem.case.kind == "ce":
-            _require_settings(ce, settings)
-            return lambda: ce(h, w, labels, **settings)
-        _require_settings(distill, settings)
+            return lambda: sad_kernels.linear_cross_entropy(h, w, labels, **settings)
         teacher, head = TeacherHidden(ht, Head(wt, valid_vocab=V)), Head(w, valid_vocab=V)
-        return lambda: distill(h, head, labels, teacher, objective, **settings).loss
+
+        def loss() -> Tensor:
+            out = sad_kernels.linear_distill_loss(h, head, labels, teacher, objective, **settings)
+            return out.loss
+
+        return loss
 
     return build
 
@@ -60,14 +62,15 @@ def compact(problem: Hidden) -> Callable[[], Tensor]:
     """Logits kept in 16 bits: CE, and the divergences that are sums over both models' logits."""
     if problem.case.objective.divergence not in ("forward_kl", "reverse_kl"):
         raise Unsupported("keeps the logits of mixtures in 32 bits")
-    return of_hidden(logits="compact", impl="triton")(problem)
+    return of_hidden(**compact_settings(problem.case.kind))(problem)
 
 
-def _require_settings(function: Callable[..., Any], settings: dict[str, Any]) -> None:
-    """Raise ``Unsupported`` for a keyword that this version of the function does not have."""
-    absent = settings.keys() - inspect.signature(function).parameters
-    if absent:
-        raise Unsupported(f"this version of sad_kernels has no {', '.join(sorted(absent))}=")
+def compact_settings(kind: str) -> dict[str, Any]:
+    """The keywords for 16-bit logits of a loss, ``ce`` or another; ``Unsupported`` without them."""
+    loss = sad_kernels.linear_cross_entropy if kind == "ce" else sad_kernels.linear_distill_loss
+    if "logits" not in inspect.signature(loss).parameters:
+        raise Unsupported("this version of sad_kernels has no logits=")
+    return {"logits": "compact", "impl": "triton"}
 
 
 def average(problem: Parameters) -> Average:

@@ -74,3 +74,41 @@ def test_the_default_file_of_a_shape_is_its_own(words: str) -> None:
     about = {"utc": "2026-12-01T00:00:00", "commit": "0123456789", "command": f"x {words}"}
     path = record.path_for({"run": about, "machine": {"gpu": "some gpu"}})
     assert path.name.startswith("2026-12-01-some-gpu-01234567-6-8-12-97")
+
+
+def test_a_run_goes_on_from_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.__main__._choose_environment", lambda caches: None)
+    path = tmp_path / "r.json"
+    words = ["ce", "kd/jsd", *SMALL, "--dtype", "float32", "--quick", "--device", "cpu"]
+    words += ["--peers", "ours", "--out", str(path)]
+    assert main(words) == 0
+    first = json.loads(path.read_text())
+    for row in first["rows"]:
+        if row["case"] == "kd/jsd" and row["peer"] == "ours":
+            row |= {"status": "skipped", "reason": "no time was left"}
+        elif row["peer"] == "ours":
+            row["host_us"] = 12345.0
+    path.write_text(json.dumps(first))
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 0
+    assert "ce: N=6 V=97, float32: kept" in capsys.readouterr().out
+    second = json.loads(path.read_text())
+    assert second["run"]["command"] == first["run"]["command"]
+    assert second["run"]["resumed"] == [first["run"]["utc"]]
+    ours = [
+        {row["case"]: row for row in result["rows"] if row["peer"] == "ours"}
+        for result in (first, second)
+    ]
+    assert ours[1]["ce"] == ours[0]["ce"]
+    assert ours[1]["kd/jsd"]["status"] == "ok" and ours[1]["kd/jsd"]["host_us"] > 0
+    assert len(second["rows"]) == len(first["rows"])
+    assert main([*words[:-4], "--peers", "eager", "--out", str(path), "--resume"]) == 0
+    assert "resumed" not in json.loads(path.read_text())["run"]  # another command
+
+
+def test_a_run_that_goes_on_must_name_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["ce", "--resume"])
+    assert stopped.value.code == 2 and "--resume must come with --out" in capsys.readouterr().err
