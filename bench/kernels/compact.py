@@ -57,7 +57,7 @@ class Sizes:
     slabs: tuple[tuple[int, int], ...] = ((1024, 4096), (1024, 8192), (1024, 16384), (4096, 128256))
 
 
-FAKE = Sizes(N=16, rows=16, D=16, V=520, calls=1, cuts=(8, 16), slabs=((8, 256), (16, 520)))
+FAKE = Sizes(N=2, rows=2, D=16, V=260, calls=1, cuts=(1, 2), slabs=((1, 256), (2, 260)))
 
 
 def measure(

@@ -62,6 +62,8 @@ def compact(problem: Hidden) -> Callable[[], Tensor]:
     """Logits kept in 16 bits: CE, and the divergences that are sums over both models' logits."""
     if problem.case.objective.divergence not in ("forward_kl", "reverse_kl"):
         raise Unsupported("keeps the logits of mixtures in 32 bits")
+    if problem.hidden.element_size() != 2:
+        raise Unsupported("keeps the logits of 32-bit hidden states in 32 bits")
     return of_hidden(**compact_settings(problem.case.kind))(problem)
 
 

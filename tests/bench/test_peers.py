@@ -203,6 +203,7 @@ def test_what_is_called_with_these_arguments_is_the_loss(peer: str, names: Seque
         ("speculators", "kd/joint", {"D_s": 0}, "has no cross-entropy with labels"),
         ("torch probabilities 2048", "linear_kd/jsd", {}, "has the forward KL only"),
         ("ours compact", "linear_kd/jsd", {}, "keeps the logits of mixtures in 32 bits"),
+        ("ours compact", "linear_ce", {}, "keeps the logits of 32-bit hidden states in 32 bits"),
     ],
 )
 def test_what_a_peer_cannot_do_is_a_reason(

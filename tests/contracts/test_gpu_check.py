@@ -72,7 +72,7 @@ def test_linear_losses_are_measured_and_measured_on(tmp_path: Path, steps: str) 
     assert "finished before" not in done.stdout
     assert json.loads((tmp_path / "compact.json").read_text())["limits"]
     names = {path.stem for path in tmp_path.glob("*.json")} - {"compact"}
-    assert "peers" in names and len(names) == (5 if "shapes" in steps else 1)
+    assert "peers" in names and len(names) == (4 if "shapes" in steps else 1)
     for name in names - {"compact"}:
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         ours = [row["status"] for row in rows if row["peer"] == "ours"]
