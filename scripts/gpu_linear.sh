@@ -81,8 +81,8 @@ for name in $steps; do
     tests)
         step tests 280 env STEPS="gpu kernels" TEST_SECONDS=240 bash scripts/gpu_check.sh "$out/tests"
         ;;
-    peers) losses peers 200 linear_ce linear_kd ;;
-    logits) losses logits 40 ce kd/forward_kl ;;
+    peers) losses peers 190 linear_ce linear_kd ;;
+    logits) losses logits 50 ce kd/forward_kl ;;
     shapes)
         shape 8192 2048 4096 151936
         shape 4096 1024 4096 262144
