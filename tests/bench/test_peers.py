@@ -19,6 +19,7 @@ from bench.kernels.entry import Effort, Row
 from bench.kernels.timing import Cpu
 from bench.peers import base, torch_linear
 from bench.problems.cases import EmaCase, LossCase
+from bench.report import targets
 from bench.table import is_ours
 
 TOY = """
@@ -247,3 +248,6 @@ def test_a_file_is_imported_without_its_package(installed: Path) -> None:
 
 def test_settings_of_ours_are_ours() -> None:
     assert list(map(is_ours, ("ours", "ours compact", "yours", "oursel"))) == [1, 1, 0, 0]
+    times = {"ours compact": 1.0, "slow": 3.0, "fast": 2.0}
+    rows = {peer: {"ms": {"full": [ms, ms, ms]}} for peer, ms in times.items()}
+    assert targets._fastest(rows) == "fast"
