@@ -3,6 +3,8 @@
 python -m bench                 every kernel against every peer, on this machine
 python -m bench --quick         the most important cases, in 100 seconds
 python -m bench CASE...         these cases only: ce kd/jsd linear_kd ema; kd means every kd/...
+python -m bench --shape N,D_s,D_t,V --dtype DTYPE       every loss on sizes of one's own: tokens,
+                                hidden sizes of student and teacher, vocabulary; CASE... as above
 python -m bench --compare OLD.json NEW.json     what got slower; exit status 1 if anything did
 python -m bench --readme        rewrite the tables of all READMEs, and the plots, from what is
                                 committed under bench/results
@@ -31,10 +33,11 @@ python -m bench structure       time and memory of each structural loss
 python -m bench curves          memory, time and error against tokens, vocabulary and chunks
 python -m bench ceilings        hardware limits: copies, GEMMs by rows per call, EMA updates
 python -m bench counters        stall reasons of the row kernels by hardware counters (needs ncu)
+python -m bench compact         16-bit logits of linear losses against 32 bits, part by part
 python -m bench batches         the largest batch of each trainer in 24, 48 and 80 GiB
 
-end_to_end, batches, teachers, cross_tokenizer and on_policy write their JSON after every run, so an
-interrupted one keeps its results.
+The kernels and compact write their JSON after every case or part, and go on from there with
+--resume; end_to_end, batches, teachers, cross_tokenizer and on_policy write theirs after every run.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from bench.problems.cases import Case
 
 NAMED = {
     "loss": "bench.kernels.linear_loss",
@@ -71,11 +77,13 @@ NAMED = {
     "structure": "bench.training.structural_cost",
     "ceilings": "bench.kernels.ceilings",
     "counters": "bench.kernels.counters",
+    "compact": "bench.kernels.compact",
     "batches": "bench.training.batches",
 }
 """Benchmarks with a module of their own: ``measure()`` returns the record that is written."""
 
 INCREMENTAL = {
+    "compact": ("fake", "resume"),
     "end_to_end": ("rounds", "only"),
     "batches": ("limits", "only"),
     "teachers": ("only",),
@@ -84,10 +92,20 @@ INCREMENTAL = {
 }
 """Benchmarks that hand over their record after every run, and the options that they take."""
 
+SHARED = ("fake", "resume")
+"""Options of the kernel benchmark, too."""
+
 
 def main(words: Sequence[str]) -> int:
     start = time.monotonic()
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
+    named = [case for case in options.cases if case in NAMED]
+    if options.dtype and not options.shape:
+        parser.error(f"--dtype must come with --shape, got {options.dtype} alone; leave it out")
+    if options.shape and (named or any(case.startswith("ema") for case in options.cases)):
+        got = " ".join(options.cases)
+        parser.error(f"--shape must come with losses, or with no case, got {got}; leave it out")
     if options.compare:
         from bench.report import compare
 
@@ -100,10 +118,11 @@ def main(words: Sequence[str]) -> int:
 
         print("\n".join(f"-> {path}" for path in readme.rewrite()) or "all tables are current")
         return 0
-    named = [case for case in options.cases if case in NAMED]
     if named and len(options.cases) > 1:
         sys.exit(f"error: {named[0]} must be the only case, got {' '.join(options.cases)}")
     given = _case_options(named[0] if named else None, options)
+    if options.resume and options.out is None:
+        parser.error("--resume must come with --out, got none; name the file of the earlier run")
     if named:
         _run_named(named[0], given, options.out)
         return 0
@@ -112,17 +131,34 @@ def main(words: Sequence[str]) -> int:
         return _run_kernels(options, start, words)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=style)
+    parser = _Parser("python -m bench", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE")
     add("--quick", action="store_true", help="a small set, fewer calls, no torch.compile")
-    add("--fake", action="store_true", help="a tiny set on the CPU, to see that everything runs")
+    add(
+        "--fake",
+        action="store_true",
+        default=None,
+        help="a tiny set on the CPU, to see that everything runs",
+    )
     add("--seconds", type=float, help="stop after so many, with the cases done by then (quick: 90)")
+    add("--shape", type=_shape, metavar="N,D_s,D_t,V", help="sizes for every loss")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, metavar="DTYPE", help=f"of --shape: {', '.join(dtypes)}")
     add("--peers", nargs="+", default=(), metavar="PEER", help="only these, even in quick sets")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--out", type=Path, help="the JSON file; default: a name in bench/results")
+    resume = "keep what the same command and commit have left in --out, and measure the rest"
+    add("--resume", action="store_true", default=None, help=resume)
     add("--rounds", type=int, help="of end_to_end; default: 3")
     only = "of end_to_end, batches: ours, ...; of teachers: gradients, codecs, students"
     add("--only", type=_comma_separated, metavar="A,B", help=only)
@@ -146,13 +182,26 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def _shape(text: str) -> tuple[int, int, int, int]:
+    """N, D_s, D_t and V; a teacher's hidden states are the student's and more of them."""
+    words = text.split(",")
+    if len(words) != 4 or not all(word.strip().isdecimal() and int(word) for word in words):
+        message = f"must be four whole numbers from 1 on, got {text!r}"
+        raise argparse.ArgumentTypeError(f"{message}; write them like 8192,1024,4096,151936")
+    N, D_s, D_t, V = map(int, words)
+    if D_t < D_s:
+        message = f"D_t must be at least D_s, got {D_t} and {D_s}"
+        raise argparse.ArgumentTypeError(f"{message}; give the teacher more")
+    return N, D_s, D_t, V
+
+
 def _case_options(case: str | None, options: Any) -> dict[str, Any]:
     """The given options among those that only ``INCREMENTAL`` cases take; exits if misplaced."""
     names = dict.fromkeys(name for taken in INCREMENTAL.values() for name in taken)
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if name not in INCREMENTAL.get(case or "", ()):
+        if name not in (INCREMENTAL.get(case, ()) if case else SHARED):
             cases = " or ".join(case for case, taken in INCREMENTAL.items() if name in taken)
             got = case or " ".join(options.cases) or "no case"
             sys.exit(f"error: --{name} must come with {cases}, got {got}; leave it out")
@@ -188,7 +237,8 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     seconds = options.seconds or (90.0 if options.quick else 1e9)
     command = " ".join(["python -m bench", *_without_out(words)])
     if _several_processes(options):
-        names = dict.fromkeys(c.name for c in cases.chosen(cases.full(), options.cases))
+        of_set = _shaped(options) if options.shape else cases.full()
+        names = dict.fromkeys(c.name for c in cases.chosen(of_set, options.cases))
         result, path = {"rows": [], "notes": []}, Path()
         for result in isolated.measure_isolated(tuple(names), _passed_on(options), start + seconds):
             result["run"] = record.run(command)
@@ -209,6 +259,8 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
         every, rounds, calls = (cases.quick(), 2, 5) if on_gpu else (cases.quick_cpu(), 3, 1)
     else:
         every, rounds, calls = (cases.full(), 6, 5) if on_gpu else (cases.cpu(), 7, 1)
+    if options.shape:
+        every = _shaped(options)
     effort = Effort(
         rounds,
         calls,
@@ -222,29 +274,41 @@ def _run_kernels(options: Any, start: float, words: Sequence[str]) -> int:
     )
     chosen = cases.chosen(every, options.cases)
     fake = Path(tempfile.gettempdir()) / "bench-fake.json" if options.fake else None
-    result, path = kernels.run(chosen, device, effort, command, options.out or fake)
+    out = options.out or fake
+    result, path = kernels.run(chosen, device, effort, command, out, bool(options.resume))
     return kernels.conclude(result, path, show=not options.part)
+
+
+def _shaped(options: Any) -> list[Case]:
+    from bench.problems import cases
+
+    return cases.of_shape(options.shape, options.dtype or "bfloat16")
 
 
 def _several_processes(options: Any) -> bool:
     import torch
 
     small = options.quick or options.fake or options.part or options.device == "cpu"
-    return not small and len(options.cases) != 1 and torch.cuda.is_available()
+    return (
+        not small and not options.resume and len(options.cases) != 1 and torch.cuda.is_available()
+    )
 
 
 def _passed_on(options: Any) -> list[str]:
     words = ["--no-graphs"] if options.no_graphs else []
+    if options.shape:
+        words += ["--shape", ",".join(map(str, options.shape))]
+        words += ["--dtype", options.dtype or "bfloat16"]
     return words + (["--peers", *options.peers] if options.peers else [])
 
 
 def _without_out(words: Sequence[str]) -> list[str]:
-    """The command line without ``--out``: the recorded command should not depend on the file."""
+    """The command line without ``--out`` and ``--resume``, on which no result depends."""
     kept = [word for word in words if not word.startswith("--out=")]
     if "--out" in kept:
         at = kept.index("--out")
         del kept[at : at + 2]
-    return kept
+    return [word for word in kept if word != "--resume"]
 
 
 def _run_named(case: str, given: dict[str, Any], out: Path | None) -> None:
@@ -256,11 +320,14 @@ def _run_named(case: str, given: dict[str, Any], out: Path | None) -> None:
 
     module = importlib.import_module(NAMED[case])
     path = out or record.RESULTS / f"{case}.json"
+    resume = given.pop("resume", False)
+    run = record.run(_command(case, given))
+    machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if resume:
+        given["earlier"] = record.earlier(path, run, machine["gpu"])
 
     def keep(result: dict[str, Any]) -> None:
-        machine = record.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        about = {"schema": 1, "run": record.run(_command(case, given)), "machine": machine}
-        about["versions"] = library_versions()
+        about = {"schema": 1, "run": run, "machine": machine, "versions": library_versions()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(about | result, indent=1) + "\n")
 
@@ -274,7 +341,7 @@ def _command(case: str, given: dict[str, Any]) -> str:
     words = [f"python -m bench {case}"]
     for name, value in given.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else value
-        words.append(f"--{name} {text}")
+        words.append(f"--{name}" if value is True else f"--{name} {text}")
     return " ".join(words)
 
 

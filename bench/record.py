@@ -1,6 +1,7 @@
 """Benchmark records: the JSON format, and the machine, versions and commit of a run.
 
-A record is one JSON file: ``schema`` 1; ``run`` (utc, commit, dirty, command); ``machine``, with
+A record is one JSON file: ``schema`` 1; ``run`` (utc, commit, dirty, command; ``resumed``, the utc
+of the runs that it continues); ``machine``, with
 what changes as [start, end]; ``versions``; ``settings``; ``floors`` (the measured rooflines: kind
 copy or gemm, shape, ms, rate, when); ``notes``; and ``rows``, one for every case and peer. A row
 holds the case (case, shape, dtype, options, ignored, upstream), the peer (peer, call, settings,
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from bench.peers import packages
+from bench.problems.cases import Case
 from sad.checkpoint.atomic_files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,14 +111,34 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def same_case(row: dict[str, Any], case: Case) -> bool:
+    """Whether a row of a record belongs to a case."""
+    expected = json.loads(json.dumps(_json_value(case.record)))
+    return all(row.get(name) == value for name, value in expected.items())
+
+
 def path_for(record: dict[str, Any]) -> Path:
     """Default file of a record, such as ``2026-11-26-nvidia-h100-80gb-hbm3-1a2b3c4d.json``."""
     day, commit = record["run"]["utc"][:10], record["run"]["commit"][:8] or "nocommit"
     device = record["machine"]["gpu"] or f"cpu {record['machine']['cpu']}"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    words = record["run"]["command"].split()
-    sets = ["quick"] if "--quick" in words else []
+    command = record["run"]["command"]
+    sets = ["quick"] if "--quick" in command.split() else []
+    sets += [  # of one's own, not to replace a run of the sets
+        found[1].replace(",", "-")
+        for option in ("shape", "dtype")
+        if (found := re.search(rf"--{option}[ =](\S+)", command))
+    ]
     return RESULTS / ("-".join([day, slug, commit, *sets]) + ".json")
+
+
+def earlier(path: Path, run: dict[str, Any], gpu: str | None) -> dict[str, Any] | None:
+    """The record in a file, if the same commit and command have written it on the same card."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    same = all(found["run"][name] == run[name] for name in ("commit", "command"))
+    return found if same and found["machine"]["gpu"] == gpu else None
 
 
 def write(record: dict[str, Any], path: Path) -> None:

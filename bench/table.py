@@ -37,6 +37,11 @@ def measured(rows: Iterable[Row]) -> tuple[list[Row], list[str]]:
     return kept, [title for title in cases if title not in timed]
 
 
+def is_ours(peer: str) -> bool:
+    """Whether a peer of this name is ``sad_kernels``: ``ours``, or a setting such as ``ours X``."""
+    return peer.partition(" ")[0] == "ours"
+
+
 def title_of(row: Row) -> str:
     """The case of a row in one line: loss, sizes, dtype and what differs from the defaults."""
     sizes = " ".join(f"{name}={value:,}" for name, value in row["shape"].items())

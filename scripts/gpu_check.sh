@@ -7,6 +7,7 @@
 #   STEPS=...           some of: gpu kernels bench (default: all)
 #   COMMIT=...          what the results belong to, in a copy whose git does not know
 #   FAKE=1              without a GPU: the same steps on a tiny set, to see that everything runs
+#   BENCH_CASES=...     which cases of the benchmark (default: all)
 #   KERNEL_TESTS=...    where the kernels' tests are (default: tests/sad_kernels)
 set -uo pipefail
 out="$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUTDIR}" && cd "$1" && pwd)" || exit 1
@@ -53,7 +54,7 @@ pytest() { # pytest NAME SECONDS ARGUMENT...
 }
 processes=()
 if "$python" -c 'import xdist' 2>/dev/null; then
-    spare=$(($(nproc) > 3 ? $(nproc) - 2 : 1))
+    spare=$(($(nproc) > 3 ? $(nproc) - 2 : 0)) # a single one would only take longer to start
     processes=(-n "$((spare < 14 ? spare : 14))")
 fi
 
@@ -64,6 +65,7 @@ pytest kernels "$tests" -k "$which_tests" "${KERNEL_TESTS:-tests/sad_kernels}" -
     "${processes[@]}" &
 wait
 # Alone on the machine, because it measures.
-step bench "$((seconds + 40))" "$python" -m bench --quick ${fake[@]+"${fake[@]}"} --seconds "$seconds" \
-    --out "$out/bench.json"
+read -ra cases <<<"${BENCH_CASES:-}"
+step bench "$((seconds + 40))" "$python" -m bench ${cases[@]+"${cases[@]}"} --quick ${fake[@]+"${fake[@]}"} \
+    --seconds "$seconds" --out "$out/bench.json"
 "$python" tests/support/gpu_report.py "$out"

@@ -88,28 +88,33 @@ def table(result: Json) -> list[str]:
     return lines
 
 
-def _ms(device: Device, call: Callable[[], Any], calls: int) -> float:
-    return statistics.median(t.full for t in device.time(Step(call), calls + 2)[2:])
+def median_ms(device: Device, call: Callable[[], Any], calls: int) -> float:
+    return step_ms(device, Step(call), calls)
 
 
-def _noise(device: Device, *shape: int) -> torch.Tensor:
+def step_ms(device: Device, step: Step, calls: int) -> float:
+    """Median milliseconds of a step, after two calls that are not counted."""
+    return statistics.median(t.full for t in device.time(step, calls + 2)[2:])
+
+
+def noise(device: Device, *shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device=device.device)
 
 
 def _square(device: Device, size: int, calls: int) -> Json:
-    a, b = _noise(device, size, size), _noise(device, size, size)
-    ms = _ms(device, lambda: a @ b, calls)
+    a, b = noise(device, size, size), noise(device, size, size)
+    ms = median_ms(device, lambda: a @ b, calls)
     return {"size": size, "dtype": "bfloat16", "ms": ms, "rate": 2 * size**3 / ms * 1e3}
 
 
-def _gemm_ms(
+def gemm_ms(
     device: Device, h: torch.Tensor, w: torch.Tensor, g: torch.Tensor, calls: int
 ) -> dict[str, float]:
     """Milliseconds of a linear loss's GEMMs, each in one call with a 16-bit result."""
     return {
-        "h w^T": _ms(device, lambda: h @ w.T, calls),
-        "g w": _ms(device, lambda: g @ w, calls),
-        "g^T h": _ms(device, lambda: g.T @ h, calls),
+        "h w^T": median_ms(device, lambda: h @ w.T, calls),
+        "g w": median_ms(device, lambda: g @ w, calls),
+        "g^T h": median_ms(device, lambda: g.T @ h, calls),
     }
 
 
@@ -117,9 +122,9 @@ def _products(device: Device, D: int, V: int, calls: int) -> Iterator[Json]:
     """Each GEMM in calls of ``rows`` rows with fp32 results, relative to one bf16 call."""
     from sad_kernels._triton.gemm import add_times_, times
 
-    h, w, g = _noise(device, N, D), _noise(device, V, D), _noise(device, N, V)
+    h, w, g = noise(device, N, D), noise(device, V, D), noise(device, N, V)
     dw = torch.zeros(V, D, device=device.device)
-    bare = _gemm_ms(device, h, w, g, calls)
+    bare = gemm_ms(device, h, w, g, calls)
     for rows in ROWS:
         cuts = [slice(start, start + rows) for start in range(0, N, rows)]
         logits = torch.empty(rows, V, device=device.device)
@@ -137,7 +142,7 @@ def _products(device: Device, D: int, V: int, calls: int) -> Iterator[Json]:
                 add_times_(dw, g[cut].T, h[cut])
 
         for name, call in (("h w^T", forward), ("g w", to_hidden), ("g^T h", to_weight)):
-            ms = _ms(device, call, calls)
+            ms = median_ms(device, call, calls)
             yield {
                 "D": D,
                 "V": V,
@@ -149,7 +154,7 @@ def _products(device: Device, D: int, V: int, calls: int) -> Iterator[Json]:
 
 
 def _few_rows(device: Device, name: str, rate: float) -> Json:
-    x, t = _noise(device, FEW, V).requires_grad_(), _noise(device, FEW, V)
+    x, t = noise(device, FEW, V).requires_grad_(), noise(device, FEW, V)
     y = torch.randint(V, (FEW,), device=device.device)
 
     def loss() -> torch.Tensor:
@@ -164,13 +169,7 @@ def _few_rows(device: Device, name: str, rate: float) -> Json:
         step()
     graph, eager = device.graph(step, 20), statistics.median(t.full for t in device.time(step, 20))
     step.prepare()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
-        step()
-        torch.cuda.synchronize()
-    kernels = [
-        {"kernel": e.key[:80], "calls": e.count, "us": e.self_device_time_total}
-        for e in seen.key_averages()
-    ]
+    kernels = kernels_of(step)
     size = x.nbytes * (3 if name == "ce" else 5)
     return {
         "loss": name, "rows": FEW, "V": V, "graph_ms": graph, "eager_ms": eager,
@@ -178,29 +177,54 @@ def _few_rows(device: Device, name: str, rate: float) -> Json:
     }  # fmt: skip
 
 
-def _chunks(device: Device, kind: str, calls: int) -> Iterator[Json]:
-    """Linear losses by ``chunk_bytes``, forward and backward: CE, or CE and KL at T = 2."""
-    D, V = SHAPES[0]
-    h, w = _noise(device, N, D).requires_grad_(), (_noise(device, V, D) / D**0.5).requires_grad_()
-    ht, wt = _noise(device, N, D), _noise(device, V, D) / D**0.5
+def kernels_of(step: Step) -> list[Json]:
+    """The kernels that a step launches on a GPU: their calls and microseconds."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        step()
+        torch.cuda.synchronize()
+    return [
+        {"kernel": e.key[:80], "calls": e.count, "us": e.self_device_time_total}
+        for e in seen.key_averages()
+    ]
+
+
+def linear_loss(
+    device: Device, kind: str, sizes: tuple[int, int, int], calls: int
+) -> tuple[Callable[..., Step], float]:
+    """A linear loss of random inputs, CE or CE and KL at T = 2, and its products' milliseconds.
+
+    ``sizes`` are N, D (of both models) and V. The first result makes the step, forward and
+    backward, of the loss with some keywords.
+    """
+    N, D, V = sizes
+    h, w = noise(device, N, D).requires_grad_(), (noise(device, V, D) / D**0.5).requires_grad_()
+    ht, wt = noise(device, N, D), noise(device, V, D) / D**0.5
     y = torch.randint(V, (N,), device=device.device)
     one = torch.full((), 0.125, device=device.device)
-    bare = _gemm_ms(device, h.detach(), w.detach(), _noise(device, N, V), calls)
+    bare = gemm_ms(device, h.detach(), w.detach(), noise(device, N, V), calls)
     floor = sum(bare.values()) + (bare["h w^T"] if kind == "joint" else 0)
     objective = Objective(ce_weight=0.5, kd_weight=0.5, temperature=2.0)
 
-    for chunk_bytes in CHUNKS:
-
-        def loss(chunk_bytes: int = chunk_bytes) -> torch.Tensor:
+    def step(**settings: Any) -> Step:
+        def loss() -> torch.Tensor:
             if kind == "ce":
-                return sad_kernels.linear_cross_entropy(h, w, y, chunk_bytes=chunk_bytes)
+                return sad_kernels.linear_cross_entropy(h, w, y, **settings)
             teacher = TeacherHidden(ht, Head(wt))
             return sad_kernels.linear_distill_loss(
-                h, Head(w), y, teacher, objective, chunk_bytes=chunk_bytes
+                h, Head(w), y, teacher, objective, **settings
             ).loss
 
-        step = loss_step(loss, one, [h, w])
-        ms = statistics.median(t.full for t in device.time(step, calls + 2)[2:])
+        return loss_step(loss, one, [h, w])
+
+    return step, floor
+
+
+def _chunks(device: Device, kind: str, calls: int) -> Iterator[Json]:
+    """Linear losses by ``chunk_bytes``, forward and backward: CE, or CE and KL at T = 2."""
+    make, floor = linear_loss(device, kind, (N, *SHAPES[0]), calls)
+    for chunk_bytes in CHUNKS:
+        step = make(chunk_bytes=chunk_bytes)
+        ms = step_ms(device, step, calls)
         device.free()
         yield {
             "loss": kind, "chunk_bytes": chunk_bytes, "ms": ms, "ratio": ms / floor,
@@ -213,7 +237,7 @@ def _ema(device: Device, rate: float, calls: int) -> Iterator[Json]:
     from sad_kernels._triton import ema
 
     each = PARAMETERS // TENSORS
-    params = [_noise(device, each) for _ in range(TENSORS)]
+    params = [noise(device, each) for _ in range(TENSORS)]
     shadows = [p.float() for p in params]
     kept = ema.BLOCK, ema.NUM_WARPS, ema._is_aligned
     try:

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from bench.kernels import check
 from bench.kernels import run as kernels
-from bench.kernels.entry import Effort, Entry
+from bench.kernels.entry import NO_TIME, Effort, Entry
 from bench.kernels.measure import fill
 from bench.kernels.timing import MIB, Device, one_line, percentiles
 from bench.peers import Peer, Unsupported, for_case, liger, torch_linear
@@ -168,7 +168,7 @@ def _measured(case: LossCase, device: Device, effort: Effort) -> Measured:
     print(f"{case.name} {case.shape}: {effort.left():.0f} s left", flush=True)
     try:
         if effort.left() < 0:
-            raise Unsupported("no time was left")
+            raise Unsupported(NO_TIME)
         device.free()
         gc.freeze()  # later collections need not scan the peers' modules
         gemm = fill(case, entries, device, effort)[1].full
@@ -271,7 +271,7 @@ def in_pieces(peer: Peer, problem: Hidden, pieces: int) -> Build:
             const = _flce_const(problem, pieces)
             return liger.linear_ce(chunk_mem_const=const, accum_dtype=torch.float32)
         case "torch chunked":
-            return torch_linear.of_hidden(batch_chunk_size=rows, chunking_method=None)
+            return torch_linear.of_labels(batch_chunk_size=rows, chunking_method=None)
         case _:
             raise Unsupported("is called with one size of chunks")
 

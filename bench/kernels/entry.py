@@ -11,6 +11,7 @@ from bench.kernels.timing import Device, Step, Times
 from bench.peers import Peer
 
 Row = dict[str, Any]
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Effort:
             return "not asked for"
         if not self.peers and not self.compiled and (peer.compiles or peer.extra):
             return "left out of small sets"
-        return None if self.left() > 0 else "no time was left"
+        return None if self.left() > 0 else NO_TIME
 
 
 @dataclass

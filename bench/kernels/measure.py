@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from bench.kernels import check, roofline, rss
-from bench.kernels.entry import Effort, Entry, Gemm, Row
+from bench.kernels.entry import NO_TIME, Effort, Entry, Gemm, Row
 from bench.kernels.rows import row_of
 from bench.kernels.timing import Device, DeviceLost, Unmeasurable, host_us, one_line
 from bench.peers import Unsupported, for_case
@@ -36,7 +36,7 @@ def measure(
     loss, gemm = None, Gemm()
     try:
         if effort.left() < 0:
-            raise Unsupported("no time was left")
+            raise Unsupported(NO_TIME)
         loss, gemm = fill(case, entries, device, effort)
     except DeviceLost:
         raise
@@ -175,6 +175,7 @@ def add_host_times(rows: list[Row], cases: list[Case], device: Device, effort: E
         (row["case"], row["dtype"], row["peer"])
         for row in rows
         if row["status"] in ("ok", "wrong") and (row["case"], row["dtype"]) in small
+        if not row.keys() & {"host_us", "host_reason"}  # of a run that this one continues
     }
     for name, dtype, peer_name in sorted(wanted, key=lambda key: key[2] != "ours"):
         if effort.left() < 0:

@@ -15,17 +15,26 @@ import torch
 
 from bench import record, table
 from bench.kernels import measure, roofline
-from bench.kernels.entry import Effort
+from bench.kernels.entry import NO_TIME, Effort
 from bench.kernels.timing import Cpu, Device, DeviceLost, Gpu, one_line
 from bench.problems.cases import Case, EmaCase
 
 Record = dict[str, Any]
+LOST = "was lost"
 
 
 def run(
-    chosen: Sequence[Case], device: Device, effort: Effort, command: str, path: Path | None
+    chosen: Sequence[Case],
+    device: Device,
+    effort: Effort,
+    command: str,
+    path: Path | None,
+    resume: bool = False,
 ) -> tuple[Record, Path]:
-    """Measure the cases and write the record; a lost GPU ends the run with a note."""
+    """Measure the cases and write the record; a lost GPU ends the run with a note.
+
+    With ``resume`` the cases stay that the same command has finished in an earlier run.
+    """
     settings = {
         "rounds": effort.rounds,
         "calls": effort.calls,
@@ -42,11 +51,17 @@ def run(
         "notes": [],
     }
     path = path or record.path_for(result)
+    earlier = record.earlier(path, result["run"], result["machine"]["gpu"]) if resume else None
+    if earlier is not None:
+        utc = [*earlier["run"].get("resumed", []), earlier["run"]["utc"]]
+        result["run"]["resumed"] = utc
+        result["floors"] = earlier["floors"]
+        result["notes"] = [note for note in earlier["notes"] if LOST not in note]
     before, load = record.gpu_state(device.device), os.getloadavg()[0]
     try:
-        _measure_all(chosen, device, effort, result, path)
+        _measure_all(chosen, device, effort, result, path, earlier)
     except DeviceLost as error:
-        result["notes"].append(f"the GPU was lost, and with it all that was to come: {error}")
+        result["notes"].append(f"the GPU {LOST}, and with it all that was to come: {error}")
     result["machine"] |= record.states(before, record.gpu_state(device.device))
     result["machine"]["load"] = [load, os.getloadavg()[0]]
     record.write(result, path)
@@ -54,15 +69,24 @@ def run(
 
 
 def _measure_all(
-    chosen: Sequence[Case], device: Device, effort: Effort, result: Record, path: Path
+    chosen: Sequence[Case],
+    device: Device,
+    effort: Effort,
+    result: Record,
+    path: Path,
+    earlier: Record | None,
 ) -> None:
     start = roofline.copy_roofline(device, "start")
     result["floors"].append(start.record)
     done: list[Case] = []
     for case in chosen:
         case = _fitting(case, device)
-        rows, rooflines = measure.measure(case, device, effort, start.rate)
         done.append(case)
+        if kept := _finished(case, earlier):
+            result["rows"] += kept
+            print(f"{table.title_of(kept[0])}: kept", flush=True)
+            continue
+        rows, rooflines = measure.measure(case, device, effort, start.rate)
         result["rows"] += rows
         result["floors"] += [each.record for each in rooflines]
         result["notes"] += _drifted(rooflines)
@@ -83,8 +107,9 @@ def conclude(result: Record, path: Path, show: bool) -> int:
     if show:
         print("\n".join(table.lines(result)))
         print(f"-> {path}")
-    bad = [r for r in result["rows"] if r["peer"] == "ours" and r["status"] in ("wrong", "failed")]
-    return int(bool(bad) or any("was lost" in note for note in result["notes"]))
+    ours = [row for row in result["rows"] if table.is_ours(row["peer"])]
+    bad = [row for row in ours if row["status"] in ("wrong", "failed")]
+    return int(bool(bad) or any(LOST in note for note in result["notes"]))
 
 
 def device_for(name: str | None, threads: int = 2) -> Device:
@@ -95,6 +120,12 @@ def device_for(name: str | None, threads: int = 2) -> Device:
         return Gpu()
     torch.set_num_threads(min(threads, torch.get_num_threads()))
     return Cpu()
+
+
+def _finished(case: Case, earlier: Record | None) -> list[Record]:
+    """The rows of a case that an earlier run had time for; else none."""
+    rows = [row for row in earlier["rows"] if record.same_case(row, case)] if earlier else []
+    return [] if any(row["reason"] == NO_TIME for row in rows) else rows
 
 
 def _fitting(case: Case, device: Device) -> Case:

@@ -21,10 +21,12 @@ MODULES = (  # in the order of the results' rows
     "eager",
     "liger",
     "trl",
+    "unsloth",
     "torch_linear",
     "cce",
     "quack",
     "fla",
+    "speculators",
     "ema",
 )
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +64,48 @@ def require_module(name: str, package: str) -> Any:
         raise Unsupported(
             f"{package} does not import here: {type(error).__name__}: {first}"
         ) from None
+
+
+@cache
+def require_file(name: str, package: str) -> Any:
+    """Import a peer's module without running the ``__init__`` of any folder of its package.
+
+    What the module imports from its own package is found in the same way. None of it stays among
+    the imported modules, so that the whole package can be imported beside it.
+    """
+    root = name.partition(".")[0]
+
+    def take_out() -> dict[str, ModuleType]:
+        names = [each for each in sys.modules if each.partition(".")[0] == root]
+        return {each: sys.modules.pop(each) for each in names}
+
+    imported, finder = take_out(), _WithoutInit(root)
+    sys.meta_path.insert(0, finder)
+    try:
+        return require_module(name, package)
+    finally:
+        sys.meta_path.remove(finder)
+        take_out()
+        sys.modules.update(imported)
+
+
+class _WithoutInit(MetaPathFinder):
+    """Finds the modules of one package, and its folders as if they had no ``__init__``."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != self.root:
+            return None
+        found = PathFinder.find_spec(fullname, path, target)
+        if found is None or found.submodule_search_locations is None:
+            return found
+        bare = ModuleSpec(fullname, None, is_package=True)
+        bare.submodule_search_locations = found.submodule_search_locations
+        return bare
 
 
 def require_attribute(owner: Any, name: str, package: str) -> Any:

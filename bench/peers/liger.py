@@ -152,6 +152,5 @@ HIDDEN = (
         linear_kl,
         PACKAGE,
         devices=("cuda",),
-        extra=True,
     ),
 )

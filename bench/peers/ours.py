@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import sad_kernels
 from sad_kernels import Head, TeacherHidden, TeacherLogits, TeacherTopK
 from sad_kernels.objective import Teacher
 from torch import Tensor
 
-from bench.peers.base import Average, Peer
+from bench.peers.base import Average, Peer, Unsupported
 from bench.problems.inputs import Hidden, Logits, Parameters
 
 
@@ -37,18 +39,40 @@ def of_logits(problem: Logits) -> Callable[[], Tensor]:
             return lambda: sad_kernels.distill_loss(problem.logits, labels, teacher, objective).loss
 
 
-def of_hidden(problem: Hidden) -> Callable[[], Tensor]:
-    objective, labels, V = problem.case.objective, problem.labels, problem.case.V
-    if problem.case.kind == "ce":
-        return lambda: sad_kernels.linear_cross_entropy(problem.hidden, problem.weight, labels)
-    teacher = TeacherHidden(problem.teacher_hidden, Head(problem.teacher_weight, valid_vocab=V))
-    head = Head(problem.weight, valid_vocab=V)
+def of_hidden(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
+    def build(problem: Hidden) -> Callable[[], Tensor]:
+        objective, labels, V = problem.case.objective, problem.labels, problem.case.V
+        h, w, ht, wt = (
+            problem.hidden, problem.weight, problem.teacher_hidden, problem.teacher_weight
+        )  # fmt: skip
+        if problem.case.kind == "ce":
+            return lambda: sad_kernels.linear_cross_entropy(h, w, labels, **settings)
+        teacher, head = TeacherHidden(ht, Head(wt, valid_vocab=V)), Head(w, valid_vocab=V)
 
-    def loss() -> Tensor:
-        hidden = problem.hidden
-        return sad_kernels.linear_distill_loss(hidden, head, labels, teacher, objective).loss
+        def loss() -> Tensor:
+            out = sad_kernels.linear_distill_loss(h, head, labels, teacher, objective, **settings)
+            return out.loss
 
-    return loss
+        return loss
+
+    return build
+
+
+def compact(problem: Hidden) -> Callable[[], Tensor]:
+    """Logits kept in 16 bits: CE, and the divergences that are sums over both models' logits."""
+    if problem.case.objective.divergence not in ("forward_kl", "reverse_kl"):
+        raise Unsupported("keeps the logits of mixtures in 32 bits")
+    if problem.hidden.element_size() != 2:
+        raise Unsupported("keeps the logits of 32-bit hidden states in 32 bits")
+    return of_hidden(**compact_settings(problem.case.kind))(problem)
+
+
+def compact_settings(kind: str) -> dict[str, Any]:
+    """The keywords for 16-bit logits of a loss, ``ce`` or another; ``Unsupported`` without them."""
+    loss = sad_kernels.linear_cross_entropy if kind == "ce" else sad_kernels.linear_distill_loss
+    if "logits" not in inspect.signature(loss).parameters:
+        raise Unsupported("this version of sad_kernels has no logits=")
+    return {"logits": "compact", "impl": "triton"}
 
 
 def average(problem: Parameters) -> Average:
@@ -64,5 +88,9 @@ def average(problem: Parameters) -> Average:
 
 
 LOGITS = (Peer("ours", "sad_kernels.cross_entropy, kl_div, distill_loss", of_logits),)
-HIDDEN = (Peer("ours", "sad_kernels.linear_cross_entropy, linear_distill_loss", of_hidden),)
+LINEAR = "sad_kernels.linear_cross_entropy, linear_distill_loss"
+HIDDEN = (
+    Peer("ours", LINEAR, of_hidden()),
+    Peer("ours compact", LINEAR, compact, settings={"logits": "compact"}, devices=("cuda",)),
+)
 EMA = (Peer("ours", "sad_kernels.ema_update_, ema_swap_", average),)

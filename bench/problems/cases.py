@@ -24,6 +24,7 @@ OBJECTIVES["kd/top_k"] = OBJECTIVES["kd/joint"]
 ROWS = tuple(OBJECTIVES)
 LINEAR = ("linear_ce", "linear_kd/forward_kl", "linear_kd/reverse_kl", "linear_kd/jsd")
 LINEAR += ("linear_kd/joint",)
+TELLING = (*LINEAR[:2], "linear_kd/joint", "linear_kd/jsd")  # these first, since time may run out
 EMA = ("ema/update", "ema/swap")
 NAMES = ROWS + LINEAR + EMA
 TOP_K = 64
@@ -148,15 +149,14 @@ Case = LossCase | EmaCase
 
 
 def quick() -> list[Case]:
-    """For a GPU in 100 seconds, the most telling first, since time may run out."""
+    """For a GPU in 100 seconds, the most telling first."""
     large, small = (8192, 128256, 4096, 4096), (8192, 151936, 1024, 4096)
-    first, then = LINEAR[:2], ("linear_kd/joint", "linear_kd/jsd")
     return [
-        *_linear(first, [large]),
+        *_linear(TELLING[:2], [large]),
         *_rows([(8192, 128256)]),
         *_ema([(10**9, 300)]),
-        *_linear(then, [large]),
-        *_linear((*first, *then), [small]),
+        *_linear(TELLING[2:], [large]),
+        *_linear(TELLING, [small]),
         *_rows([(256, 128256)]),
         *_ema([(25_000_000, 600)]),
     ]
@@ -214,6 +214,13 @@ def fake() -> list[Case]:
         *_ema([(5_000, 7)]),
         *_ema([(5_000, 7)], dtype="float32"),
     ]
+
+
+def of_shape(shape: tuple[int, int, int, int], dtype: str) -> list[Case]:
+    """Every loss on one shape ``N, D_s, D_t, V``: of hidden states first, then of logits."""
+    N, D_s, D_t, V = shape
+    names = dict.fromkeys((*TELLING, *LINEAR))
+    return [*_linear(names, [(N, V, D_s, D_t)], dtype=dtype), *_rows([(N, V)], dtype=dtype)]
 
 
 def chosen(cases: Iterable[Case], names: Iterable[str]) -> list[Case]:

@@ -23,6 +23,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, offset_copy
 
+from bench.table import is_ours
 from sad.report.plots import DASHES
 from sad.report.theme import LIGHT
 
@@ -74,8 +75,8 @@ def looks(series: Iterable[Json]) -> dict[str, Look]:
     found: dict[str, Look] = {}
     counts: Counter[tuple[str, str]] = Counter()
     for peer, package in dict.fromkeys((s["peer"], s.get("package")) for s in series):
-        if peer == "ours":
-            found[peer] = OURS
+        if is_ours(peer):
+            found[peer] = OURS if peer == "ours" else OURS._replace(fill="none", dash=DASHES[1])
             continue
         kind = PACKAGES.get(package, UNKNOWN)
         i, counts[kind] = counts[kind], counts[kind] + 1

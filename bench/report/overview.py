@@ -25,10 +25,15 @@ PACKAGES = {
     "ours": "SAD",
     "liger-kernel": "Liger",
     "trl": "TRL",
+    "unsloth_zoo": "Unsloth",
     "cut-cross-entropy": "CCE",
+    "quack-kernels": "QuACK",
     "eager": "PyTorch eager",
 }
-"""Rows of the table: distributions, or peers that belong to none."""
+"""Rows of the table, if they have a time: distributions, or peers that belong to none."""
+
+SEPARATE = ("trl", "unsloth_zoo")
+"""Packages whose CE + KL is both their losses, one after the other."""
 
 PICTURED = "linear_kd/joint"
 THEMES = ("light", "dark")
@@ -63,7 +68,7 @@ def entries(record: Json, width: int) -> dict[str, dict[str, Entry]]:
             if rows:
                 # Right before wrong, then the fastest.
                 found[package][case] = min(rows, key=lambda e: (not e.right, e.ms))
-    return found
+    return {package: of_package for package, of_package in found.items() if of_package}
 
 
 def table(record: Json, width: int) -> list[str]:
@@ -85,9 +90,16 @@ def table(record: Json, width: int) -> list[str]:
         "median. Memory: the peak beyond the inputs, of which the gradients are "
         f"{some['gradient_mib'] / 1024:.1f} GiB. Error: relative to float64, the larger of both "
         "gradients. Each package in its fastest setting that is right; a time is struck out where "
-        "every setting is more than 5 % off; `-`: it has no such loss. TRL has no CE + KL: both "
-        "its losses, one after the other.",
+        f"every setting is more than 5 % off; `-`: it has no such loss. {_separate(found)}",
     ]
+
+
+def _separate(found: Mapping[str, Mapping[str, Entry]]) -> str:
+    """Who has CE + KL as two losses only."""
+    names = [PACKAGES[package] for package in SEPARATE if package in found]
+    have, their = ("has", "its") if len(names) == 1 else ("have", "their")
+    said = f"{' and '.join(names)} {have} no CE + KL: both {their} losses, one after the other."
+    return said if names else ""
 
 
 def _lower(found: Mapping[str, Mapping[str, Entry]]) -> Iterator[str]:

@@ -65,6 +65,18 @@ def test_who_is_better_than_ours_is_said() -> None:
     assert "Less time than SAD: none. Less memory than SAD: none." in nobody
 
 
+def test_a_package_without_a_time_has_no_row_and_two_losses_are_said_to_be_two() -> None:
+    trl, unsloth = (row("linear_ce", name, name) for name in ("trl", "unsloth_zoo"))
+    for rows, said in (
+        ([], " no such loss. "),
+        ([trl], "TRL has no CE + KL: both its losses, one after the other."),
+        ([trl, unsloth], "TRL and Unsloth have no CE + KL: both their losses, one after the"),
+    ):
+        text = "\n".join(overview.table(record(*rows), WIDTH))
+        assert said in text and "QuACK" not in text
+        assert [name in text for name in ("TRL", "Unsloth")] == [rows != [], len(rows) == 2]
+
+
 def texts(path: Path) -> list[str]:
     """Every text of a drawing, each of which stands in a comment beside its outlines."""
     return re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8"))
