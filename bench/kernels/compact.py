@@ -27,8 +27,8 @@ from sad_kernels import _tiles
 
 from bench.kernels import ceilings, roofline
 from bench.kernels.timing import MIB, Cpu, Device, Gpu, one_line
-from bench.peers.base import Unsupported, require_attribute
-from bench.peers.ours import compact_settings
+from bench.peers.base import Unsupported
+from bench.peers.ours import COMPACT
 
 Json = dict[str, Any]
 
@@ -201,17 +201,12 @@ def _slabs(device: Device, sizes: Sizes) -> list[Json]:
 
 
 def _losses(device: Device, sizes: Sizes) -> list[Json]:
-    return [
-        _loss(device, sizes, kind, logits)
-        for kind in KINDS
-        for logits in ("exact", "compact")
-        if logits == "exact" or _has_compact(kind)
-    ]
+    return [_loss(device, sizes, kind, logits) for kind in KINDS for logits in ("exact", "compact")]
 
 
 def _loss(device: Device, sizes: Sizes, kind: str, logits: str) -> Json:
     make, floor = ceilings.linear_loss(device, kind, (sizes.N, sizes.D, sizes.V), sizes.calls)
-    step = make(**_settings(kind, logits))
+    step = make(**_settings(logits))
     ms = ceilings.step_ms(device, step, sizes.calls)
     device.free()
     return {
@@ -223,7 +218,6 @@ def _loss(device: Device, sizes: Sizes, kind: str, logits: str) -> Json:
 def _widths(device: Device, sizes: Sizes) -> list[Json]:
     rows = []
     for kind in KINDS:
-        compact_settings(kind)  # Unsupported without them
         for height, width in sizes.slabs:
             with _slabs_of(height, width):
                 row = _loss(device, sizes, kind, "compact")
@@ -235,7 +229,7 @@ def _widths(device: Device, sizes: Sizes) -> list[Json]:
 def _slabs_of(rows: int, columns: int) -> Iterator[None]:
     """Make the slabs of 16-bit logits of this size."""
     sizes = {"SLAB_ROWS": rows, "SLAB_COLUMNS": columns}
-    before = {name: require_attribute(_tiles, name, "sad_kernels") for name in sizes}
+    before = {name: getattr(_tiles, name) for name in sizes}
     try:
         for name, size in sizes.items():
             setattr(_tiles, name, size)
@@ -251,11 +245,9 @@ def _kernels(device: Device, sizes: Sizes) -> list[Json]:
     rows = []
     for kind in KINDS:
         for logits in ("exact", "compact"):
-            if logits == "compact" and not _has_compact(kind):
-                continue
             shape = (sizes.N, sizes.D, sizes.V)
             make, _ = ceilings.linear_loss(device, kind, shape, sizes.calls)
-            step = make(**_settings(kind, logits))
+            step = make(**_settings(logits))
             for _ in range(2):
                 step.prepare()
                 step()
@@ -281,16 +273,8 @@ def _factors(device: Device, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor, 
     return h, w, ceilings.median_ms(device, lambda: h @ w.T, sizes.calls)
 
 
-def _settings(kind: str, logits: str) -> Json:
-    return {} if logits == "exact" else compact_settings(kind)
-
-
-def _has_compact(kind: str) -> bool:
-    try:
-        compact_settings(kind)
-    except Unsupported:
-        return False
-    return True
+def _settings(logits: str) -> Json:
+    return {} if logits == "exact" else COMPACT
 
 
 def _as_json(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +38,9 @@ def of_logits(problem: Logits) -> Callable[[], Tensor]:
             return lambda: sad_kernels.distill_loss(problem.logits, labels, teacher, objective).loss
 
 
+COMPACT = {"logits": "compact", "impl": "triton"}
+
+
 def of_hidden(**settings: Any) -> Callable[[Hidden], Callable[[], Tensor]]:
     def build(problem: Hidden) -> Callable[[], Tensor]:
         objective, labels, V = problem.case.objective, problem.labels, problem.case.V
@@ -64,15 +66,7 @@ def compact(problem: Hidden) -> Callable[[], Tensor]:
         raise Unsupported("keeps the logits of mixtures in 32 bits")
     if problem.hidden.element_size() != 2:
         raise Unsupported("keeps the logits of 32-bit hidden states in 32 bits")
-    return of_hidden(**compact_settings(problem.case.kind))(problem)
-
-
-def compact_settings(kind: str) -> dict[str, Any]:
-    """The keywords for 16-bit logits of a loss, ``ce`` or another; ``Unsupported`` without them."""
-    loss = sad_kernels.linear_cross_entropy if kind == "ce" else sad_kernels.linear_distill_loss
-    if "logits" not in inspect.signature(loss).parameters:
-        raise Unsupported("this version of sad_kernels has no logits=")
-    return {"logits": "compact", "impl": "triton"}
+    return of_hidden(**COMPACT)(problem)
 
 
 def average(problem: Parameters) -> Average:

@@ -78,6 +78,7 @@ BY_DEFAULT = {
     "cross_entropy": SHORT[:1],
     "distill_loss": SHORT[:1],
     "top_k": SHORT[:1],
+    "compact": SHORT[:1],
     "outcomes": SHORT[:1],
     "ema": SHORT,
     "scale": SHORT,

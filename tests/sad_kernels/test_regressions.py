@@ -1088,8 +1088,9 @@ def test_every_option_changes_the_result(impl: str) -> None:
 
 def test_no_option_is_left_out_above() -> None:
     def options(function: Any) -> set[str]:
+        """But for ``logits``, which is how an implementation stores what it computes."""
         parameters = inspect.signature(function).parameters.values()
-        return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"logits"}
 
     assert options(reference.cross_entropy) == CHANGES["cross_entropy"].keys()
     assert options(reference.kl_div) == CHANGES["kl_div"].keys()
