@@ -21,8 +21,8 @@ TRITON_CHUNK_BYTES = 1 << 30
 128256 and bf16: 512 rows per forward product and 2048 per gradient product."""
 
 COMPACT_CHUNK_BYTES = 21 << 26
-"""The same where logits are codes of 16 bits: with a dense teacher 4096 rows per gradient product
-at V = 128256, and 5000 without one."""
+"""The same where logits are codes of 16 bits: at V = 128256 over 4096 rows per gradient product,
+and over 5000 without a dense teacher."""
 
 GRADIENT_BLOCKS = 4
 """Forward products (hidden states by weight) per gradient product. Those that give N x V numbers

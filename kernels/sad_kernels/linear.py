@@ -103,8 +103,8 @@ def linear_cross_entropy(
     1 GiB with ``impl="triton"``) and moves results by rounding only.
 
     ``logits="compact"`` lets ``impl="triton"`` keep the logits of a chunk in 16 bits, as
-    ``linear_distill_loss`` does; gradients have the errors of "exact" in all that was measured.
-    Whether it is to become the default here, time on a GPU decides, which was not measured yet.
+    ``linear_distill_loss`` does; gradients have the errors of "exact" in all that was tried.
+    ``chunk_bytes`` is 1.3 GiB by default then.
 
     With a ``vocab_shard`` weight and bias are those of its columns; classes, ``class_weight`` and
     ``valid_vocab`` are those of the whole vocabulary. See ``linear_distill_loss``.
@@ -191,16 +191,18 @@ def linear_distill_loss(
 
     ``logits`` is a format in which ``impl="triton"`` keeps the logits of a chunk: "exact" is fp32,
     "compact" 16 bits, relative to the exact maximum of 256 columns. It takes half the memory
-    traffic, and twice as many rows fit ``chunk_bytes`` (1.3 GiB by default then). The loss is that
-    of the rounded logits: the one of a row is off by up to ``2^-13`` of what lies between the label
-    and the largest of its 256. Where both models agree to the bit there is no divergence and no
-    gradient. The relative error of the gradients of a batch, beside that of their rounding to 16
-    bits, is at most 1.1 times that of "exact" where the divergence (without T^2) is above 1e-2
-    nats, at temperature 1 above 1e-3, in rows as peaked as a language model's, whose likeliest
-    token has a tenth or more. Nearer it grows, as the gradient vanishes: 4 times at 3e-6 nats and
-    temperature 1, 3 times at 1e-4 and temperature 2, 9 times at 3e-5 and temperature 4; and
-    likewise in flat rows, 1.8 times at 1e-3. A logit 8192 or more below the largest of its 256
-    counts as -inf.
+    traffic; half again as many rows fit the same ``chunk_bytes``, whose default is 1.3 GiB then.
+    The loss is that of rounded logits, each off by up to ``2^-13`` of 1/4 and its distance from the
+    largest of its 256. Where both models agree to the bit, and ``teacher_share`` is 1, there is no
+    divergence and no gradient. In bf16 the relative error of the gradients of a batch, beside that
+    of their rounding to 16 bits, is at most 1.1 times that of "exact" where the divergence (without
+    T^2) is above 1e-2 nats, at temperature 1 above 1e-3, in rows as peaked as a language model's,
+    whose likeliest token has a tenth or more. Nearer it grows, as the gradient vanishes: 4 times at
+    3e-6 nats and temperature 1, 3 times at 1e-4 and temperature 2, 9 times at 3e-5 and temperature
+    4; and likewise in flat rows, 1.8 times at 1e-3. In fp16, whose own rounding is smaller, it is
+    1.4 to 2 times at 2e-3 nats. A logit more than 8191 below the largest of its 256
+    counts as -inf: a label there, or for reverse_kl a teacher's column that is masked by a number
+    such as -1e4, makes the loss infinite where that of "exact" is finite.
 
     Computed with "exact" logits in any case are: hidden states in fp32; a student's softcap; a
     teacher that is no ``TeacherHidden``; divergences but for forward_kl and reverse_kl, and two of
