@@ -3,7 +3,7 @@
 Where ``launch.py`` gets whole rows of fp32 logits, here every product is made a slab at a time and
 becomes codes at once (``compress.py``). ``fold`` puts the groups of a row together; ``merge`` and
 ``gradient`` do what they always do. The gradient is written over the student's codes, so that a
-number of either takes 2 bytes, and twice as many rows share one product for dweight.
+number of either takes 2 bytes, and more rows share one product for dweight.
 """
 
 from __future__ import annotations

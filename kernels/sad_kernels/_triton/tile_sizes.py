@@ -82,7 +82,7 @@ PRESSURES = {
     "statistics": (1, 2, 3, 4, 5),
     "mixture": (2,),
     "gradient": (1, 2, 3, 4, 5),
-    "compress": (1, 2, 3),
+    "compress": (1, 2),
 }
 LAUNCHED = [(kernel, p) for kernel, several in PRESSURES.items() for p in (*several, ANY)]
 """The keys that a launch looks up: kernel, and its pressure or ``ANY``."""
