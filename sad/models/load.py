@@ -39,6 +39,7 @@ from sad.models.layers import chosen_layers, copy_layers, with_layers
 from sad.models.quantization import (
     check_stored_teacher,
     check_student_weights,
+    keep_layouts_that_cannot_be_packed,
     quantizer,
     require_quantized_layers,
     stored_quantization,
@@ -91,6 +92,7 @@ def load_teacher(config: DistillConfig) -> PreTrainedModel:
     model = _pretrained_model(config, "teacher", dtype, **options)
     if kind is not None:
         require_quantized_layers(model, kind)
+    keep_layouts_that_cannot_be_packed(model)
     return _frozen(model)
 
 

@@ -31,6 +31,9 @@ PACKAGES = {"int8": "torchao", "int4": "bitsandbytes"}
 BLOCK_IN_4_BITS = 64
 """Weights in 4 bits that share a scale in fp32."""
 
+ROWS_PACKED_ON_CPUS = 32
+"""Rows of 4-bit weights that bitsandbytes packs together on processors with AVX512-BF16."""
+
 
 def require_quantizer(config: DistillConfig) -> None:
     """Raise ``UsageError`` unless what ``teacher_quantization`` needs is installed."""
@@ -110,6 +113,22 @@ def require_quantized_layers(model: PreTrainedModel, kind: str) -> None:
             f"teacher_quantization must find linear layers (torch.nn.Linear) in "
             f"{type(model).__name__}, got none that {PACKAGES[kind]} quantizes; leave it out"
         )
+
+
+def keep_layouts_that_cannot_be_packed(model: PreTrainedModel) -> None:
+    """Let linear layers in 4 bits compute from the weights as they are stored where bitsandbytes
+    cannot pack them for processors with AVX512-BF16.
+
+    It packs 32 rows at a time and gives each row whole blocks of ``blocksize`` weights; of a layer
+    [out, in] of another shape it fails in its first forward pass instead of leaving it as it is.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        rows, columns = state.shape
+        if rows % ROWS_PACKED_ON_CPUS or columns % state.blocksize:
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_a_head_of_its_own_stays_plain_and_the_checks_of_a_run_hold(kind: str, p
     assert teacher.head().weight.is_floating_point() and teacher.head().vocab_size == 512
     flops = forward_flops(load_teacher(config_of(plain)), 32)
     assert forward_flops(model, 32) == flops
+
+
+def test_layers_that_bitsandbytes_cannot_pack_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On processors with AVX512-BF16 it packs weights [out, in] in the first forward pass, and
+    fails unless 32 divides out and 64 divides in. Every processor is said to be one here, and the
+    packed weights are left unused, as the others cannot multiply with them."""
+    modules: Any = pytest.importorskip("bitsandbytes.nn.modules")
+    pack, packed = modules._convert_weight_packed_for_cpu, set[tuple[int, ...]]()
+
+    def pack_a_copy(weight: Tensor, state: Any) -> tuple[Tensor, Any]:
+        pack(weight.clone(), copy.deepcopy(state))
+        packed.add(tuple(state.shape))
+        return weight, state
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", pack_a_copy)
+    model = tiny_llama(hidden_size=128, head_dim=32, intermediate_size=72)
+    teacher = save_tiny(tmp_path / "teacher", model)
+    assert log_probs(load_teacher(config_of(teacher, teacher_quantization="int4"))).isfinite().all()
+    assert packed == {(128, 128), (64, 128)}
 
 
 def test_settings_of_the_process_stay(plain: str) -> None:
