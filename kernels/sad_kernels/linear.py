@@ -200,9 +200,8 @@ def linear_distill_loss(
     whose likeliest token has a tenth or more. Nearer it grows, as the gradient vanishes: 4 times at
     3e-6 nats and temperature 1, 3 times at 1e-4 and temperature 2, 9 times at 3e-5 and temperature
     4; and likewise in flat rows, 1.8 times at 1e-3. In fp16, whose own rounding is smaller, it is
-    1.4 to 2 times at 2e-3 nats. A logit more than 8191 below the largest of its 256
-    counts as -inf: a label there, or for reverse_kl a teacher's column that is masked by a number
-    such as -1e4, makes the loss infinite where that of "exact" is finite.
+    1.4 to 2 times at 2e-3 nats. A finite logit more than 8191 below the largest of its 256, such as
+    a column that is masked by -1e4, counts as 8191 below it.
 
     Computed with "exact" logits in any case are: hidden states in fp32; a student's softcap; a
     teacher that is no ``TeacherHidden``; divergences but for forward_kl and reverse_kl, and two of

@@ -23,12 +23,12 @@ from support.oracle.exact import replaced
 
 GROUP = 256
 MANTISSA = 12
-FAR = 8192.0
+FARTHEST = 8191.0
 
 
 def rounded(z: Tensor) -> Tensor:  # [n, V] -> the same
     """Each logit as its code has it: its distance from the group's maximum, plus 1/4, with 12 bits
-    of mantissa, halves rounded up."""
+    of mantissa, halves rounded up, and no finite one above FARTHEST."""
     x = z.detach().double()
     n, V = x.shape
     full = torch.nn.functional.pad(x, (0, -V % GROUP), value=-torch.inf).view(n, -1, GROUP)
@@ -36,7 +36,7 @@ def rounded(z: Tensor) -> Tensor:  # [n, V] -> the same
     v = k - full + 0.25
     last = torch.ldexp(torch.ones_like(v), v.frexp().exponent - 1 - MANTISSA)
     v = torch.where(v.isfinite(), (v / last + 0.5).floor() * last, v)
-    v = torch.where(v >= FAR, torch.inf, v)
+    v = torch.where(v.isfinite(), v.clamp(max=FARTHEST), v)
     found = (k + 0.25 - v).view(n, -1)[:, :V].to(z.dtype)
     return z + (found - z.detach())
 

@@ -6,8 +6,9 @@ to nearest. There is no sign and there are no subnormal numbers, so that it has 
 fp16. ``v`` lies between 1/4 and 8192:
 
 * a maximum is exact, its code is 0, and no other logit is off by more than ``2^-13 v``;
-* a logit that is 8192 or more below its group's maximum counts as -inf, code ``0xF000``;
-* NaN stays NaN, in the code, and in the maximum of its group.
+* a finite logit further below its group's maximum than 8191 counts as that far below, and -inf
+  stays -inf, code ``0xF000``;
+* NaN is kept by the maximum of its group, which its codes are relative to, not by its own code.
 
 In the bits of fp32, ``2^115 v`` has one of the last 16 exponents, of which the last is inf. So the
 code is the lower part of the exponent and the upper part of the mantissa, and both ways take a few
@@ -29,6 +30,8 @@ GROUP = tl.constexpr(_tiles.GROUP)
 UP = tl.constexpr(2.0**115)
 DOWN = tl.constexpr(2.0**-115)
 QUARTER_UP = tl.constexpr(2.0**113)
+FARTHEST = tl.constexpr(2.0**128 - 2.0**115)  # 8191 UP: the last code of a finite logit
+INF_ONLY = tl.constexpr(2.0**-100)  # what it is times vanishes beside QUARTER_UP, unless it is inf
 EXPONENTS = tl.constexpr(240 << 23)  # the bits that the exponents of 1/4 to 8192, times UP, share
 DROPPED = tl.constexpr(11)  # bits of fp32's 23 of mantissa
 KEPT = tl.constexpr(-(1 << 11))  # a mask of the others
@@ -46,7 +49,9 @@ def decoded(code):
 @triton.jit
 def encoded(x, k):
     """The codes of logits ``x`` at or below ``k``, in int16, and what they stand for, ``z - k``."""
-    v = (k - x) * UP + QUARTER_UP  # exact but for the difference and the sum
+    below = k - x
+    v = below * UP + QUARTER_UP  # exact but for the difference and the sum
+    v = tl.minimum(v, FARTHEST) + below * INF_ONLY
     bits = v.to(tl.int32, bitcast=True) + HALF
     y = 0.25 - (bits & KEPT).to(tl.float32, bitcast=True) * DOWN
     return (bits >> DROPPED).to(tl.int16), y
