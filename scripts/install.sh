@@ -43,6 +43,7 @@ fi
 echo "Installing into .venv (minutes the first time, 2.5 GB, more where torch comes with CUDA)"
 quiet=--quiet
 if [ -t 1 ]; then quiet=--progress-bar=on; fi # somebody is watching
-.venv/bin/python -m pip install "$quiet" --disable-pip-version-check \
+# Bytecode is made when a module is first imported: of all modules it takes longer than the rest.
+.venv/bin/python -m pip install "$quiet" --disable-pip-version-check --no-compile \
     --constraint "$constraints" --editable ".[$extras]"
 wanted >"$stamp"

@@ -41,9 +41,8 @@ settings.load_profile("ci")
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` is asked
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave most interpreted cases of long grids to ``-m slow``: see ``support/default_set.py``."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        default_set.thin_out(items)
+    """Leave most cases of long grids to ``-m slow``: see ``support/default_set.py``."""
+    default_set.thin_out(items, interpreted=os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,7 @@ def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, name)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fault", cases.FAULTS, ids=lambda fault: fault.__name__)
 def test_ours_is_right_and_the_absent_keep_their_rows(
     fault: Callable[[Effort], Iterator[Fault]], monkeypatch: pytest.MonkeyPatch
@@ -156,6 +157,7 @@ PLANTED = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("case", "faulty", "value"), PLANTED)
 def test_a_planted_fault_is_shown_and_what_is_right_is_right(
     case: Callable[[Effort], Iterator[Fault]], faulty: Any, value: float | None

@@ -34,6 +34,7 @@ def test_killed_runs_resume_to_the_same_bits(workshop: Workshop, tmp_path: Path)
     assert promise.inflicted == 6 and not promise.examples
 
 
+@pytest.mark.slow
 def test_a_disk_that_refuses_once_costs_nothing(workshop: Workshop, tmp_path: Path) -> None:
     promise = Promise("").add(fail_once(workshop, tmp_path, share=0.01))
     assert promise.inflicted >= 3 and not promise.examples
@@ -44,11 +45,13 @@ def test_damaged_files_are_never_used(workshop: Workshop, tmp_path: Path) -> Non
     assert promise.inflicted >= 3 and len(DAMAGE) == 8 and not promise.examples
 
 
+@pytest.mark.slow
 def test_a_long_run_needs_no_more_than_a_short_one(workshop: Workshop, tmp_path: Path) -> None:
     promise = Promise("").add(soak(workshop, tmp_path, steps=100))
     assert promise.inflicted == 100 and not promise.examples
 
 
+@pytest.mark.slow
 def test_caches_killed_and_begun_again_have_the_same_bits(
     workshop: Workshop, tmp_path: Path
 ) -> None:
@@ -56,6 +59,7 @@ def test_caches_killed_and_begun_again_have_the_same_bits(
     assert promise.inflicted >= 4 and not promise.examples
 
 
+@pytest.mark.slow
 def test_killed_runs_from_a_cache_resume_to_the_same_bits(
     workshop: Workshop, tmp_path: Path
 ) -> None:
@@ -63,6 +67,7 @@ def test_killed_runs_from_a_cache_resume_to_the_same_bits(
     assert promise.inflicted >= 2 and not promise.examples
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_or_student_changes_no_bit(workshop: Workshop, tmp_path: Path) -> None:
     promise = Promise("").add(kill_pairs(workshop, tmp_path, kills=3))
     assert promise.inflicted >= 3 and not promise.examples
@@ -85,6 +90,7 @@ def test_many_killed_readers_of_caches_change_no_bit(
     assert promise.inflicted >= 50 and not promise.examples
 
 
+@pytest.mark.slow
 def test_a_loss_is_counted(workshop: Workshop, tmp_path: Path) -> None:
     """A checkpoint that is believed without being verified."""
     with pytest.MonkeyPatch.context() as patch:

@@ -295,8 +295,9 @@ def test_what_was_compiled_is_used_for_the_same_sources_only(tmp_path: Path) -> 
     assert len({before, changed, fingerprint(tmp_path, ["ema"])}) == 3
 
 
+@pytest.mark.slow
 def test_every_launch_has_a_budget_and_every_budget_a_launch() -> None:
-    """Recording alone takes no time, so this covers all cases on all targets."""
+    """Recording alone takes half a minute, so this covers all cases on all targets."""
     names = launches("--all", "--list")
     assert {name.split(":")[0] for name in names} == set(FAMILIES)
     committed = {name: sorted(by_target) for name, by_target in budgets().items()}

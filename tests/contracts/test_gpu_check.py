@@ -22,6 +22,7 @@ def run(out: Path, script: Path = SCRIPT, **more: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
 @pytest.mark.parametrize(
     ("where", "cases"),
@@ -48,6 +49,7 @@ def test_every_step_runs_and_is_reported(tmp_path: Path, where: str, cases: str)
     assert not cases or {row["case"] for row in rows} == {"linear_ce", "ema/update", "ema/swap"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", [SCRIPT, LINEAR], ids=lambda script: script.name)
 def test_without_a_gpu_it_says_so(tmp_path: Path, script: Path) -> None:
@@ -56,6 +58,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, script: Path) -> None:
     assert f"error: {script.name} must run where torch sees a GPU" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
 @pytest.mark.parametrize(
     "steps",
@@ -99,6 +102,7 @@ def test_an_unknown_step_is_an_error_of_one_line(tmp_path: Path) -> None:
     assert "STEPS must be among compact tests peers" in done.stderr and "got compct" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs triton")
 @pytest.mark.parametrize(
     "tools", ["memcheck", pytest.param("memcheck racecheck initcheck", marks=pytest.mark.slow)]

@@ -384,6 +384,7 @@ def trap_files(root: Path) -> list[str]:
     return [name for name in ("kernels/__init__.py", "conftest.py") if (root / name).exists()]
 
 
+@pytest.mark.slow
 def test_our_kernels_folder_is_no_package() -> None:
     assert trap_files(ROOT) == []
     assert run_python(NAME_TRAP) == ""

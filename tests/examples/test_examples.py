@@ -123,6 +123,7 @@ def distance(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_loss_falls(name: str, example: Example, capfd: pytest.CaptureFixture[str]) -> None:
     example.run(name, *([TRACED] if name == "with_compile" else []))
@@ -138,6 +139,7 @@ def test_the_compiled_loss_falls(example: Example, capfd: pytest.CaptureFixture[
     assert len(losses) == 20 and losses[-1] < 0.95 * losses[0], losses
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("triton"), reason="needs triton")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 def test_models_and_the_triton_loss_are_one_graph(example: Example) -> None:

@@ -975,10 +975,16 @@ MUTATIONS = [
         "distances are taken from a maximum plus 1/4, which is not exact beside a large offset",
         edit(
             CODES,
-            "v = (k - x) * UP + QUARTER_UP",
+            "v = below * UP + QUARTER_UP",
             "v = ((k + 0.25) - x) * UP",
         ),
         codes("test_a_maximum_is_exact_and_all_else_within_two_to_the_minus_13[4095.9]"),
+    ),
+    Mutation(
+        "59",
+        "finite logits far below their maximum become -inf",
+        edit(CODES, "v = tl.minimum(v, FARTHEST)", "v = v"),
+        codes("test_infinities_nan_and_what_is_too_far_below"),
     ),
     Mutation(
         "59",

@@ -432,6 +432,7 @@ def on_a_rank(gradient: Callable[[int, str], Gradients], steps: int, folder: str
     return gradient(steps, folder)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("gradient", TRAINERS)

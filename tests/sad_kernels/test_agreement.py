@@ -19,6 +19,7 @@ FEW = ("randn5+1e-1", "randn20+1e-3", "randn5")
 """What interpreted kernels are held to by default."""
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize(
     ("impl", "distribution"),
     [
@@ -47,6 +48,7 @@ def test_of_logits(divergence: Divergence, beta: float, distribution: str, impl:
     judge(problem, bound(impl))
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("teacher", ["bucket", "hidden", "share"])
 @pytest.mark.parametrize(("divergence", "beta"), MIXED_AND_PURE)

@@ -67,6 +67,7 @@ def at_best(x: Tensor) -> int:
     return len(x) * -(-V // SEGMENT) * x.element_size()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_kl_reads_each_side_once_and_a_mixture_twice(divergence: str) -> None:
     """And before the second reading the logits of the student's likeliest token."""

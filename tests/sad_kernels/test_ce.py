@@ -80,6 +80,7 @@ def test_reductions_by_hand(impl: str) -> None:
 # --- Everything else against the oracle ----------------------------------------------------------
 
 
+@pytest.mark.few(112)
 @pytest.mark.parametrize(("options", "dtype", "impl"), crossed(CROSS_ENTROPY))
 def test_every_option(options: Options, dtype: torch.dtype, impl: str) -> None:
     judge(cross_entropy_problem(options, dtype), bound(impl))

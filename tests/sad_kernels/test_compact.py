@@ -429,6 +429,7 @@ def refused() -> dict[str, Callable[[str], Tensor]]:
     }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", refused())
 def test_what_cannot_be_codes_has_the_bits_of_exact_logits(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -204,6 +204,7 @@ def test_opcheck(impl: str) -> None:
     opcheck(ema.swap_op, (shadows, [p.detach() for p in params], impl))
 
 
+@pytest.mark.few(1)
 @impls
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

@@ -143,6 +143,7 @@ def of_logits(
     return value_of(name, beta, k)[0], gradient_of(name, beta, k)[0] / T
 
 
+@pytest.mark.few(35)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -135,16 +135,19 @@ def test_teacher_hidden_by_hand(impl: str) -> None:
 # --- Everything else against the oracle ----------------------------------------------------------
 
 
+@pytest.mark.few(140)
 @pytest.mark.parametrize(("options", "dtype", "impl"), crossed(KL_DIV))
 def test_every_option_of_kl_div(options: Options, dtype: torch.dtype, impl: str) -> None:
     judge(kl_div_problem(options, dtype), bound(impl))
 
 
+@pytest.mark.few(130)
 @pytest.mark.parametrize(("options", "dtype", "impl"), crossed(DISTILL_LOSS))
 def test_every_option_of_distill_loss(options: Options, dtype: torch.dtype, impl: str) -> None:
     judge(distill_loss_problem(options, dtype), bound(impl))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -162,6 +165,7 @@ def test_wide_vocabularies(divergence: Divergence, dtype: torch.dtype, impl: str
         judge(problem, bound(impl))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("impl", IN_FLOAT64)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -66,16 +66,19 @@ def test_distillation_by_hand(impl: str) -> None:
 # --- Everything else against the oracle ----------------------------------------------------------
 
 
+@pytest.mark.few(74)
 @pytest.mark.parametrize(("options", "dtype", "impl"), crossed(LINEAR_CROSS_ENTROPY))
 def test_every_option_of_cross_entropy(options: Options, dtype: torch.dtype, impl: str) -> None:
     judge(linear_cross_entropy_problem(options, dtype), bound(impl, options["chunk_bytes"]))
 
 
+@pytest.mark.few(90)
 @pytest.mark.parametrize(("options", "dtype", "impl"), crossed(LINEAR_DISTILL_LOSS))
 def test_every_option_of_distillation(options: Options, dtype: torch.dtype, impl: str) -> None:
     judge(linear_distill_loss_problem(options, dtype), bound(impl, options["chunk_bytes"]))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_distill_loss"])
@@ -113,6 +116,7 @@ def test_a_wider_weight_is_rounded_to_the_hidden_states(dtype: torch.dtype, impl
     assert (grad != grad.to(dtype)).any()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("impl", IN_FLOAT64)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("chunk_bytes", [None, 2000])

@@ -422,6 +422,7 @@ def test_lse_is_in_the_callers_order(reduction: str, impl: str) -> None:
     assert_value(linear.lse, z.flatten(), scale=100.0)
 
 
+@pytest.mark.few(7)
 @each_dtype
 @pytest.mark.parametrize("kind", ["logits", "bucket"])
 @pytest.mark.parametrize("linear", [False, True])
@@ -439,6 +440,7 @@ def test_without_labels_every_row_counts(
 # --- Weights of rows -----------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @each_dtype
 @each_kind
 @pytest.mark.parametrize("linear", [False, True])

@@ -126,6 +126,7 @@ CASES: dict[str, dict[str, Any]] = {
 BY_DEFAULT = ("joint", "ce", "bf16", "temperature", "teacher's ids")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in CASES],
@@ -147,6 +148,7 @@ def test_chunk_bytes_are_used() -> None:
     assert peak_bytes(case.forward) > case.chunk_bytes / 2
 
 
+@pytest.mark.slow
 def test_no_memory_grows_with_tokens_times_vocabulary() -> None:
     """At fixed ``chunk_bytes``, doubling N adds rows, doubling V adds head, nothing adds N x V."""
 
@@ -165,6 +167,7 @@ def test_no_memory_grows_with_tokens_times_vocabulary() -> None:
     assert peak(2 * N, 2 * V) - base <= N * per_row + V * per_class + 2 * slack < 4 * N * V
 
 
+@pytest.mark.slow
 def test_without_gradients_nothing_is_kept() -> None:
     """Under ``no_grad`` the call leaves a few numbers, and frozen leaves get no gradient memory."""
     case = Case(N=200, V=20000, D=32)
@@ -200,6 +203,7 @@ def test_chunks_around_the_kernels_share_one_gradient_of_the_weight() -> None:
     assert gradients < peak_bytes(forward) <= gradients + A * chunk_bytes + B * N + SMALL
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_of_logits_take_tiles_and_one_gradient(dtype: torch.dtype) -> None:
     """Beyond the inputs: the gradient, and six tiles at most, in fp32 whatever the logits are."""

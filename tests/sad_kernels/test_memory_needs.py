@@ -119,6 +119,7 @@ def test_the_torch_path_takes_no_more_than_is_said(name: str) -> None:
     assert peak > said.total / 2, said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gradients", [True, False])
 def test_ids_of_a_teacher_take_no_more_than_is_said(gradients: bool) -> None:
     """In 32 bits, partly padded and in tiles narrower than the vocabulary, as they take most."""

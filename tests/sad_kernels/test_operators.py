@@ -129,6 +129,7 @@ every_layout = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(3)
 @registered
 @every_layout
 def test_row_losses_are_registered(layout: str, kind: str) -> None:
@@ -137,6 +138,7 @@ def test_row_losses_are_registered(layout: str, kind: str) -> None:
     torch.library.opcheck(torch.ops.sad_kernels.row_losses, arguments)
 
 
+@pytest.mark.few(2)
 @registered
 @every_layout
 def test_row_means_are_registered(layout: str, kind: str) -> None:
@@ -146,6 +148,7 @@ def test_row_means_are_registered(layout: str, kind: str) -> None:
     torch.library.opcheck(torch.ops.sad_kernels.row_mean, (*arguments, items))
 
 
+@pytest.mark.few(5)
 @registered
 @every_layout
 def test_row_gradients_are_registered(layout: str, kind: str) -> None:
@@ -183,6 +186,7 @@ every_linear_layout = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(1)
 @registered
 @every_linear_layout
 def test_linear_losses_are_registered(layout: str, kind: str, needed: str) -> None:
@@ -192,6 +196,7 @@ def test_linear_losses_are_registered(layout: str, kind: str, needed: str) -> No
     torch.library.opcheck(torch.ops.sad_kernels.linear_loss, (*arguments, items, wanted))
 
 
+@pytest.mark.few(1)
 @registered
 @every_linear_layout
 def test_linear_rows_are_registered(layout: str, kind: str, needed: str) -> None:
@@ -214,6 +219,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 # What torch's own compiler warns of when it is imported.
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @every_op
@@ -248,6 +254,7 @@ def weighted_losses(ops: Any, s: Tensor, t: Tensor, w: Tensor, mask: Tensor) -> 
 
 
 # What torch's own compiler warns of when it is imported.
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -266,6 +273,7 @@ def test_weights_and_masks_compile_without_graph_breaks(backend: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("fresh_compiler")
 @every_op
 def test_new_shapes_compile_once_more_at_most(op: str) -> None:
@@ -308,6 +316,7 @@ def problem_and_loss(op: str, **options: Any) -> tuple[dict[str, Tensor], list[T
     return leaves, [leaves[name] for name in problem.wrt], loss
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("route")
 @every_op
 @pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -321,6 +330,7 @@ def test_activation_checkpointing(op: str, use_reentrant: bool) -> None:
             assert x.grad is not None and torch.equal(x.grad, expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("route")
 @every_op
 def test_without_gradients_there_is_no_gradient_work(
@@ -344,6 +354,7 @@ def test_without_gradients_there_is_no_gradient_work(
         launched.clear()
 
 
+@pytest.mark.few(13)
 @pytest.mark.usefixtures("route")
 @every_op
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -354,6 +365,7 @@ def test_a_second_derivative_is_refused(op: str, reduction: str) -> None:
         torch.autograd.grad([g.square().sum() for g in gradients], wrt)
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("route")
 @every_op
 @pytest.mark.parametrize(
@@ -487,6 +499,7 @@ ROW_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, 0, 0), (0, None, 1), (0, None, None)])
 @pytest.mark.parametrize("name", ROW_LOSSES)
 def test_vmap_of_row_losses_is_a_loop(

@@ -56,6 +56,7 @@ def apart(distribution: str, divergence: Any, beta: float) -> Problem:
     )
 
 
+@pytest.mark.few(49)
 @pytest.mark.parametrize("distribution", APART)
 @pytest.mark.parametrize(("divergence", "beta"), MIXED_AND_PURE)
 def test_exact_differences_pass_where_gradients_are_small(
@@ -70,6 +71,7 @@ def test_exact_differences_pass_where_gradients_are_small(
         assert broken(problem, {"dlogits": (part * by.oracle["dlogits"]).float()}, by)
 
 
+@pytest.mark.few(32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("teacher", ["logits", "hidden", "bucket", "share"])
 @pytest.mark.parametrize(("divergence", "beta"), MIXED_AND_PURE)
@@ -166,6 +168,7 @@ GRIDS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("op", "dtype"),
     [

@@ -435,6 +435,7 @@ def test_what_outcomes_do_not_go_with(impl: str) -> None:
 # --- What torch makes of it -----------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @every_impl
 def test_compiled_without_graph_breaks(impl: str) -> None:
     s, t = drawn(N, V).requires_grad_(), drawn(N, V_T, seed=1)

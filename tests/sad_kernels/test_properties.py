@@ -138,6 +138,7 @@ def test_ops_on_hidden_states(
 # --- Symmetries ----------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @for_any(seed=seeds, N=rows_st, V=widths, shift=st.integers(-9000, 9000), T=temperatures)
 def test_adding_a_constant_to_a_row_changes_nothing(
     impl: str, seed: int, N: int, V: int, shift: int, T: float
@@ -185,6 +186,7 @@ def test_gradient_rows_sum_to_zero_without_z_loss(
     assert_zero(total, scale=V * (1 + T * max(1.0, 20 / T)))  # the bands of V elements
 
 
+@pytest.mark.few(1)
 @for_any(
     seed=seeds,
     N=st.integers(2, 6),
@@ -255,6 +257,7 @@ def test_divergences_have_a_floor_and_a_ceiling(
 # --- Compositions --------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @for_any(
     seed=seeds,
     N=rows_st,

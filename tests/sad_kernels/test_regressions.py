@@ -61,6 +61,7 @@ linear_ops = pytest.mark.parametrize("op", LINEAR)
 # --- Rounding ------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @every_implementation
 @ops_on_logits
 @pytest.mark.parametrize("dtype", HALVES)
@@ -74,6 +75,7 @@ def test_p_is_rounded_after_the_subtraction(op: str, dtype: torch.dtype, impl: s
         judge(plain(op, dtype, distribution="peaked_near", N=40, ce_weight=1.0), bound(impl))
 
 
+@pytest.mark.few(14)
 @every_implementation
 @ops_on_logits
 @pytest.mark.parametrize("dtype", HALVES)
@@ -95,6 +97,7 @@ def test_the_gradient_is_rounded_once(
     assert torch.equal(measure(narrow, ops)["dlogits"], once)
 
 
+@pytest.mark.few(2)
 @every_implementation
 @linear_ops
 @pytest.mark.parametrize(
@@ -135,6 +138,7 @@ def test_losses_are_float32(op: str, dtype: torch.dtype, impl: str) -> None:
             assert value.dtype == (dtype if name.startswith("d") else torch.float32), name
 
 
+@pytest.mark.few(2)
 @every_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_no_probability_exceeds_one(dtype: torch.dtype, impl: str) -> None:
@@ -245,6 +249,7 @@ def test_ignored_rows_are_written(op: str, impl: str) -> None:
         judge(problem, bound(impl))
 
 
+@pytest.mark.few(19)
 @every_implementation
 @every_op
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 97, 127, 128, 2**31 - 1])
@@ -303,6 +308,7 @@ def test_ignored_rows_may_hold_anything(op: str, junk: float, impl: str) -> None
 # --- Labels --------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(16)
 @every_implementation
 @every_op
 @pytest.mark.parametrize("label", [97, 90, -1, 2**40, -(2**40)])
@@ -388,6 +394,7 @@ def test_small_vocabularies(op: str, V: int, impl: str) -> None:
 # --- Divergences ---------------------------------------------------------------------------------
 
 
+@pytest.mark.few(5)
 @every_implementation
 @pytest.mark.parametrize("op", ["kl_div", "distill_loss"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -471,6 +478,7 @@ def test_beta_is_the_teachers_share(impl: str) -> None:
         assert abs(approached - limit) < 3 * b * -math.log(b) * limit  # of order b log b
 
 
+@pytest.mark.few(1)
 @every_implementation
 @linear_ops
 def test_the_normaliser_belongs_to_the_window(op: str, impl: str) -> None:
@@ -513,6 +521,7 @@ def test_the_normaliser_belongs_to_the_window(op: str, impl: str) -> None:
 # --- Autograd ------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(29)
 @every_implementation
 @linear_ops
 @pytest.mark.parametrize("wrt", ["", "hidden", "weight", "bias", "hidden,bias", "hidden,weight"])
@@ -672,6 +681,7 @@ def test_the_ce_of_a_distillation_is_the_cross_entropy(impl: str) -> None:
     assert_value(out.ce / out.num_tokens, alone, scale=1.0)
 
 
+@pytest.mark.few(3)
 @every_implementation
 @linear_ops
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -31,6 +31,7 @@ def test_by_hand(impl: str) -> None:
     assert float(out.agree) == 1, "the argmax of the mixture, not of the teacher alone"
 
 
+@pytest.mark.few(18)
 @pytest.mark.parametrize(
     ("op", "divergence", "dtype", "impl"),
     [
@@ -56,6 +57,7 @@ def test_every_divergence(op: str, divergence: str, dtype: torch.dtype, impl: st
     judge(plain(op, dtype, **options), bound(impl, 8_000))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("distribution", ["offset1e4", "spread300", "inf_student", "inf_teacher"])
 def test_extreme_logits(distribution: str, impl: str) -> None:

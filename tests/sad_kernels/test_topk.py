@@ -121,6 +121,7 @@ def test_padding_is_no_outcome(impl: str) -> None:
 # --- Everything else -----------------------------------------------------------------------------
 
 
+@pytest.mark.few(100)
 @pytest.mark.parametrize(
     ("dtype", "distribution", "impl"),
     [
@@ -155,6 +156,7 @@ def test_against_the_oracle(
     judge(problem, bound(impl))
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("divergence", "tail"), BOTH_TAILS)
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
@@ -224,6 +226,7 @@ def test_all_ids_are_a_dense_teacher(divergence: Divergence, impl: str) -> None:
         assert float(sparse.agree) == float(dense.agree)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_bucket_sees_at_most_the_full_divergence(divergence: Divergence, impl: str) -> None:
@@ -272,6 +275,7 @@ def test_the_teachers_rest_does_not_cancel(impl: str) -> None:
     assert_value(loss, exact, scale=1 / rest if impl == "reference" else -math.log(rest))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("impl", IN_FLOAT64)
 @pytest.mark.parametrize(("divergence", "tail"), BOTH_TAILS)
 def test_gradcheck(divergence: Divergence, tail: Tail, impl: str) -> None:

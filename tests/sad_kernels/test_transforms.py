@@ -296,6 +296,7 @@ def test_distributed_tensors_are_refused(impl: str) -> None:
 # --- torch.compile --------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", ["cross_entropy", "kl_div", "distill_loss", *ON_HIDDEN])
 def test_one_graph_of_the_torch_path(name: str, dynamic: bool) -> None:

@@ -95,6 +95,7 @@ def test_a_sure_student_learns_from_what_is_left(divergence: Divergence, teacher
         assert_value(out.loss, exact, scale=p)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("T", [1.0, 2.7])
 @pytest.mark.parametrize("divergence", EVERY)
 def test_a_student_that_agrees_learns_nothing(divergence: Divergence, T: float) -> None:

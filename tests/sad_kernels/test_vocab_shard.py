@@ -78,6 +78,7 @@ def judge_sharded(
 # --- Against the oracle --------------------------------------------------------------------------
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("impl", "row"),
     [

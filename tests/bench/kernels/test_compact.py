@@ -30,6 +30,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_tiles, name, 1024)
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_kept() -> None:
     kept: list[Any] = []
     found = compact.measure(fake=True, sizes=TINY, keep=lambda f: kept.append(json.dumps(f)))
@@ -133,6 +134,7 @@ def test_without_a_gpu_it_says_so() -> None:
         compact.measure()
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_from_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def hidden(name: str, shape: Shape, dtype: str = "float32") -> Hidden:
 # Points and reasons
 
 
+@pytest.mark.slow
 def test_every_series_has_every_point_or_a_reason(result: dict[str, Any]) -> None:
     assert {c["name"] for c in result["curves"]} == set(XS)
     assert result["notes"] == []
@@ -174,6 +175,7 @@ def test_ratios_are_to_the_products_of_the_same_round(monkeypatch: pytest.Monkey
 # Memory
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CASES)
 def test_ours_keeps_to_its_formula_and_eager_grows_with_tokens_and_vocabulary(
     name: str, monkeypatch: pytest.MonkeyPatch

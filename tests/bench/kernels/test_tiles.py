@@ -23,6 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tiles, name, ((32, 1),))
 
 
+@pytest.mark.slow
 def test_every_kernel_is_swept_and_the_table_is_put_back() -> None:
     table = tile_sizes.current_rule()
     rows = list(tiles._rows(Cpu(), torch.float32, rounds=1))

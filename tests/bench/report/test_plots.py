@@ -119,6 +119,7 @@ def figures() -> dict[str, Figure]:
     return plots.figures(curves(), record())
 
 
+@pytest.mark.slow
 def test_the_same_json_gives_the_same_bytes(tmp_path: Path) -> None:
     given = json.dumps([curves(curve("memory_tokens"), curve("largest_batch")), record()])
     (results, rows), (same, other) = json.loads(given), json.loads(given)
@@ -279,6 +280,7 @@ def test_series_with_nothing_but_reasons_are_drawn_as_such(tmp_path: Path) -> No
     assert plots.figures(None, {"rows": rows[:1]}) == {}
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_committed_result_can_be_given(path: Path) -> None:
     result = json.loads(path.read_text())

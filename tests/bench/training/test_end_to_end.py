@@ -77,6 +77,7 @@ def task() -> Task:
     return prepare(TINY, 0)
 
 
+@pytest.mark.slow
 def test_who_can_run_does(measured: Measured) -> None:
     expected = {OURS, NAIVE}
     expected |= {"transformers.Trainer"} if find_spec("accelerate") else set()

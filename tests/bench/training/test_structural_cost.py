@@ -7,6 +7,7 @@ import pytest
 from bench.training import structural_cost as structural
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_every_arm_is_measured() -> None:
     setup = structural.Setup(layers=2, hidden=128, tokens=64, vocab=200, experts=4, rounds=2)

@@ -385,6 +385,7 @@ def trace_of(
     return disk.trace
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize(
     ("fault", "sticky"), [(fault, False) for fault in FAULTS] + [("ENOSPC", True), ("EIO", True)]

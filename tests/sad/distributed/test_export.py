@@ -85,6 +85,7 @@ def assert_same_folder(found: Path, expected: Path) -> None:
     assert is_whole_export(found)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_is_the_folder_that_the_run_wrote(
     finished: DistillConfig, tmp_path: Path, ranks: int

@@ -73,6 +73,7 @@ GRID = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("case", "ranks", "replicas"), GRID)
 def test_a_run_on_ranks_is_the_run_of_one_process(
     material: Material,
@@ -168,6 +169,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_to_the_bit(
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("before", "after"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)]
 )

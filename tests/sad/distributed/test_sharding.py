@@ -67,6 +67,7 @@ FEW = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("ranks", "keys"), FEW)
 def test_every_gradient_is_that_of_one_process(
     material: Material, tmp_path: Path, ranks: int, keys: dict[str, Any]
@@ -154,6 +155,7 @@ def gradients_without_a_head(config: DistillConfig) -> str:
         return "nothing"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("teacher", ["teacher", "student"], ids=["own head", "tied head"])
 def test_a_teacher_is_released_after_the_backward_pass_and_not_before(
     material: Material, tmp_path: Path, teacher: str

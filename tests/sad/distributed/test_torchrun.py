@@ -106,6 +106,7 @@ sys.exit(main(["distill", "quickstart", "--learning_rat", "3"]))
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("delay", "first"), [(1, "quickstart --learning_rat 3"), (1000, "quickstart")]
 )

@@ -191,6 +191,7 @@ def test_a_learned_map_gets_gradients_from_loss_and_regularizer() -> None:
 # The loss
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients_are_those_of_the_definition(case: Case) -> None:
     inputs, teacher = case.tensors()

@@ -306,6 +306,7 @@ def moe_config(make_config: Make, sources: dict[str, Any], tmp_path: Path) -> Ma
     return make
 
 
+@pytest.mark.slow
 def test_routers_learn(moe_config: Make) -> None:
     config = moe_config(num_train_epochs=3)
     result = distill(config)
@@ -316,6 +317,7 @@ def test_routers_learn(moe_config: Make) -> None:
     assert "eval/router" in result.metrics
 
 
+@pytest.mark.slow
 def test_gates_of_the_teacher_learn_first(moe_config: Make, tmp_path: Path) -> None:
     """With every loss of a window seen, the student's target is new, and evaluation knows it."""
     routing = {"mode": "student_aware", "learning_rate": 1e-2}

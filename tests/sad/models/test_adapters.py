@@ -241,6 +241,7 @@ def test_adapters_of_parameters_are_exported(
     assert (untouched - logits).abs().max() > 1e-3, "training must show"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("section", [{}, EXPERTS], ids=["layers", "parameters"])
 def test_a_run_and_its_later_score(
     make_config: Make, sources: dict[str, Any], section: dict[str, Any]

@@ -76,6 +76,7 @@ def with_dropout() -> PreTrainedModel:
     return tiny_llama(num_hidden_layers=6, attention_dropout=0.2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "build", [windows, pytest.param(checkpointed, marks=pytest.mark.slow), with_dropout]
 )
@@ -131,6 +132,7 @@ def compiled_trainer(config: DistillConfig, inputs: Any, backend: Any = "aot_eag
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, pytest.param({"peft": {"r": 4}, "bf16": True}, marks=pytest.mark.slow)],

@@ -74,6 +74,7 @@ def sizes(plan: MemoryPlan) -> dict[str, int]:
 # States
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("keys", "per_parameter"),
     [
@@ -142,6 +143,7 @@ KEPT = "teacher states for evaluations"
 CACHE: dict[str, Any] = {"eval_teacher_cache": 1 << 28}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("keys", "eval_rows", "label", "size"),
     [
@@ -162,6 +164,7 @@ def test_what_evaluations_keep_counts(
     assert found.total == plan(replace(config, eval_teacher_cache=0)).total + size
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("device", "eval_rows", "label", "size"),
     [("cpu", None, f"{KEPT}, at most", 1 << 28), ("meta", 70, KEPT, 70 * ROW)],
@@ -325,6 +328,7 @@ def measured_peak(config: DistillConfig) -> int:
     return peak
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "keys",
     [
@@ -405,6 +409,7 @@ def measured_run(config: DistillConfig) -> tuple[int, int]:
     return training, evaluation
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "keys",
     [
@@ -426,6 +431,7 @@ def test_structural_losses_count(runs: dict[str, Any], keys: dict[str, Any]) -> 
     assert found.tensors == pytest.approx(training, rel=0.15)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("keys", [{}, {"relations": ON}], ids=lambda keys: ",".join(keys) or "none")
 def test_evaluations_of_more_rows_count(runs: dict[str, Any], keys: dict[str, Any]) -> None:
     rows = {"per_device_train_batch_size": 1}
@@ -446,6 +452,7 @@ CACHES = {
 EVERY_CACHE = pytest.mark.parametrize("cache", CACHES)
 
 
+@pytest.mark.few(1)
 @EVERY_CACHE
 @pytest.mark.parametrize("many", [False, True], ids=["training", "evaluation"])
 def test_a_cache_of_the_teacher_counts(
@@ -467,6 +474,7 @@ def test_a_cache_of_the_teacher_counts(
     assert not any(label.startswith("teacher weights") for label in labels)
 
 
+@pytest.mark.slow
 def test_the_command_plans_with_a_cache(
     runs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

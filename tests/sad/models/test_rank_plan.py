@@ -265,6 +265,7 @@ def test_a_straight_line_takes_few_calls() -> None:
     assert most_that_fit(lambda n: 1, 1) == (MOST_ROWS, 1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cluster", [None, Cluster(2)], ids=["one process", "two ranks"])
 def test_one_row_more_does_not_fit(
     pair: DistillConfig, cluster: Cluster | None, monkeypatch: pytest.MonkeyPatch

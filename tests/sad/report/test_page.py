@@ -231,6 +231,7 @@ def test_prompt_and_written_text_are_told_apart(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_no_box_is_empty(tmp_path: Path) -> None:
     """No text of nothing; plots of one dot, whose number is in the table, are folded away."""
     run_dir = make_run(tmp_path)
@@ -421,6 +422,7 @@ def test_a_run_without_a_teacher_shows_no_agreement(tmp_path: Path) -> None:
     assert ">KD<" not in svgs["Training loss and its parts"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_marked(tmp_path: Path, value: float) -> None:
     write_log(tmp_path, range(4, 84, 4), loss=value, ce=value, kd=value, grad_norm=value, lr=value)
@@ -469,6 +471,7 @@ def test_without_matplotlib_the_page_says_how_to_get_plots(
     assert "Distillation helped" in page.text and "max_grad_norm: 1.5" in page.text
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("content", [b"", b"{half", b"\xff\xfe\0", b"[1, 2]", b"a: [b"])
 def test_a_broken_file_costs_only_its_own_section(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "best").mkdir()

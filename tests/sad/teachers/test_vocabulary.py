@@ -431,6 +431,7 @@ def cached(config: DistillConfig, folder: Path, kind: Any, codec: Any) -> Path:
     return cache_teacher(config, options)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "codec"), KINDS)
 def test_a_cache_is_in_the_students_ids(tmp_path: Path, kind: Any, codec: Any) -> None:
     found = settings(tmp_path, temperature=1.0)
@@ -445,6 +446,7 @@ def test_a_cache_is_in_the_students_ids(tmp_path: Path, kind: Any, codec: Any) -
     assert facts is not None and facts[0].vocab_map is not None
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "codec"), KINDS)
 def test_a_cache_masks_what_the_teacher_cannot_read(tmp_path: Path, kind: Any, codec: Any) -> None:
     config = DistillConfig(**with_tools(tmp_path, every=40, temperature=1.0))

@@ -271,6 +271,7 @@ def test_a_sure_group_has_a_finite_gradient() -> None:
     assert value[0] == 0 and value[3] == 0 and (value[1:3] > 1).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", ["prefix", "likelihood"])
 def test_a_run_learns_and_is_scored_again(tmp_path: Path, mode: Any) -> None:
     config = with_bytes(

@@ -101,12 +101,14 @@ def test_one_pass_serves_every_evaluation_of_a_run(make_config: Make, passes: li
         assert [ours[name] for name in metrics] == [theirs[name] for name in metrics]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_computed_each_time(make_config: Make, passes: list[Batch]) -> None:
     config = make_config(eval_teacher_cache=ROWS * LENGTH * WIDTH * 4 - 1)
     distill(config)
     assert over_held_out_rows(passes, config) == 1 + EVALUATIONS * (BATCHES - 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_fills_it_again(make_config: Make, passes: list[Batch]) -> None:
     distill(make_config(baseline=False, max_steps=1))
     passes.clear()

@@ -70,6 +70,7 @@ def test_the_last_export_is_tried_twice(
     assert best.read_bytes() == final.read_bytes()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("error", [REFUSED, RuntimeError("this family cannot be saved")])
 def test_the_state_is_saved_before_giving_up(
     config: DistillConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -94,6 +95,7 @@ HARM: dict[str, Harm] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", HARM)
 @pytest.mark.parametrize("after", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_damaged_best_is_written_anew(

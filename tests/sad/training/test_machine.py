@@ -193,6 +193,7 @@ def test_the_first_line_comes_before_the_libraries(make_config: Make, tmp_path: 
     )
 
 
+@pytest.mark.slow
 def test_every_wait_has_its_line_and_every_phase_its_number(
     make_config: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

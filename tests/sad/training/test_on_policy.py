@@ -484,6 +484,7 @@ def test_the_loss_of_both_is_the_mean_over_all_targets(make_config: MakeConfig) 
     assert trainer.meter.losses({})["loss"] == pytest.approx(loss / targets)
 
 
+@pytest.mark.slow
 def test_the_plan_knows_the_cache_of_keys_and_values(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_layers_with_other_windows_are_refused_with_a_pair_that_fits(
     )
 
 
+@pytest.mark.slow
 def test_the_pair_that_was_proposed_is_taken(make_config: Make) -> None:
     student, teacher = windowed("sliding", "full"), windowed("full", "full", "sliding", seed=1)
     distill(make_config(student, teacher, attention={"weight": 0.1, "layers": [[1, 1]]}))

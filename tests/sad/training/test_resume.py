@@ -330,6 +330,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations(PRECISIONS, 2)), ids="->".join)
 def test_another_precision_goes_on_from_the_same_weights(
     make_config: Make, inputs: RunInputs, old: str, new: str
@@ -524,6 +525,7 @@ def test_a_resumption_that_is_refused_leaves_the_run_alone(
     assert tree(Path(config.output_dir)) == before
 
 
+@pytest.mark.slow
 def test_a_baseline_that_is_refused_leaves_the_run_alone(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

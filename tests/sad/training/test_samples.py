@@ -64,6 +64,7 @@ OWN_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", OWN_SETTINGS)
 def test_a_students_own_generation_settings_harm_no_run_and_survive_it(
     make_config: Make, tmp_path: Path, name: str
@@ -136,6 +137,7 @@ def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("modules_cache")
 @pytest.mark.parametrize("broken", [False, True])
 def test_students_with_code_of_their_own_finish(
@@ -240,6 +242,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("keys", "came", "expected"), CASES)
 def test_save_dtype_wins_and_bits_that_are_not_there_are_not_written(
     make_config: Make, tmp_path: Path, keys: dict[str, Any], came: str, expected: torch.dtype

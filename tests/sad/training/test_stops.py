@@ -105,6 +105,7 @@ BEFORE_TRAINING = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("phase", BEFORE_TRAINING)
 def test_before_training_the_same_command_begins_again(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
@@ -170,6 +171,7 @@ def expected(make_config: MakeConfig) -> dict[str, Any]:
     return facts(config)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_stopped_is_done_by_the_resumed_run(
     make_config: MakeConfig, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +201,7 @@ def test_an_evaluation_that_is_stopped_is_done_by_the_resumed_run(
     assert facts(config) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [pytest.param("best", marks=pytest.mark.slow), "final"])
 def test_an_export_that_is_stopped_is_made_by_the_resumed_run(
     make_config: MakeConfig,

@@ -450,6 +450,7 @@ def test_a_checkpoint_without_a_key_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_a_changed_trajectory_is_refused(make_config: Callable[..., Any]) -> None:
     config = make_config(max_steps=1)
     distill(config)
@@ -467,6 +468,7 @@ def files_of(config: DistillConfig) -> dict[str, bytes | None]:
     return tree(Path(config.output_dir))
 
 
+@pytest.mark.slow
 def test_a_resumption_computes_each_hash_once(
     make_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,6 +537,7 @@ def test_an_unfit_teacher_is_refused_before_it_is_scored(
         distill(make_config(teacher=teacher, packing=False))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("positions", [32, 70])
 def test_samples_stay_within_the_students_positions(
     make_config: Callable[..., Any], tmp_path: Path, positions: int
@@ -546,6 +549,7 @@ def test_samples_stay_within_the_students_positions(
     assert len(run["samples"]) == 2 and all(sample["text"] for sample in run["samples"])
 
 
+@pytest.mark.slow
 def test_a_student_is_scored_again_without_the_one_it_came_from(
     make_config: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -986,6 +990,7 @@ def test_an_infinite_part_without_a_weight_is_no_part_of_the_held_out_loss(
     assert metrics["eval/loss"] == metrics["eval/nll"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}])
 def test_the_loss_falls(make_config: Callable[..., Any], precision: dict[str, bool]) -> None:
     config = make_config(num_train_epochs=4, gradient_accumulation_steps=1, **precision)
@@ -996,6 +1001,7 @@ def test_the_loss_falls(make_config: Callable[..., Any], precision: dict[str, bo
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "off", [{"use_ema": False}, {"use_curriculum": False}, {"label_smoothing": 0.0}]
 )

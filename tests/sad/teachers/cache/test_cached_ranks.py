@@ -82,6 +82,7 @@ def alone() -> dict[str, tuple[list[float], dict[str, float]]]:
     return {}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["sampled", "hidden"])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_trains_the_same_student(
@@ -205,6 +206,7 @@ def windowed(make_config: Make, folder: Path, run_dir: Path, **keys: Any) -> Any
     return writes, reads
 
 
+@pytest.mark.slow
 def test_ranks_read_what_their_teacher_writes_meanwhile(make_config: Make, tmp_path: Path) -> None:
     found = {}
     for ranks in (1, 2):
@@ -223,6 +225,7 @@ def test_ranks_read_what_their_teacher_writes_meanwhile(make_config: Make, tmp_p
     assert found[2] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_whose_teacher_dies_save_and_say_so_once(make_config: Make, tmp_path: Path) -> None:
     folder = tmp_path / "window"
     folder.mkdir()

@@ -116,6 +116,7 @@ def test_top_k_targets_serve_every_temperature_they_were_made_for(
         torch.testing.assert_close(weights.sum(1), exact.sum(1), rtol=2e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_the_student_of_hidden_states_is_that_of_the_teacher(
     make_config: Make, caches: Caches, tmp_path: Path
 ) -> None:

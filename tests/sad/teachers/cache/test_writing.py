@@ -225,6 +225,7 @@ def test_a_teacher_that_begins_takes_nothing_that_its_student_is_writing(
     assert writing.exists() and not left.exists()
 
 
+@pytest.mark.slow
 def test_a_baseline_uses_up_no_targets(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
