@@ -122,6 +122,7 @@ def keep_layouts_that_cannot_be_packed(model: PreTrainedModel) -> None:
     It packs 32 rows at a time and gives each row whole blocks of ``blocksize`` weights; of a layer
     [out, in] of another shape it fails in its first forward pass instead of leaving it as it is.
     """
+    module: Any
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is None or not hasattr(module, "support_avx512bf16_for_cpu"):
