@@ -340,8 +340,7 @@ class Trainer:
         capture, batch = self.student.teacher_capture(weights), self.batches.host_batch(step)
         self.prefetch.begin((step, weights), partial(self.policy.forward, batch, capture))
         computes_on_cpu = choose_impl(self.config.impl, self.device.type, double=False) == "torch"
-        in_bf16 = self.precision.compute_dtype == torch.bfloat16
-        if computes_on_cpu and moves_setting(of_bf16=in_bf16):  # in the loss, for a while
+        if computes_on_cpu and moves_setting():  # in the loss, for a while
             self.prefetch.wait()
 
     def weights(self, micro_step: int) -> dict[str, float]:

@@ -54,31 +54,30 @@ def test_a_setting_of_the_caller_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_amx_rounds_fp32_factors_and_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the same setting computes in bf16; only factors that are bf16 numbers may."""
+    """There the same setting computes in bf16."""
     switch = use_switch(monkeypatch, False, "avx512", "amx_tile")
     with onednn_products():
         assert switch.fp32_precision == "none"
-    with onednn_products(of_bf16=True):
-        assert switch.fp32_precision == "bf16"
 
 
 def test_whether_the_setting_would_move_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    switch = use_switch(monkeypatch, False, "avx512", "amx_tile")
-    assert gemm.moves_setting(of_bf16=True) and not gemm.moves_setting()
-    with onednn_products(of_bf16=True):
-        assert not gemm.moves_setting(of_bf16=True), "it is moved"
+    assert not gemm.ONEDNN_IS_FASTER or not gemm.has_cpu_feature("amx_tile")
+    switch = use_switch(monkeypatch, True, "avx512")
+    assert gemm.moves_setting()
+    with onednn_products():
+        assert not gemm.moves_setting(), "it is moved"
     switch.fp32_precision = "tf32"
-    assert not gemm.moves_setting(of_bf16=True)
+    assert not gemm.moves_setting()
     monkeypatch.setattr(gemm, "_switch", lambda: None)
-    assert not gemm.moves_setting(of_bf16=True)
+    assert not gemm.moves_setting()
 
 
 def test_a_torch_without_the_setting_takes_its_own_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    use_switch(monkeypatch, False, "avx512", "amx_tile")
+    use_switch(monkeypatch, True, "avx512")
     monkeypatch.setattr(gemm, "_switch", lambda: None)
-    with onednn_products(of_bf16=True):
+    with onednn_products():
         pass
 
 

@@ -4,13 +4,14 @@ fp32. torch sends products on a CPU to MKL. oneDNN, which torch also carries, ru
 times as fast on an AMD EPYC with AVX-512 (159 to 216 against 75 to 99 GFLOP/s per core, torch 2.13,
 November 2026). Asked for bf16 as the precision of fp32 products it gets them; on a processor
 without AMX there is no faster way to compute with bf16, so it computes in fp32 all the same. With
-AMX it rounds the factors to bf16, so there it is asked only where the factors are bf16 numbers.
-Without AVX-512 both libraries are equally fast.
+AMX it rounds the factors to bf16, and is not asked. Without AVX-512 both libraries are equally
+fast.
 
 bf16. A product of a CPU in 16 bits has a result of 16 bits, too few for logits: near agreement
 their rounding is larger than what is to be learnt. Two products give twice the digits, the second
 of what the first has rounded off (``split_product_``), at a third of the time of one in fp32 where
-the processor multiplies bf16 (AVX512_BF16). Elsewhere the factors are converted to fp32.
+the processor multiplies bf16 (AVX512_BF16). With AMX a single product of bf16 numbers held in fp32
+would be as exact, and takes longer than those two. Elsewhere the factors are converted to fp32.
 """
 
 from __future__ import annotations
@@ -51,28 +52,24 @@ ONEDNN_IS_FASTER = (
 )
 
 
-HAS_BF16_PRODUCTS = has_cpu_feature("avx512_bf16") and not has_cpu_feature("amx_tile")
-"""Whether bf16 products are split in two. With AMX one product of bf16 numbers held in fp32 is
-exact."""
+HAS_BF16_PRODUCTS = has_cpu_feature("avx512_bf16")
+"""Whether bf16 products are split in two."""
 
 
-def moves_setting(*, of_bf16: bool = False) -> bool:
+def moves_setting() -> bool:
     """Whether ``onednn_products`` would change the setting of the process now: fp32 products of
     other threads are then others while it lasts."""
-    faster = ONEDNN_IS_FASTER or (of_bf16 and has_cpu_feature("amx_tile"))
-    return faster and getattr(_switch(), "fp32_precision", None) == "none"
+    return ONEDNN_IS_FASTER and getattr(_switch(), "fp32_precision", None) == "none"
 
 
 @contextmanager
-def onednn_products(*, of_bf16: bool = False) -> Iterator[None]:
+def onednn_products() -> Iterator[None]:
     """Let oneDNN compute fp32 products on a CPU where it is faster and no less exact.
 
-    ``of_bf16`` says that what is multiplied are bf16 numbers, as for logits; the gradient of logits
-    is none, and rounding it costs up to 200 times the error that is allowed. The setting belongs to
-    the process: other threads' fp32 products go to oneDNN as well while it lasts. One that somebody
-    has set is left as it is.
+    The setting belongs to the process: other threads' fp32 products go to oneDNN as well while it
+    lasts. One that somebody has set is left as it is.
     """
-    if not moves_setting(of_bf16=of_bf16):
+    if not moves_setting():
         yield
         return
     switch = _switch()

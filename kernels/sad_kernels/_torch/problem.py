@@ -121,8 +121,6 @@ class Problem:
         self.spec, self.shape, self.scratch = spec, shape, scratch
         self.num_rows = len(student.x)
         self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
-        sides = (side for side in (student, teacher) if isinstance(side, ModelInput))
-        self.bf16 = all(side.x.dtype == torch.bfloat16 for side in sides)
         # Only the n rows that count exist from here on.
         self.kept, self.groups = self._groups(targets, teacher is not None)
         self.n = self.num_rows if self.kept is None else len(self.kept)
@@ -336,7 +334,7 @@ class Problem:
         self, rows: slice, columns: slice, how: Comparison | None, with_teacher: bool = True
     ) -> None:
         """Make the products of some rows and columns, which are counted from the shard's first."""
-        with onednn_products(of_bf16=self.bf16):
+        with onednn_products():
             self.student.load(rows, columns)
             if self.teacher is not None and with_teacher and how is not None:
                 whole = slice(0, self._teacher_width)  # beside outcomes rows are whole

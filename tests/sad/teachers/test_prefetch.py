@@ -266,8 +266,7 @@ def test_the_teacher_works_while_the_student_does(
 
     monkeypatch.setattr(FrozenTeacher, "forward", teaching)
     monkeypatch.setattr(StudentWithLoss, "forward", learning)
-    # as with AMX, where only losses in bf16 move a setting
-    monkeypatch.setattr(trainer_module, "moves_setting", lambda *, of_bf16: of_bf16)
+    monkeypatch.setattr(trainer_module, "moves_setting", lambda: False)
     trainer = make_trainer(make_config())
     with trainer.prefetch:
         for _ in range(3):
@@ -280,7 +279,7 @@ def test_where_the_loss_moves_a_setting_the_teacher_comes_first(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The setting of oneDNN belongs to the process: the teacher's products would be others."""
-    monkeypatch.setattr(trainer_module, "moves_setting", lambda **_: True)
+    monkeypatch.setattr(trainer_module, "moves_setting", lambda: True)
     trainer = make_trainer(make_config())
     run_student, done = StudentWithLoss.forward, []
 
