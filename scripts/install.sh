@@ -43,7 +43,9 @@ fi
 echo "Installing into .venv (minutes the first time, 2.5 GB, more where torch comes with CUDA)"
 quiet=--quiet
 if [ -t 1 ]; then quiet=--progress-bar=on; fi # somebody is watching
-# Bytecode is made when a module is first imported: of all modules it takes longer than the rest.
 .venv/bin/python -m pip install "$quiet" --disable-pip-version-check --no-compile \
     --constraint "$constraints" --editable ".[$extras]"
+# Bytecode, on all cores, where pip would use one; it fails for files that are templates.
+packages="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+.venv/bin/python -m compileall -q -q -j 0 "$packages" || true
 wanted >"$stamp"
