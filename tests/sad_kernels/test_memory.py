@@ -141,6 +141,7 @@ def test_linear_losses_keep_their_formula(name: str) -> None:
         assert peak_bytes(case.forward) <= case.allowed(backward=False)
 
 
+@pytest.mark.slow
 def test_chunk_bytes_are_used() -> None:
     """The bound is no excuse for tiny tiles: a call that could use more takes at least half."""
     case = Case(N=2000, V=6000, chunk_bytes=4 << 20)

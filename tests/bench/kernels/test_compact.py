@@ -65,6 +65,7 @@ def test_a_part_that_fails_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert {line["met"] for line in found["limits"]} == {None}
 
 
+@pytest.mark.slow
 def test_only_what_an_earlier_record_lacks_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 

@@ -175,7 +175,7 @@ def test_ratios_are_to_the_products_of_the_same_round(monkeypatch: pytest.Monkey
 # Memory
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_ours_keeps_to_its_formula_and_eager_grows_with_tokens_and_vocabulary(
     name: str, monkeypatch: pytest.MonkeyPatch

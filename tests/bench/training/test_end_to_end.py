@@ -90,6 +90,7 @@ def test_who_can_run_does(measured: Measured) -> None:
             assert "is not installed" in row["reason"] or "student writes" in row["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(TINY.rounds))
 def test_losses_are_the_same_at_every_step(measured: Measured, seed: int) -> None:
     runs = measured.finished(seed)

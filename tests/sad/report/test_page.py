@@ -362,6 +362,7 @@ def test_no_identifier_occurs_twice_and_none_dangles(finished: tuple[Path, str])
     assert targets == set(ids)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path)
 

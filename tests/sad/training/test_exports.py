@@ -95,7 +95,7 @@ HARM: dict[str, Harm] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HARM)
 @pytest.mark.parametrize("after", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_damaged_best_is_written_anew(

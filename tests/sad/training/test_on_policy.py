@@ -448,6 +448,7 @@ def test_what_was_written_is_forgotten_with_the_weights_that_wrote_it(
 # What a run says
 
 
+@pytest.mark.slow
 def test_a_run_says_how_long_and_how_fast_it_writes(make_config: MakeConfig) -> None:
     config = make_config(logging_steps=2, lmbda=0.5)
     distill(config)

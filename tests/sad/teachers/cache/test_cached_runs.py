@@ -200,6 +200,7 @@ def test_another_text_or_seed_is_refused(
         load_inputs(make_config(teacher=None, teacher_cache=str(caches["topk"]), max_steps=6))
 
 
+@pytest.mark.slow
 def test_losses_on_final_states_work_from_hidden_states(make_config: Make, caches: Caches) -> None:
     config = make_config(
         teacher=None,
