@@ -25,12 +25,11 @@ class Switch:
     fp32_precision = "none"
 
 
-def use_switch(monkeypatch: pytest.MonkeyPatch, faster: bool, *features: str) -> Switch:
-    """A processor with these features, and a setting to look at."""
+def use_switch(monkeypatch: pytest.MonkeyPatch) -> Switch:
+    """A processor on which oneDNN is faster, and a setting to look at."""
     switch = Switch()
     monkeypatch.setattr(gemm, "_switch", lambda: switch)
-    monkeypatch.setattr(gemm, "ONEDNN_IS_FASTER", faster)
-    monkeypatch.setattr(gemm, "has_cpu_feature", lambda name: name in features)
+    monkeypatch.setattr(gemm, "ONEDNN_IS_FASTER", True)
     return switch
 
 
@@ -38,7 +37,7 @@ def use_switch(monkeypatch: pytest.MonkeyPatch, faster: bool, *features: str) ->
 
 
 def test_the_switch_is_turned_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    switch = use_switch(monkeypatch, True, "avx512")
+    switch = use_switch(monkeypatch)
     with pytest.raises(ZeroDivisionError), onednn_products():
         assert switch.fp32_precision == "bf16"
         raise ZeroDivisionError
@@ -46,7 +45,7 @@ def test_the_switch_is_turned_and_put_back(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_setting_of_the_caller_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    switch = use_switch(monkeypatch, True, "avx512")
+    switch = use_switch(monkeypatch)
     switch.fp32_precision = "tf32"
     with onednn_products():
         assert switch.fp32_precision == "tf32"
@@ -55,14 +54,18 @@ def test_a_setting_of_the_caller_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_amx_rounds_fp32_factors_and_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the same setting computes in bf16."""
-    switch = use_switch(monkeypatch, False, "avx512", "amx_tile")
+    switch = use_switch(monkeypatch)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for features, faster in ((), False), (("avx512",), True), (("avx512", "amx_tile"), False):
+        monkeypatch.setattr(gemm, "has_cpu_feature", features.__contains__)
+        assert gemm._is_onednn_faster() == faster
+    monkeypatch.setattr(gemm, "ONEDNN_IS_FASTER", False)
     with onednn_products():
         assert switch.fp32_precision == "none"
 
 
 def test_whether_the_setting_would_move_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not gemm.ONEDNN_IS_FASTER or not gemm.has_cpu_feature("amx_tile")
-    switch = use_switch(monkeypatch, True, "avx512")
+    switch = use_switch(monkeypatch)
     assert gemm.moves_setting()
     with onednn_products():
         assert not gemm.moves_setting(), "it is moved"
@@ -75,7 +78,7 @@ def test_whether_the_setting_would_move_is_known(monkeypatch: pytest.MonkeyPatch
 def test_a_torch_without_the_setting_takes_its_own_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    use_switch(monkeypatch, True, "avx512")
+    use_switch(monkeypatch)
     monkeypatch.setattr(gemm, "_switch", lambda: None)
     with onednn_products():
         pass

@@ -4,7 +4,8 @@
   quarter runs; torch's cases all run.
 * Of a test that is marked ``few(n)``, n cases run.
 
-They are spread evenly over the values of each parameter. Every case that a planted fault needs
+Both may hold for one test: of the n cases that are Triton's a quarter is left. What runs is spread
+evenly over the values of each parameter. Every case that a planted fault needs
 (``tests/mutations``) runs as well; the others are marked ``slow``.
 """
 

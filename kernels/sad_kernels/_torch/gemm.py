@@ -44,12 +44,16 @@ def _switch() -> object | None:
     return setting if hasattr(setting, "fp32_precision") else None
 
 
-ONEDNN_IS_FASTER = (
-    torch.backends.mkldnn.is_available()
-    and has_cpu_feature("avx512")
-    and not has_cpu_feature("amx_tile")
-    and _switch() is not None
-)
+def _is_onednn_faster() -> bool:
+    return (
+        torch.backends.mkldnn.is_available()
+        and has_cpu_feature("avx512")
+        and not has_cpu_feature("amx_tile")
+        and _switch() is not None
+    )
+
+
+ONEDNN_IS_FASTER = _is_onednn_faster()
 
 
 HAS_BF16_PRODUCTS = has_cpu_feature("avx512_bf16")

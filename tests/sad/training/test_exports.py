@@ -97,7 +97,7 @@ HARM: dict[str, Harm] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HARM)
-@pytest.mark.parametrize("after", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("after", [2, 4])
 def test_a_damaged_best_is_written_anew(
     config: DistillConfig, monkeypatch: pytest.MonkeyPatch, how: str, after: int
 ) -> None:

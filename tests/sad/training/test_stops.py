@@ -202,7 +202,7 @@ def test_an_evaluation_that_is_stopped_is_done_by_the_resumed_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [pytest.param("best", marks=pytest.mark.slow), "final"])
+@pytest.mark.parametrize("target", ["best", "final"])
 def test_an_export_that_is_stopped_is_made_by_the_resumed_run(
     make_config: MakeConfig,
     expected: dict[str, Any],
