@@ -146,9 +146,10 @@ def zero_nan_(x: Tensor) -> Tensor:
 
 def _jsd(beta: float, gap: Tensor, p: Tensor, q: Tensor, normalised: bool) -> Tensor:
     log_m, _ = _log_mixture(1 - beta, gap)
-    # log q/m and log p/m, from what m is of the larger of p and q
-    over_q = zero_nan_(gap.neg().clamp_(max=0).sub_(log_m).mul_(q)).mul_(1 - beta)
-    return zero_nan_(gap.clamp_(max=0).sub_(log_m).mul_(p)).mul_(beta).add_(over_q)
+    # log m/q and log p/m, from what m is of the larger of p and q
+    over_q = zero_nan_(gap.clamp(min=0).add_(log_m).mul_(q))
+    f = zero_nan_(gap.clamp_(max=0).sub_(log_m).mul_(p)).mul_(beta)
+    return f.sub_(over_q, alpha=1 - beta)
 
 
 def _skew_forward_kl(beta: float, gap: Tensor, p: Tensor, q: Tensor, normalised: bool) -> Tensor:

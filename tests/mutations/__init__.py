@@ -108,7 +108,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "50": ("a call that goes past whoever listens to torch's operators", ("torch",)),
     "51": ("a new divergence that is left out of the sums without an error", ("torch",)),
     "52": ("a help text that waits for torch to be imported", ("trainer",)),
-    "53": ("digits lost near agreement: differences of rounded numbers near 1", ("triton",)),
+    "53": ("digits lost near agreement: differences of rounded numbers near 1", BOTH),
     "54": ("a top-k row of nothing but padding that has a divergence, or NaN", ("triton",)),
     "55": ("bf16 that is truncated", ("triton",)),
     "56": (

@@ -45,9 +45,8 @@ MUTATIONS = [
         "the softmax is rounded to bf16 before the label's share is subtracted",
         edit(
             GRADIENT,
-            "g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)\n",
-            "g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)\n"
-            "        g.copy_(g.bfloat16())\n",
+            "            g = torch.mul(warm, factor, out=x)\n",
+            "            g = torch.mul(warm, factor, out=x)\n            g.copy_(g.bfloat16())\n",
         ),
         regressions(
             "test_p_is_rounded_after_the_subtraction[dtype1-cross_entropy-torch]",
@@ -58,9 +57,9 @@ MUTATIONS = [
         "1",
         "the student's softmax is rounded to bf16 before the teacher's is subtracted",
         edit(
-            GRADIENT,
-            "total = torch.sub(hot, hot_t, out=out)",
-            "total = torch.sub(hot.bfloat16().to(hot.dtype), hot_t, out=out)",
+            STATISTICS,
+            "return torch.sub(hot_t, hot, out=u)",
+            "return torch.sub(hot_t, hot.bfloat16().to(hot.dtype), out=u)",
         ),
         regressions(
             "test_p_is_rounded_after_the_subtraction[dtype1-kl_div-torch]",
@@ -553,6 +552,19 @@ MUTATIONS = [
         ),
         regressions("test_every_option_changes_the_result[torch]"),
     ),
+    Mutation(
+        "53",
+        "a small probability is counted from the student's sum beside a far smaller teacher's",
+        edit(
+            GRADIENT,
+            "by_student = sums.difference > -d / 2",
+            "by_student = sums.difference > -d * 2",
+        ),
+        tests(
+            "sad_kernels/test_agreement.py",
+            "test_a_teacher_that_is_sure_of_a_token_leaves_the_others_their_digits[torch]",
+        ),
+    ),
     # --- Chunks and memory -----------------------------------------------------------------------
     Mutation(
         "33",
@@ -630,10 +642,20 @@ MUTATIONS = [
         "the columns so far are counted from the first of the vocabulary",
         edit(
             STATISTICS,
-            "sums.plain.add_(sums.plain_weight * move).add_(added)",
-            "sums.plain.add_(block.columns.start * move).add_(added)",
+            "sums.plain.add_(sums.plain_weight * move)",
+            "sums.plain.add_(block.columns.start * move)",
         ),
-        sharded("test_every_objective[torch-ce]", "test_slices_of_the_vocabulary[ce]"),
+        sharded("test_slices_of_the_vocabulary[ce]"),
+    ),
+    Mutation(
+        "57",
+        "every slice of the vocabulary is taken for a row's first",
+        edit(
+            STATISTICS,
+            "is_first = columns.start == self.spec.first",
+            "is_first = columns.start >= self.spec.first",
+        ),
+        sharded("test_slices_of_the_vocabulary[ce]"),
     ),
     Mutation(
         "57",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sad_kernels.objective import Divergence
 from support.cases import APART, MIXED_AND_PURE
 from support.oracle import IMPLS, SLOW, bound, judge
@@ -70,3 +71,18 @@ def test_of_other_teachers(divergence: Divergence, beta: float, teacher: str, im
             **options,
         )
         judge(problem, bound(impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_teacher_that_is_sure_of_a_token_leaves_the_others_their_digits(impl: str) -> None:
+    """Their gradients are a student's small probabilities, and every one of them is exact."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = torch.randn(1, 3001, generator=generator).mul_(0.1), torch.zeros(1, 3001)
+    t[0, 0] = 15.0
+    exact = s.double().softmax(1) - t.double().softmax(1)
+    ours, eager = s.clone().requires_grad_(), s.clone().requires_grad_()
+    ours_loss = bound(impl).kl_div(ours, t)
+    eager_loss = F.kl_div(eager.log_softmax(1), t.softmax(1), reduction="batchmean")
+    gradients = *torch.autograd.grad(ours_loss, ours), *torch.autograd.grad(eager_loss, eager)
+    errors = [(g.double() / exact - 1).abs().amax() for g in gradients]
+    assert errors[0] <= 4 * errors[1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
@@ -207,6 +209,31 @@ def test_rows_do_not_know_of_each_other(
         loss_of_some, grad_of_some = _joint(ops, s[some], t[some], y[some], divergence, T)
         assert torch.equal(loss_of_some, loss[some])
         assert torch.equal(grad_of_some, grad[some])
+
+
+THREADS = """
+import torch
+from sad_kernels import Objective, TeacherLogits, distill_loss
+
+torch.manual_seed(0)
+s, t, y = torch.randn(500, 700).requires_grad_(), torch.randn(500, 700), torch.arange(500)
+for divergence in ("forward_kl", "reverse_kl", "jsd"):
+    objective, seen = Objective(temperature=2.7, divergence=divergence), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = distill_loss(s, y, TeacherLogits(t), objective, reduction="none", impl="torch")
+        seen.append((out.loss, *torch.autograd.grad(out.loss.sum(), s)))
+    for loss, grad in seen[1:]:
+        print(torch.equal(loss, seen[0][0]), torch.equal(grad, seen[0][1]))
+"""
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """It decides how many rows are worked on at a time. In a process of its own, because the
+    threads that torch starts do not survive a fork."""
+    run = [sys.executable, "-c", THREADS]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.split() == ["True"] * 12
 
 
 # --- Divergences ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ with ``up`` the row's upstream gradient, ``w`` and ``w_kd`` the token's weights,
 weights class v by and C its sum, ``scale`` the factor on the divergence (T^2 or 1), and ``G`` the
 gradient of the bare divergence, times T:
 
-    forward KL    q - p = (e^(x/T) - e^(y/T) + e^(x/T) B/d) / d_t  if B > 0
+    forward KL    q - p = (e^(x/T) - e^(y/T) + e^(x/T) B/d) / d_t  if B > -d/2
                         = (e^(x/T) - e^(y/T) + e^(y/T) B/d_t) / d  otherwise
     reverse KL    q ((k - y + x)/T - A'/(T d))
     any other     q (phi - phi_y) - q sum_u q_u (phi_u - phi_y)        see ``_divergence.py``
@@ -27,16 +27,19 @@ from sad_kernels._torch.scratch import Scratch
 from sad_kernels._torch.statistics import (
     Block,
     Comparison,
+    LabelColumns,
     RowSums,
     Shifted,
     from_best,
-    label_columns,
     label_shares,
     log_ratio,
     plain_weights,
     slopes,
 )
 from sad_kernels._torch.topk import IdColumns, TopKRows
+
+Parts = list[tuple[Tensor, Tensor | float]]
+"""Summands of a gradient: a tensor [rows, columns], and its factor, one for each row or for all."""
 
 
 class RowGradient:
@@ -58,6 +61,7 @@ class RowGradient:
             targets.labels is not None or targets.soft is not None
         )
         self.has_z = objective.z_loss > 0
+        self.labels = LabelColumns(targets.labels)
 
         # A label outside the vocabulary has a loss of NaN, and so a gradient of NaN.
         if targets.labels is not None:
@@ -90,21 +94,23 @@ class RowGradient:
         rows, comparison = shifted.block.rows, shifted.block.comparison
         if shifted.at is not None:
             return self._beside_ids(shifted.at, shifted, sums)
-        kd = None
+        parts: Parts = []
+        factor = torch.zeros_like(sums.total)
         if comparison is not None and self.reads_teacher:
-            if shifted.slope is not None:
-                kd = shifted.slope
-            elif comparison.kl_weights is not None:
-                kd = self._kl(comparison.kl_weights, shifted, sums)
-            else:
-                kd = self._any(comparison, shifted, sums, slope)
             # A weight of 0 hides what it multiplies, but not a side that is NaN.
             factor = self.kd[rows] + 0 * (sums.total + sums.teacher_total)
-            kd.mul_(factor[:, None])
+            # Before CE and z-loss, which overwrite x.
+            if shifted.slope is not None:
+                parts = [(shifted.slope, 1.0)]
+            elif comparison.kl_weights is not None:
+                parts = self._kl(comparison.kl_weights, shifted, sums)
+            else:
+                parts = self._any(comparison, shifted, sums, slope)
         g = self._untempered(shifted, sums)
-        if g is None:
-            return shifted.x.zero_() if kd is None else shifted.x.copy_(kd)
-        return g if kd is None else g.add_(kd)
+        for part, share in parts:
+            by = (factor * share)[:, None]
+            g = torch.mul(part, by, out=shifted.x) if g is None else g.addcmul_(part, by)
+        return shifted.x.zero_() if g is None else g
 
     def _untempered(self, shifted: Shifted, sums: RowSums) -> Tensor | None:
         """CE and z-loss, in the place of ``x``; None if there is neither."""
@@ -113,7 +119,13 @@ class RowGradient:
         x, warm = shifted.x, shifted.warm
         assert warm is not None
         factor, weights = self._factors(shifted.block, sums)
-        g = torch.mul(warm, (factor / sums.total_1)[:, None], out=x)
+        factor = (factor / sums.total_1)[:, None]
+        if isinstance(weights, float):
+            less = (self.ce[shifted.block.rows] * -weights)[:, None]
+            g = torch.addcmul(less, warm, factor, out=x)
+            weights = None
+        else:
+            g = torch.mul(warm, factor, out=x)
         return self._less_shares(g, shifted.block, weights)
 
     def _factors(self, block: Block, sums: RowSums) -> tuple[Tensor, Tensor | float | None]:
@@ -143,51 +155,52 @@ class RowGradient:
             return g
 
         # Subtract the label's share in its column, if that lies in this block.
-        index, here = label_columns(self.targets.labels[rows], columns)
+        index, here = self.labels.at(rows, columns)
         share = self.label_share[rows].where(here, 0)[:, None]
         return g.scatter_(1, index, g.gather(1, index) - share)
 
-    def _kl(self, weights: tuple[float, float], shifted: Shifted, sums: RowSums) -> Tensor:
+    def _kl(self, weights: tuple[float, float], shifted: Shifted, sums: RowSums) -> Parts:
         """A weighted sum of the gradients of both KLs."""
         on_forward, on_reverse = weights
         hot, hot_t, T = shifted.hot, shifted.hot_t, self.temperature
         assert hot is not None and hot_t is not None
-        out = self.scratch.like("u", hot.shape)
-        d, d_t = sums.total[:, None], sums.teacher_total[:, None]
-        total = None
-        if on_forward > 0:
-            if shifted.block.gap is None:
-                B = sums.difference[:, None]
-                total = torch.sub(hot, hot_t, out=out)
-                total.addcmul_(hot, (B / d).clamp(min=0)).addcmul_(hot_t, (B / d_t).clamp(max=0))
-                total.mul_(on_forward / torch.maximum(d, d_t))
-            else:
-                # p - q by their ratio: between them lies less than rounding leaves of a target.
-                gap = log_ratio(sums, shifted, T, out=out)
-                fall = gap.abs().neg_().expm1_()
-                larger = torch.maximum(hot / d, hot_t / d_t)
-                total = torch.copysign(fall.mul_(larger), gap, out=out).neg_()
-                zero_nan_(total.mul_(on_forward))
+        d, d_t = sums.total, sums.teacher_total
+        parts: Parts = []
+        if on_forward > 0 and shifted.block.gap is not None:
+            # p - q by their ratio: between them lies less than rounding leaves of a target.
+            gap = log_ratio(sums, shifted, T, out=self.scratch.like("u", hot.shape))
+            fall = gap.abs().neg_().expm1_()
+            larger = torch.maximum(hot / d[:, None], hot_t / d_t[:, None])
+            total = zero_nan_(torch.copysign(fall.mul_(larger), gap, out=fall))
+            parts.append((total, -on_forward))
+        elif on_forward > 0:
+            apart = shifted.difference
+            if apart is None:
+                apart = torch.sub(hot_t, hot, out=self.scratch.like("u", hot.shape))
+            # By the student's exponential, or by the teacher's where its sum is far lower.
+            by_student = sums.difference > -d / 2
+            share = on_forward / d_t.where(by_student, d)
+            parts += [(apart, -share), (hot, (sums.difference / d * share).where(by_student, 0))]
+            by_teacher = (sums.difference / d_t * share).masked_fill_(by_student, 0)
+            if by_teacher.any():
+                parts.append((hot_t, by_teacher))
         if on_reverse > 0:
-            second = out if total is None else self.scratch.like("v", hot.shape)
-            apart = from_best(sums, shifted, out=second)
+            apart = from_best(sums, shifted, out=self.scratch.like("v", hot.shape))
             # Where q is 0 nothing is left, whatever the gap is.
-            part = apart.add_((sums.cross_student / sums.total)[:, None]).mul_(-on_reverse / T)
-            part = zero_nan_(part.mul_(hot)).div_(d)
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
+            part = apart.add_((sums.cross_student / sums.total)[:, None]).mul_(hot)
+            parts.append((zero_nan_(part), -on_reverse / T / d))
+        return parts
 
     def _any(
         self, comparison: Comparison, shifted: Shifted, sums: RowSums, slope: Tensor | None
-    ) -> Tensor:
+    ) -> Parts:
         """The gradient of a divergence that is no KL."""
-        assert shifted.hot is not None
-        out = self.scratch.like("q", shifted.hot.shape)
-        q = torch.div(shifted.hot, sums.total[:, None], out=out)
+        hot = shifted.hot
+        assert hot is not None
         if slope is None:
+            q = torch.div(hot, sums.total[:, None], out=self.scratch.like("q", hot.shape))
             slope = slopes(comparison, sums, shifted, self.temperature, q, self.scratch)
-        return slope.sub_(q.mul_(sums.expectation[:, None]))
+        return [(slope, 1.0), (hot, -sums.expectation / sums.total)]
 
     def _beside_ids(self, at: IdColumns, shifted: Shifted, sums: RowSums) -> Tensor:
         """The gradient of a block beside a top-k teacher, in the place of ``x``: one factor for

@@ -33,7 +33,7 @@ from sad_kernels._rows import (
     RowTargets,
     arithmetic_dtype,
 )
-from sad_kernels._tiles import TileShape, block_rows, cut
+from sad_kernels._tiles import TileShape, block_numbers, cut
 from sad_kernels._torch.gemm import onednn_products
 from sad_kernels._torch.gradient import RowGradient
 from sad_kernels._torch.scratch import Scratch
@@ -51,7 +51,7 @@ from sad_kernels._torch.statistics import (
     Block,
     Comparison,
     RowStatistics,
-    RowSums,
+    SumTable,
     shift,
 )
 from sad_kernels._torch.topk import TopKRows
@@ -121,6 +121,8 @@ class Problem:
         self.spec, self.shape, self.scratch = spec, shape, scratch
         self.num_rows = len(student.x)
         self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
+        threads = torch.get_num_threads() if self.device.type == "cpu" else None
+        self.block = block_numbers(shape.block, threads)
         # Only the n rows that count exist from here on.
         self.kept, self.groups = self._groups(targets, teacher is not None)
         self.n = self.num_rows if self.kept is None else len(self.kept)
@@ -233,9 +235,7 @@ class Problem:
         if self.spec.num_outcomes:  # sums of every outcome are not kept, but made again
             return self.losses_and_gradients(self.shape.rows, upstream, wanted)[1]
         kept = slice(None) if self.kept is None else self.kept
-        fields = dict.fromkeys(RowSums._fields, self.like)
-        fields |= dict(zip(RowSums._fields, saved.sums[:, kept], strict=False))
-        sums = RowSums(**fields)
+        sums = SumTable(saved.sums[:, kept])
         inside = None if self.topk is None else saved.inside[kept]
         gradient = self._gradient(upstream[kept], inside)
         self.student.want_gradients(wanted, by_columns=True)
@@ -296,7 +296,7 @@ class Problem:
         elif self.topk is not None and how is not None:
             statistics.finish_topk(chunk, how)
         for block in self._loaded(chunk, columns, how):
-            self._store_gradient(gradient, block, statistics.sums)
+            self._store_gradient(gradient, block, statistics.table)
         if self.spec.width > 0:
             with onednn_products():
                 self.student.flush()
@@ -352,7 +352,7 @@ class Problem:
         width = columns.stop - columns.start
         if self.spec.num_outcomes:
             width = max(width, self._teacher_width, self.spec.num_outcomes)
-        height = block_rows(width, self.shape)
+        height = max(1, self.block // width)
         for inside in cut(rows.stop - rows.start, height):
             at = slice(rows.start + inside.start, rows.start + inside.stop)
             s, t, gap = self.student.block(at), None, None
@@ -396,7 +396,7 @@ class Problem:
         sums = statistics.at(block.rows)
         statistics.add_terms(shift(block, sums, self._T, self.scratch, untempered=False))
 
-    def _store_gradient(self, gradient: RowGradient, block: Block, sums: RowSums) -> None:
+    def _store_gradient(self, gradient: RowGradient, block: Block, sums: SumTable) -> None:
         """The gradient of a block whose rows' sums, among ``sums`` of all rows, are whole."""
         at = None
         if self.topk is not None and block.comparison is not None:

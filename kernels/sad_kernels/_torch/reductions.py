@@ -23,19 +23,19 @@ def _as_two(x: Tensor) -> Tensor:
     return x.expand(2, -1) if len(x) == 1 else x
 
 
-def first_argmax(x: Tensor) -> Tensor:  # [rows, columns] -> [rows]
-    """The first column of each row that holds the row's maximum.
+def max_and_first(x: Tensor) -> tuple[Tensor, Tensor]:  # [rows, columns] -> [rows] both
+    """The maximum of each row, and the first column that holds it.
 
     In two steps, pieces and then one piece, because torch's argmax is slow on a CPU.
     """
-    columns = x.shape[1]
+    rows, columns = x.shape
     whole = columns // ARGMAX_PIECE * ARGMAX_PIECE
     if x.device.type != "cpu" or whole == 0:
-        return x.argmax(1)
-    tops = x[:, :whole].unflatten(1, (-1, ARGMAX_PIECE)).amax(2)
+        return x.amax(1), x.argmax(1)
+    tops = x[:, :whole].view(rows, whole // ARGMAX_PIECE, ARGMAX_PIECE).amax(2)
     if whole < columns:
         tops = torch.cat((tops, x[:, whole:].amax(1, keepdim=True)), 1)
-    piece = tops.argmax(1, keepdim=True)
-    inside = piece * ARGMAX_PIECE + torch.arange(ARGMAX_PIECE, device=x.device)
-    found = x.gather(1, inside.clamp_(max=columns - 1)).argmax(1)
-    return piece.squeeze(1) * ARGMAX_PIECE + found
+    start = tops.argmax(1, keepdim=True).mul_(ARGMAX_PIECE)
+    inside = start + torch.arange(ARGMAX_PIECE)
+    found = x.gather(1, inside.clamp_(max=columns - 1)).argmax(1, keepdim=True)
+    return tops.amax(1), start.add_(found).squeeze(1)

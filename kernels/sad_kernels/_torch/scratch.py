@@ -54,6 +54,8 @@ class Scratch:
         count = x.numel()
         flat = self._flat(name, count)
         out = flat[:count].view(x.shape)
+        if to_the_bit and temperature == 1:
+            return torch.exp(x, out=out)
         if to_the_bit:
             return torch.mul(x, 1 / temperature, out=out).exp_()
         torch.mul(x, LOG2_E / temperature, out=out)

@@ -26,7 +26,7 @@ Parts = dict[str, Tensor]
 
 def merge_sums(statistics: RowStatistics, rows: slice) -> None:
     """Replace the sums of the first reading over this shard's columns by those over all."""
-    spec, sums = statistics.spec, statistics.sums.at(rows)
+    spec, sums = statistics.spec, statistics.at(rows)
     assert spec.shard is not None
     own = _own_sums(statistics, rows)
     at_ids = _own_logits_at_ids(statistics, rows)  # [K, rows]
@@ -48,7 +48,7 @@ def merge_sums(statistics: RowStatistics, rows: slice) -> None:
 
 def merge_terms(statistics: RowStatistics, rows: slice) -> None:
     """The same for the two sums of the second reading."""
-    shard, sums = statistics.spec.shard, statistics.sums.at(rows)
+    shard, sums = statistics.spec.shard, statistics.at(rows)
     assert shard is not None
     both = gathered(torch.stack([sums.value, sums.expectation]), shard.group)
     value, expectation = _in_order(both)
@@ -59,7 +59,7 @@ def merge_terms(statistics: RowStatistics, rows: slice) -> None:
 def _own_sums(statistics: RowStatistics, rows: slice) -> dict[str, Tensor]:
     """This shard's statistics of the rows that the objective asks for, by name, [rows] each."""
     spec, targets = statistics.spec, statistics.targets
-    sums, compared = statistics.sums.at(rows), _comparisons(statistics, rows)
+    sums, compared = statistics.at(rows), _comparisons(statistics, rows)
     weights = [how.kl_weights for how in compared if how.kl_weights is not None]
     by_class = targets.soft is not None or (
         targets.labels is not None and spec.objective.label_smoothing > 0

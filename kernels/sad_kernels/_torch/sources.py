@@ -262,14 +262,15 @@ class SplitHeadSource(HeadSource):
 
     def block(self, rows: slice) -> Tensor:  # [rows, columns]
         inside = self._rows_inside(rows)
-        low = self.low[inside]
-        logits = self.scratch.like(self.name, low.shape).copy_(self.high[inside])
-        self._add(logits, low)
+        high, low = self.high[inside], self.low[inside]
+        logits = self.scratch.like(self.name, low.shape).copy_(high)
+        low = self._add(logits, low)
         if self.base is not None:
-            largest = torch.maximum(logits.amax(1), -logits.amin(1))
+            largest = logits.amax(1).abs_()  # or more: of the lowest too, if that decides
             apart = torch.maximum(low.amax(1), -low.amin(1))
             for row in (~(apart <= self.SHARE * largest)).nonzero().flatten().tolist():
-                logits[row : row + 1] = self._exact(rows.start + row)
+                if not apart[row] <= self.SHARE * logits[row].abs().amax():
+                    logits[row : row + 1] = self._exact(rows.start + row)
         if self.bias is not None:
             logits.add_(self.bias[self.columns])
         return self.transform.apply_(logits)
@@ -323,10 +324,12 @@ class SplitHeadSource(HeadSource):
             if last:
                 self.dweight[rows] = total
 
-    def _add(self, total: Tensor, part: Tensor) -> None:
-        """``total += part`` of 16 bits; torch's own sum of two dtypes would convert to a new
-        tensor."""
-        total.add_(self.scratch.like("converted", part.shape).copy_(part))
+    def _add(self, total: Tensor, part: Tensor) -> Tensor:
+        """``total += part`` of 16 bits, which is returned in those of total; torch's own sum of two
+        dtypes would convert to a new tensor."""
+        converted = self.scratch.like("converted", part.shape).copy_(part)
+        total.add_(converted)
+        return converted
 
 
 def splits_products(hidden: Tensor, weight: Tensor) -> bool:

@@ -37,7 +37,7 @@ from sad_kernels._divergence import counted_from, terms_of, weighted_slope, zero
 from sad_kernels._divergence_table import DIVERGENCES
 from sad_kernels._rows import LossSpec, RowResults, RowTargets
 from sad_kernels._torch.outcomes import OutcomeRows
-from sad_kernels._torch.reductions import first_argmax, row_nansum, row_sum
+from sad_kernels._torch.reductions import max_and_first, row_nansum, row_sum
 from sad_kernels._torch.scratch import Scratch
 from sad_kernels._torch.topk import IdColumns, TopKRows
 
@@ -90,6 +90,7 @@ class Shifted(NamedTuple):
     warm: Tensor | None = None  # exp(x), where CE, z-loss or entropy ask for it
     at: IdColumns | None = None  # of a top-k teacher's ids
     slope: Tensor | None = None  # dKD/ds times T of rows that are compared by outcomes
+    difference: Tensor | None = None  # hot_t - hot, if it is still there
 
 
 class RowSums(NamedTuple):
@@ -116,10 +117,6 @@ class RowSums(NamedTuple):
     weighted: Tensor  # E
     plain: Tensor  # P
     value: Tensor  # of a divergence that is no KL
-
-    def at(self, rows: slice) -> RowSums:
-        """The statistics of some of the rows, as views."""
-        return RowSums(*(x[rows] for x in self))
 
     @property
     def gap_of_sums(self) -> Tensor:
@@ -148,6 +145,25 @@ GRADIENT_SUMS = RowSums._fields.index("label_logit")
 """The fields before this one are what a gradient is made of."""
 
 
+class SumTable:
+    """The sums of n rows: one tensor [fields, n], of which a ``RowSums`` has views.
+
+    It may end before the fields that a gradient does not need.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self._last: tuple[slice, RowSums] | None = None
+
+    def at(self, rows: slice) -> RowSums:
+        """The sums of some rows, as views, kept while these rows are worked on."""
+        if self._last is None or self._last[0] != rows:
+            views = self.table[:, rows].unbind(0)
+            absent = len(RowSums._fields) - len(views)
+            self._last = rows, RowSums(*views, *(views[0].new_empty(0),) * absent)
+        return self._last[1]
+
+
 class RowStatistics:
     """Accumulates the statistics of n rows over blocks of their logits, and makes losses of them.
 
@@ -168,32 +184,22 @@ class RowStatistics:
     ) -> None:
         self.spec, self.targets, self.groups, self.topk = spec, targets, groups, topk
         self.temperature, self.scratch = spec.objective.temperature, scratch
-        zeros = torch.zeros_like
-        lowest = torch.full_like(like, LOWEST)
-        self.sums = RowSums(
-            maximum=lowest,
-            teacher_maximum=lowest.clone(),
-            rest_maximum=lowest.clone(),
-            label_logit=torch.full_like(like, torch.nan),
-            **{
-                name: zeros(like)
-                for name in RowSums._fields
-                if not name.endswith("maximum") and name != "label_logit"
-            },
-        )
+        self.table = SumTable(like.new_zeros(len(RowSums._fields), len(like)))
+        self.sums = self.table.at(slice(0, len(like)))
+        for maximum in (self.sums.maximum, self.sums.teacher_maximum, self.sums.rest_maximum):
+            maximum.fill_(LOWEST)
+        self.sums.label_logit.fill_(torch.nan)
+        self.labels = LabelColumns(targets.labels)
         self.outcomes = None
         if spec.num_outcomes:
             self.outcomes = OutcomeRows(spec, targets, topk, scratch)
-        self._at = slice(0, 0), self.sums.at(slice(0, 0))
         self.inside = None if topk is None else torch.zeros_like(topk.log_probs)
         self.best = torch.full_like(like, -1, dtype=torch.long)
         self.teacher_best = torch.full_like(self.best, -2)  # agrees with nothing
 
     def at(self, rows: slice) -> RowSums:
-        """The sums of some rows, as views, kept while these rows are worked on."""
-        if self._at[0] != rows:
-            self._at = rows, self.sums.at(rows)
-        return self._at[1]
+        """The sums of some rows, as views."""
+        return self.table.at(rows)
 
     # --- first reading ----------------------------------------------------------------------------
 
@@ -213,18 +219,17 @@ class RowStatistics:
         if comparison is not None and comparison.counts_from_best:
             looks_on = gap if gap is not None else t
         move = self._raise(sums.maximum, self.best[rows], columns, s, looks_on, sums.at_best)
-        if t is None:
-            shifted = self._shift(block, sums)
-        else:
+        move_t = None
+        if t is not None:
             move_t = self._raise(sums.teacher_maximum, self.teacher_best[rows], columns, t)
-            shifted = self._shift(block, sums)
-            change = sums.at_best - before  # of k; where it is infinite, so is the divergence
-            change = (change if gap is not None else change + move).nan_to_num(0.0, 0.0, 0.0)
-            self._add_both(sums, shifted, move, move_t, change)
+        shifted = self._shift(block, sums)
         if self.spec.compute_ce:
             self._add_untempered(sums, shifted, move)
             self._add_plain(sums, block, shifted.x, move)
-        return shifted
+        if t is None:
+            return shifted
+        # Last, because it leaves a buffer that the gradient takes up.
+        return self._add_both(sums, shifted, move, move_t, before)
 
     def _add_outcomes(
         self, block: Block, sums: RowSums, outcomes: OutcomeRows, with_slope: bool
@@ -255,7 +260,7 @@ class RowStatistics:
         """Keep the logit of each label that lies in this block."""
         if self.targets.labels is None or not self.spec.compute_ce:
             return
-        index, here = label_columns(self.targets.labels[rows], columns)
+        index, here = self.labels.at(rows, columns)
         logit = s.gather(1, index).squeeze(1)
         sums.label_logit.copy_(logit.where(here, sums.label_logit))
 
@@ -267,48 +272,80 @@ class RowStatistics:
         x: Tensor,
         other: Tensor | None = None,  # [rows, columns], of which the same column is kept
         kept: Tensor | None = None,  # [rows], there
-    ) -> Tensor:  # [rows]
-        """Raise the maxima; return how far they moved, as numbers <= 0."""
+    ) -> Tensor | None:  # [rows]
+        """Raise the maxima; return how far they moved, as numbers <= 0, or None from LOWEST, which
+        leaves nothing of the sums so far."""
+        is_first = columns.start == self.spec.first
+        looks = other is not None or self.spec.compute_metrics
+        if is_first and looks:
+            top, column = max_and_first(x)
+            torch.maximum(maximum, top, out=maximum)
+            raised = maximum > LOWEST
+            best.copy_((column + columns.start).where(raised, best))
+            if other is not None and kept is not None:
+                there = other.gather(1, column[:, None]).squeeze(1)
+                kept.copy_(there.where(raised, kept))
+            return None
         before = maximum.clone()
         torch.maximum(before, x.amax(1), out=maximum)
-        if other is not None or self.spec.compute_metrics:
-            # Few slices raise a row's maximum. Look only where one does.
+        if looks:
+            # Few further slices raise a row's maximum. Look only where one does.
             raised = (maximum > before).nonzero().squeeze(1)
-            column = first_argmax(x if len(raised) == len(x) else x[raised])
+            _, column = max_and_first(x[raised])
             best[raised] = column + columns.start
             if other is not None and kept is not None:
                 kept[raised] = other[raised, column]
-        return before.sub_(maximum)
+        return None if is_first else before.sub_(maximum)
 
     def _add_both(
-        self, sums: RowSums, shifted: Shifted, move: Tensor, move_t: Tensor, change: Tensor
-    ) -> None:
-        """Both sums ``d``, their difference, and for a KL the cross sums."""
+        self,
+        sums: RowSums,
+        shifted: Shifted,
+        move: Tensor | None,
+        move_t: Tensor | None,
+        at_best: Tensor,  # [rows], before this block
+    ) -> Shifted:
+        """Both sums ``d``, their difference, and for a KL the cross sums; return the block with the
+        difference in every column."""
         block, x, y, hot, hot_t, *_ = shifted
         assert y is not None and hot is not None and hot_t is not None
         assert block.comparison is not None
-        T, u = self.temperature, self.scratch.like("u", x.shape)
-        r, r_t = (move / T).exp_(), (move_t / T).exp_()
+        u = self.scratch.like("u", x.shape)
 
-        # The cross sums are rescaled by the totals from before this block.
+        cross = cross_student = None
         weights = block.comparison.kl_weights
         if weights is not None:
             # nansum: what is not a number here is 0 * inf, a weight of 0. NaNs show in the totals.
             if weights[0] > 0:
-                apart = towards_teacher(sums, shifted, out=u)  # y - x
-                rescaled = (sums.cross + sums.teacher_total * (move_t - move)) * r_t
-                part = row_nansum(apart.mul_(hot_t))
-                sums.cross.copy_(rescaled.where(r_t > 0, 0) + part)
+                cross = row_nansum(towards_teacher(sums, shifted, out=u).mul_(hot_t))  # y - x
             if weights[1] > 0:
-                apart = from_best(sums, shifted, out=u)
-                part = row_nansum(apart.mul_(hot))
-                rescaled = (sums.cross_student + sums.total * change) * r
-                sums.cross_student.copy_(rescaled.where(r > 0, 0) - part)
+                cross_student = row_nansum(from_best(sums, shifted, out=u).mul_(hot)).neg_()
+        apart = self._differences(sums, shifted)
+        difference, total, teacher_total = row_sum(apart), row_sum(hot), row_sum(hot_t)
 
-        moved = sums.difference * r + sums.teacher_total * (r_t - r)
-        sums.difference.copy_(moved + row_sum(self._differences(sums, shifted)))
-        sums.total.mul_(r).add_(row_sum(hot))
-        sums.teacher_total.mul_(r_t).add_(row_sum(hot_t))
+        if move is not None and move_t is not None:
+            # The cross sums are rescaled by the totals from before this block.
+            T, d_t = self.temperature, sums.teacher_total
+            r, r_t = (move / T).exp_(), (move_t / T).exp_()
+            if cross is not None:
+                cross += ((sums.cross + d_t * (move_t - move)) * r_t).where(r_t > 0, 0)
+            if cross_student is not None:
+                change = sums.at_best - at_best  # of k; where it is infinite, so is the divergence
+                change = change if block.gap is not None else change + move
+                change = change.nan_to_num(0.0, 0.0, 0.0)
+                moved = (sums.cross_student + sums.total * change) * r
+                cross_student += moved.where(r > 0, 0)
+            difference += sums.difference * r + d_t * (r_t - r)
+            total += sums.total * r
+            teacher_total += d_t * r_t
+        if cross is not None:
+            sums.cross.copy_(cross)
+        if cross_student is not None:
+            sums.cross_student.copy_(cross_student)
+        sums.difference.copy_(difference)
+        sums.total.copy_(total)
+        sums.teacher_total.copy_(teacher_total)
+        return shifted._replace(difference=None if block.gap is not None else apart)
 
     def _differences(self, sums: RowSums, shifted: Shifted) -> Tensor:
         """``e^(y/T) - e^(x/T)``; by their ratio where the gap of the logits is known better."""
@@ -342,17 +379,20 @@ class RowStatistics:
         shifted = self._shift(block, sums, at)
         assert shifted.hot is not None
         rest = row_sum(shifted.hot)
-        r = (before.sub_(sums.rest_maximum) / self.temperature).exp_()
-        sums.rest_total.mul_(r).add_(rest)
+        if move is None:
+            sums.rest_total.copy_(rest)
+        else:
+            r = (before.sub_(sums.rest_maximum) / self.temperature).exp_()
+            sums.rest_total.mul_(r).add_(rest)
         if self.spec.compute_ce:
             self._add_untempered(sums, shifted, move, rest)
         return shifted
 
     def _add_untempered(
-        self, sums: RowSums, shifted: Shifted, move: Tensor, hot_sum: Tensor | None = None
+        self, sums: RowSums, shifted: Shifted, move: Tensor | None, hot_sum: Tensor | None = None
     ) -> None:
         """The sums at temperature 1. ``hot_sum`` is that of ``hot``, where it is known."""
-        x, warm, factor = shifted.x, shifted.warm, move.exp()
+        x, warm = shifted.x, shifted.warm
         assert warm is not None
         is_known = hot_sum is not None and warm is shifted.hot
         total = hot_sum if is_known else row_sum(warm)
@@ -369,24 +409,30 @@ class RowStatistics:
             if weighted is not None:
                 weighted = (weighted + total * below) * below.exp() + row_nansum(at_ids.mul_(e))
             total = total * below.exp() + row_sum(e)
+        if move is not None:
+            r = move.exp()
+            if weighted is not None:
+                weighted = weighted + (sums.weighted + sums.total_1 * move) * r
+            total = total + sums.total_1 * r
         if weighted is not None:
-            moved = (sums.weighted + sums.total_1 * move) * factor
-            sums.weighted.copy_(moved + weighted)
-        sums.total_1.mul_(factor).add_(total)
+            sums.weighted.copy_(weighted)
+        sums.total_1.copy_(total)
 
-    def _add_plain(self, sums: RowSums, block: Block, x: Tensor, move: Tensor) -> None:
+    def _add_plain(self, sums: RowSums, block: Block, x: Tensor, move: Tensor | None) -> None:
         """The sum of what CE weights every class by, ``x = s - m``."""
         weights = plain_weights(self.spec, self.targets, block, x.dtype)
         if weights is None:
             return
         if not isinstance(weights, Tensor):
-            added, count = row_sum(x), torch.full_like(move, float(x.shape[1]))
+            added, count = row_sum(x), torch.full_like(sums.plain, float(x.shape[1]))
         else:
             # nansum: a class of weight 0 adds 0, whatever its logit is.
             u = self.scratch.like("u", x.shape)
             added = row_nansum(torch.mul(x, weights, out=u))
-            count = weights.sum(-1).expand_as(move)
-        sums.plain.add_(sums.plain_weight * move).add_(added)
+            count = weights.sum(-1).expand_as(sums.plain)
+        if move is not None:
+            sums.plain.add_(sums.plain_weight * move)
+        sums.plain.add_(added)
         sums.plain_weight.add_(count)
 
     # --- second reading ---------------------------------------------------------------------------
@@ -435,7 +481,7 @@ class RowStatistics:
         divergence = torch.zeros_like(sums.total)
         for rows, comparison in self.groups:
             if comparison is not None:
-                divergence[rows] = self._divergence(comparison, sums.at(rows))
+                divergence[rows] = self._divergence(comparison, self.at(rows))
 
         # A KL of 0 may come out as -1e-8: a divergence within rounding below 0 is 0.
         kd = torch.where((divergence < 0) & (divergence > -ROUNDING), 0, divergence)
@@ -620,6 +666,21 @@ def plain_weights(
         return None
     uniform = eps / spec.vocab
     return uniform if by_class is None else (by_class * uniform)[None]
+
+
+class LabelColumns:
+    """``label_columns`` of n rows, found once for all blocks of the same columns."""
+
+    def __init__(self, labels: Tensor | None) -> None:  # [n]
+        self.labels = labels
+        self._last: tuple[slice, Tensor, Tensor] | None = None
+
+    def at(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        assert self.labels is not None
+        if self._last is None or self._last[0] != columns:
+            self._last = columns, *label_columns(self.labels, columns)
+        _, index, here = self._last
+        return index[rows], here[rows]
 
 
 def label_columns(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
