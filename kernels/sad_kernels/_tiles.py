@@ -47,8 +47,7 @@ HEAD_ROWS = 1024  # the most rows of a tile made from a head: sharing its slice 
 NARROW = 128  # the fewest columns of such a tile; where fewer fit, it gets fewer rows instead
 # The most columns of a tile of given logits: their sums stay in a core's cache.
 LOGIT_COLUMNS = 16384
-BLOCK = 1 << 19  # numbers, 2 MB in fp32: the most that are worked on at a time
-NUMBERS_PER_THREAD = 1 << 17  # of a block on a CPU: those alive at a time stay in the cores' caches
+BLOCK = 1 << 19  # numbers, 2 MB in fp32: what is worked on at a time stays in a core's cache
 SHARE_OF_BLOCK = 32  # a block takes at most this part of a budget, as up to 14 are alive
 CONVERTED_NUMBERS = 1 << 20  # of a weight that are converted to another dtype at a time
 OUTCOME_NUMBERS = 8  # fp32 per outcome: the sums, a shift, and masks; see _triton/outcomes.py
@@ -76,10 +75,9 @@ def outcome_tiles(widths: tuple[int, int, int], rows: int | None = None) -> Tile
     return TileShape(max(1, BLOCK // max(widths)) if rows is None else rows, widths[0])
 
 
-def block_numbers(most: int, threads: int | None) -> int:
-    """The numbers of a block that has room for ``most``, on a CPU with so many threads; None for
-    other devices. How many rows are beside each other decides no bit, and so do the threads."""
-    return most if threads is None else min(most, threads * NUMBERS_PER_THREAD)
+def block_rows(columns: int, shape: TileShape) -> int:
+    """The rows of a block of a tile that has so many columns."""
+    return max(1, shape.block // columns)
 
 
 class HeadBudget(NamedTuple):

@@ -21,7 +21,6 @@ from sad_kernels._tiles import (
     HEAD_ROWS,
     TRITON_CHUNK_BYTES,
     LogitStorage,
-    block_numbers,
     chunk_rows,
     compact_rows,
     has_codes,
@@ -104,9 +103,9 @@ def linear_memory_bytes(
     of one size, so that a little more of them than fit at once take little more than half as much.
 
     An estimate, by the formulas of the module ``linear``: as if some row was ignored, so that the
-    hidden states are copied; without what an allocator rounds up. With ``impl="torch"`` on a CPU it
-    is for as many threads as this process has. Temporaries may take another quarter of ``logits``,
-    and a softcap one more tile where the vocabulary is too small to fill ``chunk_bytes``.
+    hidden states are copied; without what an allocator rounds up. With ``impl="torch"`` temporaries
+    may take another quarter of ``logits``, and a softcap one more tile where the vocabulary is too
+    small to fill ``chunk_bytes``.
 
     Raises ``TypeError`` and ``ValueError`` for sizes out of range, for names that do not exist and
     for an ``impl`` that does not work on the device.
@@ -159,8 +158,7 @@ def linear_memory_bytes(
         factors = parts.per_column * V
         factors = min(parts.converted, factors) if at_a_time else factors
         blocks = -(-parts.blocks // 2)  # that are alive at once, of those that room is made for
-        threads = torch.get_num_threads() if torch.device(device).type == "cpu" else None
-        alive = slabs + factors + blocks * min(block_numbers(BLOCK, threads), N * V)
+        alive = slabs + factors + blocks * min(BLOCK, N * V)
         several = 0 < at_a_time < N
         return LinearMemory(
             logits=min(budget, number * alive),

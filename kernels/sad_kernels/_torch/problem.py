@@ -33,7 +33,7 @@ from sad_kernels._rows import (
     RowTargets,
     arithmetic_dtype,
 )
-from sad_kernels._tiles import TileShape, block_numbers, cut
+from sad_kernels._tiles import TileShape, block_rows, cut
 from sad_kernels._torch.gemm import onednn_products
 from sad_kernels._torch.gradient import RowGradient
 from sad_kernels._torch.scratch import Scratch
@@ -121,8 +121,6 @@ class Problem:
         self.spec, self.shape, self.scratch = spec, shape, scratch
         self.num_rows = len(student.x)
         self.dtype, self.device = arithmetic_dtype(student.x), student.x.device
-        threads = torch.get_num_threads() if self.device.type == "cpu" else None
-        self.block = block_numbers(shape.block, threads)
         # Only the n rows that count exist from here on.
         self.kept, self.groups = self._groups(targets, teacher is not None)
         self.n = self.num_rows if self.kept is None else len(self.kept)
@@ -352,7 +350,7 @@ class Problem:
         width = columns.stop - columns.start
         if self.spec.num_outcomes:
             width = max(width, self._teacher_width, self.spec.num_outcomes)
-        height = max(1, self.block // width)
+        height = block_rows(width, self.shape)
         for inside in cut(rows.stop - rows.start, height):
             at = slice(rows.start + inside.start, rows.start + inside.stop)
             s, t, gap = self.student.block(at), None, None
