@@ -157,9 +157,9 @@ MUTATIONS = [
         "5",
         "tiles are views of the caller's logits, and are overwritten",
         edit(
-            SOURCES,
-            "self.transform.apply_(self.scratch.like(self.name, logits.shape).copy_(logits))",
-            "self.transform.apply_(logits.to(self.scratch.dtype).data)",
+            STATISTICS,
+            'scratch.like("x", block.s.shape) if block.is_lent[0] else block.s',
+            "block.s.data",
         ),
         regressions(
             "test_inputs_survive_and_graphs_can_be_used_twice[cross_entropy-torch]",

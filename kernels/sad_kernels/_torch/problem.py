@@ -145,6 +145,10 @@ class Problem:
             self.topk = TopKRows(ids, log_probs, tail, ids_below, self.like)
         elif teacher is not None:
             self.teacher = self._source(teacher, kept, "t")
+        if self.topk is None and spec.objective.teacher_share == 1:
+            for source in (self.student, self.teacher):
+                if isinstance(source, LogitSource):
+                    source.lend()
 
     def _groups(self, targets: RowTargets, has_teacher: bool) -> tuple[Tensor | None, list[Group]]:
         """The indices of the rows that count, group by group; None for all rows in their order."""
@@ -179,9 +183,9 @@ class Problem:
 
     def _source(self, model: ModelInput, kept: Tensor | None, name: str) -> Source:
         x, weight, bias, transform = model
-        if weight is None:
-            return LogitSource(x, transform, kept, self.scratch, name)
         width = self._teacher_width if name == "t" else self.spec.width
+        if weight is None:
+            return LogitSource(x, transform, kept, self.scratch, name, width)
         parts = x, weight, bias, transform, kept, self.scratch, name, width
         is_shard = self.spec.shard is not None
         if not splits_products(x, weight):
@@ -360,7 +364,8 @@ class Problem:
                     gap = torch.sub(t, s, out=self.scratch.like("gap", s.shape)).mul_(share)
                     t = t.mul_(share).add_(s, alpha=1 - share)
             is_coarse = isinstance(self.student, SplitHeadSource)
-            yield Block(at, of_vocab, s, t, gap, how, is_coarse)
+            is_lent = self.student.lends, teacher is not None and teacher.lends
+            yield Block(at, of_vocab, s, t, gap, how, is_coarse, is_lent)
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Make room at once: pieces differ in size, and a buffer that grows is there twice."""

@@ -10,7 +10,7 @@ are never read, so they may hold anything, and their gradients are exact zeros.
 
 Protocol: ``load(rows, columns)``, then for each block of these rows ``block(rows)``, followed by
 ``store(rows, g)`` if there are gradients, then ``flush()``; for all rows and columns; then
-``gradients()``.
+``gradients()``. A block may be overwritten, unless the source ``lends``.
 """
 
 from __future__ import annotations
@@ -40,10 +40,19 @@ class LogitSource:
         kept: Tensor | None,
         scratch: Scratch,
         name: str,  # of its buffers
+        vocab: int,  # columns that count
     ) -> None:
         self.logits, self.kept, self.scratch, self.name = logits, kept, scratch, name
+        self.vocab = vocab
         self.transform = _Transform(transform, scratch, name)
         self.dlogits: Tensor | None = None
+        self.lends = False
+
+    def lend(self) -> None:
+        """Give blocks of the logits themselves from now on, where nothing is to be done to them:
+        the receiver must not overwrite those."""
+        is_plain = self.transform.scale == 1 and self.transform.cap is None
+        self.lends = is_plain and self.logits.dtype == self.scratch.dtype
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for the largest ``load`` that follows."""
@@ -52,13 +61,19 @@ class LogitSource:
         """Turn to these rows and columns, of which the blocks that follow are parts."""
         self.columns = columns
 
-    def block(self, rows: slice) -> Tensor:  # [rows, columns], the receiver's to overwrite
+    def block(self, rows: slice) -> Tensor:  # [rows, columns], the receiver's unless lent
         logits = self.logits[self._rows(rows), self.columns]
+        if self.lends:
+            return logits
         return self.transform.apply_(self.scratch.like(self.name, logits.shape).copy_(logits))
 
     def want_gradients(self, wanted: tuple[bool, bool, bool], by_columns: bool = False) -> None:
         logits, *_ = wanted
-        self.dlogits = torch.zeros_like(self.logits) if logits else None
+        if logits and self.kept is None:  # every row is stored, in the columns that count
+            self.dlogits = torch.empty_like(self.logits)
+            self.dlogits[:, self.vocab :] = 0
+        elif logits:
+            self.dlogits = torch.zeros_like(self.logits)
         self.transform.differentiable = True
 
     def store(self, rows: slice, g: Tensor) -> None:
@@ -85,6 +100,8 @@ class HeadSource:
     is rounded to it, a piece at a time. Products and sums are in the dtype of the arithmetic; the
     gradient of the logits is never rounded, those of the leaves once, at the end.
     """
+
+    lends = False
 
     def __init__(
         self,

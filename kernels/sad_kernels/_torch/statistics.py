@@ -68,11 +68,12 @@ class Block(NamedTuple):
 
     rows: slice
     columns: slice
-    s: Tensor  # [rows, columns], overwritten
+    s: Tensor  # [rows, columns], overwritten unless lent
     t: Tensor | None  # of a dense teacher, likewise
     gap: Tensor | None  # share (t - s), where the target is not the teacher itself
     comparison: Comparison | None  # None: no teacher in these rows
     is_coarse: bool = False  # the logits are known to 16 bits
+    is_lent: tuple[bool, bool] = (False, False)  # whether s and t are the caller's own
 
 
 class Shifted(NamedTuple):
@@ -206,7 +207,7 @@ class RowStatistics:
     def add(self, block: Block, with_slope: bool = False) -> Shifted:
         """Update every sum of these rows with one block; return it relative to the new maxima,
         where outcomes are compared with the slope, if asked for."""
-        rows, columns, s, t, gap, comparison, _ = block
+        rows, columns, s, t, gap, comparison, *_ = block
         sums = self.at(rows)
         # The label's and the ids' logits are picked while the block still holds logits.
         self._note_label(sums, rows, columns, s)
@@ -575,14 +576,16 @@ def shift(
     untempered: bool = True,
     tempered: bool = False,  # exp(x / T) is needed without a dense teacher too
 ) -> Shifted:
-    """Overwrite logits with their differences to the rows' maxima, and take exponentials."""
+    """Logits as their differences to the rows' maxima, in their place unless lent, and
+    exponentials."""
     maximum = sums.maximum if at is None else sums.rest_maximum
-    x, y, hot, hot_t, warm = block.s.sub_(maximum[:, None]), None, None, None, None
+    out = scratch.like("x", block.s.shape) if block.is_lent[0] else block.s
+    x, y, hot, hot_t, warm = torch.sub(block.s, maximum[:, None], out=out), None, None, None, None
     weights = None if block.comparison is None else block.comparison.kl_weights
     # The forward KL is a difference, q - p, of which coarse logits leave no more digits.
     subtracts = at is None and weights is not None and weights[0] > 0 and not block.is_coarse
     if block.t is not None:
-        y = _teacher_side(block, x, sums)
+        y = _teacher_side(block, x, sums, scratch)
         hot_t = scratch.exp_("hot_t", y, temperature, to_the_bit=subtracts)
     if at is not None or y is not None or tempered or (untempered and temperature == 1):
         hot = scratch.exp_("hot", x, temperature, to_the_bit=subtracts)
@@ -595,12 +598,13 @@ def shift(
     return Shifted(block, x, y, hot, hot_t, warm, at)
 
 
-def _teacher_side(block: Block, x: Tensor, sums: RowSums) -> Tensor:
-    """``t - m_t``, in the place of ``t``; of a mixture ``x + share (t - s) + m - m_t``: rounded,
-    its logits differ from the student's by more than that."""
+def _teacher_side(block: Block, x: Tensor, sums: RowSums, scratch: Scratch) -> Tensor:
+    """``t - m_t``, in the place of ``t`` unless that is lent; of a mixture
+    ``x + share (t - s) + m - m_t``: rounded, its logits differ from the student's by more."""
     assert block.t is not None
     if block.gap is None:
-        return block.t.sub_(sums.teacher_maximum[:, None])
+        out = scratch.like("y", block.t.shape) if block.is_lent[1] else block.t
+        return torch.sub(block.t, sums.teacher_maximum[:, None], out=out)
     y = torch.add(x, block.gap, out=block.t)
     y.nan_to_num_(-torch.inf, torch.inf, -torch.inf)  # a token that either side rules out
     return y.add_((sums.maximum - sums.teacher_maximum)[:, None])
