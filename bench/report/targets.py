@@ -22,7 +22,7 @@ CEILINGS = "2026-11-27-nvidia-h200-7b5919f1-ceilings.json"
 COUNTERS = "2026-11-27-nvidia-h200-7b5919f1-counters.json"
 LINEAR = "2026-11-27-nvidia-h200-d4aee6fb-quick.json"
 LOGITS = "2026-11-26-nvidia-h200-12c902ba-quick.json"  # losses of logits beside their peers
-CPU = "2026-12-02-cpu-intel-r-xeon-r-processor-34339f16.json"
+CPU = "2026-12-02-cpu-intel-r-xeon-r-processor-5cb1e7e6.json"
 BATCHES = "2026-11-27-nvidia-h200-7b5919f1-batches.json"
 END_TO_END_GPU = "2026-11-27-nvidia-h200-d4aee6fb-end-to-end.json"
 END_TO_END_GKD = "2026-11-26-nvidia-h100-80gb-hbm3-cb757926-end-to-end.json"  # TRL's trainer too
@@ -44,6 +44,11 @@ NAMES = {
     "skew_forward_kl": "forward skew",
     "skew_reverse_kl": "reverse skew",
     "top_k": "top-k teacher, K = 64",
+    "linear_ce": "linear CE",
+    "linear_kd/forward_kl": "linear forward KL",
+    "linear_kd/reverse_kl": "linear reverse KL",
+    "linear_kd/jsd": "linear JSD",
+    "linear_kd/joint": "linear CE + KL",
 }
 ROWS = {  # forward and backward limits, times the bytes that must be moved
     "ce": (1.10, 1.12),
@@ -59,10 +64,10 @@ ROWS = {  # forward and backward limits, times the bytes that must be moved
 }
 WIDTH = 4096  # D_s
 PRODUCTS = {  # both directions, times the bare products, at this width
-    "linear_ce": ("linear CE", 1.12),
-    "linear_kd/forward_kl": ("linear forward KL", 1.15),
-    "linear_kd/joint": ("linear CE + KL", 1.15),
-    "linear_kd/jsd": ("linear JSD", 1.15),
+    "linear_ce": 1.12,
+    "linear_kd/forward_kl": 1.15,
+    "linear_kd/joint": 1.15,
+    "linear_kd/jsd": 1.15,
 }
 WHY = {
     "ids": "calls on a block's K ids are too small to be shared out: other threads wait for them",
@@ -185,7 +190,7 @@ def _linear(record: Json, ceilings: Json) -> Iterator[Target]:
     """Losses from hidden states: over their bare products and in memory at the width that these
     targets are set for, and over the fastest peer at every shape."""
     for (case, D), of_case in _by_shape(record).items():
-        name, limit = PRODUCTS.get(case, (case, None))
+        name, limit = NAMES.get(case, case), PRODUCTS.get(case)
         ours = of_case.pop("ours")
         gradients = ours["gradient_mib"]
         if limit is not None and D == WIDTH:
@@ -276,7 +281,7 @@ def _losses_on_cpu(record: Json) -> Iterator[Target]:
             found.setdefault(case, {})[row["peer"]] = row
     over_eager = {}
     for (case, dtype, N), peers in found.items():
-        ours, name = peers["ours"], PRODUCTS.get(case, (case, 0))[0]
+        ours, name = peers["ours"], NAMES.get(case, case)
         what = f"{name} on a CPU, {N} tokens in {dtype}"
         if "eager" in peers:
             over_eager[what] = ours["ms"]["full"][1] / peers["eager"]["ms"]["full"][1]
