@@ -426,8 +426,8 @@ MUTATIONS = [
         "the teacher's log-probabilities keep 16 bits",
         edit(
             STATISTICS,
-            "return raw.mul_(1 / temperature).add_(offset[:, None])",
-            "return raw.mul_(1 / temperature).add_(offset[:, None]).bfloat16().to(raw.dtype)",
+            "return torch.sub(block.t, sums.teacher_maximum[:, None], out=out)",
+            "return block.t.sub(sums.teacher_maximum[:, None]).bfloat16().to(block.t.dtype)",
         ),
         regressions("test_a_bfloat16_teacher_makes_nothing_negative[jsd-torch]"),
     ),

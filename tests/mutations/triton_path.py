@@ -17,6 +17,7 @@ LINEAR = TRITON + "linear.py"
 LOGITS = TRITON + "logits.py"
 MERGE = TRITON + "merge.py"
 TOP_K = TRITON + "top_k.py"
+DIVERGENCE = "kernels/sad_kernels/_divergence.py"
 OPERATOR = "kernels/sad_kernels/_operator.py"
 REDUCE = TRITON + "reduce.py"
 ROWS = TRITON + "rows.py"
@@ -544,8 +545,8 @@ MUTATIONS = [
     ),
     Mutation(
         "54",
-        "in the kernel NaN that stands for the probabilities of padding is read",
-        edit(TOP_K, 'tl.where(ids == PAD_ID, float("-inf"), log_p)', "log_p"),
+        "in the kernel a row of padding has NaN for the probabilities of its ids",
+        edit(DIVERGENCE, "total.masked_fill(total == -torch.inf, 0)", "total"),
         tests(
             "sad_kernels/test_triton_divergences.py",
             "test_a_row_of_padding_teaches_nothing[forward_kl-zero]",

@@ -52,7 +52,6 @@ def add_top_k(
     given = counts[:, None] & (k < K)[None, :]
     ids = tl.load(ids_ptr + at, mask=given, other=PAD_ID)
     log_p = tl.load(log_p_ptr + at, mask=given, other=float("-inf"))
-    log_p = tl.where(ids == PAD_ID, float("-inf"), log_p)  # NaN in a row of padding
     repeated = ids == tl.load(ids_ptr + at - 1, mask=given & (k > 0)[None, :], other=-2)
     present = given & (log_p != float("-inf"))
     foreign = present & ((ids < 0) | (ids >= V) | repeated)
