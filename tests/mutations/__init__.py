@@ -109,7 +109,7 @@ BANK: dict[str, tuple[str, tuple[str, ...]]] = {
     "51": ("a new divergence that is left out of the sums without an error", ("torch",)),
     "52": ("a help text that waits for torch to be imported", ("trainer",)),
     "53": ("digits lost near agreement: differences of rounded numbers near 1", BOTH),
-    "54": ("a top-k row of nothing but padding that has a divergence, or NaN", ("triton",)),
+    "54": ("a top-k row of nothing but padding that has a divergence, or NaN", BOTH),
     "55": ("bf16 that is truncated", ("triton",)),
     "56": (
         "what is said of rows or classes that is left out, or read where it must not be",
