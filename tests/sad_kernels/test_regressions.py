@@ -857,7 +857,7 @@ def test_memory_of_the_torch_path(op: str) -> None:
 
     https://github.com/linkedin/Liger-Kernel/issues/1323: V x D once per chunk.
     """
-    D, chunk_bytes = 16, 4 << 20  # smaller chunks make more events than the profiler likes
+    D, chunk_bytes = 32, 4 << 20  # smaller chunks make more events than the profiler likes
 
     def peak(N: int, V: int) -> int:
         hidden, weight = (
