@@ -165,6 +165,24 @@ def test_nonsense_poisons_its_own_row(nonsense: float | str, impl: str) -> None:
     assert torch.equal(grad[others], dirty_grad[others])
 
 
+@pytest.mark.parametrize("V", [8, pytest.param(40000, id="in blocks")])
+@pytest.mark.parametrize("nonsense", [NAN, INF])
+def test_nonsense_shows_where_every_class_weighs_nothing(nonsense: float, V: int) -> None:
+    """In one block of columns as in several: beside a gradient of NaN a loss of 0 hides it."""
+    x = torch.zeros(2, V)
+    x[0, 3] = nonsense
+    x.requires_grad_()
+    nothing = torch.zeros(2, V)
+    for labels, options in (
+        (nothing, {}),
+        (torch.tensor([0, 1]), {"weight": nothing[0], "label_smoothing": 0.1}),
+    ):
+        loss = bound("torch").cross_entropy(x, labels, reduction="none", **options)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        assert loss[0].isnan() and grad[0].isnan().all()
+        assert loss[1] == 0 and not grad[1].any()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_refusals(impl: str) -> None:
     x, y = torch.randn(3, 8), torch.tensor([0, 1, 2])

@@ -635,6 +635,32 @@ def test_a_choice_of_divergence_needs_both_of_its_arguments(impl: str) -> None:
             bound(impl).distill_loss(s, y, teacher, objective, **how)
 
 
+# --- The default device --------------------------------------------------------------------------
+
+
+@each_divergence
+def test_the_default_device_need_not_be_the_tensors(divergence: Divergence) -> None:
+    """A script on a GPU sets one, and computes a loss of tensors on the CPU."""
+    h, w, h_t, w_t = draw(N, 8), draw(130, 8), draw(N, 4), draw(130, 4)
+    h, w, h_t, w_t = (x.float() for x in (h, w, h_t, w_t))
+    y, s, t = torch.arange(N), h @ w.T, TeacherLogits(h_t @ w_t.T)
+    ops, objective = bound("torch"), Objective(divergence=divergence, label_smoothing=0.1)
+    hidden = TeacherHidden(h_t, Head(w_t))
+    calls: tuple[Callable[[], Tensor], ...] = (
+        lambda: ops.cross_entropy(s, y, label_smoothing=0.1),
+        lambda: ops.kl_div(s, t.logits, divergence=divergence),
+        lambda: ops.distill_loss(s, y, t, objective).loss,
+        lambda: ops.linear_cross_entropy(h, w, y),
+        lambda: ops.linear_distill_loss(h, Head(w), y, hidden, objective).loss,
+    )
+    for x in (s, h, w):
+        x.requires_grad_(x.is_leaf)
+    for call in calls:
+        expected = call()
+        with torch.device("meta"):
+            assert torch.equal(call(), expected)
+
+
 # --- A teacher without any token -----------------------------------------------------------------
 
 

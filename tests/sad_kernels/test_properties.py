@@ -236,6 +236,20 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert done.stdout.split() == ["True"] * 12
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jeffreys"])
+def test_no_row_changes_the_sign_of_anothers_zeros(divergence: Divergence) -> None:
+    """The first row's sums are the larger ones, the second's by far the lower ones."""
+    s = torch.tensor([[0.0] * 4 + [-1e4] * 4, [0.0] * 8])
+    t = torch.tensor([[0.0, -1.0, -1.0, -1.0] + [-1e4] * 4, [90.0] + [0.0] * 7])
+    gradients = []
+    for rows in (slice(0, 1), slice(0, 2)):
+        x = s[rows].clone().requires_grad_()
+        value = bound("torch").kl_div(x, t[rows], divergence=divergence, reduction="sum")
+        gradients.append(torch.autograd.grad(value, x)[0][0])
+    alone, beside = gradients
+    assert torch.equal(alone, beside) and torch.equal(alone.signbit(), beside.signbit())
+
+
 # --- Divergences ---------------------------------------------------------------------------------
 
 

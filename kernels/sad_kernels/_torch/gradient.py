@@ -177,13 +177,16 @@ class RowGradient:
             apart = shifted.difference
             if apart is None:
                 apart = torch.sub(hot_t, hot, out=self.scratch.like("u", hot.shape))
-            # By the student's exponential, or by the teacher's where its sum is far lower.
+            # By the student's exponential, or by the teacher's where its sum is far lower: one of
+            # both in a row, so that no row changes the sign of another's zeros.
             by_student = sums.difference > -d / 2
             share = on_forward / d_t.where(by_student, d)
-            parts += [(apart, -share), (hot, (sums.difference / d * share).where(by_student, 0))]
-            by_teacher = (sums.difference / d_t * share).masked_fill_(by_student, 0)
-            if by_teacher.any():
-                parts.append((hot_t, by_teacher))
+            either = hot
+            if not by_student.all():
+                out = self.scratch.like("either", hot.shape)
+                either = torch.where(by_student[:, None], hot, hot_t, out=out)
+            own = sums.difference / d.where(by_student, d_t) * share
+            parts += [(apart, -share), (either, own)]
         if on_reverse > 0:
             apart = from_best(sums, shifted, out=self.scratch.like("v", hot.shape))
             # Where q is 0 nothing is left, whatever the gap is.

@@ -36,6 +36,6 @@ def max_and_first(x: Tensor) -> tuple[Tensor, Tensor]:  # [rows, columns] -> [ro
     if whole < columns:
         tops = torch.cat((tops, x[:, whole:].amax(1, keepdim=True)), 1)
     start = tops.argmax(1, keepdim=True).mul_(ARGMAX_PIECE)
-    inside = start + torch.arange(ARGMAX_PIECE)
+    inside = start + torch.arange(ARGMAX_PIECE, device=x.device)
     found = x.gather(1, inside.clamp_(max=columns - 1)).argmax(1, keepdim=True)
     return tops.amax(1), start.add_(found).squeeze(1)

@@ -542,7 +542,8 @@ class RowStatistics:
                 ce = ce + eps * (log_d - sums.plain / self.spec.vocab)
         else:
             # A weight of 0 times a normaliser that is infinite is 0, but in a row of NaN.
-            ce = ce + weighted(log_d, sums.plain_weight) - sums.plain
+            nan = log_d.where(log_d.isnan(), 0)
+            ce = ce + weighted(log_d, sums.plain_weight) - sums.plain + nan
         ce = ce + poison
         z = weighted(lse.square(), targets.token_weights) + poison
         entropy = log_d - sums.weighted / sums.total_1
