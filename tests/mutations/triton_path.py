@@ -148,11 +148,11 @@ MUTATIONS = [
     ),
     Mutation(
         "28",
-        "in the kernel the label's logit is rounded to bf16, the sum is not",
+        "in the kernel the label's logit is rounded to fp16, the sum is not",
         edit(
             MERGE,
             "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float32)",
-            "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.bfloat16).to(tl.float32)",
+            "tl.load(student.ptr + at, mask=counts, other=0.0).to(tl.float16).to(tl.float32)",
         ),
         regressions("test_no_probability_exceeds_one[dtype0-triton]"),
     ),
@@ -494,7 +494,7 @@ MUTATIONS = [
         edit(
             LINEAR,
             "inverse = 1 / items.float()",
-            "inverse = 1 / (inputs.labels != args.spec.ignore_index).sum().clamp(min=1).float()",
+            "inverse = 1 / (inputs.labels != -100).sum().clamp(min=1).float()",
         ),
         regressions("test_the_normaliser_belongs_to_the_window[linear_distill_loss-triton]"),
     ),
